@@ -1,0 +1,33 @@
+# Two commands do all the set-up: `make demo` runs the main job on real images, `make test` runs the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(VENV)/demo-installed
+	$(BIN)/raydistill run jobs/demo.yaml
+
+test: $(VENV)/dev-installed lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/dev-installed
+	$(BIN)/python -m pytest -m slow --timeout=1800
+
+lint: $(VENV)/dev-installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/%-installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) workspace *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Distil a small image classifier on your task from a large pre-trained teacher."""

@@ -1,0 +1,179 @@
+"""The command line: one command for each stage, `run` for all of them, `show` for what would happen.
+
+Imports that take time stand inside the commands, so that `--help` and config errors answer at once. This is the one
+place that turns failures into exit codes: 2 for the config or the data, 1 for the run, 130 for an interruption.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from raydistill.errors import RaydistillError
+
+STARTED = time.time()
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[JOB.yaml] [OVERLAY.yaml] [key=value] …",
+        help="A job file, overlays and single settings, merged from left to right; the later one wins.",
+    ),
+]
+app = typer.Typer(
+    help="Distil a small image classifier on your task from a large pre-trained teacher.\n\n"
+    "Start with: raydistill run images.path=./my_images",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+def run(words: Words = None) -> None:
+    """All stages in order: prepare, adapt, teach, distill, evaluate. Finished ones are skipped."""
+    _run(words, "evaluate")
+
+
+@app.command()
+def prepare(words: Words = None) -> None:
+    """Read, check, split and store the images at the working size."""
+    _run(words, "prepare")
+
+
+@app.command()
+def adapt(words: Words = None) -> None:
+    """Give the teacher a head for this task and measure it on val (prepares first, if need be)."""
+    _run(words, "adapt")
+
+
+@app.command()
+def teach(words: Words = None) -> None:
+    """Run every view through the teacher and store its soft targets (with all that this needs)."""
+    _run(words, "teach")
+
+
+@app.command()
+def distill(words: Words = None) -> None:
+    """Train the student (with all that this needs)."""
+    _run(words, "distill")
+
+
+@app.command()
+def evaluate(words: Words = None) -> None:
+    """Measure student and teacher and draw the report (with all that this needs)."""
+    _run(words, "evaluate")
+
+
+@app.command()
+def show(words: Words = None) -> None:
+    """The resolved config, the stage directories, what is done and what would run. Writes nothing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from raydistill.config import load_config, to_yaml
+    from raydistill.data.images import list_images
+    from raydistill.infra import artifacts
+    from raydistill.infra.artifacts import StageDirectory
+
+    config = load_config(words or [])
+    console = Console(highlight=False)
+    console.print(to_yaml(config), markup=False)
+    listing = list_images(config.images)
+    prepared = artifacts.prepare_directory(config, listing)
+    directories: list[StageDirectory | str] = [prepared]
+    done = prepared.done()
+    fresh = config.views.per_image == "fresh"
+    later = ["adapt", *([] if fresh else ["teach"])] if config.loss.needs_teacher else []
+    later += ["distill", "evaluate"]
+    if done is None:
+        directories += later
+    else:
+        from raydistill.data.sample import samples_from_json
+
+        samples = samples_from_json(done)
+        directories += [getattr(artifacts, f"{stage}_directory")(config, samples) for stage in later]
+    table = Table("stage", "directory", "state", box=None, pad_edge=False)
+    for directory in directories:
+        if isinstance(directory, str):
+            table.add_row(directory, "named once prepare is done", "would run")
+        else:
+            state = "done" if directory.done() is not None else "would go on" if directory.started() else "would run"
+            table.add_row(directory.stage, directory.path, state)
+    console.print(f"images: {len(listing.entries)} in {len(listing.classes)} classes")
+    for what, count in listing.ignored.items():
+        console.print(f"ignored: {count} {what}", markup=False)
+    console.print(table, soft_wrap=True)
+
+
+def _run(words: list[str] | None, until: str) -> None:
+    from rich.console import Console
+
+    from raydistill.config import load_config
+    from raydistill.infra.progress import Progress
+
+    config = load_config(words or [])
+    console = Console(highlight=False)
+    from raydistill.stages.run import run_stages
+
+    outcome = run_stages(config, Progress(console), until)
+    if outcome.report is not None:
+        from raydistill.stages.summary import closing_table
+
+        console.print(closing_table(config, outcome))
+    console.print(f"{until} is done after {time.time() - STARTED:.0f} s")
+
+
+def main() -> None:
+    """Entry point of `raydistill`."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("raydistill").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app(standalone_mode=False)
+    except RaydistillError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; the same command goes on from here", 130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        _fail(_one_sentence(error), getattr(error, "exit_code", 1))
+    # Ray's and MLflow's threads have nothing left to write, and waiting for them costs seconds.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _fail(message: str, code: int) -> None:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _one_sentence(error: Exception) -> str:
+    """Ray wraps what a task or an actor raised in its own classes; the raydistill error inside is what to say."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, RaydistillError):
+            return str(inner)
+        if isinstance(getattr(inner, "cause", None), RaydistillError):
+            return str(inner.cause)  # type: ignore[attr-defined]
+        inner = inner.__cause__
+    if os.environ.get("RAYDISTILL_TRACEBACK"):
+        raise error
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''} (RAYDISTILL_TRACEBACK=1 shows where)"

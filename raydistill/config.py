@@ -1,0 +1,330 @@
+"""The one configuration tree: every key a user can type, its default, its bounds, and what it is for.
+
+Defaults live here alone and are the paper's where the paper has one. Neither torch nor ray is imported, so that
+`raydistill --help` and `raydistill show` answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raydistill.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the tree that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Images(Section):
+    path: str
+    """A folder of class folders, a .csv/.jsonl of path+label, a .parquet of image+label, or `example:NAME`."""
+    size: Annotated[int, Field(ge=8, le=2048)] = 128
+    """Side in pixels of the square working image that every later stage reads."""
+    fit: Literal["crop", "pad"] = "crop"
+    """How a picture becomes square: cut to its centre, or padded with white."""
+    classes: str | None = None
+    """A text file with one class name a line; without it the classes are those of the train split, sorted."""
+    val_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of each class for validation, where the data names no validation split."""
+    test_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of each class for the test, where the data names no test split."""
+    num_labelled: Count | None = None
+    """Keep the labels of this many train images (stratified, seeded); the others become unlabelled."""
+    allow_missing_val: bool = False
+    """Accept a class that has no validation image; it is then never scored on val."""
+    max_bad_share: Share = 0.05
+    """Above this share of unreadable files the run stops."""
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 178_956_970
+    """A picture with more pixels is refused before it is decoded (Pillow's own limit for decompression bombs)."""
+    shard_size: Count = 256
+    """Images in a shard: the unit of teaching, of loss to a dead node, and of streaming."""
+
+
+class Teacher(Section):
+    model: str = "timm:vit_base_patch16_224"
+    """`timm:NAME`, `hf:NAME`, or a local folder that timm or transformers saved."""
+    weights: str | None = None
+    """A .safetensors or .pth state dict, or `example:NAME`; null: what the model's name stands for."""
+    revision: str | None = None
+    """Revision (a commit hash for choice) of a hub model."""
+    head: Literal["linear_probe", "native"] = "linear_probe"
+    """`linear_probe`: fitted here on the labelled train images; `native`: the model's own, matched by class name."""
+    class_balanced: bool = False
+    """Weigh classes equally when the linear probe is fitted."""
+    size: Annotated[int, Field(ge=8, le=2048)] | None = None
+    """Side in pixels that the teacher sees; null: the size it was trained at."""
+    batch_size: Count = 64
+    """Views in one forward pass of a teacher actor."""
+    allow_near_chance: bool = False
+    """Go on although the teacher's val accuracy is hardly above that of guessing."""
+
+
+class Student(Section):
+    model: str = "timm:mobilenetv3_small_100"
+    """`timm:NAME`."""
+    init: Literal["random", "pretrained"] = "random"
+    """`pretrained` starts from `weights`, or from what the hub has under the model's name."""
+    weights: str | None = None
+    """A state dict or `example:NAME` for `init: pretrained`."""
+    size: Annotated[int, Field(ge=8, le=2048)] = 64
+    """Side in pixels that the student sees, in training and ever after."""
+
+
+class Views(Section):
+    per_image: Count | Literal["fresh"] = 8
+    """K views an image, their soft targets stored once and replayed; or `fresh`: a new view in each epoch."""
+    min_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """Smallest share of the image's area that a random crop keeps (RandomResizedCrop)."""
+    max_ratio: Annotated[float, Field(ge=1)] = 4 / 3
+    """Widest aspect ratio of a random crop; the narrowest is its inverse."""
+    flip: Share = 0.5
+    """Chance of a left-right flip."""
+    brightness: Share = 0.0
+    """Largest relative change of brightness."""
+    contrast: Share = 0.0
+    """Largest relative change of contrast."""
+    saturation: Share = 0.0
+    """Largest relative change of saturation."""
+
+
+class Loss(Section):
+    task_weight: Weight = 1.0
+    """Cross-entropy with the labels; unlabelled images do not take part in it."""
+    kd_weight: Weight = 1.0
+    """Soft-target KL divergence (Hinton et al. 2015)."""
+    temperature: Positive = 4.0
+    """Softens both distributions of the soft-target term."""
+    alignment_weight: Weight = 1.0
+    """Distance of the two networks' projected features of one view (Wang & Isola 2020)."""
+    uniformity_weight: Weight = 1.0
+    """Spread of the projected features over the unit sphere, averaged over both networks."""
+    alignment_alpha: Positive = 2.0
+    """Power of the distance in the alignment term."""
+    uniformity_t: Positive = 2.0
+    """Sharpness of the Gaussian potential in the uniformity term."""
+    projection_dim: Annotated[int, Field(ge=2)] = 128
+    """Dimension of the unit sphere that both projection heads map to."""
+
+    @property
+    def needs_projection(self) -> bool:
+        return self.alignment_weight > 0 or self.uniformity_weight > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kd_weight > 0 or self.needs_projection
+
+
+class Distill(Section):
+    epochs: Count = 60
+    """Passes over as many images as the train split holds, labelled and unlabelled."""
+    batch_size: Count = 64
+    """Images in one optimizer step, over all workers together."""
+    labelled_share: Share | None = None
+    """Share of each batch drawn from labelled images; null: their share of the train split."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Positive = 1e-3
+    """Highest learning rate, reached after the warm-up."""
+    weight_decay: Weight = 1e-2
+    momentum: Share = 0.9
+    """For `sgd`."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: Weight = 0.0
+    """Epochs (or a fraction) over which the learning rate rises from zero."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, which then is the student; null: none."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast of the student's forward pass; losses stay in fp32."""
+    channels_last: bool = False
+    clip_norm: Positive | None = None
+    """Largest norm of the gradient; null: not clipped."""
+    val_every: Count = 5
+    """Epochs between measurements on the val split; the last epoch is always measured."""
+    num_workers: Annotated[int, Field(ge=0)] | tuple[Count, Count] = 1
+    """Ray Train workers; 0: in this process; (min, max): as many as the cluster has at the moment."""
+    cache: Literal["auto", "memory", "stream"] = "auto"
+    """Where a worker keeps the train split: `memory` loads it once, `stream` reads shards as they are needed."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Lost workers that Ray Train replaces before the run fails (preemptions do not count)."""
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers[1] if isinstance(self.num_workers, tuple) else max(self.num_workers, 1)
+
+
+class Evaluate(Section):
+    batch_size: Count = 64
+    """Changes the speed of `evaluate`, never its numbers."""
+    calibration_bins: Count = 15
+    """Bins of the reliability diagram and of the expected calibration error."""
+
+
+class Cluster(Section):
+    address: str | None = None
+    """Ray cluster to join; null: one of its own on this machine, for as long as the command runs."""
+    teacher_actors: tuple[Count, Count] = (1, 4)
+    """Fewest and most teacher actors; the plan lowers the second to what fits."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Cluster:
+        if self.teacher_actors[0] > self.teacher_actors[1]:
+            raise ValueError(f"teacher_actors is (fewest, most); {self.teacher_actors} has them the wrong way round")
+        return self
+
+
+class Tracking(Section):
+    enabled: bool = True
+    """false: no MLflow run."""
+    uri: str | None = None
+    """MLflow tracking URI; null: SQLite in the workspace."""
+
+
+class RunConfig(Section):
+    """One run: what it learns from, what it learns, and where things go."""
+
+    name: str = "raydistill"
+    """The MLflow experiment and the title of the report."""
+    workspace: str = "./workspace"
+    """Where stage directories go: any fsspec path that all nodes can see."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    images: Images
+    teacher: Teacher | None = Teacher()
+    """null: no teacher, which a run without soft targets needs none of."""
+    student: Student = Student()
+    views: Views = Views()
+    loss: Loss = Loss()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.teacher is None and self.loss.needs_teacher:
+            raise ValueError(
+                "teacher is null, but loss.kd_weight, loss.alignment_weight or loss.uniformity_weight is above 0; "
+                "name a teacher or set all three to 0"
+            )
+        if not self.loss.needs_teacher and self.loss.task_weight == 0:
+            raise ValueError("every weight under loss is 0, so there is nothing to learn; raise one of them")
+        if self.distill.batch_size < self.distill.most_workers:
+            raise ValueError(
+                f"distill.batch_size is {self.distill.batch_size}, fewer than the {self.distill.most_workers} workers "
+                "of distill.num_workers; raise the first or lower the second"
+            )
+        workers = self.distill.num_workers
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError(f"distill.num_workers is (fewest, most); {workers} has them the wrong way round")
+        if self.student.weights and self.student.init == "random":
+            raise ValueError("student.weights is given but student.init is random; set student.init=pretrained")
+        return self
+
+
+def load_config(words: Sequence[str]) -> RunConfig:
+    """Merge job file, overlays and `key=value` words from left to right and validate the result.
+
+    Raises ConfigError: a file is missing or is not YAML, a key is unknown, a value is out of bounds.
+    """
+    merged = OmegaConf.create({})
+    for word in words:
+        merged = OmegaConf.merge(merged, _read_word(word))
+    tree = OmegaConf.to_container(merged, resolve=False)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error))) from None
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to the same tree."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _read_word(word: str) -> Any:
+    try:
+        key, equals, _ = word.partition("=")
+        if equals and "/" not in key:
+            return OmegaConf.from_dotlist([word])
+        path = Path(word)
+        if not path.is_file():
+            raise ConfigError(f"{word}: no such file; give a job file, an overlay, or key=value")
+        loaded = OmegaConf.load(path)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{word}: cannot be read: {error}") from None
+    except Exception as error:  # yaml's own errors, whose package we do not depend on by name
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{word}: not YAML: {' '.join(str(error).split())}") from None
+        raise
+    if not OmegaConf.is_dict(loaded):
+        raise ConfigError(f"{word}: a job file is a mapping of sections, this one is not")
+    return loaded
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    # A field that takes one of several types reports each of them: one line then says them all.
+    lines: dict[str, list[str]] = {}
+    for item in error.errors():
+        dotted = ".".join(_user_keys(item["loc"]))
+        if item["type"] == "extra_forbidden":
+            head, tail = f"{dotted}: ", f"unknown key{_suggest(dotted)}"
+        elif dotted == "images.path" or (dotted == "images" and item["type"] == "missing"):
+            head, tail = "images.path: ", "required; for instance: raydistill run images.path=./my_images"
+        elif dotted:
+            head, tail = f"{dotted}={item['input']!r}: ", item["msg"][:1].lower() + item["msg"][1:]
+        else:
+            head, tail = "", str(item.get("ctx", {}).get("error", item["msg"]))
+        if tail not in lines.setdefault(head, []):
+            lines[head].append(tail)
+    for head, tails in lines.items():
+        yield head + " or ".join(tails)
+
+
+def _user_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The part of a pydantic location that names fields: the rest are the names of union members."""
+    keys: list[str] = []
+    model: type[BaseModel] | None = RunConfig
+    for part in map(str, location):
+        keys.append(part)
+        if model is None or part not in model.model_fields:
+            break
+        model = _section_of(model, part)
+        if model is None:
+            break
+    return keys
+
+
+def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    annotation = model.model_fields[name].annotation
+    candidates = (annotation, *getattr(annotation, "__args__", ()))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the tree."""
+    for name in model.model_fields:
+        yield prefix + name
+        if section := _section_of(model, name):
+            yield from known_keys(section, f"{prefix}{name}.")
+
+
+def _suggest(dotted: str) -> str:
+    keys = list(known_keys())
+    near = difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
+    if not near:  # the right word in the wrong section
+        leaf = dotted.rpartition(".")[2]
+        leaves = {key.rpartition(".")[2]: key for key in reversed(keys)}
+        near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+    return f"; did you mean {near[0]}?" if near else "; `raydistill show` lists the keys there are"

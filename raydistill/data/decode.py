@@ -1,0 +1,93 @@
+"""From a file's bytes to the square, upright RGB picture that every later stage reads. All pixel trouble ends here.
+
+Rules: content decides, not the extension; EXIF orientation is applied; CMYK, grey and palette become RGB; 16 bits
+become 8 by dropping the lower half; transparency is laid on white; of an animation the first frame counts.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from raydistill.errors import DataError
+
+BACKGROUND = (255, 255, 255)
+
+
+def decode(data: bytes, size: int, fit: Literal["crop", "pad"], max_pixels: int) -> Image.Image:
+    """An RGB picture of `size` x `size` pixels. Raises DataError with the reason, which names no file."""
+    if not data:
+        raise DataError("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's notes on odd metadata; what matters is whether it decodes
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > max_pixels:
+                raise DataError(f"{image.width}x{image.height} pixels, above images.max_pixels={max_pixels}")
+            image.draft("RGB", (2 * size, 2 * size))  # JPEG decodes at a fraction of its size where that is enough
+            image.load()
+            return _square(_eight_bits(_upright(image)), size, fit)
+    except DataError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise DataError("not an image") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(str(error)) from None
+    except MemoryError:
+        raise DataError("too large to decode in the memory there is") from None
+    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files; the reason is kept
+        raise DataError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def encode(image: Image.Image) -> bytes:
+    """Lossless, so that what trains is bit for bit what is predicted on later."""
+    sink = io.BytesIO()
+    image.save(sink, format="PNG", compress_level=3)
+    return sink.getvalue()
+
+
+def pixels(encoded: bytes) -> np.ndarray:
+    """The (H, W, 3) uint8 array of a working image."""
+    return np.asarray(Image.open(io.BytesIO(encoded)))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block is no reason to lose the picture
+        return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """RGB, or RGBA where the file has any kind of transparency."""
+    if image.mode == "F":
+        raise DataError("32-bit float pixels; save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip to white
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError("32-bit integer pixels; save it with 8 or 16 bits a channel")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        return image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _square(image: Image.Image, size: int, fit: Literal["crop", "pad"]) -> Image.Image:
+    """Resized with an antialiasing bicubic filter; Pillow weighs colours by alpha, so hidden colours do not bleed."""
+    width, height = image.size
+    side = min(width, height) if fit == "crop" else max(width, height)
+    if fit == "crop":
+        left, top = (width - side) / 2, (height - side) / 2
+        box, shape = (left, top, left + side, top + side), (size, size)
+    else:
+        box = (0, 0, width, height)
+        shape = (max(1, round(size * width / side)), max(1, round(size * height / side)))
+    image = image.resize(shape, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    canvas = Image.new("RGB", (size, size), BACKGROUND)
+    mask = image.getchannel("A") if image.mode == "RGBA" else None
+    canvas.paste(image.convert("RGB"), ((size - shape[0]) // 2, (size - shape[1]) // 2), mask)
+    return canvas

@@ -1,0 +1,257 @@
+"""Readers: from a folder, a table of paths, or a parquet file to one list of entries, without opening an image.
+
+Everything that can be wrong with names, labels and counts is found here, before any work starts.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from pyarrow import parquet as pq
+
+from raydistill.config import Images
+from raydistill.errors import DataError
+from raydistill.examples import images_path
+
+EXTENSIONS = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".avif",
+        ".jp2",
+        ".tga",
+        ".ico",
+    ]
+)
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
+SYSTEM_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image as its source names it. `row` is its row in a parquet file; label and split are None if not given."""
+
+    path: str
+    label: str | None
+    split: str | None
+    row: int | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All entries of a source, how many other files it holds by reason, and a fingerprint that changes with any file.
+
+    The fingerprint covers names, sizes and times of change (which cannot be set back, unlike times of modification),
+    not the folder's own place, so a moved folder stays the same set.
+    """
+
+    entries: tuple[Entry, ...]
+    classes: tuple[str, ...]
+    ignored: dict[str, int]
+    fingerprint: str
+
+    def has_split(self, split: str) -> bool:
+        return any(entry.split == split for entry in self.entries)
+
+
+def list_images(config: Images) -> Listing:
+    """Raises DataError: no images, one class, a class that a split lacks, a table without the columns it needs."""
+    path = config.path
+    if path.startswith("example:"):
+        path = str(images_path(path.removeprefix("example:")))
+    fs, root = url_to_fs(path)
+    if not fs.exists(root):
+        raise DataError(f"images.path={config.path}: there is nothing at this path")
+    files = {root: fs.info(root)} if fs.isfile(root) else fs.find(root, detail=True)
+    suffix = PurePosixPath(root).suffix.lower()
+    ignored: Counter[str] = Counter()
+    if not fs.isfile(root):
+        entries = list(_from_folder(root, files, ignored))
+    elif suffix == ".parquet":
+        entries = list(_from_parquet(fs, root))
+    elif suffix in (".csv", ".tsv", ".jsonl"):
+        entries = list(_from_table(fs, root, suffix))
+        files |= {entry.path: fs.info(entry.path) for entry in entries if fs.exists(entry.path)}
+    else:
+        raise DataError(f"images.path={config.path}: use a folder, or a .csv, .tsv, .jsonl or .parquet file")
+    if not entries:
+        raise DataError(f"images.path={config.path}: no images found ({_describe(ignored)})")
+    classes = _classes(config, entries)
+    _check(config, entries, classes)
+    return Listing(tuple(entries), classes, dict(ignored), _fingerprint(root, files, entries))
+
+
+def read_bytes_of(entry: Entry) -> bytes:
+    fs, path = url_to_fs(entry.path)
+    return bytes(fs.cat_file(path))
+
+
+def _from_folder(root: str, files: dict[str, Any], ignored: Counter[str]) -> Iterator[Entry]:
+    """`[SPLIT/]CLASS/**/image`, `unlabelled/**/image`, `train/unlabelled/**/image`."""
+    tops = {PurePosixPath(path).relative_to(root).parts[0].casefold() for path in files}
+    # Split folders count as such only if a train folder is among them: a class may be called "test".
+    has_splits = any(SPLIT_FOLDERS.get(top) == "train" for top in tops)
+    for path in sorted(files):
+        parts = PurePosixPath(path).relative_to(root).parts
+        if any(part.startswith(".") or part.casefold() in SYSTEM_NAMES for part in parts):
+            ignored["hidden and system files"] += 1
+            continue
+        if PurePosixPath(path).suffix.lower() not in EXTENSIONS:
+            ignored[f"files ending in {PurePosixPath(path).suffix.lower() or 'nothing'}"] += 1
+            continue
+        split = SPLIT_FOLDERS.get(parts[0].casefold()) if has_splits else None
+        inner = parts[1:] if split else parts
+        if inner[0].casefold() in UNLABELLED_FOLDERS and len(inner) > 1 and split in (None, "train"):
+            yield Entry(path, None, "train")
+        elif has_splits and split is None:
+            ignored[f"images outside train, val and test ({parts[0]}/)"] += 1
+        elif len(inner) < 2:
+            ignored["images outside a class folder"] += 1
+        else:
+            yield Entry(path, inner[0], split)
+
+
+def _from_table(fs: AbstractFileSystem, table: str, suffix: str) -> Iterator[Entry]:
+    """Rows with `path` (absolute, or from the table's folder), `label` (empty: unlabelled) and maybe `split`."""
+    text = fs.cat_file(table).decode("utf-8-sig")
+    if suffix == ".jsonl":
+        rows: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
+    else:
+        rows = list(csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
+    folder = str(PurePosixPath(table).parent)
+    for number, row in enumerate(rows, 2 if suffix != ".jsonl" else 1):
+        if "path" not in row or "label" not in row:
+            raise DataError(f"{table}: line {number} lacks a column; `path` and `label` are needed, `split` is welcome")
+        path = str(row["path"])
+        absolute = path if path.startswith("/") or "://" in path else f"{folder}/{path}"
+        yield Entry(absolute, _label(row["label"]), _split(row.get("split"), f"{table}: line {number}"))
+
+
+def _from_parquet(fs: AbstractFileSystem, path: str) -> Iterator[Entry]:
+    """Columns `image` (bytes, or the struct of bytes and path that `datasets` writes), `label`, and maybe `split`."""
+    with fs.open(path, "rb") as file:
+        schema = pq.read_schema(file)
+        lacking = {"image", "label"} - set(schema.names)
+        if lacking:
+            raise DataError(f"{path}: no column {' and no column '.join(sorted(lacking))} among {schema.names}")
+        table = pq.read_table(file, columns=[name for name in ("label", "split") if name in schema.names])
+    names = _dataset_class_names(schema.metadata or {})
+    splits = table["split"].to_pylist() if "split" in table.column_names else [None] * table.num_rows
+    for row, (label, split) in enumerate(zip(table["label"].to_pylist(), splits, strict=True)):
+        if names and isinstance(label, int):
+            label = names[label] if label >= 0 else None
+        yield Entry(path, _label(label), _split(split, f"{path}: row {row}"), row)
+
+
+def _dataset_class_names(metadata: dict[bytes, bytes]) -> list[str]:
+    """The names that Hugging Face `datasets` keeps beside integer labels."""
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return list(features.get("label", {}).get("names", []))
+
+
+def _label(value: object) -> str | None:
+    text = "" if value is None else str(value).strip()
+    return text or None
+
+
+def _split(value: object, where: str) -> str | None:
+    text = "" if value is None else str(value).strip().casefold()
+    if text and text not in SPLIT_FOLDERS:
+        raise DataError(f"{where}: split {value!r} is none of train, val, test")
+    return SPLIT_FOLDERS[text] if text else None
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sorts `2` before `10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _classes(config: Images, entries: list[Entry]) -> tuple[str, ...]:
+    if config.classes is not None:
+        fs, path = url_to_fs(config.classes)
+        if not fs.isfile(path):
+            raise DataError(f"images.classes={config.classes}: no such file")
+        lines = [line.strip() for line in fs.cat_file(path).decode().splitlines() if line.strip()]
+        if len(set(lines)) < len(lines):
+            raise DataError(f"images.classes={config.classes}: a class is listed twice")
+        return tuple(lines)
+    return tuple(sorted({e.label for e in entries if e.label and e.split in (None, "train")}, key=natural))
+
+
+def _check(config: Images, entries: list[Entry], classes: tuple[str, ...]) -> None:
+    where = f"images.path={config.path}"
+    if len(classes) < 2:
+        found = f"only the class {classes[0]!r}" if classes else "no labelled class"
+        raise DataError(
+            f"{where}: {found} in the train split, and a classifier needs two; give a folder of class folders"
+        )
+    counts = Counter((entry.split, entry.label) for entry in entries if entry.label)
+    for split, label in sorted(counts, key=str):
+        if label not in classes:
+            near = difflib.get_close_matches(label, classes, n=1)
+            raise DataError(
+                f"{where}: {counts[split, label]} {split or 'train'} images of class {label!r}, which is not in the "
+                f"class list{f' (did you mean {near[0]!r}?)' if near else ''}; rename it or take the images out"
+            )
+    if lacking := [name for name in classes if not counts[None, name] + counts["train", name]]:
+        raise DataError(f"{where}: no train image of {_some(lacking)}; add some or take the class off the list")
+    if any(split == "val" for split, _ in counts) and not config.allow_missing_val:
+        if lacking := [name for name in classes if not counts["val", name]]:
+            raise DataError(
+                f"{where}: no val image of {_some(lacking)}; add some, or set images.allow_missing_val=true to go on "
+                "without measuring these classes"
+            )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more classes" if len(names) > 5 else ""
+    return ", ".join(map(repr, names[:5])) + more
+
+
+def _describe(ignored: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in ignored.most_common()) or "it is empty"
+
+
+def _fingerprint(root: str, files: dict[str, Any], entries: list[Entry]) -> str:
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(f"{entry.path.removeprefix(root)}|{entry.label}|{entry.split}|{entry.row}\n".encode())
+    for path in sorted({entry.path for entry in entries} & files.keys()):
+        info = files[path]
+        changed = info.get("created") or info.get("ETag") or info.get("LastModified") or info.get("mtime")
+        digest.update(f"{path.removeprefix(root)}|{info.get('size')}|{changed}|{info.get('mtime')}\n".encode())
+    return digest.hexdigest()

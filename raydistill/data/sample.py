@@ -1,0 +1,172 @@
+"""The one row that flows through every stage, the shards that hold rows, and the order in which training visits them.
+
+| column    | type   | meaning                                                                   |
+|-----------|--------|---------------------------------------------------------------------------|
+| sample_id | string | 32 hex digits: BLAKE2b-128 of the original file's bytes                   |
+| image     | binary | PNG at the working size: RGB, square, upright                             |
+| label     | int32  | index into the one class list; null for an unlabelled image               |
+| source    | string | "real" or "generated"                                                     |
+| split     | string | "train", "val" or "test"; unlabelled images are in "train"                |
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+SPLITS = ("train", "val", "test")
+# Shards whose rows are shuffled together. A shard is a fair sample already, so a few of them mix well.
+WINDOW_SHARDS = 8
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """What `prepare` leaves behind. `ids` and `labels` are hashes: equal ones mean equal images, or equal labels."""
+
+    path: str
+    classes: tuple[str, ...]
+    size: int
+    shards: dict[str, tuple[int, ...]]  # split -> rows of each shard
+    num_labelled: dict[str, int]
+    num_refused: int
+    ids: dict[str, str]  # split -> hash of its sample ids in order
+    labels: str
+
+    def num_rows(self, split: str) -> int:
+        return sum(self.shards.get(split, ()))
+
+
+def samples_from_json(done: dict[str, Any]) -> SampleSet:
+    """The result of a finished `prepare`, from its DONE marker."""
+    shards = {split: tuple(rows) for split, rows in done["shards"].items()}
+    return SampleSet(**{**done, "classes": tuple(done["classes"]), "shards": shards})
+
+
+def sample_id(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def seeded_rank(seed: int, purpose: str, sample: str) -> str:
+    """A number drawn from the seed and the image alone, as hex: sorting by it is a permutation that does not change
+    for the others when an image comes or goes."""
+    return hashlib.blake2b(f"{seed}/{purpose}/{sample}".encode(), digest_size=16).hexdigest()
+
+
+def shard_name(split: str, index: int) -> str:
+    return f"{split}-{index:05d}"
+
+
+def encode_shard(rows: pa.Table) -> bytes:
+    """Parquet bytes of rows in SCHEMA; images are compressed already."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows.select(SCHEMA.names).cast(SCHEMA), sink, compression="none")
+    return sink.getvalue().to_pybytes()
+
+
+def decode_shard(data: bytes) -> pa.Table:
+    return pq.read_table(pa.BufferReader(data), schema=SCHEMA)
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Rows to visit, in order: shard (V,), row in the shard (V,), and how often each was visited before (V,)."""
+
+    shard: np.ndarray
+    row: np.ndarray
+    visit: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, which: slice) -> Visits:
+        return Visits(self.shard[which], self.row[which], self.visit[which])
+
+    @staticmethod
+    def concat(parts: Sequence[Visits]) -> Visits:
+        columns = zip(*((p.shard, p.row, p.visit) for p in parts), strict=True)
+        return Visits(*(np.concatenate(column) for column in columns))
+
+
+def visit_order(rows_of_shard: Sequence[np.ndarray], seed: int, start: int = 0) -> Iterator[Visits]:
+    """The endless, deterministic order in which training visits rows: window after window, pass after pass.
+
+    `rows_of_shard[k]` lists the rows of shard k that take part. Each pass visits every row once: shards in a seeded
+    order, the rows of WINDOW_SHARDS shards shuffled together. It depends on the seed and the pass alone, so every
+    worker and every resumed run sees the same one. `start` visits are skipped without being looked at.
+    """
+    sizes = np.array([len(rows) for rows in rows_of_shard])
+    total = int(sizes.sum())
+    if total == 0:
+        raise ValueError("visit_order: there are no rows to visit")
+    number, skip = divmod(start, total)
+    while True:
+        order = np.random.default_rng([seed, number]).permutation(len(sizes))
+        for first in range(0, len(order), WINDOW_SHARDS):
+            window = order[first : first + WINDOW_SHARDS]
+            length = int(sizes[window].sum())
+            if skip >= length:
+                skip -= length
+                continue
+            shuffle = np.random.default_rng([seed, number, first]).permutation(length)[skip:]
+            shard = np.repeat(window, sizes[window])[shuffle]
+            row = np.concatenate([rows_of_shard[k] for k in window])[shuffle]
+            yield Visits(shard, row, np.full(len(row), number))
+            skip = 0
+        number += 1
+
+
+def batch_order(
+    labelled: Sequence[np.ndarray],
+    others: Sequence[np.ndarray],
+    labelled_share: float,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+) -> Iterator[Visits]:
+    """Endless global batches of exactly `batch_size` visits from `start_step` on.
+
+    A share `labelled_share` of all visits goes to labelled rows, the rest to the others. The split of a batch is the
+    difference of two rounded running totals, so the share holds over any stretch, and every row of a pool is visited
+    equally often whatever the batch size: no last short batch, and none dropped.
+    """
+    pools = (labelled, others)
+
+    def drawn(pool: int, steps: int) -> int:
+        from_labelled = int(np.floor(steps * batch_size * labelled_share + 1e-9))
+        return from_labelled if pool == 0 else steps * batch_size - from_labelled
+
+    orders = [
+        visit_order(rows, seed * 2 + pool, drawn(pool, start_step)) if sum(map(len, rows)) else None
+        for pool, rows in enumerate(pools)
+    ]
+    left: list[Visits | None] = [None, None]
+
+    def take(pool: int, count: int) -> Iterator[Visits]:
+        while count:
+            order = orders[pool]
+            assert order is not None, "a pool without rows has a share of 0"
+            block = left[pool] or next(order)
+            yield block[:count]
+            left[pool] = block[count:] if len(block) > count else None
+            count -= min(count, len(block))
+
+    step = start_step
+    while True:
+        parts = [part for pool in (0, 1) for part in take(pool, drawn(pool, step + 1) - drawn(pool, step))]
+        yield Visits.concat(parts)
+        step += 1

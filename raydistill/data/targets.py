@@ -1,0 +1,169 @@
+"""Soft targets in shards that line up with the sample shards, and what the trainer reads: both, row by row.
+
+Target shard k holds the teacher's features of the rows of sample shard k, in order, for each stored view. The logits
+follow from the features by the teacher's linear head, so a new head costs no teacher pass.
+
+Shapes: K views, R rows of a shard, D features, V visits, N rows of the split, H pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from raydistill.config import Views
+from raydistill.data.decode import pixels
+from raydistill.data.sample import WINDOW_SHARDS, SampleSet, Visits, decode_shard, shard_name
+from raydistill.data.views import view_parameters
+from raydistill.errors import CheckpointError
+
+UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one worker trains on in one step."""
+
+    images_VHHC: np.ndarray  # uint8
+    parameters_VP: np.ndarray  # float32
+    labels_V: np.ndarray  # int64, UNLABELLED where there is none
+    features_VD: np.ndarray | None  # float16; None where no teacher takes part
+
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        return self.images_VHHC, self.parameters_VP, self.labels_V, self.features_VD
+
+
+def encode_targets(sample_ids: Sequence[str], features_KRD: np.ndarray) -> bytes:
+    """safetensors bytes of float16 features and of the ids they belong to."""
+    ids = np.frombuffer(bytes.fromhex("".join(sample_ids)), np.uint8).reshape(len(sample_ids), 16)
+    return save({"features": np.ascontiguousarray(features_KRD, np.float16), "sample_ids": ids})
+
+
+def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.ndarray:
+    """(K, R, D) float16 features. Raises CheckpointError where they are damaged or belong to other samples."""
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{name} is damaged ({error}); delete it and run the command again") from None
+    if tensors["sample_ids"].tobytes().hex() != "".join(expected_ids):
+        raise CheckpointError(f"{name} holds the soft targets of other samples; delete it and run the command again")
+    return tensors["features"]
+
+
+def read_bytes(path: str) -> bytes:
+    with fsspec.open(path, "rb") as file:
+        return bytes(file.read())
+
+
+def read_samples(samples: SampleSet, split: str, shard: int) -> pa.Table:
+    return decode_shard(read_bytes(f"{samples.path}/{shard_name(split, shard)}.parquet"))
+
+
+def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str]) -> np.ndarray:
+    name = f"{path}/{shard_name(split, shard)}.safetensors"
+    return decode_targets(read_bytes(name), expected_ids, name)
+
+
+def read_labels(samples: SampleSet, split: str, shard: int) -> np.ndarray:
+    """The labels of a shard, UNLABELLED where there is none, without reading its images."""
+    with fsspec.open(f"{samples.path}/{shard_name(split, shard)}.parquet", "rb") as file:
+        return labels_of(pq.read_table(file, columns=["label"]))
+
+
+def labels_of(table: pa.Table) -> np.ndarray:
+    return table["label"].fill_null(UNLABELLED).to_numpy().astype(np.int64)
+
+
+@dataclass(frozen=True)
+class TrainSplit:
+    """Where the train split lies and how its views are drawn. `targets` is None where no teacher takes part."""
+
+    samples: SampleSet
+    targets: str | None
+    views: Views
+    seed: int
+
+    def shard(self, index: int) -> tuple[pa.Table, np.ndarray | None]:
+        table = read_samples(self.samples, "train", index)
+        ids = table["sample_id"].to_pylist()
+        return table, None if self.targets is None else read_targets(self.targets, "train", index, ids)
+
+    def labels(self) -> list[np.ndarray]:
+        """The labels of every shard: all that the order of visits needs to know."""
+        return [read_labels(self.samples, "train", k) for k in range(len(self.samples.shards["train"]))]
+
+    def num_bytes(self, feature_bytes: int) -> int:
+        """Memory that the whole split takes, given the bytes of one image's features."""
+        return self.samples.num_rows("train") * (self.samples.size**2 * 3 + feature_bytes)
+
+    def batch(
+        self, visits: Visits, ids: list[str], images: np.ndarray, labels: np.ndarray, features: np.ndarray | None
+    ) -> Batch:
+        return Batch(images, view_parameters(self.views, self.seed, ids, self.view_indices(visits)), labels, features)
+
+    def view_indices(self, visits: Visits) -> np.ndarray:
+        """Stored views are replayed in turn; fresh ones never come again."""
+        return visits.visit if self.views.per_image == "fresh" else visits.visit % self.views.per_image
+
+
+class InMemory:
+    """The whole split, decoded once: for sets that fit."""
+
+    def __init__(self, split: TrainSplit, decode_threads: int) -> None:
+        shards = [split.shard(k) for k in range(len(split.samples.shards["train"]))]
+        self._split = split
+        self._first_row = np.cumsum([0, *(table.num_rows for table, _ in shards)])
+        self._ids = [i for table, _ in shards for i in table["sample_id"].to_pylist()]
+        self._labels = np.concatenate([labels_of(table) for table, _ in shards])
+        side = split.samples.size
+        self._images = np.empty((len(self._ids), side, side, 3), np.uint8)
+        encoded = [image for table, _ in shards for image in table["image"].to_pylist()]
+        with ThreadPoolExecutor(decode_threads) as pool:
+            for row, image in enumerate(pool.map(pixels, encoded, chunksize=64)):
+                self._images[row] = image
+        features = [f for _, f in shards if f is not None]
+        self._features_KND = np.concatenate(features, axis=1) if features else None
+
+    def gather(self, visits: Visits) -> Batch:
+        rows = self._first_row[visits.shard] + visits.row
+        features = None
+        if self._features_KND is not None:
+            features = self._features_KND[self._split.view_indices(visits), rows]
+        ids = [self._ids[row] for row in rows]
+        return self._split.batch(visits, ids, self._images[rows], self._labels[rows], features)
+
+
+class Streamed:
+    """Shards are read when a visit needs them and forgotten two windows later; only visited rows are decoded."""
+
+    def __init__(self, split: TrainSplit, decode_threads: int) -> None:
+        self._split = split
+        self._threads = ThreadPoolExecutor(decode_threads)
+        self._shard = lru_cache(maxsize=2 * WINDOW_SHARDS)(self._read)
+
+    def _read(self, index: int) -> tuple[list[str], list[bytes], np.ndarray, np.ndarray | None]:
+        table, features = self._split.shard(index)
+        return table["sample_id"].to_pylist(), table["image"].to_pylist(), labels_of(table), features
+
+    def ids(self, visits: Visits) -> list[str]:
+        return [self._shard(int(k))[0][int(r)] for k, r in zip(visits.shard, visits.row, strict=True)]
+
+    def gather(self, visits: Visits) -> Batch:
+        views = self._split.view_indices(visits)
+        needed = {int(k): self._shard(int(k)) for k in np.unique(visits.shard)}
+        rows = [(needed[int(k)], int(r), int(v)) for k, r, v in zip(visits.shard, visits.row, views, strict=True)]
+        images = np.stack(list(self._threads.map(pixels, [shard[1][r] for shard, r, _ in rows])))
+        features = None
+        if self._split.targets is not None:
+            features = np.stack([shard[3][v, r] for shard, r, v in rows if shard[3] is not None])
+        labels = np.array([shard[2][r] for shard, r, _ in rows])
+        return self._split.batch(visits, self.ids(visits), images, labels, features)

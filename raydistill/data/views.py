@@ -1,0 +1,111 @@
+"""Views: one seeded augmentation of one image, and the one function that renders it for teacher and student alike.
+
+Shapes: B images, P parameters of a view, H x W working pixels, S pixels on a side of what a network sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from raydistill.config import Views
+
+# left, top, width, height of the crop as shares of the image; flip (0 or 1); brightness, contrast, saturation factors
+NUM_PARAMETERS = 8
+WHOLE_IMAGE = np.array([0, 0, 1, 1, 0, 1, 1, 1], np.float32)
+_ATTEMPTS = 10  # RandomResizedCrop's number of tries for a crop that fits
+_DRAWS = 2 * _ATTEMPTS + 2 + 4
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How one network wants to see an image."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
+def view_parameters(
+    views: Views, seed: int, sample_ids: Sequence[str], indices: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """(B, P) float32: view `indices[i]` of image `sample_ids[i]`, a function of the seed and those two alone.
+
+    Crop as in torchvision's RandomResizedCrop: area uniform, aspect ratio log-uniform, first of ten tries that fits.
+    """
+    draws_BN = np.stack([_draws(seed, s, int(v)) for s, v in zip(sample_ids, indices, strict=True)])
+    area_BA = views.min_scale + draws_BN[:, :_ATTEMPTS] * (1 - views.min_scale)
+    ratio_BA = np.exp((2 * draws_BN[:, _ATTEMPTS : 2 * _ATTEMPTS] - 1) * np.log(views.max_ratio))
+    width_BA, height_BA = np.sqrt(area_BA * ratio_BA), np.sqrt(area_BA / ratio_BA)
+    fits_BA = (width_BA <= 1) & (height_BA <= 1)
+    first_B = fits_BA.argmax(axis=1)
+    pick = (np.arange(len(draws_BN)), first_B)
+    width_B, height_B = np.minimum(width_BA[pick], 1), np.minimum(height_BA[pick], 1)
+    place_BN, rest_BN = draws_BN[:, 2 * _ATTEMPTS : 2 * _ATTEMPTS + 2], draws_BN[:, 2 * _ATTEMPTS + 2 :]
+    jitter_BN = 1 + (2 * rest_BN[:, 1:] - 1) * np.array([views.brightness, views.contrast, views.saturation])
+    columns = [place_BN[:, 0] * (1 - width_B), place_BN[:, 1] * (1 - height_B), width_B, height_B]
+    return np.column_stack([*columns, rest_BN[:, 0] < views.flip, jitter_BN]).astype(np.float32)
+
+
+def _draws(seed: int, sample: str, view: int) -> np.ndarray:
+    """Uniform numbers in [0, 1). Raw Philox output, which numpy keeps stable between versions (NEP 19)."""
+    key = np.array([int(sample[:16], 16), (seed << 32) | view], np.uint64)
+    return (np.random.Philox(key=key).random_raw(_DRAWS) >> np.uint64(11)) * 2.0**-53
+
+
+def render(images_BHWC: torch.Tensor, parameters_BP: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """(B, 3, S, S) float32, normalised: crop, antialiased resize, flip, colour, in one batched pass on the images'
+    device.
+
+    Resampling is separable, so each image costs two matrix products with the filter of Pillow's `resize(box=...)`.
+    """
+    parameters_BP = parameters_BP.to(images_BHWC.device, torch.float32)
+    left, top, width, height, flip, *colour = parameters_BP.unbind(dim=1)
+    _, rows, columns, _ = images_BHWC.shape
+    images_BCHW = images_BHWC.permute(0, 3, 1, 2).float()
+    size, kind = preprocessing.size, preprocessing.interpolation
+    vertical_BSH = _filter(top * rows, height * rows, rows, size, kind)
+    horizontal_BSW = _filter(left * columns, width * columns, columns, size, kind)
+    horizontal_BSW = torch.where(flip[:, None, None] > 0.5, horizontal_BSW.flip(1), horizontal_BSW)
+    images_BCSS = vertical_BSH[:, None] @ images_BCHW @ horizontal_BSW[:, None].transpose(-1, -2)
+    images_BCSS = _colour(images_BCSS.div_(255).clamp_(0, 1), *colour)
+    mean, std = (images_BCSS.new_tensor(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+    return (images_BCSS - mean) / std
+
+
+def _filter(start_B: torch.Tensor, extent_B: torch.Tensor, pixels: int, size: int, kind: str) -> torch.Tensor:
+    """(B, S, pixels) weights that resample [start, start + extent) to `size` points, rows summing to 1."""
+    scale_B = extent_B / size
+    stretch_B = scale_B.clamp(min=1)  # when shrinking, the filter widens: this is the antialiasing
+    device = start_B.device
+    points_S, positions_H = torch.arange(size, device=device) + 0.5, torch.arange(pixels, device=device) + 0.5
+    centres_BS = start_B[:, None] + points_S * scale_B[:, None]
+    distance_BSH = ((positions_H - centres_BS[:, :, None]) / stretch_B[:, None, None]).abs_()
+    weights_BSH = (1 - distance_BSH).clamp_(min=0) if kind == "bilinear" else _cubic(distance_BSH)
+    return weights_BSH / weights_BSH.sum(dim=2, keepdim=True)
+
+
+def _cubic(x: torch.Tensor) -> torch.Tensor:
+    """Keys' kernel with a = -0.5, Pillow's BICUBIC."""
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def _colour(
+    images: torch.Tensor, brightness_B: torch.Tensor, contrast_B: torch.Tensor, saturation_B: torch.Tensor
+) -> torch.Tensor:
+    """Brightness, contrast, saturation in this order, as torchvision defines each for images in [0, 1]."""
+    if bool(((brightness_B == 1) & (contrast_B == 1) & (saturation_B == 1)).all()):
+        return images
+    brightness, contrast, saturation = (f[:, None, None, None] for f in (brightness_B, contrast_B, saturation_B))
+    luma = images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]
+    images = (images * brightness).clamp(0, 1)
+    mean_grey = (images * luma).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
+    images = (mean_grey + contrast * (images - mean_grey)).clamp(0, 1)
+    grey = (images * luma).sum(dim=1, keepdim=True)
+    return (grey + saturation * (images - grey)).clamp(0, 1)

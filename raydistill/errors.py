@@ -1,0 +1,34 @@
+"""What can go wrong, each as one sentence that names the thing and the way out.
+
+Every error takes a single message string, so that it survives the trip between Ray processes unchanged.
+"""
+
+
+class RaydistillError(Exception):
+    """Base of everything raydistill raises on purpose. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(RaydistillError):
+    """The job, an overlay, a `key=value` or a model it names cannot be used as it stands."""
+
+    exit_code = 2
+
+
+class DataError(RaydistillError):
+    """The images or their labels cannot be used as they stand."""
+
+    exit_code = 2
+
+
+class CheckpointError(RaydistillError):
+    """Something an earlier run left in the workspace is damaged or belongs to other inputs."""
+
+
+class StageError(RaydistillError):
+    """A stage failed while it ran: a worker died, a loss was not finite, a disk was full."""
+
+
+class DivergedError(StageError):
+    """The loss or its gradient is not finite. Every worker sees it at the same step, and a retry cannot help."""

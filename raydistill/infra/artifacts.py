@@ -1,0 +1,217 @@
+"""Stage directories: `<workspace>/<stage>-<hash>/`, named by what decides the result, marked DONE last of all.
+
+Nothing here imports torch or ray, so that `raydistill show` answers at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from raydistill.config import RunConfig, Teacher
+from raydistill.data.images import Listing
+from raydistill.data.sample import SampleSet
+from raydistill.errors import CheckpointError, ConfigError, StageError
+from raydistill.examples import weights_fingerprint
+
+# Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
+FORMATS = {"prepare": 1, "features": 1, "adapt": 1, "teach": 1, "distill": 1, "evaluate": 1}
+
+
+@dataclass(frozen=True)
+class StageDirectory:
+    """One stage's place in the workspace. Everything appears in it whole or not at all."""
+
+    path: str
+    stage: str
+    identity: str  # JSON of what the hash covers
+
+    @cached_property
+    def fs(self) -> AbstractFileSystem:
+        return url_to_fs(self.path)[0]
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def done(self) -> dict[str, Any] | None:
+        """The stage's result, or None where it has not finished."""
+        marker = f"{self.path}/DONE"
+        if not self.fs.exists(marker):
+            return None
+        try:
+            result: dict[str, Any] = json.loads(self.fs.cat_file(marker))
+        except ValueError:
+            raise CheckpointError(f"{marker} is not readable; delete {self.path} and run the command again") from None
+        return result
+
+    def started(self) -> bool:
+        return bool(self.fs.exists(self.path))
+
+    def write(self, name: str, data: bytes) -> None:
+        write_bytes(f"{self.path}/{name}", data)
+
+    def write_json(self, name: str, value: object) -> None:
+        self.write(name, json.dumps(value, indent=2, ensure_ascii=False).encode())
+
+    def begin(self) -> None:
+        self.fs.makedirs(self.path, exist_ok=True)
+        self.write("identity.json", self.identity.encode())
+
+    def finish(self, result: dict[str, Any]) -> None:
+        self.write_json("DONE", result)
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a whole file or none: to a temporary name, then renamed. Object stores do as much by themselves.
+
+    Raises StageError with the bytes that are free, where the disk is full.
+    """
+    fs, target = url_to_fs(path)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(target, data)
+        return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, target)
+    except OSError as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        space = os.statvfs(os.path.dirname(target))
+        free = space.f_bavail * space.f_frsize
+        raise StageError(
+            f"{target}: cannot write {len(data):,} bytes ({error.strerror}; {free:,} bytes are free there); "
+            "make room and run the same command again: what is finished stays"
+        ) from None
+
+
+def workspace_root(config: RunConfig) -> str:
+    """The workspace as an absolute path or URL without a trailing slash."""
+    if "://" in config.workspace:
+        return config.workspace.rstrip("/")
+    return os.path.abspath(os.path.expanduser(config.workspace))
+
+
+def check_writable(config: RunConfig) -> None:
+    """Raises ConfigError where nothing can be written to the workspace."""
+    root = workspace_root(config)
+    fs, path = url_to_fs(root)
+    try:
+        fs.makedirs(path, exist_ok=True)
+        write_bytes(f"{root}/.writable", b"")
+        fs.rm(f"{path}/.writable")
+    except (OSError, StageError) as error:
+        raise ConfigError(f"workspace={config.workspace}: cannot be written ({error}); choose another") from None
+
+
+def stage_directory(config: RunConfig, stage: str, identity: dict[str, Any]) -> StageDirectory:
+    text = json.dumps({"format": FORMATS[stage], **identity}, indent=2, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return StageDirectory(f"{workspace_root(config)}/{stage}-{digest}", stage, text)
+
+
+def prepare_directory(config: RunConfig, listing: Listing) -> StageDirectory:
+    images = config.images.model_dump(exclude={"path", "classes", "max_bad_share", "allow_missing_val"})
+    return stage_directory(
+        config,
+        "prepare",
+        {"images": images, "classes": listing.classes, "files": listing.fingerprint, "seed": config.seed},
+    )
+
+
+def features_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
+    """The teacher's features of the unaugmented images, which `adapt` and `evaluate` share."""
+    return stage_directory(
+        config,
+        "features",
+        {"backbone": _backbone(config), "ids": samples.ids, "labels": samples.labels, "images": _pixels(config)},
+    )
+
+
+def adapt_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
+    assert config.teacher is not None
+    head = config.teacher.model_dump(include={"head", "class_balanced"})
+    return stage_directory(
+        config,
+        "adapt",
+        {"features": features_directory(config, samples).name, "head": head, "classes": samples.classes},
+    )
+
+
+def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
+    """Neither labels nor the head are part of it: with new ones the soft targets' features stay as they are."""
+    return stage_directory(
+        config,
+        "teach",
+        {
+            "backbone": _backbone(config),
+            "ids": samples.ids["train"],
+            "images": _pixels(config),
+            "views": config.views.model_dump(),
+            "seed": config.seed,
+        },
+    )
+
+
+def distill_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
+    student = config.student.model_dump(exclude={"weights"}) | {"weights": _weights(config.student.weights)}
+    identity = {
+        "student": student,
+        "loss": config.loss.model_dump(),
+        "distill": config.distill.model_dump(exclude={"cache", "max_failures"}),
+        "views": config.views.model_dump(),
+        "images": _pixels(config),
+        "ids": samples.ids,
+        "labels": samples.labels,
+        "classes": samples.classes,
+        "seed": config.seed,
+    }
+    if config.loss.needs_teacher:
+        identity |= {"head": adapt_directory(config, samples).name, "teach": teach_directory(config, samples).name}
+    return stage_directory(config, "distill", identity)
+
+
+def evaluate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
+    identity = {
+        "student": distill_directory(config, samples).name,
+        "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
+    }
+    return stage_directory(config, "evaluate", identity)
+
+
+def _pixels(config: RunConfig) -> dict[str, Any]:
+    """With equal sample ids, what decides the working images."""
+    return config.images.model_dump(include={"size", "fit", "shard_size"})
+
+
+def _backbone(config: RunConfig) -> dict[str, Any]:
+    teacher: Teacher | None = config.teacher
+    assert teacher is not None
+    # The native head of a transformers model may read other features than its backbone gives.
+    kind = {"head": teacher.head} if teacher.model.startswith("hf:") else {}
+    return teacher.model_dump(include={"model", "revision", "size"}) | {"weights": _weights(teacher.weights)} | kind
+
+
+def _weights(weights: str | None) -> str | None:
+    """Weights are known by their content: another file under the same name is another teacher."""
+    if weights is None:
+        return None
+    if weights.startswith("example:"):
+        return weights_fingerprint(weights.removeprefix("example:"))
+    try:
+        with open(weights, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"weights={weights}: cannot be read ({error.strerror}); check teacher.weights") from None

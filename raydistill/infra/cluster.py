@@ -1,0 +1,319 @@
+"""Ray: joining or starting a cluster, and the plan of who gets which share of it.
+
+The plan is made before anything starts and proved to fit. On few CPUs Ray waits for ever when train workers, teacher
+actors and the tasks that feed them together ask for more than there is; so they are given shares that add up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import stat
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydistill.config import RunConfig
+from raydistill.errors import ConfigError, DivergedError, RaydistillError, StageError
+
+# Below this share of a CPU a worker is starved rather than scheduled.
+LEAST_SHARE = 0.25
+# Keeps a laptop's memory for the networks: blocks in flight are a few megabytes.
+OBJECT_STORE_BYTES = 512 * 1024**2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Logical CPUs and GPUs of each actor, worker and task, and the threads torch may use in each."""
+
+    cpus: float
+    gpus: float
+    decode_cpus: float
+    load_cpus: float
+    teacher_actors: tuple[int, int]
+    teacher_cpus: float
+    teacher_gpus: float
+    teacher_threads: int
+    train_workers: int | tuple[int, int]  # 0: in this process
+    train_cpus: float
+    train_gpus: float
+    train_threads: int
+
+    def describe(self) -> list[str]:
+        """The plan in words, a line for each stage that uses Ray."""
+        fewest, most = self.teacher_actors
+        actors = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        share = f"{self.teacher_cpus:g} CPU" + (f" + {self.teacher_gpus:g} GPU" if self.teacher_gpus else "")
+        lines = [
+            f"machine: {self.cpus:g} CPUs, {self.gpus:g} GPUs",
+            f"prepare: decoding tasks of {self.decode_cpus:g} CPU",
+            f"teach:   {actors} teacher actor(s) of {share}, fed by loading tasks of {self.load_cpus:g} CPU",
+        ]
+        if self.train_workers == 0:
+            return [*lines, f"distill: in this process, {self.train_threads} thread(s)"]
+        gpu = f" + {self.train_gpus:g} GPU" if self.train_gpus else ""
+        workers = self.train_workers
+        count = f"{workers[0]} to {workers[1]}" if isinstance(workers, tuple) else f"{workers}"
+        return [
+            *lines,
+            f"distill: {count} worker(s) of {self.train_cpus:g} CPU{gpu}, {self.train_threads} thread(s) each",
+        ]
+
+
+def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> Plan:
+    """Shares for `cpus` logical CPUs and `gpus` GPUs; `cores` real ones decide about threads.
+
+    What runs at once: teacher actors and a loading task in `teach`; with fresh views the train workers as well. Raises
+    ConfigError with the sum where even the smallest shares do not fit.
+    """
+    workers = config.distill.num_workers
+    fewest_workers = workers[0] if isinstance(workers, tuple) else workers
+    fewest, most = config.cluster.teacher_actors
+    together = config.views.per_image == "fresh" and config.loss.needs_teacher
+    # In `teach` the train workers do not exist yet, so they take no share.
+    beside = fewest_workers if together else 0
+    share = _share(cpus, fewest + beside + 1, f"{fewest} teacher actor(s), {beside} train worker(s) and a loading task")
+    train_cpus = share if together else _share(cpus, max(fewest_workers, 1), f"{fewest_workers} train worker(s)")
+    uses_gpus = gpus > 0
+    gpu_share = 1.0
+    if uses_gpus:
+        needed = fewest + beside if together else max(fewest, fewest_workers)
+        if together and needed == 2 and gpus == 1:
+            gpu_share = 0.5  # one trainer and one teacher get along on one GPU; two trainers would not (NCCL)
+        elif gpus < needed:
+            raise ConfigError(
+                f"needs {needed} GPUs for {fewest} teacher actor(s) and {fewest_workers} train worker(s), has "
+                f"{gpus:g}; lower cluster.teacher_actors or distill.num_workers"
+            )
+        fit = gpus / gpu_share - beside
+    else:
+        fit = math.floor((cpus - share * (beside + 1)) / share + 1e-9)
+    most = max(fewest, min(most, int(fit)))
+    return Plan(
+        cpus=cpus,
+        gpus=gpus,
+        decode_cpus=min(1.0, cpus),
+        load_cpus=share,
+        teacher_actors=(fewest, most),
+        teacher_cpus=share,
+        teacher_gpus=gpu_share * uses_gpus,
+        teacher_threads=max(1, cores // (most + beside)),
+        train_workers=workers,
+        train_cpus=train_cpus,
+        train_gpus=gpu_share * (uses_gpus and fewest_workers > 0),
+        train_threads=max(1, cores // (max(fewest_workers, 1) + (fewest if together and not uses_gpus else 0))),
+    )
+
+
+def _share(cpus: float, parts: int, what: str) -> float:
+    share = min(1.0, math.floor(100 * cpus / parts) / 100)
+    if share < LEAST_SHARE:
+        raise ConfigError(
+            f"needs at least {parts * LEAST_SHARE:g} CPUs for {what}, has {cpus:g}; lower distill.num_workers or "
+            "cluster.teacher_actors, or join a larger cluster with cluster.address"
+        )
+    return share
+
+
+def local_plan(config: RunConfig) -> Plan:
+    """The plan for a cluster of this machine alone, made without starting Ray."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return plan_resources(config, float(cores), float(_local_gpus()), cores)
+
+
+def _local_gpus() -> int:
+    import torch  # the driver of a run loads it anyway; `--help` and `show` never come here
+
+    return torch.cuda.device_count()
+
+
+@contextlib.contextmanager
+def ray_cluster(config: RunConfig) -> Iterator[Plan]:
+    """Ray for the time of a `with` block: the cluster of `cluster.address`, or one of this machine.
+
+    A local one listens on the loopback dashboard only, and asks for a token. Gives the plan that fits it.
+    """
+    import ray
+
+    if ray.is_initialized():  # a cluster of the caller's, which stays
+        yield _live_plan(config)
+        return
+    # Ray's C++ layer writes to our terminal of what its Python layer raises or retries anyway.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if config.cluster.address is None:
+            plan = local_plan(config)
+            ray.init(
+                address="local",
+                num_cpus=int(plan.cpus),
+                num_gpus=int(plan.gpus),
+                dashboard_host="127.0.0.1",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        else:
+            ray.init(address=config.cluster.address, **quiet)
+            plan = _live_plan(config)
+    _protect_token()
+    configure_ray_data()
+    try:
+        yield plan
+    finally:
+        ray.shutdown()
+
+
+def _live_plan(config: RunConfig) -> Plan:
+    import ray
+
+    resources = ray.cluster_resources()
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    local_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = local_cores if len(nodes) == 1 else int(max(nodes, default=1))
+    return plan_resources(config, resources.get("CPU", 0.0), resources.get("GPU", 0.0), cores)
+
+
+def _protect_token() -> None:
+    """Ray writes the token that lets code run on this machine readable by all its users."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists():
+        token.parent.chmod(stat.S_IRWXU)
+        token.chmod(stat.S_IRUSR | stat.S_IWUSR)
+
+
+def configure_ray_data() -> None:
+    """Rows in order, one block a shard, and no bars beside ours. For each process that makes a Dataset."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = 1024**3  # a shard's rows stay in one block, so that one actor call sees them all
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a training loop: this one, or one of Ray Train's."""
+
+    rank: int
+    size: int
+    device: str
+    threads: int
+    preempted: Callable[[int], bool]  # is a node about to be taken? All workers ask at the same steps
+    stream: Any = None  # a Ray Data iterator, where the data comes through Ray
+
+
+# A training loop: the job and the worker in, the last record out.
+Loop = Callable[[Any, Worker], dict[str, float]]
+_STEPS_BETWEEN_PREEMPTION_CHECKS = 10
+
+
+def run_workers(
+    loop: Loop, job: Any, plan: Plan, storage: str, max_failures: int, stream: Callable[[], Any] | None = None
+) -> dict[str, float]:
+    """Run a loop in this process or on Ray Train workers, and give rank 0's result.
+
+    `stream()` makes the Dataset that feeds the workers; it is called anew whenever workers start. Ray Train replaces
+    lost workers; the loop resumes from its own checkpoints. Raises StageError.
+    """
+    if plan.train_workers == 0:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        shard = None if stream is None else stream().iterator()
+        return loop(job, Worker(0, 1, device, plan.train_threads, lambda step: False, shard))
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = {"CPU": plan.train_cpus} | ({"GPU": plan.train_gpus} if plan.train_gpus else {})
+    datasets: dict[str, Any] = {} if stream is None else {"train": _StreamInController(stream)}
+    trainer = TorchTrainer(
+        _worker_loop,
+        train_loop_config={"loop": loop, "job": job, "threads": plan.train_threads, "streams": stream is not None},
+        scaling_config=ScalingConfig(
+            num_workers=plan.train_workers, use_gpu=plan.train_gpus > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            # Checkpoints are the loop's own, so no run of Ray Train's is ever restored: a new name each time.
+            name=uuid.uuid4().hex,
+            storage_path=storage,
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
+        ),
+        datasets=datasets,
+        dataset_config=DataConfig(execution_options=_in_order()),
+    )
+    try:
+        result: dict[str, Any] = trainer.fit().return_value
+    except Exception as error:  # Ray wraps a worker's failure in classes of its own
+        raise StageError(f"distill: {_worker_failure(error)}") from error
+    if "error" in result:
+        raise StageError(result["error"])
+    return dict(result)
+
+
+class _StreamInController:
+    """Ray Train calls this in its controller, a process of its own, whenever it starts workers."""
+
+    def __init__(self, stream: Callable[[], Any]) -> None:
+        self._stream = stream
+
+    def __call__(self) -> Any:
+        configure_ray_data()
+        return self._stream()
+
+
+def _in_order() -> Any:
+    from ray.data import ExecutionOptions
+
+    return ExecutionOptions(preserve_order=True)
+
+
+def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs in each worker. A failure that a retry cannot mend is returned, not raised."""
+    import ray.train
+    import torch
+
+    context = ray.train.get_context()
+    preempted_before: set[str] = set()
+
+    def preempted(step: int) -> bool:
+        if step % _STEPS_BETWEEN_PREEMPTION_CHECKS:
+            return False
+        notice = ray.train.get_preemption_info()  # a barrier
+        nodes = set() if notice is None else set(notice.preempted_node_to_ranks)
+        new = nodes - preempted_before
+        preempted_before.update(nodes)
+        return bool(new)
+
+    device = str(ray.train.torch.get_device())
+    shard = ray.train.get_dataset_shard("train") if config["streams"] else None
+    size = context.get_world_size()
+    worker = Worker(context.get_world_rank(), size, device, config["threads"], preempted, shard)
+    torch.set_num_threads(config["threads"])
+    try:
+        return config["loop"](config["job"], worker)
+    except DivergedError as error:
+        return {"error": str(error)}
+    except RaydistillError as error:
+        if size > 1:  # the others wait for this one, so Ray has to end them all
+            raise
+        return {"error": str(error)}
+
+
+def _worker_failure(error: Exception) -> str:
+    """The last line of the first worker's traceback, with its rank."""
+    failures = getattr(error, "worker_failures", None) or getattr(error.__cause__, "worker_failures", None)
+    if not failures:
+        return f"Ray Train failed: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}"
+    rank, cause = next(iter(failures.items()))
+    return f"worker {rank} failed: {(str(cause).strip().splitlines() or [type(cause).__name__])[-1]}"

@@ -1,0 +1,148 @@
+"""MLflow, written by one writer: a thread of the driver, so that neither its start nor an outage holds up a run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from raydistill.config import RunConfig, to_yaml
+from raydistill.infra.artifacts import StageDirectory, workspace_root
+
+logger = logging.getLogger(__name__)
+_MOST_CHARACTERS = 500
+
+
+class Tracker:
+    """One parent run for each job, one child for each stage directory; a resumed stage goes on in its old run.
+
+    Every call returns at once. The first failure is a warning, and the rest of the run goes unrecorded.
+    """
+
+    def __init__(self, config: RunConfig, job: str) -> None:
+        self._config, self._job = config, job
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._client: Any = None
+        self._experiment = self._parent = ""
+        self._failed = not config.tracking.enabled
+        self.uri = config.tracking.uri or f"sqlite:///{workspace_root(config)}/mlflow.db"
+        if config.tracking.uri is None and "://" in workspace_root(config):
+            logger.warning("no MLflow run: SQLite needs a local workspace; set tracking.uri to a server")
+            self._failed = True
+        self._submit(self._open)
+
+    @contextlib.contextmanager
+    def stage(self, directory: StageDirectory) -> Iterator[StageRun]:
+        """A child run for the time of a stage; its status tells how the stage ended."""
+        run = StageRun(self, directory)
+        try:
+            yield run
+        except KeyboardInterrupt:
+            run.end("KILLED")
+            raise
+        except BaseException:
+            run.end("FAILED")
+            raise
+        run.end("FINISHED")
+
+    def close(self, status: str) -> None:
+        """End the parent run and wait until all is written."""
+        self._submit(lambda: self._client.set_terminated(self._parent, status))
+        self._writer.shutdown(wait=True)
+
+    def log_job(self, metrics: dict[str, float], artifacts: list[str]) -> None:
+        def write() -> None:
+            for name, value in metrics.items():
+                self._client.log_metric(self._parent, name, value)
+            for path in artifacts:
+                self._client.log_artifact(self._parent, path)
+
+        self._submit(write)
+
+    def _submit(self, call: Callable[[], None]) -> None:
+        if not self._failed:
+            self._writer.submit(self._guarded, call)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            call()
+        except Exception as error:  # MLflow, its database and its server fail in many ways; none may stop a run
+            self._failed = True
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            logger.warning("MLflow at %s failed (%s); the rest of this run goes unrecorded", self.uri, first)
+
+    def _open(self) -> None:
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # MLflow asks for git, and says so where there is none
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        import mlflow  # half a second, here in the writer's thread
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        self._client = mlflow.MlflowClient(tracking_uri=self.uri)
+        name = self._config.name
+        found = self._client.get_experiment_by_name(name)
+        self._experiment = found.experiment_id if found else self._client.create_experiment(name)
+        self._parent = self._reopen(f"tags.`raydistill.job` = '{self._job}'", {"raydistill.job": self._job}, name)
+        self._log_params(self._parent, self._config.model_dump(mode="json"))
+        self._client.log_text(self._parent, to_yaml(self._config), "config.yaml")
+
+    def _reopen(self, query: str, tags: dict[str, str], name: str) -> str:
+        """The run with these tags, made if there is none. A run that a killed driver left open is gone on with."""
+        runs = self._client.search_runs([self._experiment], query, max_results=1)
+        if runs:
+            run_id: str = runs[0].info.run_id
+            self._client.update_run(run_id, status="RUNNING")
+            return run_id
+        created: str = self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
+        return created
+
+    def _log_params(self, run_id: str, tree: dict[str, Any], prefix: str = "") -> None:
+        """Short scalars as params; one that changed since the run began becomes a tag, since params cannot change."""
+        from mlflow.exceptions import MlflowException
+
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                self._log_params(run_id, value, f"{prefix}{key}.")
+            elif len(str(value)) <= _MOST_CHARACTERS:
+                try:
+                    self._client.log_param(run_id, prefix + key, value)
+                except MlflowException:
+                    self._client.set_tag(run_id, f"changed.{prefix}{key}", value)
+
+
+class StageRun:
+    """The child run of one stage."""
+
+    def __init__(self, tracker: Tracker, directory: StageDirectory) -> None:
+        self._tracker, self._directory = tracker, directory
+        self._run = ""
+        tracker._submit(self._start)
+
+    def _start(self) -> None:
+        tracker, name = self._tracker, self._directory.name
+        query = f"tags.`raydistill.stage` = '{name}' and tags.`mlflow.parentRunId` = '{tracker._parent}'"
+        tags = {"raydistill.stage": name, "mlflow.parentRunId": tracker._parent}
+        self._run = tracker._reopen(query, tags, name)
+
+    def log(self, metrics: dict[str, float], step: int = 0) -> None:
+        """Metrics at a step; writing a step twice, as a resumed epoch does, is no harm."""
+        now = int(time.time() * 1000)
+
+        def write() -> None:
+            from mlflow.entities import Metric
+
+            values = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+            self._tracker._client.log_batch(self._run, metrics=values)
+
+        self._tracker._submit(write)
+
+    def end(self, status: str) -> None:
+        def write() -> None:
+            self._tracker._client.set_terminated(self._run, status)
+
+        self._tracker._submit(write)

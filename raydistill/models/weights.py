@@ -1,0 +1,136 @@
+"""Finding models and their weights by name, and refusing weights that do not fit: nothing is ever silently random."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from raydistill.errors import ConfigError
+from raydistill.examples import weights_path
+
+
+def teacher_kind(model: str) -> tuple[Literal["timm", "transformers"], str]:
+    """Which library a teacher's name belongs to, and the name without the prefix."""
+    prefix, colon, name = model.partition(":")
+    if colon and prefix == "timm":
+        return "timm", check_timm_name(model, "teacher.model")
+    if colon and prefix == "hf":
+        return "transformers", name
+    if colon and prefix == "example":
+        return "transformers", str(weights_path(name))
+    settings = Path(model) / "config.json"
+    if not settings.is_file():
+        raise ConfigError(f"teacher.model={model}: use timm:NAME, hf:NAME, or a folder with a config.json in it")
+    if "architecture" in json.loads(settings.read_text()):
+        return "timm", f"local-dir:{Path(model).absolute()}"
+    return "transformers", model
+
+
+def check_timm_name(model: str, key: str) -> str:
+    """The name without `timm:`. Raises ConfigError with the nearest names where timm has no such model."""
+    prefix, colon, name = model.partition(":")
+    if not colon or prefix != "timm":
+        raise ConfigError(f"{key}={model}: use timm:NAME")
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return name
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join('timm:' + n for n in near)}?" if near else "timm.list_models() lists them"
+        raise ConfigError(f"{key}={model}: timm has no model of this name; {hint}")
+    return name
+
+
+def load_timm_weights(
+    name: str, weights: str | None, revision: str | None, section: str, num_classes: int | None = None, **extra: Any
+) -> nn.Module:
+    """A timm model with trained weights: those of its name, or a state dict.
+
+    With `num_classes` the classifier is made anew for that many; without, it is the checkpoint's own.
+    Raises ConfigError.
+    """
+    if weights is None:
+        if revision is not None:
+            name = f"{name}@{revision}"
+        options = extra if num_classes is None else {"num_classes": num_classes, **extra}
+        try:
+            return timm.create_model(name, pretrained=True, **options)
+        except Exception as error:  # hub, network and timm raise each their own kind
+            raise ConfigError(
+                f"{section}: no weights for {name} could be had ({_first_line(error)}); "
+                f"set {section}.weights to a local .safetensors or .pth file"
+            ) from None
+    state = read_state_dict(weights, f"{section}.weights")
+    template = timm.create_model(name, pretrained=False, num_classes=0, **extra)
+    classifier = template.default_cfg.get("classifier", "classifier")
+    bias = state.get(f"{classifier}.bias", state.get(f"{classifier}.weight"))
+    if num_classes is None:
+        network = timm.create_model(name, pretrained=False, num_classes=0 if bias is None else len(bias), **extra)
+    else:
+        network = timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
+        fresh = network.state_dict()
+        state = {key: fresh[key] if key.startswith(f"{classifier}.") else value for key, value in state.items()}
+        state |= {key: value for key, value in fresh.items() if key.startswith(f"{classifier}.")}
+    _load_strictly(network, state, f"{section}.weights={weights}", name)
+    return network
+
+
+def read_state_dict(weights: str, key: str) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors file or of a torch file; a pickle that holds anything else is refused unopened."""
+    path = weights_path(weights.removeprefix("example:")) if weights.startswith("example:") else Path(weights)
+    if not path.is_file():
+        raise ConfigError(f"{key}={weights}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ConfigError(f"{key}={weights}: not a plain file of tensors ({_first_line(error)})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConfigError(f"{key}={weights}: not a state dict (a mapping from names to tensors)")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def resolve_hf_folder(name: str, revision: str | None) -> str:
+    """A local folder of a transformers checkpoint: the folder itself, or the hub's, fetched into its cache."""
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ConfigError(f"teacher.model={name}: the folder has no config.json, so it is no transformers model")
+        return name
+    from huggingface_hub import snapshot_download  # brings half of requests along: only where a hub is asked
+
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+    except Exception as error:  # network, name and permission errors come from three libraries
+        raise ConfigError(
+            f"teacher.model=hf:{name}: could not be fetched ({_first_line(error)}); "
+            "check the name, or give a local folder"
+        ) from None
+
+
+def _load_strictly(network: nn.Module, state: dict[str, torch.Tensor], what: str, name: str) -> None:
+    expected = network.state_dict()
+    problems = []
+    for title, keys in (
+        ("missing", expected.keys() - state.keys()),
+        ("unexpected", state.keys() - expected.keys()),
+        ("of another shape", {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape}),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} {title} ({', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''})")
+    if problems:
+        raise ConfigError(f"{what} does not fit timm:{name}: {'; '.join(problems)}")
+    network.load_state_dict(state, strict=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,157 @@
+"""adapt: the teacher's head for this task, and how good the teacher is at it before it teaches anything.
+
+Shapes: N rows, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from safetensors.numpy import load, save
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.preprocessing import StandardScaler
+
+from raydistill.config import RunConfig
+from raydistill.data.sample import SampleSet
+from raydistill.data.targets import labels_of, read_bytes, read_samples, read_targets
+from raydistill.errors import ConfigError
+from raydistill.infra.artifacts import StageDirectory
+from raydistill.infra.cluster import Plan
+from raydistill.infra.progress import Progress
+from raydistill.models.teacher import LinearHead, load_teacher, match_native_head
+from raydistill.stages.teach import write_features
+
+# Inverse strengths of the L2 penalty that are tried, from a prior that outweighs the data to hardly any.
+INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
+_HEAD_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class AdaptedTeacher:
+    """What `adapt` leaves behind. `l2` is the chosen strength of the linear probe's penalty, None for a native head;
+    accuracies are shares, None where the split is empty."""
+
+    path: str
+    features: str
+    val_accuracy: float | None
+    chance: float
+    l2: float | None
+    num_train: int
+
+
+def write_plain_features(
+    config: RunConfig, samples: SampleSet, directory: StageDirectory, plan: Plan, progress: Progress
+) -> None:
+    """The teacher's features of every labelled image as it is, without augmentation."""
+    directory.begin()
+    splits = [split for split in ("val", "test", "train") if samples.shards[split]]
+    width = write_features(config, samples, splits, 0, directory, plan, progress, "adapt")
+    directory.finish({"path": directory.path, "num_features": width})
+
+
+def adapt_teacher(
+    config: RunConfig, samples: SampleSet, features: StageDirectory, directory: StageDirectory
+) -> AdaptedTeacher:
+    """Fit or match the head on the cached features and measure it on val.
+
+    Raises ConfigError: classes that the native head does not know; a teacher hardly better than guessing.
+    """
+    assert config.teacher is not None
+    directory.begin()
+    train, val = (split_features(samples, features.path, split) for split in ("train", "val"))
+    l2 = None
+    if config.teacher.head == "native":
+        _, native, names = load_teacher(config.teacher)
+        head = match_native_head(native, names, samples.classes)
+    else:
+        head, l2 = fit_linear_probe(train, val, len(samples.classes), config.teacher.class_balanced)
+    val_features, val_labels = val
+    accuracy = float((head.logits(val_features).argmax(1) == val_labels).mean()) if len(val_labels) else None
+    chance = float(np.bincount(val_labels).max() / len(val_labels)) if len(val_labels) else 1 / len(samples.classes)
+    if accuracy is not None and accuracy < near_chance(chance) and not config.teacher.allow_near_chance:
+        raise ConfigError(
+            f"teacher.model={config.teacher.model} has a val accuracy of {accuracy:.3f}, hardly above the {chance:.3f} "
+            "of always naming the commonest class, so it has nothing to teach here; choose another teacher, head or "
+            "size, or set teacher.allow_near_chance=true to go on"
+        )
+    directory.write(_HEAD_FILE, encode_head(head))
+    result = AdaptedTeacher(directory.path, features.path, accuracy, chance, l2, len(train[1]))
+    directory.finish(asdict(result))
+    return result
+
+
+def encode_head(head: LinearHead) -> bytes:
+    """safetensors bytes. The library writes an array's memory as it lies, so it has to lie row by row."""
+    return save({"weight": np.ascontiguousarray(head.weight_CD), "bias": np.ascontiguousarray(head.bias_C)})
+
+
+def load_head(path: str) -> LinearHead:
+    """The head that `adapt` wrote."""
+    tensors = load(read_bytes(f"{path}/{_HEAD_FILE}"))
+    return LinearHead(tensors["weight"], tensors["bias"])
+
+
+def near_chance(chance: float) -> float:
+    """The val accuracy below which a teacher counts as guessing: a tenth of the way from chance to perfect."""
+    return chance + 0.1 * (1 - chance)
+
+
+def split_features(samples: SampleSet, path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(N, D) float32 features and (N,) labels of the labelled rows of a split, in its order."""
+    features, labels = [], []
+    for shard in range(len(samples.shards[split])):
+        table = read_samples(samples, split, shard)
+        table = table.filter(table["label"].is_valid())
+        if table.num_rows:
+            features_1RD = read_targets(path, split, shard, table["sample_id"].to_pylist())
+            features.append(features_1RD[0].astype(np.float32))
+            labels.append(labels_of(table))
+    if not features:
+        return np.empty((0, 0), np.float32), np.empty(0, np.int64)
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def fit_linear_probe(
+    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], num_classes: int, class_balanced: bool
+) -> tuple[LinearHead, float]:
+    """Multinomial logistic regression by L-BFGS: convex, so the same for every run. The L2 strength is that of the best
+    val accuracy, the lower val cross-entropy among equals; the middle one where there is no val. Returns it too."""
+    (train_ND, train_labels), (val_ND, val_labels) = train, val
+    scaler = StandardScaler().fit(train_ND)
+    scaled_ND = scaler.transform(train_ND)
+    strengths: Sequence[float] = INVERSE_STRENGTHS if len(val_labels) else (1e-2,)
+    best: tuple[tuple[float, float], LogisticRegression] | None = None
+    for strength in strengths:
+        probe = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced" if class_balanced else None)
+        with warnings.catch_warnings():  # the weakest penalties on separable features have their optimum far out
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            probe.fit(scaled_ND, train_labels)
+        score = (0.0, 0.0)
+        if len(val_labels):
+            likely_NC = probe.predict_proba(scaler.transform(val_ND))
+            accuracy = float((probe.classes_[likely_NC.argmax(1)] == val_labels).mean())
+            score = (
+                accuracy,
+                -float(log_loss(val_labels, _all_classes(likely_NC, probe, num_classes), labels=range(num_classes))),
+            )
+        if best is None or score > best[0]:
+            best = (score, probe)
+    assert best is not None
+    probe = best[1]
+    weight_CD = probe.coef_ if len(probe.coef_) > 1 else np.concatenate([-probe.coef_ / 2, probe.coef_ / 2])
+    bias_C = probe.intercept_ if len(probe.coef_) > 1 else np.concatenate([-probe.intercept_ / 2, probe.intercept_ / 2])
+    # Fold the scaling into the head: logits = W ((f - mean) / scale) + b.
+    weight_CD = weight_CD / scaler.scale_
+    bias_C = bias_C - weight_CD @ scaler.mean_
+    return LinearHead(weight_CD.astype(np.float32), bias_C.astype(np.float32)), 1 / probe.C
+
+
+def _all_classes(likely_NK: np.ndarray, probe: LogisticRegression, num_classes: int) -> np.ndarray:
+    """Probabilities with a column for every class; every class has a labelled train image, so none is lacking."""
+    assert list(probe.classes_) == list(range(num_classes)), "prepare leaves no class without a labelled train image"
+    return np.clip(likely_NK, 1e-7, 1)

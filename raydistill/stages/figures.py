@@ -1,0 +1,110 @@
+"""The pictures of `evaluate`, as PNG bytes. Colours are of the Okabe-Ito set, told apart by the colour-blind.
+
+Shapes: N images, C classes.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.metrics import confusion_matrix
+
+STUDENT, TEACHER, OTHERS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLOURS = {"student": STUDENT, "teacher": TEACHER}
+_MOST_NAMED_CLASSES = 40
+
+
+def curves_figure(epochs: list[dict[str, float]]) -> bytes:
+    """Every loss term and the val accuracy by epoch."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    at = [e["epoch"] for e in epochs]
+    plain = {"epoch", "step", "images_per_second", "learning_rate", "val_accuracy", "loss"}
+    terms = sorted({name for e in epochs for name in e} - plain)
+    for colour, name in zip((STUDENT, *OTHERS), ["loss", *terms], strict=False):
+        left.plot(at, [e.get(name, np.nan) for e in epochs], label=name, color=colour)
+    left.set(xlabel="epoch", title="Loss and its terms on train")
+    left.legend(fontsize=8)
+    measured = [(e["epoch"], e["val_accuracy"]) for e in epochs if "val_accuracy" in e]
+    if measured:
+        right.plot(*zip(*measured, strict=True), marker="o", markersize=3, color=STUDENT)
+    right.set(xlabel="epoch", ylabel="accuracy", title="Student on val")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def confusion_figure(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ...], split: str) -> bytes:
+    """Rows are the true classes; each row sums to 1."""
+    counts = confusion_matrix(labels_N, logits_NC.argmax(1), labels=range(len(classes)))
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = min(max(4.0, 0.45 * len(classes) + 2), 14)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
+    if len(classes) <= _MOST_NAMED_CLASSES:
+        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    if len(classes) <= 15:
+        for row, column in np.ndindex(*counts.shape):
+            if counts[row, column]:
+                dark = shares[row, column] > 0.5
+                axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8,
+                          color="white" if dark else "black")  # fmt: skip
+    axes.set(xlabel="predicted", ylabel="true", title=f"Student on {split}: {len(labels_N)} images")
+    return _png(figure)
+
+
+def reliability_figure(logits: dict[str, np.ndarray], labels_N: np.ndarray, bins: int, split: str) -> bytes:
+    """How often each network is right when it says how sure it is. Bins with fewer than 5 images are left out."""
+    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--", label="perfectly calibrated")
+    for who, logits_NC in logits.items():
+        shifted = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
+        sure_N = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
+        right_N = logits_NC.argmax(1) == labels_N
+        bin_N = np.minimum((sure_N * bins).astype(int), bins - 1)
+        points = [
+            (sure_N[bin_N == b].mean(), right_N[bin_N == b].mean()) for b in range(bins) if (bin_N == b).sum() >= 5
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=who, color=_COLOURS[who])
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=f"Reliability on {split}")
+    axes.legend(fontsize=8, loc="upper left")
+    axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def per_class_figure(
+    logits: dict[str, np.ndarray], labels_N: np.ndarray, classes: tuple[str, ...], split: str
+) -> bytes:
+    """Recall of each class, the student's worst first, the teacher's as a mark beside it."""
+    recalls: dict[str, Any] = {
+        who: np.array([(v.argmax(1)[labels_N == k] == k).mean() if (labels_N == k).any() else np.nan
+                       for k in range(len(classes))])
+        for who, v in logits.items()
+    }  # fmt: skip
+    order = np.argsort(recalls["student"])[:_MOST_NAMED_CLASSES]
+    figure = Figure(figsize=(6.4, min(max(2.4, 0.3 * len(order) + 1.2), 14)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(order)), recalls["student"][order], color=STUDENT, label="student")
+    if "teacher" in recalls:
+        axes.plot(recalls["teacher"][order], range(len(order)), "D", color=TEACHER, markersize=5, label="teacher")
+    names = [f"{classes[k]} ({int((labels_N == k).sum())})" for k in order]
+    axes.set_yticks(range(len(order)), names, fontsize=8)
+    axes.invert_yaxis()
+    more = f", worst {len(order)} of {len(classes)} classes" if len(order) < len(classes) else ""
+    axes.set(xlim=(0, 1), xlabel="recall", title=f"By class on {split} (images){more}")
+    axes.legend(fontsize=8, loc="lower right")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=130)
+    return sink.getvalue()

@@ -1,0 +1,293 @@
+"""prepare: every usable image, upright RGB, content-addressed, split and permuted, in parquet shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from fsspec.core import url_to_fs
+from pyarrow import parquet as pq
+
+from raydistill.config import Images, RunConfig
+from raydistill.data.decode import decode, encode
+from raydistill.data.images import Entry, Listing, read_bytes_of
+from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
+from raydistill.errors import DataError
+from raydistill.infra.artifacts import StageDirectory
+from raydistill.infra.cluster import Plan
+from raydistill.infra.progress import Progress
+
+_FILES_PER_TASK = 32
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What is known of an entry once it is decoded: its id, or the reason why there is none."""
+
+    entry: Entry
+    id: str
+    reason: str
+
+
+def prepare_samples(
+    config: RunConfig, listing: Listing, directory: StageDirectory, plan: Plan, progress: Progress
+) -> SampleSet:
+    """Decode, drop duplicates, split, permute, write shards. Refused files are listed in `refused.json`.
+
+    Raises DataError: too many bad files, or a class without a single good train image.
+    """
+    directory.begin()
+    chunks = [{"chunk": json.dumps(chunk)} for chunk in _chunks(listing.entries)]
+    decoded = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
+        _DecodeChunk(config.images), batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
+    )
+    blocks, known = [], []
+    with progress.task("prepare", len(listing.entries), "images") as advance:
+        for block in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for index, identity, reason in zip(
+                block["index"].to_pylist(), block["sample_id"].to_pylist(), block["reason"].to_pylist(), strict=True
+            ):
+                known.append(_Decoded(listing.entries[index], identity, reason))
+            blocks.append(ray.put(block.select(["index", "image"])))  # spills to disk where memory is short
+            advance(len(block))
+    known.sort(key=lambda d: (d.entry.path, d.entry.row or 0))
+    _refuse_too_many_bad(config.images, known)
+    kept, refused = _without_duplicates(known)
+    splits = _split(config, listing, kept)
+    labelled = _labelled(config, listing, splits["train"])
+    _check_train(config.images, listing, splits["train"])
+    result = _write(config, listing, directory, splits, labelled, blocks, len(refused))
+    directory.write_json("refused.json", refused)
+    directory.finish(dataclasses.asdict(result))
+    return result
+
+
+def _chunks(entries: Sequence[Entry]) -> Iterator[list[tuple[int, str, int | None]]]:
+    chunk: list[tuple[int, str, int | None]] = []
+    for index, entry in enumerate(entries):
+        if len(chunk) == _FILES_PER_TASK or (chunk and entry.row is not None and chunk[0][1] != entry.path):
+            yield chunk
+            chunk = []
+        chunk.append((index, entry.path, entry.row))
+    yield chunk
+
+
+class _DecodeChunk:
+    """One Ray Data task: some files in, a row for each out, so that a bad one takes nothing along."""
+
+    def __init__(self, images: Images) -> None:
+        self._images = images
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        rows = [self._row(*item) for item in _read_chunk(json.loads(str(batch["chunk"][0])))]
+        columns = {"index": pa.int64(), "sample_id": pa.string(), "image": pa.binary(), "reason": pa.string()}
+        return pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items())))
+
+    def _row(self, index: int, data: bytes | None, reason: str) -> dict[str, Any]:
+        images, identity, image = self._images, "", b""
+        if data is not None:
+            try:
+                image = encode(decode(data, images.size, images.fit, images.max_pixels))
+                identity = sample_id(data)
+            except DataError as error:
+                reason = str(error)
+        return {"index": index, "sample_id": identity, "image": image, "reason": reason}
+
+
+def _read_chunk(chunk: list[tuple[int, str, int | None]]) -> Iterator[tuple[int, bytes | None, str]]:
+    if chunk[0][2] is not None:
+        yield from _read_parquet_rows(chunk)
+        return
+    for index, path, row in chunk:
+        try:
+            yield index, read_bytes_of(Entry(path, None, None, row)), ""
+        except OSError as error:
+            yield index, None, f"cannot be read: {error.strerror or error}"
+
+
+def _read_parquet_rows(chunk: list[tuple[int, str, int | None]]) -> Iterator[tuple[int, bytes | None, str]]:
+    """Neighbouring rows of one file: only the row groups that hold them are read."""
+    fs, path = url_to_fs(chunk[0][1])
+    wanted = {row: index for index, _, row in chunk}
+    with fs.open(path, "rb") as handle:
+        file = pq.ParquetFile(handle)
+        first = 0
+        for group in range(file.num_row_groups):
+            length = file.metadata.row_group(group).num_rows
+            inside = [row for row in wanted if row is not None and first <= row < first + length]
+            if inside:
+                column = file.read_row_group(group, columns=["image"])["image"]
+                for row in inside:
+                    value = column[row - first].as_py()
+                    data = value.get("bytes") if isinstance(value, dict) else value
+                    yield wanted[row], data, "" if data is not None else "no image in this row"
+            first += length
+
+
+def _refuse_too_many_bad(images: Images, known: list[_Decoded]) -> None:
+    bad = [d for d in known if d.reason]
+    if len(bad) > images.max_bad_share * len(known):
+        some = "; ".join(f"{_name(d.entry)}: {d.reason}" for d in bad[:5])
+        raise DataError(
+            f"{len(bad)} of {len(known)} images cannot be used, above images.max_bad_share={images.max_bad_share}: "
+            f"{some}{' …' if len(bad) > 5 else ''}"
+        )
+
+
+def _name(entry: Entry) -> str:
+    return entry.path if entry.row is None else f"{entry.path} row {entry.row}"
+
+
+def _without_duplicates(known: list[_Decoded]) -> tuple[list[_Decoded], list[dict[str, str]]]:
+    """One entry for each distinct file. Of copies the test split's stays, then val's, then a labelled one; an image
+    under two labels belongs to neither."""
+    refused = [{"path": _name(d.entry), "reason": d.reason} for d in known if d.reason]
+    copies: dict[str, list[_Decoded]] = defaultdict(list)
+    for d in known:
+        if not d.reason:
+            copies[d.id].append(d)
+    kept = []
+    for group in copies.values():
+        labels = sorted({d.entry.label for d in group if d.entry.label})
+        if len(labels) > 1:
+            reason = f"the same file stands under {len(labels)} labels: {', '.join(labels)}"
+            refused += [{"path": _name(d.entry), "reason": reason} for d in group]
+            continue
+        order = {"test": 0, "val": 1}
+        first, *others = sorted(group, key=lambda d: (order.get(d.entry.split or "", 2), d.entry.label is None))
+        kept.append(first)
+        refused += [{"path": _name(d.entry), "reason": f"a copy of {_name(first.entry)}"} for d in others]
+    return kept, refused
+
+
+def _split(config: RunConfig, listing: Listing, kept: list[_Decoded]) -> dict[str, list[_Decoded]]:
+    """The splits that the data names; of classes without a named one, seeded shares drawn by content."""
+    splits: dict[str, list[_Decoded]] = {split: [] for split in SPLITS}
+    to_share: dict[str, list[_Decoded]] = defaultdict(list)
+    has_val, has_test = listing.has_split("val"), listing.has_split("test")
+    for d in kept:
+        if d.entry.label and (d.entry.split is None or (d.entry.split == "train" and not has_val)):
+            to_share[d.entry.label].append(d)
+        else:
+            splits[d.entry.split or "train"].append(d)
+    # A test split is drawn only where the data names none at all.
+    test_share = 0.0 if has_val or has_test else config.images.test_share
+    val_share = 0.0 if has_val else config.images.val_share
+    for group in to_share.values():
+        group.sort(key=lambda d: seeded_rank(config.seed, "split", d.id))
+        num_test = _share_of(len(group), test_share, spare=2 if val_share else 1)
+        num_val = _share_of(len(group) - num_test, val_share, spare=1)
+        splits["test"] += group[:num_test]
+        splits["val"] += group[num_test : num_test + num_val]
+        splits["train"] += group[num_test + num_val :]
+    for rows in splits.values():
+        rows.sort(key=lambda d: seeded_rank(config.seed, "order", d.id))
+    return splits
+
+
+def _share_of(count: int, share: float, spare: int) -> int:
+    """At least one where a share is asked for, while `spare` images are left over."""
+    return min(max(round(count * share), 1), max(count - spare, 0)) if share else 0
+
+
+def _labelled(config: RunConfig, listing: Listing, train: list[_Decoded]) -> set[str]:
+    """Ids of train samples that keep their label: all, or `images.num_labelled` of them, each class in proportion."""
+    by_class: dict[str, list[str]] = {name: [] for name in listing.classes}
+    for d in train:
+        if d.entry.label:
+            by_class[d.entry.label].append(d.id)
+    wanted, total = config.images.num_labelled, sum(map(len, by_class.values()))
+    if wanted is None or wanted >= total:
+        return {i for ids in by_class.values() for i in ids}
+    if wanted < len(by_class):
+        raise DataError(
+            f"images.num_labelled={wanted} is fewer than the {len(by_class)} classes; give each at least one"
+        )
+    exact = {name: max(1.0, wanted * len(ids) / total) for name, ids in by_class.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    # Largest remainders first, until the number is met; then, if the minimum of one overshot it, largest classes first.
+    order = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for step in range(wanted - sum(counts.values())):
+        counts[order[step % len(order)]] += 1
+    for _ in range(sum(counts.values()) - wanted):
+        counts[max(counts, key=lambda name: counts[name])] -= 1
+    ranked = {n: sorted(ids, key=lambda i: seeded_rank(config.seed, "label", i)) for n, ids in by_class.items()}
+    return {i for name, ids in ranked.items() for i in ids[: counts[name]]}
+
+
+def _check_train(images: Images, listing: Listing, train: list[_Decoded]) -> None:
+    counts = Counter(d.entry.label for d in train)
+    if lacking := [name for name in listing.classes if not counts[name]]:
+        raise DataError(
+            f"no usable train image is left of {', '.join(map(repr, lacking[:5]))} after bad files and duplicates; "
+            "add some, or take the class out of the data"
+        )
+
+
+def _write(
+    config: RunConfig,
+    listing: Listing,
+    directory: StageDirectory,
+    splits: dict[str, list[_Decoded]],
+    labelled: set[str],
+    blocks: list[Any],
+    num_refused: int,
+) -> SampleSet:
+    """Sort the decoded images into place with Ray Data and write them shard by shard."""
+    index_of = {name: number for number, name in enumerate(listing.classes)}
+    entry_index = {(e.path, e.row): number for number, e in enumerate(listing.entries)}
+    size = config.images.shard_size
+    rows, names = [], []
+    for split, members in splits.items():
+        for first in range(0, len(members), size):
+            names.append((shard_name(split, first // size), len(members[first : first + size])))
+        for d in members:
+            keeps = d.entry.label and (split != "train" or d.id in labelled)
+            label = index_of[d.entry.label] if keeps and d.entry.label else None
+            rows.append((entry_index[d.entry.path, d.entry.row], d.id, label, split))
+    facts = pa.table(
+        {
+            "position": pa.array(range(len(rows)), pa.int64()),
+            "sample_id": [r[1] for r in rows],
+            "label": pa.array([r[2] for r in rows], pa.int32()),
+            "source": ["real"] * len(rows),
+            "split": [r[3] for r in rows],
+        }
+    )
+    fact_of_entry = np.full(len(listing.entries), -1)
+    fact_of_entry[[r[0] for r in rows]] = np.arange(len(rows))
+    shared = ray.put((facts, fact_of_entry))
+
+    def place(block: pa.Table) -> pa.Table:
+        facts, fact_of_entry = ray.get(shared)
+        places = fact_of_entry[block["index"].to_numpy()]
+        return facts.take(places[places >= 0]).append_column("image", block["image"].filter(pa.array(places >= 0)))
+
+    placed = ray.data.from_arrow_refs(blocks).map_batches(place, batch_size=None, batch_format="pyarrow")
+    buffer: pa.Table | None = None
+    pending = iter(names)
+    expected = next(pending, None)
+    for block in placed.sort("position").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        buffer = block if buffer is None else pa.concat_tables([buffer, block])
+        while expected and buffer.num_rows >= expected[1]:
+            directory.write(f"{expected[0]}.parquet", encode_shard(buffer.slice(0, expected[1])))
+            buffer, expected = buffer.slice(expected[1]), next(pending, None)
+    assert expected is None, "every shard is written"
+    assert buffer is None or buffer.num_rows == 0, "every sample reaches a shard"
+    digests = {s: _digest([d.id for d in members]) for s, members in splits.items()}
+    shards = {split: tuple(count for name, count in names if name.startswith(f"{split}-")) for split in SPLITS}
+    counts = {s: sum(r[2] is not None for r in rows if r[3] == s) for s in SPLITS}
+    labels = _digest([listing.classes, *((r[1], r[2]) for r in rows)])
+    return SampleSet(directory.path, listing.classes, config.images.size, shards, counts, num_refused, digests, labels)
+
+
+def _digest(values: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]

@@ -1,0 +1,221 @@
+"""teach: the teacher's features of every view, in shards that line up with the sample shards.
+
+Shapes: R rows of a shard, K views, H working pixels, P parameters of a view, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+from safetensors.numpy import load
+
+from raydistill.config import RunConfig, Teacher, Views
+from raydistill.data.decode import pixels
+from raydistill.data.sample import SampleSet, shard_name
+from raydistill.data.targets import UNLABELLED, encode_targets, read_labels, read_samples
+from raydistill.data.views import WHOLE_IMAGE, render, view_parameters
+from raydistill.errors import StageError
+from raydistill.infra.artifacts import StageDirectory, write_bytes
+from raydistill.infra.cluster import Plan
+from raydistill.infra.progress import Progress
+from raydistill.models.teacher import load_teacher
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """What `teach` leaves behind."""
+
+    path: str
+    num_images: int
+    num_views: int
+    num_features: int
+
+
+def stream_soft_targets(
+    config: RunConfig, samples: SampleSet, directory: StageDirectory, plan: Plan, progress: Progress
+) -> SoftTargets:
+    """Run every stored view of the train split through the teacher pool; shards that exist are not made again."""
+    assert config.views.per_image != "fresh", "fresh views are not stored"
+    directory.begin()
+    views = config.views.per_image
+    width = write_features(config, samples, ("train",), views, directory, plan, progress, "teach")
+    result = SoftTargets(directory.path, samples.num_rows("train"), views, width)
+    directory.finish(asdict(result))
+    return result
+
+
+def write_features(
+    config: RunConfig,
+    samples: SampleSet,
+    splits: Sequence[str],
+    num_views: int,
+    directory: StageDirectory,
+    plan: Plan,
+    progress: Progress,
+    title: str,
+) -> int:
+    """Features of `num_views` random views of every row or, with 0, of the whole image of the labelled rows; a file for
+    each sample shard.
+
+    One Ray Data row is one shard: a task reads and decodes it, an actor of the pool renders, infers and commits the
+    file by rename. So a lost actor or node costs its open shards, and a later run makes only what is missing.
+    Returns D.
+    """
+    rows = {name: count for name, count in _rows_to_do(samples, splits, labelled_only=num_views == 0).items() if count}
+    missing = [n for n in rows if not directory.fs.exists(f"{directory.path}/{shard_name(*n)}.safetensors")]
+    each = max(num_views, 1)
+    total, todo = sum(rows.values()) * each, sum(rows[name] for name in missing) * each
+    with progress.task(title, total, "views", done=total - todo) as advance:
+        for written in _pool(config, samples, missing, num_views, directory.path, plan) if missing else ():
+            advance(int(written["views"]))
+    first = shard_name(*next(iter(rows)))
+    width: int = load(directory.fs.cat_file(f"{directory.path}/{first}.safetensors"))["features"].shape[2]
+    return width
+
+
+def _rows_to_do(samples: SampleSet, splits: Sequence[str], labelled_only: bool) -> dict[tuple[str, int], int]:
+    names = [(split, k) for split in splits for k in range(len(samples.shards[split]))]
+    if not labelled_only:
+        return {(split, k): samples.shards[split][k] for split, k in names}
+    return {(split, k): int((read_labels(samples, split, k) != UNLABELLED).sum()) for split, k in names}
+
+
+def _pool(
+    config: RunConfig, samples: SampleSet, shards: list[tuple[str, int]], num_views: int, path: str, plan: Plan
+) -> Iterator[dict[str, Any]]:
+    """What each actor call wrote, as the shards are finished."""
+    assert config.teacher is not None
+    dataset = ray.data.from_items([{"split": s, "shard": k} for s, k in shards], override_num_blocks=len(shards))
+    shards_read = dataset.map_batches(
+        _LoadShard(samples, config.views, config.seed, num_views),
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=plan.load_cpus,
+    )
+    written = shards_read.map_batches(
+        ShardTeacher,
+        fn_constructor_kwargs={"teacher": config.teacher, "threads": plan.teacher_threads, "path": path},
+        batch_size=1,
+        batch_format="numpy",
+        **_actors(plan, len(shards)),
+    )
+    return iter(written.iter_rows())
+
+
+def _actors(plan: Plan, most_useful: int) -> dict[str, Any]:
+    fewest, most = plan.teacher_actors
+    most = max(min(most, most_useful), 1)
+    pool = ActorPoolStrategy(min_size=min(fewest, most), max_size=most)
+    return {"compute": pool, "num_cpus": plan.teacher_cpus, "num_gpus": plan.teacher_gpus or None}
+
+
+class _LoadShard:
+    """A Ray Data task: one sample shard, read and decoded, with the parameters of its views; one row out."""
+
+    def __init__(self, samples: SampleSet, views: Views, seed: int, num_views: int) -> None:
+        self._samples, self._views, self._seed, self._num_views = samples, views, seed, num_views
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        split, shard = str(batch["split"][0]), int(batch["shard"][0])
+        table = read_samples(self._samples, split, shard)
+        if not self._num_views:
+            table = table.filter(table["label"].is_valid())
+        ids = table["sample_id"].to_pylist()
+        if self._num_views:
+            each = [view_parameters(self._views, self._seed, ids, [v] * len(ids)) for v in range(self._num_views)]
+            parameters_KRP = np.stack(each)
+        else:
+            parameters_KRP = np.tile(WHOLE_IMAGE, (1, len(ids), 1))
+        images_RHHC = np.stack([pixels(image) for image in table["image"].to_pylist()])
+        return {
+            "shard": np.array([shard_name(split, shard)]),
+            "sample_ids": np.array([" ".join(ids)]),
+            "images": images_RHHC[None],
+            "parameters": parameters_KRP[None],
+        }
+
+
+class TeacherActor:
+    """Holds the teacher for as long as the pool lives."""
+
+    def __init__(self, teacher: Teacher, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._backbone, _, _ = load_teacher(teacher)
+        self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+        self._backbone.to(self._device)
+        self._batch_size = teacher.batch_size
+
+    def features(self, images_RHHC: np.ndarray, parameters_RP: np.ndarray) -> np.ndarray:
+        """(R, D) float16 features of one view of each image."""
+        parts = []
+        for first in range(0, len(images_RHHC), self._batch_size):
+            rows = slice(first, first + self._batch_size)
+            images = torch.from_numpy(np.array(images_RHHC[rows])).to(
+                self._device
+            )  # a copy: Ray's blocks are read-only
+            views = render(images, torch.from_numpy(np.array(parameters_RP[rows])), self._backbone.preprocessing)
+            parts.append(self._backbone(views).half().cpu().numpy())
+        return np.concatenate(parts)
+
+
+class ShardTeacher(TeacherActor):
+    """Makes one target shard a call, which may run twice: the second writes the same bytes under the same name."""
+
+    def __init__(self, teacher: Teacher, threads: int, path: str) -> None:
+        super().__init__(teacher, threads)
+        self._path = path
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        name, ids = str(batch["shard"][0]), str(batch["sample_ids"][0]).split()
+        images_RHHC, parameters_KRP = batch["images"][0], batch["parameters"][0]
+        features_KRD = np.stack([self.features(images_RHHC, parameters_RP) for parameters_RP in parameters_KRP])
+        refuse_not_finite(features_KRD, ids)
+        write_bytes(f"{self._path}/{name}.safetensors", encode_targets(ids, features_KRD))
+        return {"views": np.array([features_KRD.shape[0] * features_KRD.shape[1]])}
+
+
+def fresh_views(
+    teacher: Teacher,
+    gather: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+    units: list[dict[str, int]],
+    plan: Plan,
+) -> ray.data.Dataset:
+    """The online path: rows of new views with the teacher's features beside them, in the order of `units`, as one long
+    execution in which the teacher actors start once. `gather` turns a unit into its rows."""
+    rows = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        gather, batch_size=1, batch_format="numpy", num_cpus=plan.load_cpus
+    )
+    return rows.map_batches(
+        StreamTeacher,
+        fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads},
+        batch_size=teacher.batch_size,
+        batch_format="numpy",
+        **_actors(plan, len(units)),
+    )
+
+
+class StreamTeacher(TeacherActor):
+    """Adds the teacher's features to rows on their way to the trainers."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        features_RD = self.features(batch["image"], batch["parameters"])
+        refuse_not_finite(features_RD[None], batch["sample_id"].tolist())
+        return {**batch, "features": features_RD}
+
+
+def refuse_not_finite(features_KRD: np.ndarray, ids: Sequence[str]) -> None:
+    """Raises StageError naming the first sample whose features are NaN, infinite, or beyond float16."""
+    bad_KR = ~np.isfinite(features_KRD).all(axis=2)
+    if bad_KR.any():
+        row = int(np.argwhere(bad_KR)[0][1])
+        raise StageError(
+            f"the teacher's features of sample {ids[row]} are not finite as float16 ({int(bad_KR.sum())} of "
+            f"{bad_KR.size} views); check the teacher's weights and teacher.size"
+        )
