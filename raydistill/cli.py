@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from types import FrameType
 from typing import Annotated
 
@@ -19,6 +20,7 @@ import typer
 from raydistill.errors import RaydistillError
 
 STARTED = time.time()
+_INTERRUPTED = 130
 Words = Annotated[
     list[str] | None,
     typer.Argument(
@@ -136,44 +138,44 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("raydistill").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminated)
+    code = 0
     try:
-        app(standalone_mode=False)
+        app()
+    except SystemExit as stop:  # how Typer ends, also after an interruption
+        code = stop.code if isinstance(stop.code, int) else 1
+        if code == _INTERRUPTED:
+            _say("interrupted; the same command goes on from here")
     except RaydistillError as error:
-        _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; the same command goes on from here", 130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        _say(str(error))
+        code = error.exit_code
     except Exception as error:
-        _fail(_one_sentence(error), getattr(error, "exit_code", 1))
+        code = _explain(error)
     # Ray's and MLflow's threads have nothing left to write, and waiting for them costs seconds.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
-def _fail(message: str, code: int) -> None:
+def _say(message: str) -> None:
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _one_sentence(error: Exception) -> str:
+def _explain(error: Exception) -> int:
     """Ray wraps what a task or an actor raised in its own classes; the raydistill error inside is what to say."""
     inner: BaseException | None = error
     while inner is not None:
-        if isinstance(inner, RaydistillError):
-            return str(inner)
-        if isinstance(getattr(inner, "cause", None), RaydistillError):
-            return str(inner.cause)  # type: ignore[attr-defined]
+        for candidate in (inner, getattr(inner, "cause", None)):
+            if isinstance(candidate, RaydistillError):
+                _say(str(candidate))
+                return candidate.exit_code
         inner = inner.__cause__
     if os.environ.get("RAYDISTILL_TRACEBACK"):
-        raise error
+        traceback.print_exception(error)
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''} (RAYDISTILL_TRACEBACK=1 shows where)"
+    _say(f"{type(error).__name__}: {lines[-1] if lines else ''} (RAYDISTILL_TRACEBACK=1 shows where)")
+    return 1

@@ -30,7 +30,7 @@ class Section(BaseModel):
 
 
 class Images(Section):
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """A folder of class folders, a .csv/.jsonl of path+label, a .parquet of image+label, or `example:NAME`."""
     size: Annotated[int, Field(ge=8, le=2048)] = 128
     """Side in pixels of the square working image that every later stage reads."""
@@ -181,7 +181,9 @@ class Cluster(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Cluster:
         if self.teacher_actors[0] > self.teacher_actors[1]:
-            raise ValueError(f"teacher_actors is (fewest, most); {self.teacher_actors} has them the wrong way round")
+            raise ValueError(
+                f"cluster.teacher_actors is (fewest, most); {self.teacher_actors} has them the wrong way round"
+            )
         return self
 
 
@@ -240,7 +242,11 @@ def load_config(words: Sequence[str]) -> RunConfig:
     """
     merged = OmegaConf.create({})
     for word in words:
-        merged = OmegaConf.merge(merged, _read_word(word))
+        loaded = _read_word(word)
+        try:
+            merged = OmegaConf.merge(merged, loaded)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:  # a list where a section stands, and the like
+            raise ConfigError(f"{word}: does not fit what it is laid over: {_one_line(error)}") from None
     tree = OmegaConf.to_container(merged, resolve=False)
     try:
         return RunConfig.model_validate(tree)
@@ -262,34 +268,43 @@ def _read_word(word: str) -> Any:
         if not path.is_file():
             raise ConfigError(f"{word}: no such file; give a job file, an overlay, or key=value")
         loaded = OmegaConf.load(path)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{word}: cannot be read: {error}") from None
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise ConfigError(f"{word}: cannot be read: {_one_line(error)}") from None
     except Exception as error:  # yaml's own errors, whose package we do not depend on by name
         if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{word}: not YAML: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"{word}: not YAML: {_one_line(error)}") from None
         raise
     if not OmegaConf.is_dict(loaded):
         raise ConfigError(f"{word}: a job file is a mapping of sections, this one is not")
     return loaded
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _explain(error: ValidationError) -> Iterator[str]:
     # A field that takes one of several types reports each of them: one line then says them all.
-    lines: dict[str, list[str]] = {}
+    heads: dict[str, str] = {}
+    tails: dict[str, list[str]] = {}
     for item in error.errors():
         dotted = ".".join(_user_keys(item["loc"]))
         if item["type"] == "extra_forbidden":
             head, tail = f"{dotted}: ", f"unknown key{_suggest(dotted)}"
-        elif dotted == "images.path" or (dotted == "images" and item["type"] == "missing"):
+        elif dotted in ("images", "images.path") and (item["type"] == "missing" or item["input"] in (None, "")):
             head, tail = "images.path: ", "required; for instance: raydistill run images.path=./my_images"
-        elif dotted:
-            head, tail = f"{dotted}={item['input']!r}: ", item["msg"][:1].lower() + item["msg"][1:]
+        elif item["type"] == "value_error":  # a check of ours, whose sentence names its keys
+            head, tail = "", str(item["ctx"]["error"])
         else:
-            head, tail = "", str(item.get("ctx", {}).get("error", item["msg"]))
-        if tail not in lines.setdefault(head, []):
-            lines[head].append(tail)
-    for head, tails in lines.items():
-        yield head + " or ".join(tails)
+            head, tail = f"{dotted}={item['input']!r}: ", item["msg"][:1].lower() + item["msg"][1:]
+            if item["type"] == "string_type" and isinstance(item["input"], int | float):
+                tail += "; put it in quotes"
+        field = dotted if head else tail
+        heads.setdefault(field, head)
+        if tail not in tails.setdefault(field, []):
+            tails[field].append(tail)
+    for field, head in heads.items():
+        yield head + " or ".join(tails[field])
 
 
 def _user_keys(location: tuple[int | str, ...]) -> list[str]:
@@ -321,10 +336,11 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
 
 
 def _suggest(dotted: str) -> str:
-    keys = list(known_keys())
-    near = difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
-    if not near:  # the right word in the wrong section
-        leaf = dotted.rpartition(".")[2]
-        leaves = {key.rpartition(".")[2]: key for key in reversed(keys)}
-        near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
-    return f"; did you mean {near[0]}?" if near else "; `raydistill show` lists the keys there are"
+    section, _, leaf = dotted.rpartition(".")
+    keys = [key.rpartition(".") for key in known_keys()]
+    beside = {name: (place, name) for place, _, name in keys if place == section}
+    anywhere = {name: (place, name) for place, _, name in reversed(keys)}  # the right word in the wrong section
+    for names in (beside, anywhere):
+        if near := difflib.get_close_matches(leaf, names, n=1, cutoff=0.75):
+            return f"; did you mean {'.'.join(names[near[0]]).lstrip('.')}?"
+    return "; `raydistill show` lists the keys there are"

@@ -16,6 +16,8 @@ from PIL import Image, ImageOps
 from raydistill.errors import DataError
 
 BACKGROUND = (255, 255, 255)
+# What Pillow may try. Of its other formats some start a program (Ghostscript for EPS), which no image file may do here.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
 def decode(data: bytes, size: int, fit: Literal["crop", "pad"], max_pixels: int) -> Image.Image:
@@ -25,7 +27,7 @@ def decode(data: bytes, size: int, fit: Literal["crop", "pad"], max_pixels: int)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's notes on odd metadata; what matters is whether it decodes
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
                 raise DataError(f"{image.width}x{image.height} pixels, above images.max_pixels={max_pixels}")
             image.draft("RGB", (2 * size, 2 * size))  # JPEG decodes at a fraction of its size where that is enough
@@ -70,7 +72,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise DataError("32-bit integer pixels; save it with 8 or 16 bits a channel")
+        hidden = image.info.get("transparency")
         image = Image.fromarray((values >> 8).astype(np.uint8))
+        if hidden is not None:
+            image.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         return image.convert("RGBA")
     return image.convert("RGB")

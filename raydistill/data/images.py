@@ -10,15 +10,18 @@ import difflib
 import hashlib
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
+import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from pyarrow import parquet as pq
 
 from raydistill.config import Images
@@ -93,31 +96,56 @@ def list_images(config: Images) -> Listing:
     path = config.path
     if path.startswith("example:"):
         path = str(images_path(path.removeprefix("example:")))
-    fs, root = url_to_fs(path)
+    try:
+        fs, root = url_to_fs(path)
+    except (ValueError, ImportError) as error:  # no such protocol, or its package is not installed
+        raise DataError(f"images.path={config.path}: {error}") from None
     if not fs.exists(root):
         raise DataError(f"images.path={config.path}: there is nothing at this path")
-    files = {root: fs.info(root)} if fs.isfile(root) else fs.find(root, detail=True)
-    suffix = PurePosixPath(root).suffix.lower()
     ignored: Counter[str] = Counter()
-    if not fs.isfile(root):
+    is_folder = not fs.isfile(root)
+    files = _find(fs, root, ignored) if is_folder else {}
+    suffix = PurePosixPath(root).suffix.lower()
+    if is_folder:
         entries = list(_from_folder(root, files, ignored))
     elif suffix == ".parquet":
         entries = list(_from_parquet(fs, root))
     elif suffix in (".csv", ".tsv", ".jsonl"):
         entries = list(_from_table(fs, root, suffix))
-        files |= {entry.path: fs.info(entry.path) for entry in entries if fs.exists(entry.path)}
     else:
         raise DataError(f"images.path={config.path}: use a folder, or a .csv, .tsv, .jsonl or .parquet file")
     if not entries:
         raise DataError(f"images.path={config.path}: no images found ({_describe(ignored)})")
     classes = _classes(config, entries)
     _check(config, entries, classes)
-    return Listing(tuple(entries), classes, dict(ignored), _fingerprint(root, files, entries))
+    fingerprint = _fingerprint(fs, root if is_folder else str(PurePosixPath(root).parent), files, entries)
+    if not isinstance(fs, LocalFileSystem):  # which drops the protocol from its paths
+        entries = [e if "://" in e.path else replace(e, path=fs.unstrip_protocol(e.path)) for e in entries]
+    return Listing(tuple(entries), classes, dict(ignored), fingerprint)
 
 
 def read_bytes_of(entry: Entry) -> bytes:
     fs, path = url_to_fs(entry.path)
     return bytes(fs.cat_file(path))
+
+
+def _find(fs: AbstractFileSystem, root: str, ignored: Counter[str]) -> dict[str, Any]:
+    """Every file below a folder, on this machine through links to folders as well."""
+    if not isinstance(fs, LocalFileSystem):
+        return dict(fs.find(root, detail=True))
+    files: dict[str, Any] = {}
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse_unreadable):
+        here = os.path.realpath(folder) + os.sep
+        # A link back to a folder it lies in would be followed for ever.
+        folders[:] = [f for f in folders if not here.startswith(os.path.realpath(os.path.join(folder, f)) + os.sep)]
+        if not names and not folders and "/." not in folder.removeprefix(root):
+            ignored["empty folders"] += 1
+        files |= {f"{folder}/{name}": {} for name in names}
+    return files
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from None
 
 
 def _from_folder(root: str, files: dict[str, Any], ignored: Counter[str]) -> Iterator[Entry]:
@@ -147,32 +175,59 @@ def _from_folder(root: str, files: dict[str, Any], ignored: Counter[str]) -> Ite
 
 def _from_table(fs: AbstractFileSystem, table: str, suffix: str) -> Iterator[Entry]:
     """Rows with `path` (absolute, or from the table's folder), `label` (empty: unlabelled) and maybe `split`."""
-    text = fs.cat_file(table).decode("utf-8-sig")
-    if suffix == ".jsonl":
-        rows: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
-    else:
-        rows = list(csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
+    try:
+        text = fs.cat_file(table).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{table}: not UTF-8; save it as such") from None
     folder = str(PurePosixPath(table).parent)
-    for number, row in enumerate(rows, 2 if suffix != ".jsonl" else 1):
+    for number, row in _json_rows(table, text) if suffix == ".jsonl" else _csv_rows(table, text, suffix):
         if "path" not in row or "label" not in row:
             raise DataError(f"{table}: line {number} lacks a column; `path` and `label` are needed, `split` is welcome")
+        if not row["path"]:
+            raise DataError(f"{table}: line {number} has no path")
         path = str(row["path"])
         absolute = path if path.startswith("/") or "://" in path else f"{folder}/{path}"
         yield Entry(absolute, _label(row["label"]), _split(row.get("split"), f"{table}: line {number}"))
 
 
+def _csv_rows(table: str, text: str, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",")
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise DataError(f"{table}: line {rows.line_num}: {error}") from None
+
+
+def _json_rows(table: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise DataError(f"{table}: line {number} is not a JSON object")
+            yield number, row
+
+
 def _from_parquet(fs: AbstractFileSystem, path: str) -> Iterator[Entry]:
     """Columns `image` (bytes, or the struct of bytes and path that `datasets` writes), `label`, and maybe `split`."""
-    with fs.open(path, "rb") as file:
-        schema = pq.read_schema(file)
-        lacking = {"image", "label"} - set(schema.names)
-        if lacking:
-            raise DataError(f"{path}: no column {' and no column '.join(sorted(lacking))} among {schema.names}")
-        table = pq.read_table(file, columns=[name for name in ("label", "split") if name in schema.names])
+    try:
+        with fs.open(path, "rb") as file:
+            schema = pq.read_schema(file)
+            lacking = {"image", "label"} - set(schema.names)
+            if lacking:
+                raise DataError(f"{path}: no column {' and no column '.join(sorted(lacking))} among {schema.names}")
+            table = pq.read_table(file, columns=[name for name in ("label", "split") if name in schema.names])
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not a parquet file, or a damaged one ({error})") from None
     names = _dataset_class_names(schema.metadata or {})
     splits = table["split"].to_pylist() if "split" in table.column_names else [None] * table.num_rows
     for row, (label, split) in enumerate(zip(table["label"].to_pylist(), splits, strict=True)):
         if names and isinstance(label, int):
+            if label >= len(names):
+                raise DataError(f"{path}: row {row} has label {label}, and the file names {len(names)} classes")
             label = names[label] if label >= 0 else None
         yield Entry(path, _label(label), _split(split, f"{path}: row {row}"), row)
 
@@ -197,7 +252,7 @@ def _split(value: object, where: str) -> str | None:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Sorts `2` before `10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def _classes(config: Images, entries: list[Entry]) -> tuple[str, ...]:
@@ -205,11 +260,12 @@ def _classes(config: Images, entries: list[Entry]) -> tuple[str, ...]:
         fs, path = url_to_fs(config.classes)
         if not fs.isfile(path):
             raise DataError(f"images.classes={config.classes}: no such file")
-        lines = [line.strip() for line in fs.cat_file(path).decode().splitlines() if line.strip()]
+        lines = [line.strip() for line in fs.cat_file(path).decode("utf-8-sig").splitlines() if line.strip()]
         if len(set(lines)) < len(lines):
             raise DataError(f"images.classes={config.classes}: a class is listed twice")
         return tuple(lines)
-    return tuple(sorted({e.label for e in entries if e.label and e.split in (None, "train")}, key=natural))
+    names = {e.label for e in entries if e.label and e.split in (None, "train")}
+    return tuple(sorted(names, key=lambda name: (natural(name), name)))  # `1` and `01` are equal to the first alone
 
 
 def _check(config: Images, entries: list[Entry], classes: tuple[str, ...]) -> None:
@@ -246,12 +302,20 @@ def _describe(ignored: Counter[str]) -> str:
     return ", ".join(f"{count} {what}" for what, count in ignored.most_common()) or "it is empty"
 
 
-def _fingerprint(root: str, files: dict[str, Any], entries: list[Entry]) -> str:
+def _fingerprint(fs: AbstractFileSystem, folder: str, files: dict[str, Any], entries: list[Entry]) -> str:
     digest = hashlib.sha256()
     for entry in entries:
-        digest.update(f"{entry.path.removeprefix(root)}|{entry.label}|{entry.split}|{entry.row}\n".encode())
-    for path in sorted({entry.path for entry in entries} & files.keys()):
-        info = files[path]
-        changed = info.get("created") or info.get("ETag") or info.get("LastModified") or info.get("mtime")
-        digest.update(f"{path.removeprefix(root)}|{info.get('size')}|{changed}|{info.get('mtime')}\n".encode())
+        digest.update(f"{entry.path.removeprefix(folder)}|{entry.label}|{entry.split}|{entry.row}\n".encode())
+    for path in sorted({entry.path for entry in entries}):
+        digest.update(f"{path.removeprefix(folder)}|{_version(fs, path, files)}\n".encode())
     return digest.hexdigest()
+
+
+def _version(fs: AbstractFileSystem, path: str, files: dict[str, Any]) -> str:
+    if isinstance(fs, LocalFileSystem):
+        if not os.path.exists(path):
+            return "missing"
+        found = os.stat(path)  # of what a link points to
+        return f"{found.st_size}|{found.st_ctime_ns}"
+    info = files.get(path) or (fs.info(path) if fs.exists(path) else {})
+    return "|".join(str(info.get(key)) for key in ("size", "ETag", "etag", "LastModified", "mtime", "created"))

@@ -122,7 +122,8 @@ def visit_order(rows_of_shard: Sequence[np.ndarray], seed: int, start: int = 0) 
             if skip >= length:
                 skip -= length
                 continue
-            shuffle = np.random.default_rng([seed, number, first]).permutation(length)[skip:]
+            # One more than `first`: to numpy the seeds [a, b] and [a, b, 0] are the same.
+            shuffle = np.random.default_rng([seed, number, first + 1]).permutation(length)[skip:]
             shard = np.repeat(window, sizes[window])[shuffle]
             row = np.concatenate([rows_of_shard[k] for k in window])[shuffle]
             yield Visits(shard, row, np.full(len(row), number))

@@ -52,11 +52,12 @@ def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.nd
     """(K, R, D) float16 features. Raises CheckpointError where they are damaged or belong to other samples."""
     try:
         tensors = load(data)
-    except SafetensorError as error:
+        sample_ids, features_KRD = tensors["sample_ids"], tensors["features"]
+    except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"{name} is damaged ({error}); delete it and run the command again") from None
-    if tensors["sample_ids"].tobytes().hex() != "".join(expected_ids):
+    if sample_ids.tobytes().hex() != "".join(expected_ids):
         raise CheckpointError(f"{name} holds the soft targets of other samples; delete it and run the command again")
-    return tensors["features"]
+    return features_KRD
 
 
 def read_bytes(path: str) -> bytes:

@@ -36,16 +36,16 @@ def view_parameters(
 ) -> np.ndarray:
     """(B, P) float32: view `indices[i]` of image `sample_ids[i]`, a function of the seed and those two alone.
 
-    Crop as in torchvision's RandomResizedCrop: area uniform, aspect ratio log-uniform, first of ten tries that fits.
+    Crop as in torchvision's RandomResizedCrop: area uniform, aspect ratio log-uniform, first of ten tries that fits,
+    the whole image where none does.
     """
     draws_BN = np.stack([_draws(seed, s, int(v)) for s, v in zip(sample_ids, indices, strict=True)])
     area_BA = views.min_scale + draws_BN[:, :_ATTEMPTS] * (1 - views.min_scale)
     ratio_BA = np.exp((2 * draws_BN[:, _ATTEMPTS : 2 * _ATTEMPTS] - 1) * np.log(views.max_ratio))
     width_BA, height_BA = np.sqrt(area_BA * ratio_BA), np.sqrt(area_BA / ratio_BA)
     fits_BA = (width_BA <= 1) & (height_BA <= 1)
-    first_B = fits_BA.argmax(axis=1)
-    pick = (np.arange(len(draws_BN)), first_B)
-    width_B, height_B = np.minimum(width_BA[pick], 1), np.minimum(height_BA[pick], 1)
+    pick = (np.arange(len(draws_BN)), fits_BA.argmax(axis=1))
+    width_B, height_B = (np.where(fits_BA.any(axis=1), side_BA[pick], 1) for side_BA in (width_BA, height_BA))
     place_BN, rest_BN = draws_BN[:, 2 * _ATTEMPTS : 2 * _ATTEMPTS + 2], draws_BN[:, 2 * _ATTEMPTS + 2 :]
     jitter_BN = 1 + (2 * rest_BN[:, 1:] - 1) * np.array([views.brightness, views.contrast, views.saturation])
     columns = [place_BN[:, 0] * (1 - width_B), place_BN[:, 1] * (1 - height_B), width_B, height_B]

@@ -11,6 +11,7 @@ import os
 import uuid
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -25,6 +26,7 @@ from raydistill.examples import weights_fingerprint
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {"prepare": 1, "features": 1, "adapt": 1, "teach": 1, "distill": 1, "evaluate": 1}
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt")
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,16 @@ def write_bytes(path: str, data: bytes) -> None:
     if not isinstance(fs, LocalFileSystem):
         fs.pipe_file(target, data)
         return
-    os.makedirs(os.path.dirname(target), exist_ok=True)
     temporary = f"{target}.{uuid.uuid4().hex}.tmp"
     try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
         os.replace(temporary, target)
     except OSError as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        space = os.statvfs(os.path.dirname(target))
+        space = os.statvfs(next(parent for parent in Path(target).parents if parent.exists()))
         free = space.f_bavail * space.f_frsize
         raise StageError(
             f"{target}: cannot write {len(data):,} bytes ({error.strerror}; {free:,} bytes are free there); "
@@ -123,7 +125,7 @@ def stage_directory(config: RunConfig, stage: str, identity: dict[str, Any]) -> 
 
 
 def prepare_directory(config: RunConfig, listing: Listing) -> StageDirectory:
-    images = config.images.model_dump(exclude={"path", "classes", "max_bad_share", "allow_missing_val"})
+    images = config.images.model_dump(exclude={"path", "classes", "allow_missing_val"})
     return stage_directory(
         config,
         "prepare",
@@ -199,9 +201,22 @@ def _pixels(config: RunConfig) -> dict[str, Any]:
 def _backbone(config: RunConfig) -> dict[str, Any]:
     teacher: Teacher | None = config.teacher
     assert teacher is not None
-    # The native head of a transformers model may read other features than its backbone gives.
-    kind = {"head": teacher.head} if teacher.model.startswith("hf:") else {}
-    return teacher.model_dump(include={"model", "revision", "size"}) | {"weights": _weights(teacher.weights)} | kind
+    identity = teacher.model_dump(include={"model", "revision", "size"}) | {"weights": _weights(teacher.weights)}
+    folder = teacher.model.removeprefix("hf:").removeprefix("timm:local-dir:")
+    if os.path.isdir(folder):
+        identity["model"] = _folder(folder)
+    elif teacher.model.startswith("example:"):
+        identity["model"] = _weights(teacher.model)
+    if not teacher.model.startswith("timm:"):
+        # The native head of a transformers model may read other features than its backbone gives.
+        identity["head"] = teacher.head
+    return identity
+
+
+def _folder(folder: str) -> str:
+    """A model saved in a folder is known by the content of the files that a library reads, wherever it lies."""
+    files = {name: os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(_MODEL_FILES)}
+    return json.dumps({name: _content(path) for name, path in sorted(files.items()) if os.path.isfile(path)})
 
 
 def _weights(weights: str | None) -> str | None:
@@ -210,8 +225,12 @@ def _weights(weights: str | None) -> str | None:
         return None
     if weights.startswith("example:"):
         return weights_fingerprint(weights.removeprefix("example:"))
+    return _content(weights)
+
+
+def _content(path: str) -> str:
     try:
-        with open(weights, "rb") as file:
+        with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ConfigError(f"weights={weights}: cannot be read ({error.strerror}); check teacher.weights") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); it is named as a model or its weights") from None

@@ -9,13 +9,11 @@ from __future__ import annotations
 import io
 import json
 import logging
-import pickle
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fsspec.core import url_to_fs
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
@@ -39,8 +37,10 @@ class Checkpoint:
 
 
 def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
-    """Write a whole checkpoint, then drop those older than the one before it."""
-    folder = f"{path}/checkpoints/step-{checkpoint.step:09d}"
+    """Write a whole checkpoint, then drop all but it and the one before it: what a killed run left half-written, and
+    damaged ones of later steps that this run did not start from, among them."""
+    name = f"step-{checkpoint.step:09d}"
+    folder = f"{path}/checkpoints/{name}"
     weights = {f"model.{k}": v for k, v in checkpoint.model.state_dict().items()}
     if checkpoint.ema is not None:
         weights |= {f"ema.{k}": v for k, v in checkpoint.ema.module.state_dict().items()}
@@ -50,8 +50,11 @@ def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     write_bytes(f"{folder}/state.pt", sink.getvalue())
     meta = {"step": checkpoint.step, "sums": checkpoint.sums, "record": checkpoint.record, "torch": torch.__version__}
     write_bytes(f"{folder}/checkpoint.json", json.dumps(meta).encode())
-    for old in _folders(path)[:-_KEPT]:
-        url_to_fs(path)[0].rm(old, recursive=True)
+    fs, _ = url_to_fs(path)
+    folders = _folders(path)
+    whole = [f for f in folders if f.rpartition("/")[2] <= name and fs.exists(f"{f}/checkpoint.json")]
+    for other in set(folders) - set(whole[-_KEPT:]):
+        fs.rm(other, recursive=True)
 
 
 def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]] | None:
@@ -66,18 +69,15 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
             return weights, state, meta
         except FileNotFoundError:
             continue  # the run was killed while it wrote this one
-        except (ValueError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except Exception as error:  # a damaged pickle raises nearly everything
             logger.warning("%s is damaged (%s); the checkpoint before it is used", folder, error)
     return None
 
 
 def latest_step(path: str) -> int:
-    """Steps done at the newest whole checkpoint; 0 where there is none."""
-    fs, _ = url_to_fs(path)
-    for folder in reversed(_folders(path)):
-        if fs.exists(f"{folder}/checkpoint.json"):
-            return int(folder.rpartition("-")[2])
-    return 0
+    """Steps done at the checkpoint that `latest_checkpoint` gives; 0 where there is none."""
+    checkpoint = latest_checkpoint(path)
+    return 0 if checkpoint is None else int(checkpoint[2]["step"])
 
 
 def _folders(path: str) -> list[str]:

@@ -10,7 +10,11 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import stat
+import sys
+import tempfile
+import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -73,7 +77,7 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
     """
     workers = config.distill.num_workers
     fewest_workers = workers[0] if isinstance(workers, tuple) else workers
-    fewest, most = config.cluster.teacher_actors
+    fewest, most = config.cluster.teacher_actors if config.loss.needs_teacher else (1, 1)
     together = config.views.per_image == "fresh" and config.loss.needs_teacher
     # In `teach` the train workers do not exist yet, so they take no share.
     beside = fewest_workers if together else 0
@@ -90,10 +94,10 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
                 f"needs {needed} GPUs for {fewest} teacher actor(s) and {fewest_workers} train worker(s), has "
                 f"{gpus:g}; lower cluster.teacher_actors or distill.num_workers"
             )
-        fit = gpus / gpu_share - beside
-    else:
-        fit = math.floor((cpus - share * (beside + 1)) / share + 1e-9)
-    most = max(fewest, min(most, int(fit)))
+    fit = math.floor((cpus - share * (beside + 1)) / share + 1e-9)
+    if uses_gpus:
+        fit = min(fit, math.floor(gpus / gpu_share) - beside)
+    most = max(fewest, min(most, fit))
     return Plan(
         cpus=cpus,
         gpus=gpus,
@@ -143,10 +147,9 @@ def ray_cluster(config: RunConfig) -> Iterator[Plan]:
     if ray.is_initialized():  # a cluster of the caller's, which stays
         yield _live_plan(config)
         return
-    # Ray's C++ layer writes to our terminal of what its Python layer raises or retries anyway.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    on_terminate = signal.getsignal(signal.SIGTERM)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet_native_log():
         warnings.simplefilter("ignore", FutureWarning)
         if config.cluster.address is None:
             plan = local_plan(config)
@@ -162,12 +165,32 @@ def ray_cluster(config: RunConfig) -> Iterator[Plan]:
         else:
             ray.init(address=config.cluster.address, **quiet)
             plan = _live_plan(config)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the process on the spot
     _protect_token()
     configure_ray_data()
     try:
         yield plan
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet_native_log() -> Iterator[None]:
+    """Ray's C++ layer writes to the terminal of what its Python layer raises or retries anyway. It is told not to; the
+    line in which it says that it was told is left out of what is written to the terminal meanwhile."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
 def _live_plan(config: RunConfig) -> Plan:

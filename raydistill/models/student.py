@@ -62,24 +62,48 @@ class ProjectionHead(nn.Module):
 def build_student(config: StudentConfig, num_classes: int) -> Student:
     """The student as training starts from it. Seed torch before: `init: random` draws from its global generator.
 
-    Raises ConfigError: no such model, weights that do not fit, a size that the architecture cannot take.
+    Raises ConfigError: no such model, weights that do not fit, a size that the architecture cannot take, a model that
+    is no classifier on pooled features.
     """
     name = check_timm_name(config.model, "student.model")
     extra = {"img_size": config.size} if _takes_image_size(name) else {}
-    if config.init == "random":
-        network = timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
-    else:
-        network = load_timm_weights(name, config.weights, None, "student", num_classes=num_classes, **extra)
-    data = resolve_model_data_config(network)
-    preprocessing = Preprocessing(
-        config.size, data["mean"], data["std"], "bilinear" if data["interpolation"] == "bilinear" else "bicubic"
-    )
     try:
-        return Student(network, preprocessing)
-    except (RuntimeError, AssertionError, ValueError) as error:
+        if config.init == "random":
+            network = timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
+        else:
+            network = load_timm_weights(name, config.weights, None, "student", num_classes=num_classes, **extra)
+        data = resolve_model_data_config(network)
+        preprocessing = Preprocessing(
+            config.size,
+            tuple(data["mean"]),
+            tuple(data["std"]),
+            "bilinear" if data["interpolation"] == "bilinear" else "bicubic",
+        )
+        student = Student(network, preprocessing)
+    except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(
             f"student.model={config.model} cannot see images of {config.size} pixels ({error}); change student.size"
         ) from None
+    if not _agrees_with_network(student):
+        raise ConfigError(
+            f"student.model={config.model} is not one linear classifier on pooled features; name another student"
+        )
+    return student
+
+
+@torch.no_grad()
+def _agrees_with_network(student: Student) -> bool:
+    """Whether the timm network alone, which is what ships, gives the logits that training and evaluation see."""
+    side, was_training = student.preprocessing.size, student.training
+    probe = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
+    student.eval()
+    own = student.network(probe)
+    try:
+        logits, _ = student(probe)
+    except (RuntimeError, TypeError):  # a convolution, or several classifiers
+        return False
+    student.train(was_training)
+    return isinstance(own, torch.Tensor) and own.shape == logits.shape and torch.allclose(own, logits, 1e-3, 1e-5)
 
 
 def has_batch_norm(network: nn.Module) -> bool:

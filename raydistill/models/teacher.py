@@ -9,17 +9,23 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import transformers  # its classes are loaded when they are named, below, so that timm teachers do not wait for them
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from raydistill.config import Teacher as TeacherConfig
+from raydistill.data.targets import read_bytes
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError
 from raydistill.models.weights import load_timm_weights, resolve_hf_folder, teacher_kind
+
+HEAD_FILE = "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,17 @@ class LinearHead:
 
     def logits(self, features_BD: np.ndarray) -> np.ndarray:
         return features_BD.astype(np.float32) @ self.weight_CD.T + self.bias_C
+
+
+def encode_head(head: LinearHead) -> bytes:
+    """safetensors bytes. The library writes an array's memory as it lies, so it has to lie row by row."""
+    return save({"weight": np.ascontiguousarray(head.weight_CD), "bias": np.ascontiguousarray(head.bias_C)})
+
+
+def load_head(directory: str) -> LinearHead:
+    """The head that `adapt` wrote into its directory."""
+    tensors = load(read_bytes(f"{directory}/{HEAD_FILE}"))
+    return LinearHead(tensors["weight"], tensors["bias"])
 
 
 class TeacherBackbone(nn.Module):
@@ -62,9 +79,13 @@ class _TimmFeatures(nn.Module):
         features: torch.Tensor = self.network.forward_head(self.network.forward_features(images), pre_logits=True)
         return features
 
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(images)
+        return logits
+
 
 class _TransformersFeatures(nn.Module):
-    """The pooled output where the checkpoint has trained one, else the class token."""
+    """The pooled output where the checkpoint has trained one, else the class token, or the mean of a feature map."""
 
     def __init__(self, network: nn.Module, has_pooler: bool) -> None:
         super().__init__()
@@ -74,8 +95,10 @@ class _TransformersFeatures(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         output = self.network(pixel_values=images)
         pooled = output.pooler_output if self.has_pooler and "pooler_output" in output else None
-        features: torch.Tensor = output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
-        return features
+        if pooled is not None:
+            return pooled.flatten(1)
+        last: torch.Tensor = output.last_hidden_state
+        return last.mean(dim=(2, 3)) if last.ndim == 4 else last[:, 0]
 
 
 class _ClassifierInput(nn.Module):
@@ -92,14 +115,41 @@ class _ClassifierInput(nn.Module):
         self.network(pixel_values=images)
         return self._seen.pop()
 
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(pixel_values=images).logits
+        return logits
+
 
 def load_teacher(config: TeacherConfig) -> tuple[TeacherBackbone, LinearHead | None, list[tuple[str, ...]]]:
     """The backbone, the model's own head (None where it has none), and the names of that head's outputs.
 
-    Raises ConfigError: no such model, weights missing or not fitting, no network.
+    Raises ConfigError: no such model, weights missing or not fitting, no network, images of a size it cannot see, a
+    native head that does not give the model's own logits.
     """
     kind, name = teacher_kind(config.model)
-    return _load_timm(config, name) if kind == "timm" else _load_transformers(config, name)
+    backbone, head, names = _load_timm(config, name) if kind == "timm" else _load_transformers(config, name)
+    _try_out(config, backbone, head if config.head == "native" else None)
+    return backbone, head, names
+
+
+@torch.inference_mode()
+def _try_out(config: TeacherConfig, backbone: TeacherBackbone, head: LinearHead | None) -> None:
+    """One image through the network: what does not fit shows here and not in the middle of a run."""
+    side = backbone.preprocessing.size
+    image = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
+    try:
+        features_BD = backbone(image)
+        own_BM = backbone.network.logits(image).numpy() if head else None
+    except Exception as error:  # every architecture has its own words for a size, or a kind of input, that is not its
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"teacher.model={config.model} cannot see images of {side} pixels ({reason})") from None
+    if features_BD.ndim != 2:
+        raise ConfigError(f"teacher.model={config.model} gives {tuple(features_BD.shape)}, not one vector an image")
+    if head and own_BM is not None and not np.allclose(head.logits(features_BD.numpy()), own_BM, 1e-3, 1e-4):
+        raise ConfigError(
+            f"teacher.head=native: {config.model} has more than one linear layer between its features and its logits; "
+            "use teacher.head=linear_probe"
+        )
 
 
 def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], classes: Sequence[str]) -> LinearHead:
@@ -112,8 +162,8 @@ def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], cla
         raise ConfigError("teacher.head=native: the model has no head with class names; use teacher.head=linear_probe")
     rows: dict[str, list[int]] = {}
     for index, synonyms in enumerate(names):
-        for synonym in synonyms:
-            rows.setdefault(_plain(synonym), []).append(index)
+        for synonym in {_plain(synonym) for synonym in synonyms}:
+            rows.setdefault(synonym, []).append(index)
     problems = []
     for name in classes:
         found = rows.get(_plain(name), [])
@@ -142,8 +192,8 @@ def _load_timm(config: TeacherConfig, name: str) -> tuple[TeacherBackbone, Linea
     data = resolve_model_data_config(network)
     preprocessing = Preprocessing(
         config.size or data["input_size"][1],
-        data["mean"],
-        data["std"],
+        tuple(data["mean"]),
+        tuple(data["std"]),
         "bilinear" if data["interpolation"] == "bilinear" else "bicubic",
     )
     classifier = network.get_classifier()
@@ -179,13 +229,17 @@ def _load_transformers(
     folder = resolve_hf_folder(name, config.revision)
     if config.weights is not None:
         raise ConfigError("teacher.weights goes with timm: models; for transformers name the folder in teacher.model")
-    options = {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
-    settings = AutoConfig.from_pretrained(folder)
+    settings = _or_config_error(config, transformers.AutoConfig.from_pretrained, folder)
+    # fp32 whatever the checkpoint is stored in: on the CPU half precision is slow, and numpy knows no bfloat16.
+    options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"dtype": torch.float32}
     classifies = any("ForImageClassification" in a for a in settings.architectures or ())
     head, names = None, []
     if config.head == "native" and classifies:
-        network, info = AutoModelForImageClassification.from_pretrained(folder, **options)
-        _refuse_missing(config.model, info["missing_keys"] | info["unexpected_keys"])
+        network, info = _or_config_error(
+            config, transformers.AutoModelForImageClassification.from_pretrained, folder, **options
+        )
+        _refuse(config.model, info["missing_keys"] | info["unexpected_keys"], info)
         last = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == settings.num_labels]
         if not last:
             raise ConfigError(f"teacher.model={config.model} has no linear classifier; use teacher.head=linear_probe")
@@ -193,26 +247,38 @@ def _load_transformers(
         names = [tuple(settings.id2label[k].split(", ")) for k in range(settings.num_labels)]
         features: nn.Module = _ClassifierInput(network, last[-1])
     else:
-        network, info = AutoModel.from_pretrained(folder, **options)
+        network, info = _or_config_error(config, transformers.AutoModel.from_pretrained, folder, **options)
         missing = {key for key in info["missing_keys"] if not key.startswith("pooler.")}
-        _refuse_missing(config.model, missing)
+        _refuse(config.model, missing, info)
         features = _TransformersFeatures(network, has_pooler=missing == set(info["missing_keys"]))
     return TeacherBackbone(features, _transformers_preprocessing(folder, config)), head, names
 
 
-def _refuse_missing(model: str, keys: set[str]) -> None:
-    if keys:
+def _or_config_error(config: TeacherConfig, load: Any, folder: str, **options: Any) -> Any:
+    try:
+        return load(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"teacher.model={config.model}: cannot be loaded ({reason})") from None
+
+
+def _refuse(model: str, keys: set[str], info: dict[str, Any]) -> None:
+    if keys := keys | {key for key, *_ in info["mismatched_keys"]}:
         some = ", ".join(sorted(keys)[:5])
         raise ConfigError(f"teacher.model={model}: {len(keys)} weights are missing or of another model: {some} …")
 
 
 def _transformers_preprocessing(folder: str, config: TeacherConfig) -> Preprocessing:
     try:
-        processor = AutoImageProcessor.from_pretrained(folder)
-    except OSError:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError):
         raise ConfigError(
-            f"teacher.model={config.model} has no preprocessor_config.json, so its mean, std and size are not known"
+            f"teacher.model={config.model} has no preprocessor_config.json that can be read, so its mean, std and size "
+            "are not known"
         ) from None
+    for option in ("do_flip_channel_order", "rescale_offset"):
+        if getattr(processor, option, False):
+            raise ConfigError(f"teacher.model={config.model} wants {option}, which is not supported; name another")
     # The crop is what the network sees; `size` may name the resize that comes before it.
     shape = (getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None) or dict(
         processor.size
@@ -222,6 +288,12 @@ def _transformers_preprocessing(folder: str, config: TeacherConfig) -> Preproces
     if not side:
         raise ConfigError(f"teacher.model={config.model} does not state its input size; set teacher.size")
     bilinear = getattr(processor, "resample", 3) == 2
+    # Ours are shares of white; theirs are of whatever the rescaling leaves.
+    white = 255 * (processor.rescale_factor if processor.do_rescale else 1)
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
     return Preprocessing(
-        int(side), tuple(processor.image_mean), tuple(processor.image_std), "bilinear" if bilinear else "bicubic"
+        int(side),
+        (mean[0] / white, mean[1] / white, mean[2] / white),
+        (std[0] / white, std[1] / white, std[2] / white),
+        "bilinear" if bilinear else "bicubic",
     )

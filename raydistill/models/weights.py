@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import pickle
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,7 +28,11 @@ def teacher_kind(model: str) -> tuple[Literal["timm", "transformers"], str]:
     settings = Path(model) / "config.json"
     if not settings.is_file():
         raise ConfigError(f"teacher.model={model}: use timm:NAME, hf:NAME, or a folder with a config.json in it")
-    if "architecture" in json.loads(settings.read_text()):
+    try:
+        saved_by_timm = "architecture" in json.loads(settings.read_text())
+    except ValueError:
+        raise ConfigError(f"teacher.model={model}: its config.json is not JSON") from None
+    if saved_by_timm:
         return "timm", f"local-dir:{Path(model).absolute()}"
     return "transformers", model
 
@@ -46,6 +48,10 @@ def check_timm_name(model: str, key: str) -> str:
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {' or '.join('timm:' + n for n in near)}?" if near else "timm.list_models() lists them"
         raise ConfigError(f"{key}={model}: timm has no model of this name; {hint}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # what follows the dot names no weights
+        raise ConfigError(f"{key}={model}: {_first_line(error)}") from None
     return name
 
 
@@ -70,7 +76,8 @@ def load_timm_weights(
             ) from None
     state = read_state_dict(weights, f"{section}.weights")
     template = timm.create_model(name, pretrained=False, num_classes=0, **extra)
-    classifier = template.default_cfg.get("classifier", "classifier")
+    named = template.default_cfg.get("classifier", "classifier")
+    classifier = named if isinstance(named, str) else named[0]
     bias = state.get(f"{classifier}.bias", state.get(f"{classifier}.weight"))
     if num_classes is None:
         network = timm.create_model(name, pretrained=False, num_classes=0 if bias is None else len(bias), **extra)
@@ -92,7 +99,7 @@ def read_state_dict(weights: str, key: str) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a damaged pickle raises nearly everything
         raise ConfigError(f"{key}={weights}: not a plain file of tensors ({_first_line(error)})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):

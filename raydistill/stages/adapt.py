@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from safetensors.numpy import load, save
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -18,17 +17,16 @@ from sklearn.preprocessing import StandardScaler
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
-from raydistill.data.targets import labels_of, read_bytes, read_samples, read_targets
+from raydistill.data.targets import labels_of, read_samples, read_targets
 from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.cluster import Plan
 from raydistill.infra.progress import Progress
-from raydistill.models.teacher import LinearHead, load_teacher, match_native_head
+from raydistill.models.teacher import HEAD_FILE, LinearHead, encode_head, load_teacher, match_native_head
 from raydistill.stages.teach import write_features
 
 # Inverse strengths of the L2 penalty that are tried, from a prior that outweighs the data to hardly any.
 INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
-_HEAD_FILE = "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -79,21 +77,10 @@ def adapt_teacher(
             "of always naming the commonest class, so it has nothing to teach here; choose another teacher, head or "
             "size, or set teacher.allow_near_chance=true to go on"
         )
-    directory.write(_HEAD_FILE, encode_head(head))
+    directory.write(HEAD_FILE, encode_head(head))
     result = AdaptedTeacher(directory.path, features.path, accuracy, chance, l2, len(train[1]))
     directory.finish(asdict(result))
     return result
-
-
-def encode_head(head: LinearHead) -> bytes:
-    """safetensors bytes. The library writes an array's memory as it lies, so it has to lie row by row."""
-    return save({"weight": np.ascontiguousarray(head.weight_CD), "bias": np.ascontiguousarray(head.bias_C)})
-
-
-def load_head(path: str) -> LinearHead:
-    """The head that `adapt` wrote."""
-    tensors = load(read_bytes(f"{path}/{_HEAD_FILE}"))
-    return LinearHead(tensors["weight"], tensors["bias"])
 
 
 def near_chance(chance: float) -> float:

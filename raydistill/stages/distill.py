@@ -35,8 +35,7 @@ from raydistill.infra.cluster import Plan, Worker, run_workers
 from raydistill.infra.progress import Progress
 from raydistill.losses.total import Outputs, distillation_loss
 from raydistill.models.student import ProjectionHead, Student, build_student, split_logits
-from raydistill.models.teacher import LinearHead
-from raydistill.stages.adapt import load_head
+from raydistill.models.teacher import LinearHead, load_head
 from raydistill.stages.teach import fresh_views
 
 _BATCHES_AHEAD = 4
@@ -394,7 +393,7 @@ class _Reporter:
         if worker.size > 1:
             torch.distributed.all_reduce(values)
             values /= worker.size
-        seconds, self._epoch_started = time.monotonic() - self._epoch_started, time.monotonic()
+        seconds = time.monotonic() - self._epoch_started
         record = {"epoch": float(epoch), "step": float(step), "images_per_second": job.batch_size * steps / seconds}
         record |= {name: float(value) / steps for name, value in zip(sorted(sums), values, strict=True)}
         record["learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -405,6 +404,7 @@ class _Reporter:
             record["val_accuracy"] = float((logits.argmax(1) == labels).mean())
         if worker.rank == 0:
             write_bytes(f"{job.path}/epochs/{epoch:05d}.json", json.dumps(record).encode())
+        self._epoch_started = time.monotonic()  # measuring val is not training
         return record
 
     def progress(self, step: int) -> None:
@@ -427,7 +427,7 @@ def _batches(job: DistillJob, worker: Worker, step: int) -> Iterator[Batch]:
 def _note_first(job: DistillJob, source: Iterator[Batch]) -> Iterator[Batch]:
     """When training began is worth knowing: everything before it is fixed cost."""
     first = next(source)
-    write_bytes(f"{job.path}/progress.json", json.dumps({"step": 0, "first_batch": time.time()}).encode())
+    write_bytes(f"{job.path}/first_batch.json", json.dumps({"time": time.time()}).encode())
     yield first
     yield from source
 

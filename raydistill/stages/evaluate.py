@@ -22,8 +22,8 @@ from raydistill.data.sample import SampleSet
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.progress import Progress
 from raydistill.models.student import split_logits
-from raydistill.models.teacher import load_teacher
-from raydistill.stages.adapt import AdaptedTeacher, load_head, split_features
+from raydistill.models.teacher import load_head, load_teacher
+from raydistill.stages.adapt import AdaptedTeacher, split_features
 from raydistill.stages.distill import StudentCheckpoint, load_student
 from raydistill.stages.figures import confusion_figure, curves_figure, per_class_figure, reliability_figure
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from raydistill.config import RunConfig
 from raydistill.data.images import Listing, list_images
@@ -22,9 +22,11 @@ from raydistill.models.student import build_student, has_batch_norm
 from raydistill.models.teacher import load_teacher, match_native_head
 from raydistill.stages.adapt import AdaptedTeacher, adapt_teacher, write_plain_features
 from raydistill.stages.distill import DistillJob, StudentCheckpoint, distill_student
-from raydistill.stages.evaluate import Report, evaluate_student
 from raydistill.stages.prepare import prepare_samples
 from raydistill.stages.teach import stream_soft_targets
+
+if TYPE_CHECKING:
+    from raydistill.stages.evaluate import Report
 
 STAGES = ("prepare", "adapt", "teach", "distill", "evaluate")
 
@@ -42,89 +44,120 @@ class Outcome:
 
 
 def run_stages(config: RunConfig, progress: Progress, until: str = "evaluate") -> Outcome:
-    """Run the stages up to `until` and all that they need. Raises RaydistillError."""
+    """Run the stages up to `until` and all that they need. Raises RaydistillError.
+
+    What cannot work is refused before anything is written.
+    """
     listing = list_images(config.images)
-    artifacts.check_writable(config)
     prepared = artifacts.prepare_directory(config, listing)
-    run = _Run(config, progress, until, listing)
-    run.check(prepared)
-    tracker = Tracker(config, job=prepared.name + "/" + config.name)
-    status = "FAILED"
-    try:
-        with run.tracked(tracker):
-            outcome = run.stages(prepared)
-        status = "FINISHED"
-        return outcome
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.close(status)
+    run = _Run(config, progress, until, listing, prepared)
+    with run.cluster_closed_at_the_end():
+        if run.undone:
+            artifacts.check_writable(config)
+            run.check_resources()
+            _check_counts(config, listing)
+            _check_models(config, listing, run.undone)
+        tracker = Tracker(config, job=f"{prepared.name}/{config.name}")
+        status = "FAILED"
+        try:
+            outcome = run.stages(tracker)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            tracker.close(status)
+    return outcome
+
+
+def _check_counts(config: RunConfig, listing: Listing) -> None:
+    workers = config.distill.most_workers
+    if config.views.per_image == "fresh" and config.distill.batch_size % workers:
+        raise ConfigError(
+            f"distill.batch_size={config.distill.batch_size} does not divide among the {workers} workers of "
+            "distill.num_workers, as views.per_image=fresh needs it to"
+        )
+    train = sum(entry.split in (None, "train") for entry in listing.entries)
+    if train < workers:
+        raise DataError(
+            f"images.path={config.images.path}: {train} train images for the {workers} workers of distill.num_workers; "
+            "lower it, or add images"
+        )
+
+
+def _check_models(config: RunConfig, listing: Listing, undone: set[str]) -> None:
+    """Build what will be needed: a name, a size or weights that do not fit are cheap to find now."""
+    if "distill" in undone:
+        student = build_student(config.student, len(listing.classes))
+        if config.distill.batch_size // config.distill.most_workers < 2 and has_batch_norm(student):
+            raise ConfigError(
+                f"distill.batch_size={config.distill.batch_size} leaves a worker one image a step, and "
+                f"{config.student.model} has batch norm, which needs two; raise distill.batch_size"
+            )
+    if config.teacher and config.loss.needs_teacher and {"adapt", "teach"} & undone:
+        _, head, names = load_teacher(config.teacher)
+        if config.teacher.head == "native":
+            match_native_head(head, names, listing.classes)
 
 
 class _Run:
-    """One command's way through the stages. Ray starts when the first stage asks for it, and once."""
+    """One command's way through the stages. Ray is started once, and only if a stage that is to run needs it."""
 
-    def __init__(self, config: RunConfig, progress: Progress, until: str, listing: Listing) -> None:
-        self._config, self._progress, self._listing = config, progress, listing
+    def __init__(
+        self, config: RunConfig, progress: Progress, until: str, listing: Listing, prepared: StageDirectory
+    ) -> None:
+        self._config, self._progress, self._listing, self._prepared = config, progress, listing, prepared
         self._wanted = STAGES[: STAGES.index(until) + 1]
+        self._streams = config.views.per_image == "fresh" and config.loss.needs_teacher
         self._outcome = Outcome()
         self._stack = contextlib.ExitStack()
-        self._plan: Plan | None = None
-        self._tracker: Tracker | None = None
+        # Kept for as long as Ray is needed: the system ends Ray's processes with the thread that started them.
+        self._starter = ThreadPoolExecutor(1)
+        self._starting: Future[Plan] | None = None
+        self.undone = self._undone()
 
-    def check(self, prepared: StageDirectory) -> None:
-        """Refuse what cannot work before anything is written: resources, models and their weights, counts."""
-        config = self._config
-        plan = local_plan(config) if config.cluster.address is None else None
-        samples = None if (done := prepared.done()) is None else samples_from_json(done)
-        if samples is not None and self._finished(samples):
-            return
-        for line in plan.describe() if plan else ():
+    def _undone(self) -> set[str]:
+        """The stages that have work to do; all that come after `prepare`, as long as it is not done."""
+        needed = set(self._wanted)
+        if not self._config.loss.needs_teacher:
+            needed -= {"adapt", "teach"}
+        if self._streams:
+            needed.discard("teach")
+        done = self._prepared.done()
+        if done is None:
+            return needed
+        samples = samples_from_json(done)
+        makers = {
+            "adapt": artifacts.adapt_directory,
+            "teach": artifacts.teach_directory,
+            "distill": artifacts.distill_directory,
+            "evaluate": artifacts.evaluate_directory,
+        }
+        return {stage for stage in needed - {"prepare"} if makers[stage](self._config, samples).done() is None}
+
+    def check_resources(self) -> None:
+        """Make the plan, which fails where it cannot fit, and say it. Ray starts in a thread meanwhile."""
+        in_process = self._config.distill.num_workers == 0 and not self._streams
+        needs_ray = self.undone - ({"distill", "evaluate"} if in_process else {"evaluate"})
+        local = self._config.cluster.address is None
+        plan = local_plan(self._config) if local else None
+        if needs_ray:
+            self._starting = self._starter.submit(self._stack.enter_context, ray_cluster(self._config))
+        for line in (plan or self._cluster()).describe():
             self._progress.line(line)
-        needs_student = "distill" in self._wanted
-        if needs_student:
-            with torch.device("cpu"):
-                student = build_student(config.student, len(self._listing.classes))
-            smallest = config.distill.batch_size // config.distill.most_workers
-            if smallest < 2 and has_batch_norm(student):
-                raise ConfigError(
-                    f"distill.batch_size={config.distill.batch_size} leaves a worker one image a step, and "
-                    f"{config.student.model} has batch norm, which needs two; raise distill.batch_size"
-                )
-        if config.views.per_image == "fresh" and config.distill.batch_size % config.distill.most_workers:
-            raise ConfigError(
-                f"distill.batch_size={config.distill.batch_size} does not divide among the "
-                f"{config.distill.most_workers} workers of distill.num_workers, as views.per_image=fresh needs it to"
-            )
-        train = sum(entry.split in (None, "train") for entry in self._listing.entries)
-        if train < config.distill.most_workers:
-            raise DataError(
-                f"images.path={config.images.path}: {train} train images for the {config.distill.most_workers} workers "
-                "of distill.num_workers; lower it, or add images"
-            )
-        teaching = config.loss.needs_teacher and len(self._wanted) > 1
-        if teaching and config.teacher and not (samples and artifacts.teach_directory(config, samples).done()):
-            _, head, names = load_teacher(config.teacher)
-            if config.teacher.head == "native":
-                match_native_head(head, names, self._listing.classes)
-
-    def _finished(self, samples: SampleSet) -> bool:
-        makers = {"adapt": artifacts.adapt_directory, "teach": artifacts.teach_directory,
-                  "distill": artifacts.distill_directory, "evaluate": artifacts.evaluate_directory}  # fmt: skip
-        last = self._wanted[-1]
-        return last == "prepare" or makers[last](self._config, samples).done() is not None
 
     @contextlib.contextmanager
-    def tracked(self, tracker: Tracker):  # type: ignore[no-untyped-def]
-        self._tracker = tracker
+    def cluster_closed_at_the_end(self) -> Iterator[None]:
         with self._stack:
-            yield
+            try:
+                yield
+            finally:
+                if self._starting is not None:
+                    wait([self._starting])
 
     def _cluster(self) -> Plan:
-        if self._plan is None:
-            self._plan = self._stack.enter_context(ray_cluster(self._config))
-        return self._plan
+        assert self._starting is not None, "check_resources starts Ray where a stage needs it"
+        return self._starting.result()
 
     def _stage(self, directory: StageDirectory, work: Any) -> dict[str, Any]:
         """The stage's result: that of an earlier run, or of doing the work now."""
@@ -135,7 +168,6 @@ class _Run:
             self._outcome.seconds[directory.stage] = 0.0
             return done
         started = time.monotonic()
-        assert self._tracker is not None
         with self._tracker.stage(directory) as record:
             work(record)
             done = directory.done()
@@ -145,26 +177,22 @@ class _Run:
         self._outcome.seconds[directory.stage] = seconds
         return done
 
-    def stages(self, prepared: StageDirectory) -> Outcome:
+    def stages(self, tracker: Tracker) -> Outcome:
+        """All that was asked for, in order."""
+        self._tracker = tracker
         config, progress, outcome = self._config, self._progress, self._outcome
-        samples = outcome.samples = samples_from_json(
-            self._stage(prepared, lambda _: prepare_samples(config, self._listing, prepared, self._cluster(), progress))
-        )
+
+        def prepare(_: Any) -> None:
+            prepare_samples(config, self._listing, self._prepared, self._cluster(), progress)
+
+        samples = outcome.samples = samples_from_json(self._stage(self._prepared, prepare))
         self._say_samples(samples)
         if config.loss.needs_teacher:
             self._teach(samples)
         if "distill" in self._wanted:
             self._distill(samples)
         if "evaluate" in self._wanted:
-            student, adapted = outcome.student, outcome.adapted
-            assert student is not None
-            directory = artifacts.evaluate_directory(config, samples)
-            outcome.report = Report(
-                **self._stage(
-                    directory, lambda _: evaluate_student(config, samples, adapted, student, directory, progress)
-                )
-            )
-            self._record_report(outcome.report)
+            self._evaluate(samples)
         return outcome
 
     def _say_samples(self, samples: SampleSet) -> None:
@@ -217,17 +245,28 @@ class _Run:
             self._progress.line(
                 f"distill   {unused} unlabelled images take no part: there is no teacher to speak for them"
             )
-        in_process = config.distill.num_workers == 0
-        streams = config.views.per_image == "fresh" and adapted is not None
 
         def work(record: Any) -> None:
-            plan = local_plan(config) if in_process and not streams else self._cluster()
+            plan = local_plan(config) if self._starting is None else self._cluster()
             distill_student(job, directory, plan, self._progress, lambda m: record.log(m, int(m["step"])))
 
         outcome.student = StudentCheckpoint(**self._stage(directory, work))
 
+    def _evaluate(self, samples: SampleSet) -> None:
+        # Its plots and metrics take a second to load, which no training should wait for.
+        from raydistill.stages.evaluate import Report, evaluate_student
+
+        config, outcome = self._config, self._outcome
+        directory = artifacts.evaluate_directory(config, samples)
+
+        def work(_: Any) -> None:
+            assert outcome.student is not None
+            evaluate_student(config, samples, outcome.adapted, outcome.student, directory, self._progress)
+
+        outcome.report = Report(**self._stage(directory, work))
+        self._record_report(outcome.report)
+
     def _record_report(self, report: Report) -> None:
-        assert self._tracker is not None
         metrics = {
             f"{who}_{split}_{name}": float(values[split][name])
             for who, values in (("student", report.student), ("teacher", report.teacher or {}))

@@ -1,0 +1,327 @@
+"""From bytes to the square RGB picture: damaged files are refused with a reason (case C01), orientation, colour and
+transparency come out right (case C04), and the square is cut or padded where it should be."""
+
+import contextlib
+import io
+import stat
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import EpsImagePlugin, Image, ImageOps
+
+from raydistill.data.decode import decode, encode, pixels
+from raydistill.errors import DataError
+
+WHITE, RED, GREEN, BLUE = (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)
+LIMIT = 178_956_970
+ORIENTATION = 0x0112
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, kind, **options)
+    return sink.getvalue()
+
+
+def decoded(data: bytes, size: int = 32, fit: str = "crop", max_pixels: int = LIMIT) -> np.ndarray:
+    image = decode(data, size, fit, max_pixels)
+    assert image.mode == "RGB"
+    assert image.size == (size, size)
+    return np.asarray(image).astype(int)
+
+
+def solid(colour: tuple[int, ...], mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> Image.Image:
+    return Image.new(mode, size, colour)
+
+
+def scene(width: int = 64, height: int = 64) -> Image.Image:
+    """Smooth, and different in every corner, so that a turn or a mirror shows."""
+    down, across = np.mgrid[0:height, 0:width]
+    shades = np.stack([255 * across / width, 255 * down / height, 255 * across * down / width / height], axis=-1)
+    return Image.fromarray(shades.astype(np.uint8))
+
+
+def noise(width: int = 200, height: int = 160) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def raw_png(depth: int, colour_type: int, row: bytes, transparent: bytes) -> bytes:
+    """A 64 x 64 PNG of equal rows whose tRNS chunk names a transparent colour; Pillow writes none for 16 bits."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 64, 64, depth, colour_type, 0, 0, 0)
+    body = zlib.compress(64 * (b"\0" + row))
+    chunks = chunk(b"IHDR", header) + chunk(b"tRNS", transparent) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+BAD = {
+    "empty": b"",
+    "a web page": b"<!DOCTYPE html><html><body>404</body></html>",
+    "half a JPEG": saved(noise(), "JPEG")[: len(saved(noise(), "JPEG")) // 2],
+    "a JPEG without its end": saved(noise(), "JPEG")[:-40],
+    "the first bytes of a JPEG": saved(noise(), "JPEG")[:20],
+    "half a PNG": saved(noise())[: len(saved(noise())) // 2],
+    "half a WebP": saved(noise(), "WEBP")[: len(saved(noise(), "WEBP")) // 2],
+    "half a GIF": saved(noise(), "GIF")[: len(saved(noise(), "GIF")) // 2],
+    "half a BMP": saved(noise(), "BMP")[: len(saved(noise(), "BMP")) // 2],
+    "half a TIFF": saved(noise(), "TIFF")[: len(saved(noise(), "TIFF")) // 2],
+    "a decompression bomb": saved(Image.new("1", (20000, 20000))),
+    "32-bit floats": saved(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"),
+    "32-bit integers": saved(Image.fromarray(np.full((9, 9), 10**6, np.int32)), "TIFF"),
+    "negative integers": saved(Image.fromarray(np.full((9, 9), -1, np.int32)), "TIFF"),
+    "zeros": bytes(4096),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_used_is_refused_with_a_reason(what):
+    with pytest.raises(DataError) as refused:
+        decode(BAD[what], 32, "crop", LIMIT)
+    (reason,) = refused.value.args
+    assert reason.strip()
+    assert "\n" not in reason
+
+
+def test_the_limit_on_pixels_is_exact_and_pillows_own_stays_on():
+    data = saved(solid(RED, size=(30, 20)))
+    assert decoded(data, max_pixels=600).shape == (32, 32, 3)
+    with pytest.raises(DataError, match="30x20"):
+        decode(data, 32, "crop", 599)
+    assert Image.MAX_IMAGE_PIXELS == LIMIT // 2
+
+
+def test_no_program_is_started_for_a_postscript_file(tmp_path, monkeypatch):
+    """Pillow hands such files to Ghostscript, whatever their name."""
+    marker, program = tmp_path / "started", tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {marker}\necho 10.0\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(DataError):
+        decode(page, 32, "crop", LIMIT)
+    assert not marker.exists()
+
+
+LOSSY = {"JPEG": 2, "WEBP": 3, "GIF": 4, "ICO": 0.5}  # format -> mean difference of a smooth picture, of 255
+KINDS = [*LOSSY, "PNG", "BMP", "TIFF", "TGA", "PPM", "JPEG2000"]
+WHOLE = {kind: saved(scene(40, 30), kind) for kind in KINDS}
+
+
+@settings(max_examples=200)
+@given(
+    kind=st.sampled_from(KINDS),
+    cut=st.floats(0, 1),
+    changes=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=5),
+)
+def test_a_damaged_file_is_a_picture_or_a_data_error(kind, cut, changes):
+    data = bytearray(WHOLE[kind])
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    data = data[: max(1, int(cut * len(data)))] if cut < 0.5 else data
+    with contextlib.suppress(DataError):
+        decoded(bytes(data), max_pixels=10**6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_is_read_by_its_content(kind):
+    """There is no name to go by: a WebP called .jpg is a WebP."""
+    difference = np.abs(decoded(WHOLE[kind]) - decoded(saved(scene(40, 30))))
+    assert difference.mean() <= LOSSY.get(kind, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_every_exif_orientation_comes_out_upright(orientation, kind):
+    upright = scene(60, 40)
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    found = decoded(saved(stored, kind, exif=exif))
+    assert np.abs(found - decoded(saved(upright))).mean() < (0.5 if kind == "PNG" else 3)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0" + b"\xff" * 40,
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x06\0\0\0\x1aright\0",  # an orientation in letters
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x2a\0\0\0\0\0\0",  # orientation 42
+        b"Exif\0\0",
+        b"",
+    ],
+)
+def test_a_broken_exif_block_costs_no_picture(exif):
+    found = decoded(saved(scene(60, 40), "JPEG", exif=exif))
+    assert np.abs(found - decoded(saved(scene(60, 40)))).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("data", "noise_level"),
+    [
+        (saved(scene().convert("CMYK"), "JPEG", quality=95), 0.5),
+        (saved(scene().convert("CMYK"), "TIFF"), 0),
+        (saved(scene().convert("YCbCr"), "TIFF"), 2),
+        (saved(scene().convert("RGBA")), 0),
+        (saved(scene().quantize(256)), 3),
+    ],
+    ids=["CMYK JPEG", "CMYK TIFF", "YCbCr TIFF", "opaque RGBA", "palette"],
+)
+def test_colour_models_end_in_the_same_picture(data, noise_level):
+    assert np.abs(decoded(data) - decoded(saved(scene()))).mean() <= noise_level
+
+
+def test_grey_and_one_bit_become_equal_channels():
+    grey = ImageOps.grayscale(scene())
+    found = decoded(saved(grey), size=64)
+    np.testing.assert_array_equal(found, np.asarray(grey)[..., None].repeat(3, axis=2))
+    black_and_white = Image.fromarray(np.arange(64 * 64).reshape(64, 64) // 64 % 2 == 1)
+    assert set(np.unique(decoded(saved(black_and_white), size=64))) == {0, 255}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_their_upper_eight(kind):
+    values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    found = decoded(saved(Image.fromarray(values), kind), size=64)
+    np.testing.assert_array_equal(found, (values >> 8)[..., None].repeat(3, axis=2))
+
+
+def hidden_green(mode: str) -> Image.Image:
+    """The left half opaque red, the right half a green that is fully transparent."""
+    image = Image.new("RGBA", (64, 64), (*RED, 255))
+    image.paste((*GREEN, 0), (32, 0, 64, 64))
+    return image if mode == "RGBA" else image.quantize(8)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(hidden_green("RGBA")),
+        saved(hidden_green("P")),
+        saved(hidden_green("RGBA"), "WEBP", lossless=True, exact=True),
+        saved(hidden_green("RGBA"), "TIFF"),
+        saved(hidden_green("RGBA"), "TGA"),
+        saved(hidden_green("RGBA"), "GIF"),
+    ],
+    ids=["PNG", "palette PNG", "WebP", "TIFF", "TGA", "GIF"],
+)
+@pytest.mark.parametrize("size", [64, 16, 200])
+def test_a_hidden_colour_stays_hidden_and_white_shows(data, size):
+    found = decoded(data, size=size)
+    margin = max(1, size // 8)
+    assert (np.abs(found[:, : size // 2 - margin] - RED) <= 1).all()
+    assert (found[:, size // 2 + margin :] == WHITE).all()
+    # Red and white make pink along the border: no green that was hidden may show, so red is everywhere the strongest.
+    assert (found[..., 0] >= 254).all()
+    assert (np.abs(found[..., 1] - found[..., 2]) <= 1).all()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(solid((90, 0), "LA")),
+        raw_png(8, 2, bytes(GREEN) * 64, struct.pack(">3H", *GREEN)),
+        raw_png(8, 0, bytes([90]) * 64, struct.pack(">H", 90)),
+        raw_png(16, 0, b"\x12\x34" * 64, b"\x12\x34"),
+        raw_png(1, 0, bytes(8), b"\0\0"),
+    ],
+    ids=["LA", "RGB with a key", "grey with a key", "16-bit grey with a key", "1 bit with a key"],
+)
+def test_what_is_wholly_transparent_is_white(data):
+    assert (decoded(data) == WHITE).all()
+
+
+def test_half_transparency_is_laid_on_white():
+    alpha = 102
+    found = decoded(saved(solid((10, 100, 200, alpha), "RGBA")))
+    expected = [alpha / 255 * value + (1 - alpha / 255) * 255 for value in (10, 100, 200)]
+    np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), rtol=0, atol=1.5)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_an_animation_the_first_frame_counts(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(solid(RED), kind, save_all=True, append_images=[solid(BLUE), solid(GREEN)], **options)
+    assert (np.abs(decoded(data) - RED) <= 1).all()
+
+
+def test_a_wide_picture_is_cut_to_its_centre():
+    strip = Image.new("RGB", (60, 20), GREEN)
+    strip.paste(RED, (0, 0, 20, 20))
+    strip.paste(BLUE, (40, 0, 60, 20))
+    assert (decoded(saved(strip), size=20) == GREEN).all()
+    assert (decoded(saved(strip.transpose(Image.Transpose.ROTATE_90)), size=20) == GREEN).all()
+
+
+def test_a_wide_picture_is_padded_with_white_above_and_below():
+    found = decoded(saved(solid(RED, size=(80, 40))), size=40, fit="pad")
+    assert (found[:10] == WHITE).all()
+    assert (found[10:30] == RED).all()
+    assert (found[30:] == WHITE).all()
+    tall = decoded(saved(solid(RED, size=(40, 80))), size=40, fit="pad")
+    np.testing.assert_array_equal(tall, found.transpose(1, 0, 2))
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_a_square_of_the_right_size_is_left_as_it_is(fit):
+    np.testing.assert_array_equal(decoded(saved(noise(48, 48)), size=48, fit=fit), np.asarray(noise(48, 48)))
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (2, 3000), (3, 3), (31, 33)])
+def test_tiny_and_extreme_shapes_are_pictures_too(shape, fit):
+    found = decoded(saved(solid((9, 80, 200), size=shape)), fit=fit)
+    is_colour = (np.abs(found - (9, 80, 200)) <= 1).all(axis=-1)
+    if fit == "crop":
+        assert is_colour.all()
+    else:
+        narrow = max(1, round(32 * min(shape) / max(shape)))
+        assert is_colour.sum() == 32 * narrow
+        assert (found[~is_colour] == WHITE).all()
+
+
+def test_shrinking_averages_and_does_not_alias():
+    checks = np.indices((256, 256)).sum(axis=0) % 2 * 255
+    found = decoded(saved(Image.fromarray(checks.astype(np.uint8))), size=32)
+    inner = found[2:-2, 2:-2]
+    assert np.abs(inner - 127.5).max() < 6
+
+
+@pytest.mark.parametrize("shape", [(1600, 1200), (2400, 300), (300, 1500)])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_a_large_jpeg_is_as_sharp_as_its_lossless_copy(shape, fit):
+    """JPEG is decoded at a fraction of its size where that is enough, and only there."""
+    across = np.arange(shape[0]) * 16 // min(shape) % 2
+    stripes = Image.fromarray(np.broadcast_to(255 * across, shape[::-1]).astype(np.uint8)).convert("RGB")
+    from_jpeg = decoded(saved(stripes, "JPEG", quality=95), size=64, fit=fit)
+    from_png = decoded(saved(stripes), size=64, fit=fit)
+    assert np.abs(from_jpeg - from_png).mean() < 4
+    assert from_jpeg.std() == pytest.approx(from_png.std(), rel=0.03)
+
+
+@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3))))
+def test_a_working_image_is_stored_without_loss(values):
+    np.testing.assert_array_equal(pixels(encode(Image.fromarray(values))), values)
+
+
+def test_equal_files_give_equal_bytes():
+    data = saved(noise(), "JPEG")
+    assert encode(decode(data, 40, "crop", LIMIT)) == encode(decode(data, 40, "crop", LIMIT))

@@ -1,0 +1,215 @@
+"""Soft targets on disk and in batches: they belong to their image and their view (case C07), whatever reads them."""
+
+import contextlib
+import hashlib
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.numpy import save
+
+from raydistill.config import Views
+from raydistill.data.decode import encode
+from raydistill.data.sample import SCHEMA, SampleSet, Visits, batch_order, encode_shard, sample_id, shard_name
+from raydistill.data.targets import (
+    UNLABELLED,
+    InMemory,
+    Streamed,
+    TrainSplit,
+    decode_targets,
+    encode_targets,
+    labels_of,
+    read_samples,
+    read_targets,
+)
+from raydistill.data.views import view_parameters
+from raydistill.errors import CheckpointError
+
+VIEWS, FEATURES, SIZE = 3, 5, 8
+ROWS = (4, 0, 3, 6, 1)  # of each shard
+SEED = 11
+
+
+def ids(count: int) -> list[str]:
+    return [sample_id(bytes([n])) for n in range(count)]
+
+
+def features_of(identity: str, view: int) -> np.ndarray:
+    """What a stub teacher says: different for every image and view, exact in float16."""
+    digest = hashlib.sha256(f"{identity}/{view}".encode()).digest()
+    return np.frombuffer(digest[:FEATURES], np.uint8).astype(np.float16)
+
+
+def picture_of(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def label_of(number: int) -> int | None:
+    return None if number % 3 == 0 else number % 4
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> TrainSplit:
+    """A train split on disk with the targets of a stub teacher; image n is the n-th row over all shards."""
+    tmp_path = tmp_path_factory.mktemp("split")
+    number = 0
+    for shard, count in enumerate(ROWS):
+        numbers = range(number, number + count)
+        rows = pa.table(
+            {
+                "sample_id": [ids(99)[n] for n in numbers],
+                "image": [encode(Image.fromarray(picture_of(n))) for n in numbers],
+                "label": [label_of(n) for n in numbers],
+                "source": ["real"] * count,
+                "split": ["train"] * count,
+            },
+            schema=SCHEMA,
+        )
+        (tmp_path / f"{shard_name('train', shard)}.parquet").write_bytes(encode_shard(rows))
+        names = rows["sample_id"].to_pylist()
+        features = np.array([[features_of(name, view) for name in names] for view in range(VIEWS)], np.float16)
+        stored = encode_targets(names, features.reshape(VIEWS, count, FEATURES))
+        (tmp_path / f"{shard_name('train', shard)}.safetensors").write_bytes(stored)
+        number += count
+    samples = SampleSet(str(tmp_path), ("a", "b", "c", "d"), SIZE, {"train": ROWS}, {"train": 0}, 0, {"train": ""}, "")
+    return TrainSplit(samples, str(tmp_path), Views(per_image=VIEWS, brightness=0.3), SEED)
+
+
+def image_number(shard: int, row: int) -> int:
+    return sum(ROWS[:shard]) + row
+
+
+def some_visits(
+    split: TrainSplit, batches: int = 6, batch_size: int = 7, share: float = 0.6, seed: int = SEED
+) -> list[Visits]:
+    labels = split.labels()
+    labelled = [np.flatnonzero(shard != UNLABELLED) for shard in labels]
+    others = [np.flatnonzero(shard == UNLABELLED) for shard in labels]
+    return list(itertools.islice(batch_order(labelled, others, share, batch_size, seed), batches))
+
+
+@pytest.mark.parametrize("reader", [InMemory, Streamed])
+def test_every_row_of_a_batch_is_of_one_image_and_one_view(split, reader):
+    source = reader(split, 2)
+    seen = set()
+    for visits in some_visits(split):
+        batch = source.gather(visits)
+        for k in range(len(visits)):
+            number = image_number(int(visits.shard[k]), int(visits.row[k]))
+            view = int(visits.visit[k]) % VIEWS
+            label = label_of(number)
+            np.testing.assert_array_equal(batch.images_VHHC[k], picture_of(number))
+            np.testing.assert_array_equal(batch.features_VD[k], features_of(ids(99)[number], view))
+            assert batch.labels_V[k] == (UNLABELLED if label is None else label)
+            expected = view_parameters(split.views, SEED, [ids(99)[number]], [view])[0]
+            np.testing.assert_array_equal(batch.parameters_VP[k], expected)
+            seen.add((number, view))
+    assert len(seen) > sum(ROWS)  # images came again, under another view
+
+
+@given(share=st.floats(0.1, 0.9), batch_size=st.integers(1, 9), seed=st.integers(0, 99), fresh=st.booleans())
+def test_memory_and_stream_give_the_same_batches(split, share, batch_size, seed, fresh):
+    if fresh:
+        split = replace(split, targets=None, views=Views(per_image="fresh"))
+    memory, stream = InMemory(split, 1), Streamed(split, 1)
+    for visits in some_visits(split, 4, batch_size, share, seed):
+        for first, second in zip(memory.gather(visits).arrays(), stream.gather(visits).arrays(), strict=True):
+            if first is None or second is None:
+                assert first is None
+                assert second is None
+            else:
+                np.testing.assert_array_equal(first, second)
+                assert first.dtype == second.dtype
+
+
+@pytest.mark.parametrize("reader", [InMemory, Streamed])
+def test_fresh_views_never_come_again(split, reader):
+    source = reader(replace(split, targets=None, views=Views(per_image="fresh")), 1)
+    visits = Visits(np.zeros(50, int), np.ones(50, int), np.arange(50))
+    batch = source.gather(visits)
+    assert batch.features_VD is None
+    assert len(np.unique(batch.parameters_VP, axis=0)) == 50
+
+
+@pytest.mark.parametrize("reader", [InMemory, Streamed])
+def test_targets_of_other_images_are_refused(split, reader, tmp_path):
+    """The targets of an earlier set, one of whose images has gone since."""
+    for shard, count in enumerate(ROWS):
+        names = read_samples(split.samples, "train", shard)["sample_id"].to_pylist()
+        if shard == 3:
+            names = [*names[1:], names[0]]
+        stored = encode_targets(names, np.zeros((VIEWS, count, FEATURES), np.float16))
+        (tmp_path / f"{shard_name('train', shard)}.safetensors").write_bytes(stored)
+    with pytest.raises(CheckpointError, match="train-00003"):
+        reader(replace(split, targets=str(tmp_path)), 1).gather(Visits(*np.array([[3], [0], [0]])))
+
+
+def test_labels_are_read_with_and_without_the_images(split):
+    for shard, labels in enumerate(split.labels()):
+        expected = [label_of(image_number(shard, row)) for row in range(ROWS[shard])]
+        assert labels.tolist() == [UNLABELLED if label is None else label for label in expected]
+        np.testing.assert_array_equal(labels, labels_of(read_samples(split.samples, "train", shard)))
+
+
+def test_targets_are_read_by_split_and_shard(split):
+    names = read_samples(split.samples, "train", 2)["sample_id"].to_pylist()
+    found = read_targets(split.targets, "train", 2, names)
+    np.testing.assert_array_equal(found[1, 2], features_of(names[2], 1))
+
+
+@given(
+    views=st.integers(1, 4),
+    rows=st.integers(0, 6),
+    features=st.integers(1, 7),
+    order=st.permutations(range(3)),
+    backwards=st.booleans(),
+    kind=st.sampled_from([np.float16, np.float32, np.float64]),
+)
+def test_targets_come_back_as_they_were_however_they_lie_in_memory(views, rows, features, order, backwards, kind):
+    values = np.random.default_rng(0).normal(size=(views, rows, features)).astype(np.float16).astype(kind)
+    stored_order = np.ascontiguousarray(values.transpose(order))
+    same = stored_order.transpose(np.argsort(order))
+    if backwards:
+        same = np.ascontiguousarray(same[:, ::-1])[:, ::-1]
+    found = decode_targets(encode_targets(ids(rows), same), ids(rows), "train-00000")
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, values)
+
+
+STORED = encode_targets(ids(4), np.ones((2, 4, 3)))
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [ids(3), ids(5), list(reversed(ids(4))), [*ids(3), sample_id(b"other")], []],
+    ids=["fewer", "more", "another order", "another image", "none"],
+)
+def test_other_ids_are_refused(expected):
+    decode_targets(STORED, ids(4), "train-00000")
+    with pytest.raises(CheckpointError, match="train-00000"):
+        decode_targets(STORED, expected, "train-00000")
+
+
+def test_bytes_cut_off_anywhere_are_refused():
+    for length in range(len(STORED)):
+        with pytest.raises(CheckpointError, match="train-00000"):
+            decode_targets(STORED[:length], ids(4), "train-00000")
+
+
+@given(place=st.integers(0, 200), value=st.integers(0, 255))
+def test_a_changed_header_is_refused_or_harmless(place, value):
+    data = bytearray(STORED)
+    data[place] = value
+    with contextlib.suppress(CheckpointError):
+        decode_targets(bytes(data), ids(4), "train-00000")
+
+
+@pytest.mark.parametrize("tensors", [{}, {"features": np.ones(3)}, {"sample_ids": np.zeros((4, 16), np.uint8)}])
+def test_another_kind_of_file_is_refused(tensors):
+    with pytest.raises(CheckpointError, match="train-00000"):
+        decode_targets(save(tensors), ids(4), "train-00000")

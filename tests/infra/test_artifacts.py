@@ -1,0 +1,424 @@
+"""Stage directories: named by what decides the result and by nothing else (case C12), written whole or not at all (case
+C20)."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from raydistill.config import RunConfig, known_keys, load_config
+from raydistill.data.images import Entry, Listing
+from raydistill.data.sample import SampleSet
+from raydistill.errors import CheckpointError, ConfigError, StageError
+from raydistill.infra import artifacts
+
+LISTING = Listing((Entry("/i/a/0.png", "a", None), Entry("/i/b/0.png", "b", None)), ("a", "b"), {}, "0123")
+SAMPLES = SampleSet(
+    path="/w/prepare-1",
+    classes=("a", "b"),
+    size=64,
+    shards={"train": (4,), "val": (2,), "test": (2,)},
+    num_labelled={"train": 3, "val": 2, "test": 2},
+    num_refused=0,
+    ids={"train": "t", "val": "v", "test": "e"},
+    labels="l",
+)
+STAGES = ("prepare", "features", "adapt", "teach", "distill", "evaluate")
+NOTHING, STUDENT, HEAD = set(), {"distill", "evaluate"}, {"adapt", "distill", "evaluate"}
+TEACHER = {"features", "adapt", "teach", "distill", "evaluate"}
+VIEWS = {"teach", "distill", "evaluate"}
+
+
+def config_of(*words: str) -> RunConfig:
+    return load_config(["images.path=./my_images", *words])
+
+
+def names(*words: str, samples: SampleSet = SAMPLES, listing: Listing = LISTING) -> dict[str, str]:
+    """The directory of every stage, without the workspace it lies in."""
+    config = config_of(*words)
+    found = {"prepare": artifacts.prepare_directory(config, listing).name}
+    for stage in STAGES[1:]:
+        found[stage] = getattr(artifacts, f"{stage}_directory")(config, samples).name
+    return found
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {stage for stage in STAGES if before[stage] != after[stage]}
+
+
+# For each key a change, and the stages that have to be done again because of it.
+EFFECTS = {
+    "name=other": NOTHING,
+    "workspace=/elsewhere": NOTHING,
+    "seed=1": {"prepare"} | VIEWS,
+    "images.path=elsewhere": NOTHING,  # the listing tells what lies there
+    "images.size=64": {"prepare"} | TEACHER,
+    "images.fit=pad": {"prepare"} | TEACHER,
+    "images.shard_size=32": {"prepare"} | TEACHER,
+    "images.classes=list.txt": NOTHING,  # as for the path
+    "images.val_share=0.2": {"prepare"},
+    "images.test_share=0.2": {"prepare"},
+    "images.num_labelled=2": {"prepare"},
+    "images.allow_missing_val=true": NOTHING,
+    "images.max_bad_share=0.5": NOTHING,
+    "images.max_pixels=1000": {"prepare"},
+    "teacher.model=timm:resnet18": TEACHER,
+    "teacher.weights=example:efficientnet-lite2": TEACHER,
+    "teacher.revision=abc": TEACHER,
+    "teacher.head=native": HEAD,
+    "teacher.class_balanced=true": HEAD,
+    "teacher.size=64": TEACHER,
+    "teacher.batch_size=7": NOTHING,
+    "teacher.allow_near_chance=true": NOTHING,
+    "student.model=timm:resnet18": STUDENT,
+    "student.init=pretrained": STUDENT,
+    "student.weights=example:efficientnet-lite0 student.init=pretrained": STUDENT,
+    "student.size=32": STUDENT,
+    "views.per_image=9": VIEWS,
+    "views.min_scale=0.5": VIEWS,
+    "views.max_ratio=2": VIEWS,
+    "views.flip=0": VIEWS,
+    "views.brightness=0.1": VIEWS,
+    "views.contrast=0.1": VIEWS,
+    "views.saturation=0.1": VIEWS,
+    "loss.task_weight=2": STUDENT,
+    "loss.kd_weight=2": STUDENT,
+    "loss.temperature=2": STUDENT,
+    "loss.alignment_weight=2": STUDENT,
+    "loss.uniformity_weight=2": STUDENT,
+    "loss.alignment_alpha=1": STUDENT,
+    "loss.uniformity_t=1": STUDENT,
+    "loss.projection_dim=64": STUDENT,
+    "distill.epochs=3": STUDENT,
+    "distill.batch_size=8": STUDENT,
+    "distill.labelled_share=0.5": STUDENT,
+    "distill.optimizer=sgd": STUDENT,
+    "distill.learning_rate=0.1": STUDENT,
+    "distill.weight_decay=0": STUDENT,
+    "distill.momentum=0": STUDENT,
+    "distill.schedule=constant": STUDENT,
+    "distill.warmup_epochs=1": STUDENT,
+    "distill.ema_decay=0.9": STUDENT,
+    "distill.precision=bf16": STUDENT,
+    "distill.channels_last=true": STUDENT,
+    "distill.clip_norm=1": STUDENT,
+    "distill.val_every=1": STUDENT,
+    "distill.num_workers=2": STUDENT,
+    "distill.cache=stream": NOTHING,
+    "distill.max_failures=0": NOTHING,
+    "evaluate.batch_size=5": NOTHING,
+    "evaluate.calibration_bins=10": {"evaluate"},
+    "cluster.address=ray://head:10001": NOTHING,
+    "cluster.teacher_actors=[2,3]": NOTHING,
+    "tracking.enabled=false": NOTHING,
+    "tracking.uri=http://host:5000": NOTHING,
+}
+
+
+@pytest.mark.parametrize("words", EFFECTS)
+def test_a_change_makes_those_stages_new_whose_result_it_changes(words):
+    assert changed(names(), names(*words.split())) == EFFECTS[words]
+
+
+def test_the_table_above_has_every_key():
+    sections = set(RunConfig.model_fields) - {"name", "workspace", "seed"}
+    assert {words.partition("=")[0] for words in EFFECTS} == set(known_keys()) - sections
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"ids": {**SAMPLES.ids, "train": "other"}}, TEACHER),
+        ({"ids": {**SAMPLES.ids, "val": "other"}}, TEACHER - {"teach"}),
+        ({"labels": "other"}, TEACHER - {"teach"}),
+        ({"classes": ("b", "a")}, HEAD),
+        ({"path": "/elsewhere/prepare-2"}, NOTHING),
+        ({"num_refused": 3}, NOTHING),
+    ],
+)
+def test_other_samples_make_those_stages_new_that_read_what_differs(change, expected):
+    """A pool of targets outlives a change of labels or of the head: it belongs to the train images alone."""
+    assert changed(names(), names(samples=dataclasses.replace(SAMPLES, **change))) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"fingerprint": "other"}, {"prepare"}),
+        ({"classes": ("b", "a")}, {"prepare"}),
+        ({"ignored": {"hidden and system files": 3}}, NOTHING),
+    ],
+)
+def test_other_files_or_classes_are_prepared_anew(change, expected):
+    assert changed(names(), names(listing=dataclasses.replace(LISTING, **change))) == expected
+
+
+def test_without_soft_targets_the_teacher_does_not_decide_the_student():
+    alone = ["loss.kd_weight=0", "loss.alignment_weight=0", "loss.uniformity_weight=0"]
+    before, after = names(*alone), names(*alone, "teacher.model=timm:resnet18", "teacher.size=64")
+    assert changed(before, after) == {"features", "adapt", "teach"}
+
+
+def test_names_do_not_depend_on_the_process():
+    code = "import json, runpy, sys\nprint(json.dumps(runpy.run_path(sys.argv[1])['names']()))"
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code, __file__],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert [json.loads(output) for output in found] == [names(), names()]
+
+
+# Weights are known by their content
+
+
+def test_weights_of_one_name_are_told_apart_by_their_content(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"first")
+    word = f"teacher.weights={weights}"
+    before, times = names(word), weights.stat()
+    weights.write_bytes(b"other")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert changed(before, names(word)) == TEACHER
+    weights.write_bytes(b"first")
+    assert names(word) == before
+    (tmp_path / "again.safetensors").write_bytes(b"first")
+    assert names(f"teacher.weights={tmp_path / 'again.safetensors'}") == before
+
+
+def test_weights_of_the_student_decide_the_student_alone(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"first")
+    words = ["student.init=pretrained", f"student.weights={weights}"]
+    before = names(*words)
+    weights.write_bytes(b"other")
+    assert changed(before, names(*words)) == STUDENT
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_weights_that_are_not_there_are_named(tmp_path, key):
+    words = [f"{key}.weights={tmp_path / 'none.pth'}", "student.init=pretrained"]
+    with pytest.raises(ConfigError, match=r"none\.pth"):
+        names(*words)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A teacher as transformers saves it."""
+    made = tmp_path / "teacher"
+    made.mkdir()
+    (made / "config.json").write_text("{}")
+    (made / "preprocessor_config.json").write_text("{}")
+    (made / "model.safetensors").write_bytes(b"weights")
+    return made
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:", "timm:local-dir:"])
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_teacher_in_a_folder_is_known_by_the_content_of_its_files(folder, prefix, file):
+    word = f"teacher.model={prefix}{folder}"
+    before, times = names(word), (folder / file).stat()
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[::-1])
+    os.utime(folder / file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert changed(before, names(word)) == TEACHER
+    (folder / file).write_bytes(content)
+    assert names(word) == before
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_a_teacher_in_a_folder_may_move_and_be_described(folder, prefix, monkeypatch):
+    before = names(f"teacher.model={prefix}{folder}")
+    (folder / "README.md").write_text("A teacher.")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.json").write_text("{}")
+    moved = folder.rename(folder.with_name("moved"))
+    assert names(f"teacher.model={prefix}{moved}") == before
+    monkeypatch.chdir(moved.parent)
+    assert names(f"teacher.model={prefix}moved") == before
+
+
+def test_a_folder_of_a_timm_models_name_is_not_that_model(tmp_path, monkeypatch):
+    before = names("teacher.model=timm:resnet18")
+    (tmp_path / "resnet18").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert names("teacher.model=timm:resnet18") == before
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_the_native_head_of_a_transformers_model_may_read_other_features(folder, prefix):
+    word = f"teacher.model={prefix}{folder}"
+    assert changed(names(word), names(word, "teacher.head=native")) == TEACHER
+
+
+# Writing
+
+
+def everything_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_bytes_are_written_and_written_over(tmp_path):
+    path = tmp_path / "deep" / "er" / "file"
+    artifacts.write_bytes(str(path), b"first")
+    artifacts.write_bytes(str(path), b"second")
+    assert path.read_bytes() == b"second"
+    assert everything_below(tmp_path) == ["deep/er/file"]
+
+
+FULL_DISK = """
+import resource, sys
+from raydistill.errors import StageError
+from raydistill.infra.artifacts import write_bytes
+folder, limited = sys.argv[1], sys.argv[2] == "limited"
+write_bytes(f"{folder}/old", b"old")
+if limited:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+for name in ("old", "new", "deep/new"):
+    try:
+        write_bytes(f"{folder}/{name}", b"x" * 1_000_000)
+    except StageError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("how", ["limited", "mounted"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, how):
+    if how == "mounted":
+        options = ["-t", "tmpfs", "-o", "size=65536", "tmpfs", str(tmp_path)]
+        if os.geteuid() or subprocess.run(["mount", *options], check=False, capture_output=True).returncode:
+            pytest.skip("may not mount a small disk here")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", FULL_DISK, str(tmp_path), how], capture_output=True, text=True, check=True
+        )
+        messages = done.stdout.splitlines()
+        assert len(messages) == 3
+        for message, name in zip(messages, ("old", "new", "deep/new"), strict=True):
+            assert str(tmp_path / name) in message
+            assert "bytes are free" in message
+        assert everything_below(tmp_path) == ["old"]
+        assert (tmp_path / "old").read_bytes() == b"old"
+    finally:
+        if how == "mounted":
+            subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_place_that_takes_no_files_is_a_stage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "below", tmp_path / "file" / "deep" / "below"):
+        with pytest.raises(StageError, match="below"):
+            artifacts.write_bytes(str(path), b"x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StageError, match="folder"):
+        artifacts.write_bytes(str(tmp_path / "folder"), b"x")
+    assert everything_below(tmp_path) == ["file"]
+
+
+def test_a_reader_sees_one_whole_version_while_others_write(tmp_path):
+    path = tmp_path / "file"
+    versions = [bytes([value]) * 300_000 for value in (1, 2)]
+    artifacts.write_bytes(str(path), versions[0])
+
+    def write(data: bytes) -> None:
+        for _ in range(40):
+            artifacts.write_bytes(str(path), data)
+
+    writers = [threading.Thread(target=write, args=(data,)) for data in versions]
+    for writer in writers:
+        writer.start()
+    seen = []
+    while any(writer.is_alive() for writer in writers):
+        seen.append(path.read_bytes())
+    for writer in writers:
+        writer.join()
+    assert seen
+    assert all(data in versions for data in seen)
+    assert everything_below(tmp_path) == ["file"]
+
+
+# Directories
+
+
+@pytest.fixture(params=["local", "memory"])
+def directory(request, tmp_path) -> artifacts.StageDirectory:
+    workspace = str(tmp_path) if request.param == "local" else "memory://workspace"
+    made = artifacts.prepare_directory(config_of(f"workspace={workspace}"), LISTING)
+    yield made
+    if request.param == "memory" and made.fs.exists("/workspace"):
+        made.fs.rm("/workspace", recursive=True)
+
+
+def test_a_stage_is_done_when_its_marker_stands(directory):
+    assert not directory.started()
+    assert directory.done() is None
+    directory.begin()
+    assert directory.started()
+    assert directory.done() is None
+    result = {"classes": ["10", "2", "café", "a b"], "accuracy": 0.5, "none": None}
+    directory.finish(result)
+    assert directory.done() == result
+    assert "café" in directory.fs.cat_file(f"{directory.path}/DONE").decode()
+
+
+def test_a_directory_tells_what_it_stands_for(directory):
+    directory.begin()
+    identity = json.loads(directory.fs.cat_file(f"{directory.path}/identity.json"))
+    assert identity["files"] == LISTING.fingerprint
+    assert identity["classes"] == list(LISTING.classes)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1', b"\xff\xfe\x00", b"\x00" * 20])
+def test_a_marker_that_cannot_be_read_is_a_checkpoint_error(directory, content):
+    directory.begin()
+    directory.fs.pipe_file(f"{directory.path}/DONE", content)
+    with pytest.raises(CheckpointError, match="DONE"):
+        directory.done()
+
+
+def test_beginning_again_keeps_what_is_there(directory):
+    directory.begin()
+    directory.write("train-00000.parquet", b"rows")
+    directory.finish({"a": 1})
+    directory.begin()
+    assert directory.fs.cat_file(f"{directory.path}/train-00000.parquet") == b"rows"
+    assert directory.done() == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("workspace", "expected"),
+    [
+        ("s3://bucket/raydistill/", "s3://bucket/raydistill"),
+        ("/data//work/", "/data/work"),
+        ("~/work", os.path.expanduser("~/work")),
+        ("./workspace", os.path.abspath("workspace")),
+    ],
+)
+def test_the_workspace_is_absolute(workspace, expected):
+    assert artifacts.workspace_root(config_of(f"workspace={workspace}")) == expected
+
+
+def test_a_workspace_that_can_be_written_is_left_clean(tmp_path):
+    artifacts.check_writable(config_of(f"workspace={tmp_path / 'new' / 'place'}"))
+    assert (tmp_path / "new" / "place").is_dir()
+    assert everything_below(tmp_path) == []
+    artifacts.check_writable(config_of("workspace=memory://writable"))
+    assert fsspec.filesystem("memory").find("/writable") == []
+
+
+def test_a_workspace_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="workspace"):
+        artifacts.check_writable(config_of(f"workspace={tmp_path / 'file'}"))
+    with pytest.raises(ConfigError, match="workspace"):
+        artifacts.check_writable(config_of(f"workspace={tmp_path / 'file' / 'below'}"))

@@ -1,0 +1,570 @@
+"""The teacher: frozen for life (case C06), fed as its own configuration says (case C08), and its native head matched by
+name. Networks are small and random, but saved and loaded as real ones are."""
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform
+from torch import nn
+
+from raydistill.config import Teacher
+from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
+from raydistill.errors import ConfigError
+from raydistill.models.teacher import LinearHead, TeacherBackbone, load_teacher, match_native_head
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "image_size": 32,
+    "patch_size": 8,
+}
+NAMES = {0: "tabby cat, tabby", 1: "dog", 2: "traffic_light"}
+
+
+def refusal(call: Callable[..., object], *arguments: object) -> str:
+    with pytest.raises(ConfigError) as refused:
+        call(*arguments)
+    (message,) = refused.value.args
+    assert "\n" not in message
+    return message
+
+
+def fingerprint(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def images(count: int, size: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def shaken(network: nn.Module) -> nn.Module:
+    """Random numbers everywhere: freshly made networks hold zeros that would hide a mistake."""
+    generator = torch.Generator().manual_seed(0)
+    for value in network.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(0.5 * torch.rand(value.shape, generator=generator) + 0.02)
+    return network.eval()
+
+
+# Frozen
+
+
+class Unsteady(nn.Module):
+    """Batch norm and dropout: in train mode neither its state nor its output would stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layers(inputs)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.student = nn.Linear(8, 2)
+
+
+def unsteady() -> TeacherBackbone:
+    return TeacherBackbone(shaken(Unsteady()).train(), Preprocessing(32, (0, 0, 0), (1, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    "flip",
+    [
+        lambda teacher: teacher.train(),
+        lambda teacher: Wrapper(teacher).train(),
+        lambda teacher: Wrapper(Wrapper(teacher)).train(True),
+        lambda teacher: nn.Sequential(teacher).train(),
+        lambda teacher: copy.deepcopy(teacher).train(),
+        lambda teacher: teacher.eval().train(),
+    ],
+)
+def test_nothing_puts_the_teacher_in_train_mode(flip):
+    teacher = unsteady()
+    before, expected = fingerprint(teacher), teacher(images(4))
+    flip(teacher)
+    assert not any(module.training for module in teacher.modules())
+    for _ in range(3):
+        torch.testing.assert_close(teacher(images(4)), expected, rtol=0, atol=0)
+    assert fingerprint(teacher) == before
+
+
+def test_a_wrapper_still_trains_the_student():
+    wrapper = Wrapper(unsteady()).eval().train()
+    assert wrapper.student.training
+
+
+def test_an_image_has_the_same_features_in_any_batch():
+    teacher = unsteady()
+    batch = images(6)
+    together = teacher(batch)
+    alone = torch.cat([teacher(image[None]) for image in batch])
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
+    among_others = teacher(torch.cat([100 * images(3), batch[2:3]]))[-1]
+    torch.testing.assert_close(among_others, together[2], rtol=0, atol=1e-5)
+
+
+def test_no_gradient_and_no_optimizer_reaches_the_teacher():
+    wrapper = Wrapper(unsteady())
+    before = fingerprint(wrapper.teacher)
+    trainable = [p for p in wrapper.parameters() if p.requires_grad]
+    assert len(trainable) == 2
+    optimizer = torch.optim.SGD(trainable, lr=1.0, weight_decay=0.5)
+    wrapper.student(wrapper.teacher(images(4)).clone()).sum().backward()
+    optimizer.step()
+    assert all(p.grad is None for p in wrapper.teacher.parameters())
+    assert fingerprint(wrapper.teacher) == before
+
+
+# timm
+
+
+@pytest.fixture(scope="module")
+def timm_weights(tmp_path_factory) -> Callable[..., str]:
+    """A .safetensors of a small timm model with random weights."""
+
+    def write(name: str, num_classes: int = 5) -> str:
+        path = tmp_path_factory.mktemp("weights") / f"{name}.safetensors"
+        torch.manual_seed(0)
+        save_file(shaken(timm.create_model(name, num_classes=num_classes)).state_dict(), path)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet"])
+def test_a_timm_teachers_features_and_head_are_the_models_own(timm_weights, name):
+    weights = timm_weights(name)
+    backbone, head, _ = load_teacher(Teacher(model=f"timm:{name}", weights=weights, head="native"))
+    own = timm.create_model(name, num_classes=5).eval()
+    own.load_state_dict(load_file(weights))
+    batch = images(3, backbone.preprocessing.size)
+    before, features = fingerprint(backbone), backbone(batch)
+    with torch.no_grad():
+        expected = own.forward_head(own.forward_features(batch), pre_logits=True)
+        logits = own(batch)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(head.logits(features.numpy()), logits, rtol=1e-4, atol=1e-4)
+    backbone.train()
+    backbone(images(7, backbone.preprocessing.size))
+    torch.testing.assert_close(backbone(batch[:1]), features[:1], rtol=1e-5, atol=1e-5)
+    assert fingerprint(backbone) == before
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "mobilenetv3_small_050"])
+def test_timm_preprocessing_is_that_of_the_models_own_configuration(timm_weights, name):
+    backbone, *_ = load_teacher(Teacher(model=f"timm:{name}", weights=timm_weights(name)))
+    own = timm.get_pretrained_cfg(name)
+    size = own.input_size[-1]
+    assert backbone.preprocessing == Preprocessing(size, own.mean, own.std, own.interpolation)
+    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    transform = create_transform(size, mean=own.mean, std=own.std, interpolation=own.interpolation, crop_pct=1.0)
+    seen = render(torch.from_numpy(picture)[None], torch.from_numpy(WHOLE_IMAGE)[None], backbone.preprocessing)
+    torch.testing.assert_close(seen[0], transform(Image.fromarray(picture)), rtol=0, atol=1e-5)
+
+
+def test_models_with_different_statistics_are_fed_differently(timm_weights):
+    vit, resnet = (
+        load_teacher(Teacher(model=f"timm:{name}", weights=timm_weights(name)))[0].preprocessing
+        for name in ("test_vit", "mobilenetv3_small_050")
+    )
+    assert vit.mean != resnet.mean
+
+
+def test_a_size_may_be_asked_for_where_the_network_takes_it(timm_weights):
+    backbone, *_ = load_teacher(Teacher(model="timm:test_resnet", weights=timm_weights("test_resnet"), size=64))
+    assert backbone.preprocessing.size == 64
+    assert backbone(images(2, 64)).ndim == 2
+    name = "vit_tiny_patch16_224"
+    assert "64" in refusal(load_teacher, Teacher(model=f"timm:{name}", weights=timm_weights(name), size=64))
+
+
+def test_a_folder_that_timm_saved_is_a_teacher(tmp_path):
+    torch.manual_seed(0)
+    own = shaken(timm.create_model("test_resnet", num_classes=3))
+    save_file(own.state_dict(), tmp_path / "model.safetensors")
+    settings = {"architecture": "test_resnet", "num_classes": 3, "label_names": ["a", "b", "c"]}
+    settings["pretrained_cfg"] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 48, 48]}
+    settings["pretrained_cfg"] |= {"interpolation": "bilinear", "num_classes": 3, "label_names": ["a", "b", "c"]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    backbone, head, names = load_teacher(Teacher(model=str(tmp_path), head="native"))
+    assert backbone.preprocessing == Preprocessing(48, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
+    assert names == [("a",), ("b",), ("c",)]
+    with torch.no_grad():
+        expected = own(images(2, 48))
+    np.testing.assert_allclose(head.logits(backbone(images(2, 48)).numpy()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_without_a_classifier_has_no_head(tmp_path):
+    save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "w.safetensors")
+    _, head, names = load_teacher(Teacher(model="timm:test_resnet", weights=str(tmp_path / "w.safetensors")))
+    assert head is None
+    assert names == []
+
+
+# transformers
+
+
+@pytest.fixture
+def hf(tmp_path) -> Callable[..., tuple[str, nn.Module]]:
+    """Saves a network with random weights and its preprocessing as transformers does; gives the folder and it."""
+
+    def save(network: nn.Module, processor: object = None, dtype: torch.dtype = torch.float32) -> tuple[str, nn.Module]:
+        folder = tmp_path / "teacher"
+        shaken(network)
+        copy.deepcopy(network).to(dtype).save_pretrained(folder)
+        if processor is None:
+            processor = transformers.ViTImageProcessor(
+                size={"height": 32, "width": 32}, image_mean=[0.5, 0.4, 0.3], image_std=[0.25, 0.5, 0.2], resample=2
+            )
+        processor.save_pretrained(folder)
+        return str(folder), network
+
+    return save
+
+
+def vit(**options: object) -> nn.Module:
+    return transformers.ViTModel(transformers.ViTConfig(**VIT), **options)
+
+
+def vit_classifier() -> nn.Module:
+    config = transformers.ViTConfig(**VIT, id2label=NAMES, label2id={name: k for k, name in NAMES.items()})
+    return transformers.ViTForImageClassification(config)
+
+
+def dinov2(kind: str = "Model", **options: object) -> nn.Module:
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, num_labels=3
+    )
+    return getattr(transformers, f"Dinov2{kind}")(config, **options)
+
+
+def resnet(kind: str = "Model") -> nn.Module:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+    return getattr(transformers, f"ResNet{kind}")(config)
+
+
+def pooled(output: object) -> torch.Tensor:
+    return output.pooler_output.flatten(1)
+
+
+def class_token(output: object) -> torch.Tensor:
+    return output.last_hidden_state[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (vit, pooled),
+        (lambda: vit(add_pooling_layer=False), class_token),
+        (dinov2, pooled),
+        (resnet, pooled),
+        (
+            lambda: transformers.SwinModel(
+                transformers.SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4)
+            ),
+            pooled,
+        ),
+        (lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VIT)), pooled),
+        (
+            lambda: transformers.PvtV2Model(
+                transformers.PvtV2Config(
+                    image_size=32, hidden_sizes=[8] * 4, depths=[1] * 4, num_attention_heads=[1] * 4
+                )
+            ),
+            lambda output: output.last_hidden_state.mean(dim=(2, 3)),
+        ),
+    ],
+    ids=["ViT", "ViT without a pooler", "DINOv2", "ResNet", "Swin", "CLIP's image half", "PVTv2"],
+)
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_transformers_features_are_the_models_own(hf, make, expected, prefix):
+    folder, own = hf(make())
+    backbone, head, names = load_teacher(Teacher(model=prefix + folder))
+    before = fingerprint(backbone)
+    features = backbone.train()(images(3))
+    with torch.no_grad():
+        torch.testing.assert_close(features, expected(own(pixel_values=images(3))), rtol=1e-5, atol=1e-5)
+    assert head is None
+    assert names == []
+    assert fingerprint(backbone) == before
+
+
+def test_a_classifiers_backbone_has_no_trained_pooler_and_gives_the_class_token(hf):
+    folder, own = hf(vit_classifier())
+    features = load_teacher(Teacher(model=folder))[0](images(3))
+    again = load_teacher(Teacher(model=folder))[0](images(3))
+    with torch.no_grad():
+        expected = own.vit(pixel_values=images(3)).last_hidden_state[:, 0]
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(features, again)  # no part of it is random
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [vit_classifier, lambda: dinov2("ForImageClassification"), lambda: resnet("ForImageClassification")],
+    ids=["ViT", "DINOv2", "ResNet"],
+)
+def test_the_native_head_gives_the_classifiers_own_logits(hf, make, dtype):
+    folder, own = hf(make(), dtype=dtype)
+    own.load_state_dict({name: value.to(dtype).to(value.dtype) for name, value in own.state_dict().items()})
+    backbone, head, names = load_teacher(Teacher(model=folder, head="native"))
+    features = backbone(images(3))
+    assert features.dtype == torch.float32
+    with torch.no_grad():
+        logits = own(pixel_values=images(3)).logits
+    np.testing.assert_allclose(features.numpy() @ head.weight_CD.T + head.bias_C, logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(head.logits(features.numpy()), logits, rtol=1e-4, atol=1e-4)
+    assert len(names) == 3
+
+
+def test_names_of_a_transformers_head_are_its_labels(hf):
+    folder, _ = hf(vit_classifier())
+    _, head, names = load_teacher(Teacher(model=folder, head="native"))
+    assert names == [("tabby cat", "tabby"), ("dog",), ("traffic_light",)]
+    matched = match_native_head(head, names, ["Traffic Light", "tabby"])
+    np.testing.assert_array_equal(matched.weight_CD, head.weight_CD[[2, 0]])
+    np.testing.assert_array_equal(matched.bias_C, head.bias_C[[2, 0]])
+
+
+def test_a_model_whose_logits_come_from_two_heads_has_no_native_head(hf):
+    folder, _ = hf(transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**VIT, num_labels=3)))
+    assert "linear_probe" in refusal(load_teacher, Teacher(model=folder, head="native"))
+    assert load_teacher(Teacher(model=folder))[0](images(2)).shape == (2, 32)
+
+
+def test_a_backbone_has_no_native_head(hf):
+    folder, _ = hf(vit())
+    _, head, names = load_teacher(Teacher(model=folder, head="native"))
+    assert "linear_probe" in refusal(match_native_head, head, names, ["a", "b"])
+
+
+def change(folder: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = Path(folder) / "model.safetensors"
+    state = load_file(path)
+    edit(state)
+    save_file(state, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("head", ["linear_probe", "native"])
+def test_weights_that_are_missing_or_misshapen_are_refused_by_name(hf, head):
+    folder, _ = hf(vit_classifier())
+    whole = Path(folder).with_name("whole")
+    shutil.copytree(folder, whole)
+    key = next(name for name in load_file(whole / "model.safetensors") if name.endswith("cls_token"))
+    for edit in (lambda state: state.pop(key), lambda state: state.update({key: torch.zeros(1, 1, 7)})):
+        shutil.copy(whole / "model.safetensors", folder)
+        change(folder, edit)
+        assert "cls_token" in refusal(load_teacher, Teacher(model=folder, head=head))
+
+
+def test_a_classifier_that_is_missing_is_refused_where_it_is_needed(hf):
+    folder, _ = hf(vit_classifier())
+    change(folder, lambda state: state.pop("classifier.bias"))
+    assert "classifier.bias" in refusal(load_teacher, Teacher(model=folder, head="native"))
+    load_teacher(Teacher(model=folder))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:500]),
+        lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        lambda folder: (folder / "config.json").write_text("{broken"),
+        lambda folder: (folder / "config.json").write_text("{}"),
+        lambda folder: (folder / "config.json").write_text('{"model_type": "nonsense"}'),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "preprocessor_config.json").unlink(),
+        lambda folder: (folder / "preprocessor_config.json").write_text("{broken"),
+    ],
+    ids=[
+        "no weights",
+        "weights cut off",
+        "empty weights",
+        "pickled weights",
+        "config no JSON",
+        "empty config",
+        "unknown kind",
+        "no config",
+        "no preprocessing",
+        "preprocessing no JSON",
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_a_damaged_folder_is_refused(hf, damage, prefix):
+    folder, _ = hf(vit())
+    damage(Path(folder))
+    refusal(load_teacher, Teacher(model=prefix + folder))
+
+
+def test_code_that_comes_with_a_model_is_not_run(hf, tmp_path):
+    folder, _ = hf(vit())
+    settings = json.loads((Path(folder) / "config.json").read_text())
+    settings |= {"auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}, "model_type": "evil"}
+    (Path(folder) / "config.json").write_text(json.dumps(settings))
+    (Path(folder) / "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
+    refusal(load_teacher, Teacher(model=folder))
+    assert not (tmp_path / "marker").exists()
+
+
+def test_models_that_do_not_see_images_alone_are_refused(tmp_path):
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, vocab_size=9
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    refusal(load_teacher, Teacher(model=str(tmp_path)))
+
+
+def test_a_size_it_cannot_see_is_refused(hf):
+    folder, _ = hf(vit())
+    assert "64" in refusal(load_teacher, Teacher(model=folder, size=64))
+
+
+def test_weights_beside_a_transformers_model_are_refused(hf):
+    folder, _ = hf(vit())
+    assert "teacher.weights" in refusal(load_teacher, Teacher(model=folder, weights="w.safetensors"))
+
+
+PROCESSORS = {
+    "ViT": transformers.ViTImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=[0.5, 0.4, 0.3], image_std=[0.25, 0.5, 0.2], resample=2
+    ),
+    "CLIP": transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    "Bit": transformers.BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    "not normalised": transformers.ViTImageProcessor(size={"height": 32, "width": 32}, do_normalize=False),
+    "from -1 to 1": transformers.ViTImageProcessor(
+        size={"height": 32, "width": 32}, rescale_factor=1 / 127.5, image_mean=[1, 1, 1], image_std=[1, 1, 1]
+    ),
+    "not rescaled": transformers.ViTImageProcessor(
+        size={"height": 32, "width": 32}, do_rescale=False, image_mean=[127, 128, 129], image_std=[64, 63, 62]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_network_sees_what_its_own_processor_would_give(hf, kind, side):
+    processor = PROCESSORS[kind]
+    backbone = load_teacher(Teacher(model=hf(vit(), processor)[0]))[0]
+    down, across = np.mgrid[0:side, 0:side] / side
+    picture = np.stack([255 * down, 255 * across, 127 + 100 * np.sin(5 * down + 7 * across)], axis=-1).astype(np.uint8)
+    expected = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
+    whole = torch.from_numpy(WHOLE_IMAGE)[None]
+    found = render(torch.from_numpy(picture)[None], whole, backbone.preprocessing)[0]
+    # Theirs resizes in whole steps of 255, of which the smallest std makes the largest difference.
+    step = 1.0 / 255 / min(backbone.preprocessing.std)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-4 if side == 32 else step)
+
+
+def test_a_crop_says_the_size_that_the_network_sees(hf):
+    processor = transformers.BitImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 32, "width": 32})
+    assert load_teacher(Teacher(model=hf(vit(), processor)[0]))[0].preprocessing.size == 32
+
+
+def test_preprocessing_that_cannot_be_followed_is_refused(hf):
+    processor = transformers.MobileViTImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    assert "do_flip_channel_order" in refusal(load_teacher, Teacher(model=hf(vit(), processor)[0]))
+
+
+# The native head by name
+
+
+def head_of(names: list[tuple[str, ...]]) -> LinearHead:
+    """Row k is all k, so that a row tells where it came from."""
+    numbers = np.arange(len(names), dtype=np.float32)
+    return LinearHead(np.tile(numbers[:, None], (1, 4)), numbers)
+
+
+def matched(names: list[tuple[str, ...]], classes: list[str]) -> list[int]:
+    head = match_native_head(head_of(names), names, classes)
+    assert head.weight_CD.shape == (len(classes), 4)
+    np.testing.assert_array_equal(head.weight_CD, np.tile(head.bias_C[:, None], (1, 4)))
+    return head.bias_C.astype(int).tolist()
+
+
+ANIMALS = [
+    ("n01", "great white shark", "white shark"),
+    ("n02", "crane"),
+    ("n03", "Tree Frog", "tree-frog"),
+    ("n04", "crane"),
+]
+
+
+@pytest.mark.parametrize(
+    ("classes", "rows"),
+    [
+        (["great white shark", "tree frog"], [0, 2]),
+        (["Tree_Frog", "WHITE-SHARK"], [2, 0]),
+        (["n04", "n02"], [3, 1]),
+        (["  tree   frog ", "n01"], [2, 0]),
+    ],
+)
+def test_names_match_without_regard_to_case_and_separators(classes, rows):
+    assert matched(ANIMALS, classes) == rows
+
+
+def test_a_name_of_several_outputs_is_refused_with_their_numbers():
+    message = refusal(match_native_head, head_of(ANIMALS), ANIMALS, ["crane", "tree frog"])
+    assert "'crane'" in message
+    assert "[1, 3]" in message
+    assert "frog" not in message
+
+
+def test_two_classes_of_one_output_are_refused():
+    refusal(match_native_head, head_of(ANIMALS), ANIMALS, ["white shark", "great white shark"])
+
+
+def test_a_name_that_no_output_has_comes_with_the_nearest():
+    message = refusal(match_native_head, head_of(ANIMALS), ANIMALS, ["tree frgo", "tree frog", "zzz"])
+    assert "'tree frgo'" in message
+    assert "nearest: tree frog" in message
+    assert "'zzz'" in message
+
+
+def test_a_model_without_a_head_or_names_is_refused():
+    refusal(match_native_head, None, [], ["a"])
+    refusal(match_native_head, head_of(ANIMALS), [], ["a"])
+
+
+def test_imagenet_classes_are_known_by_synonym_and_synset(timm_weights):
+    weights = timm_weights("test_resnet", 1000)
+    _, head, names = load_teacher(Teacher(model="timm:test_resnet", weights=weights, head="native"))
+    found = match_native_head(head, names, ["tench", "n01443537", "bow_tie", "tree frog", "Egyptian cat", "trash can"])
+    np.testing.assert_array_equal(found.bias_C, head.bias_C[[0, 1, 457, 31, 285, 412]])
+    assert "'crane'" in refusal(match_native_head, head, names, ["crane", "tench"])
+    assert "tench" in refusal(match_native_head, head, names, ["tenchh", "goldfish"])
+
+
+def test_a_head_multiplies_and_adds():
+    head = LinearHead(np.float32([[1, 2], [3, 4], [5, 6]]), np.float32([10, 20, 30]))
+    features = np.float16([[1, 0], [0.5, 2]])
+    expected = [[11, 23, 35], [14.5, 29.5, 44.5]]
+    np.testing.assert_allclose(head.logits(features), expected, rtol=1e-6)
+    assert head.logits(features).dtype == np.float32

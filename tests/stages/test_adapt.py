@@ -1,0 +1,102 @@
+"""The linear probe is the convex optimum it claims to be, whatever the features' scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from raydistill.models.teacher import LinearHead, encode_head, load_head
+from raydistill.stages.adapt import INVERSE_STRENGTHS, fit_linear_probe, near_chance
+
+
+def blobs(num_classes: int, count: int, rng: np.random.Generator, spread: float = 1.0):
+    labels = np.arange(count) % num_classes
+    centres = rng.normal(0, 1, (num_classes, 5))
+    scale, shift = np.array([1e-3, 1, 50, 1, 0.1]), np.array([5, 0, -100, 1, 0])
+    features = (centres[labels] + rng.normal(0, spread, (count, 5))) * scale + shift
+    return features.astype(np.float32), labels
+
+
+def test_probe_is_the_optimum_of_its_own_objective() -> None:
+    """Against a general-purpose minimiser of the penalised cross-entropy, written out by hand."""
+    rng = np.random.default_rng(0)
+    features, labels = blobs(3, 60, rng)
+    head, l2 = fit_linear_probe((features, labels), (features[:0], labels[:0]), 3, class_balanced=False)
+    mean, scale = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
+    scaled = (features - mean) / scale
+
+    def objective(flat: np.ndarray) -> float:
+        weight, bias = flat[:15].reshape(3, 5), flat[15:]
+        logits = scaled @ weight.T + bias
+        likely = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        return float(-likely[np.arange(60), labels].sum() + l2 * 0.5 * (weight**2).sum())
+
+    best = minimize(objective, np.zeros(18), method="BFGS", options={"gtol": 1e-7})
+    weight = head.weight_CD * scale
+    bias = head.bias_C + head.weight_CD @ mean
+    assert objective(np.concatenate([weight.ravel(), bias])) == pytest.approx(best.fun, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 7])
+def test_probe_separates_what_is_separable(num_classes: int) -> None:
+    rng = np.random.default_rng(1)
+    features, labels = blobs(num_classes, 40 * num_classes, rng, spread=0.05)
+    half = 20 * num_classes
+    head, _ = fit_linear_probe((features[:half], labels[:half]), (features[half:], labels[half:]), num_classes, False)
+    logits = head.logits(features[half:])
+    assert logits.shape == (half, num_classes)
+    assert (logits.argmax(1) == labels[half:]).mean() > 0.98
+
+
+def test_two_class_logits_give_the_probe_probability() -> None:
+    rng = np.random.default_rng(2)
+    features, labels = blobs(2, 80, rng, spread=2.0)
+    head, _ = fit_linear_probe((features, labels), (features, labels), 2, False)
+    logits = head.logits(features)
+    likely = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
+    assert 0.6 < (likely.round() == labels).mean() < 1  # noisy blobs overlap, so the probe cannot be saturated
+    assert np.abs(likely.mean() - labels.mean()) < 0.02  # a fitted bias makes the mean probability the base rate
+
+
+def test_strength_is_the_best_on_val() -> None:
+    """Every strength fitted again through scikit-learn's own pipeline: none is better on val than the chosen one."""
+    rng = np.random.default_rng(3)
+    features, labels = blobs(4, 460, rng, spread=1.5)
+    train, val = (features[:60], labels[:60]), (features[60:], labels[60:])
+    head, l2 = fit_linear_probe(train, val, 4, False)
+    accuracies = {}
+    for c in INVERSE_STRENGTHS:
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(*train)
+        accuracies[1 / c] = probe.score(*val)
+    assert len(set(accuracies.values())) > 3  # the choice matters here
+    assert (head.logits(val[0]).argmax(1) == val[1]).mean() == pytest.approx(max(accuracies.values()))
+    assert accuracies[l2] == max(accuracies.values())
+
+
+def test_class_balanced_raises_the_rare_class() -> None:
+    rng = np.random.default_rng(4)
+    labels = np.array([0] * 190 + [1] * 10)
+    features = (labels[:, None] * 1.0 + rng.normal(0, 1.2, (200, 3))).astype(np.float32)
+    recalls = []
+    for balanced in (False, True):
+        head, _ = fit_linear_probe((features, labels), (features[:0], labels[:0]), 2, balanced)
+        recalls.append((head.logits(features).argmax(1)[labels == 1] == 1).mean())
+    assert recalls[1] > recalls[0] + 0.3
+
+
+def test_head_survives_being_stored_whatever_its_memory_layout(tmp_path) -> None:
+    rng = np.random.default_rng(5)
+    weight = np.asfortranarray(rng.normal(size=(3, 4)).astype(np.float32))
+    (tmp_path / "head.safetensors").write_bytes(encode_head(LinearHead(weight, np.arange(3, dtype=np.float32)[::-1])))
+    stored = load_head(str(tmp_path))
+    np.testing.assert_array_equal(stored.weight_CD, weight)
+    np.testing.assert_array_equal(stored.bias_C, [2, 1, 0])
+
+
+def test_near_chance_lies_between_chance_and_perfect() -> None:
+    assert near_chance(0.2) == pytest.approx(0.28)
+    assert near_chance(1.0) == 1.0

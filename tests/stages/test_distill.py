@@ -1,0 +1,232 @@
+"""The loop in this process, on small real images: it learns, resumes exactly, and stops where it should."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load, save
+from safetensors.torch import load_file
+
+from raydistill.config import Distill
+from raydistill.data.targets import UNLABELLED
+from raydistill.errors import CheckpointError, DivergedError
+from raydistill.infra.artifacts import StageDirectory
+from raydistill.infra.checkpoints import latest_checkpoint, latest_step
+from raydistill.infra.cluster import Worker, plan_resources
+from raydistill.models.student import split_logits
+from raydistill.stages.distill import (
+    DistillJob,
+    distill_loop,
+    distill_student,
+    learning_rate,
+    load_student,
+    read_batches,
+)
+
+
+def here(preempted=lambda step: False) -> Worker:
+    return Worker(0, 1, "cpu", 1, preempted)
+
+
+def weights(job: DistillJob) -> dict[str, torch.Tensor]:
+    checkpoint = latest_checkpoint(job.path)
+    assert checkpoint is not None
+    return checkpoint[0]
+
+
+def assert_same(first: DistillJob, second: DistillJob) -> None:
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def killed_at(step: int):
+    """What the machine's end looks like to the loop: nothing after this step happens."""
+
+    def preempted(at: int) -> bool:
+        if at == step:
+            raise KeyboardInterrupt
+        return False
+
+    return here(preempted)
+
+
+def test_it_learns(tiny_set) -> None:
+    job = tiny_set.job("learns", distill={"epochs": 30, "val_every": 1})
+    record = distill_loop(job, here())
+    first = json.loads(Path(job.path, "epochs", "00001.json").read_text())
+    assert record["loss"] < first["loss"] - 1
+    assert record["val_accuracy"] > 0.8
+    assert record["step"] == 30 * 5
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_resumed_equals_unbroken(tiny_set, optimizer, ema) -> None:
+    settings = {"optimizer": optimizer, "ema_decay": ema, "warmup_epochs": 1}
+    unbroken, broken = (tiny_set.job(name, distill=settings) for name in ("unbroken", "broken"))
+    expected = distill_loop(unbroken, here())
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(broken, killed_at(12))
+    assert latest_step(broken.path) == 10  # the end of the second epoch
+    record = distill_loop(broken, here())
+    assert_same(unbroken, broken)
+    assert {k: v for k, v in record.items() if k != "images_per_second"} == {
+        k: v for k, v in expected.items() if k != "images_per_second"
+    }
+
+
+def test_a_preemption_saves_at_once_and_loses_no_step(tiny_set) -> None:
+    unbroken, preempted = tiny_set.job("unbroken"), tiny_set.job("preempted")
+    expected = distill_loop(unbroken, here())
+
+    def notice(step: int) -> bool:
+        if step == 8:
+            raise KeyboardInterrupt
+        return step == 7
+
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(preempted, here(notice))
+    assert latest_step(preempted.path) == 7
+    record = distill_loop(preempted, here())
+    assert_same(unbroken, preempted)
+    assert record["loss"] == expected["loss"]  # the epoch's mean covers the steps before the notice too
+
+
+def test_finished_loop_gives_its_record_again(tiny_set) -> None:
+    job = tiny_set.job("finished")
+    assert distill_loop(job, here()) == distill_loop(job, here())
+
+
+def test_damaged_checkpoint_is_passed_over(tiny_set) -> None:
+    unbroken, broken = tiny_set.job("unbroken"), tiny_set.job("broken")
+    distill_loop(unbroken, here())
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(broken, killed_at(12))
+    newest = sorted(Path(broken.path, "checkpoints").iterdir())[-1] / "weights.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    distill_loop(broken, here())
+    assert_same(unbroken, broken)
+
+
+def test_checkpoint_whose_json_was_never_written_does_not_count(tiny_set) -> None:
+    job = tiny_set.job("broken")
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(job, killed_at(12))
+    sorted(Path(job.path, "checkpoints").iterdir())[-1].joinpath("checkpoint.json").unlink()
+    assert latest_step(job.path) == 5
+
+
+def test_memory_and_stream_train_the_same_student(tiny_set) -> None:
+    jobs = [tiny_set.job(cache, distill={"cache": cache}) for cache in ("memory", "stream")]
+    for job in jobs:
+        distill_loop(job, here())
+    assert_same(*jobs)
+
+
+def test_workers_together_see_the_global_batch(tiny_set) -> None:
+    job = tiny_set.job("batches")
+
+    def first_batches(rank: int, size: int):
+        batches = read_batches(job, 0, Worker(rank, size, "cpu", 1, lambda step: False))
+        return [next(batches) for _ in range(6)]
+
+    alone, split = first_batches(0, 1), [first_batches(rank, 3) for rank in range(3)]
+    for step, whole in enumerate(alone):
+        together = np.concatenate([split[rank][step].parameters_VP for rank in range(3)])
+        assert sorted(map(tuple, together)) == sorted(map(tuple, whole.parameters_VP))
+        assert [len(split[rank][step].labels_V) for rank in range(3)] == [3, 3, 2]
+
+
+def test_unlabelled_images_take_part_through_soft_targets_alone(tiny_set) -> None:
+    batches = read_batches(tiny_set.job("labels"), 0, here())
+    seen = np.concatenate([next(batches).labels_V for _ in range(5)])
+    assert (seen == UNLABELLED).sum() == 28
+    assert (seen != UNLABELLED).sum() == 12
+
+
+def test_labelled_share_is_kept(tiny_set) -> None:
+    batches = read_batches(tiny_set.job("share", distill={"labelled_share": 0.5}), 0, here())
+    for _ in range(10):
+        assert (next(batches).labels_V != UNLABELLED).sum() == 4
+
+
+def test_without_a_teacher_only_labelled_images_are_drawn_in_as_many_steps(tiny_set) -> None:
+    scratch, distilled = tiny_set.job("scratch", teacher=False), tiny_set.job("distilled")
+    assert scratch.total_steps == distilled.total_steps
+    batch = next(read_batches(scratch, 0, here()))
+    assert len(batch.labels_V) == 8
+    assert (batch.labels_V != UNLABELLED).all()
+    assert batch.features_VD is None
+    assert "task" in distill_loop(scratch, here())
+
+
+@pytest.mark.parametrize(("num_train", "batch_size", "expected"), [(33, 32, 1), (5, 32, 1), (40, 16, 2), (3, 2, 1)])
+def test_every_epoch_has_a_step_and_no_short_batch(make_set, num_train, batch_size, expected) -> None:
+    job = make_set(f"n{num_train}", num_train=num_train).job("job", distill={"epochs": 2, "batch_size": batch_size})
+    assert job.steps_per_epoch == expected
+    assert job.batch_size == min(batch_size, num_train)
+    assert distill_loop(job, here())["step"] == 2 * expected
+
+
+def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_checkpoint(tiny_set) -> None:
+    job = tiny_set.job("diverges", distill={"learning_rate": 1e-3})
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(job, killed_at(6))
+    good = weights(job)
+    for shard in Path(job.targets).iterdir():
+        stored = load(shard.read_bytes())
+        shard.write_bytes(save(stored | {"features": np.full_like(stored["features"], np.inf)}))
+    with pytest.raises(DivergedError, match=r"step 5 .*epoch 1"):
+        distill_loop(job, here())
+    for name, value in weights(job).items():
+        assert torch.equal(value, good[name])
+        assert torch.isfinite(value.float()).all()
+
+
+def test_soft_targets_of_other_samples_are_refused(tiny_set) -> None:
+    job = tiny_set.job("swapped")
+    first, second = sorted(Path(job.targets).iterdir())[:2]
+    shutil.copy(second, first)
+    with pytest.raises(CheckpointError, match="other samples"):
+        distill_loop(job, here())
+
+
+def test_seed_decides_the_student(tiny_set) -> None:
+    one, again, other = tiny_set.job("one"), tiny_set.job("again"), tiny_set.job("other")
+    other = replace(other, config=other.config.model_copy(update={"seed": 1}))
+    for job in (one, again, other):
+        distill_loop(job, here())
+    assert_same(one, again)
+    changed = [name for name, value in weights(one).items() if not torch.equal(value, weights(other)[name])]
+    assert changed
+
+
+def test_learning_rate_closed_form() -> None:
+    settings = Distill(epochs=10, learning_rate=2.0, warmup_epochs=2, schedule="cosine")
+    rates = [learning_rate(settings, step, 5) for step in range(50)]
+    assert rates[:10] == pytest.approx([2.0 * (k + 1) / 10 for k in range(10)])
+    assert rates[10:] == pytest.approx([1 + math.cos(math.pi * k / 40) for k in range(40)])
+    constant = Distill(epochs=10, learning_rate=2.0, schedule="constant")
+    assert {learning_rate(constant, step, 5) for step in range(50)} == {2.0}
+
+
+def test_loaded_weights_are_the_ones_that_ship(tiny_set, progress) -> None:
+    job = tiny_set.job("ships", distill={"ema_decay": 0.8})
+    records = []
+    plan = plan_resources(job.config, 2, 0, 2)
+    result = distill_student(job, StageDirectory(job.path, "distill", "{}"), plan, progress, records.append)
+    assert [r["epoch"] for r in records] == [1, 2, 3, 4]
+    student = load_student(result.path, job.config, 3)
+    logits, labels = split_logits(student, tiny_set.samples, "val", torch.device("cpu"), 5)
+    assert (logits.argmax(1) == labels).mean() == result.val_accuracy
+    assert load_file(Path(result.path) / "student.safetensors").keys() == student.network.state_dict().keys()
+    assert not Path(result.path, "checkpoints").exists()

@@ -1,0 +1,75 @@
+"""The measures against hand-made cases and slow definitions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from raydistill.models.student import build_student, split_logits
+from raydistill.stages.evaluate import agreement, measures
+
+
+def slow_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> float:
+    """Sum over bins of (share of images in it) * |accuracy - mean confidence| (Guo et al. 2017)."""
+    total = 0.0
+    sure, right = probabilities.max(1), probabilities.argmax(1) == labels
+    for b in range(bins):
+        inside = [i for i in range(len(labels)) if b / bins < sure[i] <= (b + 1) / bins]
+        if inside:
+            total += len(inside) / len(labels) * abs(np.mean([right[i] for i in inside]) - np.mean(sure[inside]))
+    return total
+
+
+def test_measures_of_a_case_done_by_hand() -> None:
+    logits = np.array([[3, 0, 0], [3, 0, 0], [0, 3, 0], [0, 0, 3], [0, 3, 0]], np.float32)
+    labels = np.array([0, 1, 1, 1, 0])
+    result = measures(logits, labels, ("a", "b", "c"), bins=10)
+    assert result["accuracy"] == 2 / 5
+    assert result["confusion"] == [[1, 1, 0], [1, 1, 1], [0, 0, 0]]
+    assert result["per_class"]["a"] == {"images": 2, "recall": 0.5, "precision": 0.5}
+    assert result["per_class"]["b"]["recall"] == pytest.approx(1 / 3)
+    assert result["per_class"]["c"] == {"images": 0, "recall": None, "precision": 0.0}
+    assert result["balanced_accuracy"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert result["top5"] == 1.0
+
+
+def test_interval_is_wilson() -> None:
+    logits = np.zeros((50, 2), np.float32)
+    logits[:40, 0], logits[40:, 1] = 1, 1
+    low, high = measures(logits, np.zeros(50, int), ("a", "b"), 15)["interval"]
+    z, p, n = 1.959963984540054, 0.8, 50
+    centre, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert low == pytest.approx((centre - half) / (1 + z * z / n))
+    assert high == pytest.approx((centre + half) / (1 + z * z / n))
+
+
+def test_ece_equals_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(0, 2, (300, 7)).astype(np.float32), rng.integers(0, 7, 300)
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    result = measures(logits, labels, tuple("abcdefg"), bins=15)
+    assert result["ece"] == pytest.approx(slow_ece(probabilities, labels, 15), abs=1e-6)
+
+
+def test_top5_counts_the_true_class_among_the_five_best() -> None:
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(0, 1, (200, 9)).astype(np.float32), rng.integers(0, 9, 200)
+    expected = np.mean([label in np.argsort(row)[-5:] for row, label in zip(logits, labels, strict=True)])
+    assert measures(logits, labels, tuple("abcdefghi"), 15)["top5"] == pytest.approx(expected)
+
+
+def test_agreement() -> None:
+    assert agreement(np.eye(4), np.eye(4)[[0, 1, 3, 2]]) == 0.5
+
+
+def test_student_logits_do_not_depend_on_the_batch_size(tiny_set) -> None:
+    student = build_student(tiny_set.job("j").config.student, 3)
+    student.train()
+    cpu = torch.device("cpu")
+    runs = [split_logits(student, tiny_set.samples, "train", cpu, size)[0] for size in (1, 7, 64)]
+    assert student.training
+    for run in runs[1:]:
+        np.testing.assert_allclose(run, runs[0], atol=1e-5)

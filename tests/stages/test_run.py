@@ -1,0 +1,276 @@
+"""The whole flow with Ray, on a small folder of real image files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from raydistill.config import load_config
+from raydistill.data.decode import pixels
+from raydistill.data.sample import decode_shard, sample_id, samples_from_json
+from raydistill.data.targets import read_targets
+from raydistill.data.views import render, view_parameters
+from raydistill.errors import ConfigError, DataError
+from raydistill.infra.cluster import plan_resources
+from raydistill.models.teacher import load_teacher
+from raydistill.stages.distill import DistillJob, FreshStream
+from raydistill.stages.run import run_stages
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
+
+
+def rows(directory: str, split: str) -> list[dict]:
+    shards = sorted(Path(directory).glob(f"{split}-*.parquet"))
+    return [row for shard in shards for row in decode_shard(shard.read_bytes()).to_pylist()]
+
+
+def markers(workspace: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in workspace.glob("*/*") if p.is_file()}
+
+
+def test_a_run_and_the_same_again(words, progress, tmp_path, image_folder) -> None:
+    config = load_config(words)
+    outcome = run_stages(config, progress)
+    workspace = tmp_path / "workspace"
+    assert {p.parent.name.rpartition("-")[0] for p in workspace.glob("*/DONE")} == {
+        "prepare", "features", "adapt", "teach", "distill", "evaluate",
+    }  # fmt: skip
+    samples = outcome.samples
+    refused = {Path(r["path"]).name: r["reason"] for r in json.loads((Path(samples.path) / "refused.json").read_text())}
+    assert set(refused) == {"cut.png", "copy.png"} or set(refused) == {"cut.png", "0.png"}
+    assert "truncated" in refused["cut.png"]
+    everything = [row for split in ("train", "val", "test") for row in rows(samples.path, split)]
+    assert len(everything) == len({row["sample_id"] for row in everything}) == 3 * 24 + 12
+    files = {sample_id(p.read_bytes()): p for p in image_folder.rglob("*.png") if p.name != "cut.png"}
+    for row in everything:  # no sample lost its own label
+        folder = files[row["sample_id"]].parent.name
+        assert (None if row["label"] is None else samples.classes[row["label"]]) == (
+            None if folder == "unlabelled" else folder
+        )
+    # What `evaluate` says of the teacher is what `adapt` measured.
+    assert outcome.report.teacher["val"]["accuracy"] == pytest.approx(outcome.adapted.val_accuracy)
+    assert outcome.report.student["val"]["accuracy"] == pytest.approx(outcome.student.val_accuracy)
+    for picture in ("curves", "confusion_test", "reliability_val", "per_class_test"):
+        assert (Path(outcome.report.path) / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    with sqlite3.connect(workspace / "mlflow.db") as database:
+        runs = database.execute("select run_uuid, status from runs").fetchall()
+        children = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
+        epochs = database.execute("select count(distinct step) from metrics where key = 'kd'").fetchone()[0]
+    assert {status for _, status in runs} == {"FINISHED"}
+    assert (len(runs), children, epochs) == (6, 5, 3)
+
+    before = markers(workspace)
+    again = run_stages(config, progress)
+    assert again.report == outcome.report
+    assert set(again.seconds.values()) == {0.0}
+    changed = {p for p, when in markers(workspace).items() if before.get(p) != when and not p.endswith("mlflow.db")}
+    assert changed == set()
+
+
+def test_soft_targets_are_the_teacher_of_that_very_view(words, progress) -> None:
+    config = load_config(words)
+    outcome = run_stages(config, progress, until="teach")
+    backbone, _, _ = load_teacher(config.teacher)
+    table = decode_shard((Path(outcome.samples.path) / "train-00001.parquet").read_bytes())
+    ids = table["sample_id"].to_pylist()
+    stored = read_targets(outcome.directories["teach"], "train", 1, ids)
+    for view in range(2):
+        for row in (0, 5):
+            image = torch.from_numpy(pixels(table["image"][row].as_py()).copy())[None]
+            parameters = torch.from_numpy(view_parameters(config.views, config.seed, [ids[row]], [view]))
+            alone = backbone(render(image, parameters, backbone.preprocessing)).numpy()[0]
+            np.testing.assert_allclose(stored[view, row].astype(np.float32), alone, atol=2e-3, rtol=2e-3)
+
+
+def test_fresh_views_stream_in_the_loop_order_with_their_own_features(words, progress) -> None:
+    config = load_config([*words, "views.per_image=fresh", "distill.epochs=2"])
+    outcome = run_stages(config, progress, until="adapt")
+    job = DistillJob(config, outcome.samples, outcome.directories["adapt"], outcome.adapted.path, None)
+    stream = FreshStream(job, plan_resources(config, 2, 0, 2))()
+    backbone, _, _ = load_teacher(config.teacher)
+    seen = []
+    for rows_ in stream.iter_batches(batch_size=job.batch_size, batch_format="numpy"):
+        seen += rows_["sample_id"].tolist()
+        views = render(
+            torch.from_numpy(rows_["image"].copy()),
+            torch.from_numpy(rows_["parameters"].copy()),
+            backbone.preprocessing,
+        )
+        np.testing.assert_allclose(rows_["features"].astype(np.float32), backbone(views).numpy(), atol=2e-3, rtol=2e-3)
+    assert len(seen) == job.total_steps * job.batch_size
+    order = job.order(job.train_split.labels(), 0)
+    expected = []
+    names = [
+        decode_shard((Path(outcome.samples.path) / f"train-{k:05d}.parquet").read_bytes())["sample_id"].to_pylist()
+        for k in range(len(outcome.samples.shards["train"]))
+    ]
+    for _ in range(job.total_steps):
+        visits = next(order)
+        expected += [names[k][r] for k, r in zip(visits.shard, visits.row, strict=True)]
+    assert seen == expected
+
+
+def epoch_losses(words: list[str], progress, *more: str) -> list[dict[str, float]]:
+    outcome = run_stages(load_config([*words, *more]), progress, until="distill")
+    return [json.loads(e.read_text()) for e in sorted(Path(outcome.student.path).glob("epochs/*.json"))]
+
+
+def test_two_train_workers_take_the_steps_of_one_process(words, progress) -> None:
+    """Where no term looks beyond an image (no batch norm, no uniformity), sharing a batch changes nothing."""
+    more = ["student.model=timm:test_vit", "student.size=32", "loss.uniformity_weight=0", "distill.labelled_share=0.5"]
+    alone, one, two = (epoch_losses(words, progress, *more, f"distill.num_workers={n}") for n in (0, 1, 2))
+    for name in ("loss", "task", "kd", "alignment"):
+        assert [e[name] for e in one] == pytest.approx([e[name] for e in alone], abs=1e-4)
+        assert [e[name] for e in two] == pytest.approx([e[name] for e in alone], abs=1e-3)
+
+
+def test_fresh_views_train_alike_in_this_process_and_on_a_worker(words, progress) -> None:
+    alone, one, two = (
+        epoch_losses(words, progress, "views.per_image=fresh", f"distill.num_workers={n}") for n in (0, 1, 2)
+    )
+    assert [e["loss"] for e in one] == pytest.approx([e["loss"] for e in alone], abs=1e-4)
+    assert [e["step"] for e in two] == [e["step"] for e in alone] == [4, 8, 12]
+    assert two[-1]["loss"] < two[0]["loss"]
+
+
+def table_job(words: list[str], path: Path, *more: str):
+    return load_config([*words, f"images.path={path}", *more])
+
+
+def test_csv_and_parquet_give_the_samples_of_the_folder(words, progress, image_folder, tmp_path) -> None:
+    files = sorted(p for p in image_folder.rglob("*.png") if p.name not in ("cut.png", "copy.png"))
+    label = [None if p.parent.name == "unlabelled" else p.parent.name for p in files]
+    table = tmp_path / "set.csv"
+    table.write_text("path,label\n" + "".join(f"{p},{name or ''}\n" for p, name in zip(files, label, strict=True)))
+    parquet = tmp_path / "set.parquet"
+    pq.write_table(pa.table({"image": [p.read_bytes() for p in files], "label": label}), parquet, row_group_size=10)
+    hashes = set()
+    for path in (image_folder, table, parquet):
+        samples = run_stages(table_job(words, path), progress, until="prepare").samples
+        hashes.add((tuple(samples.ids.items()), samples.labels, samples.classes))
+    assert len(hashes) == 1
+
+
+def test_a_class_that_only_bad_files_had_stops_prepare(words, progress, tmp_path, image_folder) -> None:
+    table = tmp_path / "set.csv"
+    good = "".join(f"{image_folder}/{c}/{i}.png,{c}\n" for c in ("red", "green") for i in range(20))
+    table.write_text(f"path,label\n{good}{image_folder}/red/cut.png,lonely\n")
+    with pytest.raises(DataError, match="lonely"):
+        run_stages(table_job(words, table), progress, until="prepare")
+
+
+def test_too_many_bad_files_stop_prepare(words, progress, tmp_path, image_folder) -> None:
+    table = tmp_path / "set.csv"
+    good = "".join(f"{image_folder}/{c}/{i}.png,{c}\n" for c in ("red", "green") for i in range(5))
+    table.write_text(f"path,label\n{good}{image_folder}/nowhere.png,red\n")
+    with pytest.raises(DataError, match=r"1 of 11 .*max_bad_share=0.05.*nowhere.png"):
+        run_stages(table_job(words, table), progress, until="prepare")
+    assert run_stages(table_job(words, table, "images.max_bad_share=0.1"), progress, until="prepare").samples
+
+
+def test_new_labels_cost_no_teacher_pass(words, progress, tmp_path) -> None:
+    first = run_stages(load_config(words), progress, until="teach")
+    fewer = run_stages(load_config([*words, "images.num_labelled=30"]), progress, until="teach")
+    assert fewer.directories["teach"] == first.directories["teach"]
+    assert fewer.seconds["teach"] == 0
+    assert fewer.adapted.num_train == 30
+
+
+def test_half_done_teach_makes_only_what_is_missing(words, progress) -> None:
+    config = load_config(words)
+    outcome = run_stages(config, progress, until="teach")
+    directory = Path(outcome.directories["teach"])
+    made = sorted(directory.glob("*.safetensors"))
+    expected = load_file(made[1])
+    when = made[0].stat().st_mtime_ns
+    made[1].unlink()
+    (directory / "DONE").unlink()
+    run_stages(config, progress, until="teach")
+    assert made[0].stat().st_mtime_ns == when
+    again = load_file(made[1])
+    np.testing.assert_array_equal(again["features"], expected["features"])
+
+
+def test_a_teacher_that_sees_nothing_stops_before_it_teaches(words, progress, tmp_path, teacher_weights) -> None:
+    blind = tmp_path / "blind.safetensors"
+    save_file({name: np.zeros_like(value) for name, value in load_file(teacher_weights).items()}, blind)
+    with pytest.raises(ConfigError, match=r"val accuracy of 0.333, hardly above the 0.333"):
+        run_stages(load_config([*words, f"teacher.weights={blind}", "teacher.allow_near_chance=false"]), progress)
+    assert not list((tmp_path / "workspace").glob("teach-*"))
+
+
+def cli(words: list[str], *more: str, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", "from raydistill.cli import main; main()", "run", *words, *more],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+    )  # fmt: skip
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_killed_driver_goes_on_to_the_same_numbers(words, tmp_path) -> None:
+    """kill -9 in the middle of `teach` and of `distill`; the unbroken run has a workspace of its own."""
+    more = ["distill.epochs=40", "distill.cache=stream", "views.per_image=3", "tracking.enabled=false"]
+    unbroken = cli(words, *more, f"workspace={tmp_path}/unbroken")
+    assert unbroken.wait(180) == 0, unbroken.stdout.read()
+    broken = tmp_path / "broken"
+
+    def kill_when(condition) -> None:
+        process = cli(words, *more, f"workspace={broken}", start_new_session=True)
+        wait_for(lambda: condition() or process.poll() is not None)
+        assert process.poll() is None, process.stdout.read()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    kill_when(lambda: len(list(broken.glob("teach-*/train-*.safetensors"))) >= 2)
+    assert not list(broken.glob("teach-*/DONE"))
+    taught = {p: p.stat().st_mtime_ns for p in broken.glob("teach-*/*.safetensors")}
+    kill_when(lambda: len(list(broken.glob("distill-*/epochs/*.json"))) >= 5)
+    assert not list(broken.glob("distill-*/DONE"))
+    assert {p: p.stat().st_mtime_ns for p in taught} == taught
+    epochs = {p: p.stat().st_mtime_ns for p in sorted(broken.glob("distill-*/epochs/*.json"))[:-2]}
+    last = cli(words, *more, f"workspace={broken}")
+    assert last.wait(180) == 0, last.stdout.read()
+    assert {p: p.stat().st_mtime_ns for p in epochs} == epochs
+    reports = [json.loads(next(Path(w).glob("evaluate-*/report.json")).read_text())
+               for w in (broken, tmp_path / "unbroken")]  # fmt: skip
+    for split in ("val", "test"):
+        assert reports[0]["student"][split] == reports[1]["student"][split]
+    finals = [json.loads(sorted(Path(w).glob("distill-*/epochs/*.json"))[-1].read_text())
+              for w in (broken, tmp_path / "unbroken")]  # fmt: skip
+    assert finals[0]["loss"] == pytest.approx(finals[1]["loss"], abs=1e-4)
+
+
+def test_sigterm_ends_as_killed_in_mlflow(words, tmp_path) -> None:
+    process = cli(words, "distill.epochs=2000")
+    wait_for(lambda: list((tmp_path / "workspace").glob("distill-*/epochs/*.json")) or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130, process.stdout.read()
+    with sqlite3.connect(tmp_path / "workspace" / "mlflow.db") as database:
+        states = dict(database.execute("select name, status from runs").fetchall())
+    assert states["raydistill"] == "KILLED"
+    assert next(status for name, status in states.items() if name.startswith("distill-")) == "KILLED"
+
+
+def test_done_markers_hold_the_results(words, progress) -> None:
+    outcome = run_stages(load_config(words), progress, until="prepare")
+    done = json.loads((Path(outcome.directories["prepare"]) / "DONE").read_text())
+    assert samples_from_json(done) == outcome.samples

@@ -1,0 +1,481 @@
+"""The configuration: what a user may type, what comes of it, and one clear line for each thing that is wrong."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from raydistill.config import Images, RunConfig, known_keys, load_config, to_yaml
+from raydistill.errors import ConfigError
+
+PATH = "images.path=./my_images"
+
+
+def loaded(*words: str) -> RunConfig:
+    return load_config([PATH, *words])
+
+
+def value_of(config: RunConfig, key: str) -> object:
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def refusal(*words: str) -> list[str]:
+    """The lines of the message."""
+    with pytest.raises(ConfigError) as refused:
+        load_config(words)
+    (message,) = refused.value.args
+    lines = message.split("\n")
+    assert all(line.strip() for line in lines)
+    return lines
+
+
+def one_refusal(*words: str) -> str:
+    (line,) = refusal(PATH, *words)
+    return line
+
+
+@pytest.fixture
+def job(tmp_path):
+    def write(text: str, name: str = "job.yaml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+# A value that is not the default, for every key there is.
+OTHER_VALUES = {
+    "name": "other",
+    "workspace": "s3://bucket/raydistill",
+    "seed": 2**32 - 1,
+    "images.path": "example:elpv",
+    "images.size": 96,
+    "images.fit": "pad",
+    "images.classes": "classes.txt",
+    "images.val_share": 0.2,
+    "images.test_share": 0.0,
+    "images.num_labelled": 40,
+    "images.allow_missing_val": True,
+    "images.max_bad_share": 1.0,
+    "images.max_pixels": 10_000,
+    "images.shard_size": 32,
+    "teacher.model": "hf:owner/name",
+    "teacher.weights": "w.safetensors",
+    "teacher.revision": "0123456789abcdef",
+    "teacher.head": "native",
+    "teacher.class_balanced": True,
+    "teacher.size": 98,
+    "teacher.batch_size": 8,
+    "teacher.allow_near_chance": True,
+    "student.model": "timm:resnet18",
+    "student.init": "pretrained",
+    "student.weights": None,
+    "student.size": 32,
+    "views.per_image": "fresh",
+    "views.min_scale": 0.5,
+    "views.max_ratio": 1.0,
+    "views.flip": 0.0,
+    "views.brightness": 0.4,
+    "views.contrast": 0.3,
+    "views.saturation": 0.2,
+    "loss.task_weight": 0.5,
+    "loss.kd_weight": 0.0,
+    "loss.temperature": 1e-3,
+    "loss.alignment_weight": 0.1,
+    "loss.uniformity_weight": 0.0,
+    "loss.alignment_alpha": 1.0,
+    "loss.uniformity_t": 3.0,
+    "loss.projection_dim": 64,
+    "distill.epochs": 3,
+    "distill.batch_size": 16,
+    "distill.labelled_share": 0.5,
+    "distill.optimizer": "sgd",
+    "distill.learning_rate": 1e-7,
+    "distill.weight_decay": 0.0,
+    "distill.momentum": 0.0,
+    "distill.schedule": "constant",
+    "distill.warmup_epochs": 0.5,
+    "distill.ema_decay": 0.999,
+    "distill.precision": "bf16",
+    "distill.channels_last": True,
+    "distill.clip_norm": 1.0,
+    "distill.val_every": 1,
+    "distill.num_workers": (1, 4),
+    "distill.cache": "stream",
+    "distill.max_failures": 0,
+    "evaluate.batch_size": 5,
+    "evaluate.calibration_bins": 10,
+    "cluster.address": "ray://head:10001",
+    "cluster.teacher_actors": (2, 2),
+    "tracking.enabled": False,
+    "tracking.uri": "http://host:5000",
+}
+SECTIONS = set(RunConfig.model_fields) - {"name", "workspace", "seed"}
+
+
+def tree_of(values: dict[str, object]) -> dict[str, object]:
+    tree: dict[str, object] = {}
+    for key, value in values.items():
+        section, _, leaf = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[leaf] = value
+    return tree
+
+
+def test_the_table_above_names_every_key():
+    assert set(OTHER_VALUES) == set(known_keys()) - SECTIONS
+
+
+def test_the_defaults_come_back_from_their_yaml(job):
+    config = loaded()
+    assert load_config([job(to_yaml(config))]) == config
+
+
+def test_every_other_value_comes_back_from_its_yaml(job):
+    config = RunConfig.model_validate(tree_of(OTHER_VALUES))
+    for key, value in OTHER_VALUES.items():
+        assert value_of(config, key) == value
+    assert load_config([job(to_yaml(config))]) == config
+
+
+# YAML cannot hold `${` as such: it would begin a reference.
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: "${" not in text)
+
+
+@given(
+    name=texts,
+    path=texts,
+    revision=st.sampled_from(["1e10", "0123", "1_000", "null", "off", "2024-01-01", "~", "=", "1:30"]),
+)
+def test_any_text_comes_back_from_its_yaml(tmp_path_factory, name, path, revision):
+    config = RunConfig.model_validate({"name": name, "images": {"path": path}, "teacher": {"revision": revision}})
+    job = tmp_path_factory.getbasetemp() / "any.yaml"
+    job.write_text(to_yaml(config), encoding="utf-8", newline="")
+    assert load_config([str(job)]) == config
+
+
+@given(
+    rate=st.floats(1e-30, 1e30),
+    seed=st.integers(0, 2**32 - 1),
+    share=st.floats(0, 1, exclude_max=True),
+    on=st.booleans(),
+)
+def test_any_number_comes_back_from_its_yaml_and_from_the_command_line(tmp_path_factory, rate, seed, share, on):
+    values = {"distill.learning_rate": rate, "seed": seed, "images.val_share": share, "distill.channels_last": on}
+    config = RunConfig.model_validate(tree_of({"images.path": "./my_images", **values}))
+    job = tmp_path_factory.getbasetemp() / "numbers.yaml"
+    job.write_text(to_yaml(config))
+    assert load_config([str(job)]) == config
+    assert loaded(*(f"{key}={str(value).lower()}" for key, value in values.items())) == config
+
+
+def test_defaults_of_the_loss_are_the_papers():
+    loss = loaded().loss
+    assert (loss.task_weight, loss.kd_weight, loss.alignment_weight, loss.uniformity_weight) == (1, 1, 1, 1)
+    assert (loss.temperature, loss.alignment_alpha, loss.uniformity_t, loss.projection_dim) == (4, 2, 2, 128)
+
+
+def test_files_and_words_are_merged_from_left_to_right(job):
+    first = job("seed: 1\nimages: {path: a, size: 64}\ndistill: {epochs: 5, batch_size: 32}\n", "first.yaml")
+    second = job("images: {path: b}\ndistill: {epochs: 7}\n", "second.yaml")
+    config = load_config([first, second, "distill.epochs=9", "seed=3"])
+    assert (config.seed, config.images.path, config.images.size) == (3, "b", 64)
+    assert (config.distill.epochs, config.distill.batch_size) == (9, 32)
+    assert load_config(["distill.epochs=9", first, second]).distill.epochs == 7
+    assert load_config([second, first]).images.path == "a"
+
+
+def test_a_list_is_replaced_and_not_merged(job):
+    config = loaded(job("distill: {num_workers: [1, 4]}\n"), "distill.num_workers=[2,3]")
+    assert config.distill.num_workers == (2, 3)
+    assert loaded(job("distill: {num_workers: [1, 4]}\n"), "distill.num_workers=2").distill.num_workers == 2
+
+
+def test_a_section_may_be_made_null_and_come_back(job):
+    off = job("teacher: null\nloss: {kd_weight: 0, alignment_weight: 0, uniformity_weight: 0}\n")
+    assert loaded(off).teacher is None
+    assert loaded("teacher.size=64", off).teacher is None
+    assert loaded(off, "teacher.size=64").teacher.size == 64
+
+
+@pytest.mark.parametrize("weight", ["kd_weight", "alignment_weight", "uniformity_weight"])
+def test_no_teacher_goes_with_no_soft_targets_only(weight):
+    without = ["teacher=null", "loss.kd_weight=0", "loss.alignment_weight=0", "loss.uniformity_weight=0"]
+    config = loaded(*without)
+    assert not config.loss.needs_teacher
+    assert not config.loss.needs_projection
+    assert "teacher" in one_refusal(*without, f"loss.{weight}=0.5")
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("name=a=b", "a=b"),
+        ("name=a==", "a=="),
+        ("name='a: b # c'", "a: b # c"),
+        ("name=x/y=z", "x/y=z"),
+        ("name='2024'", "2024"),
+        ('name="off"', "off"),
+        ("name=", None),
+    ],
+)
+def test_values_may_hold_equals_signs_and_quotes(word, value):
+    if value is None:
+        assert "name" in one_refusal(word)
+    else:
+        assert loaded(word).name == value
+
+
+def test_paths_with_equals_signs_are_files(job, tmp_path):
+    (tmp_path / "lr=1").mkdir()
+    path = tmp_path / "lr=1" / "job.yaml"
+    path.write_text("seed: 5\n")
+    assert loaded(str(path)).seed == 5
+    assert loaded("images.path=/data/a=b/c").images.path == "/data/a=b/c"
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("word", "suggestion"),
+    [
+        ("distill.epoch=1", "distill.epochs"),
+        ("distil.epochs=1", "distill"),
+        ("learning_rate=1", "distill.learning_rate"),
+        ("student.learning_rate=1", "distill.learning_rate"),
+        ("loss.batch_size=1", "batch_size"),
+        ("images.sise=64", "images.size"),
+        ("temperature=2", "loss.temperature"),
+        ("loss.temprature=2", "loss.temperature"),
+        ("views.per_imgae=2", "views.per_image"),
+        ("trackin.uri=x", "tracking"),
+        ("teachers.head=native", "teacher"),
+    ],
+)
+def test_an_unknown_key_comes_with_the_nearest(word, suggestion):
+    line = one_refusal(word)
+    key = word.partition("=")[0]
+    assert line.startswith((f"{key}: ", f"{key.partition('.')[0]}: "))
+    assert f"did you mean {suggestion}" in line or (suggestion == "batch_size" and ".batch_size?" in line)
+
+
+@pytest.mark.parametrize("word", ["zzz=1", "distill.zzz=1", "distill.lr=1", "images.zzz.yyy=1"])
+def test_an_unknown_key_like_no_other_gets_no_false_advice(word):
+    assert "did you mean" not in one_refusal(word)
+
+
+OUT_OF_BOUNDS = {
+    "seed": ["-1", "4294967296", "1.5", "abc", "null"],
+    "images.path": ["null", "''", "5", "[a]"],
+    "images.size": ["7", "2049", "64.5"],
+    "images.fit": ["squash"],
+    "images.val_share": ["-0.1", "1"],
+    "images.test_share": ["-0.1", "1"],
+    "images.num_labelled": ["0"],
+    "images.max_bad_share": ["-0.1", "1.1"],
+    "images.max_pixels": ["0", "178956971"],
+    "images.shard_size": ["0"],
+    "images.allow_missing_val": ["perhaps"],
+    "teacher.head": ["linear", "null"],
+    "teacher.size": ["0", "4096"],
+    "teacher.batch_size": ["0"],
+    "student.init": ["pretrain"],
+    "student.size": ["7", "null"],
+    "views.per_image": ["0", "stale", "null"],
+    "views.min_scale": ["0", "1.01"],
+    "views.max_ratio": ["0.99", ".inf"],
+    "views.flip": ["-0.1", "1.1"],
+    "views.brightness": ["-0.1", "1.1"],
+    "views.contrast": ["-0.1", "1.1"],
+    "views.saturation": ["-0.1", "1.1"],
+    "loss.task_weight": ["-1", ".nan", ".inf"],
+    "loss.kd_weight": ["-1", ".nan", "heavy"],
+    "loss.temperature": ["0", "-1", ".inf"],
+    "loss.alignment_weight": ["-1"],
+    "loss.uniformity_weight": ["-1"],
+    "loss.alignment_alpha": ["0"],
+    "loss.uniformity_t": ["0"],
+    "loss.projection_dim": ["1"],
+    "distill.epochs": ["0", "1.5"],
+    "distill.batch_size": ["0"],
+    "distill.labelled_share": ["-0.1", "1.1"],
+    "distill.optimizer": ["adam"],
+    "distill.learning_rate": ["0", ".nan"],
+    "distill.weight_decay": ["-1"],
+    "distill.momentum": ["-0.1", "1.1"],
+    "distill.schedule": ["linear"],
+    "distill.warmup_epochs": ["-1"],
+    "distill.ema_decay": ["0", "1"],
+    "distill.precision": ["fp8"],
+    "distill.clip_norm": ["0"],
+    "distill.val_every": ["0"],
+    "distill.num_workers": ["-1", "[0,2]", "[1,2,3]", "[2,1]", "many"],
+    "distill.cache": ["disk"],
+    "distill.max_failures": ["-1"],
+    "evaluate.batch_size": ["0"],
+    "evaluate.calibration_bins": ["0"],
+    "cluster.teacher_actors": ["0", "[0,2]", "[3,2]", "[1]"],
+    "tracking.enabled": ["perhaps"],
+    "tracking.uri": ["5"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in OUT_OF_BOUNDS.items() for value in values])
+def test_a_value_out_of_bounds_is_named_in_one_line(key, value):
+    assert key in one_refusal(f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "images.size=8",
+        "images.size=2048",
+        "images.max_bad_share=0",
+        "images.max_bad_share=1",
+        "views.min_scale=1",
+        "views.max_ratio=1",
+        "views.flip=0",
+        "views.flip=1",
+        "loss.projection_dim=2",
+        "distill.labelled_share=0",
+        "distill.labelled_share=1",
+        "distill.num_workers=0",
+        "distill.num_workers=[1,1]",
+        "distill.num_workers=64",
+        "cluster.teacher_actors=[1,1]",
+        "seed=4294967295",
+        "views.per_image=1",
+        "views.per_image=fresh",
+    ],
+)
+def test_the_bounds_themselves_are_allowed(word):
+    loaded(word)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["distill.batch_size=3", "distill.num_workers=4"], "distill.batch_size"),
+        (["distill.batch_size=3", "distill.num_workers=[1,4]"], "distill.num_workers"),
+        (["student.weights=w.pth"], "student.init"),
+        ([f"loss.{term}_weight=0" for term in ("task", "kd", "alignment", "uniformity")], "loss"),
+    ],
+)
+def test_values_that_do_not_go_together_are_named(words, named):
+    assert named in one_refusal(*words)
+
+
+def test_each_wrong_value_has_its_line():
+    lines = refusal(PATH, "seed=-1", "distill.epochs=0", "distill.zzz=1", "student.size=1")
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("words", [[], ["images=null"], ["images.size=64"], ["images.path=null"], ["images.path="]])
+def test_without_images_the_message_says_how_to_name_them(words):
+    (line,) = refusal(*words)
+    assert line.startswith("images.path: required")
+
+
+def test_a_number_where_text_is_wanted_is_to_be_quoted():
+    line = one_refusal("images.path=2024")
+    assert line.startswith("images.path=2024")
+    assert "quotes" in line
+    assert loaded("images.path='2024'").images.path == "2024"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "distill: {epochs: 3\n",
+        "a: b: c\n",
+        "\tseed: 1\n",
+        "- a\n- b\n",
+        "just words\n",
+        "5\n",
+        "seed: 1\nseed: 2\n",
+        "name: ${\n",
+        "%YAML 3\n",
+        "!!python/object/apply:os.system ['true']\n",
+        "{a: !!binary x}\n",
+        "? [1, 2]\n: 3\n",
+    ],
+)
+def test_a_job_file_that_is_no_mapping_is_refused_by_its_name(job, text):
+    assert "job.yaml" in one_refusal(job(text)) or "unknown key" in one_refusal(job(text))
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\x00\x00", b"\xff\xfe\x00", bytes(range(256))])
+def test_a_job_file_that_is_no_text_is_refused(tmp_path, content):
+    (tmp_path / "job.yaml").write_bytes(content)
+    assert "job.yaml" in one_refusal(str(tmp_path / "job.yaml"))
+
+
+def test_a_job_file_runs_no_code(job, tmp_path):
+    marker = tmp_path / "marker"
+    for tag in ("python/object/apply:os.system", "python/object/new:os.system"):
+        one_refusal(job(f"name: !!{tag} ['touch {marker}']\n"))
+    assert not marker.exists()
+
+
+def test_an_empty_job_file_changes_nothing(job):
+    assert loaded(job("")) == loaded(job("# only a comment\n")) == loaded()
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    assert "nowhere.yaml" in one_refusal("nowhere.yaml")
+    assert str(tmp_path) in one_refusal(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["images=[1]", PATH],
+        [PATH, "images=[1]"],
+        [PATH, "images=5"],
+        [PATH, "distill=fast"],
+        [PATH, "teacher.model.x=1"],
+    ],
+)
+def test_sections_that_are_no_sections_are_refused(words):
+    assert len(refusal(*words)) == 1
+
+
+keys = st.sampled_from([*known_keys(), "", ".", "a..b", "images[0]", "images.path.x", "teacher.zzz", "ÿ"])
+values = st.sampled_from(
+    ["", "1", "-1", "x", "null", "[1,2]", "{a: 1}", "true", "1e400", "${x}", "${", "???", "[", "'", "!!int x"]
+)
+
+
+@given(st.lists(st.tuples(keys, values | st.text(max_size=5)), max_size=4))
+def test_whatever_is_typed_gives_a_config_or_a_config_error(pairs):
+    with contextlib.suppress(ConfigError):
+        loaded(*(f"{key}={value}" for key, value in pairs))
+
+
+def test_a_config_cannot_be_changed():
+    config = loaded()
+    with pytest.raises(ValidationError):
+        config.seed = 1
+    with pytest.raises(ValidationError):
+        config.images.size = 64
+
+
+@pytest.mark.parametrize("module", ["config", "errors", "data.images", "data.sample", "infra.artifacts", "cli"])
+def test_help_does_not_wait_for_torch_and_ray(module):
+    code = f"import sys, raydistill.{module}\n"
+    code += "sys.exit(bool({'torch', 'ray', 'transformers', 'mlflow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1], env=os.environ)
+    assert done.returncode == 0
+
+
+def test_images_alone_have_the_defaults_of_a_run():
+    assert Images(path="./my_images") == loaded().images
