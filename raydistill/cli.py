@@ -119,13 +119,18 @@ def _run(words: list[str] | None, until: str) -> None:
     from rich.console import Console
 
     from raydistill.config import load_config
+    from raydistill.infra.artifacts import find_work
+    from raydistill.infra.cluster import RayStart
     from raydistill.infra.progress import Progress
 
     config = load_config(words or [])
     console = Console(highlight=False)
+    work, ray = find_work(config, until), RayStart(config)
+    if work.needs_ray:
+        ray.begin()  # it starts while torch and the models' libraries load, below
     from raydistill.stages.run import run_stages
 
-    outcome = run_stages(config, Progress(console), until)
+    outcome = run_stages(config, Progress(console), until, work, ray)
     if outcome.report is not None:
         from raydistill.stages.summary import closing_table
 

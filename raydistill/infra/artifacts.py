@@ -19,8 +19,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from raydistill.config import RunConfig, Teacher
-from raydistill.data.images import Listing
-from raydistill.data.sample import SampleSet
+from raydistill.data.images import Listing, list_images
+from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.examples import weights_fingerprint
 
@@ -191,6 +191,42 @@ def evaluate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
         "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
     }
     return stage_directory(config, "evaluate", identity)
+
+
+STAGES = ("prepare", "adapt", "teach", "distill", "evaluate")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command is to do: the stages asked for, and those of them that are not done."""
+
+    listing: Listing
+    prepared: StageDirectory
+    wanted: tuple[str, ...]
+    undone: frozenset[str]
+    needs_ray: bool
+
+
+def find_work(config: RunConfig, until: str) -> Work:
+    """Look at the images' names and the workspace; everything after `prepare` is undone as long as that is."""
+    listing = list_images(config.images)
+    prepared = prepare_directory(config, listing)
+    streams = config.views.per_image == "fresh" and config.loss.needs_teacher
+    needed = set(STAGES[: STAGES.index(until) + 1])
+    needed -= set() if config.loss.needs_teacher else {"adapt", "teach"}
+    needed -= {"teach"} if streams else set()
+    wanted = tuple(stage for stage in STAGES if stage in needed)
+    done = prepared.done()
+    undone = frozenset(needed)
+    if done is not None:
+        samples = samples_from_json(done)
+        makers = {
+            "adapt": adapt_directory, "teach": teach_directory,
+            "distill": distill_directory, "evaluate": evaluate_directory,
+        }  # fmt: skip
+        undone = frozenset(s for s in needed - {"prepare"} if makers[s](config, samples).done() is None)
+    in_process = {"evaluate"} if config.distill.num_workers or streams else {"distill", "evaluate"}
+    return Work(listing, prepared, wanted, undone, bool(undone - in_process))
 
 
 def _pixels(config: RunConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import pickle
 import signal
 import stat
 import sys
@@ -18,6 +19,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +128,11 @@ def _share(cpus: float, parts: int, what: str) -> float:
 
 def local_plan(config: RunConfig) -> Plan:
     """The plan for a cluster of this machine alone, made without starting Ray."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return plan_resources(config, float(cores), float(_local_gpus()), cores)
+    return plan_resources(config, float(_cores()), float(_local_gpus()), _cores())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _local_gpus() -> int:
@@ -147,16 +152,13 @@ def ray_cluster(config: RunConfig) -> Iterator[Plan]:
     if ray.is_initialized():  # a cluster of the caller's, which stays
         yield _live_plan(config)
         return
-    on_terminate = signal.getsignal(signal.SIGTERM)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     with warnings.catch_warnings(), _quiet_native_log():
         warnings.simplefilter("ignore", FutureWarning)
         if config.cluster.address is None:
-            plan = local_plan(config)
             ray.init(
                 address="local",
-                num_cpus=int(plan.cpus),
-                num_gpus=int(plan.gpus),
+                num_cpus=_cores(),
                 dashboard_host="127.0.0.1",
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -164,13 +166,10 @@ def ray_cluster(config: RunConfig) -> Iterator[Plan]:
             )
         else:
             ray.init(address=config.cluster.address, **quiet)
-            plan = _live_plan(config)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray's own would end the process on the spot
     _protect_token()
     configure_ray_data()
     try:
-        yield plan
+        yield _live_plan(config)
     finally:
         ray.shutdown()
 
@@ -193,13 +192,48 @@ def _quiet_native_log() -> Iterator[None]:
             os.write(2, b"".join(line for line in written if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
+class RayStart:
+    """Ray, started in a thread of its own while the main one loads torch and the models, or not at all.
+
+    The thread lives as long as Ray does: the system ends Ray's processes with the thread that started them.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._stack = contextlib.ExitStack()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        self._starting: Future[Plan] | None = None
+
+    def begin(self) -> None:
+        if self._starting is None:
+            self._starting = self._thread.submit(self._stack.enter_context, ray_cluster(self._config))
+
+    def plan(self) -> Plan:
+        """The plan that fits the cluster, once it is there."""
+        self.begin()
+        assert self._starting is not None
+        plan = self._starting.result()
+        if threading.current_thread() is threading.main_thread():
+            # Ray's native handler would end the process on the spot; this puts Python's, and so ours, back.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        return plan
+
+    def __enter__(self) -> RayStart:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._starting is not None:
+            wait([self._starting])
+        self._stack.close()
+        self._thread.shutdown()
+
+
 def _live_plan(config: RunConfig) -> Plan:
     import ray
 
     resources = ray.cluster_resources()
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    local_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = local_cores if len(nodes) == 1 else int(max(nodes, default=1))
+    cores = _cores() if len(nodes) == 1 else int(max(nodes, default=1))
     return plan_resources(config, resources.get("CPU", 0.0), resources.get("GPU", 0.0), cores)
 
 
@@ -261,7 +295,12 @@ def run_workers(
     datasets: dict[str, Any] = {} if stream is None else {"train": _StreamInController(stream)}
     trainer = TorchTrainer(
         _worker_loop,
-        train_loop_config={"loop": loop, "job": job, "threads": plan.train_threads, "streams": stream is not None},
+        train_loop_config={
+            # As bytes, so that Ray Train's controller need not load the models' libraries to pass it on.
+            "work": pickle.dumps((loop, job)),
+            "threads": plan.train_threads,
+            "streams": stream is not None,
+        },
         scaling_config=ScalingConfig(
             num_workers=plan.train_workers, use_gpu=plan.train_gpus > 0, resources_per_worker=resources
         ),
@@ -323,8 +362,9 @@ def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
     size = context.get_world_size()
     worker = Worker(context.get_world_rank(), size, device, config["threads"], preempted, shard)
     torch.set_num_threads(config["threads"])
+    loop, job = pickle.loads(config["work"])
     try:
-        return config["loop"](config["job"], worker)
+        return dict(loop(job, worker))
     except DivergedError as error:
         return {"error": str(error)}
     except RaydistillError as error:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config import RunConfig
-from raydistill.data.images import Listing, list_images
+from raydistill.data.images import Listing
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra import artifacts
-from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.cluster import Plan, local_plan, ray_cluster
+from raydistill.infra.artifacts import StageDirectory, Work, find_work
+from raydistill.infra.cluster import RayStart, local_plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import Tracker
 from raydistill.models.student import build_student, has_batch_norm
@@ -27,8 +24,6 @@ from raydistill.stages.teach import stream_soft_targets
 
 if TYPE_CHECKING:
     from raydistill.stages.evaluate import Report
-
-STAGES = ("prepare", "adapt", "teach", "distill", "evaluate")
 
 
 @dataclass
@@ -43,24 +38,32 @@ class Outcome:
     directories: dict[str, str] = field(default_factory=dict)
 
 
-def run_stages(config: RunConfig, progress: Progress, until: str = "evaluate") -> Outcome:
+def run_stages(
+    config: RunConfig,
+    progress: Progress,
+    until: str = "evaluate",
+    work: Work | None = None,
+    ray: RayStart | None = None,
+) -> Outcome:
     """Run the stages up to `until` and all that they need. Raises RaydistillError.
 
-    What cannot work is refused before anything is written.
+    What cannot work is refused before anything is written. `work` and `ray` are for a caller that has begun already.
     """
-    listing = list_images(config.images)
-    prepared = artifacts.prepare_directory(config, listing)
-    run = _Run(config, progress, until, listing, prepared)
-    with run.cluster_closed_at_the_end():
-        if run.undone:
+    work = work or find_work(config, until)
+    with ray or RayStart(config) as ray:
+        if work.undone:
             artifacts.check_writable(config)
-            run.check_resources()
-            _check_counts(config, listing)
-            _check_models(config, listing, run.undone)
-        tracker = Tracker(config, job=f"{prepared.name}/{config.name}")
+            plan = ray.plan() if config.cluster.address and work.needs_ray else local_plan(config)
+            if work.needs_ray:
+                ray.begin()
+            for line in plan.describe():
+                progress.line(line)
+            _check_counts(config, work.listing)
+            _check_models(config, work.listing, work.undone)
+        tracker = Tracker(config, job=f"{work.prepared.name}/{config.name}")
         status = "FAILED"
         try:
-            outcome = run.stages(tracker)
+            outcome = _Run(config, progress, work, ray, tracker).stages()
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -85,7 +88,7 @@ def _check_counts(config: RunConfig, listing: Listing) -> None:
         )
 
 
-def _check_models(config: RunConfig, listing: Listing, undone: set[str]) -> None:
+def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -> None:
     """Build what will be needed: a name, a size or weights that do not fit are cheap to find now."""
     if "distill" in undone:
         student = build_student(config.student, len(listing.classes))
@@ -101,63 +104,11 @@ def _check_models(config: RunConfig, listing: Listing, undone: set[str]) -> None
 
 
 class _Run:
-    """One command's way through the stages. Ray is started once, and only if a stage that is to run needs it."""
+    """One command's way through the stages. Ray is waited for only by a stage that is to run and needs it."""
 
-    def __init__(
-        self, config: RunConfig, progress: Progress, until: str, listing: Listing, prepared: StageDirectory
-    ) -> None:
-        self._config, self._progress, self._listing, self._prepared = config, progress, listing, prepared
-        self._wanted = STAGES[: STAGES.index(until) + 1]
-        self._streams = config.views.per_image == "fresh" and config.loss.needs_teacher
+    def __init__(self, config: RunConfig, progress: Progress, work: Work, ray: RayStart, tracker: Tracker) -> None:
+        self._config, self._progress, self._work, self._ray, self._tracker = config, progress, work, ray, tracker
         self._outcome = Outcome()
-        self._stack = contextlib.ExitStack()
-        # Kept for as long as Ray is needed: the system ends Ray's processes with the thread that started them.
-        self._starter = ThreadPoolExecutor(1)
-        self._starting: Future[Plan] | None = None
-        self.undone = self._undone()
-
-    def _undone(self) -> set[str]:
-        """The stages that have work to do; all that come after `prepare`, as long as it is not done."""
-        needed = set(self._wanted)
-        if not self._config.loss.needs_teacher:
-            needed -= {"adapt", "teach"}
-        if self._streams:
-            needed.discard("teach")
-        done = self._prepared.done()
-        if done is None:
-            return needed
-        samples = samples_from_json(done)
-        makers = {
-            "adapt": artifacts.adapt_directory,
-            "teach": artifacts.teach_directory,
-            "distill": artifacts.distill_directory,
-            "evaluate": artifacts.evaluate_directory,
-        }
-        return {stage for stage in needed - {"prepare"} if makers[stage](self._config, samples).done() is None}
-
-    def check_resources(self) -> None:
-        """Make the plan, which fails where it cannot fit, and say it. Ray starts in a thread meanwhile."""
-        in_process = self._config.distill.num_workers == 0 and not self._streams
-        needs_ray = self.undone - ({"distill", "evaluate"} if in_process else {"evaluate"})
-        local = self._config.cluster.address is None
-        plan = local_plan(self._config) if local else None
-        if needs_ray:
-            self._starting = self._starter.submit(self._stack.enter_context, ray_cluster(self._config))
-        for line in (plan or self._cluster()).describe():
-            self._progress.line(line)
-
-    @contextlib.contextmanager
-    def cluster_closed_at_the_end(self) -> Iterator[None]:
-        with self._stack:
-            try:
-                yield
-            finally:
-                if self._starting is not None:
-                    wait([self._starting])
-
-    def _cluster(self) -> Plan:
-        assert self._starting is not None, "check_resources starts Ray where a stage needs it"
-        return self._starting.result()
 
     def _stage(self, directory: StageDirectory, work: Any) -> dict[str, Any]:
         """The stage's result: that of an earlier run, or of doing the work now."""
@@ -177,21 +128,23 @@ class _Run:
         self._outcome.seconds[directory.stage] = seconds
         return done
 
-    def stages(self, tracker: Tracker) -> Outcome:
+    def stages(self) -> Outcome:
         """All that was asked for, in order."""
-        self._tracker = tracker
-        config, progress, outcome = self._config, self._progress, self._outcome
+        config, progress, outcome, work = self._config, self._progress, self._outcome, self._work
 
         def prepare(_: Any) -> None:
-            prepare_samples(config, self._listing, self._prepared, self._cluster(), progress)
+            prepare_samples(config, work.listing, work.prepared, self._ray.plan(), progress)
 
-        samples = outcome.samples = samples_from_json(self._stage(self._prepared, prepare))
+        samples = outcome.samples = samples_from_json(self._stage(work.prepared, prepare))
         self._say_samples(samples)
-        if config.loss.needs_teacher:
-            self._teach(samples)
-        if "distill" in self._wanted:
+        if "adapt" in work.wanted:
+            self._adapt(samples)
+        if "teach" in work.wanted:
+            teach = artifacts.teach_directory(config, samples)
+            self._stage(teach, lambda _: stream_soft_targets(config, samples, teach, self._ray.plan(), progress))
+        if "distill" in work.wanted:
             self._distill(samples)
-        if "evaluate" in self._wanted:
+        if "evaluate" in work.wanted:
             self._evaluate(samples)
         return outcome
 
@@ -205,29 +158,25 @@ class _Run:
             self._progress.line(
                 f"          {samples.num_refused} refused, each with its reason: {samples.path}/refused.json"
             )
-        for what, count in self._listing.ignored.items():
+        for what, count in self._work.listing.ignored.items():
             self._progress.line(f"          {count} ignored: {what}")
 
-    def _teach(self, samples: SampleSet) -> None:
+    def _adapt(self, samples: SampleSet) -> None:
         config, progress = self._config, self._progress
-        if "adapt" in self._wanted:
-            features = artifacts.features_directory(config, samples)
-            adapt = artifacts.adapt_directory(config, samples)
+        features = artifacts.features_directory(config, samples)
+        adapt = artifacts.adapt_directory(config, samples)
 
-            def work(_: Any) -> None:
-                if features.done() is None:
-                    write_plain_features(config, samples, features, self._cluster(), progress)
-                adapt_teacher(config, samples, features, adapt)
+        def work(_: Any) -> None:
+            if features.done() is None:
+                write_plain_features(config, samples, features, self._ray.plan(), progress)
+            adapt_teacher(config, samples, features, adapt)
 
-            adapted = self._outcome.adapted = AdaptedTeacher(**self._stage(adapt, work))
-            if adapted.val_accuracy is not None:
-                progress.line(
-                    f"teacher:  val accuracy {adapted.val_accuracy:.3f} (always the commonest class: "
-                    f"{adapted.chance:.3f}), head from {adapted.num_train} labelled images"
-                )
-        if "teach" in self._wanted and config.views.per_image != "fresh":
-            teach = artifacts.teach_directory(config, samples)
-            self._stage(teach, lambda _: stream_soft_targets(config, samples, teach, self._cluster(), progress))
+        adapted = self._outcome.adapted = AdaptedTeacher(**self._stage(adapt, work))
+        if adapted.val_accuracy is not None:
+            progress.line(
+                f"teacher:  val accuracy {adapted.val_accuracy:.3f} (always the commonest class: "
+                f"{adapted.chance:.3f}), head from {adapted.num_train} labelled images"
+            )
 
     def _distill(self, samples: SampleSet) -> None:
         config, outcome = self._config, self._outcome
@@ -247,7 +196,7 @@ class _Run:
             )
 
         def work(record: Any) -> None:
-            plan = local_plan(config) if self._starting is None else self._cluster()
+            plan = self._ray.plan() if self._work.needs_ray else local_plan(config)
             distill_student(job, directory, plan, self._progress, lambda m: record.log(m, int(m["step"])))
 
         outcome.student = StudentCheckpoint(**self._stage(directory, work))

@@ -8,7 +8,8 @@ from rich.console import Group
 from rich.table import Table
 
 from raydistill.config import RunConfig
-from raydistill.stages.run import STAGES, Outcome
+from raydistill.infra.artifacts import STAGES
+from raydistill.stages.run import Outcome
 
 
 def closing_table(config: RunConfig, outcome: Outcome) -> Group:
