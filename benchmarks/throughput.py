@@ -3,9 +3,9 @@
     python benchmarks/throughput.py --json throughput.json
 
 Prints a table and, with --json, writes these keys: `teach_ratio`, `distill_memory_ratio`, `distill_stream_ratio`,
-`online_ratio`, `seconds_to_first_step`, `seconds_to_first_step_in_process`, `peak_memory_growth`. Every ratio is ours over
-the bare loop's, both with the same networks, batch, views and threads; the bare loop runs before and after ours, since
-machines drift, and counts with its mean. About 10 minutes on 2 cores.
+`online_ratio`, `seconds_to_first_step`, `seconds_to_first_step_in_process`, `peak_memory_growth`. Every ratio is ours
+over the bare loop's, both with the same networks, batch, views and threads; the bare loop runs before and after ours,
+since machines drift, and counts with its mean. About 10 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from raydistill.config import RunConfig, load_config
-from raydistill.data.decode import pixels
+from raydistill.data.decode import encode, pixels
 from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
 from raydistill.data.targets import read_samples
 from raydistill.data.views import render, view_parameters
@@ -38,8 +40,8 @@ from raydistill.stages.distill import DistillJob, Trainee, read_batches
 from raydistill.stages.run import Outcome, run_stages
 
 JOB = Path(__file__).parents[1] / "jobs" / "demo.yaml"
-THREADS = len(__import__("os").sched_getaffinity(0))
-SECONDS = 15.0  # of each bare measurement
+THREADS = len(os.sched_getaffinity(0))
+SECONDS = 10.0  # of each bare measurement
 
 
 def job_config(workspace: Path, *more: str) -> RunConfig:
@@ -91,9 +93,9 @@ def bare_student(job: DistillJob, with_teacher: bool) -> float:
     worker = Worker(0, 1, "cpu", THREADS, lambda step: False)
     batches = list(itertools.islice(read_batches(job, 0, worker), 16))
     backbone = load_teacher(job.config.teacher)[0] if with_teacher else None
-    steps, started = 0, 0.0
-    for batch in itertools.cycle(batches):
-        if steps == 2:
+    started = 0.0
+    for step, batch in enumerate(itertools.cycle(batches)):
+        if step == 2:  # two steps of warm-up
             started = time.perf_counter()
         images, parameters = torch.from_numpy(batch.images_VHHC), torch.from_numpy(batch.parameters_VP)
         if backbone is None:
@@ -105,9 +107,8 @@ def bare_student(job: DistillJob, with_teacher: bool) -> float:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        steps += 1
         if started and time.perf_counter() - started > SECONDS:
-            return (steps - 2) * job.batch_size / (time.perf_counter() - started)
+            return (step - 1) * job.batch_size / (time.perf_counter() - started)
     raise AssertionError
 
 
@@ -134,10 +135,6 @@ def streaming_peak(root: Path, copies: int) -> int:
     directory, rng, sizes = root / f"x{copies}", np.random.default_rng(0), []
     directory.mkdir()
     for k in range(2 * copies):
-        from PIL import Image
-
-        from raydistill.data.decode import encode
-
         noise = rng.integers(0, 255, (256, 16, 16, 3), np.uint8)
         images = [encode(Image.fromarray(n).resize((128, 128))) for n in noise]
         table = pa.table(
@@ -151,13 +148,14 @@ def streaming_peak(root: Path, copies: int) -> int:
         )
         (directory / f"{shard_name('train', k)}.parquet").write_bytes(encode_shard(table))
         sizes.append(256)
+    splits = f'{{"train": {tuple(sizes)!r}}}, {{"train": {sum(sizes)}}}'
     code = f"""
 import resource
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.infra.cluster import Worker
 from raydistill.stages.distill import DistillJob, read_batches
-samples = SampleSet({str(directory)!r}, ("a", "b"), 128, {{"train": {tuple(sizes)!r}}}, {{"train": {sum(sizes)}}}, 0, {{}}, "")
+samples = SampleSet({str(directory)!r}, ("a", "b"), 128, {splits}, 0, {{}}, "")
 config = RunConfig.model_validate({{"images": {{"path": "-"}}, "teacher": None, "distill": {{"cache": "stream"}},
     "loss": {{"kd_weight": 0, "alignment_weight": 0, "uniformity_weight": 0}}}})
 job = DistillJob(config, samples, {str(directory)!r}, None, None)
@@ -197,9 +195,8 @@ def main() -> None:
             elapsed = shards[-1].stat().st_mtime - shards[0].stat().st_mtime
             compare("teach_ratio", sum(rows[1:]) * config.views.per_image / elapsed, bare)
         if "distill" in options.only:
-            for cache in ("memory", "stream"):
-                config = job_config(root / "w", f"distill.cache={cache}", "distill.epochs=14", f"seed={config.seed}",
-                                    "distill.num_workers=1", f"evaluate.calibration_bins={15}")  # fmt: skip
+            for cache in ("memory", "stream"):  # the same student, so each trains where the other has not been
+                config = job_config(root / "w", f"distill.cache={cache}", "distill.epochs=14", "distill.num_workers=1")
                 job = distill_job(config, outcome, root / f"bare-{cache}")
                 before = bare_student(job, with_teacher=False)
                 for old in (root / "w").glob("distill-*"):
@@ -225,9 +222,8 @@ def main() -> None:
             one, ten = (streaming_peak(root, copies) for copies in (1, 10))
             figures["peak_memory_growth"] = ten / one
             rates.append(("peak_memory_growth", f"{ten / 1e6:,.0f} MB", f"{one / 1e6:,.0f} MB", f"{ten / one:.2f}"))
-    table = Table(
-        "", "raydistill", "bare loop (1x for memory)", "ratio", title=f"{THREADS} threads, torch {torch.__version__}"
-    )
+    title = f"{THREADS} threads, torch {torch.__version__}"
+    table = Table("", "raydistill", "bare loop (1x for memory)", "ratio", title=title)
     for row in rates:
         table.add_row(*row)
     console.print(table)

@@ -399,7 +399,7 @@ def test_beginning_again_keeps_what_is_there(directory):
     ("workspace", "expected"),
     [
         ("s3://bucket/raydistill/", "s3://bucket/raydistill"),
-        ("/data//work/", "/data/work"),
+        ("/data//runs/", "/data/runs"),
         ("~/work", os.path.expanduser("~/work")),
         ("./workspace", os.path.abspath("workspace")),
     ],
