@@ -58,8 +58,9 @@ class Plan:
         lines = [
             f"machine: {self.cpus:g} CPUs, {self.gpus:g} GPUs",
             f"prepare: decoding tasks of {self.decode_cpus:g} CPU",
-            f"teach:   {actors} teacher actor(s) of {share}, fed by loading tasks of {self.load_cpus:g} CPU",
         ]
+        if most:
+            lines.append(f"teach:   {actors} teacher actor(s) of {share}, fed by tasks of {self.load_cpus:g} CPU")
         if self.train_workers == 0:
             return [*lines, f"distill: in this process, {self.train_threads} thread(s)"]
         gpu = f" + {self.train_gpus:g} GPU" if self.train_gpus else ""
@@ -79,7 +80,7 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
     """
     workers = config.distill.num_workers
     fewest_workers = workers[0] if isinstance(workers, tuple) else workers
-    fewest, most = config.cluster.teacher_actors if config.loss.needs_teacher else (1, 1)
+    fewest, most = config.cluster.teacher_actors if config.loss.needs_teacher else (0, 0)
     together = config.views.per_image == "fresh" and config.loss.needs_teacher
     # In `teach` the train workers do not exist yet, so they take no share.
     beside = fewest_workers if together else 0
@@ -108,7 +109,7 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
         teacher_actors=(fewest, most),
         teacher_cpus=share,
         teacher_gpus=gpu_share * uses_gpus,
-        teacher_threads=max(1, cores // (most + beside)),
+        teacher_threads=max(1, cores // max(most + beside, 1)),
         train_workers=workers,
         train_cpus=train_cpus,
         train_gpus=gpu_share * (uses_gpus and fewest_workers > 0),

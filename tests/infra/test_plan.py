@@ -40,7 +40,7 @@ def assert_fits(plan: Plan, config: RunConfig) -> None:
     together = config.views.per_image == "fresh" and config.loss.needs_teacher
     fewest, most = plan.teacher_actors
     train = fewest_workers(plan)
-    assert (fewest, config.cluster.teacher_actors[0]) == (config.cluster.teacher_actors[0], fewest)
+    assert fewest == (config.cluster.teacher_actors[0] if config.loss.needs_teacher else 0)
     assert fewest <= most <= max(fewest, config.cluster.teacher_actors[1])
     if config.loss.needs_teacher:
         beside_cpus, beside_gpus = (train * plan.train_cpus, train * plan.train_gpus) if together else (0, 0)
