@@ -42,6 +42,8 @@ class Images(Section):
     """Share of each class for validation, where the data names no validation split."""
     test_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of each class for the test, where the data names no test split."""
+    max_per_class: Count | None = None
+    """Use no more than this many images of a class in a split (and unlabelled ones), chosen by name; null: all."""
     num_labelled: Count | None = None
     """Keep the labels of this many train images (stratified, seeded); the others become unlabelled."""
     allow_missing_val: bool = False

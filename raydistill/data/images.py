@@ -25,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow import parquet as pq
 
 from raydistill.config import Images
+from raydistill.data.sample import sample_id
 from raydistill.errors import DataError
 from raydistill.examples import images_path
 
@@ -118,6 +119,8 @@ def list_images(config: Images) -> Listing:
         raise DataError(f"images.path={config.path}: no images found ({_describe(ignored)})")
     classes = _classes(config, entries)
     _check(config, entries, classes)
+    if config.max_per_class is not None:
+        entries = _fewer(entries, config.max_per_class, ignored)
     fingerprint = _fingerprint(fs, root if is_folder else str(PurePosixPath(root).parent), files, entries)
     if not isinstance(fs, LocalFileSystem):  # which drops the protocol from its paths
         entries = [e if "://" in e.path else replace(e, path=fs.unstrip_protocol(e.path)) for e in entries]
@@ -266,6 +269,20 @@ def _classes(config: Images, entries: list[Entry]) -> tuple[str, ...]:
         return tuple(lines)
     names = {e.label for e in entries if e.label and e.split in (None, "train")}
     return tuple(sorted(names, key=lambda name: (natural(name), name)))  # `1` and `01` are equal to the first alone
+
+
+def _fewer(entries: list[Entry], most: int, ignored: Counter[str]) -> list[Entry]:
+    """The first of each class and split in an order that has nothing to do with how files are named or sorted."""
+    ranked = sorted(entries, key=lambda e: sample_id(f"{PurePosixPath(e.path).name}/{e.row}".encode()))
+    seen: Counter[tuple[str | None, str | None]] = Counter()
+    kept = set()
+    for entry in ranked:
+        seen[entry.split, entry.label] += 1
+        if seen[entry.split, entry.label] <= most:
+            kept.add(entry)
+    if len(kept) < len(entries):
+        ignored["images beyond images.max_per_class"] += len(entries) - len(kept)
+    return [entry for entry in entries if entry in kept]
 
 
 def _check(config: Images, entries: list[Entry], classes: tuple[str, ...]) -> None:

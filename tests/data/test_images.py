@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import fsspec
@@ -512,3 +513,20 @@ def test_a_remote_folder_is_read_like_a_local_one(class_folders):
         assert listed("memory://bucket").fingerprint != listing.fingerprint
     finally:
         memory.rm("/bucket", recursive=True)
+
+
+def test_max_per_class_keeps_that_many_of_each_class_and_split_and_says_so(class_folders) -> None:
+    root = class_folders({"train/cat": 7, "train/dog": 2, "val/cat": 4, "val/dog": 1, "train/unlabelled": 5})
+    whole = list_images(Images(path=str(root)))
+    listing = list_images(Images(path=str(root), max_per_class=3))
+    counts = Counter((entry.split, entry.label) for entry in listing.entries)
+    assert counts == {
+        ("train", "cat"): 3,
+        ("train", "dog"): 2,
+        ("val", "cat"): 3,
+        ("val", "dog"): 1,
+        ("train", None): 3,
+    }
+    assert set(listing.entries) < set(whole.entries)
+    assert sum(listing.ignored.values()) == 4 + 1 + 2
+    assert listing.fingerprint != whole.fingerprint

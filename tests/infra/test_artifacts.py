@@ -65,6 +65,7 @@ EFFECTS = {
     "images.val_share=0.2": {"prepare"},
     "images.test_share=0.2": {"prepare"},
     "images.num_labelled=2": {"prepare"},
+    "images.max_per_class=1": {"prepare"},
     "images.allow_missing_val=true": NOTHING,
     "images.max_bad_share=0.5": {"prepare"},
     "images.max_pixels=1000": {"prepare"},
