@@ -195,7 +195,10 @@ def fresh_views(
     return rows.map_batches(
         StreamTeacher,
         fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads},
-        batch_size=teacher.batch_size,
+        # A unit at a time, or the whole stream would become one task: on CPUs Ray fuses this with the step before,
+        # whose rows are units, and would gather `batch_size` of them first. With GPUs it wants a number, and does not
+        # fuse.
+        batch_size=teacher.batch_size if plan.teacher_gpus else None,
         batch_format="numpy",
         **_actors(plan, len(units)),
     )
