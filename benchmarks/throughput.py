@@ -150,7 +150,6 @@ def streaming_peak(root: Path, copies: int) -> int:
         sizes.append(256)
     splits = f'{{"train": {tuple(sizes)!r}}}, {{"train": {sum(sizes)}}}'
     code = f"""
-import resource
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.infra.cluster import Worker
@@ -162,7 +161,8 @@ job = DistillJob(config, samples, {str(directory)!r}, None, None)
 batches = read_batches(job, 0, Worker(0, 1, "cpu", 1, lambda step: False))
 for _ in range({sum(sizes)} // 64):
     next(batches)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# Not getrusage, whose peak a process inherits from the one that started it.
+print(1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]))
 """
     return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
