@@ -167,11 +167,15 @@ print(1024 * int(next(line for line in open("/proc/self/status") if line.startsw
     return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--only", nargs="*", default=["teach", "distill", "online", "start", "memory"])
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
     console, figures, rates = Console(), {}, []
     quiet = Progress(Console(quiet=True))
 
