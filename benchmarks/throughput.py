@@ -36,7 +36,8 @@ from raydistill.infra.cluster import Worker, ray_cluster
 from raydistill.infra.progress import Progress
 from raydistill.losses.total import distillation_loss
 from raydistill.models.teacher import load_teacher
-from raydistill.stages.distill import DistillJob, Trainee, read_batches
+from raydistill.stages.batches import DistillJob, read_batches
+from raydistill.stages.loop import Trainee
 from raydistill.stages.run import Outcome, run_stages
 
 JOB = Path(__file__).parents[1] / "jobs" / "demo.yaml"
@@ -153,7 +154,7 @@ def streaming_peak(root: Path, copies: int) -> int:
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.infra.cluster import Worker
-from raydistill.stages.distill import DistillJob, read_batches
+from raydistill.stages.batches import DistillJob, read_batches
 samples = SampleSet({str(directory)!r}, ("a", "b"), 128, {splits}, 0, {{}}, "")
 config = RunConfig.model_validate({{"images": {{"path": "-"}}, "teacher": None, "distill": {{"cache": "stream"}},
     "loss": {{"kd_weight": 0, "alignment_weight": 0, "uniformity_weight": 0}}}})

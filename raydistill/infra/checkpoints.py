@@ -6,9 +6,11 @@ all resume in one way.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,25 +38,61 @@ class Checkpoint:
     record: dict[str, float] | None
 
 
-def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
-    """Write a whole checkpoint, then drop all but it and the one before it: what a killed run left half-written, and
-    damaged ones of later steps that this run did not start from, among them."""
-    name = f"step-{checkpoint.step:09d}"
-    folder = f"{path}/checkpoints/{name}"
-    weights = {f"model.{k}": v for k, v in checkpoint.model.state_dict().items()}
-    if checkpoint.ema is not None:
-        weights |= {f"ema.{k}": v for k, v in checkpoint.ema.module.state_dict().items()}
-    write_bytes(f"{folder}/weights.safetensors", save({k: v.cpu().contiguous() for k, v in weights.items()}))
-    sink = io.BytesIO()
-    torch.save({"optimizer": checkpoint.optimizer.state_dict(), "scaler": checkpoint.scaler.state_dict()}, sink)
-    write_bytes(f"{folder}/state.pt", sink.getvalue())
-    meta = {"step": checkpoint.step, "sums": checkpoint.sums, "record": checkpoint.record, "torch": torch.__version__}
-    write_bytes(f"{folder}/checkpoint.json", json.dumps(meta).encode())
-    fs, _ = url_to_fs(path)
-    folders = _folders(path)
-    whole = [f for f in folders if f.rpartition("/")[2] <= name and fs.exists(f"{f}/checkpoint.json")]
-    for other in set(folders) - set(whole[-_KEPT:]):
-        fs.rm(other, recursive=True)
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own while training goes on; the `with` block ends when all are written.
+
+    Each is a whole one, after which all but it and the one before it are dropped: what a killed run left half-written,
+    and damaged ones of later steps that this run did not start from, among them.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copy the moment and begin to write it. Raises what the write before this one raised."""
+        self.wait()
+        parts = {"model": checkpoint.model} | ({} if checkpoint.ema is None else {"ema": checkpoint.ema.module})
+        weights = {f"{part}.{k}": v for part, module in parts.items() for k, v in module.state_dict().items()}
+        weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in weights.items()}
+        state = {"optimizer": checkpoint.optimizer.state_dict(), "scaler": checkpoint.scaler.state_dict()}
+        meta = {
+            "step": checkpoint.step,
+            "sums": dict(checkpoint.sums),
+            "record": checkpoint.record,
+            "torch": torch.__version__,
+        }
+        self._writing = self._thread.submit(self._write, weights, copy.deepcopy(state), meta)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, weights: dict[str, torch.Tensor], state: dict[str, Any], meta: dict[str, Any]) -> None:
+        name = f"step-{meta['step']:09d}"
+        folder = f"{self._path}/checkpoints/{name}"
+        write_bytes(f"{folder}/weights.safetensors", save(weights))
+        sink = io.BytesIO()
+        torch.save(state, sink)
+        write_bytes(f"{folder}/state.pt", sink.getvalue())
+        write_bytes(f"{folder}/checkpoint.json", json.dumps(meta).encode())
+        fs, _ = url_to_fs(self._path)
+        folders = _folders(self._path)
+        whole = [f for f in folders if f.rpartition("/")[2] <= name and fs.exists(f"{f}/checkpoint.json")]
+        for other in set(folders) - set(whole[-_KEPT:]):
+            fs.rm(other, recursive=True)
 
 
 def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]] | None:

@@ -18,7 +18,8 @@ from raydistill.infra.tracking import Tracker
 from raydistill.models.student import build_student, has_batch_norm
 from raydistill.models.teacher import load_teacher, match_native_head
 from raydistill.stages.adapt import AdaptedTeacher, adapt_teacher, write_plain_features
-from raydistill.stages.distill import DistillJob, StudentCheckpoint, distill_student
+from raydistill.stages.batches import DistillJob
+from raydistill.stages.distill import StudentCheckpoint, distill_student
 from raydistill.stages.prepare import prepare_samples
 from raydistill.stages.teach import stream_soft_targets
 

@@ -5,6 +5,7 @@ import copy
 import itertools
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raydistill.errors import StageError
 from raydistill.infra import checkpoints
-from raydistill.infra.checkpoints import Checkpoint, latest_checkpoint, latest_step, save_checkpoint
+from raydistill.infra.checkpoints import Checkpoint, CheckpointWriter, latest_checkpoint, latest_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = ("weights.safetensors", "state.pt", "checkpoint.json")
@@ -47,7 +48,8 @@ class Trainer:
 
     def save(self, path: object, **others: object) -> None:
         options = {"sums": {"task": 1.5}, "record": None, **others}
-        save_checkpoint(str(path), Checkpoint(self.step, self.model, self.ema, self.optimizer, self.scaler, **options))
+        with CheckpointWriter(str(path)) as writer:
+            writer.save(Checkpoint(self.step, self.model, self.ema, self.optimizer, self.scaler, **options))
 
     def resume(self, path: object) -> None:
         weights, state, meta = latest_checkpoint(str(path))
@@ -106,6 +108,22 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, with_ema):
     assert_same(resumed.state(), at_seven)
     resumed.run(5)
     assert_same(resumed.state(), unbroken.state())
+
+
+def test_training_goes_on_while_the_moment_is_written(tmp_path, monkeypatch):
+    trainer, may_write, write = Trainer(), threading.Event(), checkpoints.write_bytes
+    trainer.run(3)
+    at_three, sums = trainer.state(), {"task": 1.0}
+    monkeypatch.setattr(checkpoints, "write_bytes", lambda *file: may_write.wait(10) and write(*file))
+    with CheckpointWriter(str(tmp_path)) as writer:
+        writer.save(Checkpoint(3, trainer.model, trainer.ema, trainer.optimizer, trainer.scaler, sums, None))
+        trainer.run(2)
+        sums["task"] = 2.0
+        may_write.set()
+    resumed = Trainer()
+    resumed.resume(tmp_path)
+    assert_same(resumed.state(), at_three)
+    assert latest_checkpoint(str(tmp_path))[2]["sums"] == {"task": 1.0}
 
 
 def test_sums_and_records_come_back_as_numbers(tmp_path):

@@ -21,7 +21,7 @@ from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_nam
 from raydistill.data.targets import encode_targets
 from raydistill.infra.progress import Progress
 from raydistill.models.teacher import LinearHead, encode_head
-from raydistill.stages.distill import DistillJob
+from raydistill.stages.batches import DistillJob
 
 CLASSES = ("red", "green", "blue")
 NUM_FEATURES, NUM_VIEWS, SIZE = 6, 2, 24

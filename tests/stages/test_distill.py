@@ -21,14 +21,9 @@ from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import latest_checkpoint, latest_step
 from raydistill.infra.cluster import Worker, plan_resources
 from raydistill.models.student import split_logits
-from raydistill.stages.distill import (
-    DistillJob,
-    distill_loop,
-    distill_student,
-    learning_rate,
-    load_student,
-    read_batches,
-)
+from raydistill.stages.batches import DistillJob, read_batches
+from raydistill.stages.distill import distill_student, load_student
+from raydistill.stages.loop import distill_loop, learning_rate
 
 
 def here(preempted=lambda step: False) -> Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,9 +10,12 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +30,7 @@ from raydistill.data.views import render, view_parameters
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra.cluster import plan_resources
 from raydistill.models.teacher import load_teacher
-from raydistill.stages.distill import DistillJob, FreshStream
+from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.run import run_stages
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
@@ -225,6 +229,62 @@ def wait_for(condition, seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
+
+
+def ray_processes(title: str) -> list[psutil.Process]:
+    """Ray's processes of this title under this one: other sessions on the machine are left alone."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()[:1]):
+                found.append(process)
+    return found
+
+
+def run_and_kill(config, progress, title: str, when: Callable[[], object]):
+    """The outcome of a run of which one process was killed as soon as `when()` held."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_stages, config, progress, "distill")
+        wait_for(lambda: (when() and ray_processes(title)) or running.done())
+        assert not running.done(), "nothing was left to kill"
+        ray_processes(title)[0].kill()
+        return running.result(timeout=180)
+
+
+def test_a_killed_teacher_actor_costs_its_open_shard(words, progress, tmp_path) -> None:
+    words = [*words, "views.per_image=150", "distill.epochs=1"]
+    unbroken = run_stages(load_config([*words, f"workspace={tmp_path}/unbroken"]), progress, until="teach")
+    broken = tmp_path / "workspace"
+    seen: dict[Path, int] = {}
+
+    def one_is_written() -> bool:
+        seen.update({p: p.stat().st_mtime_ns for p in broken.glob("teach-*/train-*.safetensors")})
+        return bool(seen)
+
+    outcome = run_and_kill(load_config(words), progress, "ShardTeacher", one_is_written)
+    assert {p: p.stat().st_mtime_ns for p in seen} == seen
+    made = sorted(Path(outcome.directories["teach"]).glob("*.safetensors"))
+    assert len(made) == len(outcome.samples.shards["train"]) > len(seen)
+    for path in made:
+        expected = load_file(Path(unbroken.directories["teach"]) / path.name)
+        np.testing.assert_array_equal(load_file(path)["features"], expected["features"])
+
+
+def test_a_killed_train_worker_costs_its_open_epoch(words, progress, tmp_path) -> None:
+    words = [*words, "distill.num_workers=2", "distill.epochs=60"]
+    losses = epoch_losses(words, progress, f"workspace={tmp_path}/unbroken")
+    broken = tmp_path / "workspace"
+    run_and_kill(load_config(words), progress, "RayTrainWorker", lambda: list(broken.glob("distill-*/epochs/00005.*")))
+    again = epoch_losses(words, progress)  # done, so these are the records of the run above
+    assert len(again) == 60
+    assert [e["loss"] for e in again] == pytest.approx([e["loss"] for e in losses], abs=1e-4)
+
+
+def test_elastic_workers_take_the_same_steps(words, progress) -> None:
+    more = ["student.model=timm:test_vit", "student.size=32", "loss.uniformity_weight=0", "distill.labelled_share=0.5"]
+    alone = epoch_losses(words, progress, *more)
+    elastic = epoch_losses(words, progress, *more, "distill.num_workers=[1,2]")
+    assert [e["loss"] for e in elastic] == pytest.approx([e["loss"] for e in alone], abs=1e-3)
 
 
 def test_killed_driver_goes_on_to_the_same_numbers(words, tmp_path) -> None:

@@ -1,0 +1,167 @@
+"""What one student is trained on: the job that travels to the workers, and each worker's batches.
+
+Shapes: V images of this worker's share of a batch, H working pixels, P parameters of a view, D features.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raydistill.config import RunConfig
+from raydistill.data.sample import SampleSet, Visits, batch_order
+from raydistill.data.targets import UNLABELLED, Batch, InMemory, Streamed, TrainSplit
+from raydistill.infra.artifacts import write_bytes
+from raydistill.infra.checkpoints import latest_step
+from raydistill.infra.cluster import Plan, Worker
+from raydistill.models.teacher import load_head
+from raydistill.stages.teach import fresh_views
+
+_BATCHES_AHEAD = 4
+# Steps whose images one Ray task gathers for the stream of fresh views.
+_STEPS_IN_UNIT = 8
+# Share of the free memory that `cache: auto` lets the train split take.
+_MEMORY_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """All that a worker needs to know, in a form that travels between processes."""
+
+    config: RunConfig
+    samples: SampleSet
+    path: str
+    head: str | None  # the directory of `adapt`; None: no teacher
+    targets: str | None  # the directory of `teach`; None: no teacher, or fresh views
+
+    @property
+    def batch_size(self) -> int:
+        """No larger than the images that take part: a batch need not hold an image twice."""
+        with_teacher = self.config.loss.needs_teacher
+        usable = self.samples.num_rows("train") if with_teacher else self.samples.num_labelled["train"]
+        return min(self.config.distill.batch_size, usable)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """From the size of the train split alone, so all workers agree on it, and so do runs with and without a
+        teacher."""
+        return max(1, self.samples.num_rows("train") // self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.distill.epochs * self.steps_per_epoch
+
+    @property
+    def train_split(self) -> TrainSplit:
+        return TrainSplit(self.samples, self.targets, self.config.views, self.config.seed)
+
+    def order(self, labels: list[np.ndarray], start_step: int) -> Iterator[Visits]:
+        """The global batches from `start_step` on. Without a teacher only labelled images are drawn."""
+        labelled = [np.flatnonzero(shard != UNLABELLED) for shard in labels]
+        others = [np.flatnonzero(shard == UNLABELLED) for shard in labels]
+        num_labelled, num_others = sum(map(len, labelled)), sum(map(len, others))
+        share = self.config.distill.labelled_share
+        if share is None:
+            share = num_labelled / (num_labelled + num_others)
+        if not self.config.loss.needs_teacher or not num_others:
+            share = 1.0
+        return batch_order(labelled, others, share, self.batch_size, self.config.seed, start_step)
+
+
+def worker_batches(job: DistillJob, worker: Worker, step: int) -> Iterator[Batch]:
+    """This worker's batches from `step` to the last, from the shards or from Ray's stream of fresh views."""
+    left = job.total_steps - step
+    if left <= 0:
+        return iter(())
+    source = read_batches(job, step, worker) if worker.stream is None else stream_batches(job, worker)
+    if step == 0 and worker.rank == 0:
+        source = _note_first(job, source)
+    return itertools.islice(source, left)
+
+
+def _note_first(job: DistillJob, source: Iterator[Batch]) -> Iterator[Batch]:
+    """When training began is worth knowing: everything before it is fixed cost."""
+    first = next(source)
+    write_bytes(f"{job.path}/first_batch.json", json.dumps({"time": time.time()}).encode())
+    yield first
+    yield from source
+
+
+def stream_batches(job: DistillJob, worker: Worker) -> Iterator[Batch]:
+    """What the teacher pool sends: fresh views' features beside the images."""
+    size = job.batch_size // worker.size
+    for rows in worker.stream.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2, drop_last=True):
+        yield Batch(rows["image"], rows["parameters"], rows["label"], rows["features"])
+
+
+def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[Batch]:
+    """This worker's share of every global batch from `first_step` on, prepared a few batches ahead in a thread."""
+    split = job.train_split
+    labels = split.labels()
+    source = (InMemory if _fits_in_memory(job) else Streamed)(split, worker.threads)
+    mine = (source.gather(visits[worker.rank :: worker.size]) for visits in job.order(labels, first_step))
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque(pool.submit(next, mine) for _ in range(_BATCHES_AHEAD))
+        try:
+            while True:
+                batch = ahead.popleft().result()
+                ahead.append(pool.submit(next, mine))
+                yield batch
+        finally:  # the loop has ended: nobody will ask for these
+            for future in ahead:
+                future.cancel()
+
+
+def _fits_in_memory(job: DistillJob) -> bool:
+    cache = job.config.distill.cache
+    if cache != "auto":
+        return cache == "memory"
+    import psutil
+
+    per_image = 0
+    if job.targets is not None and job.head is not None and job.config.views.per_image != "fresh":
+        per_image = 2 * job.config.views.per_image * load_head(job.head).weight_CD.shape[1]
+    return job.train_split.num_bytes(per_image) < _MEMORY_SHARE * psutil.virtual_memory().available
+
+
+class FreshStream:
+    """Makes Ray's stream of fresh views from wherever training stands when its workers start."""
+
+    def __init__(self, job: DistillJob, plan: Plan) -> None:
+        self._job, self._plan = job, plan
+
+    def __call__(self) -> Any:
+        job = self._job
+        assert job.config.teacher is not None
+        units = [
+            {"first": first, "steps": min(_STEPS_IN_UNIT, job.total_steps - first)}
+            for first in range(latest_step(job.path), job.total_steps, _STEPS_IN_UNIT)
+        ]
+        # Nothing is left to stream where a run was killed after its last step; a plan needs a row all the same.
+        return fresh_views(job.config.teacher, _GatherUnit(job), units or [{"first": 0, "steps": 1}], self._plan)
+
+
+class _GatherUnit:
+    """A Ray Data task: the images and views of some steps' global batches."""
+
+    def __init__(self, job: DistillJob) -> None:
+        self._job, self._labels = job, job.train_split.labels()
+
+    def __call__(self, unit: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        source, order = Streamed(self._job.train_split, 1), self._job.order(self._labels, int(unit["first"][0]))
+        visits = Visits.concat(list(itertools.islice(order, int(unit["steps"][0]))))
+        batch = source.gather(visits)
+        return {
+            "image": batch.images_VHHC,
+            "parameters": batch.parameters_VP,
+            "label": batch.labels_V,
+            "sample_id": np.array(source.ids(visits)),
+        }

@@ -1,0 +1,218 @@
+"""The distillation loop: one function, `distill_loop`, that runs in this process or on each of Ray Train's workers.
+
+Shapes: V images of this worker's share of a batch, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raydistill.config import Distill
+from raydistill.data.views import render
+from raydistill.errors import DivergedError, StageError
+from raydistill.infra.artifacts import write_bytes
+from raydistill.infra.checkpoints import Checkpoint, CheckpointWriter, latest_checkpoint
+from raydistill.infra.cluster import Worker
+from raydistill.losses.total import Outputs, distillation_loss
+from raydistill.models.student import ProjectionHead, Student, build_student, split_logits
+from raydistill.models.teacher import LinearHead, load_head
+from raydistill.stages.batches import DistillJob, worker_batches
+
+_SECONDS_BETWEEN_REPORTS = 1.0
+_MOST_SKIPPED_STEPS = 20
+
+
+class Trainee(nn.Module):
+    """The student with the projection heads of both sides, and the teacher's linear head, which does not learn."""
+
+    def __init__(self, job: DistillJob) -> None:
+        super().__init__()
+        self.student: Student = build_student(job.config.student, len(job.samples.classes))
+        head = None if job.head is None else load_head(job.head)
+        self.student_projection = self.teacher_projection = None
+        if head is not None:
+            self._keep(head)
+            if job.config.loss.needs_projection:
+                dim = job.config.loss.projection_dim
+                self.student_projection = ProjectionHead(self.student.num_features, dim)
+                self.teacher_projection = ProjectionHead(head.weight_CD.shape[1], dim)
+
+    def _keep(self, head: LinearHead) -> None:
+        self.register_buffer("head_weight", torch.from_numpy(head.weight_CD), persistent=False)
+        self.register_buffer("head_bias", torch.from_numpy(head.bias_C), persistent=False)
+
+    def forward(self, images: torch.Tensor, features_VD: torch.Tensor | None) -> tuple[Outputs, Outputs | None]:
+        logits_VC, student_features = self.student(images)
+        student_projection, teacher_projection = self.student_projection, self.teacher_projection
+        student = Outputs(logits_VC, student_projection and student_projection(student_features))
+        if features_VD is None:
+            return student, None
+        with torch.autocast(images.device.type, enabled=False):
+            teacher_logits = torch.nn.functional.linear(features_VD, self.head_weight, self.head_bias)
+        return student, Outputs(teacher_logits, teacher_projection and teacher_projection(features_VD))
+
+
+def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
+    """Train from the last checkpoint to the last epoch, and return that epoch's record.
+
+    Everything random is a function of the seed and the step, so a resumed run equals an unbroken one.
+    """
+    config, settings, device = job.config, job.config.distill, torch.device(worker.device)
+    torch.set_num_threads(worker.threads)
+    torch.manual_seed(config.seed)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    trainee = Trainee(job).to(device, memory_format=layout)
+    ema = ModelEmaV3(trainee.student, decay=settings.ema_decay) if settings.ema_decay else None
+    optimizer = _optimizer(settings, trainee)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+    step, sums, record = _resume(job, trainee, ema, optimizer, scaler)
+    network = DistributedDataParallel(trainee) if worker.size > 1 else trainee
+    autocast = torch.autocast(device.type, _DTYPES[settings.precision], enabled=settings.precision != "fp32")
+    reporter = _Reporter(job, worker)
+    trainee.train()
+    with CheckpointWriter(job.path) as checkpoints:
+        for batch in worker_batches(job, worker, step):
+            torch.manual_seed(_step_seed(config.seed, step, worker.rank))  # dropout and its like
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, step, job.steps_per_epoch)
+            images, parameters, labels, features = (_to(device, array) for array in batch.arrays())
+            views = render(images, parameters, trainee.student.preprocessing).contiguous(memory_format=layout)
+            with autocast:
+                student, teacher = network(views, None if features is None else features.float())
+            loss, terms = distillation_loss(config.loss, student, teacher, labels)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(trainee.parameters(), settings.clip_norm or math.inf)
+            reporter.refuse_not_finite(step, norm, scaler, {"loss": loss, **terms})
+            scaler.step(optimizer)
+            scaler.update()
+            if ema is not None:
+                ema.update(trainee.student)
+            step += 1
+            for name, value in {"loss": loss, **terms}.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            ended = step % job.steps_per_epoch == 0
+            if ended:
+                record = reporter.end_epoch(step, sums, ema.module if ema else trainee.student, optimizer)
+                sums = {}
+            preempted = worker.preempted(step)
+            if (ended or preempted) and worker.rank == 0:
+                checkpoints.save(Checkpoint(step, trainee, ema, optimizer, scaler, sums, record))
+                if preempted:
+                    checkpoints.wait()  # the node may be gone a moment later
+            reporter.progress(step)
+    if step < job.total_steps or record is None:
+        raise StageError(f"distill: the images ran out at step {step} of {job.total_steps}; run the same command again")
+    return record
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _optimizer(settings: Distill, trainee: nn.Module) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(trainee.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        trainee.parameters(), settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+
+
+def learning_rate(settings: Distill, step: int, steps_per_epoch: int) -> float:
+    """The rate of a step: a linear rise from zero, then constant or half a cosine down to zero (arXiv 1608.03983)."""
+    warmup, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / math.ceil(warmup)
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - warmup) / max(total - warmup, 1)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def _resume(
+    job: DistillJob, trainee: Trainee, ema: Any, optimizer: torch.optim.Optimizer, scaler: Any
+) -> tuple[int, dict[str, float], dict[str, float] | None]:
+    checkpoint = latest_checkpoint(job.path)
+    if checkpoint is None:
+        return 0, {}, None
+    weights, state, meta = checkpoint
+    trainee.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
+    if ema is not None:
+        ema.module.load_state_dict({k.removeprefix("ema."): v for k, v in weights.items() if k.startswith("ema.")})
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return int(meta["step"]), dict(meta["sums"]), meta["record"]
+
+
+def _to(device: torch.device, array: np.ndarray | None) -> Any:
+    if array is None:
+        return None
+    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())  # Ray's blocks are read-only
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class _Reporter:
+    """Writes how training goes into the stage directory, where whoever waits for it looks."""
+
+    def __init__(self, job: DistillJob, worker: Worker) -> None:
+        self._job, self._worker = job, worker
+        self._skipped = 0
+        self._epoch_started = self._written = time.monotonic()
+
+    def refuse_not_finite(self, step: int, norm: torch.Tensor, scaler: Any, terms: dict[str, torch.Tensor]) -> None:
+        """The gradient is averaged over workers, so all of them see a bad one, and at the same step. The scaler of fp16
+        skips a few such steps while it looks for its scale."""
+        if bool(torch.isfinite(norm)):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        if scaler.is_enabled() and self._skipped <= _MOST_SKIPPED_STEPS:
+            return
+        shown = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
+        raise DivergedError(
+            f"distill: the loss or its gradient is not finite at step {step} (epoch "
+            f"{step // self._job.steps_per_epoch}): {shown}; lower distill.learning_rate, set distill.clip_norm=1, or "
+            f"use distill.precision=fp32. The last good checkpoint stays in {self._job.path}/checkpoints"
+        )
+
+    def end_epoch(
+        self, step: int, sums: dict[str, float], student: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, float]:
+        """The epoch's record: the mean of each term over all workers, and the val accuracy where it is due."""
+        job, worker = self._job, self._worker
+        steps, epoch = job.steps_per_epoch, step // job.steps_per_epoch
+        values = torch.tensor([sums[name] for name in sorted(sums)], device=worker.device)
+        if worker.size > 1:
+            torch.distributed.all_reduce(values)
+            values /= worker.size
+        seconds = time.monotonic() - self._epoch_started
+        record = {"epoch": float(epoch), "step": float(step), "images_per_second": job.batch_size * steps / seconds}
+        record |= {name: float(value) / steps for name, value in zip(sorted(sums), values, strict=True)}
+        record["learning_rate"] = optimizer.param_groups[0]["lr"]
+        due = epoch % job.config.distill.val_every == 0 or step == job.total_steps
+        if due and worker.rank == 0 and job.samples.num_rows("val"):
+            device, size = torch.device(worker.device), job.config.evaluate.batch_size
+            logits, labels = split_logits(student, job.samples, "val", device, size)
+            record["val_accuracy"] = float((logits.argmax(1) == labels).mean())
+        if worker.rank == 0:
+            write_bytes(f"{job.path}/epochs/{epoch:05d}.json", json.dumps(record).encode())
+        self._epoch_started = time.monotonic()  # measuring val is not training
+        return record
+
+    def progress(self, step: int) -> None:
+        if self._worker.rank == 0 and time.monotonic() - self._written > _SECONDS_BETWEEN_REPORTS:
+            self._written = time.monotonic()
+            write_bytes(f"{self._job.path}/progress.json", json.dumps({"step": step}).encode())
