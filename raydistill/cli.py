@@ -101,11 +101,15 @@ def show(words: Words = None) -> None:
         from raydistill.data.sample import samples_from_json
 
         samples = samples_from_json(done)
-        directories += [getattr(artifacts, f"{stage}_directory")(config, samples) for stage in later]
+        if config.teacher is not None and config.teacher.head == "fine_tune" and config.loss.needs_teacher:
+            directories.append(artifacts.fine_tune_directory(config, samples))
+        tuned = artifacts.tuned(config, samples)
+        makers = [getattr(artifacts, f"{stage}_directory") for stage in later]
+        directories += later if tuned is None else [maker(tuned, samples) for maker in makers]
     table = Table("stage", "directory", "state", box=None, pad_edge=False)
     for directory in directories:
         if isinstance(directory, str):
-            table.add_row(directory, "named once prepare is done", "would run")
+            table.add_row(directory, "named once the stage before it is done", "would run")
         else:
             state = "done" if directory.done() is not None else "would go on" if directory.started() else "would run"
             table.add_row(directory.stage, directory.path, state)

@@ -58,13 +58,20 @@ class Images(Section):
 
 class Teacher(Section):
     model: str = "timm:vit_base_patch16_224"
-    """`timm:NAME`, `hf:NAME`, or a local folder that timm or transformers saved."""
+    """`timm:NAME`, `hf:NAME`, or a local folder that timm, transformers or raydistill's `distill` saved."""
     weights: str | None = None
     """A .safetensors or .pth state dict, or `example:NAME`; null: what the model's name stands for."""
     revision: str | None = None
     """Revision (a commit hash for choice) of a hub model."""
-    head: Literal["linear_probe", "native"] = "linear_probe"
-    """`linear_probe`: fitted here on the labelled train images; `native`: the model's own, matched by class name."""
+    head: Literal["linear_probe", "native", "fine_tune", "zero_shot"] = "linear_probe"
+    """`linear_probe`: fitted here on the labelled train images; `native`: the model's own, matched by class name;
+    `fine_tune`: the whole model is trained on them first; `zero_shot`: from the class names, by a CLIP-like model."""
+    fine_tune_epochs: Count = 10
+    """Passes over as many images as the train split holds, for `fine_tune`."""
+    fine_tune_learning_rate: Positive = 1e-3
+    """Of the new head in `fine_tune`; the body's is a tenth of it."""
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("a photo of a {class}.",)
+    """Sentences for `zero_shot`, averaged; `{class}` stands for the class name."""
     class_balanced: bool = False
     """Weigh classes equally when the linear probe is fitted."""
     size: Annotated[int, Field(ge=8, le=2048)] | None = None
@@ -77,13 +84,15 @@ class Teacher(Section):
 
 class Student(Section):
     model: str = "timm:mobilenetv3_small_100"
-    """`timm:NAME`."""
+    """`timm:NAME` or `hf:NAME` (an image classifier of transformers; a folder serves as a name)."""
     init: Literal["random", "pretrained"] = "random"
     """`pretrained` starts from `weights`, or from what the hub has under the model's name."""
     weights: str | None = None
     """A state dict or `example:NAME` for `init: pretrained`."""
-    size: Annotated[int, Field(ge=8, le=2048)] = 64
-    """Side in pixels that the student sees, in training and ever after."""
+    revision: str | None = None
+    """Revision (a commit hash for choice) of a hub model."""
+    size: Annotated[int, Field(ge=8, le=2048)] | None = 64
+    """Side in pixels that the student sees, in training and ever after; null: the size its model was made for."""
 
 
 class Views(Section):
@@ -104,30 +113,82 @@ class Views(Section):
 
 
 class Loss(Section):
-    task_weight: Weight = 1.0
+    """A weighted sum. Each `*_weight` is a number, or [first, last] for one that changes linearly over training."""
+
+    task_weight: Weight | tuple[Weight, Weight] = 1.0
     """Cross-entropy with the labels; unlabelled images do not take part in it."""
-    kd_weight: Weight = 1.0
+    kd_weight: Weight | tuple[Weight, Weight] = 1.0
     """Soft-target KL divergence (Hinton et al. 2015)."""
     temperature: Positive = 4.0
-    """Softens both distributions of the soft-target term."""
-    alignment_weight: Weight = 1.0
+    """Softens both distributions of the terms on logits: kd, dkd, dist and standardised_kd."""
+    alignment_weight: Weight | tuple[Weight, Weight] = 1.0
     """Distance of the two networks' projected features of one view (Wang & Isola 2020)."""
-    uniformity_weight: Weight = 1.0
+    uniformity_weight: Weight | tuple[Weight, Weight] = 1.0
     """Spread of the projected features over the unit sphere, averaged over both networks."""
     alignment_alpha: Positive = 2.0
     """Power of the distance in the alignment term."""
     uniformity_t: Positive = 2.0
     """Sharpness of the Gaussian potential in the uniformity term."""
+    info_nce_weight: Weight | tuple[Weight, Weight] = 0.0
+    """InfoNCE between student and teacher, the other images of a worker's batch as negatives (van den Oord 2018)."""
+    crd_weight: Weight | tuple[Weight, Weight] = 0.0
+    """Contrastive representation distillation with a memory of negatives (Tian et al. 2020)."""
+    contrastive_temperature: Positive = 0.07
+    """Divides the cosine similarities of info_nce and crd."""
+    crd_negatives: Count = 4096
+    """Negatives in a step of crd, at most."""
+    crd_memory: Count = 16384
+    """Embeddings that crd remembers of each network; the oldest make room."""
+    srrl_weight: Weight | tuple[Weight, Weight] = 0.0
+    """Features and what the teacher's head makes of them (SRRL, Yang et al. 2021)."""
+    dkd_weight: Weight | tuple[Weight, Weight] = 0.0
+    """Decoupled KD (Zhao et al. 2022)."""
+    dkd_target_factor: Weight = 1.0
+    """Of the part about the target class in dkd (the paper's alpha)."""
+    dkd_other_factor: Weight = 8.0
+    """Of the part about the other classes in dkd (the paper's beta)."""
+    dist_weight: Weight | tuple[Weight, Weight] = 0.0
+    """Correlations within images and within classes (DIST, Huang et al. 2022)."""
+    standardised_kd_weight: Weight | tuple[Weight, Weight] = 0.0
+    """Soft-target KL of standardised logits (Sun et al. 2024)."""
+    feature_weight: Weight | tuple[Weight, Weight] = 0.0
+    """Adapted student features against the teacher's (Romero et al. 2015)."""
+    feature_distance: Literal["mse", "cosine"] = "mse"
+    """How far apart features are in the feature term."""
+    rkd_distance_weight: Weight | tuple[Weight, Weight] = 0.0
+    """Relative distances of pairs of images (RKD, Park et al. 2019, who use 25)."""
+    rkd_angle_weight: Weight | tuple[Weight, Weight] = 0.0
+    """Angles of triples of images (RKD, who use 50)."""
+    projection_head: Literal["linear", "two_layer", "simclr", "simclrv2"] = "two_layer"
+    """The trained map to the unit sphere, on both sides, for alignment, uniformity, info_nce and crd."""
     projection_dim: Annotated[int, Field(ge=2)] = 128
     """Dimension of the unit sphere that both projection heads map to."""
+    adapter: Literal["linear", "two_layer"] = "two_layer"
+    """The trained map from the student's features to the teacher's, for srrl and feature."""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that weigh anything at any time, in the order in which they are declared."""
+        weights = self.model_dump(include={key for key in Loss.model_fields if key.endswith("_weight")})
+        heaviest = {key: max(w) if isinstance(w, list | tuple) else w for key, w in weights.items()}
+        return tuple(key.removesuffix("_weight") for key, weight in heaviest.items() if weight > 0)
+
+    def weight(self, term: str, progress: float) -> float:
+        """The weight of a term when a share `progress` of all steps is done."""
+        weight = getattr(self, f"{term}_weight")
+        return float(weight[0] + (weight[1] - weight[0]) * progress if isinstance(weight, tuple) else weight)
 
     @property
     def needs_projection(self) -> bool:
-        return self.alignment_weight > 0 or self.uniformity_weight > 0
+        return not {"alignment", "uniformity", "info_nce", "crd"}.isdisjoint(self.terms)
+
+    @property
+    def needs_adapter(self) -> bool:
+        return not {"srrl", "feature"}.isdisjoint(self.terms)
 
     @property
     def needs_teacher(self) -> bool:
-        return self.kd_weight > 0 or self.needs_projection
+        return not {"task"}.issuperset(self.terms)
 
 
 class Distill(Section):
@@ -140,6 +201,8 @@ class Distill(Section):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive = 1e-3
     """Highest learning rate, reached after the warm-up."""
+    body_rate: Share = 1.0
+    """Learning rate of all but the classifier, relative to the classifier's; 0 freezes it, batch norm included."""
     weight_decay: Weight = 1e-2
     momentum: Share = 0.9
     """For `sgd`."""
@@ -172,6 +235,27 @@ class Evaluate(Section):
     """Changes the speed of `evaluate`, never its numbers."""
     calibration_bins: Count = 15
     """Bins of the reliability diagram and of the expected calibration error."""
+
+
+Arm = Literal[
+    "scratch", "linear_probe", "fine_tune", "kd", "align_uniform", "crd", "distill_pretrained", "job"
+]  # fmt: skip
+
+
+class Compare(Section):
+    """What `compare` trains; the other stages do not read it."""
+
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = (
+        "scratch", "linear_probe", "fine_tune", "kd", "align_uniform", "crd", "distill_pretrained",
+    )  # fmt: skip
+    """Ways to train the student. `linear_probe`, `fine_tune` and `distill_pretrained` start from a pre-trained one."""
+    seeds: Count = 3
+    """Runs of each arm, with the seeds that follow the job's."""
+    student_weights: str | None = None
+    """Pre-trained weights of the student, for the arms that need them: a state dict or `example:NAME`; null: the
+    hub's."""
+    label_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.125, 0.25, 0.5, 1.0)
+    """Shares of the labels at which `--learning-curve` trains."""
 
 
 class Cluster(Section):
@@ -212,17 +296,16 @@ class RunConfig(Section):
     loss: Loss = Loss()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
+    compare: Compare = Compare()
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.teacher is None and self.loss.needs_teacher:
-            raise ValueError(
-                "teacher is null, but loss.kd_weight, loss.alignment_weight or loss.uniformity_weight is above 0; "
-                "name a teacher or set all three to 0"
-            )
-        if not self.loss.needs_teacher and self.loss.task_weight == 0:
+            with_teacher = ", ".join(f"loss.{term}_weight" for term in self.loss.terms if term != "task")
+            raise ValueError(f"teacher is null, but {with_teacher} need one; name a teacher or set them to 0")
+        if not self.loss.terms:
             raise ValueError("every weight under loss is 0, so there is nothing to learn; raise one of them")
         if self.distill.batch_size < self.distill.most_workers:
             raise ValueError(
@@ -234,7 +317,41 @@ class RunConfig(Section):
             raise ValueError(f"distill.num_workers is (fewest, most); {workers} has them the wrong way round")
         if self.student.weights and self.student.init == "random":
             raise ValueError("student.weights is given but student.init is random; set student.init=pretrained")
+        if self.distill.body_rate == 0 and self.student.init == "random":
+            raise ValueError(
+                "distill.body_rate is 0, which keeps a random body as it is; set student.init=pretrained or raise it"
+            )
+        if self.teacher is not None and self.teacher.head == "zero_shot":
+            if plain := [prompt for prompt in self.teacher.prompts if "{class}" not in prompt]:
+                raise ValueError(f"teacher.prompts: {plain[0]!r} does not say where the class name goes; use {{class}}")
         return self
+
+
+def fine_tuning(config: RunConfig) -> RunConfig:
+    """The run that fine-tunes the teacher of `config`: its model is the student of the task alone, from its own
+    weights, the new head ten times as fast as the body (the paper's recipe)."""
+    teacher = config.teacher
+    assert teacher is not None
+    student = Student(
+        model=teacher.model, init="pretrained", weights=teacher.weights, revision=teacher.revision, size=teacher.size
+    )
+    distill = config.distill.model_copy(
+        update={
+            "epochs": teacher.fine_tune_epochs,
+            "learning_rate": teacher.fine_tune_learning_rate,
+            "body_rate": 0.1,
+            "ema_decay": None,
+        }
+    )
+    return config.model_copy(
+        update={
+            "teacher": None,
+            "student": student,
+            "views": config.views.model_copy(update={"per_image": "fresh"}),
+            "loss": Loss(kd_weight=0, alignment_weight=0, uniformity_weight=0),
+            "distill": distill,
+        }
+    )
 
 
 def load_config(words: Sequence[str]) -> RunConfig:

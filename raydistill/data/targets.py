@@ -37,9 +37,10 @@ class Batch:
     parameters_VP: np.ndarray  # float32
     labels_V: np.ndarray  # int64, UNLABELLED where there is none
     features_VD: np.ndarray | None  # float16; None where no teacher takes part
+    rows_V: np.ndarray  # int64, which image of the train split it is
 
     def arrays(self) -> tuple[np.ndarray | None, ...]:
-        return self.images_VHHC, self.parameters_VP, self.labels_V, self.features_VD
+        return self.images_VHHC, self.parameters_VP, self.labels_V, self.features_VD, self.rows_V
 
 
 def encode_targets(sample_ids: Sequence[str], features_KRD: np.ndarray) -> bytes:
@@ -109,7 +110,9 @@ class TrainSplit:
     def batch(
         self, visits: Visits, ids: list[str], images: np.ndarray, labels: np.ndarray, features: np.ndarray | None
     ) -> Batch:
-        return Batch(images, view_parameters(self.views, self.seed, ids, self.view_indices(visits)), labels, features)
+        parameters = view_parameters(self.views, self.seed, ids, self.view_indices(visits))
+        first_row = np.cumsum([0, *self.samples.shards["train"]])
+        return Batch(images, parameters, labels, features, first_row[visits.shard] + visits.row)
 
     def view_indices(self, visits: Visits) -> np.ndarray:
         """Stored views are replayed in turn; fresh ones never come again."""

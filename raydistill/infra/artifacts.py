@@ -6,19 +6,21 @@ Nothing here imports torch or ray, so that `raydistill show` answers at once.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from raydistill.config import RunConfig, Teacher
+from raydistill.config import RunConfig, Student, Teacher, fine_tuning
 from raydistill.data.images import Listing, list_images
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import CheckpointError, ConfigError, StageError
@@ -27,6 +29,8 @@ from raydistill.examples import weights_fingerprint
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {"prepare": 1, "features": 1, "adapt": 1, "teach": 1, "distill": 1, "evaluate": 1}
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt")
+# What `distill` leaves in its folder beside these is about its making.
+_STUDENT_FILES = ("student.json", "student.safetensors")
 
 
 @dataclass(frozen=True)
@@ -74,27 +78,37 @@ class StageDirectory:
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write a whole file or none: to a temporary name, then renamed. Object stores do as much by themselves.
+    """Write a whole file or none, as `write_file` does."""
+    write_file(path, lambda file: file.write(data))
+
+
+def write_file(path: str, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` write a whole file or none: to a temporary name, then renamed. Object stores do so by themselves.
 
     Raises StageError with the bytes that are free, where the disk is full.
     """
     fs, target = url_to_fs(path)
     if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(target, data)
+        sink = io.BytesIO()
+        write(sink)
+        fs.pipe_file(target, sink.getvalue())
         return
     temporary = f"{target}.{uuid.uuid4().hex}.tmp"
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            write(file)
         os.replace(temporary, target)
-    except OSError as error:
+    except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if not isinstance(error, OSError | RuntimeError):  # torch's writer turns the system's error into its own
+            raise
         space = os.statvfs(next(parent for parent in Path(target).parents if parent.exists()))
         free = space.f_bavail * space.f_frsize
+        reason = error.strerror if isinstance(error, OSError) else error
         raise StageError(
-            f"{target}: cannot write {len(data):,} bytes ({error.strerror}; {free:,} bytes are free there); "
+            f"{target}: cannot be written ({reason}; {free:,} bytes are free there); "
             "make room and run the same command again: what is finished stays"
         ) from None
 
@@ -145,11 +159,30 @@ def features_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 def adapt_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     assert config.teacher is not None
     head = config.teacher.model_dump(include={"head", "class_balanced"})
+    if config.teacher.head == "zero_shot":
+        head["prompts"] = config.teacher.prompts
     return stage_directory(
         config,
         "adapt",
         {"features": features_directory(config, samples).name, "head": head, "classes": samples.classes},
     )
+
+
+def fine_tune_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
+    """Where `adapt` trains a teacher with `head: fine_tune`: a `distill` directory like any other."""
+    return replace(distill_directory(fine_tuning(config), samples), stage="fine_tune")
+
+
+def tuned(config: RunConfig, samples: SampleSet) -> RunConfig | None:
+    """The config as the stages after fine-tuning see it, in which the teacher is the folder that this wrote, with its
+    own head; None as long as it is not done. Without fine-tuning it is the config itself."""
+    if config.teacher is None or config.teacher.head != "fine_tune" or not config.loss.needs_teacher:
+        return config
+    directory = fine_tune_directory(config, samples)
+    if directory.done() is None:
+        return None
+    changes = {"model": directory.path, "weights": None, "revision": None, "head": "native"}
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update=changes)})
 
 
 def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
@@ -168,7 +201,7 @@ def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 
 def distill_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    student = config.student.model_dump(exclude={"weights"}) | {"weights": _weights(config.student.weights)}
+    student = config.student.model_dump(exclude={"weights"}) | _identity_of_model(config.student)
     identity = {
         "student": student,
         "loss": config.loss.model_dump(),
@@ -224,7 +257,8 @@ def find_work(config: RunConfig, until: str) -> Work:
             "adapt": adapt_directory, "teach": teach_directory,
             "distill": distill_directory, "evaluate": evaluate_directory,
         }  # fmt: skip
-        undone = frozenset(s for s in needed - {"prepare"} if makers[s](config, samples).done() is None)
+        later = tuned(config, samples)
+        undone = frozenset(s for s in needed - {"prepare"} if later is None or makers[s](later, samples).done() is None)
     in_process = {"evaluate"} if config.distill.num_workers or streams else {"distill", "evaluate"}
     return Work(listing, prepared, wanted, undone, bool(undone - in_process))
 
@@ -237,21 +271,30 @@ def _pixels(config: RunConfig) -> dict[str, Any]:
 def _backbone(config: RunConfig) -> dict[str, Any]:
     teacher: Teacher | None = config.teacher
     assert teacher is not None
-    identity = teacher.model_dump(include={"model", "revision", "size"}) | {"weights": _weights(teacher.weights)}
-    folder = teacher.model.removeprefix("hf:").removeprefix("timm:local-dir:")
-    if os.path.isdir(folder):
-        identity["model"] = _folder(folder)
-    elif teacher.model.startswith("example:"):
-        identity["model"] = _weights(teacher.model)
+    identity = teacher.model_dump(include={"revision", "size"}) | _identity_of_model(teacher)
     if not teacher.model.startswith("timm:"):
         # The native head of a transformers model may read other features than its backbone gives.
         identity["head"] = teacher.head
     return identity
 
 
+def _identity_of_model(section: Teacher | Student) -> dict[str, Any]:
+    """A model's name and weights, by content where they are files."""
+    identity: dict[str, Any] = {"model": section.model, "weights": _weights(section.weights)}
+    folder = section.model.removeprefix("hf:").removeprefix("timm:local-dir:")
+    if os.path.isdir(folder):
+        identity["model"] = _folder(folder)
+    elif section.model.startswith("example:"):
+        identity["model"] = _weights(section.model)
+    return identity
+
+
 def _folder(folder: str) -> str:
     """A model saved in a folder is known by the content of the files that a library reads, wherever it lies."""
-    files = {name: os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(_MODEL_FILES)}
+    names = [name for name in os.listdir(folder) if name.endswith(_MODEL_FILES)]
+    if set(_STUDENT_FILES) <= set(names):
+        names = list(_STUDENT_FILES)
+    files = {name: os.path.join(folder, name) for name in names}
     return json.dumps({name: _content(path) for name, path in sorted(files.items()) if os.path.isfile(path)})
 
 

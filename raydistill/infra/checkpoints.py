@@ -6,7 +6,6 @@ all resume in one way.
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import logging
@@ -19,7 +18,7 @@ from fsspec.core import url_to_fs
 from safetensors.torch import load, save
 from torch import nn
 
-from raydistill.infra.artifacts import write_bytes
+from raydistill.infra.artifacts import write_file
 
 logger = logging.getLogger(__name__)
 _KEPT = 2
@@ -27,11 +26,11 @@ _KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A moment of training. `sums` are the loss terms summed since the epoch began, `record` the last epoch's."""
+    """A moment of training: the states of `modules` under their names, of the optimizer and of the scaler. `sums` are
+    the loss terms summed since the epoch began, `record` is the last epoch's."""
 
     step: int
-    model: nn.Module
-    ema: Any
+    modules: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer
     scaler: Any
     sums: dict[str, float]
@@ -49,6 +48,8 @@ class CheckpointWriter:
         self._path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: Future[None] | None = None
+        self._weights: Any = None
+        self._state: Any = None
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -62,17 +63,17 @@ class CheckpointWriter:
     def save(self, checkpoint: Checkpoint) -> None:
         """Copy the moment and begin to write it. Raises what the write before this one raised."""
         self.wait()
-        parts = {"model": checkpoint.model} | ({} if checkpoint.ema is None else {"ema": checkpoint.ema.module})
-        weights = {f"{part}.{k}": v for part, module in parts.items() for k, v in module.state_dict().items()}
-        weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in weights.items()}
+        weights = {f"{part}.{k}": v for part, m in checkpoint.modules.items() for k, v in m.state_dict().items()}
         state = {"optimizer": checkpoint.optimizer.state_dict(), "scaler": checkpoint.scaler.state_dict()}
+        # Into the same memory each time: fresh pages would cost more than the copying.
+        self._weights, self._state = _copied(weights, self._weights), _copied(state, self._state)
         meta = {
             "step": checkpoint.step,
             "sums": dict(checkpoint.sums),
             "record": checkpoint.record,
             "torch": torch.__version__,
         }
-        self._writing = self._thread.submit(self._write, weights, copy.deepcopy(state), meta)
+        self._writing = self._thread.submit(self._write, self._weights, self._state, meta)
 
     def wait(self) -> None:
         """Until the last checkpoint is written."""
@@ -83,16 +84,26 @@ class CheckpointWriter:
     def _write(self, weights: dict[str, torch.Tensor], state: dict[str, Any], meta: dict[str, Any]) -> None:
         name = f"step-{meta['step']:09d}"
         folder = f"{self._path}/checkpoints/{name}"
-        write_bytes(f"{folder}/weights.safetensors", save(weights))
-        sink = io.BytesIO()
-        torch.save(state, sink)
-        write_bytes(f"{folder}/state.pt", sink.getvalue())
-        write_bytes(f"{folder}/checkpoint.json", json.dumps(meta).encode())
+        write_file(f"{folder}/weights.safetensors", lambda file: file.write(save(weights)))
+        write_file(f"{folder}/state.pt", lambda file: torch.save(state, file))
+        write_file(f"{folder}/checkpoint.json", lambda file: file.write(json.dumps(meta).encode()))
         fs, _ = url_to_fs(self._path)
         folders = _folders(self._path)
         whole = [f for f in folders if f.rpartition("/")[2] <= name and fs.exists(f"{f}/checkpoint.json")]
         for other in set(folders) - set(whole[-_KEPT:]):
             fs.rm(other, recursive=True)
+
+
+def _copied(value: Any, before: Any) -> Any:
+    """A copy on the CPU of nested tensors and numbers; tensors go into those of the copy before, where they fit."""
+    if isinstance(value, dict):
+        return {k: _copied(v, before.get(k) if isinstance(before, dict) else None) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_copied(v, None) for v in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    fits = isinstance(before, torch.Tensor) and (before.shape, before.dtype) == (value.shape, value.dtype)
+    return (before if fits else torch.empty(value.shape, dtype=value.dtype)).copy_(value.detach())
 
 
 def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]] | None:

@@ -1,6 +1,6 @@
 """The weighted sum that a student minimises, every term under its own name.
 
-Shapes: B images, C classes, D dimensions of the projection.
+Shapes: B images, C classes, E and D features of student and teacher, P dimensions of the projection.
 """
 
 from __future__ import annotations
@@ -11,38 +11,91 @@ import torch
 
 from raydistill.config import Loss
 from raydistill.losses.alignment_uniformity import alignment, uniformity
+from raydistill.losses.crd import Negatives, crd
+from raydistill.losses.dist import dist
+from raydistill.losses.dkd import dkd
+from raydistill.losses.features import feature_distance
+from raydistill.losses.info_nce import info_nce
+from raydistill.losses.relational import rkd_angle, rkd_distance
 from raydistill.losses.soft_targets import soft_target_kl
+from raydistill.losses.srrl import srrl
+from raydistill.losses.standardised import standardised_kl
 from raydistill.losses.task import cross_entropy
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one network says of a batch: logits, and features projected to the unit sphere (None where no term reads
-    them)."""
+    """What one network says of a batch. What no term of the loss reads is None."""
 
     logits_BC: torch.Tensor
-    projected_BD: torch.Tensor | None = None
+    features_BD: torch.Tensor | None = None  # pooled, of the network's own width
+    projected_BP: torch.Tensor | None = None  # on the unit sphere
+    adapted_BD: torch.Tensor | None = None  # the student's features in the teacher's space
+    adapted_logits_BC: torch.Tensor | None = None  # what the teacher's head makes of them
 
 
 def distillation_loss(
-    config: Loss, student: Outputs, teacher: Outputs | None, labels_B: torch.Tensor
+    config: Loss,
+    student: Outputs,
+    teacher: Outputs | None,
+    labels_B: torch.Tensor,
+    progress: float = 0.0,
+    negatives: Negatives | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The sum to minimise, and its unweighted terms by name; terms of weight 0 are left out.
+    """The sum to minimise, and its unweighted terms by name; terms that never weigh anything are left out.
 
-    L = task * CE + kd * T^2 KL + alignment * L_align + uniformity * (L_unif(student) + L_unif(teacher)) / 2, the total
-    of Farhat & Chen 2024 with all weights 1. Computed in fp32 whatever the autocast.
+    The default is the total of Farhat & Chen 2024 with all weights 1: L = CE + T^2 KL + L_align + (L_unif(student) +
+    L_unif(teacher)) / 2. `progress` is the share of all steps that are done, for weights that change. Computed in fp32
+    whatever the autocast.
     """
-    terms: dict[str, torch.Tensor] = {}
-    if config.task_weight:
-        terms["task"] = cross_entropy(student.logits_BC, labels_B)
-    if teacher is not None and config.kd_weight:
-        terms["kd"] = soft_target_kl(student.logits_BC, teacher.logits_BC, config.temperature)
-    if teacher is not None and student.projected_BD is not None and teacher.projected_BD is not None:
-        if config.alignment_weight:
-            terms["alignment"] = alignment(student.projected_BD, teacher.projected_BD, config.alignment_alpha)
-        if config.uniformity_weight:
-            both = [uniformity(network.projected_BD, config.uniformity_t) for network in (student, teacher)]
-            terms["uniformity"] = (both[0] + both[1]) / 2
-    weights = config.model_dump()
-    total = sum((weights[f"{name}_weight"] * value for name, value in terms.items()), student.logits_BC.new_zeros(()))
-    return total.float(), terms
+    with torch.autocast(labels_B.device.type, enabled=False):
+        terms = {name: _term(name, config, student, teacher, labels_B, negatives) for name in config.terms}
+    total = sum(
+        (config.weight(name, progress) * value for name, value in terms.items()), labels_B.new_zeros(()).float()
+    )
+    return total, terms
+
+
+def _term(
+    name: str,
+    config: Loss,
+    student: Outputs,
+    teacher: Outputs | None,
+    labels_B: torch.Tensor,
+    negatives: Negatives | None,
+) -> torch.Tensor:
+    if name == "task":
+        return cross_entropy(student.logits_BC, labels_B)
+    assert teacher is not None, "the config refuses such a term without a teacher"
+    logits = (student.logits_BC, teacher.logits_BC)
+    features = (student.features_BD, teacher.features_BD)
+    projected = (student.projected_BP, teacher.projected_BP)
+    temperature, contrastive_temperature = config.temperature, config.contrastive_temperature
+    match name:
+        case "kd":
+            return soft_target_kl(*logits, temperature)
+        case "dkd":
+            return dkd(*logits, labels_B, temperature, config.dkd_target_factor, config.dkd_other_factor)
+        case "dist":
+            return dist(*logits, temperature)
+        case "standardised_kd":
+            return standardised_kl(*logits, temperature)
+        case "alignment":
+            return alignment(*projected, config.alignment_alpha)
+        case "uniformity":
+            spread = [uniformity(projected_BP, config.uniformity_t) for projected_BP in projected]
+            return (spread[0] + spread[1]) / 2
+        case "info_nce":
+            return info_nce(*projected, contrastive_temperature)
+        case "crd":
+            assert negatives is not None
+            return crd(*projected, negatives, contrastive_temperature)
+        case "srrl":
+            return srrl(student.adapted_BD, student.adapted_logits_BC, teacher.features_BD, teacher.logits_BC)
+        case "feature":
+            return feature_distance(student.adapted_BD, teacher.features_BD, config.feature_distance)
+        case "rkd_distance":
+            return rkd_distance(*features)
+        case "rkd_angle":
+            return rkd_angle(*features)
+    raise AssertionError(f"a term of the config that has no loss: {name}")

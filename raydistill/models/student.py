@@ -5,9 +5,17 @@ Shapes: B images, S pixels on a side, C classes, D features, P dimensions of the
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn import functional
@@ -15,48 +23,123 @@ from torch.nn import functional
 from raydistill.config import Student as StudentConfig
 from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet
-from raydistill.data.targets import labels_of, read_samples
+from raydistill.data.targets import labels_of, read_bytes, read_samples
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
-from raydistill.errors import ConfigError
-from raydistill.models.weights import check_timm_name, load_timm_weights
+from raydistill.errors import CheckpointError, ConfigError
+from raydistill.models.from_transformers import (
+    TransformersClassifier,
+    last_linear,
+    new_classifier,
+    transformers_preprocessing,
+)
+from raydistill.models.weights import STUDENT_FILE, load_timm_weights, model_kind, resolve_hf_folder
 
 
-class Student(nn.Module):
-    """A timm classifier that also gives the pooled features in front of its classifier."""
+class TimmClassifier(nn.Module):
+    """A timm network that also gives the pooled features in front of its classifier."""
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.preprocessing = preprocessing
-        with torch.no_grad():
-            probe = torch.zeros(1, 3, preprocessing.size, preprocessing.size)
-            was_training, _ = network.training, network.eval()
-            self.num_features = self._features(probe).shape[1]
-            network.train(was_training)
 
-    def _features(self, images_B3SS: torch.Tensor) -> torch.Tensor:
-        network = self.network
-        features_BD: torch.Tensor = network.forward_head(network.forward_features(images_B3SS), pre_logits=True)
-        return features_BD
+    @property
+    def classifier(self) -> nn.Module:
+        classifier: nn.Module = self.network.get_classifier()
+        return classifier
 
     def forward(self, images_B3SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, C) and features (B, D)."""
-        features_BD = self._features(images_B3SS)
-        return self.network.get_classifier()(features_BD), features_BD
+        features_BD = self.network.forward_head(self.network.forward_features(images_B3SS), pre_logits=True)
+        return self.classifier(features_BD), features_BD
+
+
+class Student(nn.Module):
+    """A classifier that also gives its features, and what it wants its images to be like."""
+
+    def __init__(self, body: TimmClassifier | TransformersClassifier, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.body = body
+        self.preprocessing = preprocessing
+        self._frozen = False
+        self.num_features = int(self.classifier.in_features)
+
+    @property
+    def network(self) -> nn.Module:
+        """What ships, with the keys of its library."""
+        return self.body.network
+
+    @property
+    def classifier(self) -> nn.Linear:
+        classifier: nn.Linear = self.body.classifier
+        return classifier
+
+    def body_parameters(self) -> list[nn.Parameter]:
+        """All but the classifier's."""
+        of_classifier = {id(p) for p in self.classifier.parameters()}
+        return [p for p in self.network.parameters() if id(p) not in of_classifier]
+
+    def freeze_body(self) -> None:
+        """Only the classifier learns from here on; batch norm and dropout of the rest stay as in evaluation."""
+        self._frozen = True
+        for parameter in self.body_parameters():
+            parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Student:
+        super().train(mode)
+        if self._frozen:
+            self.body.eval()
+            self.classifier.train(mode)
+        return self
+
+    def forward(self, images_B3SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, C) and features (B, D)."""
+        result: tuple[torch.Tensor, torch.Tensor] = self.body(images_B3SS)
+        return result
 
 
 class ProjectionHead(nn.Module):
-    """Linear, ReLU, Linear, then length 1: the two-layer head of MoCo v2 that the paper's code uses on both sides."""
+    """A trained map from features to the unit sphere, in one of the four forms of the paper's code: `linear`;
+    `two_layer`, that of MoCo v2 (arXiv 2003.04297); `simclr` with batch norm (2002.05709); `simclrv2` with a third
+    layer (2006.10029). The hidden layers are as wide as the features."""
 
-    def __init__(self, num_features: int, projection_dim: int) -> None:
+    def __init__(self, kind: str, num_features: int, projection_dim: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(num_features, num_features), nn.ReLU(inplace=True), nn.Linear(num_features, projection_dim)
-        )
+        if kind == "linear":
+            layers: list[nn.Module] = [nn.Linear(num_features, projection_dim)]
+        elif kind == "two_layer":
+            layers = [
+                nn.Linear(num_features, num_features),
+                nn.ReLU(inplace=True),
+                nn.Linear(num_features, projection_dim),
+            ]
+        else:
+            num_hidden = {"simclr": 1, "simclrv2": 2}[kind]
+            layers = []
+            for _ in range(num_hidden):
+                layers += [nn.Linear(num_features, num_features, bias=False), nn.BatchNorm1d(num_features)]
+                layers += [nn.ReLU(inplace=True)]
+            layers += [nn.Linear(num_features, projection_dim, bias=False)]
+            layers += [nn.BatchNorm1d(projection_dim, affine=False)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, features_BD: torch.Tensor) -> torch.Tensor:
         projected_BP = self.layers(features_BD)
         return functional.normalize(projected_BP.float(), dim=1)
+
+
+class Adapter(nn.Sequential):
+    """A trained map from the student's features to the teacher's, for losses that compare the two. `two_layer` is half
+    as wide as both together, as in the code of SRRL, but ends without a ReLU, since features may be negative."""
+
+    def __init__(self, kind: str, num_features: int, teacher_features: int) -> None:
+        hidden = (num_features + teacher_features) // 2
+        if kind == "linear":
+            super().__init__(nn.Linear(num_features, teacher_features))
+        else:
+            super().__init__(
+                nn.Linear(num_features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, teacher_features)
+            )
 
 
 def build_student(config: StudentConfig, num_classes: int) -> Student:
@@ -65,30 +148,101 @@ def build_student(config: StudentConfig, num_classes: int) -> Student:
     Raises ConfigError: no such model, weights that do not fit, a size that the architecture cannot take, a model that
     is no classifier on pooled features.
     """
-    name = check_timm_name(config.model, "student.model")
-    extra = {"img_size": config.size} if _takes_image_size(name) else {}
     try:
-        if config.init == "random":
-            network = timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
-        else:
-            network = load_timm_weights(name, config.weights, None, "student", num_classes=num_classes, **extra)
-        data = resolve_model_data_config(network)
-        preprocessing = Preprocessing(
-            config.size,
-            tuple(data["mean"]),
-            tuple(data["std"]),
-            "bilinear" if data["interpolation"] == "bilinear" else "bicubic",
-        )
-        student = Student(network, preprocessing)
+        kind, name = model_kind(config.model, "student.model")
+        if kind == "raydistill":
+            raise ConfigError(
+                f"student.model={config.model} is a student of raydistill: name its model, and set "
+                f"student.init=pretrained student.weights={config.model}/student.safetensors"
+            )
+        student = (_build_timm if kind == "timm" else _build_transformers)(config, name, num_classes)
+        agrees = _agrees_with_network(student)
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"student.model={config.model} cannot see images of {config.size} pixels ({error}); change student.size"
+            f"student.model={config.model} cannot see images of {config.size} pixels ({reason}); change student.size"
         ) from None
-    if not _agrees_with_network(student):
+    if not agrees:
         raise ConfigError(
             f"student.model={config.model} is not one linear classifier on pooled features; name another student"
         )
     return student
+
+
+def _build_timm(config: StudentConfig, name: str, num_classes: int) -> Student:
+    extra = {"img_size": config.size} if config.size and _takes_image_size(name) else {}
+    if config.init == "random":
+        network = timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
+    else:
+        network = load_timm_weights(name, config.weights, config.revision, "student", num_classes=num_classes, **extra)
+    data = resolve_model_data_config(network)
+    preprocessing = Preprocessing(
+        config.size or int(data["input_size"][1]),
+        tuple(data["mean"]),
+        tuple(data["std"]),
+        "bilinear" if data["interpolation"] == "bilinear" else "bicubic",
+    )
+    if not isinstance(network.get_classifier(), nn.Linear):
+        raise ConfigError(
+            f"student.model={config.model} is not one linear classifier on pooled features; name another student"
+        )
+    return Student(TimmClassifier(network), preprocessing)
+
+
+def _build_transformers(config: StudentConfig, name: str, num_classes: int) -> Student:
+    what = f"student.model={config.model}"
+    if config.weights is not None:
+        raise ConfigError("student.weights goes with timm: models; for transformers name the folder in student.model")
+    folder = resolve_hf_folder(name, config.revision, "student")
+    network = new_classifier(folder, num_classes, config.init == "pretrained", config.size, what)
+    classifier = TransformersClassifier(network, last_linear(network, num_classes, what))
+    side = config.size or getattr(network.config, "image_size", None)
+    if config.init == "random" and not (Path(folder) / "preprocessor_config.json").is_file():
+        if not isinstance(side, int):
+            raise ConfigError(f"{what} does not state its input size; set student.size")
+        preprocessing = Preprocessing(side, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
+    else:
+        preprocessing = transformers_preprocessing(folder, config.size, what)
+    return Student(classifier, preprocessing)
+
+
+def write_student(
+    student: Student, config: StudentConfig, classes: Sequence[str], image: dict[str, Any]
+) -> dict[str, bytes]:
+    """The files of a student's folder by name, from which `read_student` makes it again. `image` says how a picture
+    becomes a working image."""
+    about = {
+        "model": config.model,
+        "library": "timm" if isinstance(student.body, TimmClassifier) else "transformers",
+        "classes": list(classes),
+        "preprocessing": asdict(student.preprocessing),
+        "image": image,
+    }
+    weights = {name: value.detach().cpu().contiguous() for name, value in student.network.state_dict().items()}
+    files = {"student.safetensors": save(weights), STUDENT_FILE: json.dumps(about, indent=2).encode()}
+    if isinstance(student.body, TransformersClassifier):
+        files["config.json"] = student.network.config.to_json_string().encode()
+    return files
+
+
+def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
+    """A student that `distill` wrote, in eval mode, and the names of its classes.
+
+    Raises ConfigError, CheckpointError.
+    """
+    try:
+        about = json.loads(read_bytes(f"{folder}/{STUDENT_FILE}"))
+        weights = load(read_bytes(f"{folder}/student.safetensors"))
+    except (ValueError, SafetensorError, FileNotFoundError) as error:
+        raise CheckpointError(f"{folder} holds no whole student ({error}); distil it again") from None
+    preprocessing, classes = about["preprocessing"], tuple(about["classes"])
+    model = about["model"] if about["library"] == "timm" else f"hf:{folder}"
+    student = build_student(StudentConfig(model=model, size=preprocessing["size"]), len(classes))
+    student.preprocessing = Preprocessing(
+        preprocessing["size"], tuple(preprocessing["mean"]), tuple(preprocessing["std"]), preprocessing["interpolation"]
+    )
+    student.network.load_state_dict(weights)
+    return student.eval(), classes
 
 
 @torch.no_grad()
@@ -99,11 +253,14 @@ def _agrees_with_network(student: Student) -> bool:
     student.eval()
     own = student.network(probe)
     try:
-        logits, _ = student(probe)
-    except (RuntimeError, TypeError):  # a convolution, or several classifiers
+        logits, features = student(probe)
+    except TypeError:  # several classifiers
         return False
     student.train(was_training)
-    return isinstance(own, torch.Tensor) and own.shape == logits.shape and torch.allclose(own, logits, 1e-3, 1e-5)
+    own = own if isinstance(own, torch.Tensor) else getattr(own, "logits", None)
+    if own is None or own.shape != logits.shape or features.shape != (1, student.num_features):
+        return False
+    return torch.allclose(own, logits, 1e-3, 1e-5) and torch.allclose(student.classifier(features), logits, 1e-3, 1e-5)
 
 
 def has_batch_norm(network: nn.Module) -> bool:

@@ -5,6 +5,7 @@ Shapes: B images, S pixels on a side, D features, C classes, M outputs of the mo
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
@@ -14,16 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 import transformers  # its classes are loaded when they are named, below, so that timm teachers do not wait for them
-from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import nn
+from torch.nn import functional
 
 from raydistill.config import Teacher as TeacherConfig
 from raydistill.data.targets import read_bytes
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError
-from raydistill.models.weights import load_timm_weights, resolve_hf_folder, teacher_kind
+from raydistill.models.from_transformers import (
+    TransformersClassifier,
+    last_linear,
+    load_or_refuse,
+    refuse_missing,
+    transformers_preprocessing,
+)
+from raydistill.models.student import Student, read_student
+from raydistill.models.weights import load_timm_weights, model_kind, resolve_hf_folder
 
 HEAD_FILE = "head.safetensors"
 
@@ -84,6 +93,20 @@ class _TimmFeatures(nn.Module):
         return logits
 
 
+class _StudentFeatures(nn.Module):
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.student(images)[1]
+        return features
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.student(images)[0]
+        return logits
+
+
 class _TransformersFeatures(nn.Module):
     """The pooled output where the checkpoint has trained one, else the class token, or the mean of a feature map."""
 
@@ -104,20 +127,28 @@ class _TransformersFeatures(nn.Module):
 class _ClassifierInput(nn.Module):
     """What enters a transformers classifier's last linear layer, whatever the model does before it."""
 
-    def __init__(self, network: nn.Module, classifier: nn.Linear) -> None:
+    def __init__(self, classifier: TransformersClassifier) -> None:
         super().__init__()
-        self.network = network
-        self._seen: list[torch.Tensor] = []
-        classifier.register_forward_pre_hook(lambda _, inputs: self._seen.append(inputs[0]))
+        self.classifier = classifier
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self._seen.clear()
-        self.network(pixel_values=images)
-        return self._seen.pop()
+        features: torch.Tensor = self.classifier(images)[1]
+        return features
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.network(pixel_values=images).logits
+        logits: torch.Tensor = self.classifier(images)[0]
         return logits
+
+
+class _ImageTower(nn.Module):
+    """The image embedding, of length 1, of a model that has a text tower too."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return functional.normalize(_embedding(self.network.get_image_features(pixel_values=images)), dim=1)
 
 
 def load_teacher(config: TeacherConfig) -> tuple[TeacherBackbone, LinearHead | None, list[tuple[str, ...]]]:
@@ -126,8 +157,11 @@ def load_teacher(config: TeacherConfig) -> tuple[TeacherBackbone, LinearHead | N
     Raises ConfigError: no such model, weights missing or not fitting, no network, images of a size it cannot see, a
     native head that does not give the model's own logits.
     """
-    kind, name = teacher_kind(config.model)
-    backbone, head, names = _load_timm(config, name) if kind == "timm" else _load_transformers(config, name)
+    kind, name = model_kind(config.model, "teacher.model")
+    loaders = {"timm": _load_timm, "transformers": _load_transformers, "raydistill": _load_raydistill}
+    if kind == "raydistill" and config.weights is not None:
+        raise ConfigError("teacher.weights goes with timm: models; a folder of raydistill has its own")
+    backbone, head, names = loaders[kind](config, name)
     _try_out(config, backbone, head if config.head == "native" else None)
     return backbone, head, names
 
@@ -223,77 +257,110 @@ def _linear_head(classifier: nn.Module) -> LinearHead | None:
     return LinearHead(weight, bias)
 
 
+def _load_raydistill(config: TeacherConfig, folder: str) -> tuple[TeacherBackbone, LinearHead, list[tuple[str, ...]]]:
+    """A student that `distill` wrote is a teacher like any other: its classifier is its native head."""
+    student, classes = read_student(folder)
+    preprocessing = student.preprocessing
+    if config.size is not None:
+        preprocessing = dataclasses.replace(preprocessing, size=config.size)
+    features: nn.Module = _StudentFeatures(student)
+    head = _linear_head(student.classifier)
+    assert head is not None, "a student has one linear classifier"
+    return TeacherBackbone(features, preprocessing), head, [(name,) for name in classes]
+
+
 def _load_transformers(
     config: TeacherConfig, name: str
 ) -> tuple[TeacherBackbone, LinearHead | None, list[tuple[str, ...]]]:
-    folder = resolve_hf_folder(name, config.revision)
+    what = f"teacher.model={config.model}"
+    folder = resolve_hf_folder(name, config.revision, "teacher")
     if config.weights is not None:
         raise ConfigError("teacher.weights goes with timm: models; for transformers name the folder in teacher.model")
-    settings = _or_config_error(config, transformers.AutoConfig.from_pretrained, folder)
+    settings = load_or_refuse(what, transformers.AutoConfig.from_pretrained, folder)
     # fp32 whatever the checkpoint is stored in: on the CPU half precision is slow, and numpy knows no bfloat16.
     options = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     options |= {"dtype": torch.float32}
     classifies = any("ForImageClassification" in a for a in settings.architectures or ())
     head, names = None, []
     if config.head == "native" and classifies:
-        network, info = _or_config_error(
-            config, transformers.AutoModelForImageClassification.from_pretrained, folder, **options
+        network, info = load_or_refuse(
+            what, transformers.AutoModelForImageClassification.from_pretrained, folder, **options
         )
-        _refuse(config.model, info["missing_keys"] | info["unexpected_keys"], info)
-        last = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == settings.num_labels]
-        if not last:
-            raise ConfigError(f"teacher.model={config.model} has no linear classifier; use teacher.head=linear_probe")
-        head = _linear_head(last[-1])
+        refuse_missing(what, info["missing_keys"] | info["unexpected_keys"], _mismatched(info))
+        classifier = last_linear(network, settings.num_labels, what)
+        head = _linear_head(classifier)
         names = [tuple(settings.id2label[k].split(", ")) for k in range(settings.num_labels)]
-        features: nn.Module = _ClassifierInput(network, last[-1])
+        features: nn.Module = _ClassifierInput(TransformersClassifier(network, classifier))
+    elif config.head == "zero_shot":
+        features = _ImageTower(_two_towers(what, folder, options))
     else:
-        network, info = _or_config_error(config, transformers.AutoModel.from_pretrained, folder, **options)
+        network, info = load_or_refuse(what, transformers.AutoModel.from_pretrained, folder, **options)
         missing = {key for key in info["missing_keys"] if not key.startswith("pooler.")}
-        _refuse(config.model, missing, info)
-        features = _TransformersFeatures(network, has_pooler=missing == set(info["missing_keys"]))
-    return TeacherBackbone(features, _transformers_preprocessing(folder, config)), head, names
+        refuse_missing(what, missing, _mismatched(info))
+        if hasattr(network, "get_image_features"):  # image and text: its image tower is the backbone
+            features = _ImageTower(network)
+        else:
+            features = _TransformersFeatures(network, has_pooler=missing == set(info["missing_keys"]))
+    return TeacherBackbone(features, transformers_preprocessing(folder, config.size, what)), head, names
 
 
-def _or_config_error(config: TeacherConfig, load: Any, folder: str, **options: Any) -> Any:
-    try:
-        return load(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"teacher.model={config.model}: cannot be loaded ({reason})") from None
+def _mismatched(info: dict[str, Any]) -> set[str]:
+    return {key for key, *_ in info["mismatched_keys"]}
 
 
-def _refuse(model: str, keys: set[str], info: dict[str, Any]) -> None:
-    if keys := keys | {key for key, *_ in info["mismatched_keys"]}:
-        some = ", ".join(sorted(keys)[:5])
-        raise ConfigError(f"teacher.model={model}: {len(keys)} weights are missing or of another model: {some} …")
-
-
-def _transformers_preprocessing(folder: str, config: TeacherConfig) -> Preprocessing:
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError):
+def _two_towers(what: str, folder: str, options: dict[str, Any]) -> nn.Module:
+    network, info = load_or_refuse(what, transformers.AutoModel.from_pretrained, folder, **options)
+    refuse_missing(what, set(info["missing_keys"]), _mismatched(info))
+    if not hasattr(network, "get_text_features"):
         raise ConfigError(
-            f"teacher.model={config.model} has no preprocessor_config.json that can be read, so its mean, std and size "
-            "are not known"
-        ) from None
-    for option in ("do_flip_channel_order", "rescale_offset"):
-        if getattr(processor, option, False):
-            raise ConfigError(f"teacher.model={config.model} wants {option}, which is not supported; name another")
-    # The crop is what the network sees; `size` may name the resize that comes before it.
-    shape = (getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None) or dict(
-        processor.size
-    )
-    shape = dict(shape)
-    side = config.size or shape.get("height") or shape.get("shortest_edge")
-    if not side:
-        raise ConfigError(f"teacher.model={config.model} does not state its input size; set teacher.size")
-    bilinear = getattr(processor, "resample", 3) == 2
-    # Ours are shares of white; theirs are of whatever the rescaling leaves.
-    white = 255 * (processor.rescale_factor if processor.do_rescale else 1)
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
-    return Preprocessing(
-        int(side),
-        (mean[0] / white, mean[1] / white, mean[2] / white),
-        (std[0] / white, std[1] / white, std[2] / white),
-        "bilinear" if bilinear else "bicubic",
-    )
+            f"teacher.head=zero_shot: {what.partition('=')[2]} has no text tower; name a CLIP-like model of "
+            "transformers, or use teacher.head=linear_probe"
+        )
+    return network
+
+
+def _embedding(output: Any) -> torch.Tensor:
+    """transformers' towers give a tensor, or an output that holds it."""
+    embedding: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
+    return embedding
+
+
+def prompts_of(templates: Sequence[str], classes: Sequence[str]) -> list[list[str]]:
+    """The sentences of every class: its name, `_` and `-` read as spaces, in each template.
+
+    Raises ConfigError where two classes have the same sentences.
+    """
+    words = [" ".join(re.split(r"[\s_\-]+", name.strip())) for name in classes]
+    by_words: dict[str, list[str]] = {}
+    for name, plain in zip(classes, words, strict=True):
+        by_words.setdefault(plain.casefold(), []).append(name)
+    if same := [names for names in by_words.values() if len(names) > 1]:
+        raise ConfigError(
+            f"teacher.head=zero_shot: {' and '.join(map(repr, same[0]))} make the same prompt, so no text can tell "
+            "them apart; rename one, or use teacher.head=linear_probe"
+        )
+    return [[template.replace("{class}", plain) for template in templates] for plain in words]
+
+
+@torch.inference_mode()
+def zero_shot_head(config: TeacherConfig, classes: Sequence[str]) -> LinearHead:
+    """Text embeddings as a linear head: the mean over the prompts of a class, of length 1, times the model's learnt
+    scale (Radford et al. 2021, arXiv 2103.00020, section 3.1.4). Raises ConfigError."""
+    sentences = prompts_of(config.prompts, classes)
+    kind, name = model_kind(config.model, "teacher.model")
+    if kind != "transformers":
+        raise ConfigError(f"teacher.head=zero_shot: {config.model} has no text tower; name a CLIP-like hf: model")
+    what, folder = f"teacher.model={config.model}", resolve_hf_folder(name, config.revision, "teacher")
+    options = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
+    network = _two_towers(what, folder, options).eval()
+    tokenizer = load_or_refuse(what, transformers.AutoTokenizer.from_pretrained, folder)
+    rows = []
+    for of_class in sentences:
+        # SigLIP was trained on texts of full length; CLIP does not mind.
+        tokens = tokenizer(of_class, padding="max_length", truncation=True, return_tensors="pt")
+        accepted = {k: v for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
+        embedded = functional.normalize(_embedding(network.get_text_features(**accepted)), dim=1)
+        rows.append(functional.normalize(embedded.mean(dim=0), dim=0))
+    scale = network.logit_scale.exp() if hasattr(network, "logit_scale") else torch.tensor(100.0)
+    weight_CD = (torch.stack(rows) * scale).numpy()
+    return LinearHead(weight_CD, np.zeros(len(weight_CD), np.float32))

@@ -15,23 +15,30 @@ from torch import nn
 from raydistill.errors import ConfigError
 from raydistill.examples import weights_path
 
+# Says what a folder of `distill` holds: the model's name, its classes, and how it wants its images.
+STUDENT_FILE = "student.json"
 
-def teacher_kind(model: str) -> tuple[Literal["timm", "transformers"], str]:
-    """Which library a teacher's name belongs to, and the name without the prefix."""
+
+def model_kind(model: str, key: str) -> tuple[Literal["timm", "transformers", "raydistill"], str]:
+    """Which library the model named under a config key belongs to, and its name there."""
     prefix, colon, name = model.partition(":")
     if colon and prefix == "timm":
-        return "timm", check_timm_name(model, "teacher.model")
+        return "timm", check_timm_name(model, key)
     if colon and prefix == "hf":
         return "transformers", name
     if colon and prefix == "example":
         return "transformers", str(weights_path(name))
     settings = Path(model) / "config.json"
+    if (Path(model) / STUDENT_FILE).is_file():
+        return "raydistill", model
     if not settings.is_file():
-        raise ConfigError(f"teacher.model={model}: use timm:NAME, hf:NAME, or a folder with a config.json in it")
+        raise ConfigError(
+            f"{key}={model}: use timm:NAME, hf:NAME, or a folder with a config.json or a {STUDENT_FILE} in it"
+        )
     try:
         saved_by_timm = "architecture" in json.loads(settings.read_text())
     except ValueError:
-        raise ConfigError(f"teacher.model={model}: its config.json is not JSON") from None
+        raise ConfigError(f"{key}={model}: its config.json is not JSON") from None
     if saved_by_timm:
         return "timm", f"local-dir:{Path(model).absolute()}"
     return "transformers", model
@@ -107,11 +114,11 @@ def read_state_dict(weights: str, key: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def resolve_hf_folder(name: str, revision: str | None) -> str:
+def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
     """A local folder of a transformers checkpoint: the folder itself, or the hub's, fetched into its cache."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ConfigError(f"teacher.model={name}: the folder has no config.json, so it is no transformers model")
+            raise ConfigError(f"{section}.model={name}: the folder has no config.json, so it is no transformers model")
         return name
     from huggingface_hub import snapshot_download  # brings half of requests along: only where a hub is asked
 
@@ -119,7 +126,7 @@ def resolve_hf_folder(name: str, revision: str | None) -> str:
         return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
     except Exception as error:  # network, name and permission errors come from three libraries
         raise ConfigError(
-            f"teacher.model=hf:{name}: could not be fetched ({_first_line(error)}); "
+            f"{section}.model=hf:{name}: could not be fetched ({_first_line(error)}); "
             "check the name, or give a local folder"
         ) from None
 

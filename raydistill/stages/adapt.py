@@ -22,7 +22,14 @@ from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.cluster import Plan
 from raydistill.infra.progress import Progress
-from raydistill.models.teacher import HEAD_FILE, LinearHead, encode_head, load_teacher, match_native_head
+from raydistill.models.teacher import (
+    HEAD_FILE,
+    LinearHead,
+    encode_head,
+    load_teacher,
+    match_native_head,
+    zero_shot_head,
+)
 from raydistill.stages.teach import write_features
 
 # Inverse strengths of the L2 penalty that are tried, from a prior that outweighs the data to hardly any.
@@ -31,7 +38,7 @@ INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
 
 @dataclass(frozen=True)
 class AdaptedTeacher:
-    """What `adapt` leaves behind. `l2` is the chosen strength of the linear probe's penalty, None for a native head;
+    """What `adapt` leaves behind. `l2` is the chosen strength of the linear probe's penalty, None for another head;
     accuracies are shares, None where the split is empty."""
 
     path: str
@@ -55,7 +62,7 @@ def write_plain_features(
 def adapt_teacher(
     config: RunConfig, samples: SampleSet, features: StageDirectory, directory: StageDirectory
 ) -> AdaptedTeacher:
-    """Fit or match the head on the cached features and measure it on val.
+    """Fit, match or read out the head on the cached features and measure it on val.
 
     Raises ConfigError: classes that the native head does not know; a teacher hardly better than guessing.
     """
@@ -66,6 +73,8 @@ def adapt_teacher(
     if config.teacher.head == "native":
         _, native, names = load_teacher(config.teacher)
         head = match_native_head(native, names, samples.classes)
+    elif config.teacher.head == "zero_shot":
+        head = zero_shot_head(config.teacher, samples.classes)
     else:
         head, l2 = fit_linear_probe(train, val, len(samples.classes), config.teacher.class_balanced)
     val_features, val_labels = val

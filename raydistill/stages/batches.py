@@ -99,7 +99,7 @@ def stream_batches(job: DistillJob, worker: Worker) -> Iterator[Batch]:
     """What the teacher pool sends: fresh views' features beside the images."""
     size = job.batch_size // worker.size
     for rows in worker.stream.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2, drop_last=True):
-        yield Batch(rows["image"], rows["parameters"], rows["label"], rows["features"])
+        yield Batch(rows["image"], rows["parameters"], rows["label"], rows["features"], rows["row"])
 
 
 def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[Batch]:
@@ -163,5 +163,6 @@ class _GatherUnit:
             "image": batch.images_VHHC,
             "parameters": batch.parameters_VP,
             "label": batch.labels_V,
+            "row": batch.rows_V,
             "sample_id": np.array(source.ids(visits)),
         }

@@ -8,15 +8,11 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from safetensors.torch import load, save
-
-from raydistill.config import RunConfig
-from raydistill.data.targets import read_bytes
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import latest_checkpoint, latest_step
 from raydistill.infra.cluster import Plan, run_workers
 from raydistill.infra.progress import Progress
-from raydistill.models.student import Student, build_student
+from raydistill.models.student import build_student, write_student
 from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.loop import distill_loop
 
@@ -40,6 +36,7 @@ def distill_student(
     plan: Plan,
     progress: Progress,
     on_epoch: Callable[[dict[str, float]], None],
+    title: str = "distill",
 ) -> StudentCheckpoint:
     """Train the student, in this process or on Ray Train workers, and write it in the form in which it ships.
 
@@ -47,7 +44,7 @@ def distill_student(
     """
     directory.begin()
     stream = FreshStream(job, plan) if job.config.views.per_image == "fresh" and job.head is not None else None
-    with _following(job, directory, progress, on_epoch):
+    with _following(job, directory, progress, on_epoch, title):
         record = run_workers(distill_loop, job, plan, f"{directory.path}/ray", job.config.distill.max_failures, stream)
     num_parameters = _write_student(job, directory)
     result = StudentCheckpoint(
@@ -63,38 +60,29 @@ def distill_student(
 def _write_student(job: DistillJob, directory: StageDirectory) -> int:
     checkpoint = latest_checkpoint(job.path)
     assert checkpoint is not None, "the loop ends with a checkpoint"
-    prefix = "ema.network." if job.config.distill.ema_decay else "model.student.network."
+    prefix = "ema.body.network." if job.config.distill.ema_decay else "model.student.body.network."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint[0].items() if k.startswith(prefix)}
-    student = build_student(job.config.student.model_copy(update={"init": "random"}), len(job.samples.classes))
+    settings = job.config.student.model_copy(update={"init": "random", "weights": None})
+    student = build_student(settings, len(job.samples.classes))
     student.network.load_state_dict(weights)
-    directory.write("student.safetensors", save(weights))
-    directory.write_json(
-        "student.json",
-        {
-            "model": job.config.student.model,
-            "classes": job.samples.classes,
-            "preprocessing": asdict(student.preprocessing),
-            "image": {"size": job.config.images.size, "fit": job.config.images.fit},
-        },
-    )
+    image = {"size": job.config.images.size, "fit": job.config.images.fit}
+    for name, data in write_student(student, settings, job.samples.classes, image).items():
+        directory.write(name, data)
     return sum(p.numel() for p in student.parameters())
-
-
-def load_student(path: str, config: RunConfig, num_classes: int) -> Student:
-    """The student that a finished `distill` wrote, in eval mode."""
-    student = build_student(config.student.model_copy(update={"init": "random", "weights": None}), num_classes)
-    student.network.load_state_dict(load(read_bytes(f"{path}/student.safetensors")))
-    return student.eval()
 
 
 @contextlib.contextmanager
 def _following(
-    job: DistillJob, directory: StageDirectory, progress: Progress, on_epoch: Callable[[dict[str, float]], None]
+    job: DistillJob,
+    directory: StageDirectory,
+    progress: Progress,
+    on_epoch: Callable[[dict[str, float]], None],
+    title: str,
 ) -> Iterator[None]:
     """Shows and passes on what the loop writes, from wherever it runs, until the block ends."""
     start = latest_step(job.path)
     ended = threading.Event()
-    with progress.task("distill", job.total_steps, "steps", done=start) as advance:
+    with progress.task(title, job.total_steps, "steps", done=start) as advance:
 
         def follow() -> None:
             at, epoch = start, start // job.steps_per_epoch

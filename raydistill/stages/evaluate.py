@@ -21,10 +21,10 @@ from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.progress import Progress
-from raydistill.models.student import split_logits
+from raydistill.models.student import read_student, split_logits
 from raydistill.models.teacher import load_head, load_teacher
 from raydistill.stages.adapt import AdaptedTeacher, split_features
-from raydistill.stages.distill import StudentCheckpoint, load_student
+from raydistill.stages.distill import StudentCheckpoint
 from raydistill.stages.figures import confusion_figure, curves_figure, per_class_figure, reliability_figure
 
 _SPEED_BATCH, _SPEED_SECONDS = 32, 1.0
@@ -56,7 +56,7 @@ def evaluate_student(
     """Measure student and teacher on val and test, apart, and draw what the numbers do not show."""
     directory.begin()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = load_student(student.path, config, len(samples.classes)).to(device)
+    network = read_student(student.path)[0].to(device)
     logits: dict[str, dict[str, np.ndarray]] = {"student": {}, "teacher": {}}
     labels: dict[str, np.ndarray] = {}
     splits = [split for split in ("val", "test") if samples.num_rows(split)]

@@ -22,9 +22,10 @@ from raydistill.errors import DivergedError, StageError
 from raydistill.infra.artifacts import write_bytes
 from raydistill.infra.checkpoints import Checkpoint, CheckpointWriter, latest_checkpoint
 from raydistill.infra.cluster import Worker
+from raydistill.losses.crd import ContrastiveMemory, Negatives
 from raydistill.losses.total import Outputs, distillation_loss
-from raydistill.models.student import ProjectionHead, Student, build_student, split_logits
-from raydistill.models.teacher import LinearHead, load_head
+from raydistill.models.student import Adapter, ProjectionHead, Student, build_student, split_logits
+from raydistill.models.teacher import load_head
 from raydistill.stages.batches import DistillJob, worker_batches
 
 _SECONDS_BETWEEN_REPORTS = 1.0
@@ -32,33 +33,42 @@ _MOST_SKIPPED_STEPS = 20
 
 
 class Trainee(nn.Module):
-    """The student with the projection heads of both sides, and the teacher's linear head, which does not learn."""
+    """The student with what only training sees: the projection heads of both sides, the adapter, and the teacher's
+    linear head, which does not learn."""
 
     def __init__(self, job: DistillJob) -> None:
         super().__init__()
+        loss = job.config.loss
         self.student: Student = build_student(job.config.student, len(job.samples.classes))
+        if job.config.distill.body_rate == 0:
+            self.student.freeze_body()
         head = None if job.head is None else load_head(job.head)
-        self.student_projection = self.teacher_projection = None
+        self.student_projection = self.teacher_projection = self.adapter = None
         if head is not None:
-            self._keep(head)
-            if job.config.loss.needs_projection:
-                dim = job.config.loss.projection_dim
-                self.student_projection = ProjectionHead(self.student.num_features, dim)
-                self.teacher_projection = ProjectionHead(head.weight_CD.shape[1], dim)
-
-    def _keep(self, head: LinearHead) -> None:
-        self.register_buffer("head_weight", torch.from_numpy(head.weight_CD), persistent=False)
-        self.register_buffer("head_bias", torch.from_numpy(head.bias_C), persistent=False)
+            self.register_buffer("head_weight", torch.from_numpy(head.weight_CD), persistent=False)
+            self.register_buffer("head_bias", torch.from_numpy(head.bias_C), persistent=False)
+            width, teacher_width = self.student.num_features, head.weight_CD.shape[1]
+            if loss.needs_projection:
+                self.student_projection = ProjectionHead(loss.projection_head, width, loss.projection_dim)
+                self.teacher_projection = ProjectionHead(loss.projection_head, teacher_width, loss.projection_dim)
+            if loss.needs_adapter:
+                self.adapter = Adapter(loss.adapter, width, teacher_width)
 
     def forward(self, images: torch.Tensor, features_VD: torch.Tensor | None) -> tuple[Outputs, Outputs | None]:
-        logits_VC, student_features = self.student(images)
-        student_projection, teacher_projection = self.student_projection, self.teacher_projection
-        student = Outputs(logits_VC, student_projection and student_projection(student_features))
+        logits_VC, student_VE = self.student(images)
         if features_VD is None:
-            return student, None
+            return Outputs(logits_VC), None
+        adapted_VD = None if self.adapter is None else self.adapter(student_VE)
         with torch.autocast(images.device.type, enabled=False):
-            teacher_logits = torch.nn.functional.linear(features_VD, self.head_weight, self.head_bias)
-        return student, Outputs(teacher_logits, teacher_projection and teacher_projection(features_VD))
+            teacher_logits_VC = self._head(features_VD)
+            adapted_logits_VC = None if adapted_VD is None else self._head(adapted_VD.float())
+        student_projected = self.student_projection and self.student_projection(student_VE)
+        teacher_projected = self.teacher_projection and self.teacher_projection(features_VD)
+        student = Outputs(logits_VC, student_VE, student_projected, adapted_VD, adapted_logits_VC)
+        return student, Outputs(teacher_logits_VC, features_VD, teacher_projected)
+
+    def _head(self, features_VD: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(features_VD, self.head_weight, self.head_bias)
 
 
 def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
@@ -72,9 +82,14 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     trainee = Trainee(job).to(device, memory_format=layout)
     ema = ModelEmaV3(trainee.student, decay=settings.ema_decay) if settings.ema_decay else None
+    memory = None
+    if "crd" in config.loss.terms:
+        memory = ContrastiveMemory(config.loss.crd_memory, config.loss.projection_dim).to(device)
+    modules = {"model": trainee, "ema": None if ema is None else ema.module, "memory": memory}
+    modules = {name: module for name, module in modules.items() if module is not None}
     optimizer = _optimizer(settings, trainee)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-    step, sums, record = _resume(job, trainee, ema, optimizer, scaler)
+    step, sums, record = _resume(job, modules, optimizer, scaler)
     network = DistributedDataParallel(trainee) if worker.size > 1 else trainee
     autocast = torch.autocast(device.type, _DTYPES[settings.precision], enabled=settings.precision != "fp32")
     reporter = _Reporter(job, worker)
@@ -83,12 +98,13 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
         for batch in worker_batches(job, worker, step):
             torch.manual_seed(_step_seed(config.seed, step, worker.rank))  # dropout and its like
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, step, job.steps_per_epoch)
-            images, parameters, labels, features = (_to(device, array) for array in batch.arrays())
+                group["lr"] = group["rate"] * learning_rate(settings, step, job.steps_per_epoch)
+            images, parameters, labels, features, rows = (_to(device, array) for array in batch.arrays())
             views = render(images, parameters, trainee.student.preprocessing).contiguous(memory_format=layout)
             with autocast:
                 student, teacher = network(views, None if features is None else features.float())
-            loss, terms = distillation_loss(config.loss, student, teacher, labels)
+            negatives = memory and _negatives(memory, job, worker, step, student, teacher, rows, labels)
+            loss, terms = distillation_loss(config.loss, student, teacher, labels, step / job.total_steps, negatives)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -101,13 +117,11 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             step += 1
             for name, value in {"loss": loss, **terms}.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
-            ended = step % job.steps_per_epoch == 0
+            ended, preempted = step % job.steps_per_epoch == 0, worker.preempted(step)
             if ended:
-                record = reporter.end_epoch(step, sums, ema.module if ema else trainee.student, optimizer)
-                sums = {}
-            preempted = worker.preempted(step)
+                record, sums = reporter.end_epoch(step, sums, ema.module if ema else trainee.student, optimizer), {}
             if (ended or preempted) and worker.rank == 0:
-                checkpoints.save(Checkpoint(step, trainee, ema, optimizer, scaler, sums, record))
+                checkpoints.save(Checkpoint(step, modules, optimizer, scaler, sums, record))
                 if preempted:
                     checkpoints.wait()  # the node may be gone a moment later
             reporter.progress(step)
@@ -116,14 +130,51 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     return record
 
 
+def _negatives(
+    memory: ContrastiveMemory, job: DistillJob, worker: Worker, step: int,
+    student: Outputs, teacher: Outputs, rows: torch.Tensor, labels: torch.Tensor,
+) -> Negatives:  # fmt: skip
+    """Put the global batch, whose share is given, into the memory, and draw what this share is told apart from."""
+    loss = job.config.loss
+    mine = (student.projected_BP, teacher.projected_BP, rows, labels)
+    everyone = mine if worker.size == 1 else tuple(_gather(tensor, worker) for tensor in mine)
+    memory.put(*(tensor.detach() for tensor in everyone))
+    share = slice(worker.rank, None, worker.size)
+    seed = [job.config.seed, step]
+    return memory.draw(loss.crd_negatives, everyone[2], everyone[3], share, seed, loss.contrastive_temperature)
+
+
+def _gather(mine: torch.Tensor, worker: Worker) -> torch.Tensor:
+    """The global batch from the shares of all workers, in the order of one: row i of worker r is row i * size + r.
+
+    Shares differ by one row at most, so the shorter ones are filled up and the filling is left out again.
+    """
+    count = torch.tensor([len(mine)], device=mine.device)
+    counts = [torch.empty_like(count) for _ in range(worker.size)]
+    torch.distributed.all_gather(counts, count)
+    longest = max(int(c) for c in counts)
+    filled = torch.cat([mine.detach(), mine.new_zeros(longest - len(mine), *mine.shape[1:])]).contiguous()
+    shares = [torch.empty_like(filled) for _ in range(worker.size)]
+    torch.distributed.all_gather(shares, filled)
+    taken = torch.arange(longest, device=mine.device)[:, None] < torch.cat(counts)
+    return torch.stack(shares, dim=1)[taken]
+
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _optimizer(settings: Distill, trainee: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(settings: Distill, trainee: Trainee) -> torch.optim.Optimizer:
+    """Each group keeps its rate relative to the schedule's under `rate`."""
+    body = trainee.student.body_parameters()
+    of_body = {id(parameter) for parameter in body}
+    others = [parameter for parameter in trainee.parameters() if id(parameter) not in of_body]
+    groups = [{"params": others, "rate": 1.0}]
+    if settings.body_rate > 0:
+        groups.append({"params": body, "rate": settings.body_rate})
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(trainee.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.SGD(
-        trainee.parameters(), settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+        groups, settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
 
 
@@ -143,15 +194,15 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _resume(
-    job: DistillJob, trainee: Trainee, ema: Any, optimizer: torch.optim.Optimizer, scaler: Any
+    job: DistillJob, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: Any
 ) -> tuple[int, dict[str, float], dict[str, float] | None]:
     checkpoint = latest_checkpoint(job.path)
     if checkpoint is None:
         return 0, {}, None
     weights, state, meta = checkpoint
-    trainee.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
-    if ema is not None:
-        ema.module.load_state_dict({k.removeprefix("ema."): v for k, v in weights.items() if k.startswith("ema.")})
+    for name, module in modules.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        module.load_state_dict(own)
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     return int(meta["step"]), dict(meta["sums"]), meta["record"]

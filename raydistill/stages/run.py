@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from raydistill.config import RunConfig
+from raydistill.config import RunConfig, fine_tuning
 from raydistill.data.images import Listing
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import ConfigError, DataError
@@ -16,7 +16,7 @@ from raydistill.infra.cluster import RayStart, local_plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import Tracker
 from raydistill.models.student import build_student, has_batch_norm
-from raydistill.models.teacher import load_teacher, match_native_head
+from raydistill.models.teacher import load_teacher, match_native_head, zero_shot_head
 from raydistill.stages.adapt import AdaptedTeacher, adapt_teacher, write_plain_features
 from raydistill.stages.batches import DistillJob
 from raydistill.stages.distill import StudentCheckpoint, distill_student
@@ -102,6 +102,10 @@ def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -
         _, head, names = load_teacher(config.teacher)
         if config.teacher.head == "native":
             match_native_head(head, names, listing.classes)
+        elif config.teacher.head == "zero_shot":
+            zero_shot_head(config.teacher, listing.classes)
+        elif config.teacher.head == "fine_tune":
+            build_student(fine_tuning(config).student, len(listing.classes))
 
 
 class _Run:
@@ -140,6 +144,7 @@ class _Run:
         self._say_samples(samples)
         if "adapt" in work.wanted:
             self._adapt(samples)
+        config = self._config  # adapt may have changed the teacher
         if "teach" in work.wanted:
             teach = artifacts.teach_directory(config, samples)
             self._stage(teach, lambda _: stream_soft_targets(config, samples, teach, self._ray.plan(), progress))
@@ -162,7 +167,23 @@ class _Run:
         for what, count in self._work.listing.ignored.items():
             self._progress.line(f"          {count} ignored: {what}")
 
+    def _fine_tune(self, samples: SampleSet) -> None:
+        """Train the whole teacher on the task first; to what follows it is a teacher with a head of its own."""
+        directory = artifacts.fine_tune_directory(self._config, samples)
+        job = DistillJob(fine_tuning(self._config), samples, directory.path, head=None, targets=None)
+
+        def work(record: Any) -> None:
+            plan = self._ray.plan()
+            distill_student(job, directory, plan, self._progress, lambda m: record.log(m, int(m["step"])), "fine-tune")
+
+        self._stage(directory, work)
+        later = artifacts.tuned(self._config, samples)
+        assert later is not None, "it has just been done"
+        self._config = later
+
     def _adapt(self, samples: SampleSet) -> None:
+        if self._config.teacher is not None and self._config.teacher.head == "fine_tune":
+            self._fine_tune(samples)
         config, progress = self._config, self._progress
         features = artifacts.features_directory(config, samples)
         adapt = artifacts.adapt_directory(config, samples)

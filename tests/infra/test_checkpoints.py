@@ -49,12 +49,14 @@ class Trainer:
     def save(self, path: object, **others: object) -> None:
         options = {"sums": {"task": 1.5}, "record": None, **others}
         with CheckpointWriter(str(path)) as writer:
-            writer.save(Checkpoint(self.step, self.model, self.ema, self.optimizer, self.scaler, **options))
+            writer.save(Checkpoint(self.step, self.modules(), self.optimizer, self.scaler, **options))
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
 
     def resume(self, path: object) -> None:
         weights, state, meta = latest_checkpoint(str(path))
-        parts = {"model": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
-        for name, network in parts.items():
+        for name, network in self.modules().items():
             network.load_state_dict(
                 {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
             )
@@ -111,12 +113,12 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, with_ema):
 
 
 def test_training_goes_on_while_the_moment_is_written(tmp_path, monkeypatch):
-    trainer, may_write, write = Trainer(), threading.Event(), checkpoints.write_bytes
+    trainer, may_write, write = Trainer(), threading.Event(), checkpoints.write_file
     trainer.run(3)
     at_three, sums = trainer.state(), {"task": 1.0}
-    monkeypatch.setattr(checkpoints, "write_bytes", lambda *file: may_write.wait(10) and write(*file))
+    monkeypatch.setattr(checkpoints, "write_file", lambda *file: may_write.wait(10) and write(*file))
     with CheckpointWriter(str(tmp_path)) as writer:
-        writer.save(Checkpoint(3, trainer.model, trainer.ema, trainer.optimizer, trainer.scaler, sums, None))
+        writer.save(Checkpoint(3, trainer.modules(), trainer.optimizer, trainer.scaler, sums, None))
         trainer.run(2)
         sums["task"] = 2.0
         may_write.set()
@@ -245,14 +247,14 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_newest(tmp_path, saved
 @pytest.mark.parametrize("failing", range(len(FILES)))
 def test_a_disk_that_fills_up_while_saving_costs_that_checkpoint_alone(tmp_path, saved, monkeypatch, failing):
     trainer = saved(4, 8)
-    write, calls = checkpoints.write_bytes, itertools.count()
+    write, calls = checkpoints.write_file, itertools.count()
 
-    def fills_up(path: str, data: bytes) -> None:
+    def fills_up(path: str, content: Callable) -> None:
         if next(calls) == failing:
             raise StageError("the disk is full")
-        write(path, data)
+        write(path, content)
 
-    monkeypatch.setattr(checkpoints, "write_bytes", fills_up)
+    monkeypatch.setattr(checkpoints, "write_file", fills_up)
     trainer.run(2)
     with pytest.raises(StageError):
         trainer.save(tmp_path)

@@ -1,4 +1,6 @@
-"""The weighted sum: the reference, terms left out, and batches that lack something."""
+"""The weighted sum: the reference, terms left out, weights that change, and batches that lack something."""
+
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from raydistill.config import Loss
+from raydistill.losses.crd import Negatives
 from raydistill.losses.task import UNLABELLED
 from raydistill.losses.total import Outputs, distillation_loss
 from tests import reference
@@ -14,118 +17,217 @@ from tests import reference
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAN = float("nan")
-NAMES = ("task", "kd", "alignment", "uniformity")
+PAPER = ("task", "kd", "alignment", "uniformity")  # what weighs anything by default
+KEYS = [key for key in Loss.model_fields if key.endswith("_weight")]
+NAMES = [key.removesuffix("_weight") for key in KEYS]
+READS = {  # what a term reads of the student and of the teacher
+    "task": ({"logits_BC"}, set()),
+    "kd": ({"logits_BC"}, {"logits_BC"}),
+    "dkd": ({"logits_BC"}, {"logits_BC"}),
+    "dist": ({"logits_BC"}, {"logits_BC"}),
+    "standardised_kd": ({"logits_BC"}, {"logits_BC"}),
+    "alignment": ({"projected_BP"}, {"projected_BP"}),
+    "uniformity": ({"projected_BP"}, {"projected_BP"}),
+    "info_nce": ({"projected_BP"}, {"projected_BP"}),
+    "crd": ({"projected_BP"}, {"projected_BP"}),
+    "srrl": ({"adapted_BD", "adapted_logits_BC"}, {"features_BD", "logits_BC"}),
+    "feature": ({"adapted_BD"}, {"features_BD"}),
+    "rkd_distance": ({"features_BD"}, {"features_BD"}),
+    "rkd_angle": ({"features_BD"}, {"features_BD"}),
+}
 
 
-def settings_of(weights: tuple[float, float, float, float], **others: float) -> Loss:
-    return Loss(**{f"{name}_weight": weight for name, weight in zip(NAMES, weights, strict=True)}, **others)
+def settings_of(weights: dict[str, object], **others: object) -> Loss:
+    """A loss of these terms and no others."""
+    return Loss(**{f"{name}_weight": weights.get(name, 0.0) for name in NAMES}, **others)
 
 
 def random_outputs(seed: int, images: int = 6, classes: int = 5, dimensions: int = 8) -> tuple[Outputs, Outputs]:
     generator = torch.Generator().manual_seed(seed)
 
-    def outputs() -> Outputs:
-        logits = 2 * torch.randn(images, classes, generator=generator)
-        return Outputs(logits, normalize(torch.randn(images, dimensions, generator=generator), dim=1))
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
 
-    return outputs(), outputs()
+    def outputs(width: int) -> Outputs:
+        logits = 2 * draw(images, classes)
+        return Outputs(logits, draw(images, width), normalize(draw(images, dimensions), dim=1))
+
+    student, teacher = outputs(4), outputs(7)
+    return replace(student, adapted_BD=draw(images, 7), adapted_logits_BC=2 * draw(images, classes)), teacher
+
+
+def random_labels(seed: int, images: int = 6, labelled: int = 6) -> torch.Tensor:
+    labels = torch.randint(5, (images,), generator=torch.Generator().manual_seed(seed))
+    labels[labelled:] = UNLABELLED
+    return labels
+
+
+def random_negatives(seed: int, images: int = 6, count: int = 5, dimensions: int = 8) -> Negatives:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (normalize(torch.randn(count, dimensions, generator=generator), dim=1) for _ in range(2))
+    return Negatives(student, teacher, torch.rand(images, count, generator=generator) < 0.7, torch.tensor([0.5, 1.0]))
+
+
+def said(outputs: Outputs) -> reference.Said:
+    tensors = (getattr(outputs, field.name) for field in fields(outputs))
+    return reference.Said(*(() if tensor is None else tensor.tolist() for tensor in tensors))
+
+
+def listed(negatives: Negatives) -> reference.Negatives:
+    return reference.Negatives(
+        negatives.student_KP.tolist(),
+        negatives.teacher_KP.tolist(),
+        negatives.allowed_BK.tolist(),
+        tuple(negatives.log_mean.double().exp().tolist()),
+    )
 
 
 def with_gradient(outputs: Outputs) -> Outputs:
-    assert outputs.projected_BD is not None
-    return Outputs(outputs.logits_BC.requires_grad_(), outputs.projected_BD.requires_grad_())
+    tensors = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
+    return Outputs(**{name: None if tensor is None else tensor.requires_grad_() for name, tensor in tensors.items()})
+
+
+def without(outputs: Outputs, names: set[str]) -> Outputs:
+    """Nothing but NaN in these fields."""
+    return replace(outputs, **{name: torch.full_like(getattr(outputs, name), NAN) for name in names})
 
 
 @given(
     seed=st.integers(0, 10**6),
-    images=st.integers(1, 8),
-    weights=st.tuples(*[st.sampled_from([0.0, 0.3, 1.0, 2.0])] * 4),
-    temperature=st.sampled_from([1.0, 2.0, 4.0]),
-    alpha=st.sampled_from([1.0, 2.0]),
-    t=st.sampled_from([1.0, 2.0]),
-    labelled=st.integers(0, 8),
+    images=st.integers(1, 5),
+    weights=st.dictionaries(st.sampled_from(NAMES), st.sampled_from([0.0, 0.3, 1.0, 2.0])),
+    settings=st.builds(
+        reference.Settings,
+        temperature=st.sampled_from([1.0, 2.0, 4.0]),
+        alignment_alpha=st.sampled_from([1.0, 2.0]),
+        uniformity_t=st.sampled_from([1.0, 2.0]),
+        contrastive_temperature=st.sampled_from([0.07, 0.5]),
+        dkd_target_factor=st.sampled_from([0.5, 1.0]),
+        dkd_other_factor=st.sampled_from([2.0, 8.0]),
+        feature_distance=st.sampled_from(["mse", "cosine"]),
+    ),
+    labelled=st.integers(0, 5),
 )
-def test_equals_the_reference(seed, images, weights, temperature, alpha, t, labelled):
+def test_equals_the_reference(seed, images, weights, settings, labelled):
     student, teacher = random_outputs(seed, images)
-    labels = torch.randint(5, (images,), generator=torch.Generator().manual_seed(seed))
-    labels[labelled:] = UNLABELLED
-    loss = settings_of(weights, temperature=temperature, alignment_alpha=alpha, uniformity_t=t)
-    total, terms = distillation_loss(loss, student, teacher, labels)
-    expected = reference.total(
-        weights,
-        (student.logits_BC.tolist(), teacher.logits_BC.tolist()),
-        (student.projected_BD.tolist(), teacher.projected_BD.tolist()),
-        labels.tolist(),
-        temperature,
-        alpha,
-        t,
-    )
-    assert total.item() == pytest.approx(expected, rel=1e-6, abs=2e-6)
-    assert set(terms) == {name for name, weight in zip(NAMES, weights, strict=True) if weight}
+    labels, negatives = random_labels(seed, images, labelled), random_negatives(seed, images)
+    loss = settings_of(weights, **settings._asdict())
+    total, terms = distillation_loss(loss, student, teacher, labels, negatives=negatives)
+    expected = reference.total(weights, said(student), said(teacher), labels.tolist(), listed(negatives), settings)
+    assert total.item() == pytest.approx(expected, rel=5e-6, abs=5e-5)
+    assert set(terms) == {name for name, weight in weights.items() if weight}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weight_of_the_config_is_a_term_that_is_computed_and_reported_under_its_name(name):
+    student, teacher = random_outputs(0)
+    labels, negatives = random_labels(0, labelled=4), random_negatives(0)
+    total, terms = distillation_loss(settings_of({name: 3.0}), student, teacher, labels, negatives=negatives)
+    expected = reference.term(name, said(student), said(teacher), labels.tolist(), listed(negatives))
+    assert list(terms) == [name]
+    assert terms[name].item() == pytest.approx(expected, rel=1e-5)
+    assert total.item() == pytest.approx(3 * expected, rel=1e-5)
+
+
+def test_the_weights_of_the_config_were_found():
+    assert len(NAMES) >= 13
+    assert set(PAPER) < set(NAMES)
 
 
 def test_the_defaults_are_the_papers():
     student, teacher = random_outputs(0)
-    labels = torch.tensor([0, 1, 2, 3, 4, 0])
+    labels = random_labels(0)
     total, terms = distillation_loss(Loss(), student, teacher, labels)
-    expected = reference.total(
-        (1, 1, 1, 1),
-        (student.logits_BC.tolist(), teacher.logits_BC.tolist()),
-        (student.projected_BD.tolist(), teacher.projected_BD.tolist()),
-        labels.tolist(),
-        temperature=4,
-        alpha=2,
-        t=2,
-    )
+    expected = reference.total(dict.fromkeys(PAPER, 1), said(student), said(teacher), labels.tolist())
+    assert list(terms) == list(PAPER)
     assert total.item() == pytest.approx(expected, abs=1e-6)
     assert total.item() == pytest.approx(sum(term.item() for term in terms.values()), abs=1e-6)
 
 
+def test_the_other_defaults_are_those_of_the_reference():
+    defaults = Loss()
+    assert {name: getattr(defaults, name) for name in reference.Settings._fields} == reference.DEFAULTS._asdict()
+
+
 def test_terms_are_reported_without_their_weights():
     student, teacher = random_outputs(0)
-    labels = torch.tensor([0, 1, 2, 3, 4, 0])
-    _, plain = distillation_loss(settings_of((1, 1, 1, 1)), student, teacher, labels)
-    _, weighted = distillation_loss(settings_of((3, 5, 7, 9)), student, teacher, labels)
-    assert {name: term.item() for name, term in weighted.items()} == {name: t.item() for name, t in plain.items()}
+    labels, negatives = random_labels(0), random_negatives(0)
+    plain = settings_of(dict.fromkeys(NAMES, 1.0))
+    weighted = settings_of({name: [i + 2.0, 0.0] for i, name in enumerate(NAMES)})
+    _, of_plain = distillation_loss(plain, student, teacher, labels, negatives=negatives)
+    _, of_weighted = distillation_loss(weighted, student, teacher, labels, negatives=negatives)
+    assert list(of_plain) == list(of_weighted) == NAMES
+    assert {name: t.item() for name, t in of_weighted.items()} == {name: t.item() for name, t in of_plain.items()}
+
+
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (1.0, 0.0)])
+def test_a_weight_may_change_linearly(progress, share):
+    """Here kd gives way to alignment, and the task stays."""
+    student, teacher = random_outputs(0)
+    labels = random_labels(0)
+    loss = settings_of({"task": 0.7, "kd": [1, 0], "alignment": [0, 4]})
+    total, terms = distillation_loss(loss, student, teacher, labels, progress)
+    expected = 0.7 * terms["task"] + share * terms["kd"] + 4 * (1 - share) * terms["alignment"]
+    assert set(terms) == {"task", "kd", "alignment"}  # a term is reported even while it weighs nothing
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_weight_of_zero_keeps_what_its_term_reads_out_of_the_sum(name):
+@pytest.mark.parametrize(
+    ("weight", "computed"), [(0, False), ([0, 0], False), ([0, 1], True), ([1, 0], True), ([2, 2], True)]
+)
+def test_a_term_is_left_out_if_it_weighs_nothing_at_any_time(name, weight, computed):
     student, teacher = random_outputs(0)
-    labels = torch.tensor([0, 1, 2, 3, 4, 0])
-    weights = {f"{other}_weight": float(other not in (name, "alignment", "uniformity")) for other in NAMES}
-    if name == "task":
-        labels = torch.full((6,), 10**6)  # no class of that number
-    elif name == "kd":
-        teacher = Outputs(torch.full((6, 5), NAN), teacher.projected_BD)
-    else:
-        teacher = Outputs(teacher.logits_BC, torch.full((6, 8), NAN))
-    student = with_gradient(student)
-    total, terms = distillation_loss(Loss(**weights), student, teacher, labels)
-    total.backward()
-    assert name not in terms
-    assert torch.isfinite(total)
-    assert torch.isfinite(student.logits_BC.grad).all()
+    other = "kd" if name == "task" else "task"
+    loss = settings_of({name: weight, other: 1.0})
+    _, terms = distillation_loss(loss, student, teacher, random_labels(0), 0.0, random_negatives(0))
+    assert set(terms) == ({name, other} if computed else {other})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_term_reads_what_it_needs_and_nothing_else(name):
+    student, teacher = random_outputs(0)
+    labels, negatives = random_labels(0), random_negatives(0)
+    loss = settings_of({name: 1.0})
+    expected, _ = distillation_loss(loss, student, teacher, labels, negatives=negatives)
+    of_student, of_teacher = READS[name]
+    only_student = without(student, {field.name for field in fields(student)} - of_student)
+    only_teacher = without(teacher, {"logits_BC", "features_BD", "projected_BP"} - of_teacher)
+    no_labels = labels if name in ("task", "dkd") else torch.full((6,), 10**6)  # no class of that number
+    found, _ = distillation_loss(
+        loss, only_student, only_teacher, no_labels, negatives=negatives if name == "crd" else None
+    )
+    assert torch.equal(found, expected)
+    for field in of_student:
+        spoilt, _ = distillation_loss(loss, without(student, {field}), teacher, labels, negatives=negatives)
+        assert torch.isnan(spoilt), field
+    for field in of_teacher:
+        spoilt, _ = distillation_loss(loss, student, without(teacher, {field}), labels, negatives=negatives)
+        assert torch.isnan(spoilt), field
 
 
 def test_without_a_teacher_it_is_the_cross_entropy():
     student, _ = random_outputs(0)
     labels = torch.tensor([0, 1, UNLABELLED, 3, 4, 0])
-    loss = settings_of((1, 0, 0, 0))
-    total, terms = distillation_loss(loss, Outputs(student.logits_BC), None, labels)
+    total, terms = distillation_loss(settings_of({"task": 1.0}), Outputs(student.logits_BC), None, labels)
     assert list(terms) == ["task"]
     assert total.item() == pytest.approx(reference.cross_entropy(student.logits_BC.tolist(), labels.tolist()), abs=1e-6)
 
 
 @pytest.mark.parametrize("label", [2, UNLABELLED])
-def test_a_batch_of_one_is_finite(label):
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_batch_of_one_is_finite(label, count):
     student, teacher = (with_gradient(outputs) for outputs in random_outputs(0, images=1))
-    total, terms = distillation_loss(Loss(), student, teacher, torch.tensor([label]))
+    loss = settings_of(dict.fromkeys(NAMES, 1.0))
+    total, terms = distillation_loss(
+        loss, student, teacher, torch.tensor([label]), negatives=random_negatives(0, 1, count)
+    )
     total.backward()
     assert set(terms) == set(NAMES)
-    assert torch.isfinite(total)
-    for tensor in (student.logits_BC, student.projected_BD, teacher.projected_BD):
-        assert torch.isfinite(tensor.grad).all()
+    assert all(torch.isfinite(term) for term in terms.values())
+    for field in fields(student):
+        assert torch.isfinite(getattr(student, field.name).grad).all(), field.name
+    assert torch.isfinite(teacher.projected_BP.grad).all()
 
 
 def test_a_batch_without_labels_learns_from_the_teacher_alone():
@@ -133,51 +235,53 @@ def test_a_batch_without_labels_learns_from_the_teacher_alone():
     student = with_gradient(student)
     total, _ = distillation_loss(Loss(), student, teacher, torch.full((6,), UNLABELLED))
     total.backward()
-    without_task = distillation_loss(settings_of((0, 1, 1, 1)), *random_outputs(0), torch.zeros(6, dtype=torch.long))[0]
+    loss = settings_of({"kd": 1.0, "alignment": 1.0, "uniformity": 1.0})
+    without_task = distillation_loss(loss, *random_outputs(0), torch.zeros(6, dtype=torch.long))[0]
     assert total.item() == pytest.approx(without_task.item(), abs=1e-6)
     assert student.logits_BC.grad.abs().sum() > 0
 
 
 def test_gradients_equal_differences_of_the_reference():
-    student, teacher = (with_gradient(outputs) for outputs in random_outputs(0, images=4, classes=3, dimensions=3))
-    labels = torch.tensor([0, 1, UNLABELLED, 2])
-    weights = (1.0, 0.5, 2.0, 0.7)
+    """Of all terms but crd, whose positives stand still: test_crd.py holds its gradient."""
+    student, teacher = (with_gradient(outputs) for outputs in random_outputs(0, images=3, classes=3, dimensions=3))
+    labels = torch.tensor([0, UNLABELLED, 2])
+    weights = {name: 0.5 + 0.25 * i for i, name in enumerate(NAMES) if name != "crd"}
     distillation_loss(settings_of(weights), student, teacher, labels)[0].backward()
-    logits = (student.logits_BC.tolist(), teacher.logits_BC.tolist())
-    projected = (student.projected_BD.tolist(), teacher.projected_BD.tolist())
-    expected = {
-        "student logits": reference.slopes(
-            lambda x: reference.total(weights, (x, logits[1]), projected, labels.tolist()), logits[0]
-        ),
-        "student projection": reference.slopes(
-            lambda x: reference.total(weights, logits, (x, projected[1]), labels.tolist()), projected[0]
-        ),
-        "teacher projection": reference.slopes(
-            lambda x: reference.total(weights, logits, (projected[0], x), labels.tolist()), projected[1]
-        ),
-    }
-    found = {
-        "student logits": student.logits_BC.grad,
-        "student projection": student.projected_BD.grad,
-        "teacher projection": teacher.projected_BD.grad,
-    }
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, torch.tensor(expected[name]), rtol=1e-5, atol=1e-6, msg=name)
+    inputs = {"student": said(student), "teacher": said(teacher)}
+    for network, name in [("student", "logits"), ("student", "features"), ("student", "projected"),
+                          ("student", "adapted"), ("student", "adapted_logits"), ("teacher", "projected")]:  # fmt: skip
+
+        def moved(x, network=network, name=name):
+            changed = {**inputs, network: inputs[network]._replace(**{name: x})}
+            return reference.total(weights, changed["student"], changed["teacher"], labels.tolist())
+
+        expected = torch.tensor(reference.slopes(moved, getattr(inputs[network], name)))
+        suffix = {"logits": "BC", "projected": "BP", "adapted_logits": "BC"}.get(name, "BD")
+        found = getattr({"student": student, "teacher": teacher}[network], f"{name}_{suffix}").grad
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5, msg=f"{network} {name}")
 
 
-@pytest.mark.parametrize("images", [1, 8])
+@pytest.mark.parametrize("images", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_outputs_are_summed_in_fp32(dtype, images):
     student, teacher = (
-        Outputs(outputs.logits_BC.to(dtype), outputs.projected_BD.to(dtype)) for outputs in random_outputs(0, images)
+        Outputs(*(None if t is None else t.to(dtype) for t in (getattr(outputs, f.name) for f in fields(outputs))))
+        for outputs in random_outputs(0, images)
     )
-    labels = torch.arange(images) % 5
-    total, _ = distillation_loss(Loss(), student, teacher, labels)
-    expected = reference.total(
-        (1, 1, 1, 1),
-        (student.logits_BC.tolist(), teacher.logits_BC.tolist()),
-        (student.projected_BD.tolist(), teacher.projected_BD.tolist()),
-        labels.tolist(),
-    )
+    labels, negatives = random_labels(0, images), random_negatives(0, images)
+    weights = dict.fromkeys(NAMES, 1.0)
+    total, _ = distillation_loss(settings_of(weights), student, teacher, labels, negatives=negatives)
+    expected = reference.total(weights, said(student), said(teacher), labels.tolist(), listed(negatives))
     assert total.dtype == torch.float32
-    assert total.item() == pytest.approx(expected, rel=1e-6, abs=2e-6)
+    assert total.item() == pytest.approx(expected, rel=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    student, teacher = random_outputs(0)
+    labels, negatives = random_labels(0), random_negatives(0)
+    loss = settings_of(dict.fromkeys(NAMES, 1.0))
+    _, outside = distillation_loss(loss, student, teacher, labels, negatives=negatives)
+    with torch.autocast("cpu", dtype):
+        _, inside = distillation_loss(loss, student, teacher, labels, negatives=negatives)
+    assert {name: term.item() for name, term in inside.items()} == {name: t.item() for name, t in outside.items()}

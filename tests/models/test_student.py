@@ -161,14 +161,14 @@ def test_an_eval_student_sees_an_image_alike_in_any_batch():
 @given(seed=st.integers(0, 10**6), scale=st.sampled_from([1e-3, 1.0, 1e3]), dimensions=st.sampled_from([2, 16, 128]))
 def test_projections_lie_on_the_unit_sphere(seed, scale, dimensions):
     torch.manual_seed(seed)
-    head = ProjectionHead(24, dimensions)
+    head = ProjectionHead("two_layer", 24, dimensions)
     projected = head(scale * torch.randn(7, 24))
     assert projected.shape == (7, dimensions)
     torch.testing.assert_close(projected.norm(dim=1), torch.ones(7), rtol=1e-5, atol=0)
 
 
 def test_the_projection_is_two_layers_with_a_relu_between():
-    head = ProjectionHead(6, 3)
+    head = ProjectionHead("two_layer", 6, 3)
     first, second = (module for module in head.modules() if isinstance(module, nn.Linear))
     features = torch.randn(5, 6)
     with torch.no_grad():
@@ -181,12 +181,12 @@ def test_the_projection_is_two_layers_with_a_relu_between():
 def test_the_projection_leaves_its_input_as_it_was():
     features = torch.randn(5, 6)
     before = features.clone()
-    ProjectionHead(6, 3)(features)
+    ProjectionHead("two_layer", 6, 3)(features)
     assert torch.equal(features, before)
 
 
 def test_a_projection_of_nothing_is_finite():
-    head = ProjectionHead(4, 3)
+    head = ProjectionHead("two_layer", 4, 3)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     features = torch.randn(2, 4, requires_grad=True)
@@ -197,7 +197,7 @@ def test_a_projection_of_nothing_is_finite():
 
 
 def test_a_projection_under_autocast_is_normalised_in_fp32():
-    head = ProjectionHead(24, 16)
+    head = ProjectionHead("two_layer", 24, 16)
     with torch.autocast("cpu", torch.bfloat16):
         projected = head(torch.randn(7, 24))
     assert projected.dtype == torch.float32

@@ -17,9 +17,9 @@ from raydistill.errors import ConfigError
 from raydistill.models.weights import (
     check_timm_name,
     load_timm_weights,
+    model_kind,
     read_state_dict,
     resolve_hf_folder,
-    teacher_kind,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,20 +213,20 @@ def test_kinds_of_teachers(tmp_path):
     (tmp_path / "timm" / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    assert teacher_kind("timm:resnet18") == ("timm", "resnet18")
-    assert teacher_kind("hf:owner/name") == ("transformers", "owner/name")
-    assert teacher_kind(str(tmp_path / "timm")) == ("timm", f"local-dir:{tmp_path / 'timm'}")
-    assert teacher_kind(str(tmp_path / "hf")) == ("transformers", str(tmp_path / "hf"))
+    assert model_kind("timm:resnet18", "teacher.model") == ("timm", "resnet18")
+    assert model_kind("hf:owner/name", "teacher.model") == ("transformers", "owner/name")
+    assert model_kind(str(tmp_path / "timm"), "teacher.model") == ("timm", f"local-dir:{tmp_path / 'timm'}")
+    assert model_kind(str(tmp_path / "hf"), "teacher.model") == ("transformers", str(tmp_path / "hf"))
 
 
 @pytest.mark.parametrize("model", ["nowhere", "nowhere/at/all", "zoo:resnet18", "timm:resnet19", "example:nothing", ""])
 def test_teachers_that_do_not_exist_are_refused(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refusal(teacher_kind, model)
+    refusal(model_kind, model, "teacher.model")
 
 
 def test_folders_that_hold_no_model_are_refused(tmp_path):
-    assert "config.json" in refusal(teacher_kind, str(tmp_path))
-    assert "config.json" in refusal(resolve_hf_folder, str(tmp_path), None)
+    assert "config.json" in refusal(model_kind, str(tmp_path), "teacher.model")
+    assert "config.json" in refusal(resolve_hf_folder, str(tmp_path), None, "teacher")
     (tmp_path / "config.json").write_text("{broken")
-    assert "config.json" in refusal(teacher_kind, str(tmp_path))
+    assert "config.json" in refusal(model_kind, str(tmp_path), "teacher.model")

@@ -20,9 +20,9 @@ from raydistill.errors import CheckpointError, DivergedError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import latest_checkpoint, latest_step
 from raydistill.infra.cluster import Worker, plan_resources
-from raydistill.models.student import split_logits
+from raydistill.models.student import read_student, split_logits
 from raydistill.stages.batches import DistillJob, read_batches
-from raydistill.stages.distill import distill_student, load_student
+from raydistill.stages.distill import distill_student
 from raydistill.stages.loop import distill_loop, learning_rate
 
 
@@ -220,7 +220,8 @@ def test_loaded_weights_are_the_ones_that_ship(tiny_set, progress) -> None:
     plan = plan_resources(job.config, 2, 0, 2)
     result = distill_student(job, StageDirectory(job.path, "distill", "{}"), plan, progress, records.append)
     assert [r["epoch"] for r in records] == [1, 2, 3, 4]
-    student = load_student(result.path, job.config, 3)
+    student, classes = read_student(result.path)
+    assert classes == job.samples.classes
     logits, labels = split_logits(student, tiny_set.samples, "val", torch.device("cpu"), 5)
     assert (logits.argmax(1) == labels).mean() == result.val_accuracy
     assert load_file(Path(result.path) / "student.safetensors").keys() == student.network.state_dict().keys()

@@ -1,0 +1,113 @@
+"""Contrastive representation distillation with a bounded memory of negatives. Tian, Krishnan & Isola 2020, arXiv
+1910.10699.
+
+It differs from the authors' code in two things, so that its cost does not grow with the data set: the memory is a ring
+of the latest embeddings, not a bank with a row for every image, and the positive is the pair of this very view.
+
+Shapes: B images of this worker, G images of the global batch, M places of the memory, K negatives, P dimensions of the
+projection; embeddings are expected to have unit length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from raydistill.losses.task import UNLABELLED
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """What every image of the batch is told apart from. `allowed_BK` leaves out an image's own embeddings and those of
+    its class; `log_mean` is that of exp(similarity / temperature) over the first negatives there were, a number for
+    each of the two anchors."""
+
+    student_KP: torch.Tensor
+    teacher_KP: torch.Tensor
+    allowed_BK: torch.Tensor
+    log_mean: torch.Tensor
+
+
+def crd(student_BP: torch.Tensor, teacher_BP: torch.Tensor, negatives: Negatives, temperature: float) -> torch.Tensor:
+    """NCE with each network once as the anchor: mean over images of -log h(positive) - sum log(1 - h(negative)), added
+    over both anchors.
+
+    h = P / (P + K/N) is the posterior that a pair belongs together (equation 9 of the paper); P = exp(similarity /
+    temperature) / Z with Z = N * mean over the first negatives there were (in the authors' code, positives too).
+    N cancels, so h = sigmoid(similarity / temperature - log_mean - log K). Without any negative K counts 1.
+    """
+    student_BP, teacher_BP = student_BP.float(), teacher_BP.float()
+    sides = (
+        (student_BP, teacher_BP.detach(), negatives.teacher_KP, negatives.log_mean[0]),
+        (teacher_BP, student_BP.detach(), negatives.student_KP, negatives.log_mean[1]),
+    )
+    log_K_B = negatives.allowed_BK.sum(dim=1).clamp(min=1).log()
+    total = student_BP.new_zeros(())
+    for anchor_BP, positive_BP, negative_KP, log_mean in sides:
+        offset_B = log_mean + log_K_B
+        positive_B = (anchor_BP * positive_BP).sum(dim=1) / temperature - offset_B
+        negative_BK = anchor_BP @ negative_KP.T / temperature - offset_B[:, None]
+        apart_B = (functional.softplus(negative_BK) * negatives.allowed_BK).sum(dim=1)
+        total = total + (functional.softplus(-positive_B) + apart_B).mean()
+    return total
+
+
+class ContrastiveMemory(nn.Module):
+    """A ring of the latest embeddings of both networks, with the image and the label that each belongs to. All workers
+    put in the same global batch and draw the same negatives, so their memories stay equal; its state is in the
+    checkpoint."""
+
+    def __init__(self, places: int, projection_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("student_MP", torch.zeros(places, projection_dim))
+        self.register_buffer("teacher_MP", torch.zeros(places, projection_dim))
+        self.register_buffer("image_M", torch.full((places,), -1))
+        self.register_buffer("label_M", torch.full((places,), UNLABELLED))
+        self.register_buffer("put_in", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("log_mean", torch.full((2,), torch.nan))
+
+    @torch.no_grad()
+    def put(
+        self, student_GP: torch.Tensor, teacher_GP: torch.Tensor, image_G: torch.Tensor, label_G: torch.Tensor
+    ) -> None:
+        """Take in a global batch over the oldest entries."""
+        places = len(self.image_M)
+        student_GP, teacher_GP, image_G, label_G = (x[-places:] for x in (student_GP, teacher_GP, image_G, label_G))
+        at = (int(self.put_in) + torch.arange(len(image_G), device=image_G.device)) % places
+        self.student_MP[at], self.teacher_MP[at] = student_GP.float(), teacher_GP.float()
+        self.image_M[at], self.label_M[at] = image_G, label_G
+        self.put_in += len(image_G)
+
+    @torch.no_grad()
+    def draw(
+        self, count: int, image_G: torch.Tensor, label_G: torch.Tensor, mine: slice, seed: list[int], temperature: float
+    ) -> Negatives:
+        """At most `count` entries, drawn without replacement, for the rows `mine` of the global batch, which has been
+        put in before."""
+        filled = min(int(self.put_in), len(self.image_M))
+        drawn = np.random.default_rng(seed).permutation(filled)[:count]
+        at = torch.from_numpy(drawn).to(self.image_M.device)
+        other_GK = image_G[:, None] != self.image_M[at][None]
+        same_class_GK = (label_G[:, None] == self.label_M[at][None]) & (label_G[:, None] != UNLABELLED)
+        allowed_GK = other_GK & ~same_class_GK
+        if bool(self.log_mean.isnan().any()):
+            self._measure(at, allowed_GK, image_G, temperature)
+        log_mean = self.log_mean.nan_to_num(nan=0.0)  # a copy; 0 until there is a negative to measure
+        return Negatives(self.student_MP[at], self.teacher_MP[at], allowed_GK[mine], log_mean)
+
+    def _measure(self, at: torch.Tensor, allowed_GK: torch.Tensor, image_G: torch.Tensor, temperature: float) -> None:
+        """The constant of the posterior, from the first global batch that has negatives; its embeddings are the latest
+        in the ring."""
+        latest = (int(self.put_in) - torch.arange(min(len(image_G), len(self.image_M)), 0, -1)) % len(self.image_M)
+        allowed = allowed_GK[-len(latest) :]
+        if not bool(allowed.any()):
+            return
+        for side, (anchor, other) in enumerate(
+            ((self.student_MP, self.teacher_MP), (self.teacher_MP, self.student_MP))
+        ):
+            similarity = anchor[latest.to(at.device)] @ other[at].T / temperature
+            self.log_mean[side] = similarity[allowed].logsumexp(dim=0) - allowed.sum().log()

@@ -1,0 +1,41 @@
+"""Decoupled knowledge distillation. Zhao, Cui, Song, Qiu & Liang 2022, arXiv 2203.08679.
+
+Shapes: B images, C classes.
+"""
+
+import torch
+from torch.nn import functional
+
+from raydistill.losses.soft_targets import soft_target_kl
+from raydistill.losses.task import UNLABELLED
+
+
+def dkd(
+    student_logits_BC: torch.Tensor,
+    teacher_logits_BC: torch.Tensor,
+    labels_B: torch.Tensor,
+    temperature: float,
+    target_factor: float,
+    other_factor: float,
+) -> torch.Tensor:
+    """target_factor * KL of "the target or not" + other_factor * KL among the other classes, both times T^2, in nats,
+    mean over images (equation 7 of the paper, whose alpha and beta the factors are).
+
+    The target is the label or, for an unlabelled image, the teacher's first choice. With two classes nothing is left
+    to compare among the others.
+    """
+    student_BC, teacher_BC = student_logits_BC.float(), teacher_logits_BC.float()
+    target_B = torch.where(labels_B == UNLABELLED, teacher_BC.argmax(dim=1), labels_B)
+    target_BC = functional.one_hot(target_B, student_BC.shape[1]).bool()
+    of_target = soft_target_kl(
+        _target_or_not(student_BC / temperature, target_BC), _target_or_not(teacher_BC / temperature, target_BC), 1.0
+    )
+    others = (len(student_BC), student_BC.shape[1] - 1)
+    among_others = soft_target_kl(student_BC[~target_BC].view(others), teacher_BC[~target_BC].view(others), temperature)
+    return target_factor * temperature**2 * of_target + other_factor * among_others
+
+
+def _target_or_not(scaled_BC: torch.Tensor, target_BC: torch.Tensor) -> torch.Tensor:
+    """Two logits an image: that of the target, and the log of the summed powers of all others."""
+    others_B = scaled_BC.masked_fill(target_BC, -torch.inf).logsumexp(dim=1)
+    return torch.stack([scaled_BC[target_BC], others_B], dim=1)

@@ -1,0 +1,15 @@
+"""Features of the student, brought into the teacher's space by a trained adapter, against the teacher's: the hints of
+Romero et al. 2015, arXiv 1412.6550, on the pooled features.
+
+Shapes: B images, D features of the teacher.
+"""
+
+import torch
+from torch.nn import functional
+
+
+def feature_distance(adapted_BD: torch.Tensor, teacher_BD: torch.Tensor, distance: str) -> torch.Tensor:
+    """`mse`: mean squared difference over images and features; `cosine`: mean over images of 1 - cosine similarity."""
+    if distance == "mse":
+        return functional.mse_loss(adapted_BD.float(), teacher_BD.float())
+    return 1 - torch.cosine_similarity(adapted_BD.float(), teacher_BD.float(), dim=1).mean()

@@ -1,0 +1,137 @@
+"""Models of the transformers library, loaded strictly, for teachers and students alike.
+
+Shapes: B images, S pixels on a side, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers  # its classes are loaded when they are named, below, so that timm models do not wait for them
+from safetensors import SafetensorError
+from torch import nn
+
+from raydistill.data.views import Preprocessing
+from raydistill.errors import ConfigError
+
+
+class Recorder:
+    """A forward pre-hook that keeps what went into a layer. An object and not a closure, so that a copy of the network
+    (an average of its weights, say) has a recorder of its own."""
+
+    def __init__(self) -> None:
+        self._seen: list[torch.Tensor] = []
+
+    def __call__(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._seen[:] = [inputs[0]]
+
+    def take(self) -> torch.Tensor:
+        return self._seen.pop()
+
+
+class TransformersClassifier(nn.Module):
+    """An image classifier whose last linear layer's input is its features."""
+
+    def __init__(self, network: nn.Module, classifier: nn.Linear) -> None:
+        super().__init__()
+        self.network = network
+        self._classifier = next(name for name, module in network.named_modules() if module is classifier)
+        self._recorder = Recorder()
+        classifier.register_forward_pre_hook(self._recorder)
+
+    @property
+    def classifier(self) -> nn.Module:
+        return self.network.get_submodule(self._classifier)
+
+    def forward(self, images_B3SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, C) and features (B, D)."""
+        logits_BC: torch.Tensor = self.network(pixel_values=images_B3SS).logits
+        return logits_BC, self._recorder.take()
+
+
+def last_linear(network: nn.Module, num_outputs: int, what: str) -> nn.Linear:
+    """The classifier of a transformers model, whatever it is called. Raises ConfigError where there is none."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == num_outputs]
+    if not layers:
+        raise ConfigError(f"{what} has no linear classifier; use another model, or teacher.head=linear_probe")
+    return layers[-1]
+
+
+def new_classifier(folder: str, num_classes: int, pretrained: bool, size: int | None, what: str) -> nn.Module:
+    """A classifier for `num_classes`, with random weights or with those of the folder but for its last layer.
+
+    Raises ConfigError: weights are missing or do not fit, the model is no image classifier.
+    """
+    settings = load_or_refuse(what, transformers.AutoConfig.from_pretrained, folder, num_labels=num_classes)
+    if not pretrained:
+        if size and hasattr(settings, "image_size"):
+            settings.image_size = size  # its positions are made for it
+        try:
+            network: nn.Module = transformers.AutoModelForImageClassification.from_config(settings)
+        except ValueError as error:
+            raise ConfigError(f"{what} is no image classifier ({' '.join(str(error).split())})") from None
+        return network
+    network, info = load_or_refuse(
+        what,
+        transformers.AutoModelForImageClassification.from_pretrained,
+        folder,
+        config=settings,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    classifier = last_linear(network, num_classes, what)
+    own = next(name for name, module in network.named_modules() if module is classifier)
+    lacking = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    refuse_missing(what, {key for key in lacking if not key.startswith(f"{own}.")}, set())
+    nn.init.normal_(classifier.weight, std=0.01)  # another class count or not: always a new one, as with timm
+    nn.init.zeros_(classifier.bias)
+    return network
+
+
+def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
+    """What `load` gives. Raises ConfigError with the library's own reason."""
+    try:
+        return load(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{what}: cannot be loaded ({' '.join(str(error).split())})") from None
+
+
+def refuse_missing(what: str, keys: set[str], mismatched: set[str]) -> None:
+    """Raises ConfigError where weights would have stayed random."""
+    if keys := keys | mismatched:
+        some = ", ".join(sorted(keys)[:5])
+        raise ConfigError(f"{what}: {len(keys)} weights are missing or of another model: {some} …")
+
+
+def transformers_preprocessing(folder: str, size: int | None, what: str) -> Preprocessing:
+    """What the checkpoint's image processor does to an image, at `size` or at its own. Raises ConfigError."""
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{what} has no preprocessor_config.json that can be read, so its mean, std and size are not known"
+        ) from None
+    for option in ("do_flip_channel_order", "rescale_offset"):
+        if getattr(processor, option, False):
+            raise ConfigError(f"{what} wants {option}, which is not supported; name another")
+    # The crop is what the network sees; `size` may name the resize that comes before it.
+    shape = (getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None) or dict(
+        processor.size
+    )
+    shape = dict(shape)
+    side = size or shape.get("height") or shape.get("shortest_edge")
+    if not side:
+        raise ConfigError(f"{what} does not state its input size; set {what.partition('.')[0]}.size")
+    bilinear = getattr(processor, "resample", 3) == 2
+    # Ours are shares of white; theirs are of whatever the rescaling leaves.
+    white = 255 * (processor.rescale_factor if processor.do_rescale else 1)
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    return Preprocessing(
+        int(side),
+        (mean[0] / white, mean[1] / white, mean[2] / white),
+        (std[0] / white, std[1] / white, std[2] / white),
+        "bilinear" if bilinear else "bicubic",
+    )
