@@ -119,6 +119,34 @@ def show(words: Words = None) -> None:
     console.print(table, soft_wrap=True)
 
 
+@app.command()
+def compare(
+    words: Words = None,
+    learning_curve: Annotated[
+        bool, typer.Option("--learning-curve", help="Train at several shares of the labels too (compare.label_shares).")
+    ] = False,
+) -> None:
+    """Train the student in several ways over several seeds and say which to ship (compare.arms, compare.seeds)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from raydistill.config import load_config
+    from raydistill.infra.progress import Progress
+    from raydistill.search.compare import compare_arms
+
+    console = Console(highlight=False)
+    comparison, path = compare_arms(load_config(words or []), Progress(console), learning_curve)
+    titles, rows = comparison.table()
+    table = Table(*titles, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print("", table, "", comparison.verdict, soft_wrap=True)
+    if comparison.curve_verdict:
+        console.print(comparison.curve_verdict, soft_wrap=True)
+    console.print(f"table, figures and JSON: {path}", soft_wrap=True)
+    console.print(f"compare is done after {time.time() - STARTED:.0f} s")
+
+
 def _run(words: list[str] | None, until: str) -> None:
     from rich.console import Console
 

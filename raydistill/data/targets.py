@@ -146,11 +146,16 @@ class InMemory:
         return self._split.batch(visits, ids, self._images[rows], self._labels[rows], features)
 
 
+def _decode_all(encoded: list[bytes]) -> np.ndarray:
+    return np.stack([pixels(image) for image in encoded])
+
+
 class Streamed:
     """Shards are read when a visit needs them and forgotten two windows later; only visited rows are decoded."""
 
     def __init__(self, split: TrainSplit, decode_threads: int) -> None:
         self._split = split
+        self._num_threads = decode_threads
         self._threads = ThreadPoolExecutor(decode_threads)
         self._shard = lru_cache(maxsize=2 * WINDOW_SHARDS)(self._read)
 
@@ -165,7 +170,12 @@ class Streamed:
         views = self._split.view_indices(visits)
         needed = {int(k): self._shard(int(k)) for k in np.unique(visits.shard)}
         rows = [(needed[int(k)], int(r), int(v)) for k, r, v in zip(visits.shard, visits.row, views, strict=True)]
-        images = np.stack(list(self._threads.map(pixels, [shard[1][r] for shard, r, _ in rows])))
+        encoded = [shard[1][r] for shard, r, _ in rows]
+        each = -(
+            -len(encoded) // self._num_threads
+        )  # a task a thread: handing over single images costs as much as they
+        chunks = [encoded[first : first + each] for first in range(0, len(encoded), each)]
+        images = np.concatenate(list(self._threads.map(_decode_all, chunks)))
         features = None
         if self._split.targets is not None:
             features = np.stack([shard[3][v, r] for shard, r, v in rows if shard[3] is not None])

@@ -27,10 +27,10 @@ from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.examples import weights_fingerprint
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
-FORMATS = {"prepare": 1, "features": 1, "adapt": 1, "teach": 1, "distill": 1, "evaluate": 1}
+FORMATS = {"prepare": 1, "features": 1, "adapt": 1, "teach": 1, "distill": 1, "evaluate": 1, "compare": 1}
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt")
-# What `distill` leaves in its folder beside these is about its making.
-_STUDENT_FILES = ("student.json", "student.safetensors")
+# What `distill` leaves in its folder beside these is about its making; the last is there for transformers models.
+_STUDENT_FILES = ("student.json", "student.safetensors", "config.json")
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,14 @@ def write_file(path: str, write: Callable[[BinaryIO], object]) -> None:
             f"{target}: cannot be written ({reason}; {free:,} bytes are free there); "
             "make room and run the same command again: what is finished stays"
         ) from None
+
+
+def read_seconds(path: str) -> float:
+    """How long the run that finished a stage took for it; 0 where nothing is said. What an interrupted run had spent
+    on it before is not in it."""
+    fs, folder = url_to_fs(path)
+    name = f"{folder}/seconds.json"
+    return float(json.loads(fs.cat_file(name))["seconds"]) if fs.exists(name) else 0.0
 
 
 def workspace_root(config: RunConfig) -> str:
@@ -292,7 +300,7 @@ def _identity_of_model(section: Teacher | Student) -> dict[str, Any]:
 def _folder(folder: str) -> str:
     """A model saved in a folder is known by the content of the files that a library reads, wherever it lies."""
     names = [name for name in os.listdir(folder) if name.endswith(_MODEL_FILES)]
-    if set(_STUDENT_FILES) <= set(names):
+    if "student.json" in names:
         names = list(_STUDENT_FILES)
     files = {name: os.path.join(folder, name) for name in names}
     return json.dumps({name: _content(path) for name, path in sorted(files.items()) if os.path.isfile(path)})

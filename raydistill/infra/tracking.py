@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from raydistill.config import RunConfig, to_yaml
-from raydistill.infra.artifacts import StageDirectory, workspace_root
+from raydistill.infra.artifacts import workspace_root
 
 logger = logging.getLogger(__name__)
 _MOST_CHARACTERS = 500
@@ -36,9 +36,9 @@ class Tracker:
         self._submit(self._open)
 
     @contextlib.contextmanager
-    def stage(self, directory: StageDirectory) -> Iterator[StageRun]:
-        """A child run for the time of a stage; its status tells how the stage ended."""
-        run = StageRun(self, directory)
+    def child(self, name: str) -> Iterator[ChildRun]:
+        """A child run for the time of a stage or a trial; its status tells how that ended."""
+        run = ChildRun(self, name)
         try:
             yield run
         except KeyboardInterrupt:
@@ -115,16 +115,16 @@ class Tracker:
                     self._client.set_tag(run_id, f"changed.{prefix}{key}", value)
 
 
-class StageRun:
-    """The child run of one stage."""
+class ChildRun:
+    """The child run of one stage or trial. Its name, unique in its parent, is what a resumed one is found by."""
 
-    def __init__(self, tracker: Tracker, directory: StageDirectory) -> None:
-        self._tracker, self._directory = tracker, directory
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name = tracker, name
         self._run = ""
         tracker._submit(self._start)
 
     def _start(self) -> None:
-        tracker, name = self._tracker, self._directory.name
+        tracker, name = self._tracker, self._name
         query = f"tags.`raydistill.stage` = '{name}' and tags.`mlflow.parentRunId` = '{tracker._parent}'"
         tags = {"raydistill.stage": name, "mlflow.parentRunId": tracker._parent}
         self._run = tracker._reopen(query, tags, name)

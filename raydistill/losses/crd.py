@@ -36,9 +36,9 @@ def crd(student_BP: torch.Tensor, teacher_BP: torch.Tensor, negatives: Negatives
     """NCE with each network once as the anchor: mean over images of -log h(positive) - sum log(1 - h(negative)), added
     over both anchors.
 
-    h = P / (P + K/N) is the posterior that a pair belongs together (equation 9 of the paper); P = exp(similarity /
-    temperature) / Z with Z = N * mean over the first negatives there were (in the authors' code, positives too).
-    N cancels, so h = sigmoid(similarity / temperature - log_mean - log K). Without any negative K counts 1.
+    h = P / (P + K/N) is the posterior that a pair belongs together; P = exp(similarity / temperature) / Z with
+    Z = N * mean over the first negatives there were (in the authors' code, positives too). N cancels, so
+    h = sigmoid(similarity / temperature - log_mean - log K). Without any negative K counts 1.
     """
     student_BP, teacher_BP = student_BP.float(), teacher_BP.float()
     sides = (

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 
 def rkd_distance(student_BE: torch.Tensor, teacher_BD: torch.Tensor) -> torch.Tensor:
-    """Mean Huber loss between the two networks' distances of pairs, each divided by its network's mean distance
-    (equations 4 to 6 of the paper); 0 for a single image."""
+    """Mean Huber loss between the two networks' distances of pairs, each divided by its network's mean
+    distance; 0 for a single image."""
     if len(student_BE) < 2:
         return student_BE.sum() * 0.0
     return functional.smooth_l1_loss(_relative_distances(student_BE), _relative_distances(teacher_BD))
@@ -22,9 +22,9 @@ def _relative_distances(features_BD: torch.Tensor) -> torch.Tensor:
 
 
 def rkd_angle(student_BE: torch.Tensor, teacher_BD: torch.Tensor) -> torch.Tensor:
-    """Mean Huber loss between the two networks' cosines of the angle at every image j between images i and k (equations
-    7 to 9 of the paper), over all B^3 triples as in the authors' code: those with i = j or k = j count 0. Where images
-    have equal features, the angle has no side and its cosine counts 0."""
+    """Mean Huber loss between the two networks' cosines of the angle at every image j between images i and k, over
+    all B^3 triples as in the authors' code: those with i = j or k = j count 0. Where images have equal features, the
+    angle has no side and its cosine counts 0."""
     return functional.smooth_l1_loss(_angles(student_BE), _angles(teacher_BD))
 
 

@@ -54,7 +54,8 @@ def last_linear(network: nn.Module, num_outputs: int, what: str) -> nn.Linear:
     """The classifier of a transformers model, whatever it is called. Raises ConfigError where there is none."""
     layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == num_outputs]
     if not layers:
-        raise ConfigError(f"{what} has no linear classifier; use another model, or teacher.head=linear_probe")
+        way_out = "teacher.head=linear_probe" if what.startswith("teacher") else "another student"
+        raise ConfigError(f"{what} has no linear classifier; use {way_out}")
     return layers[-1]
 
 
@@ -63,12 +64,16 @@ def new_classifier(folder: str, num_classes: int, pretrained: bool, size: int | 
 
     Raises ConfigError: weights are missing or do not fit, the model is no image classifier.
     """
-    settings = load_or_refuse(what, transformers.AutoConfig.from_pretrained, folder, num_labels=num_classes)
+    settings = load_or_refuse(what, transformers.AutoConfig.from_pretrained, folder)
+    settings.num_labels = num_classes
     if not pretrained:
         if size and hasattr(settings, "image_size"):
             settings.image_size = size  # its positions are made for it
         try:
-            network: nn.Module = transformers.AutoModelForImageClassification.from_config(settings)
+            # fp32 whatever the checkpoint was stored in, and no code that comes with it.
+            network: nn.Module = transformers.AutoModelForImageClassification.from_config(
+                settings, dtype=torch.float32, trust_remote_code=False
+            )
         except ValueError as error:
             raise ConfigError(f"{what} is no image classifier ({' '.join(str(error).split())})") from None
         return network

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -233,16 +234,26 @@ def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
     try:
         about = json.loads(read_bytes(f"{folder}/{STUDENT_FILE}"))
         weights = load(read_bytes(f"{folder}/student.safetensors"))
-    except (ValueError, SafetensorError, FileNotFoundError) as error:
-        raise CheckpointError(f"{folder} holds no whole student ({error}); distil it again") from None
-    preprocessing, classes = about["preprocessing"], tuple(about["classes"])
-    model = about["model"] if about["library"] == "timm" else f"hf:{folder}"
-    student = build_student(StudentConfig(model=model, size=preprocessing["size"]), len(classes))
-    student.preprocessing = Preprocessing(
-        preprocessing["size"], tuple(preprocessing["mean"]), tuple(preprocessing["std"]), preprocessing["interpolation"]
-    )
-    student.network.load_state_dict(weights)
+        classes, given = tuple(about["classes"]), about["preprocessing"]
+        preprocessing = Preprocessing(given["size"], tuple(given["mean"]), tuple(given["std"]), given["interpolation"])
+        if about["library"] == "timm":
+            student = build_student(StudentConfig(model=about["model"], size=preprocessing.size), len(classes))
+        else:
+            student = _empty_transformers(folder, len(classes), preprocessing)
+        student.preprocessing = preprocessing
+        student.network.load_state_dict(weights)
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, FileNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} holds no whole student ({reason}); distil it again") from None
     return student.eval(), classes
+
+
+def _empty_transformers(folder: str, num_classes: int, preprocessing: Preprocessing) -> Student:
+    """The architecture of a student's folder. Its config says what positions there are, whatever size is seen."""
+    with TemporaryDirectory() as place:  # transformers reads local files, and the folder may lie on a bucket
+        Path(place, "config.json").write_bytes(read_bytes(f"{folder}/config.json"))
+        network = new_classifier(place, num_classes, False, None, folder)
+    return Student(TransformersClassifier(network, last_linear(network, num_classes, folder)), preprocessing)
 
 
 @torch.no_grad()

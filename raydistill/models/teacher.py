@@ -189,24 +189,28 @@ def _try_out(config: TeacherConfig, backbone: TeacherBackbone, head: LinearHead 
 def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], classes: Sequence[str]) -> LinearHead:
     """The rows of the model's own head that carry the data set's class names.
 
-    Names match without regard to case, `_` and `-`; an output may have several names (ImageNet's synonyms, or its
-    synset id). Raises ConfigError with the classes that match none or several, and the nearest names.
+    Names match without regard to case, `_` and `-` where none is the same to the letter; an output may have several
+    names (ImageNet's synonyms, or its synset id). Raises ConfigError with the classes that match none or several, and
+    the nearest names.
     """
     if head is None or not names:
         raise ConfigError("teacher.head=native: the model has no head with class names; use teacher.head=linear_probe")
     rows: dict[str, list[int]] = {}
+    exact: dict[str, list[int]] = {}
     for index, synonyms in enumerate(names):
         for synonym in {_plain(synonym) for synonym in synonyms}:
             rows.setdefault(synonym, []).append(index)
-    problems = []
+        for synonym in set(synonyms):
+            exact.setdefault(synonym, []).append(index)
+    problems, picked = [], []
     for name in classes:
-        found = rows.get(_plain(name), [])
+        found = exact.get(name) or rows.get(_plain(name), [])
+        picked += found[:1]
         if not found:
             near = difflib.get_close_matches(_plain(name), rows, n=2)
             problems.append(f"{name!r} (nearest: {', '.join(near)})" if near else repr(name))
         elif len(found) > 1:
             problems.append(f"{name!r} (stands for outputs {found})")
-    picked = [rows[_plain(name)][0] for name in classes if _plain(name) in rows]
     if len(set(picked)) < len(picked):
         problems.append("two classes that stand for one output")
     if problems:
@@ -354,10 +358,12 @@ def zero_shot_head(config: TeacherConfig, classes: Sequence[str]) -> LinearHead:
     options = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     network = _two_towers(what, folder, options).eval()
     tokenizer = load_or_refuse(what, transformers.AutoTokenizer.from_pretrained, folder)
+    # Not every tokenizer says how long a text may be.
+    length = min(tokenizer.model_max_length, network.config.get_text_config().max_position_embeddings)
     rows = []
     for of_class in sentences:
         # SigLIP was trained on texts of full length; CLIP does not mind.
-        tokens = tokenizer(of_class, padding="max_length", truncation=True, return_tensors="pt")
+        tokens = tokenizer(of_class, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         accepted = {k: v for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
         embedded = functional.normalize(_embedding(network.get_text_features(**accepted)), dim=1)
         rows.append(functional.normalize(embedded.mean(dim=0), dim=0))

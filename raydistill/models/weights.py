@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+from fsspec.core import url_to_fs
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,7 +30,7 @@ def model_kind(model: str, key: str) -> tuple[Literal["timm", "transformers", "r
     if colon and prefix == "example":
         return "transformers", str(weights_path(name))
     settings = Path(model) / "config.json"
-    if (Path(model) / STUDENT_FILE).is_file():
+    if _holds_student(model, key):
         return "raydistill", model
     if not settings.is_file():
         raise ConfigError(
@@ -42,6 +43,17 @@ def model_kind(model: str, key: str) -> tuple[Literal["timm", "transformers", "r
     if saved_by_timm:
         return "timm", f"local-dir:{Path(model).absolute()}"
     return "transformers", model
+
+
+def _holds_student(folder: str, key: str) -> bool:
+    """Whether `distill` wrote this folder, which lies where the workspace does: here or on a bucket."""
+    if "://" not in folder:
+        return (Path(folder) / STUDENT_FILE).is_file()
+    try:
+        fs, path = url_to_fs(folder)
+        return bool(fs.exists(f"{path}/{STUDENT_FILE}"))
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(f"{key}={folder}: cannot be read ({_first_line(error)})") from None
 
 
 def check_timm_name(model: str, key: str) -> str:

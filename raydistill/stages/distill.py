@@ -62,11 +62,11 @@ def _write_student(job: DistillJob, directory: StageDirectory) -> int:
     assert checkpoint is not None, "the loop ends with a checkpoint"
     prefix = "ema.body.network." if job.config.distill.ema_decay else "model.student.body.network."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint[0].items() if k.startswith(prefix)}
-    settings = job.config.student.model_copy(update={"init": "random", "weights": None})
-    student = build_student(settings, len(job.samples.classes))
+    # Built as it was for training: with random weights it may have other positions for another size.
+    student = build_student(job.config.student, len(job.samples.classes))
     student.network.load_state_dict(weights)
     image = {"size": job.config.images.size, "fit": job.config.images.fit}
-    for name, data in write_student(student, settings, job.samples.classes, image).items():
+    for name, data in write_student(student, job.config.student, job.samples.classes, image).items():
         directory.write(name, data)
     return sum(p.numel() for p in student.parameters())
 

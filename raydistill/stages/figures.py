@@ -34,7 +34,7 @@ def curves_figure(epochs: list[dict[str, float]]) -> bytes:
     right.set(xlabel="epoch", ylabel="accuracy", title="Student on val")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def confusion_figure(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ...], split: str) -> bytes:
@@ -56,7 +56,7 @@ def confusion_figure(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple
                 axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8,
                           color="white" if dark else "black")  # fmt: skip
     axes.set(xlabel="predicted", ylabel="true", title=f"Student on {split}: {len(labels_N)} images")
-    return _png(figure)
+    return png(figure)
 
 
 def reliability_figure(logits: dict[str, np.ndarray], labels_N: np.ndarray, bins: int, split: str) -> bytes:
@@ -77,7 +77,7 @@ def reliability_figure(logits: dict[str, np.ndarray], labels_N: np.ndarray, bins
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=f"Reliability on {split}")
     axes.legend(fontsize=8, loc="upper left")
     axes.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def per_class_figure(
@@ -101,10 +101,10 @@ def per_class_figure(
     more = f", worst {len(order)} of {len(classes)} classes" if len(order) < len(classes) else ""
     axes.set(xlim=(0, 1), xlabel="recall", title=f"By class on {split} (images){more}")
     axes.legend(fontsize=8, loc="lower right")
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=130)
     return sink.getvalue()

@@ -24,6 +24,7 @@ from raydistill.infra.checkpoints import Checkpoint, CheckpointWriter, latest_ch
 from raydistill.infra.cluster import Worker
 from raydistill.losses.crd import ContrastiveMemory, Negatives
 from raydistill.losses.total import Outputs, distillation_loss
+from raydistill.models.from_transformers import TransformersClassifier
 from raydistill.models.student import Adapter, ProjectionHead, Student, build_student, split_logits
 from raydistill.models.teacher import load_head
 from raydistill.stages.batches import DistillJob, worker_batches
@@ -90,7 +91,9 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     optimizer = _optimizer(settings, trainee)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     step, sums, record = _resume(job, modules, optimizer, scaler)
-    network = DistributedDataParallel(trainee) if worker.size > 1 else trainee
+    # Models of transformers may hold a token for masked pictures, which never gets a gradient.
+    idle = isinstance(trainee.student.body, TransformersClassifier)
+    network = DistributedDataParallel(trainee, find_unused_parameters=idle) if worker.size > 1 else trainee
     autocast = torch.autocast(device.type, _DTYPES[settings.precision], enabled=settings.precision != "fp32")
     reporter = _Reporter(job, worker)
     trainee.train()

@@ -59,8 +59,7 @@ def run_stages(
                 ray.begin()
             for line in plan.describe():
                 progress.line(line)
-            _check_counts(config, work.listing)
-            _check_models(config, work.listing, work.undone)
+            check_run(config, work)
         tracker = Tracker(config, job=f"{work.prepared.name}/{config.name}")
         status = "FAILED"
         try:
@@ -72,6 +71,12 @@ def run_stages(
         finally:
             tracker.close(status)
     return outcome
+
+
+def check_run(config: RunConfig, work: Work) -> None:
+    """Refuse what cannot work before anything is written. Raises ConfigError, DataError."""
+    _check_counts(config, work.listing)
+    _check_models(config, work.listing, work.undone)
 
 
 def _check_counts(config: RunConfig, listing: Listing) -> None:
@@ -93,11 +98,9 @@ def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -
     """Build what will be needed: a name, a size or weights that do not fit are cheap to find now."""
     if "distill" in undone:
         student = build_student(config.student, len(listing.classes))
-        if config.distill.batch_size // config.distill.most_workers < 2 and has_batch_norm(student):
-            raise ConfigError(
-                f"distill.batch_size={config.distill.batch_size} leaves a worker one image a step, and "
-                f"{config.student.model} has batch norm, which needs two; raise distill.batch_size"
-            )
+        simclr = config.loss.needs_projection and config.loss.projection_head.startswith("simclr")
+        what = f"loss.projection_head={config.loss.projection_head}" if simclr else config.student.model
+        _check_batch_norm(config, what, simclr or has_batch_norm(student))
     if config.teacher and config.loss.needs_teacher and {"adapt", "teach"} & undone:
         _, head, names = load_teacher(config.teacher)
         if config.teacher.head == "native":
@@ -105,7 +108,24 @@ def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -
         elif config.teacher.head == "zero_shot":
             zero_shot_head(config.teacher, listing.classes)
         elif config.teacher.head == "fine_tune":
-            build_student(fine_tuning(config).student, len(listing.classes))
+            _check_fine_tuning(config, listing)
+
+
+def _check_fine_tuning(config: RunConfig, listing: Listing) -> None:
+    settings = fine_tuning(config).student
+    try:
+        student = build_student(settings, len(listing.classes))
+    except ConfigError as error:
+        raise ConfigError(f"teacher.head=fine_tune trains the teacher as if it were the student: {error}") from None
+    _check_batch_norm(config, settings.model, has_batch_norm(student))
+
+
+def _check_batch_norm(config: RunConfig, what: str, has_one: bool) -> None:
+    if has_one and config.distill.batch_size // config.distill.most_workers < 2:
+        raise ConfigError(
+            f"distill.batch_size={config.distill.batch_size} leaves a worker one image a step, and {what} has batch "
+            "norm, which needs two; raise distill.batch_size"
+        )
 
 
 class _Run:
@@ -124,11 +144,12 @@ class _Run:
             self._outcome.seconds[directory.stage] = 0.0
             return done
         started = time.monotonic()
-        with self._tracker.stage(directory) as record:
+        with self._tracker.child(directory.name) as record:
             work(record)
             done = directory.done()
             assert done is not None, "a stage ends by marking itself done"
             seconds = time.monotonic() - started
+            directory.write_json("seconds.json", {"seconds": seconds})
             record.log({"seconds": seconds} | {k: float(v) for k, v in done.items() if _is_number(v)})
         self._outcome.seconds[directory.stage] = seconds
         return done
@@ -188,12 +209,15 @@ class _Run:
         features = artifacts.features_directory(config, samples)
         adapt = artifacts.adapt_directory(config, samples)
 
-        def work(_: Any) -> None:
-            if features.done() is None:
-                write_plain_features(config, samples, features, self._ray.plan(), progress)
-            adapt_teacher(config, samples, features, adapt)
+        def infer(_: Any) -> None:
+            write_plain_features(config, samples, features, self._ray.plan(), progress)
 
-        adapted = self._outcome.adapted = AdaptedTeacher(**self._stage(adapt, work))
+        if adapt.done() is None:
+            self._stage(features, infer)
+        self._outcome.directories["features"] = features.path
+        adapted = self._outcome.adapted = AdaptedTeacher(
+            **self._stage(adapt, lambda _: adapt_teacher(config, samples, features, adapt))
+        )
         if adapted.val_accuracy is not None:
             progress.line(
                 f"teacher:  val accuracy {adapted.val_accuracy:.3f} (always the commonest class: "

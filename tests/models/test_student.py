@@ -1,5 +1,9 @@
-"""The student: its features and logits are the timm network's own, at any size, from any start; and its projection."""
+"""The student: its features and logits are the network's own, at any size, from any start, and again from the folder it
+is written to; and what only its training sees."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +14,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from raydistill.config import Student as StudentConfig
 from raydistill.data.decode import encode
 from raydistill.data.sample import SCHEMA, SampleSet, encode_shard, sample_id
-from raydistill.errors import ConfigError
-from raydistill.models.student import ProjectionHead, build_student, has_batch_norm, split_logits
+from raydistill.errors import CheckpointError, ConfigError
+from raydistill.models.student import (
+    Adapter,
+    ProjectionHead,
+    Student,
+    build_student,
+    has_batch_norm,
+    read_student,
+    split_logits,
+    write_student,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -202,6 +216,436 @@ def test_a_projection_under_autocast_is_normalised_in_fp32():
         projected = head(torch.randn(7, 24))
     assert projected.dtype == torch.float32
     torch.testing.assert_close(projected.norm(dim=1), torch.ones(7), rtol=1e-5, atol=0)
+
+
+LAYERS = {
+    "linear": ["6 to 3 and a bias"],
+    "two_layer": ["6 to 6 and a bias", "ReLU", "6 to 3 and a bias"],
+    "simclr": ["6 to 6", "scaled norm of 6", "ReLU", "6 to 3", "norm of 3"],
+    "simclrv2": ["6 to 6", "scaled norm of 6", "ReLU"] * 2 + ["6 to 3", "norm of 3"],
+}
+
+
+def layers(network: nn.Module) -> list[str]:
+    """What a stack of layers is made of, in words."""
+    words = []
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            bias = " and a bias" if module.bias is not None else ""
+            words.append(f"{module.in_features} to {module.out_features}{bias}")
+        elif isinstance(module, nn.BatchNorm1d):
+            words.append(f"{'scaled ' if module.affine else ''}norm of {module.num_features}")
+        elif isinstance(module, nn.ReLU):
+            words.append("ReLU")
+    return words
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_projection_heads_are_those_of_the_papers_code(kind, training):
+    torch.manual_seed(0)
+    head = ProjectionHead(kind, 6, 3).train(training)
+    assert layers(head) == LAYERS[kind]
+    features = torch.randn(9, 6, requires_grad=True)
+    projected = head(features)
+    assert projected.shape == (9, 3)
+    torch.testing.assert_close(projected.norm(dim=1), torch.ones(9), rtol=1e-5, atol=0)
+    projected[:, 0].sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters() if parameter.ndim == 2)
+    assert features.grad.abs().sum() > 0
+
+
+def normed(features: torch.Tensor) -> torch.Tensor:
+    return (features - features.mean(dim=0)) / (features.var(dim=0, correction=0) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("kind", ["simclr", "simclrv2"])
+def test_a_head_with_batch_norm_is_what_its_layers_say(kind):
+    head = ProjectionHead(kind, 6, 3).train()
+    expected = features = torch.randn(9, 6)
+    *hidden, last = [module.weight for module in head.modules() if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        for weight in hidden:
+            expected = normed(expected @ weight.T).clamp(min=0)
+        expected = normed(expected @ last.T)
+        expected = expected / expected.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(head(features), expected, rtol=1e-4, atol=1e-5)
+
+
+# The adapter
+
+
+@pytest.mark.parametrize(
+    ("kind", "widths", "expected"),
+    [
+        ("linear", (6, 20), ["6 to 20 and a bias"]),
+        ("two_layer", (6, 20), ["6 to 13 and a bias", "ReLU", "13 to 20 and a bias"]),
+        ("two_layer", (20, 7), ["20 to 13 and a bias", "ReLU", "13 to 7 and a bias"]),
+    ],
+)
+def test_an_adapter_leads_from_the_students_width_to_the_teachers(kind, widths, expected):
+    torch.manual_seed(0)
+    adapter = Adapter(kind, *widths)
+    adapted = adapter(torch.randn(50, widths[0]))
+    assert layers(adapter) == expected
+    assert adapted.shape == (50, widths[1])
+    assert adapted.min() < 0 < adapted.max()
+
+
+# A frozen body
+
+
+def start(model: str, hf_folder: Callable[..., str], **options: object) -> Student:
+    """A student of a timm name, or of the name of a kind of transformers model."""
+    name = f"timm:{model}" if model[0].islower() else hf_folder(model)
+    torch.manual_seed(0)
+    return build_student(StudentConfig(model=name, **{"size": 32, **options}), 4)
+
+
+def train(student: Student, num_steps: int = 3) -> None:
+    """Steps that move whatever can be moved: a high rate, weight decay, and other images each time."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1)
+    for step in range(num_steps):
+        batch = 3 + 5 * torch.randn(6, 3, student.preprocessing.size, student.preprocessing.size)
+        logits, features = student(batch)
+        loss = nn.functional.cross_entropy(logits, torch.arange(6) % 4) + 1e-3 * features.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert torch.isfinite(loss), step
+
+
+def state(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+FREEZABLE = ["test_resnet", "mobilenetv3_small_050", "test_vit", "test_efficientnet", "ViT", "ResNet"]
+
+
+@pytest.mark.parametrize("model", FREEZABLE)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_of_a_frozen_body_only_the_classifier_moves(hf_folder, model, frozen):
+    """Whatever wraps the student and puts it in train mode; without freezing, weights and batch norm do move."""
+    student = start(model, hf_folder)
+    if frozen:
+        student.freeze_body()
+    before = state(student.network)
+    nn.Sequential(student).eval().train()
+    train(student)
+    student.eval().train()
+    train(student)
+    prefix = next(name for name, module in student.network.named_modules() if module is student.classifier)
+    moved = changed(before, state(student.network))
+    of_classifier = {name for name in before if name.startswith(f"{prefix}.")}
+    assert len(of_classifier) == 2
+    assert moved == of_classifier if frozen else moved > of_classifier
+    assert {id(p) for p in student.body_parameters()}.isdisjoint(map(id, student.classifier.parameters()))
+    assert len(student.body_parameters()) == len(list(student.network.parameters())) - 2
+
+
+def test_a_frozen_body_has_no_dropout_and_its_features_are_those_of_evaluation(hf_folder):
+    student = start("mobilenetv3_small_050", hf_folder)
+    student.freeze_body()
+    batch = images(4, 32)
+    with torch.no_grad():
+        trained, evaluated = student.train()(batch)[1], student.eval()(batch)[1]
+    assert torch.equal(trained, evaluated)
+
+
+def test_a_copy_of_a_frozen_student_is_frozen_too(hf_folder):
+    student = start("test_resnet", hf_folder)
+    student.freeze_body()
+    copied = ModelEmaV3(student, decay=0.5).module
+    before = state(copied.network)
+    train(copied.train())
+    assert {name.partition(".")[0] for name in changed(before, state(copied.network))} == {"fc"}
+
+
+# Students from transformers
+
+
+HF_KINDS = ["ViT", "ResNet", "ConvNext", "Swin", "Dinov2"]
+
+
+@pytest.mark.parametrize("kind", HF_KINDS)
+@pytest.mark.parametrize("init", ["random", "pretrained"])
+def test_a_student_from_transformers_gives_the_networks_logits_and_what_enters_its_classifier(hf_folder, kind, init):
+    student = start(kind, hf_folder, init=init).eval()
+    with torch.no_grad():
+        logits, features = student(images(3, 32))
+        expected = student.network(pixel_values=images(3, 32)).logits
+        again = student.classifier(features)
+    assert torch.equal(logits, expected)
+    torch.testing.assert_close(again, logits, rtol=1e-5, atol=1e-6)
+    assert logits.shape == (3, 4)
+    assert features.shape == (3, student.num_features)
+    assert student.preprocessing.mean == (0.5, 0.4, 0.3)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "ResNet"])
+def test_an_average_of_a_transformers_student_is_a_network_of_its_own(hf_folder, kind):
+    student = start(kind, hf_folder)
+    batch, other = images(3, 32), -images(3, 32)
+    with torch.no_grad():
+        student.eval()(other)  # what the original saw last is not what its copy gives
+        average = ModelEmaV3(student, decay=0.5)
+        expected = student(batch)
+        train(student.train())
+        of_student = student.eval()(other)
+        logits, features = average.module(batch)
+        assert torch.equal(logits, expected[0])
+        assert torch.equal(features, expected[1])
+        assert not torch.equal(of_student[0], average.module(other)[0])
+        before = state(average.module)
+        average.update(student)
+        for name, value in state(average.module).items():
+            now = student.state_dict()[name]
+            if value.is_floating_point():
+                torch.testing.assert_close(value, (before[name] + now) / 2, rtol=1e-5, atol=1e-6)
+        logits, features = average.module(batch)
+        torch.testing.assert_close(average.module.classifier(features), logits, rtol=1e-5, atol=1e-6)
+
+
+def weights_of(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", HF_KINDS)
+@pytest.mark.parametrize("num_classes", [4, 5])
+def test_pretrained_takes_the_folders_weights_but_for_the_classifier(hf_folder, kind, num_classes):
+    """A new one even where the number of classes is the same."""
+    folder = hf_folder(kind)
+    student = build_student(StudentConfig(model=folder, init="pretrained", size=32), num_classes)
+    found, saved = student.network.state_dict(), weights_of(folder)
+    assert found.keys() == saved.keys()
+    differ = {k for k in found if found[k].shape != saved[k].shape or not torch.equal(found[k], saved[k])}
+    classifier = next(name for name, module in student.network.named_modules() if module is student.classifier)
+    assert differ - {f"{classifier}.bias"} == {f"{classifier}.weight"}
+    assert student.classifier.out_features == num_classes
+    assert 0 < student.classifier.weight.abs().max() < 0.1
+    assert student.classifier.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", HF_KINDS)
+def test_random_takes_none_of_the_folders_weights(hf_folder, kind):
+    folder = hf_folder(kind)
+    saved = weights_of(folder)
+    Path(folder, "model.safetensors").unlink()  # nor are there any in the folder of an architecture
+    students = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        students.append(build_student(StudentConfig(model=folder, size=SIDES.get(kind, 32)), 5))
+    first, again, other = (student.network.state_dict() for student in students)
+    drawn = {name for name, value in first.items() if value.is_floating_point() and value.std() > 1e-3}
+    assert len(drawn) > 5
+    assert not any(torch.equal(first[name], saved[name]) for name in drawn)
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    assert changed(first, again) == set()
+    assert students[0].training
+    assert all(module.training for module in students[0].modules())
+
+
+SIDES = {"Dinov2": 64}
+
+
+@pytest.mark.parametrize("init", ["random", "pretrained"])
+def test_a_student_trains_in_fp32_whatever_its_checkpoint_is_stored_in(hf_folder, init):
+    folder = hf_folder("ViT", dtype=torch.bfloat16)
+    student = build_student(StudentConfig(model=folder, init=init, size=32), 4)
+    assert {value.dtype for value in student.network.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_random_student_has_positions_for_the_size_that_is_asked_for(hf_folder, size):
+    student = start("ViT", hf_folder, size=size)
+    assert student.preprocessing.size == size
+    assert student(images(2, size))[0].shape == (2, 4)
+
+
+def test_a_folder_with_a_config_alone_is_an_architecture(hf_folder):
+    folder = hf_folder("ViT")
+    for name in ("model.safetensors", "preprocessor_config.json"):
+        Path(folder, name).unlink()
+    assert build_student(StudentConfig(model=folder, size=None), 4).preprocessing.size == 32
+    with pytest.raises(ConfigError, match=r"student\.model"):
+        build_student(StudentConfig(model=folder, size=None, init="pretrained"), 4)
+
+
+def of_another_model(state: dict[str, torch.Tensor], hf_folder: Callable[..., str]) -> dict[str, torch.Tensor]:
+    return weights_of(hf_folder("ResNet", "other"))
+
+
+def of_another_width(state: dict[str, torch.Tensor], hf_folder: Callable[..., str]) -> dict[str, torch.Tensor]:
+    return {k: value.repeat_interleave(2, -1) if value.ndim else value for k, value in state.items()}
+
+
+def without_a_layer(state: dict[str, torch.Tensor], hf_folder: Callable[..., str]) -> dict[str, torch.Tensor]:
+    return {k: value for k, value in state.items() if "cls_token" not in k}
+
+
+@pytest.mark.parametrize("damage", [of_another_model, of_another_width, without_a_layer])
+def test_a_folder_whose_weights_are_another_models_is_refused(hf_folder, damage):
+    folder = hf_folder("ViT")
+    save_file(damage(weights_of(folder), hf_folder), Path(folder) / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"student\.model=.*weights are missing or of another model.*embeddings"):
+        build_student(StudentConfig(model=folder, init="pretrained", size=32), 4)
+
+
+def test_a_size_without_positions_is_refused(hf_folder):
+    with pytest.raises(ConfigError, match=r"64 pixels.*student\.size"):
+        start("ViT", hf_folder, init="pretrained", size=64)
+
+
+def test_weights_beside_a_transformers_student_are_refused(hf_folder):
+    with pytest.raises(ConfigError, match=r"student\.weights"):
+        start("ViT", hf_folder, init="pretrained", weights="w.safetensors")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_that_comes_with_a_student_is_not_run(hf_folder, tmp_path, known):
+    """Neither that of an unknown kind of model nor that of a known kind that classifies no images."""
+    folder = hf_folder("ViT")
+    settings = json.loads(Path(folder, "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "evil.C", "AutoModelForImageClassification": "evil.M"}
+    settings["model_type"] = "bert" if known else "evil"
+    Path(folder, "config.json").write_text(json.dumps(settings))
+    Path(folder, "evil.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\n")
+    with pytest.raises(ConfigError, match=r"student\.model"):
+        build_student(StudentConfig(model=folder, size=32), 4)
+    assert not (tmp_path / "marker").exists()
+
+
+# The folder of a student
+
+
+CLASSES = ("a", "Ä b", "日本", "{x}")
+
+
+def written(student: Student, config: StudentConfig, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name, data in write_student(student, config, CLASSES, {"size": 48, "fit": "crop"}).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def assert_reads_back(student: Student, config: StudentConfig, folder: Path) -> None:
+    train(student.train())  # away from its start, and batch norm from its own
+    torch.manual_seed(99)  # reading is no draw of the same numbers
+    found, classes = read_student(str(written(student, config, folder)))
+    student.eval()
+    batch = images(3, student.preprocessing.size)
+    with torch.no_grad():
+        for ours, theirs in zip(found(batch), student(batch), strict=True):
+            assert torch.equal(ours, theirs)
+    assert classes == CLASSES
+    assert found.preprocessing == student.preprocessing
+    assert not any(module.training for module in found.modules())
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_timm_student_is_read_back_to_the_bit(tmp_path, name, size):
+    config = StudentConfig(model=f"timm:{name}", size=size)
+    assert_reads_back(built(name, size=size), config, tmp_path / "student")
+
+
+@pytest.mark.parametrize(
+    ("kind", "init", "size"),
+    [
+        *((kind, init, 32) for kind in HF_KINDS for init in ("random", "pretrained")),
+        ("ViT", "random", 64),
+        ("ViT", "random", None),
+        ("ConvNext", "pretrained", 64),
+        ("Swin", "pretrained", 64),
+        ("Dinov2", "pretrained", 64),
+        ("Dinov2", "pretrained", None),
+        ("Dinov2", "random", None),
+    ],
+)
+def test_a_transformers_student_is_read_back_to_the_bit(hf_folder, tmp_path, kind, init, size):
+    """Without the folder that it came from, and whatever size its positions were made for."""
+    folder = hf_folder(kind)
+    config = StudentConfig(model=folder, init=init, size=size)
+    student = build_student(config, 4)
+    shutil.rmtree(folder)
+    assert_reads_back(student, config, tmp_path / "student")
+
+
+def test_a_student_of_a_folder_that_timm_saved_is_read_back_to_the_bit(tmp_path):
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    save_file(timm.create_model("test_resnet", num_classes=4).state_dict(), folder / "model.safetensors")
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 48, 48], "interpolation": "bilinear"}
+    settings = {"architecture": "test_resnet", "num_classes": 4, "pretrained_cfg": own}
+    (folder / "config.json").write_text(json.dumps(settings))
+    config = StudentConfig(model=str(folder), init="pretrained", size=None)
+    student = build_student(config, 4)
+    assert (student.preprocessing.size, student.preprocessing.mean) == (48, (0.1, 0.2, 0.3))
+    assert_reads_back(student, config, tmp_path / "student")
+
+
+def test_a_students_folder_may_lie_where_fsspec_finds_it(hf_folder, tmp_path):
+    config = StudentConfig(model=hf_folder("ViT"), size=32)
+    folder = written(build_student(config, 4), config, tmp_path / "student")
+    found, classes = read_student(f"file://{folder}")
+    again, _ = read_student(str(folder))
+    assert classes == CLASSES
+    with torch.no_grad():
+        assert torch.equal(found(images(2, 32))[0], again(images(2, 32))[0])
+
+
+def drop(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-10])
+
+
+def forget(key: str) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        about = json.loads((folder / "student.json").read_text())
+        del about[key]
+        (folder / "student.json").write_text(json.dumps(about))
+
+    return edit
+
+
+def swap_weights(folder: Path) -> None:
+    save_file(timm.create_model("test_resnet", num_classes=4).state_dict(), folder / "student.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        drop("student.json"), drop("student.safetensors"), drop("config.json"), cut("student.json"),
+        cut("student.safetensors"), cut("config.json"), forget("library"), forget("classes"), forget("preprocessing"),
+        swap_weights, lambda folder: (folder / "student.json").write_text("[1]"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_of_a_student_is_refused_by_name(hf_folder, tmp_path, damage):
+    config = StudentConfig(model=hf_folder("ViT"), size=32)
+    folder = written(build_student(config, 4), config, tmp_path / "student")
+    read_student(str(folder))
+    damage(folder)
+    with pytest.raises((CheckpointError, ConfigError), match=str(folder)):
+        read_student(str(folder))
+
+
+def test_a_students_folder_is_no_name_of_a_student(hf_folder, tmp_path):
+    """The way to go on from one is said."""
+    config = StudentConfig(model="timm:test_resnet", size=32)
+    folder = written(built("test_resnet", size=32), config, tmp_path / "student")
+    with pytest.raises(ConfigError, match=r"student\.weights"):
+        build_student(StudentConfig(model=str(folder), size=32), 4)
+    student = built("test_resnet", init="pretrained", weights=f"{folder}/student.safetensors", size=32)
+    saved = load_file(folder / "student.safetensors")
+    assert {k.partition(".")[0] for k in changed(saved, state(student.network))} == {"fc"}
 
 
 # Logits of a split

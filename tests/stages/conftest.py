@@ -165,6 +165,9 @@ def ray_session() -> Iterator[None]:
 
     from raydistill.infra.cluster import configure_ray_data
 
+    if ray.is_initialized():  # by the same fixture in another folder
+        yield
+        return
     ray.init(
         address="local", num_cpus=2, object_store_memory=300 * 1024**2, include_dashboard=False, log_to_driver=False
     )

@@ -1,0 +1,199 @@
+"""compare: the ways to train one student, side by side, on the same data and for as many steps.
+
+Every arm is an ordinary run of the job with an overlay, so arms share every stage that they can, an interrupted
+comparison goes on, and a single arm can be repeated by hand with `jobs/overlays/<arm>.yaml`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from raydistill.config import Loss, RunConfig
+from raydistill.data.images import list_images
+from raydistill.errors import ConfigError
+from raydistill.infra import artifacts
+from raydistill.infra.artifacts import StageDirectory, find_work, stage_directory
+from raydistill.infra.cluster import ray_cluster
+from raydistill.infra.progress import Progress
+from raydistill.infra.tracking import Tracker
+from raydistill.search.figures import draw_comparison, draw_curve
+from raydistill.search.verdict import Arm, Comparison, arm_of, summarise
+from raydistill.stages.run import check_run, run_stages
+
+_WEIGHTS = {key: 0 for key in Loss.model_fields if key.endswith("_weight")}
+_CE_ALONE = {
+    "teacher": None,
+    "views": {"per_image": "fresh"},
+    "loss": {**_WEIGHTS, "task_weight": 1},
+    "distill": {"labelled_share": 1, "body_rate": 1},
+}
+_ALIGN_UNIFORM = {**_WEIGHTS, "task_weight": 1, "kd_weight": 1, "alignment_weight": 1, "uniformity_weight": 1}
+# What each arm lays over the job. The files of jobs/overlays hold the same; a test compares them.
+OVERLAYS: dict[str, dict[str, Any]] = {
+    "scratch": {**_CE_ALONE, "student": {"init": "random"}},
+    "linear_probe": {
+        **_CE_ALONE,
+        "student": {"init": "pretrained"},
+        "distill": {"labelled_share": 1, "body_rate": 0},
+    },
+    "fine_tune": {
+        **_CE_ALONE,
+        "student": {"init": "pretrained"},
+        "distill": {"labelled_share": 1, "body_rate": 0.1},
+    },
+    "kd": {"student": {"init": "random"}, "loss": {**_WEIGHTS, "task_weight": 1, "kd_weight": 1}},
+    "align_uniform": {"student": {"init": "random"}, "loss": _ALIGN_UNIFORM},
+    "crd": {"student": {"init": "random"}, "loss": {**_WEIGHTS, "task_weight": 1, "kd_weight": 1, "crd_weight": 1}},
+    "distill_pretrained": {"student": {"init": "pretrained"}, "loss": _ALIGN_UNIFORM},
+    "job": {},
+}
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One run of the comparison."""
+
+    arm: str
+    seed: int
+    config: RunConfig
+    label_share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        share = "" if self.label_share == 1 else f" with {self.label_share:.1%} of the labels"
+        return f"{self.arm}, seed {self.seed}{share}"
+
+
+def compare_arms(config: RunConfig, progress: Progress, learning_curve: bool = False) -> tuple[Comparison, str]:
+    """Run every arm over every seed, those that are done skipped, and say which to ship; and where that is written.
+
+    Raises ConfigError before anything starts where an arm cannot be trained: no pre-trained weights for its student, no
+    teacher for its loss.
+    """
+    trials = [_trial(config, arm, seed) for seed in _seeds(config) for arm in config.compare.arms]
+    _check(trials)
+    artifacts.check_writable(config)
+    directory = _directory(config, trials, learning_curve)
+    tracker = Tracker(config, job=f"{directory.name}/{config.name}")
+    status = "FAILED"
+    try:
+        needs_ray = learning_curve or any(find_work(t.config, "evaluate").needs_ray for t in trials)
+        with ray_cluster(config) if needs_ray else contextlib.nullcontext():
+            arms = [_run(trial, progress, tracker) for trial in _told(trials, progress)]
+            curve = []
+            if learning_curve:
+                shares = _curve_trials(config, trials, progress)
+                curve = [_run(trial, progress, tracker) for trial in _told(shares, progress)]
+        comparison = summarise(arms, curve, config.compare.seeds)
+        _write(comparison, directory, config)
+        tracker.log_job(
+            {f"{row.arm}_test_accuracy": row.test_mean for row in comparison.rows},
+            [] if "://" in directory.path else [directory.path],
+        )
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close(status)
+    return comparison, directory.path
+
+
+def _seeds(config: RunConfig) -> range:
+    return range(config.seed, config.seed + config.compare.seeds)
+
+
+def _trial(config: RunConfig, arm: str, seed: int, num_labelled: int | None = None, share: float = 1.0) -> _Trial:
+    tree = config.model_dump(mode="json")
+    overlay: dict[str, Any] = {**OVERLAYS[arm], "seed": seed, "tracking": {"enabled": False}}
+    if overlay.get("student", {}).get("init") == "pretrained":
+        overlay["student"] = {**overlay["student"], "weights": config.compare.student_weights or config.student.weights}
+    elif arm != "job":
+        overlay["student"] = {**overlay.get("student", {}), "weights": None}
+    if num_labelled is not None:
+        overlay["images"] = {"num_labelled": num_labelled}
+    merged = OmegaConf.to_container(OmegaConf.merge(tree, overlay))
+    try:
+        return _Trial(arm, seed, RunConfig.model_validate(merged), share)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"compare.arms: {arm} cannot be trained with this job: {reason}") from None
+
+
+def _check(trials: list[_Trial]) -> None:
+    seen = set()
+    for trial in trials:
+        if trial.arm in seen:
+            continue
+        seen.add(trial.arm)
+        work = find_work(trial.config, "evaluate")
+        try:
+            check_run(trial.config, work)
+        except ConfigError as error:
+            if trial.config.student.init != "pretrained":
+                raise
+            others = [
+                arm for arm in trial.config.compare.arms if OVERLAYS[arm].get("student") != {"init": "pretrained"}
+            ]
+            raise ConfigError(
+                f"compare: {trial.arm} starts from a pre-trained student: {error}. Set compare.student_weights to its "
+                f"weights, or leave such arms out: compare.arms=[{','.join(others)}]"
+            ) from None
+
+
+def _told(trials: list[_Trial], progress: Progress) -> Iterator[_Trial]:
+    for number, trial in enumerate(trials, start=1):
+        progress.line(f"compare:  {number} of {len(trials)}: {trial.name}")
+        yield trial
+
+
+def _run(trial: _Trial, progress: Progress, tracker: Tracker) -> Arm:
+    with tracker.child(trial.name) as record:
+        outcome = run_stages(trial.config, progress)
+        arm = arm_of(trial.arm, trial.seed, trial.label_share, outcome)
+        record.log({key: float(v) for key, v in asdict(arm).items() if isinstance(v, int | float)})
+        for epoch in arm.epochs:
+            record.log(epoch, int(epoch["step"]))
+    return arm
+
+
+def _curve_trials(config: RunConfig, trials: list[_Trial], progress: Progress) -> list[_Trial]:
+    """Scratch and the distilled arm at each share of the labels; the labels that are taken away leave an unlabelled
+    image, which only a teacher can use."""
+    distilled = next((a for a in config.compare.arms if a in ("align_uniform", "job", "crd", "kd")), "align_uniform")
+    found = []
+    for seed in _seeds(config):
+        samples = run_stages(_trial(config, "scratch", seed).config, progress, until="prepare").samples
+        assert samples is not None
+        for share in config.compare.label_shares:
+            count = max(len(samples.classes), round(share * samples.num_labelled["train"]))
+            limit = None if share == 1 else count
+            found += [_trial(config, arm, seed, limit, share) for arm in ("scratch", distilled)]
+    return found
+
+
+def _directory(config: RunConfig, trials: list[_Trial], learning_curve: bool) -> StageDirectory:
+    left_out = {"workspace", "cluster", "tracking", "name", "compare"}
+    identity = {
+        "trials": [[t.arm, t.seed, t.config.model_dump(mode="json", exclude=left_out)] for t in trials],
+        "files": list_images(config.images).fingerprint,
+        "learning_curve": list(config.compare.label_shares) if learning_curve else None,
+    }
+    directory = stage_directory(config, "compare", identity)
+    directory.begin()
+    return directory
+
+
+def _write(comparison: Comparison, directory: StageDirectory, config: RunConfig) -> None:
+    directory.write_json("compare.json", asdict(comparison))
+    directory.write("compare.md", comparison.markdown(config.name).encode())
+    directory.write("accuracy_over_seconds.png", draw_comparison(comparison))
+    if comparison.curve:
+        directory.write("learning_curve.png", draw_curve(comparison))
+    directory.finish({"path": directory.path, "verdict": comparison.verdict})

@@ -1,0 +1,44 @@
+"""The pictures of `compare`, as PNG bytes."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from raydistill.search.verdict import BASELINES, Comparison
+from raydistill.stages.figures import png
+
+
+def draw_comparison(comparison: Comparison) -> bytes:
+    """Test accuracy of each arm over its seconds, with intervals."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for row in comparison.rows:
+        error = None if row.test_low is None else [[row.test_mean - row.test_low], [row.test_high - row.test_mean]]  # type: ignore[operator]
+        marker = "s" if row.arm in BASELINES else "o"
+        axes.errorbar([row.seconds], [row.test_mean], yerr=error, marker=marker, capsize=4, label=row.arm)
+    axes.set(
+        xlabel="seconds: adapt + teach + train", ylabel="test accuracy (mean over seeds)",
+        title=f"{comparison.num_seeds} seed(s); squares: baselines; bars: 95 % intervals of the mean",
+    )  # fmt: skip
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return png(figure)
+
+
+def draw_curve(comparison: Comparison) -> bytes:
+    """Test accuracy over the number of labels."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name in sorted({point["arm"] for point in comparison.curve}):
+        points = sorted((p for p in comparison.curve if p["arm"] == name), key=lambda p: p["num_labelled"])
+        counts, means = [p["num_labelled"] for p in points], [p["test_mean"] for p in points]
+        axes.plot(counts, means, marker="o", label=name)
+        if points[0]["test_low"] is not None:
+            axes.fill_between(counts, [p["test_low"] for p in points], [p["test_high"] for p in points], alpha=0.2)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set(xlabel="labelled train images", ylabel="test accuracy (mean over seeds)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return png(figure)

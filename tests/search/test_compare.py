@@ -1,0 +1,100 @@
+"""compare, whole, on small real runs; and what it refuses before it starts."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from raydistill.config import load_config
+from raydistill.data.sample import decode_shard, encode_shard
+from raydistill.errors import ConfigError
+from raydistill.search.compare import OVERLAYS, compare_arms
+from raydistill.stages.run import run_stages
+
+ARMS = "compare.arms=[scratch,kd,crd,align_uniform]"
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_session")
+def test_all_arms_over_all_seeds_and_the_same_again(words, progress, tmp_path) -> None:
+    config = load_config([*words, ARMS, "compare.seeds=2", "distill.val_every=1", "loss.crd_memory=64"])
+    comparison, path = compare_arms(config, progress)
+    workspace = tmp_path / "workspace"
+    assert {row.arm for row in comparison.rows} == {"scratch", "kd", "crd", "align_uniform"}
+    assert all(row.seeds == [0, 1] for row in comparison.rows)
+    assert len({row.steps for row in comparison.rows}) == 1  # the same budget
+    assert len(list(workspace.glob("teach-*/DONE"))) == 2  # one a seed, whatever the arm
+    assert len(list(workspace.glob("distill-*/DONE"))) == 8
+    by_arm = {row.arm: row for row in comparison.rows}
+    assert by_arm["scratch"].teach_seconds == by_arm["scratch"].adapt_seconds == 0
+    assert all(by_arm[name].teach_seconds > 0 and by_arm[name].adapt_seconds > 0 for name in ("kd", "crd"))
+    for name in ("accuracy_over_seconds.png", "compare.md", "compare.json"):
+        assert (Path(path) / name).stat().st_size > 0
+    with sqlite3.connect(workspace / "mlflow.db") as database:
+        statuses = [row[0] for row in database.execute("select status from runs")]
+        children = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
+    assert (set(statuses), len(statuses), children) == ({"FINISHED"}, 9, 8)
+
+    before = {p: p.stat().st_mtime_ns for p in workspace.glob("distill-*/*")}
+    again, _ = compare_arms(config, progress)
+    assert again == comparison
+    assert {p: p.stat().st_mtime_ns for p in workspace.glob("distill-*/*")} == before
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_session")
+def test_the_learning_curve_has_fewer_labels_and_the_same_images(words, progress, tmp_path) -> None:
+    config = load_config([*words, "compare.arms=[scratch,kd]", "compare.seeds=1", "compare.label_shares=[0.5,1]"])
+    comparison, path = compare_arms(config, progress, learning_curve=True)
+    counts = {(p["arm"], p["label_share"]): p["num_labelled"] for p in comparison.curve}
+    assert set(counts) == {("scratch", 0.5), ("scratch", 1.0), ("kd", 0.5), ("kd", 1.0)}
+    assert counts["kd", 0.5] == pytest.approx(counts["kd", 1.0] / 2, abs=1)
+    assert comparison.curve_verdict
+    assert (Path(path) / "learning_curve.png").stat().st_size > 0
+    assert len(list((tmp_path / "workspace").glob("teach-*/DONE"))) == 1  # fewer labels cost no teacher pass
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_session")
+def test_nothing_that_is_chosen_reads_the_test_split(words, progress) -> None:
+    """With every test label changed, the head and the student are the same, bit for bit."""
+    heads, students = [], []
+    for place, spoil in (("one", False), ("two", True)):
+        config = load_config([*words, f"workspace={Path(words[0]).parent}/{place}"])
+        samples = run_stages(config, progress, until="prepare").samples
+        for shard in Path(samples.path).glob("test-*.parquet"):
+            table = decode_shard(shard.read_bytes())
+            if spoil:
+                wrong = pa.array((table["label"].to_numpy() + 1) % len(samples.classes), pa.int32())
+                shard.write_bytes(encode_shard(table.set_column(table.column_names.index("label"), "label", wrong)))
+        outcome = run_stages(config, progress)
+        heads.append((Path(outcome.adapted.path) / "head.safetensors").read_bytes())
+        students.append((Path(outcome.student.path) / "student.safetensors").read_bytes())
+    assert heads[0] == heads[1]
+    assert students[0] == students[1]
+
+
+@pytest.mark.parametrize("arm", ["linear_probe", "fine_tune", "distill_pretrained"])
+def test_without_pre_trained_weights_nothing_is_begun(words, progress, tmp_path, arm) -> None:
+    config = load_config([*words, f"compare.arms=[scratch,{arm}]", "compare.student_weights=/nowhere.safetensors"])
+    with pytest.raises(ConfigError, match=r"student_weights|nowhere"):
+        compare_arms(config, progress)
+    assert not (tmp_path / "workspace").exists()
+
+
+def test_an_arm_that_needs_a_teacher_is_refused_without_one(words, progress) -> None:
+    weights = [f"loss.{name}_weight=0" for name in ("kd", "alignment", "uniformity")]
+    with pytest.raises(ConfigError, match="kd"):
+        compare_arms(load_config([*words, *weights, "teacher=null", "compare.arms=[scratch,kd]"]), progress)
+
+
+def test_no_arm_keeps_a_term_of_the_job(words) -> None:
+    from raydistill.search.compare import _trial
+
+    config = load_config([*words, "loss.dkd_weight=3", "loss.srrl_weight=2", "student.init=random"])
+    for arm in OVERLAYS:
+        terms = _trial(config, arm, 0).config.loss.terms
+        assert ("dkd" in terms) == (arm == "job")

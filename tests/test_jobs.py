@@ -1,0 +1,128 @@
+"""Every file under jobs/ loads and says how it is run; the recipes of the paper's data sets run on stand-in images."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from raydistill.cli import app
+from raydistill.config import Loss, load_config
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "jobs").rglob("*.yaml"))
+OVERLAY_FILES = [path for path in FILES if path.parent.name == "overlays"]
+JOBS = [path for path in FILES if path not in OVERLAY_FILES]
+RECIPES = ("cifar10", "cifar100", "mit_indoor", "cub2011", "caltech101", "dtd")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [path.stem for path in paths]
+
+
+def test_files_are_found() -> None:
+    assert {"demo", *RECIPES} <= set(names(JOBS))
+    assert {"smoke", "teacher_vit_b16", "student_resnet18"} <= set(names(OVERLAY_FILES))
+
+
+@pytest.mark.parametrize("path", JOBS, ids=names(JOBS))
+def test_a_job_loads_and_bears_the_name_of_its_file(path: Path) -> None:
+    has_images = OmegaConf.select(OmegaConf.load(path), "images.path") is not None
+    assert load_config([str(path), *([] if has_images else ["images.path=x"])]).name == path.stem
+
+
+@pytest.mark.parametrize("path", OVERLAY_FILES, ids=names(OVERLAY_FILES))
+def test_an_overlay_changes_the_demo(path: Path) -> None:
+    """Loading the config needs no weights, so those of pre-trained students load as well."""
+    demo, overlay = OmegaConf.load("jobs/demo.yaml"), OmegaConf.load(path)
+    merged = load_config(["jobs/demo.yaml", str(path)]).model_dump(mode="json")
+    assert OmegaConf.merge(merged, overlay) == OmegaConf.create(merged)
+    assert OmegaConf.merge(demo, overlay) != demo
+
+
+@pytest.mark.parametrize("path", FILES, ids=names(FILES))
+def test_the_first_line_is_a_command_that_names_the_file(path: Path) -> None:
+    mark, program, command, *words = shlex.split(path.read_text().splitlines()[0])
+    assert (mark, program) == ("#", "raydistill")
+    assert command in {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    assert path.as_posix() in words
+    load_config(words)
+
+
+def test_overlays_of_compare_are_those_of_the_files() -> None:
+    from raydistill.search.compare import OVERLAYS  # brings torch along
+
+    arms = {arm: overlay for arm, overlay in OVERLAYS.items() if arm != "job"}
+    assert OVERLAYS["job"] == {}
+    assert len(arms) >= 7
+    for arm, overlay in arms.items():
+        assert OmegaConf.to_container(OmegaConf.load(f"jobs/overlays/{arm}.yaml")) == overlay, arm
+
+
+def test_recipes_have_the_papers_settings_whatever_the_data() -> None:
+    configs = [load_config([f"jobs/{name}.yaml", "images.path=x"]) for name in RECIPES]
+    assert len({c.model_dump_json(include={"teacher", "student", "loss", "distill"}) for c in configs}) == 1
+    config = configs[0]
+    assert config.teacher is not None
+    assert config.teacher.size == config.student.size == 224
+    assert config.student.init == "random"
+    assert config.loss == Loss()  # whose defaults are the paper's
+    settings = config.distill
+    assert (settings.optimizer, settings.learning_rate, settings.weight_decay) == ("adamw", 1e-3, 1e-2)
+    assert (settings.schedule, settings.batch_size, settings.epochs) == ("constant", 64, 250)
+    assert all(c.views.per_image == "fresh" and c.images.val_share == 0.1 for c in configs)
+
+
+@pytest.fixture(scope="session")
+def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes a state dict of a timm model, made once however often it is asked for."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("weights")
+
+    @functools.cache
+    def write(model: str) -> Path:
+        torch.manual_seed(0)
+        path = folder / f"{model}.safetensors"
+        save_file({k: v.contiguous() for k, v in timm.create_model(model).state_dict().items()}, path)
+        return path
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_runs_under_smoke(recipe: str, random_weights, class_folders, tmp_path: Path) -> None:
+    """Random weights see nothing and noise shows nothing: that it runs is all that is asked here."""
+    job = f"jobs/{recipe}.yaml"
+    images = class_folders({"first": 12, "second": 12, "third": 12})
+    teacher = load_config([job, "images.path=x"]).teacher
+    assert teacher is not None
+    weights = random_weights(teacher.model.removeprefix("timm:"))
+    words = [
+        job, "jobs/overlays/smoke.yaml", f"images.path={images}", f"teacher.weights={weights}",
+        f"workspace={tmp_path}/workspace", "tracking.enabled=false", "views.per_image=1", "distill.num_workers=0",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "from raydistill.cli import main; main()", "run", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    (report,) = (tmp_path / "workspace").glob("evaluate-*/report.json")
+    measured = json.loads(report.read_text())
+    assert measured["student"]["test"]["images"] == measured["teacher"]["test"]["images"] > 0
