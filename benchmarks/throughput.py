@@ -177,6 +177,8 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
+    # As the command does. Ray's processes, which load torch later, read it; the bare loop in here does not.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console, figures, rates = Console(), {}, []
     quiet = Progress(Console(quiet=True))
 

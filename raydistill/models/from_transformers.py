@@ -100,7 +100,7 @@ def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
     """What `load` gives. Raises ConfigError with the library's own reason."""
     try:
         return load(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{what}: cannot be loaded ({' '.join(str(error).split())})") from None
 
 

@@ -214,15 +214,17 @@ def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], cla
     if len(set(picked)) < len(picked):
         problems.append("two classes that stand for one output")
     if problems:
+        spare = [synonyms[0] for index, synonyms in enumerate(names) if index not in picked]
+        others = f" (others: {', '.join(map(repr, spare))})" if 0 < len(spare) <= 10 else ""
         raise ConfigError(
             f"teacher.head=native: of {len(classes)} classes, these have no single output among the teacher's "
-            f"{len(names)}: {'; '.join(problems)}. Rename the classes, or use teacher.head=linear_probe"
+            f"{len(names)}{others}: {'; '.join(problems)}. Rename the classes, or use teacher.head=linear_probe"
         )
     return LinearHead(head.weight_CD[picked], head.bias_C[picked])
 
 
 def _plain(name: str) -> str:
-    return " ".join(re.split(r"[\s_\-]+", name.casefold().strip()))
+    return _words(name).casefold()
 
 
 def _load_timm(config: TeacherConfig, name: str) -> tuple[TeacherBackbone, LinearHead | None, list[tuple[str, ...]]]:
@@ -334,7 +336,7 @@ def prompts_of(templates: Sequence[str], classes: Sequence[str]) -> list[list[st
 
     Raises ConfigError where two classes have the same sentences.
     """
-    words = [" ".join(re.split(r"[\s_\-]+", name.strip())) for name in classes]
+    words = [_words(name) for name in classes]
     by_words: dict[str, list[str]] = {}
     for name, plain in zip(classes, words, strict=True):
         by_words.setdefault(plain.casefold(), []).append(name)
@@ -344,6 +346,10 @@ def prompts_of(templates: Sequence[str], classes: Sequence[str]) -> list[list[st
             "them apart; rename one, or use teacher.head=linear_probe"
         )
     return [[template.replace("{class}", plain) for template in templates] for plain in words]
+
+
+def _words(name: str) -> str:
+    return " ".join(re.split(r"[\s_\-]+", name.strip()))
 
 
 @torch.inference_mode()
@@ -358,6 +364,7 @@ def zero_shot_head(config: TeacherConfig, classes: Sequence[str]) -> LinearHead:
     options = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     network = _two_towers(what, folder, options).eval()
     tokenizer = load_or_refuse(what, transformers.AutoTokenizer.from_pretrained, folder)
+    _refuse_unknown_words(tokenizer, classes, what)
     # Not every tokenizer says how long a text may be.
     length = min(tokenizer.model_max_length, network.config.get_text_config().max_position_embeddings)
     rows = []
@@ -370,3 +377,14 @@ def zero_shot_head(config: TeacherConfig, classes: Sequence[str]) -> LinearHead:
     scale = network.logit_scale.exp() if hasattr(network, "logit_scale") else torch.tensor(100.0)
     weight_CD = (torch.stack(rows) * scale).numpy()
     return LinearHead(weight_CD, np.zeros(len(weight_CD), np.float32))
+
+
+def _refuse_unknown_words(tokenizer: Any, classes: Sequence[str], what: str) -> None:
+    """A tokenizer without its vocabulary loads all the same, and then takes every word for the same unknown one."""
+    for name in classes:
+        tokens = tokenizer(_words(name), add_special_tokens=False)["input_ids"]
+        if all(token == tokenizer.unk_token_id for token in tokens):
+            raise ConfigError(
+                f"teacher.head=zero_shot: the tokenizer of {what.partition('=')[2]} knows no part of {name!r}; rename "
+                "the class, use teacher.head=linear_probe, or see whether the tokenizer's vocabulary is missing"
+            )

@@ -135,7 +135,10 @@ def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
     from huggingface_hub import snapshot_download  # brings half of requests along: only where a hub is asked
 
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+        # The last two are the vocabularies of text towers.
+        return snapshot_download(
+            name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+        )
     except Exception as error:  # network, name and permission errors come from three libraries
         raise ConfigError(
             f"{section}.model=hf:{name}: could not be fetched ({_first_line(error)}); "

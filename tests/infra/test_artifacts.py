@@ -289,6 +289,104 @@ def test_the_native_head_of_a_transformers_model_may_read_other_features(folder,
     assert changed(names(word), names(word, "teacher.head=native")) == TEACHER
 
 
+@pytest.mark.parametrize("file", ["vocab.txt", "merges.txt", "spiece.model"])
+def test_a_text_towers_vocabulary_decides_its_head(folder, file):
+    words = [f"teacher.model={folder}", "teacher.head=zero_shot"]
+    (folder / file).write_text("cat")
+    before = names(*words)
+    (folder / file).write_text("dog")
+    assert changed(before, names(*words)) >= HEAD
+
+
+@pytest.fixture
+def student_folder(tmp_path) -> Path:
+    """What `distill` leaves of a student from transformers."""
+    made = tmp_path / "distill-0123"
+    (made / "epochs").mkdir(parents=True)
+    for name in ("student.json", "config.json", "identity.json", "seconds.json", "progress.json", "DONE"):
+        (made / name).write_text('{"made": 1}')
+    (made / "student.safetensors").write_bytes(b"weights")
+    return made
+
+
+@pytest.mark.parametrize("file", ["student.json", "config.json", "student.safetensors"])
+def test_a_student_as_a_teacher_is_known_by_what_it_is(student_folder, file):
+    word = f"teacher.model={student_folder}"
+    before = names(word)
+    (student_folder / file).write_bytes((student_folder / file).read_bytes()[::-1])
+    assert changed(before, names(word)) == TEACHER
+
+
+def test_a_student_as_a_teacher_is_not_known_by_its_making(student_folder):
+    before = names(f"teacher.model={student_folder}")
+    for name in ("identity.json", "seconds.json", "progress.json", "DONE"):
+        (student_folder / name).write_text('{"made": 2}')
+    (student_folder / "new.json").write_text("{}")
+    moved = student_folder.rename(student_folder.with_name("moved"))
+    assert names(f"teacher.model={moved}") == before
+
+
+# Fine-tuned teachers
+
+FINE_TUNE, TASK_ALONE = "teacher.head=fine_tune", "loss={kd_weight: 0, alignment_weight: 0, uniformity_weight: 0}"
+
+
+def fine_tuned(*words: str) -> str:
+    return artifacts.fine_tune_directory(config_of(FINE_TUNE, *words), SAMPLES).name
+
+
+@pytest.mark.parametrize(
+    ("words", "is_new"),
+    [
+        (["teacher.fine_tune_epochs=3"], True),
+        (["teacher.fine_tune_learning_rate=0.1"], True),
+        (["teacher.model=timm:resnet18"], True),
+        (["teacher.size=64"], True),
+        (["distill.batch_size=32"], True),
+        (["views.flip=0.1"], True),
+        (["seed=1"], True),
+        (["loss.kd_weight=3"], False),
+        (["student.model=timm:resnet18"], False),
+        (["student.init=pretrained", "distill.body_rate=0"], False),
+        (["distill.epochs=3"], False),
+        (["distill.learning_rate=0.1"], False),
+        (["distill.ema_decay=0.9"], False),
+        (["views.per_image=3"], False),
+        (["teacher.batch_size=3"], False),
+        (["teacher.allow_near_chance=true"], False),
+    ],
+)
+def test_a_teacher_is_fine_tuned_anew_where_its_training_would_differ(words, is_new):
+    assert (fine_tuned(*words) != fine_tuned()) is is_new
+
+
+def test_a_teacher_counts_as_fine_tuned_when_its_folder_is_done(student_folder, tmp_path):
+    config = config_of(FINE_TUNE, f"workspace={tmp_path / 'w'}", "teacher.revision=abc", "teacher.size=64")
+    directory = artifacts.fine_tune_directory(config, SAMPLES)
+    assert directory.stage == "fine_tune"
+    assert artifacts.tuned(config, SAMPLES) is None
+    directory.begin()
+    assert artifacts.tuned(config, SAMPLES) is None
+    for name in ("student.json", "student.safetensors"):
+        directory.write(name, (student_folder / name).read_bytes())
+    directory.finish({})
+    later = artifacts.tuned(config, SAMPLES)
+    assert (later.teacher.model, later.teacher.head) == (directory.path, "native")
+    assert (later.teacher.weights, later.teacher.revision, later.teacher.size) == (None, None, 64)
+    assert artifacts.tuned(later, SAMPLES) == later
+    stages = [make(later, SAMPLES).name for make in (artifacts.adapt_directory, artifacts.teach_directory)]
+    moved = config_of(FINE_TUNE, f"workspace={tmp_path / 'v'}", "teacher.revision=abc", "teacher.size=64")
+    (tmp_path / "w").rename(tmp_path / "v")
+    again = artifacts.tuned(moved, SAMPLES)
+    assert [make(again, SAMPLES).name for make in (artifacts.adapt_directory, artifacts.teach_directory)] == stages
+
+
+@pytest.mark.parametrize("words", [[], ["teacher=null", TASK_ALONE], [FINE_TUNE, TASK_ALONE]])
+def test_what_needs_no_fine_tuning_stays_as_it_is(words):
+    config = config_of(*words)
+    assert artifacts.tuned(config, SAMPLES) == config
+
+
 # Writing
 
 

@@ -1,7 +1,9 @@
-"""The teacher: frozen for life (case C06), fed as its own configuration says (case C08), and its native head matched by
-name. Networks are small and random, but saved and loaded as real ones are."""
+"""The teacher: frozen for life (case C06), fed as its own configuration says (case C08), and its head: native,
+matched by name, or read from text. Networks are small and random, but saved and loaded as real ones are."""
 
 import copy
+import dataclasses
+import fnmatch
 import hashlib
 import json
 import shutil
@@ -16,12 +18,22 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
+from torch.nn.functional import normalize
 
-from raydistill.config import Teacher
+from raydistill.config import Student, Teacher
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
-from raydistill.errors import ConfigError
-from raydistill.models.teacher import LinearHead, TeacherBackbone, load_teacher, match_native_head
+from raydistill.errors import CheckpointError, ConfigError
+from raydistill.models import student as students
+from raydistill.models.teacher import (
+    LinearHead,
+    TeacherBackbone,
+    load_teacher,
+    match_native_head,
+    prompts_of,
+    zero_shot_head,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -568,3 +580,311 @@ def test_a_head_multiplies_and_adds():
     expected = [[11, 23, 35], [14.5, 29.5, 44.5]]
     np.testing.assert_allclose(head.logits(features), expected, rtol=1e-6)
     assert head.logits(features).dtype == np.float32
+
+
+def test_a_name_to_the_letter_goes_before_one_that_is_like_it():
+    names = [("Cat",), ("cat",), ("hot_dog",), ("hot-dog", "Frankfurter"), ("frankfurter",)]
+    classes = ["hot-dog", "cat", "frankfurter", "hot_dog", "Cat"]
+    assert matched(names, classes) == [3, 1, 4, 2, 0]
+    assert "'CAT'" in refusal(match_native_head, head_of(names), names, ["CAT", "hot_dog"])
+
+
+# A student of an earlier run
+
+
+def student_folder(folder: Path, model: str, size: int | None, classes: tuple[str, ...]) -> students.Student:
+    """What `distill` leaves; the student that it is."""
+    config = Student(model=model, size=size)
+    torch.manual_seed(0)
+    student = students.build_student(config, len(classes))
+    for parameter in student.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    folder.mkdir(parents=True)
+    for name, data in students.write_student(student, config, classes, {"size": 48, "fit": "pad"}).items():
+        (folder / name).write_bytes(data)
+    return student.eval()
+
+
+COLOURS = ("red", "Light Green", "日本", "blue")
+
+
+@pytest.mark.parametrize("model", ["timm:test_resnet", "timm:test_vit", "ViT", "ConvNext"])
+@pytest.mark.parametrize("head", ["native", "linear_probe"])
+def test_a_student_of_an_earlier_run_is_a_teacher(hf_folder, tmp_path, model, head):
+    model = model if ":" in model else hf_folder(model)
+    own = student_folder(tmp_path / "distill-123", model, 32, COLOURS)
+    backbone, found, names = load_teacher(Teacher(model=str(tmp_path / "distill-123"), head=head))
+    before = fingerprint(backbone)
+    features = backbone.train()(images(3))
+    with torch.no_grad():
+        expected, pooled_features = own(images(3))
+    assert torch.equal(features, pooled_features)
+    np.testing.assert_allclose(found.logits(features.numpy()), expected, rtol=1e-4, atol=1e-4)
+    assert backbone.preprocessing == own.preprocessing
+    assert names == [(name,) for name in COLOURS]
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert fingerprint(backbone) == before
+
+
+def test_the_classes_of_a_student_are_matched_by_name(tmp_path):
+    student_folder(tmp_path / "s", "timm:test_resnet", 32, COLOURS)
+    _, head, names = load_teacher(Teacher(model=str(tmp_path / "s"), head="native"))
+    found = match_native_head(head, names, ["日本", "light_green", "RED"])
+    np.testing.assert_array_equal(found.weight_CD, head.weight_CD[[2, 1, 0]])
+    np.testing.assert_array_equal(found.bias_C, head.bias_C[[2, 1, 0]])
+
+
+def test_classes_that_a_student_does_not_know_are_named_beside_those_it_does(tmp_path):
+    student_folder(tmp_path / "s", "timm:test_resnet", 32, COLOURS)
+    _, head, names = load_teacher(Teacher(model=str(tmp_path / "s"), head="native"))
+    message = refusal(match_native_head, head, names, ["red", "blau", "light green", "zzz"])
+    for name in ("'blau'", "nearest: blue", "'zzz'", "'blue'", "'日本'"):
+        assert name in message
+    assert "'red'" not in message
+    assert "'Light Green'" not in message
+
+
+def test_classes_that_differ_in_case_alone_stay_apart(tmp_path):
+    classes = ("Cat", "cat", "hot_dog", "hot-dog")
+    student_folder(tmp_path / "s", "timm:test_resnet", 32, classes)
+    _, head, names = load_teacher(Teacher(model=str(tmp_path / "s"), head="native"))
+    found = match_native_head(head, names, classes)
+    np.testing.assert_array_equal(found.weight_CD, head.weight_CD)
+
+
+def test_a_student_may_see_another_size_where_its_network_takes_it(tmp_path):
+    own = student_folder(tmp_path / "cnn", "timm:test_resnet", 32, COLOURS)
+    backbone, *_ = load_teacher(Teacher(model=str(tmp_path / "cnn"), head="native", size=48))
+    assert backbone.preprocessing == dataclasses.replace(own.preprocessing, size=48)
+    with torch.no_grad():
+        assert torch.equal(backbone(images(2, 48)), own(images(2, 48))[1])
+    student_folder(tmp_path / "vit", "timm:vit_tiny_patch16_224", 32, COLOURS)
+    assert "48" in refusal(load_teacher, Teacher(model=str(tmp_path / "vit"), head="native", size=48))
+
+
+def test_weights_beside_a_student_are_refused(tmp_path):
+    student_folder(tmp_path / "s", "timm:test_resnet", 32, COLOURS)
+    assert "teacher.weights" in refusal(load_teacher, Teacher(model=str(tmp_path / "s"), weights="w.safetensors"))
+
+
+def test_a_students_folder_may_lie_in_any_workspace(tmp_path):
+    own = student_folder(tmp_path / "s", "timm:test_resnet", 32, COLOURS)
+    backbone, *_ = load_teacher(Teacher(model=f"file://{tmp_path / 's'}", head="native"))
+    with torch.no_grad():
+        assert torch.equal(backbone(images(2)), own(images(2))[1])
+    for nowhere in (f"file://{tmp_path / 'nowhere'}", "nosuchplace://bucket/s"):
+        assert nowhere in refusal(load_teacher, Teacher(model=nowhere, head="native"))
+
+
+def test_a_damaged_student_is_no_teacher(tmp_path):
+    student_folder(tmp_path / "s", "timm:test_resnet", 32, COLOURS)
+    weights = tmp_path / "s" / "student.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        load_teacher(Teacher(model=str(tmp_path / "s"), head="native"))
+
+
+# Heads from text
+
+TEXT_LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def two_towers(tmp_path_factory) -> Callable[..., tuple[str, nn.Module, object]]:
+    """Saves a small model with an image and a text tower; gives the folder, the network and its tokenizer."""
+
+    def save(kind: str = "CLIP") -> tuple[str, nn.Module, object]:
+        folder = tmp_path_factory.mktemp(kind)
+        letters = sorted(ByteLevel.alphabet())
+        tokens = [
+            *letters,
+            *(f"{letter}</w>" for letter in letters),
+            "ca",
+            "cat</w>",
+            "<|startoftext|>",
+            "<|endoftext|>",
+        ]
+        (folder / "vocab.json").write_text(json.dumps({token: k for k, token in enumerate(tokens)}))
+        (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+        last = len(tokens) - 1
+        special = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
+        text = {**small, **special, "vocab_size": len(tokens), "max_position_embeddings": TEXT_LENGTH}
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(
+            text_config={**text, "projection_size": 32} if kind == "Siglip" else text,
+            vision_config={**small, "image_size": 32, "patch_size": 8},
+            **({"projection_dim": 16} if kind == "CLIP" else {}),
+        )
+        network = getattr(transformers, f"{kind}Model")(config).eval()
+        nn.init.constant_(network.logit_scale, 1.7)
+        network.save_pretrained(folder)
+        transformers.CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ).save_pretrained(folder)
+        return str(folder), network, transformers.AutoTokenizer.from_pretrained(folder)
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def clip(two_towers):
+    return two_towers("CLIP")
+
+
+THINGS = ["cat", "Hot_dog", "日本の猫", "50% {off}", "a-b c"]
+READ = ["cat", "Hot dog", "日本の猫", "50% {off}", "a b c"]
+
+
+@pytest.mark.parametrize("templates", [("a photo of a {class}.",), ("{class}", "this is {class}, 100%", "{} {class}")])
+def test_a_head_from_text_is_the_scaled_mean_of_the_prompts_embeddings(clip, templates):
+    folder, network, tokenizer = clip
+    head = zero_shot_head(Teacher(model=folder, head="zero_shot", prompts=templates), THINGS)
+    rows = []
+    with torch.no_grad():
+        for name in READ:
+            embedded = []
+            for template in templates:  # alone and as long as it is, so padding must not matter
+                tokens = tokenizer(template.replace("{class}", name), return_tensors="pt")
+                vector = network.text_projection(network.text_model(**tokens).pooler_output)[0].double()
+                embedded.append(vector / vector.norm())
+            mean = torch.stack(embedded).mean(dim=0)
+            rows.append(mean / mean.norm() * np.exp(1.7))
+    np.testing.assert_allclose(head.weight_CD, torch.stack(rows).numpy(), rtol=1e-4, atol=1e-5)
+    assert head.weight_CD.dtype == head.bias_C.dtype == np.float32
+    assert not head.bias_C.any()
+    np.testing.assert_allclose(np.linalg.norm(head.weight_CD, axis=1), np.exp(1.7), rtol=1e-5)
+
+
+def test_logits_from_one_prompt_are_the_models_own(clip):
+    folder, network, tokenizer = clip
+    config = Teacher(model=folder, head="zero_shot")
+    backbone, native, names = load_teacher(config)
+    head = zero_shot_head(config, THINGS)
+    tokens = tokenizer([f"a photo of a {name}." for name in READ], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = network(pixel_values=images(4), **tokens).logits_per_image
+    features = backbone(images(4))
+    np.testing.assert_allclose(head.logits(features.numpy()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(4), rtol=1e-5, atol=0)
+    assert native is None
+    assert names == []
+    assert backbone.preprocessing.size == 32
+
+
+def test_a_text_tower_that_wants_full_length_gets_it(two_towers):
+    """SigLIP adds a bias, the same for every class."""
+    folder, network, tokenizer = two_towers("Siglip")
+    config = Teacher(model=folder, head="zero_shot", prompts=("{class}",))
+    head, backbone = zero_shot_head(config, THINGS), load_teacher(config)[0]
+    tokens = tokenizer(READ, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    with torch.no_grad():
+        expected = network(pixel_values=images(4), **tokens).logits_per_image - network.logit_bias
+    np.testing.assert_allclose(head.logits(backbone(images(4)).numpy()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_image_tower_takes_a_linear_probe_too(clip):
+    folder, network, _ = clip
+    backbone, head, _ = load_teacher(Teacher(model=folder))
+    with torch.no_grad():
+        expected = normalize(network.visual_projection(network.vision_model(images(3)).pooler_output), dim=1)
+    torch.testing.assert_close(backbone(images(3)), expected, rtol=1e-5, atol=1e-6)
+    assert head is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"model_max_length": 10**30}])
+def test_a_tokenizer_that_states_no_length_takes_the_towers(clip, tmp_path, settings):
+    folder, *_ = clip
+    silent = shutil.copytree(folder, tmp_path / "silent")
+    (silent / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **settings}))
+    expected, found = (
+        zero_shot_head(Teacher(model=str(place), head="zero_shot"), THINGS) for place in (folder, silent)
+    )
+    np.testing.assert_allclose(found.weight_CD, expected.weight_CD, rtol=1e-5, atol=1e-6)
+
+
+def test_a_name_longer_than_the_tower_reads_is_cut(clip):
+    folder, *_ = clip
+    head = zero_shot_head(Teacher(model=folder, head="zero_shot"), ["cat", "very " * TEXT_LENGTH + "long"])
+    assert np.isfinite(head.weight_CD).all()
+
+
+@pytest.mark.parametrize(
+    ("classes", "same"),
+    [
+        (["cat", "hot_dog", "hot-dog"], ("'hot_dog'", "'hot-dog'")),
+        (["Cat", "dog", "cat"], ("'Cat'", "'cat'")),
+        (["dog", " tree frog", "Tree_Frog "], ("' tree frog'", "'Tree_Frog '")),
+        (["ÄPFEL", "äpfel"], ("'ÄPFEL'", "'äpfel'")),
+        (["a b", "a_b", "a-b", "c"], ("'a b'", "'a_b'", "'a-b'")),
+    ],
+)
+def test_classes_that_make_one_prompt_are_refused_by_name(clip, classes, same):
+    config = Teacher(model=clip[0], head="zero_shot")
+    for message in (refusal(zero_shot_head, config, classes), refusal(prompts_of, config.prompts, classes)):
+        assert all(name in message for name in same)
+        assert "'dog'" not in message
+        assert "linear_probe" in message
+
+
+def test_prompts_are_taken_to_the_letter():
+    templates = ("{class}", "{} {0} {class} %s 100% {{class}}", "\\1 $x {class}{class}\n")
+    names = ["{x}", "50%s", "日本", "{class}", r"\1", "naïve café"]
+    expected = [[name, f"{{}} {{0}} {name} %s 100% {{{name}}}", f"\\1 $x {name}{name}\n"] for name in names]
+    assert prompts_of(templates, names) == expected
+    assert prompts_of(("a {class}.",), ["  tree_frog--x "]) == [["a tree frog x."]]
+
+
+def test_a_model_without_a_text_tower_has_no_head_from_text(hf, timm_weights, tmp_path):
+    folder, _ = hf(vit())
+    student_folder(tmp_path / "student", "timm:test_resnet", 32, COLOURS)
+    models = {"hf:" + folder: None, "timm:test_resnet": timm_weights("test_resnet"), str(tmp_path / "student"): None}
+    for model, weights in models.items():
+        message = refusal(zero_shot_head, Teacher(model=model, weights=weights, head="zero_shot"), ["a", "b"])
+        assert "text tower" in message
+        assert model in message
+    assert "text tower" in refusal(load_teacher, Teacher(model=folder, head="zero_shot"))
+
+
+@pytest.mark.parametrize("lost", ["text_projection.weight", "text_model.final_layer_norm.weight", "logit_scale"])
+def test_a_text_tower_that_is_not_whole_is_refused(clip, tmp_path, lost):
+    folder = str(shutil.copytree(clip[0], tmp_path / "cut"))
+    change(folder, lambda state: state.pop(lost))
+    assert lost in refusal(zero_shot_head, Teacher(model=folder, head="zero_shot"), ["a", "b"])
+
+
+@pytest.mark.parametrize("lost", [("vocab.json",), ("merges.txt",), ("vocab.json", "merges.txt")])
+def test_a_tokenizer_without_its_vocabulary_is_refused(clip, tmp_path, lost):
+    """Loaded as it is, it would take every word for the same unknown one."""
+    folder = shutil.copytree(clip[0], tmp_path / "cut")
+    for name in lost:
+        (folder / name).unlink()
+    assert str(folder) in refusal(zero_shot_head, Teacher(model=str(folder), head="zero_shot"), ["cat", "dog"])
+
+
+def test_a_class_in_letters_that_the_tokenizer_does_not_know_is_refused(clip, tmp_path):
+    folder = shutil.copytree(clip[0], tmp_path / "latin")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", ".", "cat", "dog"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    config = Teacher(model=str(folder), head="zero_shot")
+    assert "'日本'" in refusal(zero_shot_head, config, ["cat", "日本"])
+    assert zero_shot_head(config, ["cat", "dog"]).weight_CD.shape == (2, 16)
+
+
+def test_what_is_fetched_of_a_hub_model_is_all_that_it_needs(clip, tmp_path, monkeypatch):
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        cache = tmp_path / "cache"
+        cache.mkdir(exist_ok=True)
+        for file in Path(clip[0]).iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, cache)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    found, expected = (
+        zero_shot_head(Teacher(model=model, head="zero_shot"), THINGS) for model in ("hf:owner/clip", clip[0])
+    )
+    np.testing.assert_array_equal(found.weight_CD, expected.weight_CD)

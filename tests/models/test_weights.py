@@ -213,6 +213,11 @@ def test_kinds_of_teachers(tmp_path):
     (tmp_path / "timm" / "config.json").write_text(json.dumps({"architecture": "resnet18"}))
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (tmp_path / "distill").mkdir()
+    for name in ("student.json", "config.json"):  # the second is there for students from transformers
+        (tmp_path / "distill" / name).write_text("{}")
+        for folder in (str(tmp_path / "distill"), f"file://{tmp_path / 'distill'}"):
+            assert model_kind(folder, "teacher.model") == ("raydistill", folder)
     assert model_kind("timm:resnet18", "teacher.model") == ("timm", "resnet18")
     assert model_kind("hf:owner/name", "teacher.model") == ("transformers", "owner/name")
     assert model_kind(str(tmp_path / "timm"), "teacher.model") == ("timm", f"local-dir:{tmp_path / 'timm'}")

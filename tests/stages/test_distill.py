@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.numpy import load, save
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from raydistill.config import Distill
+from raydistill.config import Distill, Loss
 from raydistill.data.targets import UNLABELLED
 from raydistill.errors import CheckpointError, DivergedError
 from raydistill.infra.artifacts import StageDirectory
@@ -23,7 +24,7 @@ from raydistill.infra.cluster import Worker, plan_resources
 from raydistill.models.student import read_student, split_logits
 from raydistill.stages.batches import DistillJob, read_batches
 from raydistill.stages.distill import distill_student
-from raydistill.stages.loop import distill_loop, learning_rate
+from raydistill.stages.loop import Trainee, distill_loop, learning_rate
 
 
 def here(preempted=lambda step: False) -> Worker:
@@ -217,7 +218,7 @@ def test_learning_rate_closed_form() -> None:
 def test_loaded_weights_are_the_ones_that_ship(tiny_set, progress) -> None:
     job = tiny_set.job("ships", distill={"ema_decay": 0.8})
     records = []
-    plan = plan_resources(job.config, 2, 0, 2)
+    plan = plan_resources(job.config, 2, 0, 1)
     result = distill_student(job, StageDirectory(job.path, "distill", "{}"), plan, progress, records.append)
     assert [r["epoch"] for r in records] == [1, 2, 3, 4]
     student, classes = read_student(result.path)
@@ -226,3 +227,174 @@ def test_loaded_weights_are_the_ones_that_ship(tiny_set, progress) -> None:
     assert (logits.argmax(1) == labels).mean() == result.val_accuracy
     assert load_file(Path(result.path) / "student.safetensors").keys() == student.network.state_dict().keys()
     assert not Path(result.path, "checkpoints").exists()
+
+
+# Terms of the loss
+
+ALONE = {name: 0 for name in Loss.model_fields if name.endswith("_weight")}
+CRD = {"crd_weight": 1.0, "crd_memory": 24, "crd_negatives": 16}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("weight", ALONE)
+def test_every_term_trains_by_itself(tiny_set, weight, precision) -> None:
+    job = tiny_set.job(
+        weight, loss=ALONE | {weight: 1.0}, distill={"epochs": 1, "batch_size": 20, "precision": precision}
+    )
+    term = weight.removesuffix("_weight")
+    torch.manual_seed(job.config.seed)
+    start = Trainee(job).state_dict()
+    record = distill_loop(job, here())
+    assert record["step"] == job.total_steps > 1
+    assert math.isfinite(record[term])
+    assert record["loss"] == pytest.approx(record[term], rel=1e-5)
+    after = {name.removeprefix("model."): value for name, value in weights(job).items() if name.startswith("model.")}
+    assert all(torch.isfinite(value.float()).all() for value in after.values())
+    moved = [name for name in after if "conv" in name and not torch.equal(after[name], start[name])]
+    assert len(moved) == len([name for name in after if "conv" in name]) > 3
+
+
+@pytest.mark.parametrize("term", ["task", "kd", "alignment", "crd", "feature"])
+def test_a_weight_that_changes_is_at_first_what_a_constant_one_is(tiny_set, term) -> None:
+    """An epoch of one step: it is taken with the first weight."""
+    settings = {"epochs": 1, "batch_size": 40}
+    constant, falling = (
+        tiny_set.job(name, loss=CRD | {f"{term}_weight": weight}, distill=settings)
+        for name, weight in (("constant", 1.0), ("falling", [1.0, 0.0]))
+    )
+    one, two = distill_loop(constant, here()), distill_loop(falling, here())
+    assert one["step"] == two["step"] == 1
+    assert one["loss"] == two["loss"]
+    assert_same(constant, falling)
+
+
+def test_a_weight_goes_from_the_first_to_the_last_over_all_steps(tiny_set) -> None:
+    job = tiny_set.job("changes", loss=ALONE | {"kd_weight": [0.0, 3.0]}, distill={"epochs": 3, "batch_size": 40})
+    distill_loop(job, here())
+    records = [json.loads(path.read_text()) for path in sorted(Path(job.path, "epochs").iterdir())]
+    assert [r["loss"] / r["kd"] for r in records] == pytest.approx([0, 1, 2], abs=1e-6)
+
+
+def test_a_resumed_weight_goes_on_from_where_it_was(tiny_set) -> None:
+    loss = {"kd_weight": [1.0, 0.0], "task_weight": [0.0, 1.0]}
+    unbroken, broken = (tiny_set.job(name, loss=loss) for name in ("unbroken", "broken"))
+    expected = distill_loop(unbroken, here())
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(broken, killed_at(12))
+    assert distill_loop(broken, here())["loss"] == expected["loss"]
+    assert_same(unbroken, broken)
+
+
+def test_crd_trains_on_labelled_and_unlabelled_images(tiny_set) -> None:
+    job = tiny_set.job("crd", loss=ALONE | CRD, distill={"epochs": 30})
+    record = distill_loop(job, here())
+    second = json.loads(Path(job.path, "epochs", "00002.json").read_text())  # by then the memory is full
+    assert record["crd"] < second["crd"] - 1
+    state = weights(job)
+    assert state["memory.put_in"] == job.total_steps * 8
+    images, labels = state["memory.image_M"], state["memory.label_M"]
+    assert set(labels.tolist()) == {UNLABELLED, 0, 1, 2}
+    shown = np.concatenate(job.train_split.labels())
+    assert labels.tolist() == shown[images].tolist()  # each with its own
+    torch.testing.assert_close(state["memory.teacher_MP"].norm(dim=1), torch.ones(24))
+    assert torch.isfinite(state["memory.log_mean"]).all()
+
+
+@pytest.mark.parametrize("broken_at", [8, 12])
+def test_a_resumed_crd_equals_an_unbroken_one(tiny_set, broken_at) -> None:
+    """The memory too, in the middle of a ring as at its end; a preemption may come within an epoch."""
+    unbroken, broken = (tiny_set.job(name, loss=CRD) for name in ("unbroken", "broken"))
+    expected = distill_loop(unbroken, here())
+
+    def notice(step: int) -> bool:
+        if step == broken_at + 1:
+            raise KeyboardInterrupt
+        return step == broken_at
+
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(broken, here(notice))
+    assert latest_step(broken.path) == broken_at
+    record = distill_loop(broken, here())
+    assert {name for name in weights(unbroken) if name.startswith("memory.")} >= {
+        "memory.student_MP",
+        "memory.log_mean",
+    }
+    assert_same(unbroken, broken)
+    assert (record["loss"], record["crd"]) == (expected["loss"], expected["crd"])
+
+
+def test_crd_remembers_no_image_that_takes_no_part(tiny_set) -> None:
+    job = tiny_set.job("crd", loss=ALONE | CRD, distill={"labelled_share": 1.0, "epochs": 1})
+    distill_loop(job, here())
+    assert UNLABELLED not in weights(job)["memory.label_M"]
+
+
+# The rate of the body
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> dict[str, object]:
+    """A student that starts from given weights."""
+    torch.manual_seed(5)
+    network = timm.create_model("test_resnet", num_classes=7)
+    save_file(network.state_dict(), tmp_path / "start.safetensors")
+    return {"model": "timm:test_resnet", "init": "pretrained", "weights": str(tmp_path / "start.safetensors")}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_a_body_rate_of_zero_keeps_all_but_the_classifier_through_a_resume(
+    tiny_set, pretrained, optimizer, ema
+) -> None:
+    settings = {"body_rate": 0, "optimizer": optimizer, "weight_decay": 0.3, "ema_decay": ema}
+    unbroken, broken = (
+        tiny_set.job(name, student=pretrained, distill=settings, loss=CRD) for name in ("unbroken", "broken")
+    )
+    distill_loop(unbroken, here())
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(broken, killed_at(12))
+    distill_loop(broken, here())
+    assert_same(unbroken, broken)
+    start = load_file(pretrained["weights"])
+    for prefix in ("model.student.body.network.", *(["ema.body.network."] if ema else [])):
+        found = {n.removeprefix(prefix): value for n, value in weights(broken).items() if n.startswith(prefix)}
+        assert found.keys() == start.keys()
+        for name, value in start.items():
+            if not name.startswith("fc."):
+                assert torch.equal(found[name], value), name
+    torch.manual_seed(broken.config.seed)
+    for name, value in Trainee(broken).named_parameters():
+        assert torch.equal(weights(broken)[f"model.{name}"], value) is not value.requires_grad, name
+
+
+def test_a_body_rate_scales_the_steps_of_the_body_alone(tiny_set, pretrained) -> None:
+    """Plain gradient descent, one step."""
+    settings = {"optimizer": "sgd", "momentum": 0, "weight_decay": 0, "schedule": "constant", "epochs": 1}
+    settings |= {"batch_size": 40, "learning_rate": 0.5}
+    jobs = {
+        rate: tiny_set.job(f"rate {rate}", student=pretrained, distill=settings | {"body_rate": rate})
+        for rate in (1.0, 0.1)
+    }
+    torch.manual_seed(0)
+    start = {f"model.{name}": value for name, value in Trainee(jobs[1.0]).state_dict().items()}
+    for job in jobs.values():
+        assert distill_loop(job, here())["step"] == 1
+    whole, tenth = (weights(job) for job in jobs.values())
+    body, others = [], []
+    for name, value in start.items():
+        if not value.is_floating_point() or "running" in name:
+            assert torch.equal(whole[name], tenth[name])  # batch norm saw the same images
+            continue
+        is_body = name.startswith("model.student.body.network.") and ".fc." not in name
+        (body if is_body else others).append(name)
+        expected = (whole[name] - value) * (0.1 if is_body else 1.0)
+        torch.testing.assert_close(tenth[name] - value, expected, rtol=1e-3, atol=3e-7, msg=name)
+    moved = [name for name in body if not torch.equal(whole[name], start[name])]
+    assert len(moved) > len(body) / 2
+    assert len(others) == 2 + 2 * 4
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_the_recorded_rate_is_the_classifiers(tiny_set, pretrained, rate) -> None:
+    settings = {"schedule": "constant", "learning_rate": 0.01, "body_rate": rate, "epochs": 1}
+    assert distill_loop(tiny_set.job("rate", student=pretrained, distill=settings), here())["learning_rate"] == 0.01

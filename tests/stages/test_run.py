@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -20,18 +22,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
-from raydistill.config import load_config
+from raydistill.config import Student, load_config
 from raydistill.data.decode import pixels
 from raydistill.data.sample import decode_shard, sample_id, samples_from_json
 from raydistill.data.targets import read_targets
 from raydistill.data.views import render, view_parameters
 from raydistill.errors import ConfigError, DataError
+from raydistill.infra.artifacts import tuned
 from raydistill.infra.cluster import plan_resources
+from raydistill.models.student import build_student, read_student, write_student
 from raydistill.models.teacher import load_teacher
 from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.run import run_stages
+from tests.models.conftest import classifier
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -142,6 +148,25 @@ def test_two_train_workers_take_the_steps_of_one_process(words, progress) -> Non
         assert [e[name] for e in two] == pytest.approx([e[name] for e in alone], abs=1e-3)
 
 
+def test_two_train_workers_share_the_negatives_of_one_process(words, progress) -> None:
+    """Each puts the whole batch into its memory, in the order of one process."""
+    more = ["student.model=timm:test_vit", "student.size=32", "loss.uniformity_weight=0", "distill.labelled_share=0.5"]
+    more += ["loss.crd_weight=1", "loss.crd_negatives=24", "loss.crd_memory=40"]
+    one, two = (epoch_losses(words, progress, *more, f"distill.num_workers={n}") for n in (1, 2))
+    for name in ("loss", "crd", "task", "kd"):
+        assert [e[name] for e in two] == pytest.approx([e[name] for e in one], abs=1e-3)
+
+
+def test_two_train_workers_get_along_with_a_weight_that_nothing_reads(words, progress, tmp_path) -> None:
+    """DINOv2 holds a token for masked pictures."""
+    classifier("Dinov2").save_pretrained(tmp_path / "dinov2")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dinov2")
+    more = [f"student.model={tmp_path / 'dinov2'}", "student.init=pretrained", "student.size=32"]
+    more += ["loss.uniformity_weight=0", "distill.labelled_share=0.5", "distill.epochs=2"]
+    alone, two = (epoch_losses(words, progress, *more, f"distill.num_workers={n}") for n in (0, 2))
+    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in alone], abs=1e-3)
+
+
 def test_fresh_views_train_alike_in_this_process_and_on_a_worker(words, progress) -> None:
     alone, one, two = (
         epoch_losses(words, progress, "views.per_image=fresh", f"distill.num_workers={n}") for n in (0, 1, 2)
@@ -149,6 +174,90 @@ def test_fresh_views_train_alike_in_this_process_and_on_a_worker(words, progress
     assert [e["loss"] for e in one] == pytest.approx([e["loss"] for e in alone], abs=1e-4)
     assert [e["step"] for e in two] == [e["step"] for e in alone] == [4, 8, 12]
     assert two[-1]["loss"] < two[0]["loss"]
+
+
+FINE_TUNE = ["teacher.head=fine_tune", "teacher.fine_tune_epochs=2"]
+
+
+def content(folder: str) -> str:
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()
+
+
+def test_a_fine_tuned_teacher_is_made_once_and_then_stands_still(words, progress, tmp_path, teacher_weights) -> None:
+    config = load_config([*words, *FINE_TUNE])
+    samples = run_stages(config, progress, until="prepare").samples
+    assert tuned(config, samples) is None
+    folder = run_stages(config, progress, until="adapt").directories["fine_tune"]
+    made, done = content(folder), json.loads(Path(folder, "DONE").read_text())
+    assert Path(folder).name.startswith("distill-")
+    assert len(list(Path(folder).glob("epochs/*.json"))) == 2
+    network, classes = read_student(folder)
+    assert classes == samples.classes
+    start, state = load_file(teacher_weights), network.network.state_dict()
+    assert all(not np.array_equal(state[k], start[k]) for k in start if k.endswith(("running_mean", "conv1.weight")))
+
+    outcome = run_stages(config, progress)
+    assert outcome.directories["fine_tune"] == folder
+    assert content(folder) == made  # batch norm included: nothing that distill does reaches the teacher
+    assert outcome.adapted.val_accuracy == pytest.approx(done["val_accuracy"])
+    assert outcome.report.teacher["val"]["accuracy"] == pytest.approx(done["val_accuracy"])
+    later = tuned(config, samples)
+    assert (later.teacher.model, later.teacher.head) == (folder, "native")
+
+    before = markers(tmp_path / "workspace")
+    again = run_stages(config, progress)
+    assert set(again.seconds.values()) == {0.0}
+    assert again.report == outcome.report
+    changed = {p for p, when in markers(tmp_path / "workspace").items() if before.get(p) != when}
+    assert {Path(p).name for p in changed} <= {"mlflow.db"}
+
+
+def test_fine_tuning_knows_classes_that_differ_in_case_and_workspaces_that_are_urls(
+    words, progress, tmp_path, image_folder
+) -> None:
+    table, names = tmp_path / "set.csv", {"red": "Cat", "green": "cat"}
+    lines = [f"{image_folder}/{c}/{i}.png,{name}\n" for c, name in names.items() for i in range(1, 20)]
+    table.write_text("path,label\n" + "".join(lines))
+    config = table_job(words, table, *FINE_TUNE, f"workspace=file://{tmp_path}/url")
+    outcome = run_stages(config, progress, until="adapt")
+    folder = outcome.directories["fine_tune"]
+    assert folder.startswith("file://")
+    done = json.loads(Path(folder.removeprefix("file://"), "DONE").read_text())
+    assert outcome.adapted.val_accuracy == pytest.approx(done["val_accuracy"])
+    assert set(run_stages(config, progress, until="adapt").seconds.values()) == {0.0}
+
+
+def test_a_teacher_that_cannot_be_fine_tuned_is_refused_before_anything_is_written(words, progress, tmp_path) -> None:
+    alone = load_config([*words, *FINE_TUNE, "distill.batch_size=1", "student.model=timm:test_vit", "student.size=32"])
+    settings, student = Student(model="timm:test_resnet", size=32), tmp_path / "student"
+    student.mkdir()
+    for name, data in write_student(build_student(settings, 3), settings, ["a", "b", "c"], {}).items():
+        (student / name).write_bytes(data)
+    a_student = load_config([*words, *FINE_TUNE, f"teacher.model={student}", "teacher.weights=null"])
+    with pytest.raises(ConfigError, match=r"batch_size=1 .*test_resnet has batch norm"):
+        run_stages(alone, progress)
+    with pytest.raises(ConfigError, match=rf"teacher\.head=fine_tune.*{student}"):
+        run_stages(a_student, progress)
+    assert not list((tmp_path / "workspace").glob("*-*/*"))
+
+
+def test_the_student_of_one_run_teaches_in_the_next(words, progress, tmp_path) -> None:
+    first = run_stages(load_config(words), progress, until="distill")
+    more = ["teacher.weights=null", "teacher.size=null", "teacher.head=native"]
+    config = load_config([*words, *more, f"teacher.model={first.student.path}"])
+    outcome = run_stages(config, progress)
+    assert outcome.adapted.val_accuracy == pytest.approx(first.student.val_accuracy)
+    assert outcome.report.teacher["val"]["accuracy"] == pytest.approx(first.student.val_accuracy)
+    assert outcome.student.path != first.student.path
+    # It is known by what it is, not by where it lies.
+    elsewhere = shutil.copytree(first.student.path, tmp_path / "elsewhere")
+    for leftover in ("epochs", "identity.json", "DONE"):
+        path = elsewhere / leftover
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = run_stages(load_config([*words, *more, f"teacher.model={elsewhere}"]), progress)
+    assert set(again.seconds.values()) == {0.0}
+    assert again.report == outcome.report
 
 
 def table_job(words: list[str], path: Path, *more: str):
