@@ -799,8 +799,10 @@ def test_a_tokenizer_that_states_no_length_takes_the_towers(clip, tmp_path, sett
     folder, *_ = clip
     silent = shutil.copytree(folder, tmp_path / "silent")
     (silent / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **settings}))
+    prompts = ("{class}", "a photo of a {class}")  # of two lengths
     expected, found = (
-        zero_shot_head(Teacher(model=str(place), head="zero_shot"), THINGS) for place in (folder, silent)
+        zero_shot_head(Teacher(model=str(place), head="zero_shot", prompts=prompts), THINGS)
+        for place in (folder, silent)
     )
     np.testing.assert_allclose(found.weight_CD, expected.weight_CD, rtol=1e-5, atol=1e-6)
 

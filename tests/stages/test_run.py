@@ -80,7 +80,7 @@ def test_a_run_and_the_same_again(words, progress, tmp_path, image_folder) -> No
         children = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
         epochs = database.execute("select count(distinct step) from metrics where key = 'kd'").fetchone()[0]
     assert {status for _, status in runs} == {"FINISHED"}
-    assert (len(runs), children, epochs) == (6, 5, 3)
+    assert (len(runs), children, epochs) == (7, 6, 3)
 
     before = markers(workspace)
     again = run_stages(config, progress)
