@@ -177,7 +177,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    # As the command does. Ray's processes, which load torch later, read it; the bare loop in here does not.
+    # As the command does, for processes that load torch later; the bare loop in here does not read it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console, figures, rates = Console(), {}, []
     quiet = Progress(Console(quiet=True))
@@ -234,7 +234,7 @@ def main() -> None:
     for row in rates:
         table.add_row(*row)
     console.print(table)
-    if options.json:
+    if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2))
 
 
