@@ -35,6 +35,13 @@ class Tracker:
             self._failed = True
         self._submit(self._open)
 
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        killed = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.close("FINISHED" if kind is None else "KILLED" if killed else "FAILED")
+
     @contextlib.contextmanager
     def child(self, name: str) -> Iterator[ChildRun]:
         """A child run for the time of a stage or a trial; its status tells how that ended."""

@@ -80,15 +80,13 @@ def compare_arms(config: RunConfig, progress: Progress, learning_curve: bool = F
     _check(trials)
     artifacts.check_writable(config)
     directory = _directory(config, trials, learning_curve)
-    tracker = Tracker(config, job=f"{directory.name}/{config.name}")
-    status = "FAILED"
-    try:
+    with Tracker(config, job=f"{directory.name}/{config.name}") as tracker:
         needs_ray = learning_curve or any(find_work(t.config, "evaluate").needs_ray for t in trials)
         with ray_cluster(config) if needs_ray else contextlib.nullcontext():
             arms = [_run(trial, progress, tracker) for trial in _told(trials, progress)]
             curve = []
             if learning_curve:
-                shares = _curve_trials(config, trials, progress)
+                shares = _curve_trials(config, progress)
                 curve = [_run(trial, progress, tracker) for trial in _told(shares, progress)]
         comparison = summarise(arms, curve, config.compare.seeds)
         _write(comparison, directory, config)
@@ -96,12 +94,6 @@ def compare_arms(config: RunConfig, progress: Progress, learning_curve: bool = F
             {f"{row.arm}_test_accuracy": row.test_mean for row in comparison.rows},
             [] if "://" in directory.path else [directory.path],
         )
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.close(status)
     return comparison, directory.path
 
 
@@ -163,7 +155,7 @@ def _run(trial: _Trial, progress: Progress, tracker: Tracker) -> Arm:
     return arm
 
 
-def _curve_trials(config: RunConfig, trials: list[_Trial], progress: Progress) -> list[_Trial]:
+def _curve_trials(config: RunConfig, progress: Progress) -> list[_Trial]:
     """Scratch and the distilled arm at each share of the labels; the labels that are taken away leave an unlabelled
     image, which only a teacher can use."""
     distilled = next((a for a in config.compare.arms if a in ("align_uniform", "job", "crd", "kd")), "align_uniform")

@@ -60,17 +60,8 @@ def run_stages(
             for line in plan.describe():
                 progress.line(line)
             check_run(config, work)
-        tracker = Tracker(config, job=f"{work.prepared.name}/{config.name}")
-        status = "FAILED"
-        try:
-            outcome = _Run(config, progress, work, ray, tracker).stages()
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            tracker.close(status)
-    return outcome
+        with Tracker(config, job=f"{work.prepared.name}/{config.name}") as tracker:
+            return _Run(config, progress, work, ray, tracker).stages()
 
 
 def check_run(config: RunConfig, work: Work) -> None:
