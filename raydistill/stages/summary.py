@@ -8,7 +8,6 @@ from rich.console import Group
 from rich.table import Table
 
 from raydistill.config import RunConfig
-from raydistill.infra.artifacts import STAGES
 from raydistill.stages.run import Outcome
 
 
@@ -26,10 +25,9 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
     results.add_row("parameters", f"{report.student_parameters:,}", _number(report.teacher_parameters))
     results.add_row("images/s", f"{report.student_images_per_second:,.0f}", _number(report.teacher_images_per_second))
     stages = Table("stage", "seconds", "where", box=None, pad_edge=False)
-    for stage in STAGES:
-        if stage in outcome.directories:
-            seconds = outcome.seconds[stage]
-            stages.add_row(stage, f"{seconds:.0f}" if seconds else "done", outcome.directories[stage])
+    for stage, directory in outcome.directories.items():
+        seconds = outcome.seconds.get(stage)
+        stages.add_row(stage, f"{seconds:.0f}" if seconds else "done", directory)
     return Group("", results, "", stages, "")
 
 
