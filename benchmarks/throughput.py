@@ -178,7 +178,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     # As the command does, for processes that load torch later; the bare loop in here does not read it.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     console, figures, rates = Console(), {}, []
     quiet = Progress(Console(quiet=True))
 
