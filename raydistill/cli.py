@@ -176,9 +176,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("raydistill").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminated)
-    # torch's threads spin while they wait for each other, for long by default. On 2 cores beside one busy process, 30,000
-    # rounds trained at 88 images/s where the default gave 35 to 50, and on idle cores no slower; not spinning at all is
-    # better still beside others, and costs a sixth on idle cores. Read when torch loads, here and in Ray's processes.
+    # torch's threads spin while they wait for each other, for long by default. On 2 cores beside one busy process,
+    # 30,000 rounds trained at 88 images/s where the default gave 35 to 50, and on idle cores no slower; not spinning at
+    # all is better still beside others, and costs a sixth on idle cores. Read when torch loads, in Ray's processes too.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     code = 0
     try:
