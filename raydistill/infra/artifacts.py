@@ -6,19 +6,20 @@ Nothing here imports torch or ray, so that `raydistill show` answers at once.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
 
 from raydistill.config import RunConfig, Student, Teacher, fine_tuning
 from raydistill.data.images import Listing, list_images
@@ -79,30 +80,34 @@ class StageDirectory:
 
 def write_bytes(path: str, data: bytes) -> None:
     """Write a whole file or none, as `write_file` does."""
-    write_file(path, lambda file: file.write(data))
+    fs, target = url_to_fs(path)
+    if isinstance(fs, LocalFileSystem):
+        write_file(path, lambda temporary: Path(temporary).write_bytes(data))
+    else:
+        fs.pipe_file(target, data)
 
 
-def write_file(path: str, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` write a whole file or none: to a temporary name, then renamed. Object stores do so by themselves.
+def write_file(path: str, write: Callable[[str], object]) -> None:
+    """Let `write` write a whole file or none: to a temporary local file, then renamed or, to an object store, sent.
 
     Raises StageError with the bytes that are free, where the disk is full.
     """
     fs, target = url_to_fs(path)
     if not isinstance(fs, LocalFileSystem):
-        sink = io.BytesIO()
-        write(sink)
-        fs.pipe_file(target, sink.getvalue())
+        with tempfile.TemporaryDirectory() as folder:
+            write(f"{folder}/whole")
+            fs.put_file(f"{folder}/whole", target)
         return
     temporary = f"{target}.{uuid.uuid4().hex}.tmp"
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
+        write(temporary)
         os.replace(temporary, target)
     except BaseException as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        if not isinstance(error, OSError | RuntimeError):  # torch's writer turns the system's error into its own
+        # The writers of torch and safetensors turn the system's error into their own.
+        if not isinstance(error, OSError | RuntimeError | SafetensorError):
             raise
         space = os.statvfs(next(parent for parent in Path(target).parents if parent.exists()))
         free = space.f_bavail * space.f_frsize

@@ -11,11 +11,12 @@ import json
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from fsspec.core import url_to_fs
-from safetensors.torch import load, save
+from safetensors.torch import load, save_file
 from torch import nn
 
 from raydistill.infra.artifacts import write_file
@@ -84,9 +85,9 @@ class CheckpointWriter:
     def _write(self, weights: dict[str, torch.Tensor], state: dict[str, Any], meta: dict[str, Any]) -> None:
         name = f"step-{meta['step']:09d}"
         folder = f"{self._path}/checkpoints/{name}"
-        write_file(f"{folder}/weights.safetensors", lambda file: file.write(save(weights)))
-        write_file(f"{folder}/state.pt", lambda file: torch.save(state, file))
-        write_file(f"{folder}/checkpoint.json", lambda file: file.write(json.dumps(meta).encode()))
+        write_file(f"{folder}/weights.safetensors", lambda temporary: save_file(weights, temporary))
+        write_file(f"{folder}/state.pt", lambda temporary: torch.save(state, temporary))
+        write_file(f"{folder}/checkpoint.json", lambda temporary: Path(temporary).write_text(json.dumps(meta)))
         fs, _ = url_to_fs(self._path)
         folders = _folders(self._path)
         whole = [f for f in folders if f.rpartition("/")[2] <= name and fs.exists(f"{f}/checkpoint.json")]

@@ -111,7 +111,9 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(trainee.parameters(), settings.clip_norm or math.inf)
+            norm = nn.utils.get_total_norm([p.grad for p in trainee.parameters() if p.grad is not None])
+            if settings.clip_norm:
+                nn.utils.clip_grads_with_norm_(trainee.parameters(), settings.clip_norm, norm)
             reporter.refuse_not_finite(step, norm, scaler, {"loss": loss, **terms})
             scaler.step(optimizer)
             scaler.update()
@@ -174,11 +176,10 @@ def _optimizer(settings: Distill, trainee: Trainee) -> torch.optim.Optimizer:
     groups = [{"params": others, "rate": 1.0}]
     if settings.body_rate > 0:
         groups.append({"params": body, "rate": settings.body_rate})
+    rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        groups, settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
+        return torch.optim.AdamW(groups, rate, weight_decay=decay)
+    return torch.optim.SGD(groups, rate, momentum=settings.momentum, weight_decay=decay)
 
 
 def learning_rate(settings: Distill, step: int, steps_per_epoch: int) -> float:

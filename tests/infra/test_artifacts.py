@@ -404,29 +404,38 @@ def test_bytes_are_written_and_written_over(tmp_path):
 
 FULL_DISK = """
 import resource, sys
+import torch
+from safetensors.torch import save_file
 from raydistill.errors import StageError
-from raydistill.infra.artifacts import write_bytes
-folder, limited = sys.argv[1], sys.argv[2] == "limited"
+from raydistill.infra.artifacts import write_bytes, write_file
+folder, limited, writer = sys.argv[1], sys.argv[2] == "limited", sys.argv[3]
+tensors = {"weights": torch.zeros(250_000)}
+write = {
+    "bytes": lambda path: write_bytes(path, b"x" * 1_000_000),
+    "safetensors": lambda path: write_file(path, lambda temporary: save_file(tensors, temporary)),
+    "torch": lambda path: write_file(path, lambda temporary: torch.save(tensors, temporary)),
+}[writer]
 write_bytes(f"{folder}/old", b"old")
 if limited:
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for name in ("old", "new", "deep/new"):
     try:
-        write_bytes(f"{folder}/{name}", b"x" * 1_000_000)
+        write(f"{folder}/{name}")
     except StageError as error:
         print(error)
 """
 
 
+@pytest.mark.parametrize("writer", ["bytes", "safetensors", "torch"])
 @pytest.mark.parametrize("how", ["limited", "mounted"])
-def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, how):
+def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, how, writer):
     if how == "mounted":
         options = ["-t", "tmpfs", "-o", "size=65536", "tmpfs", str(tmp_path)]
         if os.geteuid() or subprocess.run(["mount", *options], check=False, capture_output=True).returncode:
             pytest.skip("may not mount a small disk here")
     try:
         done = subprocess.run(
-            [sys.executable, "-c", FULL_DISK, str(tmp_path), how], capture_output=True, text=True, check=True
+            [sys.executable, "-c", FULL_DISK, str(tmp_path), how, writer], capture_output=True, text=True, check=True
         )
         messages = done.stdout.splitlines()
         assert len(messages) == 3
