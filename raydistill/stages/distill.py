@@ -8,11 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import latest_checkpoint, latest_step
 from raydistill.infra.cluster import Plan, run_workers
 from raydistill.infra.progress import Progress
-from raydistill.models.student import build_student, write_student
+from raydistill.models.student import build_student, has_batch_norm, write_student
 from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.loop import distill_loop
 
@@ -41,7 +42,9 @@ def distill_student(
     """Train the student, in this process or on Ray Train workers, and write it in the form in which it ships.
 
     `on_epoch` gets each epoch's record as it is written. A directory that a killed run left is gone on with.
+    Raises DataError where too few images take part.
     """
+    _refuse_too_few_images(job)
     directory.begin()
     stream = FreshStream(job, plan) if job.config.views.per_image == "fresh" and job.head is not None else None
     with _following(job, directory, progress, on_epoch, title):
@@ -55,6 +58,16 @@ def distill_student(
         if directory.fs.exists(f"{directory.path}/{leftover}"):
             directory.fs.rm(f"{directory.path}/{leftover}", recursive=True)
     return result
+
+
+def _refuse_too_few_images(job: DistillJob) -> None:
+    """How many images take part is known only now: copies and bad files are out, and labels may be few."""
+    workers = job.config.distill.most_workers
+    if job.batch_size // workers < 2 and has_batch_norm(build_student(job.config.student, len(job.samples.classes))):
+        raise DataError(
+            f"{job.batch_size} image(s) take part in training on {workers} worker(s), one a step for some of them, and "
+            f"{job.config.student.model} has batch norm, which needs two; add images, or lower distill.num_workers"
+        )
 
 
 def _write_student(job: DistillJob, directory: StageDirectory) -> int:

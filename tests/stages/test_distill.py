@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from raydistill.config import Distill, Loss
 from raydistill.data.targets import UNLABELLED
-from raydistill.errors import CheckpointError, DivergedError
+from raydistill.errors import CheckpointError, DataError, DivergedError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import latest_checkpoint, latest_step
 from raydistill.infra.cluster import Worker, plan_resources
@@ -398,3 +398,16 @@ def test_a_body_rate_scales_the_steps_of_the_body_alone(tiny_set, pretrained) ->
 def test_the_recorded_rate_is_the_classifiers(tiny_set, pretrained, rate) -> None:
     settings = {"schedule": "constant", "learning_rate": 0.01, "body_rate": rate, "epochs": 1}
     assert distill_loop(tiny_set.job("rate", student=pretrained, distill=settings), here())["learning_rate"] == 0.01
+
+
+@pytest.mark.parametrize(("workers", "num_train"), [(2, 3), (1, 1)])
+def test_a_worker_of_one_image_a_step_is_refused_where_batch_norm_needs_two(
+    make_set, progress, workers, num_train
+) -> None:
+    """case C13"""
+    small = make_set("few", num_train=num_train)
+    job = small.job("student", distill={"num_workers": workers})
+    directory = StageDirectory(job.path, "distill", "{}")
+    with pytest.raises(DataError, match=rf"^{num_train} image.*batch norm"):
+        distill_student(job, directory, None, progress, lambda record: None)
+    assert not list(Path(job.path).iterdir())
