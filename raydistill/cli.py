@@ -57,6 +57,27 @@ def adapt(words: Words = None) -> None:
 
 
 @app.command()
+def generate(
+    words: Words = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every prompt, the counts and what it would cost; make nothing.")
+    ] = False,
+) -> None:
+    """Make images with a diffusion pipeline and keep the good ones (with all that this needs)."""
+    if not dry_run:
+        _run(words, "generate")
+        return
+    from rich.console import Console
+
+    from raydistill.config import load_config
+    from raydistill.stages.generate import forecast
+
+    console = Console(highlight=False)
+    for line in forecast(load_config(words or [])):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
 def teach(words: Words = None) -> None:
     """Run every view through the teacher and store its soft targets (with all that this needs)."""
     _run(words, "teach")
@@ -93,7 +114,10 @@ def show(words: Words = None) -> None:
     directories: list[StageDirectory | str] = [prepared]
     done = prepared.done()
     fresh = config.views.per_image == "fresh"
-    later = ["adapt", *([] if fresh else ["teach"])] if config.loss.needs_teacher else []
+    later = ["adapt"] if config.loss.needs_teacher else []
+    later += ["generate"] if config.generate is not None else []
+    if config.loss.needs_teacher and not fresh:
+        later += ["teach"] if config.generate is None else ["teach", "teach_generated"]
     later += ["distill", "evaluate"]
     if done is None:
         directories += later

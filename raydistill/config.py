@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -110,6 +110,97 @@ class Views(Section):
     """Largest relative change of contrast."""
     saturation: Share = 0.0
     """Largest relative change of saturation."""
+
+
+class ClassPrompt(Section):
+    """What `generate` does differently for one class; null: as for the others."""
+
+    templates: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    negative_prompt: str | None = None
+    steps: Count | None = None
+    guidance: Weight | None = None
+
+
+class Filter(Section):
+    """What of the generated images is kept. Each rejection is in the ledger with its reason."""
+
+    contrast: Weight = 3.0
+    """Smallest standard deviation of an image's brightness, of 255; below it the image is near-constant."""
+    duplicate_distance: Annotated[int, Field(ge=0, le=256)] | None = 4
+    """Images of one class, or an image and one of val or test, are duplicates when at most this many of the 256 bits of
+    their difference hashes differ; null: only equal files are."""
+    confidence: Share | None = None
+    """Smallest probability that the adapted teacher must give the class; null: not asked."""
+    class_confidence: dict[str, Share] = {}
+    """The same for single classes, by name."""
+    agreement: bool = False
+    """Keep only images whose class the adapted teacher names first."""
+    weigh: bool = False
+    """Weigh the hard label of a kept image by the teacher's probability of its class."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.confidence is not None or bool(self.class_confidence) or self.agreement or self.weigh
+
+
+class Generate(Section):
+    pipeline: Annotated[str, Field(min_length=1)]
+    """A diffusion pipeline of diffusers: a name on the hub or a local folder. Text-to-image, image-to-image (with
+    `strength`), class-conditional or unconditional."""
+    revision: str | None = None
+    """Revision (a commit hash for choice) of a hub pipeline."""
+    ratio: Weight = 1.0
+    """Generated images of a class for each of its labelled train images."""
+    per_class: Count | None = None
+    """Generated images of each class, instead of `ratio`."""
+    balance: bool = False
+    """Fill every class up to the largest, instead of `ratio`."""
+    templates: Annotated[tuple[str, ...] | dict[str, Positive], Field(min_length=1)] = ("a picture of a {class}",)
+    """Prompts with `{class}` (and `{description}`), drawn equally often or by the weights given."""
+    names: str | None = None
+    """A YAML or JSON file from class names to words, or to {words, synonyms, description}."""
+    overrides: dict[str, ClassPrompt] = {}
+    """Settings of single classes, by name."""
+    negative_prompt: str | None = None
+    class_ids: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    """The pipeline's number of each class, for a class-conditional one; null: by the names it brings."""
+    scheduler: str | None = None
+    """Class name of a scheduler of diffusers; null: the pipeline's own."""
+    steps: Count = 50
+    guidance: Weight = 7.5
+    """Classifier-free guidance; 1 or less: none."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Start from train images of the class, with this much noise (image-to-image)."""
+    size: Annotated[int, Field(ge=8, le=2048)] | None = None
+    """Side in pixels of what the pipeline makes; null: its own."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    batch_size: Count = 8
+    """Images in one call on a GPU, and in one file; on CPUs they are made one by one, so that it changes no image."""
+    safety_checker: bool = True
+    """Reject what the pipeline's safety checker flags; a text-to-image pipeline without one is refused."""
+    attempts: Count = 3
+    """How often an image is tried, each time with another recorded seed, before it counts as missing."""
+    filter: Filter = Filter()
+    task_weight: Share = 1.0
+    """Weight of generated images in the cross-entropy; 0: they are learnt from through soft targets alone."""
+    share: Share | None = None
+    """Share of generated images in each batch; null: their share of all train images."""
+
+    @model_validator(mode="after")
+    def _one_count(self) -> Generate:
+        if self.per_class is not None and self.balance:
+            raise ValueError("generate.per_class and generate.balance both say how many; set one of them")
+        return self
+
+    def prompt_settings(self, name: str) -> ClassPrompt:
+        """The settings of a class: its own where they are given."""
+        own = self.overrides.get(name, ClassPrompt())
+        return ClassPrompt(
+            templates=own.templates,
+            negative_prompt=self.negative_prompt if own.negative_prompt is None else own.negative_prompt,
+            steps=own.steps or self.steps,
+            guidance=self.guidance if own.guidance is None else own.guidance,
+        )
 
 
 class Loss(Section):
@@ -263,13 +354,19 @@ class Cluster(Section):
     """Ray cluster to join; null: one of its own on this machine, for as long as the command runs."""
     teacher_actors: tuple[Count, Count] = (1, 4)
     """Fewest and most teacher actors; the plan lowers the second to what fits."""
+    generator_actors: tuple[Count, Count] = (1, 8)
+    """Fewest and most generator actors at once, while `generate` runs; before and after it there are none."""
+    generator_labels: dict[str, str] = {}
+    """Node labels that generator actors ask for, as {pool: spot}."""
+    generator_fallback: dict[str, str] | None = None
+    """Labels that will do where no node has the first; null: wait for one."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Cluster:
-        if self.teacher_actors[0] > self.teacher_actors[1]:
-            raise ValueError(
-                f"cluster.teacher_actors is (fewest, most); {self.teacher_actors} has them the wrong way round"
-            )
+        for key in ("teacher_actors", "generator_actors"):
+            fewest, most = getattr(self, key)
+            if fewest > most:
+                raise ValueError(f"cluster.{key} is (fewest, most); {(fewest, most)} has them the wrong way round")
         return self
 
 
@@ -293,6 +390,8 @@ class RunConfig(Section):
     """null: no teacher, which a run without soft targets needs none of."""
     student: Student = Student()
     views: Views = Views()
+    generate: Generate | None = None
+    """null: no generated images."""
     loss: Loss = Loss()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
@@ -321,6 +420,16 @@ class RunConfig(Section):
             raise ValueError(
                 "distill.body_rate is 0, which keeps a random body as it is; set student.init=pretrained or raise it"
             )
+        if self.generate is not None and self.generate.filter.needs_teacher and not self.loss.needs_teacher:
+            raise ValueError(
+                "generate.filter asks the teacher (confidence, agreement or weigh), but no term of the loss needs one "
+                "and none is adapted; leave those out"
+            )
+        if self.generate is not None and self.generate.task_weight == 0 and not self.loss.needs_teacher:
+            raise ValueError(
+                "generate.task_weight is 0 and no term of the loss needs a teacher, so nothing would be learnt from "
+                "the generated images; raise it, or set generate=null"
+            )
         if self.teacher is not None and self.teacher.head == "zero_shot":
             if plain := [prompt for prompt in self.teacher.prompts if "{class}" not in prompt]:
                 raise ValueError(f"teacher.prompts: {plain[0]!r} does not say where the class name goes; use {{class}}")
@@ -346,6 +455,7 @@ def fine_tuning(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "teacher": None,
+            "generate": None,
             "student": student,
             "views": config.views.model_copy(update={"per_image": "fresh"}),
             "loss": Loss(kd_weight=0, alignment_weight=0, uniformity_weight=0),
@@ -442,6 +552,8 @@ def _user_keys(location: tuple[int | str, ...]) -> list[str]:
 
 def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     annotation = model.model_fields[name].annotation
+    if get_origin(annotation) is dict:  # its keys are the user's own
+        return None
     candidates = (annotation, *getattr(annotation, "__args__", ()))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 

@@ -1,5 +1,6 @@
 """Shared by all tiers: nothing here starts Ray."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -22,6 +23,73 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def class_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusion pipeline of random weights for the classes red, green and blue, and no class, at 16 pixels."""
+    import diffusers
+    import torch
+
+    folder = tmp_path_factory.mktemp("class") / "pipeline"
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
+        norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, num_class_embeds=4,
+    )  # fmt: skip
+    diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler()).save_pretrained(folder)
+    (folder / "classes.json").write_text(json.dumps({"classes": ["red", "green", "blue"], "null": 3}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """Saves a StableDiffusionPipeline of random weights at 16 pixels, with or without a safety checker."""
+
+    def save(with_checker: bool) -> Path:
+        import diffusers
+        import torch
+        import transformers
+        from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        folder = tmp_path_factory.mktemp("text")
+        letters = sorted(ByteLevel.alphabet())
+        tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+        (folder / "vocab.json").write_text(json.dumps({token: k for k, token in enumerate(tokens)}))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        torch.manual_seed(0)
+        tower = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+        ends = {"bos_token_id": len(tokens) - 2, "eos_token_id": len(tokens) - 1, "pad_token_id": len(tokens) - 1}
+        text = transformers.CLIPTextConfig(**tower, **ends, vocab_size=len(tokens), max_position_embeddings=24)
+        vision = {**tower, "image_size": 16, "patch_size": 8}
+        checker = StableDiffusionSafetyChecker(
+            transformers.CLIPConfig(text_config=tower, vision_config=vision, projection_dim=8)
+        )
+        diffusers.StableDiffusionPipeline(
+            vae=diffusers.AutoencoderKL(
+                block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, sample_size=16,
+                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            ),
+            text_encoder=transformers.CLIPTextModel(text),
+            tokenizer=transformers.CLIPTokenizer(
+                str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24
+            ),
+            unet=diffusers.UNet2DConditionModel(
+                sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+                cross_attention_dim=16, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=4,
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            ),
+            scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+            safety_checker=checker if with_checker else None,
+            feature_extractor=transformers.CLIPImageProcessor(
+                size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+            ),
+            requires_safety_checker=with_checker,
+        ).save_pretrained(folder / "pipeline")  # fmt: skip
+        return folder / "pipeline"
+
+    return save
 
 
 @pytest.fixture

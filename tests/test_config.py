@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from raydistill.config import Images, RunConfig, known_keys, load_config, to_yaml
+from raydistill.config import ClassPrompt, Images, RunConfig, known_keys, load_config, to_yaml
 from raydistill.errors import ConfigError
 
 PATH = "images.path=./my_images"
@@ -143,17 +143,50 @@ OTHER_VALUES = {
     "evaluate.calibration_bins": 10,
     "cluster.address": "ray://head:10001",
     "cluster.teacher_actors": (2, 2),
+    "cluster.generator_actors": (2, 9),
+    "cluster.generator_labels": {"pool": "spot"},
+    "cluster.generator_fallback": {"pool": "train"},
+    "generate.pipeline": "owner/name",
+    "generate.revision": "main",
+    "generate.ratio": 2.0,
+    "generate.per_class": 5,
+    "generate.balance": False,
+    "generate.templates": {"a {class}": 2.0, "{class} texture": 1.0},
+    "generate.names": "names.yaml",
+    "generate.overrides": {"cat": ClassPrompt(steps=3)},
+    "generate.negative_prompt": "blurred",
+    "generate.class_ids": {"cat": 3},
+    "generate.scheduler": "DDIMScheduler",
+    "generate.steps": 3,
+    "generate.guidance": 1.5,
+    "generate.strength": 0.5,
+    "generate.size": 64,
+    "generate.dtype": "fp16",
+    "generate.batch_size": 3,
+    "generate.safety_checker": False,
+    "generate.attempts": 1,
+    "generate.filter.contrast": 1.0,
+    "generate.filter.duplicate_distance": None,
+    "generate.filter.confidence": 0.5,
+    "generate.filter.class_confidence": {"cat": 0.7},
+    "generate.filter.agreement": True,
+    "generate.filter.weigh": True,
+    "generate.task_weight": 0.5,
+    "generate.share": 0.5,
     "tracking.enabled": False,
     "tracking.uri": "http://host:5000",
 }
-SECTIONS = set(RunConfig.model_fields) - {"name", "workspace", "seed"}
+SECTIONS = {*RunConfig.model_fields, "generate.filter"} - {"name", "workspace", "seed"}
 
 
 def tree_of(values: dict[str, object]) -> dict[str, object]:
     tree: dict[str, object] = {}
     for key, value in values.items():
-        section, _, leaf = key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[leaf] = value
+        *sections, leaf = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
     return tree
 
 

@@ -138,24 +138,30 @@ def batch_order(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    generated: Sequence[np.ndarray] = (),
+    generated_share: float = 0.0,
 ) -> Iterator[Visits]:
     """Endless global batches of exactly `batch_size` visits from `start_step` on.
 
-    A share `labelled_share` of all visits goes to labelled rows, the rest to the others. The split of a batch is the
-    difference of two rounded running totals, so the share holds over any stretch, and every row of a pool is visited
-    equally often whatever the batch size: no last short batch, and none dropped.
+    A share `generated_share` of all visits goes to generated rows; of the rest, `labelled_share` to labelled rows and
+    what is left to the others. The split of a batch is the difference of rounded running totals, so the shares hold
+    over any stretch, and every row of a pool is visited equally often whatever the batch size: no last short batch, and
+    none dropped.
     """
-    pools = (labelled, others)
+    pools = (labelled, others, generated)
 
     def drawn(pool: int, steps: int) -> int:
-        from_labelled = int(np.floor(steps * batch_size * labelled_share + 1e-9))
-        return from_labelled if pool == 0 else steps * batch_size - from_labelled
+        from_generated = int(np.floor(steps * batch_size * generated_share + 1e-9))
+        real = steps * batch_size - from_generated
+        from_labelled = int(np.floor(real * labelled_share + 1e-9))
+        return (from_labelled, real - from_labelled, from_generated)[pool]
 
+    seeds = (seed * 2, seed * 2 + 1, 2**34 + seed)
     orders = [
-        visit_order(rows, seed * 2 + pool, drawn(pool, start_step)) if sum(map(len, rows)) else None
+        visit_order(rows, seeds[pool], drawn(pool, start_step)) if sum(map(len, rows)) else None
         for pool, rows in enumerate(pools)
     ]
-    left: list[Visits | None] = [None, None]
+    left: list[Visits | None] = [None, None, None]
 
     def take(pool: int, count: int) -> Iterator[Visits]:
         while count:
@@ -168,6 +174,6 @@ def batch_order(
 
     step = start_step
     while True:
-        parts = [part for pool in (0, 1) for part in take(pool, drawn(pool, step + 1) - drawn(pool, step))]
+        parts = [part for pool in range(3) for part in take(pool, drawn(pool, step + 1) - drawn(pool, step))]
         yield Visits.concat(parts)
         step += 1

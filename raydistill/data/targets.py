@@ -38,9 +38,10 @@ class Batch:
     labels_V: np.ndarray  # int64, UNLABELLED where there is none
     features_VD: np.ndarray | None  # float16; None where no teacher takes part
     rows_V: np.ndarray  # int64, which image of the train split it is
+    weights_V: np.ndarray | None = None  # float32, of the hard labels; None where all are 1
 
     def arrays(self) -> tuple[np.ndarray | None, ...]:
-        return self.images_VHHC, self.parameters_VP, self.labels_V, self.features_VD, self.rows_V
+        return (self.images_VHHC, self.parameters_VP, self.labels_V, self.features_VD, self.rows_V, self.weights_V)
 
 
 def encode_targets(sample_ids: Sequence[str], features_KRD: np.ndarray) -> bytes:
@@ -59,6 +60,15 @@ def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.nd
     if sample_ids.tobytes().hex() != "".join(expected_ids):
         raise CheckpointError(f"{name} holds the soft targets of other samples; delete it and run the command again")
     return features_KRD
+
+
+def read_all_targets(path: str) -> tuple[list[str], np.ndarray]:
+    """Sample ids and (K, R, D) float16 features of a whole file. Raises CheckpointError where it is damaged."""
+    try:
+        tensors = load(read_bytes(path))
+        return [bytes(i).hex() for i in tensors["sample_ids"]], tensors["features"]
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it and run the command again") from None
 
 
 def read_bytes(path: str) -> bytes:
@@ -86,64 +96,110 @@ def labels_of(table: pa.Table) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class TrainSplit:
-    """Where the train split lies and how its views are drawn. `targets` is None where no teacher takes part."""
+class Part:
+    """Train shards in one place. `targets` is None where no teacher takes part; `weights` are those of the rows' hard
+    labels by sample id, None where all are 1."""
 
     samples: SampleSet
     targets: str | None
+    weights: dict[str, float] | None = None
+    hard_labels: bool = True  # false: labels are not shown to the student
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.samples.shards["train"])
+
+
+@dataclass(frozen=True)
+class TrainSplit:
+    """Where the train split lies and how its views are drawn: the real images' shards, then the generated ones'."""
+
+    parts: tuple[Part, ...]
     views: Views
     seed: int
 
-    def shard(self, index: int) -> tuple[pa.Table, np.ndarray | None]:
-        table = read_samples(self.samples, "train", index)
+    @property
+    def shard_rows(self) -> list[int]:
+        return [rows for part in self.parts for rows in part.samples.shards["train"]]
+
+    def _place(self, index: int) -> tuple[Part, int]:
+        for part in self.parts:
+            if index < part.num_shards:
+                return part, index
+            index -= part.num_shards
+        raise IndexError(index)
+
+    def shard(self, index: int) -> Shard:
+        part, own = self._place(index)
+        table = read_samples(part.samples, "train", own)
         ids = table["sample_id"].to_pylist()
-        return table, None if self.targets is None else read_targets(self.targets, "train", index, ids)
+        weights = None
+        if any(p.weights is not None for p in self.parts):
+            weights = np.array([1.0 if part.weights is None else part.weights[i] for i in ids], np.float32)
+        features = None if part.targets is None else read_targets(part.targets, "train", own, ids)
+        labels = labels_of(table) if part.hard_labels else np.full(len(ids), UNLABELLED)
+        return Shard(ids, table["image"].to_pylist(), labels, features, weights)
 
     def labels(self) -> list[np.ndarray]:
         """The labels of every shard: all that the order of visits needs to know."""
-        return [read_labels(self.samples, "train", k) for k in range(len(self.samples.shards["train"]))]
+        return [read_labels(part.samples, "train", k) for part in self.parts for k in range(part.num_shards)]
 
     def num_bytes(self, feature_bytes: int) -> int:
         """Memory that the whole split takes, given the bytes of one image's features."""
-        return self.samples.num_rows("train") * (self.samples.size**2 * 3 + feature_bytes)
+        return sum(self.shard_rows) * (self.parts[0].samples.size ** 2 * 3 + feature_bytes)
 
     def batch(
-        self, visits: Visits, ids: list[str], images: np.ndarray, labels: np.ndarray, features: np.ndarray | None
-    ) -> Batch:
+        self, visits: Visits, ids: list[str], images: np.ndarray, labels: np.ndarray,
+        features: np.ndarray | None, weights: np.ndarray | None,
+    ) -> Batch:  # fmt: skip
         parameters = view_parameters(self.views, self.seed, ids, self.view_indices(visits))
-        first_row = np.cumsum([0, *self.samples.shards["train"]])
-        return Batch(images, parameters, labels, features, first_row[visits.shard] + visits.row)
+        first_row = np.cumsum([0, *self.shard_rows])
+        return Batch(images, parameters, labels, features, first_row[visits.shard] + visits.row, weights)
 
     def view_indices(self, visits: Visits) -> np.ndarray:
         """Stored views are replayed in turn; fresh ones never come again."""
         return visits.visit if self.views.per_image == "fresh" else visits.visit % self.views.per_image
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One shard in memory, images still encoded."""
+
+    ids: list[str]
+    images: list[bytes]
+    labels: np.ndarray
+    features_KRD: np.ndarray | None
+    weights_R: np.ndarray | None
+
+
 class InMemory:
     """The whole split, decoded once: for sets that fit."""
 
     def __init__(self, split: TrainSplit, decode_threads: int) -> None:
-        shards = [split.shard(k) for k in range(len(split.samples.shards["train"]))]
+        shards = [split.shard(k) for k in range(len(split.shard_rows))]
         self._split = split
-        self._first_row = np.cumsum([0, *(table.num_rows for table, _ in shards)])
-        self._ids = [i for table, _ in shards for i in table["sample_id"].to_pylist()]
-        self._labels = np.concatenate([labels_of(table) for table, _ in shards])
-        side = split.samples.size
+        self._first_row = np.cumsum([0, *split.shard_rows])
+        self._ids = [i for shard in shards for i in shard.ids]
+        self._labels = np.concatenate([shard.labels for shard in shards])
+        side = split.parts[0].samples.size
         self._images = np.empty((len(self._ids), side, side, 3), np.uint8)
-        encoded = [image for table, _ in shards for image in table["image"].to_pylist()]
+        encoded = [image for shard in shards for image in shard.images]
         with ThreadPoolExecutor(decode_threads) as pool:
             for row, image in enumerate(pool.map(pixels, encoded, chunksize=64)):
                 self._images[row] = image
-        features = [f for _, f in shards if f is not None]
+        features = [shard.features_KRD for shard in shards if shard.features_KRD is not None]
         self._features_KND = np.concatenate(features, axis=1) if features else None
+        weights = [shard.weights_R for shard in shards if shard.weights_R is not None]
+        self._weights_N = np.concatenate(weights) if weights else None
 
     def gather(self, visits: Visits) -> Batch:
         rows = self._first_row[visits.shard] + visits.row
         features = None
         if self._features_KND is not None:
             features = self._features_KND[self._split.view_indices(visits), rows]
+        weights = None if self._weights_N is None else self._weights_N[rows]
         ids = [self._ids[row] for row in rows]
-        return self._split.batch(visits, ids, self._images[rows], self._labels[rows], features)
+        return self._split.batch(visits, ids, self._images[rows], self._labels[rows], features, weights)
 
 
 def _decode_all(encoded: list[bytes]) -> np.ndarray:
@@ -157,27 +213,28 @@ class Streamed:
         self._split = split
         self._num_threads = decode_threads
         self._threads = ThreadPoolExecutor(decode_threads)
-        self._shard = lru_cache(maxsize=2 * WINDOW_SHARDS)(self._read)
-
-    def _read(self, index: int) -> tuple[list[str], list[bytes], np.ndarray, np.ndarray | None]:
-        table, features = self._split.shard(index)
-        return table["sample_id"].to_pylist(), table["image"].to_pylist(), labels_of(table), features
+        self._shard = lru_cache(maxsize=2 * WINDOW_SHARDS)(split.shard)
 
     def ids(self, visits: Visits) -> list[str]:
-        return [self._shard(int(k))[0][int(r)] for k, r in zip(visits.shard, visits.row, strict=True)]
+        return [self._shard(int(k)).ids[int(r)] for k, r in zip(visits.shard, visits.row, strict=True)]
 
     def gather(self, visits: Visits) -> Batch:
         views = self._split.view_indices(visits)
         needed = {int(k): self._shard(int(k)) for k in np.unique(visits.shard)}
         rows = [(needed[int(k)], int(r), int(v)) for k, r, v in zip(visits.shard, visits.row, views, strict=True)]
-        encoded = [shard[1][r] for shard, r, _ in rows]
-        each = -(
-            -len(encoded) // self._num_threads
-        )  # a task a thread: handing over single images costs as much as they
+        encoded = [shard.images[r] for shard, r, _ in rows]
+        # A task a thread: handing over single images costs as much as they do.
+        each = -(-len(encoded) // self._num_threads)
         chunks = [encoded[first : first + each] for first in range(0, len(encoded), each)]
         images = np.concatenate(list(self._threads.map(_decode_all, chunks)))
-        features = None
-        if self._split.targets is not None:
-            features = np.stack([shard[3][v, r] for shard, r, v in rows if shard[3] is not None])
-        labels = np.array([shard[2][r] for shard, r, _ in rows])
-        return self._split.batch(visits, self.ids(visits), images, labels, features)
+        labels = np.array([shard.labels[r] for shard, r, _ in rows])
+        features = [shard.features_KRD[v, r] for shard, r, v in rows if shard.features_KRD is not None]
+        weights = [shard.weights_R[r] for shard, r, _ in rows if shard.weights_R is not None]
+        return self._split.batch(
+            visits,
+            self.ids(visits),
+            images,
+            labels,
+            np.stack(features) if features else None,
+            np.array(weights, np.float32) if weights else None,
+        )

@@ -28,7 +28,10 @@ from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.examples import weights_fingerprint
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
-FORMATS = {"prepare": 1, "features": 1, "adapt": 1, "teach": 1, "distill": 1, "evaluate": 1, "compare": 1}
+FORMATS = {
+    "prepare": 1, "features": 1, "adapt": 1, "generated": 1, "generate": 1, "teach": 1, "distill": 1, "evaluate": 1,
+    "compare": 1,
+}  # fmt: skip
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
 # What `distill` leaves in its folder beside these is about its making; the last is there for transformers models.
 _STUDENT_FILES = ("student.json", "student.safetensors", "config.json")
@@ -118,6 +121,11 @@ def write_file(path: str, write: Callable[[str], object]) -> None:
         ) from None
 
 
+def exists(path: str) -> bool:
+    fs, place = url_to_fs(path)
+    return bool(fs.exists(place))
+
+
 def read_seconds(path: str) -> float:
     """How long the run that finished a stage took for it; 0 where nothing is said. What an interrupted run had spent
     on it before is not in it."""
@@ -198,6 +206,50 @@ def tuned(config: RunConfig, samples: SampleSet) -> RunConfig | None:
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=changes)})
 
 
+def generate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
+    """The chosen images. How they are trained on is no part of it."""
+    settings = config.generate
+    assert settings is not None
+    kept = settings.model_dump(exclude={"pipeline", "names", "batch_size", "share", "task_weight"})
+    identity = {
+        "generate": kept,
+        "pipeline": _pipeline(config),
+        "names": None if settings.names is None else _content(settings.names),
+        "classes": samples.classes,
+        "ids": samples.ids,
+        "labels": samples.labels,
+        "images": _pixels(config),
+        "seed": config.seed,
+    }
+    if settings.filter.needs_teacher:
+        identity["head"] = adapt_directory(config, samples).name
+    return stage_directory(config, "generate", identity)
+
+
+def class_directory(config: RunConfig, recipe: dict[str, Any]) -> StageDirectory:
+    """Everything that was ever made of one class by one recipe, kept or not: a stage that asks for more images, or
+    filters them in another way, pays for no image twice."""
+    identity = {"pipeline": _pipeline(config), "seed": config.seed, **recipe}
+    directory = stage_directory(config, "generated", identity)
+    return replace(directory, path=directory.path.replace("/generated-", "/generated/"))
+
+
+def teach_generated_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
+    """The soft targets of the generated images, apart from those of the real ones, which stay what they are."""
+    identity = {
+        "backbone": _backbone(config),
+        "generate": generate_directory(config, samples).name,
+        "views": config.views.model_dump(),
+        "seed": config.seed,
+    }
+    return replace(stage_directory(config, "teach", identity), stage="teach_generated")
+
+
+def backbone_name(config: RunConfig) -> str:
+    """A short name of the teacher's backbone and of the working images that it sees."""
+    return hashlib.sha256(json.dumps([_backbone(config), _pixels(config)], sort_keys=True).encode()).hexdigest()[:12]
+
+
 def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     """Neither labels nor the head are part of it: with new ones the soft targets' features stay as they are."""
     return stage_directory(
@@ -226,6 +278,9 @@ def distill_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
         "classes": samples.classes,
         "seed": config.seed,
     }
+    if config.generate is not None:
+        identity["generate"] = generate_directory(config, samples).name
+        identity["generated"] = config.generate.model_dump(include={"share", "task_weight"})
     if config.loss.needs_teacher:
         identity |= {"head": adapt_directory(config, samples).name, "teach": teach_directory(config, samples).name}
     return stage_directory(config, "distill", identity)
@@ -239,7 +294,7 @@ def evaluate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     return stage_directory(config, "evaluate", identity)
 
 
-STAGES = ("prepare", "adapt", "teach", "distill", "evaluate")
+STAGES = ("prepare", "adapt", "generate", "teach", "distill", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -261,17 +316,20 @@ def find_work(config: RunConfig, until: str) -> Work:
     needed = set(STAGES[: STAGES.index(until) + 1])
     needed -= set() if config.loss.needs_teacher else {"adapt", "teach"}
     needed -= {"teach"} if streams else set()
+    needed -= {"generate"} if config.generate is None else set()
     wanted = tuple(stage for stage in STAGES if stage in needed)
     done = prepared.done()
     undone = frozenset(needed)
     if done is not None:
         samples = samples_from_json(done)
         makers = {
-            "adapt": adapt_directory, "teach": teach_directory,
+            "adapt": adapt_directory, "generate": generate_directory, "teach": teach_directory,
             "distill": distill_directory, "evaluate": evaluate_directory,
         }  # fmt: skip
         later = tuned(config, samples)
         undone = frozenset(s for s in needed - {"prepare"} if later is None or makers[s](later, samples).done() is None)
+        if later is not None and {"generate", "teach"} <= needed and "teach" not in undone:
+            undone |= set() if teach_generated_directory(later, samples).done() else {"teach"}
     in_process = {"evaluate"} if config.distill.num_workers or streams else {"distill", "evaluate"}
     return Work(listing, prepared, wanted, undone, bool(undone - in_process))
 
@@ -300,6 +358,16 @@ def _identity_of_model(section: Teacher | Student) -> dict[str, Any]:
     elif section.model.startswith("example:"):
         identity["model"] = _weights(section.model)
     return identity
+
+
+def _pipeline(config: RunConfig) -> dict[str, Any]:
+    """A diffusion pipeline by its hub name and revision or, where it is a folder, by the content of its files."""
+    assert config.generate is not None
+    name, revision = config.generate.pipeline, config.generate.revision
+    if not os.path.isdir(name):
+        return {"pipeline": name, "revision": revision}
+    paths = sorted(str(p) for p in Path(name).rglob("*") if p.is_file() and p.name.endswith(_MODEL_FILES))
+    return {"pipeline": {os.path.relpath(path, name): _content(path) for path in paths}}
 
 
 def _folder(folder: str) -> str:

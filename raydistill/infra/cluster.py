@@ -45,6 +45,9 @@ class Plan:
     teacher_cpus: float
     teacher_gpus: float
     teacher_threads: int
+    generator_actors: tuple[int, int]  # (0, 0): nothing is generated
+    generator_cpus: float
+    generator_gpus: float
     train_workers: int | tuple[int, int]  # 0: in this process
     train_cpus: float
     train_gpus: float
@@ -59,6 +62,11 @@ class Plan:
             f"machine: {self.cpus:g} CPUs, {self.gpus:g} GPUs",
             f"prepare: decoding tasks of {self.decode_cpus:g} CPU",
         ]
+        if self.generator_actors[1]:
+            few, many = self.generator_actors
+            count = f"{few}" if few == many else f"{few} to {many}"
+            gpu = f" + {self.generator_gpus:g} GPU" if self.generator_gpus else ""
+            lines.append(f"generate: {count} generator actor(s) of {self.generator_cpus:g} CPU{gpu}")
         if most:
             lines.append(f"teach:   {actors} teacher actor(s) of {share}, fed by tasks of {self.load_cpus:g} CPU")
         if self.train_workers == 0:
@@ -101,6 +109,7 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
     if uses_gpus:
         fit = min(fit, math.floor(gpus / gpu_share) - beside)
     most = max(fewest, min(most, fit))
+    generators, generator_cpus, generator_gpus = _plan_generators(config, cpus, gpus, cores)
     return Plan(
         cpus=cpus,
         gpus=gpus,
@@ -110,11 +119,41 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
         teacher_cpus=share,
         teacher_gpus=gpu_share * uses_gpus,
         teacher_threads=max(1, cores // max(most + beside, 1)),
+        generator_actors=generators,
+        generator_cpus=generator_cpus,
+        generator_gpus=generator_gpus,
         train_workers=workers,
         train_cpus=train_cpus,
         train_gpus=gpu_share * (uses_gpus and fewest_workers > 0),
         train_threads=max(1, cores // (max(fewest_workers, 1) + (fewest if together and not uses_gpus else 0))),
     )
+
+
+def _plan_generators(config: RunConfig, cpus: float, gpus: float, cores: int) -> tuple[tuple[int, int], float, float]:
+    """Fewest and most generator actors and the CPUs and GPUs of each. On CPUs an actor uses one thread, so there are as
+    many as cores; the task that feeds them, and the teacher that may judge what they make, need little."""
+    if config.generate is None:
+        return (0, 0), 0.0, 0.0
+    fewest, most = config.cluster.generator_actors
+    judged = config.generate.filter.needs_teacher
+    left = cpus - LEAST_SHARE * (1 + judged)
+    # Of a cluster that grows, more may come than are there: the pool takes what there is.
+    if gpus > 0:
+        share = 0.5 if judged and gpus < 2 else 1.0
+        if gpus - (share if judged else 0) < fewest * share:
+            raise ConfigError(
+                f"needs {fewest + judged} GPUs for {fewest} generator actor(s){' and a teacher' if judged else ''}, "
+                f"has {gpus:g}; lower cluster.generator_actors"
+            )
+        return (fewest, most), max(min(1.0, math.floor(100 * left / fewest) / 100), LEAST_SHARE), share
+    most = max(fewest, min(most, cores))
+    share = min(1.0, math.floor(100 * left / most) / 100)
+    if share < LEAST_SHARE:
+        raise ConfigError(
+            f"needs at least {most * LEAST_SHARE + cpus - left:g} CPUs for {most} generator actor(s), has {cpus:g}; "
+            "lower cluster.generator_actors"
+        )
+    return (fewest, most), share, 0.0
 
 
 def _share(cpus: float, parts: int, what: str) -> float:

@@ -41,15 +41,16 @@ def distillation_loss(
     labels_B: torch.Tensor,
     progress: float = 0.0,
     negatives: Negatives | None = None,
+    weights_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The sum to minimise, and its unweighted terms by name; terms that never weigh anything are left out.
 
     The default is the total of Farhat & Chen 2024 with all weights 1: L = CE + T^2 KL + L_align + (L_unif(student) +
     L_unif(teacher)) / 2. `progress` is the share of all steps that are done, for weights that change. Computed in fp32
-    whatever the autocast.
+    whatever the autocast. `weights_B` are those of the images in the task term.
     """
     with torch.autocast(labels_B.device.type, enabled=False):
-        terms = {name: _term(name, config, student, teacher, labels_B, negatives) for name in config.terms}
+        terms = {name: _term(name, config, student, teacher, labels_B, negatives, weights_B) for name in config.terms}
     total = sum(
         (config.weight(name, progress) * value for name, value in terms.items()), labels_B.new_zeros(()).float()
     )
@@ -63,9 +64,10 @@ def _term(
     teacher: Outputs | None,
     labels_B: torch.Tensor,
     negatives: Negatives | None,
+    weights_B: torch.Tensor | None,
 ) -> torch.Tensor:
     if name == "task":
-        return cross_entropy(student.logits_BC, labels_B)
+        return cross_entropy(student.logits_BC, labels_B, weights_B)
     assert teacher is not None, "the config refuses such a term without a teacher"
     logits = (student.logits_BC, teacher.logits_BC)
     features = (student.features_BD, teacher.features_BD)

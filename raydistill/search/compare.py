@@ -54,6 +54,9 @@ OVERLAYS: dict[str, dict[str, Any]] = {
     "job": {},
 }
 
+_GENERATED = "+generated"
+_UNJUDGED: dict[str, Any] = {"confidence": None, "class_confidence": {}, "agreement": False, "weigh": False}
+
 
 @dataclass(frozen=True)
 class _Trial:
@@ -76,7 +79,7 @@ def compare_arms(config: RunConfig, progress: Progress, learning_curve: bool = F
     Raises ConfigError before anything starts where an arm cannot be trained: no pre-trained weights for its student, no
     teacher for its loss.
     """
-    trials = [_trial(config, arm, seed) for seed in _seeds(config) for arm in config.compare.arms]
+    trials = [_trial(config, arm, seed) for seed in _seeds(config) for arm in _arms(config)]
     _check(trials)
     artifacts.check_writable(config)
     directory = _directory(config, trials, learning_curve)
@@ -101,8 +104,20 @@ def _seeds(config: RunConfig) -> range:
     return range(config.seed, config.seed + config.compare.seeds)
 
 
-def _trial(config: RunConfig, arm: str, seed: int, num_labelled: int | None = None, share: float = 1.0) -> _Trial:
-    tree = config.model_dump(mode="json")
+def _arms(config: RunConfig) -> list[str]:
+    """Each arm without generated images and, where the job generates, with them."""
+    both = [] if config.generate is None else [f"{arm}{_GENERATED}" for arm in config.compare.arms]
+    return [*config.compare.arms, *both]
+
+
+def _trial(config: RunConfig, name: str, seed: int, num_labelled: int | None = None, share: float = 1.0) -> _Trial:
+    tree, arm = config.model_dump(mode="json"), name.removesuffix(_GENERATED)
+    if arm == name:
+        tree["generate"] = None
+    elif OVERLAYS[arm].get("teacher", tree["teacher"]) is None:
+        # Without a teacher none can judge the images, and nothing but their labels can be learnt from.
+        tree["generate"]["filter"] |= _UNJUDGED
+        tree["generate"]["task_weight"] = tree["generate"]["task_weight"] or 1.0
     overlay: dict[str, Any] = {**OVERLAYS[arm], "seed": seed, "tracking": {"enabled": False}}
     if overlay.get("student", {}).get("init") == "pretrained":
         overlay["student"] = {**overlay["student"], "weights": config.compare.student_weights or config.student.weights}
@@ -112,10 +127,10 @@ def _trial(config: RunConfig, arm: str, seed: int, num_labelled: int | None = No
         overlay["images"] = {"num_labelled": num_labelled}
     merged = OmegaConf.to_container(OmegaConf.merge(tree, overlay))
     try:
-        return _Trial(arm, seed, RunConfig.model_validate(merged), share)
+        return _Trial(name, seed, RunConfig.model_validate(merged), share)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"compare.arms: {arm} cannot be trained with this job: {reason}") from None
+        raise ConfigError(f"compare.arms: {name} cannot be trained with this job: {reason}") from None
 
 
 def _check(trials: list[_Trial]) -> None:

@@ -31,6 +31,7 @@ class Arm:
     val_accuracy: float
     test_accuracy: float
     adapt_seconds: float
+    generate_seconds: float
     teach_seconds: float
     train_seconds: float
     steps: int
@@ -39,7 +40,11 @@ class Arm:
 
     @property
     def seconds(self) -> float:
-        return self.adapt_seconds + self.teach_seconds + self.train_seconds
+        return self.seconds_before + self.train_seconds
+
+    @property
+    def seconds_before(self) -> float:
+        return self.adapt_seconds + self.generate_seconds + self.teach_seconds
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Row:
     gain_high: float | None
     p_value: float | None
     adapt_seconds: float
+    generate_seconds: float
     teach_seconds: float
     train_seconds: float
     seconds: float
@@ -79,7 +85,7 @@ class Comparison:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Titles and cells, the best by val first."""
         titles = ["arm", "val", "test", f"{_CONFIDENCE:.0%} interval", f"gain over {self.best_baseline or 'none'}", "p",
-                  "adapt s", "teach s", "train s", "total s", "s to baseline", "steps"]  # fmt: skip
+                  "adapt s", "generate s", "teach s", "train s", "total s", "s to baseline", "steps"]  # fmt: skip
         cells = []
         for row in self.rows:
             gain = (
@@ -89,8 +95,8 @@ class Comparison:
                 row.arm, f"{row.val_mean:.3f}", f"{row.test_mean:.3f}",
                 _bounds(row.test_low, row.test_high, 1, ".3f").strip() or "one seed", gain,
                 "" if row.p_value is None else f"{row.p_value:.3f}",
-                f"{row.adapt_seconds:.0f}", f"{row.teach_seconds:.0f}", f"{row.train_seconds:.0f}",
-                f"{row.seconds:.0f}",
+                f"{row.adapt_seconds:.0f}", f"{row.generate_seconds:.0f}", f"{row.teach_seconds:.0f}",
+                f"{row.train_seconds:.0f}", f"{row.seconds:.0f}",
                 "never" if row.seconds_to_baseline is None else f"{row.seconds_to_baseline:.0f}", f"{row.steps:,}",
             ])  # fmt: skip
         return titles, cells
@@ -108,8 +114,8 @@ class Comparison:
 NOTES = (
     "All arms take the same number of steps with the same batch size, and none was tuned for this data. Arms are "
     "ranked by mean val accuracy; gains are test accuracies in points, paired by seed. Seconds are those of this "
-    "machine; a stage that arms share counts in full for each. Seconds to baseline: until the val accuracy first "
-    "reaches the best baseline's mean, adapting and teaching included."
+    "machine; a stage that arms share counts in full for each, and generating by the seconds of its actors. Seconds to "
+    "baseline: until the val accuracy first reaches the best baseline's mean, all that came before training included."
 )
 
 
@@ -131,7 +137,8 @@ def arm_of(name: str, seed: int, label_share: float, outcome: Outcome) -> Arm:
         val_accuracy=report.student["val"]["accuracy"],
         test_accuracy=report.student["test"]["accuracy"],
         adapt_seconds=sum(seconds.get(stage, 0.0) for stage in ("fine_tune", "features", "adapt")),
-        teach_seconds=seconds.get("teach", 0.0),
+        generate_seconds=0.0 if outcome.generated is None else outcome.generated.actor_seconds,
+        teach_seconds=seconds.get("teach", 0.0) + seconds.get("teach_generated", 0.0),
         train_seconds=spent[-1],
         steps=student.steps,
         epochs=epochs,
@@ -181,7 +188,8 @@ def _row(runs: list[Arm], baseline: list[Arm] | None, baseline_val: float | None
     reached = [_seconds_to(run, baseline_val) for run in runs] if baseline_val is not None else [None]
     times = [seconds for seconds in reached if seconds is not None]
     mean = {key: float(np.mean([getattr(run, key) for run in runs]))
-            for key in ("val_accuracy", "adapt_seconds", "teach_seconds", "train_seconds", "seconds")}  # fmt: skip
+            for key in ("val_accuracy", "adapt_seconds", "generate_seconds", "teach_seconds", "train_seconds",
+                        "seconds")}  # fmt: skip
     return Row(
         arm=runs[0].arm,
         seeds=[run.seed for run in runs],
@@ -194,6 +202,7 @@ def _row(runs: list[Arm], baseline: list[Arm] | None, baseline_val: float | None
         gain_high=gain_high,
         p_value=p_value,
         adapt_seconds=mean["adapt_seconds"],
+        generate_seconds=mean["generate_seconds"],
         teach_seconds=mean["teach_seconds"],
         train_seconds=mean["train_seconds"],
         seconds=mean["seconds"],
@@ -223,7 +232,7 @@ def _seconds_to(run: Arm, accuracy: float) -> float | None:
     """Until the val accuracy first reached `accuracy`; None where it never did."""
     for epoch, spent in zip(run.epochs, run.seconds_by_epoch, strict=True):
         if epoch.get("val_accuracy", -1.0) >= accuracy:
-            return run.adapt_seconds + run.teach_seconds + spent
+            return run.seconds_before + spent
     return None
 
 

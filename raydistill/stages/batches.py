@@ -18,7 +18,7 @@ import numpy as np
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet, Visits, batch_order
-from raydistill.data.targets import UNLABELLED, Batch, InMemory, Streamed, TrainSplit
+from raydistill.data.targets import UNLABELLED, Batch, InMemory, Part, Streamed, TrainSplit
 from raydistill.infra.artifacts import write_bytes
 from raydistill.infra.checkpoints import latest_step
 from raydistill.infra.cluster import Plan, Worker
@@ -41,18 +41,21 @@ class DistillJob:
     path: str
     head: str | None  # the directory of `adapt`; None: no teacher
     targets: str | None  # the directory of `teach`; None: no teacher, or fresh views
+    generated: SampleSet | None = None
+    generated_targets: str | None = None
+    weights: dict[str, float] | None = None  # of the hard labels of generated images, by sample id
 
     @property
     def batch_size(self) -> int:
         """No larger than the images that take part: a batch need not hold an image twice."""
         with_teacher = self.config.loss.needs_teacher
         usable = self.samples.num_rows("train") if with_teacher else self.samples.num_labelled["train"]
-        return min(self.config.distill.batch_size, usable)
+        return min(self.config.distill.batch_size, usable + (self.generated.num_rows("train") if self.generated else 0))
 
     @property
     def steps_per_epoch(self) -> int:
-        """From the size of the train split alone, so all workers agree on it, and so do runs with and without a
-        teacher."""
+        """From the number of real train images alone, so all workers agree on it, and so do runs with and without a
+        teacher, and with and without generated images."""
         return max(1, self.samples.num_rows("train") // self.batch_size)
 
     @property
@@ -61,19 +64,34 @@ class DistillJob:
 
     @property
     def train_split(self) -> TrainSplit:
-        return TrainSplit(self.samples, self.targets, self.config.views, self.config.seed)
+        parts = [Part(self.samples, self.targets)]
+        if self.generated is not None:
+            assert self.config.generate is not None
+            hard = self.config.generate.task_weight > 0
+            parts.append(Part(self.generated, self.generated_targets, self.weights, hard))
+        return TrainSplit(tuple(parts), self.config.views, self.config.seed)
 
     def order(self, labels: list[np.ndarray], start_step: int) -> Iterator[Visits]:
         """The global batches from `start_step` on. Without a teacher only labelled images are drawn."""
-        labelled = [np.flatnonzero(shard != UNLABELLED) for shard in labels]
-        others = [np.flatnonzero(shard == UNLABELLED) for shard in labels]
-        num_labelled, num_others = sum(map(len, labelled)), sum(map(len, others))
+        real = len(self.samples.shards["train"])
+        labelled = [np.flatnonzero(shard != UNLABELLED) for shard in labels[:real]]
+        others = [np.flatnonzero(shard == UNLABELLED) for shard in labels[:real]]
+        # Generated shards lie behind the real ones, whose pools have no rows there.
+        none = [np.empty(0, np.int64)] * real
+        generated = [*none, *(np.arange(len(shard)) for shard in labels[real:])]
+        num_labelled, num_others, num_generated = (sum(map(len, pool)) for pool in (labelled, others, generated))
         share = self.config.distill.labelled_share
         if share is None:
             share = num_labelled / (num_labelled + num_others)
         if not self.config.loss.needs_teacher or not num_others:
             share = 1.0
-        return batch_order(labelled, others, share, self.batch_size, self.config.seed, start_step)
+        generated_share = 0.0
+        if self.config.generate is not None and num_generated:
+            beside = num_labelled if share == 1.0 else num_labelled + num_others
+            natural = num_generated / (num_generated + beside)
+            generated_share = natural if self.config.generate.share is None else self.config.generate.share
+        seed = self.config.seed
+        return batch_order(labelled, others, share, self.batch_size, seed, start_step, generated, generated_share)
 
 
 def worker_batches(job: DistillJob, worker: Worker, step: int) -> Iterator[Batch]:
@@ -99,7 +117,8 @@ def stream_batches(job: DistillJob, worker: Worker) -> Iterator[Batch]:
     """What the teacher pool sends: fresh views' features beside the images."""
     size = job.batch_size // worker.size
     for rows in worker.stream.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2, drop_last=True):
-        yield Batch(rows["image"], rows["parameters"], rows["label"], rows["features"], rows["row"])
+        weights = rows.get("weight")
+        yield Batch(rows["image"], rows["parameters"], rows["label"], rows["features"], rows["row"], weights)
 
 
 def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[Batch]:
@@ -159,7 +178,8 @@ class _GatherUnit:
         source, order = Streamed(self._job.train_split, 1), self._job.order(self._labels, int(unit["first"][0]))
         visits = Visits.concat(list(itertools.islice(order, int(unit["steps"][0]))))
         batch = source.gather(visits)
-        return {
+        weights = {} if batch.weights_V is None else {"weight": batch.weights_V}
+        return weights | {
             "image": batch.images_VHHC,
             "parameters": batch.parameters_VP,
             "label": batch.labels_V,

@@ -6,10 +6,12 @@ Shapes: N images, C classes.
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 STUDENT, TEACHER, OTHERS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -34,6 +36,27 @@ def curves_figure(epochs: list[dict[str, float]]) -> bytes:
     right.set(xlabel="epoch", ylabel="accuracy", title="Student on val")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    return png(figure)
+
+
+def contact_sheet(name: str, kept: list[Image.Image], rejected: list[tuple[Image.Image | None, str]]) -> bytes:
+    """Generated images of one class: those that were kept, then those that were rejected, under the reason."""
+    tiles = [(image, "") for image in kept] + rejected
+    columns = min(8, max(len(tiles), 1))
+    kept_rows, rejected_rows = -(-len(kept) // columns), -(-len(rejected) // columns)
+    rows = max(kept_rows + rejected_rows, 1)
+    figure = Figure(figsize=(1.4 * columns, 1.6 * rows + 0.5), layout="constrained")
+    figure.suptitle(f"{name}: {len(kept)} kept and {len(rejected)} rejected are shown", fontsize=10)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for number, (image, reason) in enumerate(tiles):
+        place = number if number < len(kept) else kept_rows * columns + number - len(kept)
+        axes = grid.flat[place]
+        if image is not None:
+            axes.imshow(image, cmap="grey" if image.mode == "L" else None)
+        if reason:
+            axes.set_title("\n".join(textwrap.wrap(reason, 18)), fontsize=7, color=TEACHER)
     return png(figure)
 
 

@@ -102,12 +102,13 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             torch.manual_seed(_step_seed(config.seed, step, worker.rank))  # dropout and its like
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * learning_rate(settings, step, job.steps_per_epoch)
-            images, parameters, labels, features, rows = (_to(device, array) for array in batch.arrays())
+            images, parameters, labels, features, rows, weights = (_to(device, array) for array in batch.arrays())
             views = render(images, parameters, trainee.student.preprocessing).contiguous(memory_format=layout)
             with autocast:
                 student, teacher = network(views, None if features is None else features.float())
             negatives = memory and _negatives(memory, job, worker, step, student, teacher, rows, labels)
-            loss, terms = distillation_loss(config.loss, student, teacher, labels, step / job.total_steps, negatives)
+            done = step / job.total_steps
+            loss, terms = distillation_loss(config.loss, student, teacher, labels, done, negatives, weights)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)

@@ -20,6 +20,13 @@ from raydistill.models.teacher import load_teacher, match_native_head, zero_shot
 from raydistill.stages.adapt import AdaptedTeacher, adapt_teacher, write_plain_features
 from raydistill.stages.batches import DistillJob
 from raydistill.stages.distill import StudentCheckpoint, distill_student
+from raydistill.stages.generate import (
+    GeneratedImages,
+    check_generate,
+    generate_images,
+    generated_from_json,
+    label_weights,
+)
 from raydistill.stages.prepare import prepare_samples
 from raydistill.stages.teach import stream_soft_targets
 
@@ -33,6 +40,7 @@ class Outcome:
 
     samples: SampleSet | None = None
     adapted: AdaptedTeacher | None = None
+    generated: GeneratedImages | None = None
     student: StudentCheckpoint | None = None
     report: Report | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # of the stages that ran; 0 where one was done before
@@ -68,6 +76,8 @@ def check_run(config: RunConfig, work: Work) -> None:
     """Refuse what cannot work before anything is written. Raises ConfigError, DataError."""
     _check_counts(config, work.listing)
     _check_models(config, work.listing, work.undone)
+    if "generate" in work.undone:
+        check_generate(config, work.listing.classes)
 
 
 def _check_counts(config: RunConfig, listing: Listing) -> None:
@@ -157,9 +167,13 @@ class _Run:
         if "adapt" in work.wanted:
             self._adapt(samples)
         config = self._config  # adapt may have changed the teacher
+        if "generate" in work.wanted:
+            self._generate(samples)
         if "teach" in work.wanted:
             teach = artifacts.teach_directory(config, samples)
             self._stage(teach, lambda _: stream_soft_targets(config, samples, teach, self._ray.plan(), progress))
+            if outcome.generated is not None:
+                self._teach_generated(samples, outcome.generated.samples)
         if "distill" in work.wanted:
             self._distill(samples)
         if "evaluate" in work.wanted:
@@ -215,6 +229,23 @@ class _Run:
                 f"{adapted.chance:.3f}), head from {adapted.num_train} labelled images"
             )
 
+    def _generate(self, samples: SampleSet) -> None:
+        config, directory = self._config, artifacts.generate_directory(self._config, samples)
+        head = None if self._outcome.adapted is None else self._outcome.adapted.path
+
+        def work(_: Any) -> None:
+            generate_images(config, samples, head, directory, self._ray.plan(), self._progress)
+
+        generated = self._outcome.generated = generated_from_json(self._stage(directory, work))
+        kept, rejected = sum(generated.kept.values()), sum(generated.rejected.values())
+        self._progress.line(f"generated: {kept} images kept, {rejected} rejected; see {directory.path}/sheet-*.png")
+
+    def _teach_generated(self, samples: SampleSet, generated: SampleSet) -> None:
+        config, directory = self._config, artifacts.teach_generated_directory(self._config, samples)
+        self._stage(
+            directory, lambda _: stream_soft_targets(config, generated, directory, self._ray.plan(), self._progress)
+        )
+
     def _distill(self, samples: SampleSet) -> None:
         config, outcome = self._config, self._outcome
         directory = artifacts.distill_directory(config, samples)
@@ -225,6 +256,9 @@ class _Run:
             directory.path,
             head=None if adapted is None else adapted.path,
             targets=outcome.directories.get("teach"),
+            generated=None if outcome.generated is None else outcome.generated.samples,
+            generated_targets=outcome.directories.get("teach_generated"),
+            weights=None if outcome.generated is None else label_weights(config, outcome.generated),
         )
         if adapted is None and samples.num_labelled["train"] < samples.num_rows("train"):
             unused = samples.num_rows("train") - samples.num_labelled["train"]

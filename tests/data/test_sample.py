@@ -239,3 +239,41 @@ def test_samples_survive_the_trip_through_json():
     samples = samples_from_json(done)
     assert samples.classes == ("10", "2", "café", "a b")
     assert [samples.num_rows(split) for split in ("train", "val", "test", "elsewhere")] == [7, 2, 0, 0]
+
+
+@given(
+    share=st.floats(0.05, 0.95), generated_share=st.floats(0.0, 0.95), batch_size=st.integers(1, 9),
+    start=st.integers(0, 40),
+)  # fmt: skip
+def test_generated_rows_get_their_share_and_the_others_theirs_of_the_rest(share, generated_share, batch_size, start):
+    empty = np.empty(0, np.int64)
+    labelled, others = [np.arange(5), np.arange(0), empty], [np.arange(5, 9), np.arange(7), empty]
+    generated = [empty, empty, np.arange(6)]
+    order = batch_order(labelled, others, share, batch_size, 3, start, generated, generated_share)
+    from_start = batch_order(labelled, others, share, batch_size, 3, 0, generated, generated_share)
+    whole = list(itertools.islice(from_start, start + 30))
+    for resumed, unbroken in zip(order, whole[start:], strict=False):
+        np.testing.assert_array_equal(resumed.shard, unbroken.shard)
+        np.testing.assert_array_equal(resumed.row, unbroken.row)
+    visits = Visits.concat(whole)
+    from_generated = visits.shard == 2
+    assert abs(from_generated.sum() - generated_share * len(visits)) <= 1
+    from_labelled = (visits.shard == 0) & (visits.row < 5)
+    assert abs(from_labelled.sum() - share * (~from_generated).sum()) <= 1
+    counts = np.bincount(visits.row[from_generated], minlength=6)
+    assert counts.max() - counts.min() <= 1
+
+
+# As the order was drawn before there were generated images.
+WAS = (
+    [0, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0, 0, 0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 1, 0],
+    [3, 0, 5, 6, 4, 7, 0, 2, 3, 5, 6, 8, 1, 1, 4, 4, 3, 8, 2, 0, 5, 7, 5, 6],
+)
+
+
+def test_without_generated_rows_the_order_is_what_it_was():
+    """Runs that were made before there were generated images are still theirs."""
+    labelled, others = [np.arange(5), np.arange(3)], [np.arange(5, 9), np.arange(3, 7)]
+    order = Visits.concat(list(itertools.islice(batch_order(labelled, others, 0.4, 6, 1), 4)))
+    assert order.shard.tolist() == WAS[0]
+    assert order.row.tolist() == WAS[1]

@@ -19,6 +19,7 @@ from raydistill.data.sample import SCHEMA, SampleSet, Visits, batch_order, encod
 from raydistill.data.targets import (
     UNLABELLED,
     InMemory,
+    Part,
     Streamed,
     TrainSplit,
     decode_targets,
@@ -77,7 +78,11 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> TrainSplit:
         (tmp_path / f"{shard_name('train', shard)}.safetensors").write_bytes(stored)
         number += count
     samples = SampleSet(str(tmp_path), ("a", "b", "c", "d"), SIZE, {"train": ROWS}, {"train": 0}, 0, {"train": ""}, "")
-    return TrainSplit(samples, str(tmp_path), Views(per_image=VIEWS, brightness=0.3), SEED)
+    return TrainSplit((Part(samples, str(tmp_path)),), Views(per_image=VIEWS, brightness=0.3), SEED)
+
+
+def with_targets(split: TrainSplit, targets: str | None) -> TrainSplit:
+    return replace(split, parts=(replace(split.parts[0], targets=targets),))
 
 
 def image_number(shard: int, row: int) -> int:
@@ -115,7 +120,7 @@ def test_every_row_of_a_batch_is_of_one_image_and_one_view(split, reader):
 @given(share=st.floats(0.1, 0.9), batch_size=st.integers(1, 9), seed=st.integers(0, 99), fresh=st.booleans())
 def test_memory_and_stream_give_the_same_batches(split, share, batch_size, seed, fresh):
     if fresh:
-        split = replace(split, targets=None, views=Views(per_image="fresh"))
+        split = replace(with_targets(split, None), views=Views(per_image="fresh"))
     memory, stream = InMemory(split, 1), Streamed(split, 1)
     for visits in some_visits(split, 4, batch_size, share, seed):
         for first, second in zip(memory.gather(visits).arrays(), stream.gather(visits).arrays(), strict=True):
@@ -129,7 +134,7 @@ def test_memory_and_stream_give_the_same_batches(split, share, batch_size, seed,
 
 @pytest.mark.parametrize("reader", [InMemory, Streamed])
 def test_fresh_views_never_come_again(split, reader):
-    source = reader(replace(split, targets=None, views=Views(per_image="fresh")), 1)
+    source = reader(replace(with_targets(split, None), views=Views(per_image="fresh")), 1)
     visits = Visits(np.zeros(50, int), np.ones(50, int), np.arange(50))
     batch = source.gather(visits)
     assert batch.features_VD is None
@@ -140,25 +145,48 @@ def test_fresh_views_never_come_again(split, reader):
 def test_targets_of_other_images_are_refused(split, reader, tmp_path):
     """The targets of an earlier set, one of whose images has gone since."""
     for shard, count in enumerate(ROWS):
-        names = read_samples(split.samples, "train", shard)["sample_id"].to_pylist()
+        names = read_samples(split.parts[0].samples, "train", shard)["sample_id"].to_pylist()
         if shard == 3:
             names = [*names[1:], names[0]]
         stored = encode_targets(names, np.zeros((VIEWS, count, FEATURES), np.float16))
         (tmp_path / f"{shard_name('train', shard)}.safetensors").write_bytes(stored)
     with pytest.raises(CheckpointError, match="train-00003"):
-        reader(replace(split, targets=str(tmp_path)), 1).gather(Visits(*np.array([[3], [0], [0]])))
+        reader(with_targets(split, str(tmp_path)), 1).gather(Visits(*np.array([[3], [0], [0]])))
+
+
+@pytest.mark.parametrize("hard_labels", [True, False])
+def test_generated_images_follow_the_real_ones_with_their_own_weights(split, hard_labels):
+    """The same shards stand for both, so that what the second part gives is known from the first."""
+    real = split.parts[0]
+    weights = {name: 0.5 + 0.01 * n for n, name in enumerate(ids(99)[: sum(ROWS)])}
+    both = replace(split, parts=(real, replace(real, weights=weights, hard_labels=hard_labels)))
+    assert both.shard_rows == [*ROWS, *ROWS]
+    visits = some_visits(split)[0]
+    moved = replace(visits, shard=visits.shard + len(ROWS))
+    alone = InMemory(split, 1).gather(visits)
+    assert alone.weights_V is None
+    for reader in (InMemory, Streamed):
+        first, second = (reader(both, 1).gather(v) for v in (visits, moved))
+        np.testing.assert_array_equal(first.labels_V, alone.labels_V)
+        np.testing.assert_array_equal(second.labels_V, alone.labels_V if hard_labels else UNLABELLED)
+        np.testing.assert_array_equal(second.features_VD, alone.features_VD)
+        np.testing.assert_array_equal(second.images_VHHC, alone.images_VHHC)
+        np.testing.assert_array_equal(second.rows_V, alone.rows_V + sum(ROWS))
+        np.testing.assert_array_equal(first.weights_V, 1)
+        expected = [0.5 + 0.01 * image_number(int(k), int(r)) for k, r in zip(visits.shard, visits.row, strict=True)]
+        np.testing.assert_allclose(second.weights_V, expected, rtol=1e-6)
 
 
 def test_labels_are_read_with_and_without_the_images(split):
     for shard, labels in enumerate(split.labels()):
         expected = [label_of(image_number(shard, row)) for row in range(ROWS[shard])]
         assert labels.tolist() == [UNLABELLED if label is None else label for label in expected]
-        np.testing.assert_array_equal(labels, labels_of(read_samples(split.samples, "train", shard)))
+        np.testing.assert_array_equal(labels, labels_of(read_samples(split.parts[0].samples, "train", shard)))
 
 
 def test_targets_are_read_by_split_and_shard(split):
-    names = read_samples(split.samples, "train", 2)["sample_id"].to_pylist()
-    found = read_targets(split.targets, "train", 2, names)
+    names = read_samples(split.parts[0].samples, "train", 2)["sample_id"].to_pylist()
+    found = read_targets(split.parts[0].targets, "train", 2, names)
     np.testing.assert_array_equal(found[1, 2], features_of(names[2], 1))
 
 

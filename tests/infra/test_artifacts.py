@@ -144,6 +144,9 @@ EFFECTS = {
     "evaluate.calibration_bins=10": {"evaluate"},
     "cluster.address=ray://head:10001": NOTHING,
     "cluster.teacher_actors=[2,3]": NOTHING,
+    "cluster.generator_actors=[2,3]": NOTHING,
+    'cluster.generator_labels={"pool":"spot"}': NOTHING,
+    'cluster.generator_fallback={"pool":"train"}': NOTHING,
     "tracking.enabled=false": NOTHING,
     "tracking.uri=http://host:5000": NOTHING,
 }
@@ -155,8 +158,61 @@ def test_a_change_makes_those_stages_new_whose_result_it_changes(words):
 
 
 def test_the_table_above_has_every_key():
-    sections = set(RunConfig.model_fields) - {"name", "workspace", "seed"}
-    assert {words.partition("=")[0] for words in EFFECTS} == set(known_keys()) - sections
+    sections = {*RunConfig.model_fields, "generate.filter"} - {"name", "workspace", "seed"}
+    tabled = {words.partition("=")[0] for words in (*EFFECTS, *EFFECTS_OF_GENERATED)}
+    assert tabled == set(known_keys()) - sections
+
+
+IMAGES = {"generate", "teach_generated", "distill", "evaluate"}
+# With generated images, what a change of their settings does; no real image is taught again.
+EFFECTS_OF_GENERATED = {
+    "generate.pipeline=other/name": IMAGES,
+    "generate.revision=abc": IMAGES,
+    "generate.ratio=2": IMAGES,
+    "generate.per_class=3": IMAGES,
+    "generate.balance=true": IMAGES,
+    "generate.templates=['{class}']": IMAGES,
+    "generate.names=null": NOTHING,
+    'generate.overrides={"a":{"steps":3}}': IMAGES,
+    "generate.negative_prompt=blurred": IMAGES,
+    'generate.class_ids={"a":3}': IMAGES,
+    "generate.scheduler=DDIMScheduler": IMAGES,
+    "generate.steps=3": IMAGES,
+    "generate.guidance=1": IMAGES,
+    "generate.strength=0.5": IMAGES,
+    "generate.size=64": IMAGES,
+    "generate.dtype=fp16": IMAGES,
+    "generate.batch_size=3": NOTHING,
+    "generate.safety_checker=false": IMAGES,
+    "generate.attempts=1": IMAGES,
+    "generate.filter.contrast=1": IMAGES,
+    "generate.filter.duplicate_distance=null": IMAGES,
+    "generate.filter.confidence=0.5": IMAGES,
+    'generate.filter.class_confidence={"a":0.5}': IMAGES,
+    "generate.filter.agreement=true": IMAGES,
+    "generate.filter.weigh=true": IMAGES,
+    "generate.task_weight=0.5": {"distill", "evaluate"},
+    "generate.share=0.5": {"distill", "evaluate"},
+}
+
+
+@pytest.mark.parametrize("words", EFFECTS_OF_GENERATED)
+def test_a_change_of_the_generated_images_teaches_no_real_image_again(words):
+    base = ["generate.pipeline=owner/name"]
+    stages = (*STAGES, "generate", "teach_generated")
+    before, after = ({s: n for s, n in _all_names(w).items() if s in stages} for w in (base, [*base, words]))
+    assert {stage for stage in stages if before[stage] != after[stage]} == EFFECTS_OF_GENERATED[words]
+
+
+def _all_names(words: list[str]) -> dict[str, str]:
+    config = config_of(*words)
+    more = {s: getattr(artifacts, f"{s}_directory")(config, SAMPLES).name for s in ("generate", "teach_generated")}
+    return names(*words) | more
+
+
+def test_without_generated_images_nothing_is_new():
+    made_before_there_was_such_a_thing = names()
+    assert made_before_there_was_such_a_thing == names("generate=null")
 
 
 @pytest.mark.parametrize(

@@ -140,3 +140,35 @@ def test_the_plan_in_words_has_a_line_for_every_stage(workers_, gpus):
 def test_too_many_workers_for_the_machine_are_refused(cpus):
     with pytest.raises(ConfigError, match=f"has {cpus}"):
         plan_resources(config_of(math.floor(cpus / LEAST_SHARE) + 1), float(cpus), 0.0, cpus)
+
+
+@settings(max_examples=300)
+@given(cpus=machines, gpus=st.integers(0, 8), actors_=actors, judged=st.booleans())
+def test_generators_fit_beside_their_feeder_and_their_judge_or_the_message_has_the_sum(cpus, gpus, actors_, judged):
+    tree = config_of(1, (1, 1)).model_dump()
+    tree["cluster"]["generator_actors"] = actors_
+    tree["generate"] = {"pipeline": "owner/name", "filter": {"agreement": judged}}
+    try:
+        plan = plan_resources(RunConfig.model_validate(tree), float(cpus), float(gpus), cpus)
+    except ConfigError as error:
+        needs, has = re.search(r"needs (?:at least )?([\d.]+) .*has ([\d.]+)", str(error)).groups()
+        assert float(needs) > float(has)
+        return
+    fewest, most = plan.generator_actors
+    assert fewest == actors_[0] <= most
+    beside = LEAST_SHARE * (1 + judged)
+    if gpus:  # more nodes may come, so the fewest have to fit now
+        judge = min(plan.generator_gpus, plan.teacher_gpus) if judged else 0
+        assert fewest * plan.generator_gpus + judge <= gpus + SLACK
+    else:
+        assert most * plan.generator_cpus + beside <= cpus + SLACK
+        assert most <= max(fewest, cpus)
+    assert LEAST_SHARE - SLACK <= plan.generator_cpus <= 1
+
+
+def test_on_two_cpus_two_generators_run_at_once():
+    tree = config_of(0, (1, 4)).model_dump()
+    tree["generate"] = {"pipeline": "owner/name", "filter": {"agreement": True}}
+    plan = plan_resources(RunConfig.model_validate(tree), 2.0, 0.0, 2)
+    assert plan.generator_actors == (1, 2)
+    assert "generate: 1 to 2 generator actor(s) of 0.75 CPU" in plan.describe()

@@ -55,6 +55,21 @@ def test_unlabelled_images_weigh_nothing():
     torch.testing.assert_close(with_others, alone, rtol=1e-6, atol=0)
 
 
+def test_weights_are_those_of_single_images():
+    logits, labels = random_batch(0, 8, 5)
+    labels[3] = UNLABELLED
+    weights = torch.tensor([1.0, 0.5, 0.0, 9.0, 1.0, 0.25, 1.0, 1.0])
+    expected = sum(
+        weights[k] * reference.cross_entropy(logits[k : k + 1].tolist(), labels[k : k + 1].tolist())
+        for k in range(8)
+        if k != 3
+    )
+    assert cross_entropy(logits, labels, weights).item() == pytest.approx(float(expected) / 7, abs=1e-6)
+    torch.testing.assert_close(cross_entropy(logits, labels, torch.ones(8)), cross_entropy(logits, labels))
+    nothing = cross_entropy(logits, torch.full((8,), UNLABELLED), weights)
+    assert nothing.item() == 0
+
+
 @pytest.mark.parametrize("images", [1, 6])
 def test_a_batch_without_labels_gives_zero_and_no_gradient(images):
     logits = torch.randn(images, 3, requires_grad=True)

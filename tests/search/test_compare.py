@@ -98,3 +98,19 @@ def test_no_arm_keeps_a_term_of_the_job(words) -> None:
     for arm in OVERLAYS:
         terms = _trial(config, arm, 0).config.loss.terms
         assert ("dkd" in terms) == (arm == "job")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_job_that_generates_is_compared_with_and_without(words, progress, class_pipeline, tmp_path) -> None:
+    more = [f"generate.pipeline={class_pipeline}", "generate.steps=2", "generate.per_class=4", "compare.seeds=1",
+            "generate.task_weight=0", "generate.filter.weigh=true", "compare.arms=[scratch,kd]"]  # fmt: skip
+    comparison, path = compare_arms(load_config([*words, *more]), progress)
+    rows = {row.arm: row for row in comparison.rows}
+    assert set(rows) == {"scratch", "kd", "scratch+generated", "kd+generated"}
+    assert len({row.steps for row in comparison.rows}) == 1  # the same budget
+    assert rows["kd"].generate_seconds == rows["scratch"].generate_seconds == 0
+    assert min(rows[f"{arm}+generated"].generate_seconds for arm in ("scratch", "kd")) > 0
+    assert comparison.best_baseline == "scratch"
+    assert len(list((tmp_path / "workspace").glob("generated/*/identity.json"))) == 3  # made once for both
+    assert "kd+generated" in (Path(path) / "compare.md").read_text()

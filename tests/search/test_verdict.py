@@ -17,7 +17,8 @@ from raydistill.search.verdict import Arm, mean_interval, paired_p_value, summar
 def arm(name: str, seed: int, val: float, test: float, share: float = 1.0, **others) -> Arm:
     epochs = [{"epoch": 1.0, "step": 10.0, "val_accuracy": val / 2}, {"epoch": 2.0, "step": 20.0, "val_accuracy": val}]
     settings = {
-        "num_labelled": round(800 * share), "adapt_seconds": 5.0, "teach_seconds": 7.0, "train_seconds": 20.0,
+        "num_labelled": round(800 * share), "adapt_seconds": 5.0, "generate_seconds": 0.0,
+        "teach_seconds": 7.0, "train_seconds": 20.0,
         "steps": 20, "epochs": epochs, "seconds_by_epoch": [8.0, 20.0], **others,
     }  # fmt: skip
     return Arm(arm=name, seed=seed, label_share=share, val_accuracy=val, test_accuracy=test, **settings)

@@ -1,0 +1,154 @@
+"""From class names to the sentences that a text-to-image pipeline gets, and the draw of one for each image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from raydistill.config import Generate
+from raydistill.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+# The templates of Farhat & Chen 2024, by name.
+PRESETS = {
+    "paper:object": "a picture of a {class}",
+    "paper:scene": "the inside of a {class}",
+    "paper:texture": "{class} texture",
+}
+# What stands for a code rather than for words: n01440764, 017, c_12, xk7.
+_CODE = re.compile(r"[a-z]{0,2}[\s_-]*\d+|(?=.*\d)\S{1,3}|[b-df-hj-np-tv-xz]{1,4}", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ClassPrompts:
+    """The sentences of one class and how often each is drawn; `weights` sum to 1."""
+
+    sentences: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def draw(self, key: str) -> str:
+        """One of them, as a function of the key alone."""
+        number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) / 2**64
+        return self.sentences[
+            min(int(np.searchsorted(np.cumsum(self.weights), number, "right")), len(self.weights) - 1)
+        ]
+
+
+def words_of(name: str) -> str:
+    """A class's name as words: `_` and `-` are spaces, and a leading number that orders folders (`17.Cardinal`,
+    `017_cardinal`) is left out."""
+    words = " ".join(re.split(r"[\s_\-]+", name.strip()))
+    return re.sub(r"^(\d+\.|0\d* )\s*(?=\S)", "", words)
+
+
+def class_prompts(settings: Generate, classes: Sequence[str]) -> dict[str, ClassPrompts]:
+    """The prompts of every class. Only `{class}` and `{description}` are read in a template; all else in templates and
+    names, braces among it, is literal.
+
+    Raises ConfigError: two classes share a prompt, a names file or an override that does not fit the classes, a
+    template without a place for the class.
+    """
+    names = _names(settings.names, classes)
+    _refuse_unknown(settings.overrides, classes, "generate.overrides")
+    shared = settings.templates if isinstance(settings.templates, dict) else dict.fromkeys(settings.templates, 1.0)
+    found = {}
+    for name in classes:
+        own = settings.prompt_settings(name).templates
+        templates = shared if own is None else dict.fromkeys(own, 1.0)
+        words, description = names.get(name, ((words_of(name),), ""))
+        if name not in names and _CODE.fullmatch(words[0]):
+            logger.warning("class %r looks like a code, which no pipeline knows; give words in generate.names", name)
+        pairs = [
+            (_sentence(template, word, description), weight / len(words))
+            for template, weight in templates.items()
+            for word in words
+        ]
+        total = sum(weight for _, weight in pairs)
+        found[name] = ClassPrompts(tuple(s for s, _ in pairs), tuple(weight / total for _, weight in pairs))
+    _refuse_shared(found)
+    return found
+
+
+def _sentence(template: str, words: str, description: str) -> str:
+    template = PRESETS.get(template, template)
+    if "{class}" not in template and "{description}" not in template:
+        raise ConfigError(f"generate.templates: {template!r} does not say where the class goes; use {{class}}")
+    if "{description}" in template and not description:
+        raise ConfigError(
+            f"generate.templates: {template!r} asks for a description, and generate.names has none for {words!r}"
+        )
+    values = {"{class}": words, "{description}": description}
+    return re.sub(r"\{class\}|\{description\}", lambda found: values[found[0]], template)
+
+
+def _names(file: str | None, classes: Sequence[str]) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Class name -> (its words and synonyms, its description)."""
+    if file is None:
+        return {}
+    if not Path(file).is_file():
+        raise ConfigError(f"generate.names={file}: no such file")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        tree = json.loads(text) if file.endswith(".json") else OmegaConf.to_container(OmegaConf.create(text))
+    except (ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"generate.names={file}: cannot be read: {' '.join(str(error).split())}") from None
+    except Exception as error:  # yaml's own errors, whose package we do not depend on by name
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"generate.names={file}: not YAML: {' '.join(str(error).split())}") from None
+        raise
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"generate.names={file}: must be a mapping from class names to words")
+    entries = {str(key): value for key, value in tree.items()}
+    _refuse_unknown(entries, classes, f"generate.names={file}")
+    if lacking := [name for name in classes if name not in entries]:
+        raise ConfigError(f"generate.names={file}: says nothing of {_some(lacking)}")
+    return {name: _entry(file, name, value) for name, value in entries.items()}
+
+
+def _entry(file: str, name: str, value: object) -> tuple[tuple[str, ...], str]:
+    value = {"words": value} if isinstance(value, str) else value
+    known = {"words", "synonyms", "description"}
+    if not isinstance(value, Mapping) or not set(value) <= known or not isinstance(value.get("words", name), str):
+        raise ConfigError(
+            f"generate.names={file}: {name!r} must be words, or a mapping with {', '.join(sorted(known))}"
+        )
+    synonyms = value.get("synonyms") or []
+    if isinstance(synonyms, str):
+        synonyms = [synonyms]
+    words = (str(value.get("words") or words_of(name)), *map(str, synonyms))
+    return tuple(dict.fromkeys(words)), str(value.get("description") or "")
+
+
+def _refuse_unknown(given: Mapping[str, object], classes: Sequence[str], what: str) -> None:
+    if unknown := [name for name in given if name not in classes]:
+        raise ConfigError(f"{what}: the data has no class {_some(unknown)}; it has {_some(list(classes))}")
+
+
+def _refuse_shared(found: dict[str, ClassPrompts]) -> None:
+    owner: dict[str, str] = {}
+    for name, sentence in _pairs(found):
+        other = owner.setdefault(sentence.casefold(), name)
+        if other != name:
+            raise ConfigError(
+                f"classes {other!r} and {name!r} share the prompt {sentence!r}, so their images would be the same; "
+                "give them different words in generate.names"
+            )
+
+
+def _pairs(found: dict[str, ClassPrompts]) -> Iterator[tuple[str, str]]:
+    for name, prompts in found.items():
+        for sentence in prompts.sentences:
+            yield name, sentence
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,194 @@
+"""Which generated images are kept: the filters, the teacher's opinion, and the order in which they are asked.
+
+Shapes: C classes, N images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+from PIL import Image
+from pyarrow import parquet as pq
+from ray.data import ActorPoolStrategy
+
+from raydistill.config import Generate, Images, RunConfig, Teacher
+from raydistill.data.decode import decode, pixels
+from raydistill.data.sample import SampleSet, sample_id
+from raydistill.data.targets import encode_targets, read_all_targets, read_bytes, read_samples
+from raydistill.data.views import WHOLE_IMAGE
+from raydistill.infra.artifacts import backbone_name, exists, write_bytes
+from raydistill.infra.cluster import LEAST_SHARE, Plan
+from raydistill.models.teacher import load_head
+from raydistill.stages.making import Key, Made, difference_hash
+from raydistill.stages.teach import TeacherActor, refuse_not_finite
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """`kept` in the order of choice, each with the weight of its hard label; `verdicts` of all that were looked at;
+    `needed` is what must be made before the choice can end."""
+
+    kept: dict[Key, float]
+    verdicts: dict[Key, str]
+    rejected: Counter[str]
+    needed: list[Key]
+    missing: dict[str, int]
+
+
+def choose(
+    settings: Generate,
+    wanted: Mapping[str, int],
+    made: Mapping[str, Mapping[tuple[int, int], Made]],
+    seen_before: Sequence[bytes],
+    likely: Mapping[str, np.ndarray] | None,
+) -> Chosen:
+    """Go through the indices in order, all classes at each, and keep the first good attempt at every image.
+
+    So asking for more only adds. `likely` holds the teacher's probabilities of the classes by sample id.
+    """
+    names = list(wanted)
+    chosen = Chosen({}, {}, Counter(), [], {})
+    taken_ids: set[str] = set()
+    taken: dict[str, list[bytes]] = defaultdict(list)
+    real = _bits(seen_before)
+    for index in range(max(wanted.values(), default=0)):
+        for k, name in enumerate(names):
+            if index >= wanted[name]:
+                continue
+            for attempt in range(settings.attempts):
+                key = (name, index, attempt)
+                one = made[name].get((index, attempt))
+                if one is None:
+                    chosen.needed.append(key)
+                    break
+                reason = _fault(settings, one, taken_ids, taken[name], real)
+                weight = 1.0
+                if not reason and likely is not None:
+                    reason, weight = _doubt(settings, name, k, likely[one.id])
+                chosen.verdicts[key] = reason or "kept"
+                if not reason:
+                    chosen.kept[key] = weight
+                    taken_ids.add(one.id)
+                    taken[name].append(one.hash)
+                    break
+                chosen.rejected[reason] += 1
+            else:
+                chosen.missing[name] = chosen.missing.get(name, 0) + 1
+    return chosen
+
+
+def _fault(settings: Generate, one: Made, taken_ids: set[str], taken: list[bytes], real: np.ndarray) -> str:
+    if one.reason:
+        return one.reason
+    if one.contrast < settings.filter.contrast:
+        return "near-constant"
+    if one.id in taken_ids:
+        return "duplicate"
+    distance = settings.filter.duplicate_distance
+    if distance is not None:
+        if _nearest(one.hash, real) <= distance:
+            return "duplicate of a val or test image"
+        if _nearest(one.hash, _bits(taken)) <= distance:
+            return "near duplicate"
+    return ""
+
+
+def _doubt(settings: Generate, name: str, k: int, likely_C: np.ndarray) -> tuple[str, float]:
+    least = settings.filter.class_confidence.get(name, settings.filter.confidence)
+    if settings.filter.agreement and int(likely_C.argmax()) != k:
+        return "the teacher names another class", 0.0
+    if least is not None and likely_C[k] < least:
+        return "the teacher is not confident", 0.0
+    return "", float(likely_C[k]) if settings.filter.weigh else 1.0
+
+
+def _bits(hashes: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 4)
+
+
+def _nearest(one: bytes, others_N4: np.ndarray) -> int:
+    if not len(others_N4):
+        return 257
+    return int(np.bitwise_count(others_N4 ^ np.frombuffer(one, np.uint64)).sum(axis=1).min())
+
+
+def real_hashes(samples: SampleSet) -> list[bytes]:
+    """Those of the val and test images, which no generated image may show again."""
+    found = []
+    for split in ("val", "test"):
+        for shard in range(len(samples.shards.get(split, ()))):
+            images = read_samples(samples, split, shard)["image"].to_pylist()
+            found += [difference_hash(Image.fromarray(pixels(image))) for image in images]
+    return found
+
+
+class Judge:
+    """The adapted teacher's opinion of generated images: features in files beside them, probabilities from those."""
+
+    def __init__(self, config: RunConfig, head: str) -> None:
+        assert config.teacher is not None
+        self._head = load_head(head)
+        self._teacher, self._images, self._name = config.teacher, config.images, backbone_name(config)
+        self._read: set[str] = set()
+        self._likely: dict[str, np.ndarray] = {}
+
+    def stream(self, made: ray.data.Dataset, plan: Plan) -> ray.data.Dataset:
+        """Show each file to a teacher actor as it comes from the generators."""
+        return made.map_batches(
+            FileTeacher,
+            fn_constructor_kwargs={"teacher": self._teacher, "images": self._images, "name": self._name},
+            batch_size=1,
+            batch_format="numpy",
+            compute=ActorPoolStrategy(size=1),
+            num_cpus=LEAST_SHARE,
+            num_gpus=min(plan.generator_gpus, plan.teacher_gpus) or None,
+        )
+
+    def of(self, made: Mapping[str, Mapping[tuple[int, int], Made]]) -> dict[str, np.ndarray]:
+        """Probabilities of the classes by sample id. Files that this teacher has not seen yet are shown to it here."""
+        files = {one.file for of_class in made.values() for one in of_class.values()}
+        teacher: FileTeacher | None = None
+        for file in sorted(files - self._read):
+            place = _features_file(file, self._name)
+            if not exists(place):
+                teacher = teacher or FileTeacher(self._teacher, self._images, self._name)
+                teacher({"file": np.array([file])})
+            ids, features_1ND = read_all_targets(place)
+            logits_NC = torch.from_numpy(self._head.logits(features_1ND[0].astype(np.float32)))
+            self._likely.update(zip(ids, logits_NC.softmax(dim=1).numpy(), strict=True))
+            self._read.add(file)
+        return self._likely
+
+
+class FileTeacher(TeacherActor):
+    """Writes the teacher's features of the images in one file, each seen whole."""
+
+    def __init__(self, teacher: Teacher, images: Images, name: str) -> None:
+        super().__init__(teacher, threads=1)
+        self._images, self._name = images, name
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        file = str(batch["file"][0])
+        made = [i for i in pq.read_table(pa.BufferReader(read_bytes(file)))["image"].to_pylist() if i]
+        ids, features_ND = [sample_id(image) for image in made], np.empty((0, 1), np.float16)
+        if made:
+            working = np.stack([np.asarray(working_image(image, self._images)) for image in made])
+            features_ND = self.features(working, np.tile(WHOLE_IMAGE, (len(made), 1)))
+            refuse_not_finite(features_ND[None], ids)
+        write_bytes(_features_file(file, self._name), encode_targets(ids, features_ND[None]))
+        return batch
+
+
+def _features_file(file: str, teacher: str) -> str:
+    return f"{file.removesuffix('.parquet')}-{teacher}.safetensors"
+
+
+def working_image(image: bytes, images: Images) -> Image.Image:
+    """What `prepare` would make of the file."""
+    return decode(image, images.size, images.fit, images.max_pixels)

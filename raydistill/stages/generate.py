@@ -1,0 +1,344 @@
+"""generate: images from a diffusion pipeline, the same ones however often and by however many actors they are made.
+
+Every image is a function of the run's seed, its class, its index and the attempt. What was made lies by class in
+`<workspace>/generated/`, kept or not, in files committed by rename; the stage itself chooses among them and writes what
+is kept in sample shards, with a ledger of everything that was tried.
+
+Shapes: S pixels, N images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from fsspec.implementations.local import LocalFileSystem
+from PIL import Image
+from pyarrow import parquet as pq
+from ray.data import ActorPoolStrategy
+
+from raydistill.config import Generate, RunConfig
+from raydistill.data.decode import encode, pixels
+from raydistill.data.images import list_images
+from raydistill.data.prompts import class_prompts
+from raydistill.data.sample import SampleSet, encode_shard, samples_from_json, seeded_rank, shard_name
+from raydistill.data.targets import labels_of, read_bytes, read_samples
+from raydistill.errors import ConfigError, StageError
+from raydistill.infra.artifacts import StageDirectory, prepare_directory, workspace_root
+from raydistill.infra.cluster import Plan
+from raydistill.infra.progress import Progress
+from raydistill.models.generator import PipelineFacts, class_numbers, inspect_pipeline, new_scheduler
+from raydistill.stages.choosing import Chosen, Judge, choose, real_hashes, working_image
+from raydistill.stages.figures import contact_sheet
+from raydistill.stages.making import NO_CLASS, GeneratorActor, Key, Made, Recipe, make_recipes, plan_units, read_made
+
+_MOST_SHEETS, _MOST_PICTURES = 100, 24
+
+
+@dataclass(frozen=True)
+class GeneratedImages:
+    """What `generate` leaves behind. `wanted`, `kept` and `missing` are counts by class, `rejected` by reason;
+    `actor_seconds` is what all of them cost, whichever run paid for it."""
+
+    samples: SampleSet
+    wanted: dict[str, int]
+    kept: dict[str, int]
+    missing: dict[str, int]
+    rejected: dict[str, int]
+    actor_seconds: float
+
+
+def generated_from_json(done: Mapping[str, Any]) -> GeneratedImages:
+    return GeneratedImages(**{**done, "samples": samples_from_json(done["samples"])})
+
+
+def generate_images(
+    config: RunConfig, samples: SampleSet, head: str | None, directory: StageDirectory, plan: Plan, progress: Progress
+) -> GeneratedImages:
+    """Make what is wanted and not there, choose, and write the chosen images in shards like `prepare`'s.
+
+    `head` is the directory of `adapt`, where the filter asks the teacher. Raises ConfigError before anything is made;
+    StageError where a class is left without a single image.
+    """
+    settings = config.generate
+    assert settings is not None
+    facts = inspect_pipeline(settings)
+    recipes = make_recipes(config, samples, facts)
+    wanted = wanted_images(settings, samples, facts)
+    _refuse_small_disk(config, recipes, wanted, facts.side)
+    directory.begin()
+    for recipe in recipes.values():
+        recipe.directory.begin()
+    judge = None if head is None or not settings.filter.needs_teacher else Judge(config, head)
+    seen_before = real_hashes(samples)
+    with progress.task("generate", sum(wanted.values()), "images") as advance:
+        shown = 0
+        while True:
+            made = {name: read_made(recipe) for name, recipe in recipes.items()}
+            chosen = choose(settings, wanted, made, seen_before, judge.of(made) if judge else None)
+            # What was made just now counts as it comes; the choice takes back what it rejects.
+            advance(len(chosen.kept) - shown, f"{sum(chosen.rejected.values())} rejected" if chosen.rejected else "")
+            shown = len(chosen.kept)
+            if not chosen.needed:
+                break
+            units = plan_units(config, recipes, chosen.needed)
+            for made_now in _run_units(config, samples, facts, units, judge, plan):
+                advance(int(made_now["images"]))
+                shown += int(made_now["images"])
+    result = _write(config, samples, wanted, made, chosen, facts, directory)
+    for name, count in result.missing.items():
+        progress.line(f"generate  {count} of {wanted[name]} images of {name!r} are missing after all attempts")
+    return result
+
+
+def check_generate(config: RunConfig, classes: Sequence[str]) -> None:
+    """Refuse what cannot work before any stage starts. Raises ConfigError."""
+    settings = config.generate
+    assert settings is not None
+    facts = inspect_pipeline(settings)
+    if facts.kind == "none":
+        if settings.filter.needs_teacher:
+            raise ConfigError(
+                f"generate.pipeline={settings.pipeline} is unconditional, so its images have no class for the teacher "
+                "to confirm; leave confidence, agreement and weigh out of generate.filter"
+            )
+        if not config.loss.needs_teacher:
+            raise ConfigError(
+                f"generate.pipeline={settings.pipeline} is unconditional, so only a teacher can speak for its images, "
+                "and no term of the loss needs one"
+            )
+    class_numbers(settings, facts, classes)
+    if facts.kind in ("text", "image"):
+        class_prompts(settings, classes)
+    if unknown := [name for name in settings.filter.class_confidence if name not in classes]:
+        raise ConfigError(f"generate.filter.class_confidence: the data has no class {unknown[0]!r}")
+    if settings.scheduler is not None:
+        from diffusers import DDIMScheduler
+
+        new_scheduler(settings.scheduler, DDIMScheduler())
+
+
+def forecast(config: RunConfig) -> Iterator[str]:
+    """What `generate` would make, line by line: every prompt, the counts by class, and the cost.
+
+    Raises ConfigError where something does not fit, or where `prepare` has not counted the images yet.
+    """
+    settings = config.generate
+    if settings is None:
+        raise ConfigError("generate is null, so no image would be made; set generate.pipeline")
+    listing = list_images(config.images)
+    check_generate(config, listing.classes)
+    done = prepare_directory(config, listing).done()
+    if done is None:
+        raise ConfigError("how many images there are is known once they are prepared; run `raydistill prepare` first")
+    samples, facts = samples_from_json(done), inspect_pipeline(settings)
+    recipes, wanted = make_recipes(config, samples, facts), wanted_images(settings, samples, facts)
+    yield f"pipeline: {facts.pipeline} ({facts.kind}), licence: {facts.licence}"
+    passes, missing, seconds = 0, 0, []
+    for name, recipe in recipes.items():
+        made = read_made(recipe)
+        there = sum((index, 0) in made for index in range(wanted[name]))
+        seconds += [one.seconds for one in made.values()]
+        missing += wanted[name] - there
+        passes += (wanted[name] - there) * recipe.steps
+        yield f"{name or 'no class'}: {wanted[name]} images, {there} of them made before, {recipe.steps} steps each"
+        for sentence, weight in zip(*dataclasses.astuple(recipe.prompts), strict=True) if recipe.prompts else ():
+            yield f"    {weight:.0%}  {sentence}"
+    yield f"to make: {missing:,} images, {passes:,} steps of the pipeline's network, and what the filter rejects again"
+    if seconds:
+        each = sum(seconds) / len(seconds)
+        yield f"an image took {each:.2f} s of one actor so far, so {missing * each:,.0f} s of actors in all"
+    else:
+        yield "nothing was made yet, so seconds are not known; generate.per_class=1 tells for little"
+
+
+def label_weights(config: RunConfig, generated: GeneratedImages) -> dict[str, float] | None:
+    """The weight of each kept image's hard label by sample id; None where all are 1."""
+    settings = config.generate
+    assert settings is not None
+    if settings.task_weight == 1 and not settings.filter.weigh:
+        return None
+    data = read_bytes(f"{generated.samples.path}/ledger.parquet")
+    ledger = pq.read_table(pa.BufferReader(data), columns=["id", "verdict", "weight"]).to_pylist()
+    return {r["id"]: settings.task_weight * r["weight"] for r in ledger if r["verdict"] == "kept"}
+
+
+def wanted_images(settings: Generate, samples: SampleSet, facts: PipelineFacts) -> dict[str, int]:
+    """How many images of each class, from the labelled train images."""
+    counts = Counter(dict.fromkeys(range(len(samples.classes)), 0))
+    for shard in range(len(samples.shards["train"])):
+        labels = labels_of(read_samples(samples, "train", shard))
+        counts.update(int(label) for label in labels if label >= 0)
+    most = max(counts.values())
+    if facts.kind == "none":
+        total = sum(counts.values())
+        return {NO_CLASS: settings.per_class or round(settings.ratio * total)}
+    if settings.per_class is not None:
+        return dict.fromkeys(samples.classes, settings.per_class)
+    if settings.balance:
+        return {name: most - counts[k] for k, name in enumerate(samples.classes)}
+    return {name: round(settings.ratio * counts[k]) for k, name in enumerate(samples.classes)}
+
+
+def _run_units(
+    config: RunConfig,
+    samples: SampleSet,
+    facts: PipelineFacts,
+    units: list[dict[str, str]],
+    judge: Judge | None,
+    plan: Plan,
+) -> Iterator[dict[str, Any]]:
+    """Through the pool of generators and, where the teacher is asked, on through a teacher as files come."""
+    settings = config.generate
+    assert settings is not None
+    fewest, most = plan.generator_actors
+    most = max(1, min(most, len(units)))
+    labels = config.cluster.generator_labels or None
+    fallback = config.cluster.generator_fallback
+    made = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        GeneratorActor,
+        fn_constructor_kwargs={"settings": settings, "facts": facts, "samples": samples},
+        batch_size=1,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(min_size=min(fewest, most), max_size=most),
+        num_cpus=plan.generator_cpus,
+        num_gpus=plan.generator_gpus or None,
+        label_selector=labels,
+        fallback_strategy=None if fallback is None else [{"label_selector": fallback}],
+    )
+    if judge is not None:
+        made = judge.stream(made, plan)
+    return iter(made.iter_rows())
+
+
+def _refuse_small_disk(config: RunConfig, recipes: Mapping[str, Recipe], wanted: Mapping[str, int], side: int) -> None:
+    """Raises ConfigError before anything is made that may not fit, were it no smaller than its pixels."""
+    directory = next(iter(recipes.values())).directory
+    if not isinstance(directory.fs, LocalFileSystem):
+        return
+    count = sum(max(wanted[name] - len(read_made(recipe)), 0) for name, recipe in recipes.items())
+    need, free = count * side**2 * 3, shutil.disk_usage(workspace_root(config)).free
+    if need > free:
+        raise ConfigError(
+            f"generate: {count:,} images of {side} pixels may take {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
+            f"free in {workspace_root(config)}; lower generate.ratio, or make room"
+        )
+
+
+def _write(
+    config: RunConfig,
+    samples: SampleSet,
+    wanted: dict[str, int],
+    made: Mapping[str, Mapping[tuple[int, int], Made]],
+    chosen: Chosen,
+    facts: PipelineFacts,
+    directory: StageDirectory,
+) -> GeneratedImages:
+    kept = Counter(name for name, _, _ in chosen.kept)
+    if nothing := [name for name, count in wanted.items() if count and not kept[name]]:
+        reasons = Counter(v for (name, _, _), v in chosen.verdicts.items() if name in nothing)
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        raise StageError(
+            f"generate: not one image of {', '.join(map(repr, nothing[:5]))} was kept ({why}); loosen generate.filter, "
+            "change the prompts, or raise generate.attempts. What was made stays and is not made again"
+        )
+    ledger = [
+        {"class": key[0], "index": key[1], "attempt": key[2], "verdict": verdict, "weight": chosen.kept.get(key, 0.0)}
+        | {k: v for k, v in dataclasses.asdict(made[key[0]][key[1:]]).items() if k not in ("hash", "reason", "row")}
+        for key, verdict in chosen.verdicts.items()
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(ledger), sink)
+    directory.write("ledger.parquet", sink.getvalue().to_pybytes())
+    pictures = _pictures(config, made, chosen)
+    order = sorted(chosen.kept, key=lambda key: seeded_rank(config.seed, "order", made[key[0]][key[1:]].id))
+    number = {name: k for k, name in enumerate(samples.classes)}
+    sizes, ids, size = [], [], config.images.shard_size
+    for first in range(0, len(order), size):
+        keys = order[first : first + size]
+        ids += (own := [made[key[0]][key[1:]].id for key in keys])
+        table = pa.table(
+            {
+                "sample_id": own,
+                "image": [pictures[key] for key in keys],
+                "label": pa.array([number.get(key[0]) for key in keys], pa.int32()),
+                "source": ["generated"] * len(keys),
+                "split": ["train"] * len(keys),
+            }
+        )
+        directory.write(f"{shard_name('train', first // size)}.parquet", encode_shard(table))
+        sizes.append(len(keys))
+    _draw_sheets(directory, wanted, made, chosen, pictures)
+    generated = SampleSet(
+        path=directory.path,
+        classes=samples.classes,
+        size=config.images.size,
+        shards={"train": tuple(sizes)},
+        num_labelled={"train": 0 if facts.kind == "none" else len(order)},
+        num_refused=sum(chosen.rejected.values()),
+        ids={"train": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]},
+        labels="",
+    )
+    result = GeneratedImages(
+        generated,
+        dict(wanted),
+        {name: kept[name] for name in wanted},
+        chosen.missing,
+        dict(chosen.rejected),
+        sum(made[name][index, attempt].seconds for name, index, attempt in chosen.verdicts),
+    )
+    settings = config.generate
+    assert settings is not None
+    directory.write_json(
+        "generate.json", {"pipeline": dataclasses.asdict(facts), "settings": settings.model_dump(mode="json")}
+    )
+    directory.finish(dataclasses.asdict(result))
+    return result
+
+
+def _pictures(
+    config: RunConfig, made: Mapping[str, Mapping[tuple[int, int], Made]], chosen: Chosen
+) -> dict[Key, bytes]:
+    """Working images of what was kept, each file read once."""
+    by_file: dict[str, list[Key]] = defaultdict(list)
+    for key in chosen.kept:
+        by_file[made[key[0]][key[1:]].file].append(key)
+    found = {}
+    for file, keys in by_file.items():
+        images = pq.read_table(pa.BufferReader(read_bytes(file)), columns=["image"])["image"]
+        for key in keys:
+            found[key] = encode(working_image(images[made[key[0]][key[1:]].row].as_py(), config.images))
+    return found
+
+
+def _draw_sheets(
+    directory: StageDirectory,
+    wanted: Mapping[str, int],
+    made: Mapping[str, Mapping[tuple[int, int], Made]],
+    chosen: Chosen,
+    pictures: Mapping[Key, bytes],
+) -> None:
+    """A contact sheet for each class, kept and rejected with the reason."""
+    for number, name in enumerate(list(wanted)[:_MOST_SHEETS]):
+        kept = [key for key in chosen.kept if key[0] == name][:_MOST_PICTURES]
+        rejected = [k for k, verdict in chosen.verdicts.items() if k[0] == name and verdict != "kept"]
+        shown: list[tuple[Image.Image | None, str]] = []
+        for key in rejected[:_MOST_PICTURES]:
+            one = made[name][key[1:]]
+            image = None
+            if one.id:
+                raw = pq.read_table(pa.BufferReader(read_bytes(one.file)), columns=["image"])["image"][one.row].as_py()
+                image = Image.open(io.BytesIO(raw))
+            shown.append((image, chosen.verdicts[key]))
+        good = [Image.fromarray(pixels(pictures[key])) for key in kept]
+        if good or shown:
+            directory.write(f"sheet-{number:03d}.png", contact_sheet(name or "no class", good, shown))

@@ -1,0 +1,119 @@
+"""From class names to prompts: literal whatever the names hold, never two classes with one, drawn as weighed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydistill.config import Generate
+from raydistill.data.prompts import PRESETS, class_prompts, words_of
+from raydistill.errors import ConfigError
+
+
+def settings(**changes: object) -> Generate:
+    return Generate.model_validate({"pipeline": "owner/name", **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dining_room", "dining room"),
+        ("T-shirt", "T shirt"),
+        ("001.Black_footed_Albatross", "Black footed Albatross"),
+        ("017_cardinal", "cardinal"),
+        ("7up can", "7up can"),
+        ("3 trees", "3 trees"),
+        ("17", "17"),
+        ("  cat ", "cat"),
+        ("鳥", "鳥"),
+    ],
+)
+def test_a_folders_name_becomes_words(name, words):
+    assert words_of(name) == words
+
+
+@given(name=st.text(min_size=1).filter(lambda name: words_of(name)))
+def test_whatever_a_name_holds_is_literal(name):
+    prompts = class_prompts(settings(templates=['a {x} 100% "{class}" {{}} \\1']), [name])[name]
+    assert prompts.sentences == (f'a {{x}} 100% "{words_of(name)}" {{{{}}}} \\1',)
+
+
+def test_a_name_with_a_placeholder_in_it_is_not_filled_in_again():
+    assert class_prompts(settings(), ["{class} {description}"])["{class} {description}"].sentences == (
+        "a picture of a {class} {description}",
+    )
+
+
+@pytest.mark.parametrize("pair", [("dining_room", "dining-room"), ("Cat", "cat"), ("1.cat", "cat")])
+def test_two_classes_with_one_prompt_are_refused(pair):
+    with pytest.raises(ConfigError, match="share the prompt") as error:
+        class_prompts(settings(), pair)
+    assert all(repr(name) in str(error.value) for name in pair)
+
+
+def test_templates_are_drawn_by_weight_and_by_the_key_alone():
+    prompts = class_prompts(settings(templates={"a {class}": 1, "two {class}s": 3}), ["cat"])["cat"]
+    drawn = [prompts.draw(str(key)) for key in range(4000)]
+    assert Counter(drawn)["two cats"] / 4000 == pytest.approx(0.75, abs=0.03)  # four standard deviations
+    assert drawn == [prompts.draw(str(key)) for key in range(4000)]
+
+
+def test_the_papers_templates_go_by_name():
+    found = class_prompts(settings(templates=list(PRESETS)), ["dining_room"])["dining_room"]
+    assert found.sentences == ("a picture of a dining room", "the inside of a dining room", "dining room texture")
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+def test_a_names_file_gives_words_synonyms_and_a_description(tmp_path, form):
+    names = {"n01": "tench", "n02": {"words": "great shark", "synonyms": ["white death"], "description": "a big fish"}}
+    file = tmp_path / f"names.{form}"
+    file.write_text(json.dumps(names))  # JSON is YAML
+    found = class_prompts(settings(names=str(file), templates=["a {class}"]), ["n01", "n02"])
+    assert found["n01"].sentences == ("a tench",)
+    assert found["n02"].sentences == ("a great shark", "a white death")
+    described = settings(names=str(file), templates=["{class}: {description}"])
+    with pytest.raises(ConfigError, match=r"asks for a description.*'tench'"):
+        class_prompts(described, ["n01", "n02"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"cat": "cat", "dgo": "dog"}', "no class 'dgo'"),
+        ('{"cat": "cat"}', "says nothing of 'dog'"),
+        ('{"cat": "cat", "dog": 3}', "'dog' must be words"),
+        ('{"cat": "cat", "dog": {"word": "dog"}}', "'dog' must be words"),
+        ("[1, 2]", "must be a mapping"),
+        ("{", "not YAML|cannot be read"),
+    ],
+)
+def test_a_names_file_that_does_not_fit_is_refused(tmp_path, content, message):
+    file = tmp_path / "names.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        class_prompts(settings(names=str(file)), ["cat", "dog"])
+
+
+def test_what_is_not_there_or_says_nothing_of_the_class_is_refused():
+    with pytest.raises(ConfigError, match="no such file"):
+        class_prompts(settings(names="nowhere.yaml"), ["cat"])
+    with pytest.raises(ConfigError, match="does not say where the class goes"):
+        class_prompts(settings(templates=["a picture"]), ["cat"])
+    with pytest.raises(ConfigError, match="no class 'dog'"):
+        class_prompts(settings(overrides={"dog": {"steps": 3}}), ["cat"])
+
+
+def test_one_class_may_have_templates_of_its_own():
+    found = class_prompts(settings(overrides={"cat": {"templates": ["{class}!"]}}), ["cat", "dog"])
+    assert found["cat"].sentences == ("cat!",)
+    assert found["dog"].sentences == ("a picture of a dog",)
+
+
+@pytest.mark.parametrize(("name", "is_code"), [("n01440764", True), ("c_12", True), ("xkq", True), ("cat", False)])
+def test_a_code_for_a_name_is_warned_of(caplog, name, is_code):
+    class_prompts(settings(), [name])
+    assert bool([r for r in caplog.records if repr(name) in r.getMessage()]) is is_code
