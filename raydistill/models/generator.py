@@ -199,6 +199,11 @@ class Generator:
                 )
         if settings.scheduler is not None:
             self._pipeline.scheduler = new_scheduler(settings.scheduler, self._pipeline.scheduler)
+        if hasattr(self._pipeline.scheduler, "noise_sampler"):
+            raise ConfigError(
+                f"generate.pipeline={settings.pipeline}: {type(self._pipeline.scheduler).__name__} draws noise from no "
+                "seed of ours, so no image could be made again; name another in generate.scheduler"
+            )
         self._pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
 

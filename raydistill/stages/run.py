@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config import RunConfig, fine_tuning
@@ -43,6 +44,7 @@ class Outcome:
     generated: GeneratedImages | None = None
     student: StudentCheckpoint | None = None
     report: Report | None = None
+    without_generated: Report | None = None  # of the same job without generated images, where it was run
     seconds: dict[str, float] = field(default_factory=dict)  # of the stages that ran; 0 where one was done before
     directories: dict[str, str] = field(default_factory=dict)
 
@@ -284,6 +286,9 @@ class _Run:
             evaluate_student(config, samples, outcome.adapted, outcome.student, directory, self._progress)
 
         outcome.report = Report(**self._stage(directory, work))
+        if config.generate is not None:
+            without = artifacts.evaluate_directory(config.model_copy(update={"generate": None}), samples).done()
+            outcome.without_generated = None if without is None else Report(**without)
         self._record_report(outcome.report)
 
     def _record_report(self, report: Report) -> None:
@@ -297,7 +302,16 @@ class _Run:
         student = self._outcome.directories["distill"]
         if artifacts_here:
             artifacts_here += [f"{student}/student.safetensors", f"{student}/student.json"]
+            artifacts_here += self._generated_files()
         self._tracker.log_job(metrics, artifacts_here)
+
+    def _generated_files(self) -> list[str]:
+        """What shows the generated images, not they themselves."""
+        generated = self._outcome.generated
+        if generated is None:
+            return []
+        folder = Path(generated.samples.path)
+        return [str(p) for p in sorted(folder.glob("*")) if p.suffix in (".png", ".json") or p.name == "ledger.parquet"]
 
 
 def _is_number(value: object) -> bool:

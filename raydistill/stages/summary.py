@@ -22,6 +22,8 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
         )
         if report.agreement:
             results.add_row(f"{split} agreement", f"{report.agreement[split]:.3f}", "")
+    for row in _generated_rows(config, outcome):
+        results.add_row(*row)
     results.add_row("parameters", f"{report.student_parameters:,}", _number(report.teacher_parameters))
     results.add_row("images/s", f"{report.student_images_per_second:,.0f}", _number(report.teacher_images_per_second))
     stages = Table("stage", "seconds", "where", box=None, pad_edge=False)
@@ -29,6 +31,28 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
         seconds = outcome.seconds.get(stage)
         stages.add_row(stage, f"{seconds:.0f}" if seconds else "done", directory)
     return Group("", results, "", stages, "")
+
+
+def _generated_rows(config: RunConfig, outcome: Outcome) -> list[tuple[str, str, str]]:
+    """What generated images changed, where the same job was run without them; the classes that changed most."""
+    report, without = outcome.report, outcome.without_generated
+    if config.generate is None or report is None:
+        return []
+    if without is None:
+        return [("without generated images", "not measured: run it with generate=null", "")]
+    rows = []
+    for split in report.student:
+        now, then = report.student[split], without.student[split]
+        deltas = {
+            name: 100 * (now["per_class"][name]["recall"] - then["per_class"][name]["recall"])
+            for name in now["per_class"]
+            if now["per_class"][name]["images"]
+        }
+        ends = [min(deltas, key=deltas.__getitem__), max(deltas, key=deltas.__getitem__)]
+        change = 100 * (now["accuracy"] - then["accuracy"])
+        classes = ", ".join(f"{name} {deltas[name]:+.1f}" for name in dict.fromkeys(ends))
+        rows.append((f"{split} by generated images", f"{change:+.1f} points ({classes})", ""))
+    return rows
 
 
 def _accuracy(measures: dict[str, Any] | None) -> str:

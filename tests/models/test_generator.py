@@ -183,6 +183,13 @@ def test_what_is_no_pipeline_is_refused(tmp_path, class_pipeline):
         inspect_pipeline(settings(tmp_path / "empty"))
 
 
+def test_a_scheduler_with_noise_of_its_own_is_refused(class_pipeline, monkeypatch):
+    """As those of torchsde, which is not installed here."""
+    monkeypatch.setattr(diffusers.DDIMScheduler, "noise_sampler", None, raising=False)
+    with pytest.raises(ConfigError, match="DDIMScheduler draws noise from no seed of ours"):
+        generator(class_pipeline)
+
+
 def test_the_side_of_the_images_is_known_before_they_are_made(class_pipeline, safe, dit):
     assert [inspect_pipeline(settings(p)).side for p in (class_pipeline, safe, dit)] == [16, 16, 4]
     assert inspect_pipeline(settings(safe, size=32)).side == 32

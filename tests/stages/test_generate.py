@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from raydistill.config import load_config
 from raydistill.data.decode import decode
@@ -27,6 +29,7 @@ from raydistill.data.targets import read_targets
 from raydistill.errors import ConfigError, StageError
 from raydistill.stages.generate import forecast, label_weights
 from raydistill.stages.run import run_stages
+from raydistill.stages.summary import closing_table
 
 NO_TEACHER = ["teacher=null", "loss.kd_weight=0", "loss.alignment_weight=0", "loss.uniformity_weight=0"]
 
@@ -87,6 +90,11 @@ class TestWithRay:
         assert all(0 < weight < 1 for weight in weights.values())
         assert outcome.report.student["val"]["images"] == plain.report.student["val"]["images"]
         assert outcome.student.steps == plain.student.steps  # the same budget
+        assert outcome.without_generated == plain.report
+        shown = Console(width=200, record=True, quiet=True)
+        shown.print(closing_table(load_config(generating), outcome))
+        now, then = (r.student["test"]["accuracy"] for r in (outcome.report, plain.report))
+        assert f"test by generated images  {100 * (now - then):+.1f} points" in shown.export_text()
         assert outcome.directories["distill"] != plain.directories["distill"]
         for name in ("sheet-000.png", "ledger.parquet", "generate.json"):
             assert (Path(samples.path) / name).stat().st_size > 0
@@ -98,20 +106,28 @@ class TestWithRay:
         assert {p: p.stat().st_mtime_ns for p in Path(samples.path).parent.glob("generated/*/*.parquet")} == made
 
     def test_batches_actors_order_and_more_images_change_no_image(self, generating, progress, tmp_path) -> None:
-        def run(name: str, *more: str):
-            return run_stages(
-                load_config([*generating, *NO_TEACHER, f"workspace={tmp_path}/{name}", *more]), progress, "generate"
-            )
+        workspace = tmp_path / "workspace"
 
-        one = run("one", "generate.batch_size=1", "cluster.generator_actors=[1,1]")
-        two = run("two", "generate.batch_size=2", "cluster.generator_actors=[2,2]")
-        grown = run("grown", "generate.per_class=2")
-        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "grown").glob("generated/*/*.parquet")}
-        grown = run("grown")
+        def run(*more: str):
+            return run_stages(load_config([*generating, *NO_TEACHER, *more]), progress, "generate")
+
+        hashes, images = set(), []
+        for more in (
+            ("generate.batch_size=1", "cluster.generator_actors=[1,1]"),
+            ("generate.batch_size=4", "cluster.generator_actors=[2,2]"),
+        ):
+            hashes.add(set_hash(run(*more)))
+            images.append(raw_images(workspace))
+            for folder in [workspace / "generated", *workspace.glob("generate-*")]:
+                shutil.rmtree(folder)
+        run("generate.per_class=2", "generate.batch_size=2")
+        before = {p: p.stat().st_mtime_ns for p in workspace.glob("generated/*/*.parquet")}
+        hashes.add(set_hash(run("generate.batch_size=3")))
         assert {p: p.stat().st_mtime_ns for p in before} == before
-        assert len({set_hash(outcome) for outcome in (one, two, grown)}) == 1
-        assert raw_images(tmp_path / "one") == raw_images(tmp_path / "grown")
-        assert len(raw_images(tmp_path / "one")) == 18
+        images.append(raw_images(workspace))
+        assert len(hashes) == 1
+        assert images[0] == images[1] == images[2]
+        assert len(images[0]) == 18
 
     def test_all_rejected_ends_the_run_and_keeps_what_was_made(self, generating, progress, tmp_path) -> None:
         config = load_config([*generating, "generate.filter.contrast=200", "generate.attempts=2"])
