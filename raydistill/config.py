@@ -359,7 +359,7 @@ class Cluster(Section):
     generator_labels: dict[str, str] = {}
     """Node labels that generator actors ask for, as {pool: spot}."""
     generator_fallback: dict[str, str] | None = None
-    """Labels that will do where no node has the first; null: wait for one."""
+    """Labels that will do where no node has the first, {} for any node; null: wait for one."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Cluster:

@@ -104,7 +104,13 @@ def check_generate(config: RunConfig, classes: Sequence[str]) -> None:
     """Refuse what cannot work before any stage starts. Raises ConfigError."""
     settings = config.generate
     assert settings is not None
-    facts = inspect_pipeline(settings)
+    facts, cluster = inspect_pipeline(settings), config.cluster
+    if cluster.address is None and cluster.generator_labels and cluster.generator_fallback != {}:
+        raise ConfigError(
+            f"cluster.generator_labels={cluster.generator_labels} would be waited for without end: a cluster of this "
+            "machine alone has no labels; leave it out, set cluster.generator_fallback={} to do without them, or join "
+            "a cluster with cluster.address"
+        )
     if facts.kind == "none":
         if settings.filter.needs_teacher:
             raise ConfigError(

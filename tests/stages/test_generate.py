@@ -31,6 +31,8 @@ from raydistill.stages.generate import forecast, label_weights
 from raydistill.stages.run import run_stages
 from raydistill.stages.summary import closing_table
 
+# No node of the tests' cluster has the label, and any will do.
+ANYWHERE = ["cluster.generator_labels={pool: spot}", "cluster.generator_fallback={}"]
 NO_TEACHER = ["teacher=null", "loss.kd_weight=0", "loss.alignment_weight=0", "loss.uniformity_weight=0"]
 
 
@@ -114,7 +116,7 @@ class TestWithRay:
         hashes, images = set(), []
         for more in (
             ("generate.batch_size=1", "cluster.generator_actors=[1,1]"),
-            ("generate.batch_size=4", "cluster.generator_actors=[2,2]"),
+            ("generate.batch_size=4", "cluster.generator_actors=[2,2]", *ANYWHERE),
         ):
             hashes.add(set_hash(run(*more)))
             images.append(raw_images(workspace))
@@ -159,6 +161,7 @@ class TestWithRay:
             (["generate.class_ids={red: 0}", "images.path=OTHER"], "does not know the classes"),
             (["generate.scheduler=Nope"], "no scheduler of this name"),
             (["generate.filter.class_confidence={cyan: 0.5}", "WITH_TEACHER"], "no class 'cyan'"),
+            (["cluster.generator_labels={pool: spot}"], "would be waited for without end"),
             (["generate.size=2048", "generate.per_class=100000000"], "are free in"),
         ],
     )
