@@ -79,7 +79,7 @@ def generate_images(
     for recipe in recipes.values():
         recipe.directory.begin()
     judge = None if head is None or not settings.filter.needs_teacher else Judge(config, head)
-    seen_before = real_hashes(samples)
+    seen_before = [] if settings.filter.duplicate_distance is None else real_hashes(samples)
     with progress.task("generate", sum(wanted.values()), "images") as advance:
         shown = 0
         while True:
@@ -171,7 +171,7 @@ def label_weights(config: RunConfig, generated: GeneratedImages) -> dict[str, fl
     """The weight of each kept image's hard label by sample id; None where all are 1."""
     settings = config.generate
     assert settings is not None
-    if settings.task_weight == 1 and not settings.filter.weigh:
+    if (settings.task_weight == 1 and not settings.filter.weigh) or not generated.samples.num_rows("train"):
         return None
     data = read_bytes(f"{generated.samples.path}/ledger.parquet")
     ledger = pq.read_table(pa.BufferReader(data), columns=["id", "verdict", "weight"]).to_pylist()
@@ -250,13 +250,6 @@ def _write(
     directory: StageDirectory,
 ) -> GeneratedImages:
     kept = Counter(name for name, _, _ in chosen.kept)
-    if nothing := [name for name, count in wanted.items() if count and not kept[name]]:
-        reasons = Counter(v for (name, _, _), v in chosen.verdicts.items() if name in nothing)
-        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        raise StageError(
-            f"generate: not one image of {', '.join(map(repr, nothing[:5]))} was kept ({why}); loosen generate.filter, "
-            "change the prompts, or raise generate.attempts. What was made stays and is not made again"
-        )
     ledger = [
         {"class": key[0], "index": key[1], "attempt": key[2], "verdict": verdict, "weight": chosen.kept.get(key, 0.0)}
         | {k: v for k, v in dataclasses.asdict(made[key[0]][key[1:]]).items() if k not in ("hash", "reason", "row")}
@@ -266,6 +259,15 @@ def _write(
     pq.write_table(pa.Table.from_pylist(ledger), sink)
     directory.write("ledger.parquet", sink.getvalue().to_pybytes())
     pictures = _pictures(config, made, chosen)
+    _draw_sheets(directory, wanted, made, chosen, pictures)
+    if nothing := [name for name, count in wanted.items() if count and not kept[name]]:
+        reasons = Counter(v for (name, _, _), v in chosen.verdicts.items() if name in nothing)
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        raise StageError(
+            f"generate: not one image of {', '.join(map(repr, nothing[:5]))} was kept ({why}); loosen generate.filter, "
+            f"change the prompts, or raise generate.attempts. Look at the sheets in {directory.path}; what was made "
+            "stays and is not made again"
+        )
     order = sorted(chosen.kept, key=lambda key: seeded_rank(config.seed, "order", made[key[0]][key[1:]].id))
     number = {name: k for k, name in enumerate(samples.classes)}
     sizes, ids, size = [], [], config.images.shard_size
@@ -283,7 +285,6 @@ def _write(
         )
         directory.write(f"{shard_name('train', first // size)}.parquet", encode_shard(table))
         sizes.append(len(keys))
-    _draw_sheets(directory, wanted, made, chosen, pictures)
     generated = SampleSet(
         path=directory.path,
         classes=samples.classes,

@@ -41,6 +41,7 @@ _MADE = pa.schema(
         pa.field("prompt", pa.string()),
         pa.field("source", pa.string()),  # id of the train image that image-to-image began from
         pa.field("image", pa.binary()),  # PNG as the pipeline made it; null where there is none
+        pa.field("id", pa.string()),  # of the PNG's bytes
         pa.field("reason", pa.string()),  # why there is none
         pa.field("contrast", pa.float32()),
         pa.field("hash", pa.binary()),  # 256 bits
@@ -198,9 +199,10 @@ class GeneratorActor:
         for r, picture in zip(wanted, pictures, strict=True):
             row = {"index": r["index"], "attempt": r["attempt"], "seed": r["seed"], "prompt": r["prompt"]}
             row |= {"source": r["source"][0] if r["source"] else "", "reason": picture.reason, "seconds": seconds}
-            row |= {"image": None, "contrast": None, "hash": None}
+            row |= {"image": None, "id": "", "contrast": 0.0, "hash": b""}
             if picture.image is not None:
-                row |= {"image": encode(picture.image), "contrast": contrast(picture.image)}
+                image = encode(picture.image)
+                row |= {"image": image, "id": sample_id(image), "contrast": contrast(picture.image)}
                 row |= {"hash": difference_hash(picture.image)}
             rows.append(row)
         return rows
@@ -221,18 +223,16 @@ def difference_hash(image: Image.Image) -> bytes:
 
 
 def read_made(recipe: Recipe) -> dict[tuple[int, int], Made]:
-    """All that lies in a class's directory; an image that was made twice is the same one."""
+    """All that lies in a class's directory, without the pixels; an image that was made twice is the same one."""
     directory, found = recipe.directory, {}
+    columns = [name for name in _MADE.names if name != "image"]
     for file in sorted(directory.fs.glob(f"{directory.path}/*.parquet")):
         path = f"{directory.path}/{file.rpartition('/')[2]}"
         try:
-            table = pq.read_table(pa.BufferReader(read_bytes(path)), schema=_MADE)
-        except pa.ArrowException as error:
+            table = pq.read_table(pa.BufferReader(read_bytes(path)), columns=columns)
+        except (pa.ArrowException, OSError) as error:
             raise StageError(f"{path} is damaged ({error}); delete it and run the command again") from None
         for row, r in enumerate(table.to_pylist()):
-            identity = sample_id(r["image"]) if r["image"] else ""
-            found[r["index"], r["attempt"]] = Made(
-                path, row, identity, r["seed"], r["prompt"], r["source"], r["reason"], r["contrast"] or 0.0,
-                r["hash"] or b"", r["seconds"],
-            )  # fmt: skip
+            key = (r.pop("index"), r.pop("attempt"))
+            found[key] = Made(file=path, row=row, **r)
     return found

@@ -69,6 +69,8 @@ def write_features(
     Returns D.
     """
     rows = {name: count for name, count in _rows_to_do(samples, splits, labelled_only=num_views == 0).items() if count}
+    if not rows:  # no image was generated, since none was wanted
+        return 0
     missing = [n for n in rows if not directory.fs.exists(f"{directory.path}/{shard_name(*n)}.safetensors")]
     each = max(num_views, 1)
     total, todo = sum(rows.values()) * each, sum(rows[name] for name in missing) * each

@@ -138,6 +138,16 @@ class TestWithRay:
         workspace = tmp_path / "workspace"
         assert len(raw_images(workspace)) == 36
         assert not list(workspace.glob("generate-*/DONE"))
+        (folder,) = workspace.glob("generate-*")
+        assert set(pq.read_table(folder / "ledger.parquet")["verdict"].to_pylist()) == {"near-constant"}
+        assert len(list(folder.glob("sheet-*.png"))) == 3
+
+    def test_classes_that_are_as_large_as_the_largest_need_no_images(self, generating, progress) -> None:
+        more = ["images.max_per_class=6", "generate.balance=true", "generate.per_class=null"]
+        without = run_stages(load_config([*generating, *more, "generate=null"]), progress)
+        outcome = run_stages(load_config([*generating, *more]), progress)
+        assert sum(outcome.generated.kept.values()) == 0
+        assert outcome.report.student == without.report.student
 
     @pytest.mark.slow
     def test_a_generated_copy_of_a_test_image_is_rejected(self, generating, progress, tmp_path) -> None:
