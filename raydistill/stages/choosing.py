@@ -152,8 +152,8 @@ class Judge:
 
     def of(self, made: Mapping[str, Mapping[tuple[int, int], Made]]) -> dict[str, np.ndarray]:
         """Probabilities of the classes by sample id. Files that this teacher has not seen yet are shown to it here."""
-        files = {one.file for of_class in made.values() for one in of_class.values()}
-        teacher: FileTeacher | None = None
+        files = {one.file for of_class in made.values() for one in of_class.values() if one.id}
+        teacher, threads = None, torch.get_num_threads()
         for file in sorted(files - self._read):
             place = _features_file(file, self._name)
             if not exists(place):
@@ -163,6 +163,7 @@ class Judge:
             logits_NC = torch.from_numpy(self._head.logits(features_1ND[0].astype(np.float32)))
             self._likely.update(zip(ids, logits_NC.softmax(dim=1).numpy(), strict=True))
             self._read.add(file)
+        torch.set_num_threads(threads)  # the teacher, made for an actor of its own, took one
         return self._likely
 
 

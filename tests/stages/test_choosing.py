@@ -5,13 +5,20 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from raydistill.config import Generate
-from raydistill.stages.choosing import choose
+from raydistill.config import Generate, load_config
+from raydistill.data.decode import decode, encode
+from raydistill.data.sample import sample_id
+from raydistill.data.views import WHOLE_IMAGE, render
+from raydistill.models.teacher import LinearHead, encode_head, load_teacher
+from raydistill.stages.choosing import Judge, choose
 from raydistill.stages.making import Made, contrast, difference_hash, image_seed
 
 CLASSES = ("cat", "dog")
@@ -129,6 +136,35 @@ def test_the_teacher_has_its_say():
     assert ask(confidence=0.65).missing == {"cat": 1, "dog": 1}
     assert ask(confidence=0.65, class_confidence={"cat": 0.5, "dog": 0.2}).missing == {}
     assert ask(weigh=True).kept == pytest.approx({("cat", 0, 0): 0.6, ("dog", 0, 0): 0.3})
+
+
+def test_the_judge_sees_every_image_once_and_files_without_any_not_at_all(words, tmp_path, photo):
+    """Against the teacher itself, shown the working image whole."""
+    config = load_config(words)
+    backbone = load_teacher(config.teacher)[0]
+    rng, width = np.random.default_rng(0), 0
+    rows, image = [], Image.fromarray(photo)
+    with torch.inference_mode():
+        working = torch.from_numpy(np.asarray(decode(encode(image), 32, "crop", 10**6))[None].copy())
+        features_1D = backbone(render(working, torch.from_numpy(WHOLE_IMAGE)[None], backbone.preprocessing)).half()
+    width = features_1D.shape[1]
+    head = LinearHead(rng.normal(0, 1, (3, width)).astype(np.float32), np.zeros(3, np.float32))
+    (tmp_path / "head.safetensors").write_bytes(encode_head(head))
+    for name, picture in (("whole", image), ("flagged", None)):
+        png = None if picture is None else encode(picture)
+        pq.write_table(pa.table({"image": pa.array([png], pa.binary())}), tmp_path / f"{name}.parquet")
+        rows.append(one(name, file=f"{tmp_path}/{name}.parquet", id=sample_id(png) if png else ""))
+    made = {"cat": {(0, 0): rows[0], (0, 1): rows[1]}}
+    threads = torch.get_num_threads()
+    judge = Judge(config, str(tmp_path))
+    likely = judge.of(made)
+    assert torch.get_num_threads() == threads
+    assert set(likely) == {rows[0].id}
+    expected = torch.from_numpy(head.logits(features_1D.float().numpy())).softmax(1)[0]
+    np.testing.assert_allclose(likely[rows[0].id], expected, atol=2e-3)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
+    assert Judge(config, str(tmp_path)).of(made).keys() == likely.keys()
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")} == before
 
 
 def test_a_dark_but_textured_image_has_contrast_and_a_grey_one_has_not(photo):
