@@ -164,7 +164,8 @@ def compare(
     table = Table(*titles, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    console.print("", table, "", width=max(console.width, 140))  # a cell that is cut tells nothing
+    wide = Console(highlight=False, width=max(console.width, 160))  # a cell that is cut tells nothing
+    wide.print("", table, "")
     console.print(comparison.verdict, soft_wrap=True)
     if comparison.curve_verdict:
         console.print(comparison.curve_verdict, soft_wrap=True)

@@ -17,7 +17,7 @@ def draw_comparison(comparison: Comparison) -> bytes:
         marker = "s" if row.arm in BASELINES else "o"
         axes.errorbar([row.seconds], [row.test_mean], yerr=error, marker=marker, capsize=4, label=row.arm)
     axes.set(
-        xlabel="seconds: adapt + teach + train", ylabel="test accuracy (mean over seeds)",
+        xlabel="seconds: adapt + generate + teach + train", ylabel="test accuracy (mean over seeds)",
         title=f"{comparison.num_seeds} seed(s); squares: baselines; bars: 95 % intervals of the mean",
     )  # fmt: skip
     axes.set_xlim(left=0)

@@ -4,6 +4,7 @@ actors and after whatever kill; and what is done with them."""
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -93,7 +94,7 @@ class TestWithRay:
         assert outcome.report.student["val"]["images"] == plain.report.student["val"]["images"]
         assert outcome.student.steps == plain.student.steps  # the same budget
         assert outcome.without_generated == plain.report
-        shown = Console(width=200, record=True, quiet=True)
+        shown = Console(width=200, record=True, file=io.StringIO())
         shown.print(closing_table(load_config(generating), outcome))
         now, then = (r.student["test"]["accuracy"] for r in (outcome.report, plain.report))
         assert f"test by generated images  {100 * (now - then):+.1f} points" in shown.export_text()
@@ -131,6 +132,7 @@ class TestWithRay:
         assert images[0] == images[1] == images[2]
         assert len(images[0]) == 18
 
+    @pytest.mark.slow
     def test_all_rejected_ends_the_run_and_keeps_what_was_made(self, generating, progress, tmp_path) -> None:
         config = load_config([*generating, "generate.filter.contrast=200", "generate.attempts=2"])
         with pytest.raises(StageError, match=r"not one image of 'blue', 'green', 'red' was kept \(36 near-constant\)"):
@@ -142,8 +144,9 @@ class TestWithRay:
         assert set(pq.read_table(folder / "ledger.parquet")["verdict"].to_pylist()) == {"near-constant"}
         assert len(list(folder.glob("sheet-*.png"))) == 3
 
-    def test_classes_that_are_as_large_as_the_largest_need_no_images(self, generating, progress) -> None:
-        more = ["images.max_per_class=6", "generate.balance=true", "generate.per_class=null"]
+    @pytest.mark.slow
+    def test_where_no_image_is_wanted_the_student_is_that_of_the_real_ones(self, generating, progress) -> None:
+        more = ["generate.ratio=0", "generate.per_class=null"]
         without = run_stages(load_config([*generating, *more, "generate=null"]), progress)
         outcome = run_stages(load_config([*generating, *more]), progress)
         assert sum(outcome.generated.kept.values()) == 0

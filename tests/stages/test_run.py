@@ -389,6 +389,7 @@ def test_a_killed_train_worker_costs_its_open_epoch(words, progress, tmp_path) -
     assert [e["loss"] for e in again] == pytest.approx([e["loss"] for e in losses], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_elastic_workers_take_the_same_steps(words, progress) -> None:
     more = ["student.model=timm:test_vit", "student.size=32", "loss.uniformity_weight=0", "distill.labelled_share=0.5"]
     alone = epoch_losses(words, progress, *more)
