@@ -210,12 +210,14 @@ def _run_units(
     most = max(1, min(most, len(units)))
     labels = config.cluster.generator_labels or None
     fallback = config.cluster.generator_fallback
+    # On CPUs the plan counted all of them; on GPUs more may come, and the pool grows as they do.
+    begin = min(fewest, most) if plan.generator_gpus else most
     made = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         GeneratorActor,
         fn_constructor_kwargs={"settings": settings, "facts": facts, "samples": samples},
         batch_size=1,
         batch_format="numpy",
-        compute=ActorPoolStrategy(min_size=min(fewest, most), max_size=most),
+        compute=ActorPoolStrategy(min_size=min(fewest, most), max_size=most, initial_size=begin),
         num_cpus=plan.generator_cpus,
         num_gpus=plan.generator_gpus or None,
         label_selector=labels,
