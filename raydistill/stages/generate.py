@@ -270,29 +270,13 @@ def _write(
             f"change the prompts, or raise generate.attempts. Look at the sheets in {directory.path}; what was made "
             "stays and is not made again"
         )
-    order = sorted(chosen.kept, key=lambda key: seeded_rank(config.seed, "order", made[key[0]][key[1:]].id))
-    number = {name: k for k, name in enumerate(samples.classes)}
-    sizes, ids, size = [], [], config.images.shard_size
-    for first in range(0, len(order), size):
-        keys = order[first : first + size]
-        ids += (own := [made[key[0]][key[1:]].id for key in keys])
-        table = pa.table(
-            {
-                "sample_id": own,
-                "image": [pictures[key] for key in keys],
-                "label": pa.array([number.get(key[0]) for key in keys], pa.int32()),
-                "source": ["generated"] * len(keys),
-                "split": ["train"] * len(keys),
-            }
-        )
-        directory.write(f"{shard_name('train', first // size)}.parquet", encode_shard(table))
-        sizes.append(len(keys))
+    sizes, ids = _write_shards(config, samples, made, chosen, pictures, directory)
     generated = SampleSet(
         path=directory.path,
         classes=samples.classes,
         size=config.images.size,
         shards={"train": tuple(sizes)},
-        num_labelled={"train": 0 if facts.kind == "none" else len(order)},
+        num_labelled={"train": 0 if facts.kind == "none" else len(ids)},
         num_refused=sum(chosen.rejected.values()),
         ids={"train": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]},
         labels="",
@@ -312,6 +296,35 @@ def _write(
     )
     directory.finish(dataclasses.asdict(result))
     return result
+
+
+def _write_shards(
+    config: RunConfig,
+    samples: SampleSet,
+    made: Mapping[str, Mapping[tuple[int, int], Made]],
+    chosen: Chosen,
+    pictures: Mapping[Key, bytes],
+    directory: StageDirectory,
+) -> tuple[list[int], list[str]]:
+    """The rows of each shard and the ids of all rows, in an order that mixes the classes."""
+    order = sorted(chosen.kept, key=lambda key: seeded_rank(config.seed, "order", made[key[0]][key[1:]].id))
+    number = {name: k for k, name in enumerate(samples.classes)}
+    sizes, ids, size = [], [], config.images.shard_size
+    for first in range(0, len(order), size):
+        keys = order[first : first + size]
+        ids += (own := [made[key[0]][key[1:]].id for key in keys])
+        table = pa.table(
+            {
+                "sample_id": own,
+                "image": [pictures[key] for key in keys],
+                "label": pa.array([number.get(key[0]) for key in keys], pa.int32()),
+                "source": ["generated"] * len(keys),
+                "split": ["train"] * len(keys),
+            }
+        )
+        directory.write(f"{shard_name('train', first // size)}.parquet", encode_shard(table))
+        sizes.append(len(keys))
+    return sizes, ids
 
 
 def _pictures(
