@@ -112,9 +112,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in trainee.parameters() if p.grad is not None])
-            if settings.clip_norm:
-                nn.utils.clip_grads_with_norm_(trainee.parameters(), settings.clip_norm, norm)
+            norm = _clip(trainee, settings.clip_norm)
             reporter.refuse_not_finite(step, norm, scaler, {"loss": loss, **terms})
             scaler.step(optimizer)
             scaler.update()
@@ -134,6 +132,14 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     if step < job.total_steps or record is None:
         raise StageError(f"distill: the images ran out at step {step} of {job.total_steps}; run the same command again")
     return record
+
+
+def _clip(trainee: Trainee, most: float | None) -> torch.Tensor:
+    """The norm of the gradient, which is then made no longer than `most`; where nothing is clipped it is left alone."""
+    norm = nn.utils.get_total_norm([p.grad for p in trainee.parameters() if p.grad is not None])
+    if most is not None:
+        nn.utils.clip_grads_with_norm_(trainee.parameters(), most, norm)
+    return norm
 
 
 def _negatives(
