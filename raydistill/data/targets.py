@@ -52,11 +52,7 @@ def encode_targets(sample_ids: Sequence[str], features_KRD: np.ndarray) -> bytes
 
 def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.ndarray:
     """(K, R, D) float16 features. Raises CheckpointError where they are damaged or belong to other samples."""
-    try:
-        tensors = load(data)
-        sample_ids, features_KRD = tensors["sample_ids"], tensors["features"]
-    except (SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{name} is damaged ({error}); delete it and run the command again") from None
+    sample_ids, features_KRD = _decode(data, name)
     if sample_ids.tobytes().hex() != "".join(expected_ids):
         raise CheckpointError(f"{name} holds the soft targets of other samples; delete it and run the command again")
     return features_KRD
@@ -64,11 +60,16 @@ def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.nd
 
 def read_all_targets(path: str) -> tuple[list[str], np.ndarray]:
     """Sample ids and (K, R, D) float16 features of a whole file. Raises CheckpointError where it is damaged."""
+    sample_ids, features_KRD = _decode(read_bytes(path), path)
+    return [row.tobytes().hex() for row in sample_ids], features_KRD
+
+
+def _decode(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     try:
-        tensors = load(read_bytes(path))
-        return [bytes(i).hex() for i in tensors["sample_ids"]], tensors["features"]
+        tensors = load(data)
+        return tensors["sample_ids"], tensors["features"]
     except (SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete it and run the command again") from None
+        raise CheckpointError(f"{name} is damaged ({error}); delete it and run the command again") from None
 
 
 def read_bytes(path: str) -> bytes:

@@ -231,7 +231,8 @@ def class_directory(config: RunConfig, recipe: dict[str, Any]) -> StageDirectory
     filters them in another way, pays for no image twice."""
     identity = {"pipeline": _pipeline(config), "seed": config.seed, **recipe}
     directory = stage_directory(config, "generated", identity)
-    return replace(directory, path=directory.path.replace("/generated-", "/generated/"))
+    digest = directory.name.removeprefix("generated-")
+    return replace(directory, path=f"{workspace_root(config)}/generated/{digest}")
 
 
 def teach_generated_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:

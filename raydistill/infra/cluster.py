@@ -145,15 +145,17 @@ def _plan_generators(config: RunConfig, cpus: float, gpus: float, cores: int) ->
                 f"needs {fewest + judged} GPUs for {fewest} generator actor(s){' and a teacher' if judged else ''}, "
                 f"has {gpus:g}; lower cluster.generator_actors"
             )
-        return (fewest, most), max(min(1.0, math.floor(100 * left / fewest) / 100), LEAST_SHARE), share
-    most = max(fewest, min(most, cores))
-    share = min(1.0, math.floor(100 * left / most) / 100)
-    if share < LEAST_SHARE:
+        counted, gpu_share = fewest, share
+    else:
+        counted, gpu_share = max(fewest, min(most, cores)), 0.0
+        most = counted
+    cpu_share = min(1.0, math.floor(100 * left / counted) / 100)
+    if cpu_share < LEAST_SHARE:
         raise ConfigError(
-            f"needs at least {most * LEAST_SHARE + cpus - left:g} CPUs for {most} generator actor(s), has {cpus:g}; "
-            "lower cluster.generator_actors"
+            f"needs at least {counted * LEAST_SHARE + cpus - left:g} CPUs for {counted} generator actor(s), has "
+            f"{cpus:g}; lower cluster.generator_actors"
         )
-    return (fewest, most), share, 0.0
+    return (fewest, most), cpu_share, gpu_share
 
 
 def _share(cpus: float, parts: int, what: str) -> float:

@@ -47,10 +47,11 @@ class DistillJob:
 
     @property
     def batch_size(self) -> int:
-        """No larger than the images that take part: a batch need not hold an image twice."""
+        """No larger than the real images that take part: a batch need not hold an image twice, and generated images
+        change no budget."""
         with_teacher = self.config.loss.needs_teacher
         usable = self.samples.num_rows("train") if with_teacher else self.samples.num_labelled["train"]
-        return min(self.config.distill.batch_size, usable + (self.generated.num_rows("train") if self.generated else 0))
+        return min(self.config.distill.batch_size, usable)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -210,6 +210,13 @@ def _all_names(words: list[str]) -> dict[str, str]:
     return names(*words) | more
 
 
+def test_what_is_made_of_a_class_lies_below_one_folder_of_the_workspace():
+    config = config_of("generate.pipeline=owner/name", "workspace=/data/generated-things/w")
+    first, second = (artifacts.class_directory(config, {"class": name}).path for name in ("a", "b"))
+    assert first != second
+    assert Path(first).parent == Path(second).parent == Path("/data/generated-things/w/generated")
+
+
 def test_without_generated_images_nothing_is_new():
     made_before_there_was_such_a_thing = names()
     assert made_before_there_was_such_a_thing == names("generate=null")

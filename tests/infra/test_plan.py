@@ -160,6 +160,7 @@ def test_generators_fit_beside_their_feeder_and_their_judge_or_the_message_has_t
     if gpus:  # more nodes may come, so the fewest have to fit now
         judge = min(plan.generator_gpus, plan.teacher_gpus) if judged else 0
         assert fewest * plan.generator_gpus + judge <= gpus + SLACK
+        assert fewest * plan.generator_cpus + beside <= cpus + SLACK
     else:
         assert most * plan.generator_cpus + beside <= cpus + SLACK
         assert most <= max(fewest, cpus)
