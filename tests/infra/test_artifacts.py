@@ -217,11 +217,6 @@ def test_what_is_made_of_a_class_lies_below_one_folder_of_the_workspace():
     assert Path(first).parent == Path(second).parent == Path("/data/generated-things/w/generated")
 
 
-def test_without_generated_images_nothing_is_new():
-    made_before_there_was_such_a_thing = names()
-    assert made_before_there_was_such_a_thing == names("generate=null")
-
-
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
