@@ -28,7 +28,7 @@ from raydistill.data.prompts import ClassPrompts, class_prompts
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import labels_of, read_bytes, read_samples
 from raydistill.errors import StageError
-from raydistill.infra.artifacts import StageDirectory, class_directory, write_bytes
+from raydistill.infra.artifacts import StageDirectory, class_directory, exists, write_bytes
 from raydistill.models.generator import Generator, PipelineFacts, Request, class_numbers
 
 # An unconditional pipeline makes images of no class; this stands for its name.
@@ -166,7 +166,8 @@ def _request(seed: int, recipe: Recipe, index: int, attempt: int) -> dict[str, A
 
 
 class GeneratorActor:
-    """Holds the pipeline, and makes one file a call, which may run twice: the second writes the same images."""
+    """Holds the pipeline, and makes one file a call. A call that Ray repeats, since its actor was lost once the file
+    was written, finds the file and is done."""
 
     def __init__(self, settings: Generate, facts: PipelineFacts, samples: SampleSet) -> None:
         on_gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
@@ -178,6 +179,11 @@ class GeneratorActor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         unit = json.loads(str(batch["unit"][0]))
+        if not exists(unit["file"]):
+            self._write(unit)
+        return {"file": np.array([unit["file"]]), "images": np.array([len(unit["requests"])])}
+
+    def _write(self, unit: dict[str, Any]) -> None:
         rows, pending = [], unit["requests"]
         while pending:
             made = self._make(unit, [attempts[0] for attempts in pending])
@@ -187,7 +193,6 @@ class GeneratorActor:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=_MADE), sink, compression="none")
         write_bytes(unit["file"], sink.getvalue().to_pybytes())
-        return {"file": np.array([unit["file"]]), "images": np.array([len(unit["requests"])])}
 
     def _make(self, unit: dict[str, Any], wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
         started = time.monotonic()

@@ -22,7 +22,7 @@ from raydistill.data.sample import SampleSet, shard_name
 from raydistill.data.targets import UNLABELLED, encode_targets, read_labels, read_samples
 from raydistill.data.views import WHOLE_IMAGE, render, view_parameters
 from raydistill.errors import StageError
-from raydistill.infra.artifacts import StageDirectory, write_bytes
+from raydistill.infra.artifacts import StageDirectory, exists, write_bytes
 from raydistill.infra.cluster import Plan
 from raydistill.infra.progress import Progress
 from raydistill.models.teacher import load_teacher
@@ -168,7 +168,8 @@ class TeacherActor:
 
 
 class ShardTeacher(TeacherActor):
-    """Makes one target shard a call, which may run twice: the second writes the same bytes under the same name."""
+    """Makes one target shard a call. A call that Ray repeats, since its actor was lost once the file was written, finds
+    the file and is done."""
 
     def __init__(self, teacher: Teacher, threads: int, path: str) -> None:
         super().__init__(teacher, threads)
@@ -177,10 +178,12 @@ class ShardTeacher(TeacherActor):
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         name, ids = str(batch["shard"][0]), str(batch["sample_ids"][0]).split()
         images_RHHC, parameters_KRP = batch["images"][0], batch["parameters"][0]
-        features_KRD = np.stack([self.features(images_RHHC, parameters_RP) for parameters_RP in parameters_KRP])
-        refuse_not_finite(features_KRD, ids)
-        write_bytes(f"{self._path}/{name}.safetensors", encode_targets(ids, features_KRD))
-        return {"views": np.array([features_KRD.shape[0] * features_KRD.shape[1]])}
+        file = f"{self._path}/{name}.safetensors"
+        if not exists(file):
+            features_KRD = np.stack([self.features(images_RHHC, parameters_RP) for parameters_RP in parameters_KRP])
+            refuse_not_finite(features_KRD, ids)
+            write_bytes(file, encode_targets(ids, features_KRD))
+        return {"views": np.array([len(parameters_KRP) * len(ids)])}
 
 
 def fresh_views(

@@ -139,40 +139,31 @@ def epoch_losses(words: list[str], progress, *more: str) -> list[dict[str, float
     return [json.loads(e.read_text()) for e in sorted(Path(outcome.student.path).glob("epochs/*.json"))]
 
 
-def test_two_train_workers_take_the_steps_of_one_process(words, progress) -> None:
-    """Where no term looks beyond an image (no batch norm, no uniformity), sharing a batch changes nothing."""
-    more = ["student.model=timm:test_vit", "student.size=32", "loss.uniformity_weight=0", "distill.labelled_share=0.5"]
+def test_two_train_workers_take_the_steps_of_one_process(words, progress, tmp_path) -> None:
+    """Where no term looks beyond a worker's share (no batch norm, no uniformity), sharing a batch changes nothing; each
+    puts the whole batch into CRD's memory in the order of one process. The student holds a weight that nothing reads,
+    DINOv2's token for masked pictures."""
+    classifier("Dinov2").save_pretrained(tmp_path / "dinov2")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dinov2")
+    more = [f"student.model={tmp_path / 'dinov2'}", "student.init=pretrained", "student.size=32"]
+    more += ["loss.uniformity_weight=0", "distill.labelled_share=0.5"]
+    more += ["loss.crd_weight=1", "loss.crd_negatives=24", "loss.crd_memory=40"]
     alone, one, two = (epoch_losses(words, progress, *more, f"distill.num_workers={n}") for n in (0, 1, 2))
-    for name in ("loss", "task", "kd", "alignment"):
+    for name in ("loss", "task", "kd", "alignment", "crd"):
         assert [e[name] for e in one] == pytest.approx([e[name] for e in alone], abs=1e-4)
         assert [e[name] for e in two] == pytest.approx([e[name] for e in alone], abs=1e-3)
 
 
-def test_two_train_workers_share_the_negatives_of_one_process(words, progress) -> None:
-    """Each puts the whole batch into its memory, in the order of one process."""
-    more = ["student.model=timm:test_vit", "student.size=32", "loss.uniformity_weight=0", "distill.labelled_share=0.5"]
-    more += ["loss.crd_weight=1", "loss.crd_negatives=24", "loss.crd_memory=40"]
-    one, two = (epoch_losses(words, progress, *more, f"distill.num_workers={n}") for n in (1, 2))
-    for name in ("loss", "crd", "task", "kd"):
-        assert [e[name] for e in two] == pytest.approx([e[name] for e in one], abs=1e-3)
-
-
-def test_two_train_workers_get_along_with_a_weight_that_nothing_reads(words, progress, tmp_path) -> None:
-    """DINOv2 holds a token for masked pictures."""
-    classifier("Dinov2").save_pretrained(tmp_path / "dinov2")
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dinov2")
-    more = [f"student.model={tmp_path / 'dinov2'}", "student.init=pretrained", "student.size=32"]
-    more += ["loss.uniformity_weight=0", "distill.labelled_share=0.5", "distill.epochs=2"]
-    alone, two = (epoch_losses(words, progress, *more, f"distill.num_workers={n}") for n in (0, 2))
-    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in alone], abs=1e-3)
-
-
 def test_fresh_views_train_alike_in_this_process_and_on_a_worker(words, progress) -> None:
-    alone, one, two = (
-        epoch_losses(words, progress, "views.per_image=fresh", f"distill.num_workers={n}") for n in (0, 1, 2)
-    )
+    alone, one = (epoch_losses(words, progress, "views.per_image=fresh", f"distill.num_workers={n}") for n in (0, 1))
     assert [e["loss"] for e in one] == pytest.approx([e["loss"] for e in alone], abs=1e-4)
-    assert [e["step"] for e in two] == [e["step"] for e in alone] == [4, 8, 12]
+    assert [e["step"] for e in one] == [4, 8, 12]
+
+
+@pytest.mark.slow
+def test_two_train_workers_share_fresh_views(words, progress) -> None:
+    two = epoch_losses(words, progress, "views.per_image=fresh", "distill.num_workers=2")
+    assert [e["step"] for e in two] == [4, 8, 12]
     assert two[-1]["loss"] < two[0]["loss"]
 
 
@@ -380,12 +371,12 @@ def test_a_killed_teacher_actor_costs_its_open_shard(words, progress, tmp_path) 
 
 
 def test_a_killed_train_worker_costs_its_open_epoch(words, progress, tmp_path) -> None:
-    words = [*words, "distill.num_workers=2", "distill.epochs=60"]
+    words = [*words, "distill.num_workers=2", "distill.epochs=30"]
     losses = epoch_losses(words, progress, f"workspace={tmp_path}/unbroken")
     broken = tmp_path / "workspace"
-    run_and_kill(load_config(words), progress, "RayTrainWorker", lambda: list(broken.glob("distill-*/epochs/00005.*")))
+    run_and_kill(load_config(words), progress, "RayTrainWorker", lambda: list(broken.glob("distill-*/epochs/00003.*")))
     again = epoch_losses(words, progress)  # done, so these are the records of the run above
-    assert len(again) == 60
+    assert len(again) == 30
     assert [e["loss"] for e in again] == pytest.approx([e["loss"] for e in losses], abs=1e-4)
 
 
