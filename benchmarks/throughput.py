@@ -66,7 +66,7 @@ def distill_job(config: RunConfig, outcome: Outcome, path: Path) -> DistillJob:
 def bare_teacher(config: RunConfig, samples: SampleSet) -> float:
     """Views a second: render and infer over images that lie decoded in memory."""
     torch.set_num_threads(THREADS)
-    backbone, _, _ = load_teacher(config.teacher)
+    backbone = load_teacher(config.teacher)[0].to(memory_format=torch.channels_last)
     table = read_samples(samples, "train", 0)
     ids = table["sample_id"].to_pylist()
     images = torch.from_numpy(np.stack([pixels(i) for i in table["image"].to_pylist()]))
@@ -88,12 +88,12 @@ def bare_student(job: DistillJob, with_teacher: bool) -> float:
     every batch first, in turn, as training without stored soft targets does."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    trainee = Trainee(job)
+    trainee = Trainee(job).to(memory_format=torch.channels_last)
     trainee.train()
     optimizer = torch.optim.AdamW(trainee.parameters(), job.config.distill.learning_rate)
     worker = Worker(0, 1, "cpu", THREADS, lambda step: False)
     batches = list(itertools.islice(read_batches(job, 0, worker), 16))
-    backbone = load_teacher(job.config.teacher)[0] if with_teacher else None
+    backbone = load_teacher(job.config.teacher)[0].to(memory_format=torch.channels_last) if with_teacher else None
     started = 0.0
     for step, batch in enumerate(itertools.cycle(batches)):
         if step == 2:  # two steps of warm-up
@@ -103,7 +103,8 @@ def bare_student(job: DistillJob, with_teacher: bool) -> float:
             features = torch.from_numpy(batch.features_VD).float()
         else:
             features = backbone(render(images, parameters, backbone.preprocessing)).clone()
-        student, teacher = trainee(render(images, parameters, trainee.student.preprocessing), features)
+        views = render(images, parameters, trainee.student.preprocessing)
+        student, teacher = trainee(views.contiguous(memory_format=torch.channels_last), features)
         loss, _ = distillation_loss(job.config.loss, student, teacher, torch.from_numpy(batch.labels_V))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -173,6 +173,36 @@ def compare(
     console.print(f"compare is done after {time.time() - STARTED:.0f} s")
 
 
+@app.command()
+def tune(
+    words: Words = None,
+    space: Annotated[
+        str | None, typer.Option("--space", help="A search space, such as tune_spaces/loss.yaml (tune.space).")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", help="Trials in all; a higher number goes on (tune.trials).")
+    ] = None,
+) -> None:
+    """Search settings with one student a trial and no pass of the teacher; ends with best.yaml."""
+    from rich.console import Console
+
+    from raydistill.config import load_config
+    from raydistill.infra.progress import Progress
+
+    given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
+    config, console = load_config([*(words or []), *given]), Console(highlight=False)
+    from raydistill.search.tune import tune_job
+
+    search = tune_job(config, Progress(console))
+    console.print(search.verdict, soft_wrap=True)
+    if search.front:
+        console.print(f"on the Pareto front: trials {', '.join(map(str, search.front))}", soft_wrap=True)
+    console.print(f"best settings, figures and JSON: {search.path}/best.yaml, search.html, search.json", soft_wrap=True)
+    bill = "" if search.cost is None else f", {search.cost:.2f} at {config.cluster.price_per_hour:g} an hour"
+    console.print(f"trials and confirmation took {search.seconds:.0f} s in all{bill}")
+    console.print(f"tune is done after {time.time() - STARTED:.0f} s")
+
+
 def _run(words: list[str] | None, until: str) -> None:
     from rich.console import Console
 

@@ -7,7 +7,7 @@ Defaults live here alone and are the paper's where the paper has one. Neither to
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
@@ -250,8 +250,9 @@ class Loss(Section):
     """Relative distances of pairs of images (RKD, Park et al. 2019, who use 25)."""
     rkd_angle_weight: Weight | tuple[Weight, Weight] = 0.0
     """Angles of triples of images (RKD, who use 50)."""
-    projection_head: Literal["linear", "two_layer", "simclr", "simclrv2"] = "two_layer"
-    """The trained map to the unit sphere, on both sides, for alignment, uniformity, info_nce and crd."""
+    projection_head: Literal["linear", "two_layer", "simclr", "simclrv2"] = "simclr"
+    """The trained map to the unit sphere, on both sides, for alignment, uniformity, info_nce and crd. The paper's is
+    `two_layer`, without batch norm: from random weights all of its embeddings may lie on one point for long."""
     projection_dim: Annotated[int, Field(ge=2)] = 128
     """Dimension of the unit sphere that both projection heads map to."""
     adapter: Literal["linear", "two_layer"] = "two_layer"
@@ -272,6 +273,10 @@ class Loss(Section):
     @property
     def needs_projection(self) -> bool:
         return not {"alignment", "uniformity", "info_nce", "crd"}.isdisjoint(self.terms)
+
+    @property
+    def projects_with_batch_norm(self) -> bool:
+        return self.needs_projection and self.projection_head.startswith("simclr")
 
     @property
     def needs_adapter(self) -> bool:
@@ -304,7 +309,8 @@ class Distill(Section):
     """Decay of an exponential moving average of the weights, which then is the student; null: none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast of the student's forward pass; losses stay in fp32."""
-    channels_last: bool = False
+    channels_last: bool = True
+    """Lay images out pixel by pixel: convolutions are faster so, others no slower."""
     clip_norm: Positive | None = None
     """Largest norm of the gradient; null: not clipped."""
     val_every: Count = 5
@@ -349,6 +355,43 @@ class Compare(Section):
     """Shares of the labels at which `--learning-curve` trains."""
 
 
+Objective = Literal[
+    "val_accuracy", "val_balanced_accuracy", "val_top5", "val_ece", "loss", "parameters", "milliseconds_per_image"
+]  # fmt: skip
+
+
+class Tune(Section):
+    """How `tune` searches; the other stages do not read it."""
+
+    space: str | None = None
+    """A YAML file of distributions by config key; `tune_spaces/` has some."""
+    trials: Count = 30
+    """Trials in all, the first of which has the job's own values; raise it and the search goes on."""
+    sampler: Literal["tpe", "gp", "cmaes", "qmc", "random", "grid"] = "tpe"
+    """Optuna's sampler, seeded by the job's seed."""
+    pruner: Literal["asha", "median", "none"] = "asha"
+    """Ends trials that fall behind: asynchronous successive halving, or below the median of those before."""
+    grace_epochs: Count | None = None
+    """Epochs that every trial gets; null: a fifth of distill.epochs."""
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("val_accuracy",)
+    """What is optimised; several give a Pareto front, of which `best` is the one that is first in the first."""
+    concurrent: Count | None = None
+    """Trials at once; null: one on each GPU or, without any, one on every 4 CPUs."""
+    confirm_seeds: Annotated[int, Field(ge=0)] = 3
+    """New seeds with which the best and the job's own values are trained again, and measured on test; 0: none."""
+    storage: str | None = None
+    """URL of a database for Optuna's study; null: SQLite in the stage directory."""
+
+    @model_validator(mode="after")
+    def _prunable(self) -> Tune:
+        if self.pruner != "none" and self.objectives not in (("val_accuracy",), ("loss",)):
+            raise ValueError(
+                f"tune.pruner={self.pruner} compares what is measured during training, and tune.objectives="
+                f"{list(self.objectives)} is known at the end; set tune.pruner=none"
+            )
+        return self
+
+
 class Cluster(Section):
     address: str | None = None
     """Ray cluster to join; null: one of its own on this machine, for as long as the command runs."""
@@ -360,6 +403,9 @@ class Cluster(Section):
     """Node labels that generator actors ask for, as {pool: spot}."""
     generator_fallback: dict[str, str] | None = None
     """Labels that will do where no node has the first, {} for any node; null: wait for one."""
+
+    price_per_hour: Weight | None = None
+    """What the machines cost an hour, in any currency, for the forecast and the bill of `tune`; null: seconds alone."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Cluster:
@@ -396,6 +442,7 @@ class RunConfig(Section):
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
+    tune: Tune = Tune()
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
 
@@ -464,6 +511,15 @@ def fine_tuning(config: RunConfig) -> RunConfig:
     )
 
 
+def overlay(config: RunConfig, tree: Mapping[str, Any]) -> RunConfig:
+    """The config with `tree` laid over it. Raises ConfigError where the result is none."""
+    merged = OmegaConf.merge(config.model_dump(mode="json"), dict(tree))
+    try:
+        return RunConfig.model_validate(OmegaConf.to_container(merged))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error))) from None
+
+
 def load_config(words: Sequence[str]) -> RunConfig:
     """Merge job file, overlays and `key=value` words from left to right and validate the result.
 
@@ -489,23 +545,38 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _read_word(word: str) -> Any:
+    key, equals, _ = word.partition("=")
+    if not equals or "/" in key:
+        return OmegaConf.create(read_mapping(word, "give a job file, an overlay, or key=value"))
     try:
-        key, equals, _ = word.partition("=")
-        if equals and "/" not in key:
-            return OmegaConf.from_dotlist([word])
-        path = Path(word)
-        if not path.is_file():
-            raise ConfigError(f"{word}: no such file; give a job file, an overlay, or key=value")
+        return OmegaConf.from_dotlist([word])
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{word}: cannot be read: {_one_line(error)}") from None
+    except Exception as error:
+        raise _not_yaml(word, error) from None
+
+
+def read_mapping(path: str, advice: str) -> dict[str, Any]:
+    """A YAML file that is one mapping. Raises ConfigError, with the advice where there is no such file."""
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such file; {advice}")
+    try:
         loaded = OmegaConf.load(path)
     except (OmegaConfBaseException, ValueError, OSError) as error:
-        raise ConfigError(f"{word}: cannot be read: {_one_line(error)}") from None
-    except Exception as error:  # yaml's own errors, whose package we do not depend on by name
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{word}: not YAML: {_one_line(error)}") from None
-        raise
+        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
+    except Exception as error:
+        raise _not_yaml(path, error) from None
     if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{word}: a job file is a mapping of sections, this one is not")
-    return loaded
+        raise ConfigError(f"{path}: the file has to be a mapping, this one is not")
+    tree: dict[str, Any] = OmegaConf.to_container(loaded, resolve=False)
+    return tree
+
+
+def _not_yaml(word: str, error: Exception) -> Exception:
+    """yaml's own errors are known by their module, since we do not depend on the package by name."""
+    if type(error).__module__.startswith("yaml"):
+        return ConfigError(f"{word}: not YAML: {_one_line(error)}")
+    return error
 
 
 def _one_line(error: Exception) -> str:
@@ -519,7 +590,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
     for item in error.errors():
         dotted = ".".join(_user_keys(item["loc"]))
         if item["type"] == "extra_forbidden":
-            head, tail = f"{dotted}: ", f"unknown key{_suggest(dotted)}"
+            head, tail = f"{dotted}: ", f"unknown key{suggest_key(dotted)}"
         elif dotted in ("images", "images.path") and (item["type"] == "missing" or item["input"] in (None, "")):
             head, tail = "images.path: ", "required; for instance: raydistill run images.path=./my_images"
         elif item["type"] == "value_error":  # a check of ours, whose sentence names its keys
@@ -566,7 +637,8 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
             yield from known_keys(section, f"{prefix}{name}.")
 
 
-def _suggest(dotted: str) -> str:
+def suggest_key(dotted: str) -> str:
+    """The end of a sentence on an unknown key: the known one that it looks like."""
     section, _, leaf = dotted.rpartition(".")
     keys = [key.rpartition(".") for key in known_keys()]
     beside = {name: (place, name) for place, _, name in keys if place == section}

@@ -29,8 +29,8 @@ from raydistill.examples import weights_fingerprint
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {
-    "prepare": 1, "features": 1, "adapt": 1, "generated": 1, "generate": 1, "teach": 1, "distill": 1, "evaluate": 1,
-    "compare": 1,
+    "prepare": 1, "features": 2, "adapt": 2, "generated": 1, "generate": 1, "teach": 2, "distill": 2, "evaluate": 1,
+    "compare": 1, "tune": 1,
 }  # fmt: skip
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
 # What `distill` leaves in its folder beside these is about its making; the last is there for transformers models.

@@ -184,15 +184,16 @@ def _local_gpus() -> int:
 
 
 @contextlib.contextmanager
-def ray_cluster(config: RunConfig) -> Iterator[Plan]:
+def ray_cluster(config: RunConfig, reserved: float = 0.0, dashboard: bool = False) -> Iterator[Plan]:
     """Ray for the time of a `with` block: the cluster of `cluster.address`, or one of this machine.
 
-    A local one listens on the loopback dashboard only, and asks for a token. Gives the plan that fits it.
+    A local one listens on the loopback interface only, and asks for a token. Gives the plan that fits it, less the
+    `reserved` CPUs. Without the `dashboard` Ray cannot free what an ended Tune trial's train workers held.
     """
     import ray
 
     if ray.is_initialized():  # a cluster of the caller's, which stays
-        yield _live_plan(config)
+        yield _live_plan(config, reserved)
         return
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     with warnings.catch_warnings(), _quiet_native_log():
@@ -202,7 +203,7 @@ def ray_cluster(config: RunConfig) -> Iterator[Plan]:
                 address="local",
                 num_cpus=_cores(),
                 dashboard_host="127.0.0.1",
-                include_dashboard=False,
+                include_dashboard=dashboard,
                 object_store_memory=OBJECT_STORE_BYTES,
                 **quiet,
             )
@@ -211,7 +212,7 @@ def ray_cluster(config: RunConfig) -> Iterator[Plan]:
     _protect_token()
     configure_ray_data()
     try:
-        yield _live_plan(config)
+        yield _live_plan(config, reserved)
     finally:
         ray.shutdown()
 
@@ -270,13 +271,13 @@ class RayStart:
         self._thread.shutdown()
 
 
-def _live_plan(config: RunConfig) -> Plan:
+def _live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:
     import ray
 
     resources = ray.cluster_resources()
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     cores = _cores() if len(nodes) == 1 else int(max(nodes, default=1))
-    return plan_resources(config, resources.get("CPU", 0.0), resources.get("GPU", 0.0), cores)
+    return plan_resources(config, resources.get("CPU", 0.0) - reserved, resources.get("GPU", 0.0), cores)
 
 
 def _protect_token() -> None:
@@ -309,6 +310,7 @@ class Worker:
     threads: int
     preempted: Callable[[int], bool]  # is a node about to be taken? All workers ask at the same steps
     stream: Any = None  # a Ray Data iterator, where the data comes through Ray
+    on_epoch: Callable[[dict[str, float]], None] = lambda record: None  # in this process: what it raises ends the loop
 
 
 # A training loop: the job and the worker in, the last record out.
@@ -317,19 +319,26 @@ _STEPS_BETWEEN_PREEMPTION_CHECKS = 10
 
 
 def run_workers(
-    loop: Loop, job: Any, plan: Plan, storage: str, max_failures: int, stream: Callable[[], Any] | None = None
+    loop: Loop,
+    job: Any,
+    plan: Plan,
+    storage: str,
+    max_failures: int,
+    stream: Callable[[], Any] | None = None,
+    on_epoch: Callable[[dict[str, float]], None] = lambda record: None,
 ) -> dict[str, float]:
     """Run a loop in this process or on Ray Train workers, and give rank 0's result.
 
-    `stream()` makes the Dataset that feeds the workers; it is called anew whenever workers start. Ray Train replaces
-    lost workers; the loop resumes from its own checkpoints. Raises StageError.
+    `on_epoch` gets each epoch's record, in this process alone. `stream()` makes the Dataset that feeds the workers; it
+    is called anew whenever workers start. Ray Train replaces lost workers; the loop resumes from its own checkpoints.
+    Raises StageError.
     """
     if plan.train_workers == 0:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         shard = None if stream is None else stream().iterator()
-        return loop(job, Worker(0, 1, device, plan.train_threads, lambda step: False, shard))
+        return loop(job, Worker(0, 1, device, plan.train_threads, lambda step: False, shard, on_epoch))
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 

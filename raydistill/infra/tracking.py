@@ -61,6 +61,16 @@ class Tracker:
         self._submit(lambda: self._client.set_terminated(self._parent, status))
         self._writer.shutdown(wait=True)
 
+    def end_orphans(self) -> None:
+        """Children that a killed command left open end as killed; one that is gone on with is opened again."""
+
+        def write() -> None:
+            query = f"tags.`mlflow.parentRunId` = '{self._parent}' and attributes.status = 'RUNNING'"
+            for run in self._client.search_runs([self._experiment], query):
+                self._client.set_terminated(run.info.run_id, "KILLED")
+
+        self._submit(write)
+
     def log_job(self, metrics: dict[str, float], artifacts: list[str]) -> None:
         def write() -> None:
             for name, value in metrics.items():
@@ -145,6 +155,17 @@ class ChildRun:
 
             values = [Metric(name, float(value), now, step) for name, value in metrics.items()]
             self._tracker._client.log_batch(self._run, metrics=values)
+
+        self._tracker._submit(write)
+
+    def params(self, values: dict[str, Any]) -> None:
+        self._tracker._submit(lambda: self._tracker._log_params(self._run, values))
+
+    def note(self, tags: dict[str, str]) -> None:
+        def write() -> None:
+            for name, value in tags.items():
+                if value:
+                    self._tracker._client.set_tag(self._run, f"raydistill.{name}", value)
 
         self._tracker._submit(write)
 

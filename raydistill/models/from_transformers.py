@@ -91,8 +91,6 @@ def new_classifier(folder: str, num_classes: int, pretrained: bool, size: int | 
     own = next(name for name, module in network.named_modules() if module is classifier)
     lacking = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     refuse_missing(what, {key for key in lacking if not key.startswith(f"{own}.")}, set())
-    nn.init.normal_(classifier.weight, std=0.01)  # another class count or not: always a new one, as with timm
-    nn.init.zeros_(classifier.bias)
     return network
 
 

@@ -186,7 +186,7 @@ def _curve_trials(config: RunConfig, progress: Progress) -> list[_Trial]:
 
 
 def _directory(config: RunConfig, trials: list[_Trial], learning_curve: bool) -> StageDirectory:
-    left_out = {"workspace", "cluster", "tracking", "name", "compare"}
+    left_out = {"workspace", "cluster", "tracking", "name", "compare", "tune"}
     identity = {
         "trials": [[t.arm, t.seed, t.config.model_dump(mode="json", exclude=left_out)] for t in trials],
         "files": list_images(config.images).fingerprint,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -39,11 +40,13 @@ INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
 @dataclass(frozen=True)
 class AdaptedTeacher:
     """What `adapt` leaves behind. `l2` is the chosen strength of the linear probe's penalty, None for another head;
-    accuracies are shares, None where the split is empty."""
+    accuracies are shares, `val_confidence` is the mean probability of the class that the teacher names first, and both
+    are None where the split is empty."""
 
     path: str
     features: str
     val_accuracy: float | None
+    val_confidence: float | None
     chance: float
     l2: float | None
     num_train: int
@@ -78,7 +81,11 @@ def adapt_teacher(
     else:
         head, l2 = fit_linear_probe(train, val, len(samples.classes), config.teacher.class_balanced)
     val_features, val_labels = val
-    accuracy = float((head.logits(val_features).argmax(1) == val_labels).mean()) if len(val_labels) else None
+    accuracy = confidence = None
+    if len(val_labels):
+        likely_NC = softmax(head.logits(val_features), axis=1)
+        accuracy = float((likely_NC.argmax(1) == val_labels).mean())
+        confidence = float(likely_NC.max(axis=1).mean())
     chance = float(np.bincount(val_labels).max() / len(val_labels)) if len(val_labels) else 1 / len(samples.classes)
     if accuracy is not None and accuracy < near_chance(chance) and not config.teacher.allow_near_chance:
         raise ConfigError(
@@ -87,7 +94,7 @@ def adapt_teacher(
             "size, or set teacher.allow_near_chance=true to go on"
         )
     directory.write(HEAD_FILE, encode_head(head))
-    result = AdaptedTeacher(directory.path, features.path, accuracy, chance, l2, len(train[1]))
+    result = AdaptedTeacher(directory.path, features.path, accuracy, confidence, chance, l2, len(train[1]))
     directory.finish(asdict(result))
     return result
 
@@ -115,28 +122,28 @@ def split_features(samples: SampleSet, path: str, split: str) -> tuple[np.ndarra
 def fit_linear_probe(
     train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], num_classes: int, class_balanced: bool
 ) -> tuple[LinearHead, float]:
-    """Multinomial logistic regression by L-BFGS: convex, so the same for every run. The L2 strength is that of the best
-    val accuracy, the lower val cross-entropy among equals; the middle one where there is no val. Returns it too."""
+    """Multinomial logistic regression by L-BFGS: convex, so the same for every run. The L2 strength is that of the
+    lowest val cross-entropy, the middle one where there is no val. Returns it too.
+
+    Not that of the best accuracy: with few labels the strongest penalties may rank classes best while their
+    probabilities hardly differ from equal ones, and soft targets are made of the probabilities.
+    """
     (train_ND, train_labels), (val_ND, val_labels) = train, val
     scaler = StandardScaler().fit(train_ND)
     scaled_ND = scaler.transform(train_ND)
     strengths: Sequence[float] = INVERSE_STRENGTHS if len(val_labels) else (1e-2,)
-    best: tuple[tuple[float, float], LogisticRegression] | None = None
+    best: tuple[float, LogisticRegression] | None = None
     for strength in strengths:
         probe = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced" if class_balanced else None)
         with warnings.catch_warnings():  # the weakest penalties on separable features have their optimum far out
             warnings.simplefilter("ignore", ConvergenceWarning)
             probe.fit(scaled_ND, train_labels)
-        score = (0.0, 0.0)
+        loss = 0.0
         if len(val_labels):
-            likely_NC = probe.predict_proba(scaler.transform(val_ND))
-            accuracy = float((probe.classes_[likely_NC.argmax(1)] == val_labels).mean())
-            score = (
-                accuracy,
-                -float(log_loss(val_labels, _all_classes(likely_NC, probe, num_classes), labels=range(num_classes))),
-            )
-        if best is None or score > best[0]:
-            best = (score, probe)
+            likely_NC = _all_classes(probe.predict_proba(scaler.transform(val_ND)), probe, num_classes)
+            loss = float(log_loss(val_labels, likely_NC, labels=range(num_classes)))
+        if best is None or loss < best[0]:
+            best = (loss, probe)
     assert best is not None
     probe = best[1]
     weight_CD = probe.coef_ if len(probe.coef_) > 1 else np.concatenate([-probe.coef_ / 2, probe.coef_ / 2])

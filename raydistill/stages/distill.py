@@ -41,14 +41,24 @@ def distill_student(
 ) -> StudentCheckpoint:
     """Train the student, in this process or on Ray Train workers, and write it in the form in which it ships.
 
-    `on_epoch` gets each epoch's record as it is written. A directory that a killed run left is gone on with.
+    `on_epoch` gets each epoch's record as it is written; where the loop runs in this process, what it raises ends the
+    training after that epoch's checkpoint. A directory that a killed run left is gone on with.
     Raises DataError where too few images take part.
     """
     _refuse_too_few_images(job)
     directory.begin()
     stream = FreshStream(job, plan) if job.config.views.per_image == "fresh" and job.head is not None else None
-    with _following(job, directory, progress, on_epoch, title):
-        record = run_workers(distill_loop, job, plan, f"{directory.path}/ray", job.config.distill.max_failures, stream)
+    in_process = plan.train_workers == 0
+    with _following(job, directory, progress, _nothing if in_process else on_epoch, title):
+        record = run_workers(
+            distill_loop,
+            job,
+            plan,
+            f"{directory.path}/ray",
+            job.config.distill.max_failures,
+            stream,
+            on_epoch if in_process else _nothing,
+        )
     num_parameters = _write_student(job, directory)
     result = StudentCheckpoint(
         directory.path, record.get("val_accuracy"), num_parameters, job.total_steps, job.batch_size
@@ -60,14 +70,25 @@ def distill_student(
     return result
 
 
+def _nothing(record: dict[str, float]) -> None:
+    pass
+
+
 def _refuse_too_few_images(job: DistillJob) -> None:
     """How many images take part is known only now: copies and bad files are out, and labels may be few."""
-    workers = job.config.distill.most_workers
-    if job.batch_size // workers < 2 and has_batch_norm(build_student(job.config.student, len(job.samples.classes))):
-        raise DataError(
-            f"{job.batch_size} image(s) take part in training on {workers} worker(s), one a step for some of them, and "
-            f"{job.config.student.model} has batch norm, which needs two; add images, or lower distill.num_workers"
-        )
+    config, workers = job.config, job.config.distill.most_workers
+    if job.batch_size // workers >= 2:
+        return
+    what = config.student.model
+    student = build_student(config.student, len(job.samples.classes))
+    if job.head is not None and config.loss.projects_with_batch_norm:
+        what = f"loss.projection_head={config.loss.projection_head}"
+    elif not has_batch_norm(student):
+        return
+    raise DataError(
+        f"{job.batch_size} image(s) take part in training on {workers} worker(s), one a step for some of them, and "
+        f"{what} has batch norm, which needs two; add images, or lower distill.num_workers"
+    )
 
 
 def _write_student(job: DistillJob, directory: StageDirectory) -> int:

@@ -128,6 +128,8 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
                 checkpoints.save(Checkpoint(step, modules, optimizer, scaler, sums, record))
                 if preempted:
                     checkpoints.wait()  # the node may be gone a moment later
+            if ended and record is not None:
+                worker.on_epoch(record)
             reporter.progress(step)
     if step < job.total_steps or record is None:
         raise StageError(f"distill: the images ran out at step {step} of {job.total_steps}; run the same command again")

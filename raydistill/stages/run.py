@@ -101,7 +101,7 @@ def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -
     """Build what will be needed: a name, a size or weights that do not fit are cheap to find now."""
     if "distill" in undone:
         student = build_student(config.student, len(listing.classes))
-        simclr = config.loss.needs_projection and config.loss.projection_head.startswith("simclr")
+        simclr = config.loss.projects_with_batch_norm
         what = f"loss.projection_head={config.loss.projection_head}" if simclr else config.student.model
         _check_batch_norm(config, what, simclr or has_batch_norm(student))
     if config.teacher and config.loss.needs_teacher and {"adapt", "teach"} & undone:
@@ -129,6 +129,24 @@ def _check_batch_norm(config: RunConfig, what: str, has_one: bool) -> None:
             f"distill.batch_size={config.distill.batch_size} leaves a worker one image a step, and {what} has batch "
             "norm, which needs two; raise distill.batch_size"
         )
+
+
+def distill_job(config: RunConfig, outcome: Outcome) -> tuple[DistillJob, StageDirectory]:
+    """What `distill` trains on once the stages before it are done, and where the student goes."""
+    samples, generated = outcome.samples, outcome.generated
+    assert samples is not None, "prepare has run"
+    directory = artifacts.distill_directory(config, samples)
+    job = DistillJob(
+        config,
+        samples,
+        directory.path,
+        head=None if outcome.adapted is None else outcome.adapted.path,
+        targets=outcome.directories.get("teach"),
+        generated=None if generated is None else generated.samples,
+        generated_targets=outcome.directories.get("teach_generated"),
+        weights=None if generated is None else label_weights(config, generated),
+    )
+    return job, directory
 
 
 class _Run:
@@ -228,7 +246,8 @@ class _Run:
         if adapted.val_accuracy is not None:
             progress.line(
                 f"teacher:  val accuracy {adapted.val_accuracy:.3f} (always the commonest class: "
-                f"{adapted.chance:.3f}), head from {adapted.num_train} labelled images"
+                f"{adapted.chance:.3f}), {adapted.val_confidence:.3f} sure of it on average, head from "
+                f"{adapted.num_train} labelled images"
             )
 
     def _generate(self, samples: SampleSet) -> None:
@@ -249,20 +268,9 @@ class _Run:
         )
 
     def _distill(self, samples: SampleSet) -> None:
-        config, outcome = self._config, self._outcome
-        directory = artifacts.distill_directory(config, samples)
-        adapted = outcome.adapted
-        job = DistillJob(
-            config,
-            samples,
-            directory.path,
-            head=None if adapted is None else adapted.path,
-            targets=outcome.directories.get("teach"),
-            generated=None if outcome.generated is None else outcome.generated.samples,
-            generated_targets=outcome.directories.get("teach_generated"),
-            weights=None if outcome.generated is None else label_weights(config, outcome.generated),
-        )
-        if adapted is None and samples.num_labelled["train"] < samples.num_rows("train"):
+        config = self._config
+        job, directory = distill_job(config, self._outcome)
+        if job.head is None and samples.num_labelled["train"] < samples.num_rows("train"):
             unused = samples.num_rows("train") - samples.num_labelled["train"]
             self._progress.line(
                 f"distill   {unused} unlabelled images take no part: there is no teacher to speak for them"
@@ -272,7 +280,7 @@ class _Run:
             plan = self._ray.plan() if self._work.needs_ray else local_plan(config)
             distill_student(job, directory, plan, self._progress, lambda m: record.log(m, int(m["step"])))
 
-        outcome.student = StudentCheckpoint(**self._stage(directory, work))
+        self._outcome.student = StudentCheckpoint(**self._stage(directory, work))
 
     def _evaluate(self, samples: SampleSet) -> None:
         # Its plots and metrics take a second to load, which no training should wait for.

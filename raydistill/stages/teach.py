@@ -151,7 +151,8 @@ class TeacherActor:
         torch.set_num_threads(threads)
         self._backbone, _, _ = load_teacher(teacher)
         self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-        self._backbone.to(self._device)
+        # Pixel by pixel, convolutions took little more than half the time on CPUs.
+        self._backbone.to(self._device, memory_format=torch.channels_last)
         self._batch_size = teacher.batch_size
 
     def features(self, images_RHHC: np.ndarray, parameters_RP: np.ndarray) -> np.ndarray:

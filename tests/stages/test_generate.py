@@ -39,7 +39,7 @@ NO_TEACHER = ["teacher=null", "loss.kd_weight=0", "loss.alignment_weight=0", "lo
 @pytest.fixture
 def generating(words, class_pipeline) -> list[str]:
     return [*words, f"generate.pipeline={class_pipeline}", "generate.steps=2", "generate.per_class=6",
-            "generate.batch_size=4", "tracking.enabled=false"]  # fmt: skip
+            "generate.batch_size=4"]  # fmt: skip
 
 
 def raw_images(workspace: Path) -> dict[tuple[str, int, int], bytes]:

@@ -1,0 +1,103 @@
+"""The page of a search: Optuna's own plots of the study, in one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+from optuna.visualization import matplotlib as plots
+
+_MOST_KEYS_IN_CONTOUR = 3
+_INTERVAL = 110  # dots an inch
+
+
+def search_page(study: optuna.Study, verdict: str, objectives: Sequence[str]) -> bytes:
+    """History, importance, slices and contours or, of several objectives, the Pareto front and each one's importance.
+
+    A picture that these trials do not suffice for is named with the reason.
+    """
+    matplotlib.use("Agg")  # Optuna draws with pyplot
+    whole = _without_short_trials(study)
+    pictures: list[tuple[str, Callable[[], Any]]] = []
+    for number, name in enumerate(objectives):
+        target = _target(number) if len(objectives) > 1 else {}
+        pictures.append((f"{name} by trial", _call(plots.plot_optimization_history, study, name, target)))
+        pictures.append(
+            (f"Which settings {name} depends on (fANOVA)", _call(plots.plot_param_importances, whole, name, target))
+        )
+        pictures.append((f"{name} by each setting", _call(plots.plot_slice, whole, name, target)))
+    if len(objectives) > 1:
+        front = lambda: plots.plot_pareto_front(study, target_names=list(objectives))  # noqa: E731
+        pictures.insert(0, ("Pareto front", front))
+    else:
+        keys = _important(whole)
+        pictures.append((
+            f"{objectives[0]} by two settings at a time, those that matter most",
+            lambda: plots.plot_contour(whole, params=keys, target_name=objectives[0]),
+        ))  # fmt: skip
+    parts = [f"<h2>{html.escape(title)}</h2>\n{_image(draw)}" for title, draw in pictures]
+    head = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>raydistill tune</title><style>'
+    head += (
+        "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}</style></head>"
+    )
+    return "\n".join(
+        [f"{head}<body>", f"<h1>Search</h1>\n<p>{html.escape(verdict)}</p>", *parts, "</body></html>\n"]
+    ).encode()
+
+
+def _call(plot: Callable[..., Any], study: optuna.Study, name: str, target: dict[str, Any]) -> Callable[[], Any]:
+    # A slice has one panel for each setting and takes no more than that many.
+    return lambda: plot(study, target_name=name, **target)
+
+
+def _target(number: int) -> dict[str, Any]:
+    return {"target": lambda trial: trial.values[number]}
+
+
+def _without_short_trials(study: optuna.Study) -> optuna.Study:
+    """The complete trials, less the job's own where the space does not hold all of its values: Optuna compares settings
+    that all trials have."""
+    copy = optuna.create_study(directions=study.directions)
+    complete = study.get_trials(states=(TrialState.COMPLETE,))
+    most = {key for trial in complete if not trial.user_attrs.get("own") for key in trial.params}
+    always = {key for key in most if all(key in t.params for t in complete if not t.user_attrs.get("own"))}
+    copy.add_trials([t for t in complete if always <= set(t.params)])
+    return copy
+
+
+def _important(study: optuna.Study) -> list[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return list(optuna.importance.get_param_importances(study))[:_MOST_KEYS_IN_CONTOUR]
+    except (ValueError, RuntimeError):  # too few trials
+        return []
+
+
+def _image(draw: Callable[[], Any]) -> str:
+    from matplotlib import pyplot
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            axes = draw()
+        figure = np.ravel(axes)[0].figure
+        panels = np.shape(axes)
+        if len(panels) == 2:  # a contour for each pair
+            figure.set_size_inches(4.2 * panels[1], 4 * panels[0])
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=_INTERVAL, bbox_inches="tight")
+        pyplot.close("all")
+    except Exception as error:  # Optuna's plots fail in many ways where trials are few or alike
+        pyplot.close("all")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"<p>These trials do not suffice for it ({html.escape(reason)}).</p>"
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
