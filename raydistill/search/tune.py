@@ -95,7 +95,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
         if watcher.left:
             many = config.distill.most_workers > 1
             with ray_cluster(config, reserved=0.1 if many else 0.0, dashboard=many) as plan:
-                prepared = {key: run_stages(group, progress, "teach") for key, group in groups.items()}
+                prepared = _prepare(groups, space, progress)
                 plan = _trial_plan(config, plan)
                 _forecast(config, prepared, plan, watcher, progress)
 
@@ -154,6 +154,20 @@ def _groups(config: RunConfig, space: Space) -> dict[str, RunConfig]:
     for chosen in shared:
         groups[_key(chosen)] = _quiet(overlay(config, space.settings(chosen)))
     return groups
+
+
+def _prepare(groups: dict[str, RunConfig], space: Space, progress: Progress) -> dict[str, Outcome]:
+    """Run the stages before `distill`, once for equal groups."""
+    prepared: dict[str, Outcome] = {}
+    for key, group in groups.items():
+        if twin := next((other for other in prepared if groups[other] == group), None):
+            prepared[key] = prepared[twin]
+            continue
+        # Where the space may turn a term on that needs the teacher, the teacher has to be ready.
+        may_need = group.teacher is not None and any(name.partition(".")[0] == "loss" for name in space.entries)
+        ready = overlay(group, {"loss": {"kd_weight": 1}}) if may_need else group
+        prepared[key] = run_stages(ready, progress, "teach")
+    return prepared
 
 
 def _check(config: RunConfig, space: Space, groups: dict[str, RunConfig]) -> None:

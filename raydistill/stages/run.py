@@ -132,18 +132,19 @@ def _check_batch_norm(config: RunConfig, what: str, has_one: bool) -> None:
 
 
 def distill_job(config: RunConfig, outcome: Outcome) -> tuple[DistillJob, StageDirectory]:
-    """What `distill` trains on once the stages before it are done, and where the student goes."""
-    samples, generated = outcome.samples, outcome.generated
+    """What `distill` trains on once the stages before it are done, and where the student goes. A teacher that no term
+    of the loss needs is left out."""
+    samples, generated, taught = outcome.samples, outcome.generated, config.loss.needs_teacher
     assert samples is not None, "prepare has run"
     directory = artifacts.distill_directory(config, samples)
     job = DistillJob(
         config,
         samples,
         directory.path,
-        head=None if outcome.adapted is None else outcome.adapted.path,
-        targets=outcome.directories.get("teach"),
+        head=outcome.adapted.path if taught and outcome.adapted is not None else None,
+        targets=outcome.directories.get("teach") if taught else None,
         generated=None if generated is None else generated.samples,
-        generated_targets=outcome.directories.get("teach_generated"),
+        generated_targets=outcome.directories.get("teach_generated") if taught else None,
         weights=None if generated is None else label_weights(config, generated),
     )
     return job, directory

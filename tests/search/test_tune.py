@@ -271,6 +271,20 @@ class TestSlow:
             assert identity["views"]["per_image"] == trial.choices["views.per_image"]
         assert views <= {1, 3}
 
+    def test_a_space_may_turn_the_teacher_on(self, words, space_file, progress) -> None:
+        off = {"kd_weight": 0, "alignment_weight": 0, "uniformity_weight": 0}
+        file = space_file(json.dumps({"loss": {"categorical": {"none": off, "kd": {**off, "kd_weight": 1}}}}))
+        words = [*words, *(f"loss.{key}=0" for key in off), file]
+        more = ["tune.trials=6", "tune.confirm_seeds=0", "tune.sampler=random", "tune.pruner=none"]
+        search = tune_job(load_config([*words, *more]), progress)
+        assert search.trials[0].choices == {"loss": "none"}
+        assert {t.choices["loss"] for t in search.trials} == {"none", "kd"}
+        assert {t.state for t in search.trials} == {"complete"}
+        for weight, label in ((0, "none"), (1, "kd")):
+            alone = run_stages(load_config([*words, f"loss.kd_weight={weight}"]), progress, "distill")
+            assert alone.seconds["distill"] == 0
+            assert {t.directory for t in search.trials if t.choices["loss"] == label} == {alone.student.path}
+
     def test_trials_at_once_are_all_recorded(self, words, space_file, progress, tmp_path) -> None:
         more = ["tune.trials=8", "tune.concurrent=4", "tune.confirm_seeds=0", "tracking.enabled=true"]
         search = tune_job(load_config([*words, space_file(), *more]), progress)
