@@ -209,6 +209,7 @@ def ray_cluster(config: RunConfig, reserved: float = 0.0, dashboard: bool = Fals
             )
         else:
             ray.init(address=config.cluster.address, **quiet)
+    _keep_own_handler()
     _protect_token()
     configure_ray_data()
     try:
@@ -235,6 +236,12 @@ def _quiet_native_log() -> Iterator[None]:
             os.write(2, b"".join(line for line in written if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
+def _keep_own_handler() -> None:
+    """Ray's native handler of SIGTERM would end the process on the spot; this puts Python's, and so ours, back."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
 class RayStart:
     """Ray, started in a thread of its own while the main one loads torch and the models, or not at all.
 
@@ -256,9 +263,7 @@ class RayStart:
         self.begin()
         assert self._starting is not None
         plan = self._starting.result()
-        if threading.current_thread() is threading.main_thread():
-            # Ray's native handler would end the process on the spot; this puts Python's, and so ours, back.
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        _keep_own_handler()
         return plan
 
     def __enter__(self) -> RayStart:

@@ -133,7 +133,7 @@ def run_trials(
         logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="raydistill-tune-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(_run_trial, share),
             tune_config=tune.TuneConfig(
                 search_alg=search,
@@ -148,7 +148,11 @@ def run_trials(
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=_RETRIES),
             ),
-        ).fit()
+        )
+        try:
+            tuner.fit()
+        except SystemExit:  # what Ray makes of an interruption while it waits
+            raise KeyboardInterrupt from None
 
 
 def concurrent_trials(config: RunConfig, plan: Plan) -> int:

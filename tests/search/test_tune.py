@@ -314,6 +314,24 @@ def test_trials_of_two_workers_go_through_ray_train(words, space_file, progress)
 
 
 @pytest.mark.slow
+def test_sigterm_ends_the_search_and_its_trial_as_killed(words, space_file, tmp_path) -> None:
+    words = [*words, space_file(), "distill.epochs=2000", "tracking.enabled=true"]
+    code, workspace = "from raydistill.cli import main; main()", tmp_path / "workspace"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "tune", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(workspace.glob("distill-*/epochs/*.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130, process.stdout.read()
+    with sqlite3.connect(workspace / "mlflow.db") as database:
+        states = dict(database.execute("select name, status from runs").fetchall())
+    assert states == {"raydistill": "KILLED", "trial 00000": "KILLED"}
+
+
+@pytest.mark.slow
 def test_a_search_that_is_killed_ten_times(words, space_file, tmp_path) -> None:
     words = [*words, space_file(), "tune.trials=12", "tune.confirm_seeds=0", "distill.epochs=12", "distill.val_every=1"]
     words += ["tracking.enabled=true"]
