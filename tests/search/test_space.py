@@ -114,10 +114,10 @@ loss.kd_weight: {float: [2, 4]}
 distill.clip_norm: {categorical: [null, 1.0]}
 loss.projection_dim: {int: [64, 256], step: 64}
 loss.alignment_weight: {float: [0, 2], step: 0.3}
-loss.projection_head: {categorical: [linear, simclr]}
+loss.projection_head: {categorical: [linear, two_layer]}
 """
     own = {"loss.temperature": 4.0, "distill.clip_norm": None, "loss.projection_dim": 128,
-           "loss.projection_head": "simclr"}  # fmt: skip
+           "loss.projection_head": "two_layer"}  # fmt: skip
     assert space(text).own(JOB) == own
     assert space(NESTED, overlay(JOB, {"loss": {"kd_weight": 2, "alignment_weight": 0, "uniformity_weight": 0}})).own(
         JOB
@@ -139,7 +139,7 @@ def test_keys_of_earlier_stages_are_walked_through_beforehand(space):
         space("views.min_scale: {float: [0.2, 0.4]}").shared()
     with pytest.raises(ConfigError, match="do not depend on"):
         space(
-            "loss.projection_head: {categorical: [linear, simclr]}\n"
+            "loss.projection_head: {categorical: [linear, two_layer]}\n"
             "views.per_image: {int: [1, 2], when: {loss.projection_head: linear}}"
         ).shared()
 

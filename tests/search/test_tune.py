@@ -25,10 +25,10 @@ from raydistill.stages.run import run_stages
 
 SPACE = """
 loss.temperature: {log: [1, 20]}
-loss.projection_head: {categorical: [linear, simclr]}
+loss.projection_head: {categorical: [linear, two_layer]}
 loss.projection_dim: {int: [4, 16], step: 4}
 """
-GRID = "loss.temperature: {float: [2, 6], step: 2}\nloss.projection_head: {categorical: [linear, simclr]}\n"
+GRID = "loss.temperature: {float: [2, 6], step: 2}\nloss.projection_head: {categorical: [linear, two_layer]}\n"
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def engine(config: RunConfig, folder: Path) -> tuple[_Search, object]:
 
 def score(choices: dict) -> float:
     """Deterministic, and smooth in what is numeric."""
-    wide = choices.get("loss.projection_head") == "simclr"
+    wide = choices.get("loss.projection_head") == "two_layer"
     return 1 / choices["loss.temperature"] + 0.1 * wide + 0.001 * choices.get("loss.projection_dim", 0)
 
 
@@ -104,7 +104,7 @@ def test_the_first_trial_has_the_jobs_own_values_and_more_trials_go_on(words, sp
     list(play(search, study, 99))
     first = read_trials(study)
     assert (first[0].own, first[0].choices) == (
-        True, {"loss.temperature": 4.0, "loss.projection_head": "simclr", "loss.projection_dim": 8},
+        True, {"loss.temperature": 4.0, "loss.projection_head": "two_layer", "loss.projection_dim": 8},
     )  # fmt: skip
     assert [t.own for t in first] == [True, False, False]
     search, study = engine(
@@ -117,7 +117,7 @@ def test_the_first_trial_has_the_jobs_own_values_and_more_trials_go_on(words, sp
 def test_a_value_that_the_space_does_not_hold_is_not_invented_for_the_first_trial(words, space_file, tmp_path) -> None:
     search, study = engine(load_config([*words, space_file(), "loss.projection_dim=7"]), tmp_path / "study")
     next(play(search, study, 1))
-    assert read_trials(study)[0].choices == {"loss.temperature": 4.0, "loss.projection_head": "simclr"}
+    assert read_trials(study)[0].choices == {"loss.temperature": 4.0, "loss.projection_head": "two_layer"}
 
 
 def test_what_becomes_of_a_trial_is_remembered(words, space_file, tmp_path) -> None:
