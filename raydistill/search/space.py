@@ -124,7 +124,7 @@ def _says(choice: Any, value: Any) -> bool:
     """Whether a choice is the value or, of a section, whether all that it sets is so already."""
     if isinstance(choice, dict):
         return isinstance(value, dict) and all(value.get(key) == inner for key, inner in choice.items())
-    return json.dumps(choice) == json.dumps(value)
+    return bool(choice == value) and isinstance(choice, bool) == isinstance(value, bool)  # 4 is 4.0, and 1 is not true
 
 
 @dataclass(frozen=True)
