@@ -81,8 +81,8 @@ def bare(folder: Path, processes: int, threads: int, batch: int) -> float:
     return sum(float(process.communicate()[0]) for process in running)
 
 
-def stage(root: Path, pipeline: Path, count: int) -> float:
-    """Images a second from the first file that an actor wrote to the last."""
+def stage(root: Path, pipeline: Path, count: int, actors: int) -> float:
+    """Images a second from when every actor may have written its first file to the last."""
     words = [f"images.path={root}/images", "images.size=32", f"workspace={root}/w", "tracking.enabled=false"]
     words += ["teacher=null", "loss={kd_weight: 0, alignment_weight: 0, uniformity_weight: 0}"]
     words += [f"generate.pipeline={pipeline}", f"generate.steps={STEPS}", f"generate.batch_size={BATCH}"]
@@ -91,7 +91,7 @@ def stage(root: Path, pipeline: Path, count: int) -> float:
     with ray_cluster(config):
         run_stages(config, Progress(Console(quiet=True)), until="generate")
     files = sorted(p.stat().st_mtime for p in root.glob("w/generated/*/*.parquet"))
-    return BATCH * (len(files) - 1) / (files[-1] - files[0])
+    return BATCH * (len(files) - actors) / (files[-1] - files[actors - 1])
 
 
 def main() -> None:
@@ -105,9 +105,9 @@ def main() -> None:
         words = [f"images.path={root}/images", f"generate.pipeline={root}/pipeline"]
         actors = local_plan(load_config(words)).generator_actors[1]
         before = bare(root / "pipeline", actors, 1, 1)
-        per_class = BATCH * max(2, round(2 * SECONDS * before / BATCH / len(CLASSES)))
+        per_class = BATCH * max(actors, round(2 * SECONDS * before / BATCH / len(CLASSES)))
         started = time.perf_counter()
-        ours = stage(root, root / "pipeline", per_class)
+        ours = stage(root, root / "pipeline", per_class, actors)
         whole = time.perf_counter() - started
         after, batched = bare(root / "pipeline", actors, 1, 1), bare(root / "pipeline", 1, THREADS, BATCH)
     ratio = ours / np.mean([before, after])

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from raydistill.errors import RaydistillError
 
 STARTED = time.time()
 _INTERRUPTED = 130
+_ADDRESS = "http://127.0.0.1:8265"
 Words = Annotated[
     list[str] | None,
     typer.Argument(
@@ -199,8 +200,126 @@ def tune(
         console.print(f"on the Pareto front: trials {', '.join(map(str, search.front))}", soft_wrap=True)
     console.print(f"best settings, figures and JSON: {search.path}/best.yaml, search.html, search.json", soft_wrap=True)
     bill = "" if search.cost is None else f", {search.cost:.2f} at {config.cluster.price_per_hour:g} an hour"
-    console.print(f"trials and confirmation took {search.seconds:.0f} s in all{bill}")
+    console.print(f"trials and confirmation took {search.seconds:.0f} s in all, over all commands{bill}")
     console.print(f"tune is done after {time.time() - STARTED:.0f} s")
+
+
+Address = Annotated[
+    str,
+    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, as through a tunnel."),
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="As `submit` printed it.")]
+jobs = typer.Typer(help="Jobs that were submitted: their states, logs and ends.", no_args_is_help=True)
+app.add_typer(jobs, name="job")
+
+
+@app.command()
+def check(
+    words: Words = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Look at every node of the cluster that runs.")] = False,
+    file: Annotated[str | None, typer.Option("--file", help="Look at a cluster.yaml, before `ray up`.")] = None,
+) -> None:
+    """Would this job run on the cluster? Writes nothing but a marker; exit code 2 where something has to be mended."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from raydistill.config import load_config
+    from raydistill.infra.preflight import check_cluster, check_offers
+
+    if not cluster and file is None:
+        raise typer.BadParameter("what to check? Give --cluster, --file cluster.yaml, or both")
+    config = load_config(words or []) if words or cluster else None
+    findings = [] if file is None else check_offers(config, file)
+    if cluster:
+        assert config is not None
+        findings += check_cluster(config)
+    table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
+    for finding in findings:
+        table.add_row("mend" if finding.advice else "ok", finding.about, finding.found, finding.advice or "")
+    console = Console(highlight=False)
+    Console(highlight=False, width=max(console.width, 160)).print(table)
+    if any(finding.advice for finding in findings):
+        raise typer.Exit(2)
+
+
+@app.command()
+def submit(
+    command: Annotated[str, typer.Argument(metavar="COMMAND", help="run, prepare, …, compare or tune.")],
+    words: Words = None,
+    address: Address = _ADDRESS,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when the job is accepted.")] = False,
+    python: Annotated[str, typer.Option("--python", help="The interpreter on the cluster.")] = "python",
+    space: Annotated[str | None, typer.Option("--space", help="As for `tune`.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="As for `tune`.")] = None,
+    learning_curve: Annotated[bool, typer.Option("--learning-curve", help="As for `compare`.")] = False,
+) -> None:
+    """Run a command on a Ray cluster: the same words, the same exit code (3 for a job that was stopped)."""
+    import tempfile
+
+    from raydistill.config import load_config
+    from raydistill.infra import submit as jobs_api
+
+    given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
+    flags = ("--learning-curve",) if learning_curve else ()
+    with tempfile.TemporaryDirectory() as folder:
+        package = jobs_api.pack(load_config([*(words or []), *given]), command, flags, folder, python)
+        largest = ", ".join(f"{name} {size:,}" for name, size in package.files[:3])
+        print(f"uploads {len(package.files)} files, {package.size:,} bytes; the largest: {largest}")
+        client = jobs_api.job_client(address)
+        name, is_new = jobs_api.submit(client, package)
+    print(f"job {name} {'is submitted' if is_new else 'was submitted before: an equal one is not started again'}")
+    print(f"raydistill job logs {name}     raydistill job stop {name}")
+    if not detach:
+        _follow(client, name)
+
+
+@jobs.command()
+def status(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None, address: Address = _ADDRESS) -> None:
+    """The state of one job, or of all."""
+    from raydistill.infra import submit as jobs_api
+
+    client = jobs_api.job_client(address)
+    found = client.list_jobs() if name is None else [jobs_api.existing_job(client, name)]
+    for job in sorted((job for job in found if job.submission_id), key=lambda job: job.start_time or 0):
+        code = f"exit code {jobs_api.exit_code(job)}" if job.status.is_terminal() else ""
+        print(f"{job.status.value:<10} {job.submission_id}  {job.entrypoint}  {code}".rstrip())
+
+
+@jobs.command()
+def logs(name: Name, address: Address = _ADDRESS) -> None:
+    """Follow a job's log to its end; returns the job's exit code."""
+    from raydistill.infra import submit as jobs_api
+
+    client = jobs_api.job_client(address)
+    jobs_api.existing_job(client, name)
+    _follow(client, name)
+
+
+@jobs.command()
+def stop(name: Name, address: Address = _ADDRESS) -> None:
+    """End a job; it has two minutes to write its last checkpoint."""
+    from raydistill.infra import submit as jobs_api
+
+    client = jobs_api.job_client(address)
+    jobs_api.existing_job(client, name)
+    jobs_api.stop(client, name)
+    print(f"{name} has ended; the same `raydistill submit` goes on from there")
+
+
+def _follow(client: Any, name: str) -> None:
+    from raydistill.infra.submit import follow
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        code = follow(client, name, write)
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on; raydistill job logs {name} shows it, raydistill job stop {name} ends it")
+        raise
+    if code:
+        raise typer.Exit(code)
 
 
 def _run(words: list[str] | None, until: str) -> None:

@@ -70,6 +70,8 @@ class Teacher(Section):
     """Passes over as many images as the train split holds, for `fine_tune`."""
     fine_tune_learning_rate: Positive = 1e-3
     """Of the new head in `fine_tune`; the body's is a tenth of it."""
+    fine_tune_batch_size: Count = 64
+    """Images in one step of `fine_tune`, over all workers together."""
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("a photo of a {class}.",)
     """Sentences for `zero_shot`, averaged; `{class}` stands for the class name."""
     class_balanced: bool = False
@@ -293,7 +295,7 @@ class Distill(Section):
     batch_size: Count = 64
     """Images in one optimizer step, over all workers together."""
     labelled_share: Share | None = None
-    """Share of each batch drawn from labelled images; null: their share of the train split."""
+    """Share of each batch drawn from labelled images; null: their share of the train split, a third at least."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive = 1e-3
     """Highest learning rate, reached after the warm-up."""
@@ -397,7 +399,7 @@ class Cluster(Section):
     """Ray cluster to join; null: one of its own on this machine, for as long as the command runs."""
     teacher_actors: tuple[Count, Count] = (1, 4)
     """Fewest and most teacher actors; the plan lowers the second to what fits."""
-    generator_actors: tuple[Count, Count] = (1, 8)
+    generator_actors: tuple[Annotated[int, Field(ge=0)], Count] = (1, 8)
     """Fewest and most generator actors at once, while `generate` runs; before and after it there are none."""
     generator_labels: dict[str, str] = {}
     """Node labels that generator actors ask for, as {pool: spot}."""
@@ -491,13 +493,14 @@ def fine_tuning(config: RunConfig) -> RunConfig:
     student = Student(
         model=teacher.model, init="pretrained", weights=teacher.weights, revision=teacher.revision, size=teacher.size
     )
-    distill = config.distill.model_copy(
-        update={
-            "epochs": teacher.fine_tune_epochs,
-            "learning_rate": teacher.fine_tune_learning_rate,
-            "body_rate": 0.1,
-            "ema_decay": None,
-        }
+    # How the student is trained has no say in it: searching the student's settings trains no teacher again.
+    where = config.distill.model_dump(include={"num_workers", "precision", "channels_last", "cache", "max_failures"})
+    distill = Distill(
+        epochs=teacher.fine_tune_epochs,
+        batch_size=teacher.fine_tune_batch_size,
+        learning_rate=teacher.fine_tune_learning_rate,
+        body_rate=0.1,
+        **where,
     )
     return config.model_copy(
         update={

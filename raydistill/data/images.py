@@ -292,6 +292,12 @@ def _check(config: Images, entries: list[Entry], classes: tuple[str, ...]) -> No
         raise DataError(
             f"{where}: {found} in the train split, and a classifier needs two; give a folder of class folders"
         )
+    for held_out in ("val", "test"):
+        if blank := sum(entry.split == held_out and not entry.label for entry in entries):
+            raise DataError(
+                f"{where}: {blank} {held_out} images have no label, so nothing can be measured on them; label them, or "
+                "take them out (for a pool of unlabelled images leave their split empty)"
+            )
     counts = Counter((entry.split, entry.label) for entry in entries if entry.label)
     for split, label in sorted(counts, key=str):
         if label not in classes:

@@ -24,8 +24,16 @@ PRESETS = {
     "paper:scene": "the inside of a {class}",
     "paper:texture": "{class} texture",
 }
-# What stands for a code rather than for words: n01440764, 017, c_12, xk7.
-_CODE = re.compile(r"[a-z]{0,2}[\s_-]*\d+|(?=.*\d)\S{1,3}|[b-df-hj-np-tv-xz]{1,4}", re.IGNORECASE)
+# What stands for a code rather than for words.
+_CODE = re.compile(
+    r"[a-z]{0,2}\d+"  # n01440764, 017
+    r"|([a-z]+ |class|label|category|type|group|item|object|id)\d+"  # cat-17, class0
+    r"|(?=.*\d)\S{1,3}"  # xk7
+    r"|.*\d[a-z]+\d.*"  # a3f9c2d1
+    r"|[a-z]"
+    r"|(?-i:[b-df-hj-np-tv-xz]{3,4})",  # xkq, but not BMW
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,9 @@ class ClassPrompts:
 
 def words_of(name: str) -> str:
     """A class's name as words: `_` and `-` are spaces, and a leading number that orders folders (`17.Cardinal`,
-    `017_cardinal`) is left out."""
+    `017_cardinal`) is left out, but not a quantity (`3.5mm_jack`)."""
     words = " ".join(re.split(r"[\s_\-]+", name.strip()))
-    return re.sub(r"^(\d+\.|0\d* )\s*(?=\S)", "", words)
+    return re.sub(r"^(\d+\.(?!\d)|0\d* )\s*(?=\S)", "", words)
 
 
 def class_prompts(settings: Generate, classes: Sequence[str]) -> dict[str, ClassPrompts]:
@@ -58,7 +66,7 @@ def class_prompts(settings: Generate, classes: Sequence[str]) -> dict[str, Class
     template without a place for the class.
     """
     names = _names(settings.names, classes)
-    _refuse_unknown(settings.overrides, classes, "generate.overrides")
+    refuse_unknown(settings.overrides, classes, "generate.overrides")
     shared = settings.templates if isinstance(settings.templates, dict) else dict.fromkeys(settings.templates, 1.0)
     found = {}
     for name in classes:
@@ -108,7 +116,7 @@ def _names(file: str | None, classes: Sequence[str]) -> dict[str, tuple[tuple[st
     if not isinstance(tree, Mapping):
         raise ConfigError(f"generate.names={file}: must be a mapping from class names to words")
     entries = {str(key): value for key, value in tree.items()}
-    _refuse_unknown(entries, classes, f"generate.names={file}")
+    refuse_unknown(entries, classes, f"generate.names={file}")
     if lacking := [name for name in classes if name not in entries]:
         raise ConfigError(f"generate.names={file}: says nothing of {_some(lacking)}")
     return {name: _entry(file, name, value) for name, value in entries.items()}
@@ -128,7 +136,8 @@ def _entry(file: str, name: str, value: object) -> tuple[tuple[str, ...], str]:
     return tuple(dict.fromkeys(words)), str(value.get("description") or "")
 
 
-def _refuse_unknown(given: Mapping[str, object], classes: Sequence[str], what: str) -> None:
+def refuse_unknown(given: Mapping[str, object], classes: Sequence[str], what: str) -> None:
+    """Raises ConfigError where `what`, a key or a file, names a class that the data has not."""
     if unknown := [name for name in given if name not in classes]:
         raise ConfigError(f"{what}: the data has no class {_some(unknown)}; it has {_some(list(classes))}")
 

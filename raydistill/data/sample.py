@@ -45,7 +45,7 @@ class SampleSet:
     num_labelled: dict[str, int]
     num_refused: int
     ids: dict[str, str]  # split -> hash of its sample ids in order
-    labels: str
+    labels: dict[str, str]  # split -> hash of its classes and of every sample's label
 
     def num_rows(self, split: str) -> int:
         return sum(self.shards.get(split, ()))

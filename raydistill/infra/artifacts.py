@@ -12,7 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from raydistill.examples import weights_fingerprint
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {
-    "prepare": 1, "features": 2, "adapt": 2, "generated": 1, "generate": 1, "teach": 2, "distill": 2, "evaluate": 1,
+    "prepare": 2, "features": 2, "adapt": 2, "generated": 1, "generate": 2, "teach": 2, "distill": 3, "evaluate": 1,
     "compare": 1, "tune": 1,
 }  # fmt: skip
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
@@ -59,9 +59,13 @@ class StageDirectory:
         if not self.fs.exists(marker):
             return None
         try:
-            result: dict[str, Any] = json.loads(self.fs.cat_file(marker))
+            text = self.fs.cat_file(marker).decode()
+            result: dict[str, Any] = json.loads(text)
         except ValueError:
             raise CheckpointError(f"{marker} is not readable; delete {self.path} and run the command again") from None
+        written_as = result.get("path", self.path)
+        if written_as != self.path:  # the workspace has moved since
+            result = json.loads(text.replace(json.dumps(written_as)[1:-1], json.dumps(self.path)[1:-1]))
         return result
 
     def started(self) -> bool:
@@ -169,12 +173,16 @@ def prepare_directory(config: RunConfig, listing: Listing) -> StageDirectory:
 
 
 def features_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """The teacher's features of the unaugmented images, which `adapt` and `evaluate` share."""
-    return stage_directory(
-        config,
-        "features",
-        {"backbone": _backbone(config), "ids": samples.ids, "labels": samples.labels, "images": _pixels(config)},
-    )
+    """The teacher's features of the unaugmented labelled images of train and val, from which `adapt` makes a head."""
+    identity = {"backbone": _backbone(config), "images": _pixels(config), **_train_and_val(samples)}
+    return stage_directory(config, "features", identity)
+
+
+def test_features_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
+    """The same of the test split, for `evaluate` alone. All test images have labels, and which train images have them
+    does not matter here: a learning curve pays for these once."""
+    identity = {"backbone": _backbone(config), "ids": {"test": samples.ids["test"]}, "images": _pixels(config)}
+    return replace(stage_directory(config, "features", identity), stage="test_features")
 
 
 def adapt_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
@@ -207,7 +215,12 @@ def tuned(config: RunConfig, samples: SampleSet) -> RunConfig | None:
 
 
 def generate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """The chosen images. How they are trained on is no part of it."""
+    """The chosen images. How they are trained on is no part of it.
+
+    Of a pipeline on the hub the name and the revision count, and not the commit that a branch stands at, which only the
+    network knows: what is done stays done when the branch moves. The classes' own directories, in which images are
+    looked for, do count it, so one choice never mixes the images of two commits; `generate.json` says which it was.
+    """
     settings = config.generate
     assert settings is not None
     kept = settings.model_dump(exclude={"pipeline", "names", "batch_size", "share", "task_weight"})
@@ -217,7 +230,7 @@ def generate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
         "names": None if settings.names is None else _content(settings.names),
         "classes": samples.classes,
         "ids": samples.ids,
-        "labels": samples.labels,
+        "labels": samples.labels["train"],
         "images": _pixels(config),
         "seed": config.seed,
     }
@@ -268,14 +281,14 @@ def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 def distill_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     student = config.student.model_dump(exclude={"weights"}) | _identity_of_model(config.student)
+    loss = config.loss.model_dump() if config.loss.needs_teacher else {"task_weight": config.loss.task_weight}
     identity = {
         "student": student,
-        "loss": config.loss.model_dump(),
+        "loss": loss,
         "distill": config.distill.model_dump(exclude={"cache", "max_failures"}),
         "views": config.views.model_dump(),
         "images": _pixels(config),
-        "ids": samples.ids,
-        "labels": samples.labels,
+        **_train_and_val(samples),
         "classes": samples.classes,
         "seed": config.seed,
     }
@@ -290,6 +303,7 @@ def distill_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 def evaluate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     identity = {
         "student": distill_directory(config, samples).name,
+        "test": [samples.ids["test"], samples.labels["test"]],
         "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
     }
     return stage_directory(config, "evaluate", identity)
@@ -329,10 +343,19 @@ def find_work(config: RunConfig, until: str) -> Work:
         }  # fmt: skip
         later = tuned(config, samples)
         undone = frozenset(s for s in needed - {"prepare"} if later is None or makers[s](later, samples).done() is None)
+        tested = "adapt" in needed and samples.num_rows("test")
+        if tested and later is not None and test_features_directory(later, samples).done() is None:
+            undone |= {"adapt"}
         if later is not None and {"generate", "teach"} <= needed and "teach" not in undone:
             undone |= set() if teach_generated_directory(later, samples).done() else {"teach"}
     in_process = {"evaluate"} if config.distill.num_workers or streams else {"distill", "evaluate"}
     return Work(listing, prepared, wanted, undone, bool(undone - in_process))
+
+
+def _train_and_val(samples: SampleSet) -> dict[str, Any]:
+    """What of the images and labels decides heads and students; the test split decides none of them."""
+    splits = ("train", "val")
+    return {"ids": {s: samples.ids[s] for s in splits}, "labels": {s: samples.labels[s] for s in splits}}
 
 
 def _pixels(config: RunConfig) -> dict[str, Any]:
@@ -368,7 +391,14 @@ def _pipeline(config: RunConfig) -> dict[str, Any]:
     if not os.path.isdir(name):
         return {"pipeline": name, "revision": revision}
     paths = sorted(str(p) for p in Path(name).rglob("*") if p.is_file() and p.name.endswith(_MODEL_FILES))
-    return {"pipeline": {os.path.relpath(path, name): _content(path) for path in paths}}
+    return {"pipeline": _contents(name, tuple((path, os.stat(path).st_mtime_ns) for path in paths))}
+
+
+@lru_cache(maxsize=8)
+def _contents(folder: str, files: tuple[tuple[str, int], ...]) -> dict[str, str]:
+    """Hashes by the name in the folder. `files` have their times of change: each is read once, though every class asks,
+    and a pipeline may have gigabytes."""
+    return {os.path.relpath(path, folder): _content(path) for path, _ in files}
 
 
 def _folder(folder: str) -> str:

@@ -135,6 +135,7 @@ def _plan_generators(config: RunConfig, cpus: float, gpus: float, cores: int) ->
     if config.generate is None:
         return (0, 0), 0.0, 0.0
     fewest, most = config.cluster.generator_actors
+    fewest = max(fewest, 1)  # where there is work: Ray has no pool that begins with none
     judged = config.generate.filter.needs_teacher
     left = cpus - LEAST_SHARE * (1 + judged)
     # Of a cluster that grows, more may come than are there: the pool takes what there is.
@@ -185,18 +186,34 @@ def _local_gpus() -> int:
 
 @contextlib.contextmanager
 def ray_cluster(config: RunConfig, reserved: float = 0.0, dashboard: bool = False) -> Iterator[Plan]:
-    """Ray for the time of a `with` block: the cluster of `cluster.address`, or one of this machine.
+    """Ray for the time of a `with` block, and the plan that fits it, less the `reserved` CPUs.
 
-    A local one listens on the loopback interface only, and asks for a token. Gives the plan that fits it, less the
-    `reserved` CPUs. Without the `dashboard` Ray cannot free what an ended Tune trial's train workers held.
+    A cluster of several nodes is looked at first. Raises ConfigError where it is not fit, or the plan does not fit.
+    """
+    import ray
+
+    with joined_cluster(config, dashboard):
+        if config.cluster.address is not None and sum(node["Alive"] for node in ray.nodes()) > 1:
+            from raydistill.infra.preflight import refuse_unfit
+
+            refuse_unfit(config)
+        yield live_plan(config, reserved)
+
+
+@contextlib.contextmanager
+def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]:
+    """The cluster of `cluster.address`, or one of this machine, for the time of a `with` block.
+
+    A local one listens on the loopback interface only, and asks for a token. Without the `dashboard` Ray cannot free
+    what an ended Tune trial's train workers held.
     """
     import ray
 
     if ray.is_initialized():  # a cluster of the caller's, which stays
-        yield _live_plan(config, reserved)
+        yield
         return
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
-    with warnings.catch_warnings(), _quiet_native_log():
+    with warnings.catch_warnings(), _quiet_native_log(), _own_handler_kept():
         warnings.simplefilter("ignore", FutureWarning)
         if config.cluster.address is None:
             ray.init(
@@ -208,12 +225,18 @@ def ray_cluster(config: RunConfig, reserved: float = 0.0, dashboard: bool = Fals
                 **quiet,
             )
         else:
-            ray.init(address=config.cluster.address, **quiet)
-    _keep_own_handler()
+            try:
+                ray.init(address=config.cluster.address, **quiet)
+            except (ConnectionError, TimeoutError) as error:
+                reason = (str(error).strip().splitlines() or ["no answer"])[0]
+                raise ConfigError(
+                    f"cluster.address={config.cluster.address}: no Ray cluster can be joined there ({reason}); start "
+                    "one (`ray start --head`, `ray up cluster.yaml`), and give its token where it asks for one"
+                ) from None
     _protect_token()
     configure_ray_data()
     try:
-        yield _live_plan(config, reserved)
+        yield
     finally:
         ray.shutdown()
 
@@ -236,10 +259,16 @@ def _quiet_native_log() -> Iterator[None]:
             os.write(2, b"".join(line for line in written if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
-def _keep_own_handler() -> None:
-    """Ray's native handler of SIGTERM would end the process on the spot; this puts Python's, and so ours, back."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+@contextlib.contextmanager
+def _own_handler_kept() -> Iterator[None]:
+    """Where Ray starts, it puts a handler of SIGTERM of its own in Python's place, which exits with code 15, and a
+    native one, which would end the process on the spot; this puts back what was there. Only the main thread can."""
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, own or signal.SIG_DFL)
 
 
 class RayStart:
@@ -262,9 +291,8 @@ class RayStart:
         """The plan that fits the cluster, once it is there."""
         self.begin()
         assert self._starting is not None
-        plan = self._starting.result()
-        _keep_own_handler()
-        return plan
+        with _own_handler_kept():  # its thread has touched the native one alone
+            return self._starting.result()
 
     def __enter__(self) -> RayStart:
         return self
@@ -276,7 +304,7 @@ class RayStart:
         self._thread.shutdown()
 
 
-def _live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:
+def live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:
     import ray
 
     resources = ray.cluster_resources()
@@ -301,6 +329,9 @@ def configure_ray_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    # Ray would end an execution in which no block moves for half an hour. A block of ours may take longer, as a file of
+    # images that a slow pipeline makes on one CPU does, and so may a spot node that is waited for.
+    context.execution_no_progress_timeout_s = -1
     context.target_max_block_size = 1024**3  # a shard's rows stay in one block, so that one actor call sees them all
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
@@ -347,6 +378,8 @@ def run_workers(
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    # Workers stay where the command was given, or a relative path in the job would name nothing there.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     resources = {"CPU": plan.train_cpus} | ({"GPU": plan.train_gpus} if plan.train_gpus else {})
     datasets: dict[str, Any] = {} if stream is None else {"train": _StreamInController(stream)}
     trainer = TorchTrainer(

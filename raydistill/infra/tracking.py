@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,11 @@ logger = logging.getLogger(__name__)
 _MOST_CHARACTERS = 500
 
 
+def _named(text: str) -> str:
+    """A name that MLflow takes: class names, prompts and arms may have letters that it refuses."""
+    return re.sub(r"[^/\w.\- ]", "_", text)
+
+
 class Tracker:
     """One parent run for each job, one child for each stage directory; a resumed stage goes on in its old run.
 
@@ -24,7 +30,7 @@ class Tracker:
     """
 
     def __init__(self, config: RunConfig, job: str) -> None:
-        self._config, self._job = config, job
+        self._config, self._job = config, _named(job)  # stands between quotes in queries
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._client: Any = None
         self._experiment = self._parent = ""
@@ -74,7 +80,7 @@ class Tracker:
     def log_job(self, metrics: dict[str, float], artifacts: list[str]) -> None:
         def write() -> None:
             for name, value in metrics.items():
-                self._client.log_metric(self._parent, name, value)
+                self._client.log_metric(self._parent, _named(name), value)
             for path in artifacts:
                 self._client.log_artifact(self._parent, path)
 
@@ -108,10 +114,13 @@ class Tracker:
         self._log_params(self._parent, self._config.model_dump(mode="json"))
         self._client.log_text(self._parent, to_yaml(self._config), "config.yaml")
 
-    def _reopen(self, query: str, tags: dict[str, str], name: str) -> str:
-        """The run with these tags, made if there is none. A run that a killed driver left open is gone on with."""
+    def _reopen(self, query: str, tags: dict[str, str], name: str, ended: str | None = None) -> str:
+        """The run with these tags, made if there is none. A run that a killed driver left open is gone on with; none is
+        given where it has the status `ended`."""
         runs = self._client.search_runs([self._experiment], query, max_results=1)
         if runs:
+            if runs[0].info.status == ended:
+                return ""
             run_id: str = runs[0].info.run_id
             self._client.update_run(run_id, status="RUNNING")
             return run_id
@@ -127,16 +136,17 @@ class Tracker:
                 self._log_params(run_id, value, f"{prefix}{key}.")
             elif len(str(value)) <= _MOST_CHARACTERS:
                 try:
-                    self._client.log_param(run_id, prefix + key, value)
+                    self._client.log_param(run_id, _named(prefix + key), value)
                 except MlflowException:
-                    self._client.set_tag(run_id, f"changed.{prefix}{key}", value)
+                    self._client.set_tag(run_id, _named(f"changed.{prefix}{key}"), value)
 
 
 class ChildRun:
-    """The child run of one stage or trial. Its name, unique in its parent, is what a resumed one is found by."""
+    """The child run of one stage or trial. Its name, unique in its parent, is what a resumed one is found by. Where it
+    has the status `ended` already, nothing is written."""
 
-    def __init__(self, tracker: Tracker, name: str) -> None:
-        self._tracker, self._name = tracker, name
+    def __init__(self, tracker: Tracker, name: str, ended: str | None = None) -> None:
+        self._tracker, self._name, self._ended = tracker, _named(name), ended
         self._run = ""
         tracker._submit(self._start)
 
@@ -144,22 +154,30 @@ class ChildRun:
         tracker, name = self._tracker, self._name
         query = f"tags.`raydistill.stage` = '{name}' and tags.`mlflow.parentRunId` = '{tracker._parent}'"
         tags = {"raydistill.stage": name, "mlflow.parentRunId": tracker._parent}
-        self._run = tracker._reopen(query, tags, name)
+        self._run = tracker._reopen(query, tags, name, self._ended)
+
+    def _submit(self, write: Callable[[], None]) -> None:
+        self._tracker._submit(lambda: write() if self._run else None)
 
     def log(self, metrics: dict[str, float], step: int = 0) -> None:
         """Metrics at a step; writing a step twice, as a resumed epoch does, is no harm."""
+        self.log_each(lambda: [(metrics, step)])
+
+    def log_each(self, read: Callable[[], list[tuple[dict[str, float], int]]]) -> None:
+        """Metrics at several steps, which are read when they are to be written."""
         now = int(time.time() * 1000)
 
         def write() -> None:
             from mlflow.entities import Metric
 
-            values = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-            self._tracker._client.log_batch(self._run, metrics=values)
+            for metrics, step in read():
+                values = [Metric(_named(name), float(value), now, step) for name, value in metrics.items()]
+                self._tracker._client.log_batch(self._run, metrics=values)
 
-        self._tracker._submit(write)
+        self._submit(write)
 
     def params(self, values: dict[str, Any]) -> None:
-        self._tracker._submit(lambda: self._tracker._log_params(self._run, values))
+        self._submit(lambda: self._tracker._log_params(self._run, values))
 
     def note(self, tags: dict[str, str]) -> None:
         def write() -> None:
@@ -167,10 +185,10 @@ class ChildRun:
                 if value:
                     self._tracker._client.set_tag(self._run, f"raydistill.{name}", value)
 
-        self._tracker._submit(write)
+        self._submit(write)
 
     def end(self, status: str) -> None:
         def write() -> None:
             self._tracker._client.set_terminated(self._run, status)
 
-        self._tracker._submit(write)
+        self._submit(write)

@@ -1,4 +1,4 @@
-"""Diffusion pipelines of diffusers: what kind one is, whether it will do, and one picture for each request.
+"""One picture for each request, from a diffusion pipeline of diffusers.
 
 An image is a function of its request and of nothing else: every request has a generator of its own, on the CPU, and
 on CPUs requests are computed one by one in one thread, since sums come out differently in batches and in threads.
@@ -8,12 +8,12 @@ Shapes: B requests, S pixels, C channels.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +21,7 @@ from PIL import Image
 
 from raydistill.config import Generate
 from raydistill.errors import ConfigError
-
-Kind = Literal["text", "image", "class", "none"]
-# In the folder of a class-conditional pipeline, which class each number stands for: {"classes": [...], "null": N}, N
-# being the number of no class, for classifier-free guidance.
-CLASSES_FILE = "classes.json"
+from raydistill.models.pipelines import PipelineFacts, new_scheduler
 
 
 @dataclass(frozen=True)
@@ -48,125 +44,6 @@ class Picture:
 
     image: Image.Image | None
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class PipelineFacts:
-    """What is known of a pipeline without loading its weights. `classes` are the class names it brings, by number;
-    `side` is that of its images in pixels, 512 where its parts do not say."""
-
-    pipeline: str
-    kind: Kind
-    commit: str | None
-    licence: str
-    classes: dict[str, int]
-    null_class: int | None
-    side: int
-
-
-def inspect_pipeline(settings: Generate) -> PipelineFacts:
-    """Raises ConfigError: no such pipeline, missing parts, or a safety checker that is asked for and not there."""
-    what = f"generate.pipeline={settings.pipeline}"
-    index, folder, commit, licence = _read_index(settings)
-    classes, null = _known_classes(folder)
-    name = str(index["_class_name"])
-    if name == "DiTPipeline":
-        labels = {words: int(k) for k, words in (index.get("id2label") or {}).items()}
-        classes |= {word.strip(): k for words, k in labels.items() for word in words.split(",")}
-        kind: Kind = "class"
-    elif name in ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ScoreSdeVePipeline"):
-        kind = "class" if classes or settings.class_ids else "none"
-    else:
-        kind = "image" if settings.strength is not None else "text"
-    if settings.strength is not None and kind != "image":
-        raise ConfigError(f"generate.strength is for text-to-image pipelines; {what} is a {name}")
-    if kind in ("text", "image") and settings.safety_checker and not (index.get("safety_checker") or [None])[0]:
-        raise ConfigError(
-            f"{what} has no safety checker and generate.safety_checker asks for one; name a pipeline that has one, or "
-            "set generate.safety_checker=false"
-        )
-    return PipelineFacts(settings.pipeline, kind, commit, licence, classes, null, settings.size or _side(folder))
-
-
-def class_numbers(settings: Generate, facts: PipelineFacts, classes: Sequence[str]) -> dict[str, int | None]:
-    """The pipeline's number of each class of the data; None where it takes none. Raises ConfigError."""
-    if facts.kind != "class":
-        return dict.fromkeys(classes)
-    known = {**facts.classes, **(settings.class_ids or {})}
-    if lacking := [name for name in classes if name not in known]:
-        some = ", ".join(map(repr, list(known)[:5])) + (" …" if len(known) > 5 else "")
-        raise ConfigError(
-            f"generate.pipeline={settings.pipeline} does not know the classes {', '.join(map(repr, lacking[:5]))}; it "
-            f"knows {some or 'none by name'}; say which number each has in generate.class_ids"
-        )
-    return {name: known[name] for name in classes}
-
-
-def _read_index(settings: Generate) -> tuple[dict[str, Any], Path, str | None, str]:
-    name, what = settings.pipeline, f"generate.pipeline={settings.pipeline}"
-    folder = Path(name)
-    commit, licence = None, ""
-    if not folder.is_dir():
-        folder, commit, licence = _fetch_index(settings)
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise ConfigError(f"{what}: the folder has no model_index.json, so it is no pipeline of diffusers")
-    try:
-        index = json.loads(index_file.read_text())
-        parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0]}
-        index["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{what}: its model_index.json cannot be read ({error})") from None
-    if Path(name).is_dir():
-        if lacking := sorted(part for part in parts if not (folder / part).is_dir()):
-            raise ConfigError(f"{what}: the folder lacks {', '.join(lacking)}; save or fetch the pipeline again")
-        licence = _licence_of(folder)
-    return index, folder, commit, licence
-
-
-def _known_classes(folder: Path) -> tuple[dict[str, int], int | None]:
-    if not (folder / CLASSES_FILE).is_file():
-        return {}, None
-    try:
-        told = json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))
-        return {str(name): k for k, name in enumerate(told["classes"])}, told.get("null")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f'{folder / CLASSES_FILE} cannot be read ({error}); it holds {{"classes": [names], "null": number}}'
-        ) from None
-
-
-def _side(folder: Path) -> int:
-    """The network's own side times what the autoencoder enlarges it by."""
-    for part in ("unet", "transformer"):
-        if (settings := folder / part / "config.json").is_file():
-            side, vae = json.loads(settings.read_text()).get("sample_size"), folder / "vae" / "config.json"
-            halvings = len(json.loads(vae.read_text())["block_out_channels"]) - 1 if vae.is_file() else 0
-            return int(side) << halvings if isinstance(side, int) else 512
-    return 512
-
-
-def _fetch_index(settings: Generate) -> tuple[Path, str | None, str]:
-    from huggingface_hub import model_info, snapshot_download
-
-    try:
-        found = model_info(settings.pipeline, revision=settings.revision)
-        folder = snapshot_download(
-            settings.pipeline, revision=found.sha, allow_patterns=["model_index.json", "*/config.json", CLASSES_FILE]
-        )
-    except Exception as error:  # network, name and permission errors come from three libraries
-        raise ConfigError(
-            f"generate.pipeline={settings.pipeline}: no such folder, and it could not be fetched from the hub "
-            f"({' '.join(str(error).split())[:200] or type(error).__name__}); check the name, or give a local folder"
-        ) from None
-    licence = str(getattr(found.card_data, "license", None) or "not stated")
-    return Path(folder), found.sha, licence
-
-
-def _licence_of(folder: Path) -> str:
-    card = folder / "README.md"
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
-    return next((x.partition(":")[2].strip() for x in lines if x.lower().startswith("license:")), "") or "not stated"
 
 
 class Generator:
@@ -204,6 +81,11 @@ class Generator:
                 f"generate.pipeline={settings.pipeline}: {type(self._pipeline.scheduler).__name__} draws noise from no "
                 "seed of ours, so no image could be made again; name another in generate.scheduler"
             )
+        if not hasattr(self._pipeline.scheduler, "step"):
+            raise ConfigError(
+                f"generate.pipeline={settings.pipeline}: {type(self._pipeline.scheduler).__name__} has no step that "
+                "could be taken; name another in generate.scheduler"
+            )
         self._pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
 
@@ -224,12 +106,14 @@ class Generator:
         first, flagged = requests[0], [False] * len(requests)
         common: dict[str, Any] = {"generator": generators, "num_inference_steps": first.steps, "output_type": "np"}
         if self._facts.kind in ("text", "image"):
-            output = self._pipeline(**common, **self._text_inputs(requests))
+            with _noise_from(generators, self._pipeline.scheduler):
+                output = self._pipeline(**common, **self._text_inputs(requests))
             images_BSSC = np.asarray(output.images)
-            flagged = list(getattr(output, "nsfw_content_detected", None) or flagged)
+            flagged = _flagged(output) or flagged
         elif type(self._pipeline).__name__ == "DiTPipeline":
             ids = [request.class_id for request in requests]
-            output = self._pipeline(class_labels=ids, guidance_scale=max(first.guidance, 1.0), **common)
+            with _noise_from(generators, self._pipeline.scheduler):
+                output = self._pipeline(class_labels=ids, guidance_scale=max(first.guidance, 1.0), **common)
             images_BSSC = np.asarray(output.images)
         else:
             images_BSSC = self._denoise(requests, generators)
@@ -244,7 +128,7 @@ class Generator:
         if self._facts.kind == "image":
             sources = [request.source for request in requests]
             assert all(source is not None for source in sources), "image-to-image starts from an image"
-            side = size or sources[0].width  # type: ignore[union-attr]
+            side = self._facts.side  # of what it makes, which need not be that of the working images
             inputs["image"] = [source.resize((side, side)) for source in sources]  # type: ignore[union-attr]
             inputs["strength"] = self._settings.strength
         elif size is not None:
@@ -278,14 +162,31 @@ class Generator:
         return images_BCSS.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def new_scheduler(name: str, old: Any) -> Any:
-    """The named scheduler with the old one's noise schedule. Raises ConfigError."""
-    import diffusers
+@contextlib.contextmanager
+def _noise_from(generators: Sequence[torch.Generator], scheduler: Any) -> Iterator[None]:
+    """Let a scheduler draw its noise from the requests' own generators also where its pipeline does not hand them on,
+    as DiTPipeline and SD 3 do not. Under guidance DiTPipeline steps a batch that is doubled."""
+    step = scheduler.step
+    if "generator" not in inspect.signature(step).parameters:
+        yield
+        return
 
-    kind = getattr(diffusers, name, None)
-    if kind is None or not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ConfigError(f"generate.scheduler={name}: diffusers has no scheduler of this name")
-    return kind.from_config(old.config)
+    @functools.wraps(step)  # pipelines look at its signature
+    def seeded(model_output: Any, timestep: Any, sample: Any, *rest: Any, **options: Any) -> Any:
+        options.setdefault("generator", list(generators) * (len(sample) // len(generators)))
+        return step(model_output, timestep, sample, *rest, **options)
+
+    scheduler.step = seeded
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def _flagged(output: Any) -> list[bool]:
+    """What the safety checker says of each picture; DeepFloyd IF has a name of its own for it. [] without one."""
+    found = getattr(output, "nsfw_content_detected", None) or getattr(output, "nsfw_detected", None) or []
+    return [bool(flag) for flag in found]
 
 
 def _picture(image_SSC: np.ndarray, flagged: bool) -> Picture:

@@ -22,9 +22,10 @@ from raydistill.infra.artifacts import StageDirectory, find_work, stage_director
 from raydistill.infra.cluster import ray_cluster
 from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import Tracker
+from raydistill.models.pipelines import inspect_pipeline
 from raydistill.search.figures import draw_comparison, draw_curve
 from raydistill.search.verdict import Arm, Comparison, arm_of, summarise
-from raydistill.stages.run import check_run, run_stages
+from raydistill.stages.run import check_measurable, check_run, run_stages
 
 _WEIGHTS = {key: 0 for key in Loss.model_fields if key.endswith("_weight")}
 _CE_ALONE = {
@@ -79,19 +80,23 @@ def compare_arms(config: RunConfig, progress: Progress, learning_curve: bool = F
     Raises ConfigError before anything starts where an arm cannot be trained: no pre-trained weights for its student, no
     teacher for its loss.
     """
-    trials = [_trial(config, arm, seed) for seed in _seeds(config) for arm in _arms(config)]
-    _check(trials)
+    arms = _arms(config, progress)
+    trials = [_trial(config, arm, seed) for seed in _seeds(config) for arm in arms]
+    check_measurable(config, "compare", ("val", "test"))
+    _check(config, trials)
+    if learning_curve:
+        _check(config, [_trial(config, _curve_arm(config), config.seed)])
     artifacts.check_writable(config)
     directory = _directory(config, trials, learning_curve)
     with Tracker(config, job=f"{directory.name}/{config.name}") as tracker:
         needs_ray = learning_curve or any(find_work(t.config, "evaluate").needs_ray for t in trials)
         with ray_cluster(config) if needs_ray else contextlib.nullcontext():
-            arms = [_run(trial, progress, tracker) for trial in _told(trials, progress)]
+            ran = [_run(trial, progress, tracker) for trial in _told(trials, progress)]
             curve = []
             if learning_curve:
                 shares = _curve_trials(config, progress)
                 curve = [_run(trial, progress, tracker) for trial in _told(shares, progress)]
-        comparison = summarise(arms, curve, config.compare.seeds)
+        comparison = summarise(ran, curve, config.compare.seeds)
         _write(comparison, directory, config)
         tracker.log_job(
             {f"{row.arm}_test_accuracy": row.test_mean for row in comparison.rows},
@@ -104,9 +109,20 @@ def _seeds(config: RunConfig) -> range:
     return range(config.seed, config.seed + config.compare.seeds)
 
 
-def _arms(config: RunConfig) -> list[str]:
-    """Each arm without generated images and, where the job generates, with them."""
-    both = [] if config.generate is None else [f"{arm}{_GENERATED}" for arm in config.compare.arms]
+def _arms(config: RunConfig, progress: Progress) -> list[str]:
+    """Each arm without generated images and, where the job generates, with them. Images of an unconditional pipeline
+    have no labels, so an arm without a teacher has no use for them, and is told of and left out."""
+    if config.generate is None:
+        return list(config.compare.arms)
+    both = [f"{arm}{_GENERATED}" for arm in config.compare.arms]
+    if inspect_pipeline(config.generate).kind == "none":
+        without = [arm for arm in both if not _trial(config, arm, config.seed).config.loss.needs_teacher]
+        both = [arm for arm in both if arm not in without]
+        for arm in without:
+            progress.line(
+                f"compare:  {arm} is left out: only a teacher can speak for the images of an unconditional pipeline, "
+                "and this arm has none"
+            )
     return [*config.compare.arms, *both]
 
 
@@ -133,7 +149,7 @@ def _trial(config: RunConfig, name: str, seed: int, num_labelled: int | None = N
         raise ConfigError(f"compare.arms: {name} cannot be trained with this job: {reason}") from None
 
 
-def _check(trials: list[_Trial]) -> None:
+def _check(config: RunConfig, trials: list[_Trial]) -> None:
     seen = set()
     for trial in trials:
         if trial.arm in seen:
@@ -145,9 +161,8 @@ def _check(trials: list[_Trial]) -> None:
         except ConfigError as error:
             if trial.config.student.init != "pretrained":
                 raise
-            others = [
-                arm for arm in trial.config.compare.arms if OVERLAYS[arm].get("student") != {"init": "pretrained"}
-            ]
+            inits = {arm: _trial(config, arm, config.seed).config.student.init for arm in config.compare.arms}
+            others = [arm for arm, init in inits.items() if init == "random"]
             raise ConfigError(
                 f"compare: {trial.arm} starts from a pre-trained student: {error}. Set compare.student_weights to its "
                 f"weights, or leave such arms out: compare.arms=[{','.join(others)}]"
@@ -170,10 +185,15 @@ def _run(trial: _Trial, progress: Progress, tracker: Tracker) -> Arm:
     return arm
 
 
+def _curve_arm(config: RunConfig) -> str:
+    """The distilled arm that the learning curve shows beside scratch."""
+    return next((a for a in config.compare.arms if a in ("align_uniform", "job", "crd", "kd")), "align_uniform")
+
+
 def _curve_trials(config: RunConfig, progress: Progress) -> list[_Trial]:
     """Scratch and the distilled arm at each share of the labels; the labels that are taken away leave an unlabelled
     image, which only a teacher can use."""
-    distilled = next((a for a in config.compare.arms if a in ("align_uniform", "job", "crd", "kd")), "align_uniform")
+    distilled = _curve_arm(config)
     found = []
     for seed in _seeds(config):
         samples = run_stages(_trial(config, "scratch", seed).config, progress, until="prepare").samples

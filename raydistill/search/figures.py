@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from raydistill.search.verdict import BASELINES, Comparison
+from raydistill.search.verdict import Comparison, is_baseline
 from raydistill.stages.figures import png
 
 
@@ -14,7 +14,7 @@ def draw_comparison(comparison: Comparison) -> bytes:
     axes = figure.subplots()
     for row in comparison.rows:
         error = None if row.test_low is None else [[row.test_mean - row.test_low], [row.test_high - row.test_mean]]  # type: ignore[operator]
-        marker = "s" if row.arm in BASELINES else "o"
+        marker = "s" if is_baseline(row.arm) else "o"
         axes.errorbar([row.seconds], [row.test_mean], yerr=error, marker=marker, capsize=4, label=row.arm)
     axes.set(
         xlabel="seconds: adapt + generate + teach + train", ylabel="test accuracy (mean over seeds)",

@@ -13,11 +13,12 @@ distill.clip_norm: {fixed: 1.0}
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
@@ -30,6 +31,8 @@ _SECTIONS = ("teacher", "student", "views", "generate", "loss", "distill")
 # Of these, what the stages before `distill` depend on.
 _SHARED = ("teacher", "views", "generate")
 _TRAINING_ALONE = ("generate.share", "generate.task_weight")
+# The machines are shared out among the trials once, by the job's own workers.
+_PLANNED = "distill.num_workers"
 
 Bounds = tuple[float, float]
 # What a study holds of a trial: the number drawn, or the label of the choice.
@@ -52,6 +55,10 @@ class Distribution(Section):
         kinds = self.model_fields_set - {"step", "when"}
         if len(kinds) != 1:
             raise ValueError("give one of float, log, int, categorical and fixed")
+        (kind,) = kinds
+        if kind != "fixed" and getattr(self, kind) is None:
+            needed = "a list of choices" if kind == "categorical" else "two bounds, the lower one first"
+            raise ValueError(f"{kind.removesuffix('_range')} needs {needed}")
         limits = self.float_range or self.log_range or self.int_range
         if limits and limits[0] >= limits[1]:
             raise ValueError(f"[{limits[0]:g}, {limits[1]:g}] is empty; the lower bound comes first")
@@ -79,51 +86,73 @@ class Distribution(Section):
         """Ask Optuna's trial for a value, or for a label."""
         drawn: Choice
         if self.categorical is not None:
-            drawn = trial.suggest_categorical(key, list(self.choices))
-        elif self.int_range is not None:
-            drawn = trial.suggest_int(key, *self.int_range, step=int(self.step or 1))
+            return trial.suggest_categorical(key, list(self.choices))
+        if self.int_range is not None:
+            drawn = trial.suggest_int(key, self._at(0), self._at(self._num_steps), step=int(self.step or 1))
         elif self.log_range is not None:
             drawn = trial.suggest_float(key, *self.log_range, log=True)
+        elif self.step is not None:
+            drawn = trial.suggest_float(key, self._at(0), self._at(self._num_steps), step=self.step)
         else:
             assert self.float_range is not None
-            drawn = trial.suggest_float(key, *self.float_range, step=self.step)
-        return drawn
+            drawn = trial.suggest_float(key, *self.float_range)
+        return self.exact(drawn)
+
+    def exact(self, drawn: Choice) -> Choice:
+        """The listed value that a number stands for: samplers add steps up in floats, each in its own way, and
+        0.30000000000000004 is to be the 0.3 that earlier stages ran for."""
+        if not self._has_steps or not isinstance(drawn, int | float):
+            return drawn
+        return self._at(round((drawn - self._limits[0]) / (self.step or 1)))
 
     def ends(self) -> list[Choice]:
         """What has to be a value of the config for all between to be one."""
         if self.categorical is not None:
             return list(self.choices)
-        return list(self.float_range or self.log_range or self.int_range or ())
+        if self.is_fixed:
+            return []
+        return [self._at(0), self._at(self._num_steps)] if self._has_steps else list(self._limits)
 
     def values(self) -> list[Choice] | None:
         """All values or labels; None where there is no end of them."""
         if self.categorical is not None:
             return list(self.choices)
-        limits = self.int_range or (self.float_range if self.step else None)
-        if limits is None:
-            return None
-        step = self.step or 1
-        count = math.floor((limits[1] - limits[0]) / step + 1e-9) + 1
-        number = int if self.int_range else float
-        return [number(limits[0] + k * step) for k in range(count)]
+        return [self._at(k) for k in range(self._num_steps + 1)] if self._has_steps else None
 
-    def labels_of(self, value: Any) -> list[Choice]:
-        """What stands for a config's own value in a study; empty where the distribution does not hold it."""
-        if self.categorical is not None:
-            return [label for label, choice in self.choices.items() if _says(choice, value)][:1]
+    def holds(self, value: Any) -> bool:
+        """Whether a config's own value is one of a range's."""
+        if self.is_fixed or self.categorical is not None:
+            return False
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        low, high = self._limits
+        if not low <= value <= high or (self.int_range and value != int(value)):
+            return False
+        steps = (value - low) / (self.step or 1) if self._has_steps else 0.0
+        return abs(steps - round(steps)) < 1e-9
+
+    @property
+    def _limits(self) -> Bounds:
         limits = self.float_range or self.log_range or self.int_range
-        if limits is None or not isinstance(value, int | float) or isinstance(value, bool):
-            return []
-        if not limits[0] <= value <= limits[1] or (self.int_range and value != int(value)):
-            return []
-        steps = (value - limits[0]) / (self.step or 1) if self.step or self.int_range else 0.0
-        return [value] if abs(steps - round(steps)) < 1e-9 else []
+        assert limits is not None, "neither categorical nor fixed"
+        return limits
+
+    @property
+    def _has_steps(self) -> bool:
+        return self.int_range is not None or (self.float_range is not None and self.step is not None)
+
+    @property
+    def _num_steps(self) -> int:
+        low, high = (Decimal(str(end)) for end in self._limits)
+        return int((high - low) // Decimal(str(self.step or 1)))
+
+    def _at(self, index: int) -> int | float:
+        """The value so many steps above the lowest. In decimals, as Optuna reckons the highest."""
+        value = Decimal(str(self._limits[0])) + index * Decimal(str(self.step or 1))
+        return int(value) if self.int_range else float(value)
 
 
 def _says(choice: Any, value: Any) -> bool:
-    """Whether a choice is the value or, of a section, whether all that it sets is so already."""
-    if isinstance(choice, dict):
-        return isinstance(value, dict) and all(value.get(key) == inner for key, inner in choice.items())
     return bool(choice == value) and isinstance(choice, bool) == isinstance(value, bool)  # 4 is 4.0, and 1 is not true
 
 
@@ -149,8 +178,8 @@ class Space:
                 if self._active(entry, chosen):
                     _put(tree, key, entry.fixed)
             elif key in chosen:
-                value = entry.choices[chosen[key]] if entry.categorical is not None else chosen[key]
-                _put(tree, key, value)
+                drawn = chosen[key]
+                _put(tree, key, entry.exact(drawn) if entry.categorical is None else entry.choices[drawn])
         return tree
 
     def own(self, config: RunConfig) -> dict[str, Choice]:
@@ -158,22 +187,48 @@ class Space:
         tree = config.model_dump(mode="json")
         chosen: dict[str, Choice] = {}
         for key, entry in self.entries.items():
-            value: Any = tree
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            labels = entry.labels_of(value)
-            if labels and self._active(entry, chosen):
-                chosen[key] = labels[0]
+            if not self._active(entry, chosen):
+                continue
+            if entry.categorical is not None:
+                # Of choices that the config agrees with, the one that says most: what `kd` sets, `crd` may set too.
+                agreed = {label: self._agreed(key, label, tree, chosen) for label in entry.choices}
+                if (most := max(agreed.values())) >= 0:
+                    chosen[key] = next(label for label, count in agreed.items() if count == most)
+            elif entry.holds(value := _look_up(tree, key)):
+                chosen[key] = value
         return chosen
+
+    def _agreed(self, key: str, label: Choice, tree: dict[str, Any], chosen: Mapping[str, Choice]) -> int:
+        """How many settings a choice makes, all as the config has them; -1 where one differs. What an entry further
+        down sets again is the config's where that entry can give it."""
+        known, count = {**chosen, key: label}, 0
+        for name, value in _leaves(key, self.entries[key].choices[label]):
+            own, again = _look_up(tree, name), self.entries.get(name)
+            if name == key or again is None or not self._active(again, known):
+                agrees = _says(value, own)
+            elif again.categorical is not None:
+                agrees = any(_says(choice, own) for choice in again.choices.values())
+            else:
+                agrees = _says(again.fixed, own) if again.is_fixed else again.holds(own)
+            if not agrees:
+                return -1
+            count += 1
+        return count
+
+    def all_keys(self) -> set[str]:
+        """All that it may set, keys within sections among them."""
+        values: dict[str, list[Any]] = {key: [entry.fixed] for key, entry in self.entries.items()}
+        values |= {key: list(e.choices.values()) for key, e in self.entries.items() if e.categorical is not None}
+        return {name for key, of_it in values.items() for value in of_it for name, _ in _leaves(key, value)}
 
     def shared(self) -> list[dict[str, Choice]]:
         """Every combination of the keys that stages before `distill` depend on; [{}] where there are none.
 
-        Raises ConfigError where they have no end of values.
+        Raises ConfigError where they have no end of values, or where others decide about them.
         """
         keys = [k for k, e in self.entries.items() if not e.is_fixed and _is_shared(k)]
-        for key in keys:
-            if self.entries[key].values() is None:
+        for key in filter(_is_shared, self.entries):
+            if key in keys and self.entries[key].values() is None:
                 raise ConfigError(
                     f"{key} decides what the teacher sees, so each of its values costs a pass of the teacher: give it "
                     "as categorical, int, or float with a step"
@@ -233,6 +288,11 @@ def read_space(path: str, config: RunConfig) -> Space:
                 overlay(config, tree)
             except ConfigError as error:
                 raise ConfigError(f"{path}: {error}") from None
+    if _PLANNED in space.all_keys():
+        raise ConfigError(
+            f"{path}: {_PLANNED} may not differ between trials, among whom the machines are shared out once; set it in "
+            "the job"
+        )
     if all(entry.is_fixed for entry in entries.values()):
         raise ConfigError(f"{path}: every key is fixed, so there is nothing to search")
     return space
@@ -293,12 +353,40 @@ def _listed(allowed: Any) -> list[Any]:
     return list(allowed) if isinstance(allowed, list | tuple) else [allowed]
 
 
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The settings that a value of a key makes: itself or, of a section, those within."""
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _leaves(f"{key}.{name}", inner)
+
+
+def _look_up(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key; a mapping is laid over what is there."""
     *parents, leaf = key.split(".")
     for part in parents:
-        tree = tree.setdefault(part, {})
-    if isinstance(value, dict) and isinstance(tree.get(leaf), dict):
-        tree[leaf] = {**tree[leaf], **value}
+        tree = _below(tree, part)
+    _lay(tree, leaf, value)
+
+
+def _lay(tree: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        below = _below(tree, name)
+        for inner, of_it in value.items():
+            _lay(below, inner, of_it)
     else:
-        tree[leaf] = value
+        tree[name] = copy.deepcopy(value)  # the space's own, which no trial may write into
+
+
+def _below(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(tree.get(name), dict):
+        tree[name] = {}
+    below: dict[str, Any] = tree[name]
+    return below

@@ -41,7 +41,7 @@ def search_page(study: optuna.Study, verdict: str, objectives: Sequence[str]) ->
         keys = _important(whole)
         pictures.append((
             f"{objectives[0]} by two settings at a time, those that matter most",
-            lambda: plots.plot_contour(whole, params=keys, target_name=objectives[0]),
+            lambda: _contour(whole, keys, objectives[0]),
         ))  # fmt: skip
     parts = [f"<h2>{html.escape(title)}</h2>\n{_image(draw)}" for title, draw in pictures]
     head = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>raydistill tune</title><style>'
@@ -71,6 +71,12 @@ def _without_short_trials(study: optuna.Study) -> optuna.Study:
     always = {key for key in most if all(key in t.params for t in complete if not t.user_attrs.get("own"))}
     copy.add_trials([t for t in complete if always <= set(t.params)])
     return copy
+
+
+def _contour(study: optuna.Study, keys: list[str], name: str) -> Any:
+    if len(keys) < 2:  # Optuna would draw nothing
+        raise ValueError("it takes two settings that matter")
+    return plots.plot_contour(study, params=keys, target_name=name)
 
 
 def _important(study: optuna.Study) -> list[str]:

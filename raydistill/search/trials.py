@@ -12,8 +12,10 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import pickle
+import sys
 import tempfile
 import time
 import warnings
@@ -31,9 +33,10 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
-from raydistill.config import RunConfig
-from raydistill.errors import ConfigError, DivergedError, RaydistillError
-from raydistill.infra.artifacts import StageDirectory
+from raydistill.config import Loss, RunConfig
+from raydistill.errors import ConfigError, RaydistillError
+from raydistill.infra.artifacts import StageDirectory, read_seconds
+from raydistill.infra.checkpoints import latest_step
 from raydistill.infra.cluster import Plan, Worker
 from raydistill.infra.progress import Progress
 from raydistill.models.student import read_student, split_logits
@@ -45,6 +48,10 @@ from raydistill.stages.loop import distill_loop
 MAXIMISED = ("val_accuracy", "val_balanced_accuracy", "val_top5")
 _MEASURED_STEPS, _WARM_UP_STEPS, _MOST_SECONDS = 8, 2, 20.0
 _RETRIES = 1  # of a trial whose process is lost: once may be a spot node, twice is the trial
+# CPUs of the process that looks after a trial while Ray Train's workers train it, and what is kept back for those.
+_BESIDE_WORKERS, RESERVED = 0.01, 0.1
+_MOST_CPUS = 4.0  # of a trial in one process; more make a small student little faster
+_LEAST_SHARE = 0.1  # of a CPU or a GPU
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,18 @@ class _Work:
     objectives: tuple[str, ...]
 
 
-# A trial's choices in, what it trains on out; raises ConfigError where they make no config.
-MakeJob = Callable[[dict[str, Choice]], tuple[DistillJob, StageDirectory]]
+# A trial's choices in, or None for the job's own values; out comes what it trains on. Raises ConfigError where they do
+# not fit together.
+MakeJob = Callable[[dict[str, Choice] | None], tuple[DistillJob, StageDirectory]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How trials share the machines: so many at once, the CPUs and GPUs of the process that runs one, and its plan."""
+
+    together: int
+    share: dict[str, float]
+    plan: Plan
 
 
 def open_study(config: RunConfig, directory: StageDirectory, own: dict[str, Choice]) -> optuna.Study:
@@ -115,18 +132,68 @@ def read_trials(study: optuna.Study) -> list[Trial]:
     return [_trial(frozen) for frozen in study.trials if frozen.state is not TrialState.WAITING]
 
 
+def read_epochs(directory: str, most: int) -> list[dict[str, float]]:
+    """The records of a trial's epochs, up to the `most`-th, as far as they are there."""
+    fs, folder = url_to_fs(directory)
+    paths = [f"{folder}/epochs/{epoch:05d}.json" for epoch in range(1, most + 1)]
+    return [json.loads(fs.cat_file(path)) for path in paths if fs.exists(path)]
+
+
+def drop_checkpoints(trials: list[Trial]) -> None:
+    """Of trials that ended early: nobody goes on with them, and they are large. Only once all processes of trials have
+    ended, since a trial writes its checkpoints while it is judged."""
+    for trial in trials:
+        if trial.state == "pruned" and trial.directory:
+            fs, folder = url_to_fs(f"{trial.directory}/checkpoints")
+            with contextlib.suppress(OSError):  # of a joined cluster a process may still write; the next time, then
+                if fs.exists(folder):
+                    fs.rm(folder, recursive=True)
+
+
+def num_trials(config: RunConfig, space: Space) -> int:
+    """Trials in all. A grid is walked through once, after the job's own values."""
+    if config.tune.sampler != "grid":
+        return config.tune.trials
+    return min(config.tune.trials, 1 + math.prod(len(values) for values in space.grid().values()))
+
+
+def drawn_at_random(config: RunConfig, space: Space) -> list[str]:
+    """Keys that the sampler has no model of. Gaussian processes and CMA-ES know those that all trials have, a
+    quasi-random sequence those of the first; and the first has a key only if the space holds the job's own value.
+
+    Raises ConfigError where that leaves nothing to model.
+    """
+    sampler, own = config.tune.sampler, space.own(config)
+    if sampler not in ("gp", "cmaes", "qmc"):
+        return []
+    searched = {key: entry for key, entry in space.entries.items() if not entry.is_fixed}
+    found = [
+        key
+        for key, entry in searched.items()
+        if key not in own or (entry.when and sampler != "qmc") or (entry.categorical is not None and sampler == "cmaes")
+    ]
+    if len(found) == len(searched):
+        raise ConfigError(
+            f"tune.sampler={sampler} would draw every key of this space at random: it models those alone that all "
+            "trials have, the first, with the job's own values, among them"
+            f"{', and that are numbers' if sampler == 'cmaes' else ''}; let the space hold those values, or set "
+            "tune.sampler=tpe"
+        )
+    return found
+
+
 def run_trials(
-    config: RunConfig, space: Space, study: optuna.Study, make_job: MakeJob, plan: Plan, watcher: Watcher
+    config: RunConfig, space: Space, study: optuna.Study, make_job: MakeJob, layout: Layout, watcher: Watcher
 ) -> None:
-    """Run trials until there are `tune.trials`, those that a killed search left running first."""
-    search = _Search(config, space, study, make_job, plan, watcher)
-    in_process, share = plan.train_workers == 0, trial_share(config, plan)
+    """Run trials until there are `num_trials`, those that a killed search left running first."""
+    search = _Search(config, space, study, make_job, layout.plan, watcher)
     environment = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interruption is ours to explain
         "TUNE_MAX_PENDING_TRIALS_PG": "1",
         "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a job may name weights and folders from where the command was given
     }
     os.environ.update({key: os.environ.get(key, value) for key, value in environment.items()})
     for name in ("ray.tune", "ray.train"):
@@ -134,12 +201,13 @@ def run_trials(
     with tempfile.TemporaryDirectory(prefix="raydistill-tune-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner = tune.Tuner(
-            tune.with_resources(_run_trial, share),
+            tune.with_resources(_run_trial, layout.share),
             tune_config=tune.TuneConfig(
                 search_alg=search,
                 num_samples=-1,  # the search says when it is over
-                max_concurrent_trials=concurrent_trials(config, plan),
-                reuse_actors=in_process,  # a trial then costs no start of a process, and no import of torch
+                max_concurrent_trials=layout.together,
+                # A trial then costs no start of a process, and no import of torch.
+                reuse_actors=layout.plan.train_workers == 0,
             ),
             run_config=tune.RunConfig(
                 name="trials",
@@ -155,38 +223,42 @@ def run_trials(
             raise KeyboardInterrupt from None
 
 
-def concurrent_trials(config: RunConfig, plan: Plan) -> int:
-    """Trials at once: what the job says, or a GPU each, or 4 CPUs each; one that uses Ray Train counts its workers."""
-    if config.tune.concurrent is not None:
-        return config.tune.concurrent
-    if plan.train_workers:
-        workers = plan.train_workers[0] if isinstance(plan.train_workers, tuple) else plan.train_workers
-        return max(1, int((plan.gpus / workers) if plan.gpus else plan.cpus / (workers * plan.train_cpus)))
-    return max(1, int(plan.gpus or plan.cpus // 4))
-
-
-def trial_share(config: RunConfig, plan: Plan) -> dict[str, float]:
-    """CPUs and GPUs of the process that runs a trial. Where Ray Train trains, its workers take theirs beside it.
+def lay_out(config: RunConfig, plan: Plan) -> Layout:
+    """Trials at once: what the job says, or a GPU each, or 4 CPUs each. One train worker, or none, trains in the
+    trial's own process, with its share of a node's threads; several are Ray Train's.
 
     Raises ConfigError where so many trials do not fit.
     """
-    if plan.train_workers:
-        return {"CPU": 0.01}
-    count = concurrent_trials(config, plan)
-    share = int(100 * plan.cpus / count) / 100
-    if share < 0.1 or (plan.gpus and plan.gpus / count < 0.1):
+    asked = config.tune.concurrent
+    if config.distill.most_workers > 1:
+        workers = plan.train_workers[0] if isinstance(plan.train_workers, tuple) else plan.train_workers
+        cpus, gpus = workers * plan.train_cpus, workers * plan.train_gpus
+        fits = int(min(plan.cpus / cpus, plan.gpus / gpus if gpus else math.inf) + 1e-9)
+        if asked is not None and asked > fits:
+            raise ConfigError(
+                f"tune.concurrent={asked} trials at once, of {workers} workers each, need {asked * cpus:g} CPUs"
+                f"{f' and {asked * gpus:g} GPUs' if gpus else ''}, and there are {plan.cpus:g} and {plan.gpus:g}; "
+                "lower it or distill.num_workers"
+            )
+        return Layout(asked or max(1, fits), {"CPU": _BESIDE_WORKERS}, plan)
+    cores = plan.train_threads  # of the largest node
+    together = asked or max(1, int(plan.gpus or plan.cpus // min(_MOST_CPUS, cores)))
+    share = int(100 * plan.cpus / together) / 100
+    if share < _LEAST_SHARE or (plan.gpus and plan.gpus / together < _LEAST_SHARE):
         raise ConfigError(
-            f"tune.concurrent={count} trials at once leave each {share:g} of {plan.cpus:g} CPUs and "
+            f"tune.concurrent={together} trials at once leave each {share:g} of {plan.cpus:g} CPUs and "
             f"{plan.gpus:g} GPUs; lower it"
         )
-    return {"CPU": min(share, 4.0) if plan.cpus > 4 else share} | (
-        {"GPU": min(1.0, int(100 * plan.gpus / count) / 100)} if plan.gpus else {}
-    )
+    shares = {"CPU": min(share, _MOST_CPUS, float(cores))}
+    if plan.gpus:
+        shares["GPU"] = min(1.0, int(100 * plan.gpus / together) / 100)
+    threads = max(1, min(cores, int(plan.cpus / together)))
+    return Layout(together, shares, dataclasses.replace(plan, train_workers=0, train_threads=threads))
 
 
-def seconds_per_step(job: DistillJob, threads: int) -> float:
-    """Median seconds of a training step, from a few of them in this process, which leave nothing behind; 0 where they
-    cannot be taken."""
+def seconds_per_step(job: DistillJob, threads: int) -> float | None:
+    """Median seconds of a training step, from a few of them in this process, which leave nothing behind; None where
+    they cannot be taken."""
     ticks: list[float] = []
     started = time.monotonic()
 
@@ -197,10 +269,13 @@ def seconds_per_step(job: DistillJob, threads: int) -> float:
         return False
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_EnoughError, DivergedError):
+    # Whatever goes wrong, as when memory runs out, the trial of these settings will say, and others may do better.
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):
         distill_loop(dataclasses.replace(job, path=folder), Worker(0, 1, device, threads, count))
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the trials need it
     gaps = np.diff(ticks)
-    return float(np.median(gaps[min(_WARM_UP_STEPS, len(gaps) - 1) :])) if len(gaps) else 0.0
+    return float(np.median(gaps[min(_WARM_UP_STEPS, len(gaps) - 1) :])) if len(gaps) else None
 
 
 class _EnoughError(Exception):
@@ -212,30 +287,60 @@ def _run_trial(config: dict[str, Any]) -> None:
 
     What cannot work is reported, not raised: Tune tries again only where the process was lost.
     """
-    work: _Work = pickle.loads(config["work"])
-    started = time.monotonic()
-    last = work.job.config.distill.epochs
+    # Tune gives the trial before, which it has ended, so long to leave this process, whose checkpoint may still be on
+    # its way. After the 2 s of its own it fails the next trial, and waits for that one's end for ever.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"
+    started, stopped = time.monotonic(), False
 
-    def report(record: dict[str, float]) -> None:
-        if record["epoch"] < last and (work.objectives[0] in record):
-            tune.report(dict(record))
+    def report(record: dict[str, Any]) -> None:
+        nonlocal stopped
+        try:
+            tune.report({"seconds": time.monotonic() - started, **record})
+        except SystemExit:
+            stopped = True
+            raise
 
     try:
-        done = work.directory.done()
-        if done is None:
-            student = distill_student(work.job, work.directory, work.plan, Progress(Console(quiet=True)), report)
-            work.directory.write_json("seconds.json", {"seconds": time.monotonic() - started})
-        else:
-            student = StudentCheckpoint(**done)
-        fs = work.directory.fs
-        record = json.loads(fs.cat_file(f"{work.directory.path}/epochs/{last:05d}.json"))
-        result = {**record, **_measures(work, student, record), "finished": True}
-    except RaydistillError as error:
-        result = {"failed": str(error)}
-    except (RuntimeError, MemoryError) as error:  # torch's, out of memory among them
-        lines = str(error).strip().splitlines() or [""]
-        result = {"failed": f"{type(error).__name__}: {lines[0]}"}
-    tune.report({**result, "seconds": time.monotonic() - started})
+        result = _train(pickle.loads(config["work"]), report)
+    except Exception as error:
+        result = {"failed": _reason(error)}
+    if stopped:  # Tune listens no more; what went wrong on the way out took the place of its SystemExit
+        sys.exit(0)
+    report(result)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RaydistillError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
+def _train(work: _Work, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Train a trial's student, or find it trained, and tell of its epochs; the last one's record and all objectives.
+
+    What was done before is told again, since the search may have been killed before it heard of it.
+    """
+    job, directory, last = work.job, work.directory, work.job.config.distill.epochs
+
+    def on_epoch(record: dict[str, float]) -> None:
+        if record["epoch"] < last:  # that of the last is the result's
+            report(dict(record))
+
+    done = directory.done()
+    if done is None:
+        for record in read_epochs(directory.path, latest_step(directory.path) // job.steps_per_epoch):
+            on_epoch(record)
+        started = time.monotonic()
+        student = distill_student(job, directory, work.plan, Progress(Console(quiet=True)), on_epoch)
+        directory.write_json("seconds.json", {"seconds": time.monotonic() - started})
+    else:
+        student = StudentCheckpoint(**done)
+        for record in read_epochs(directory.path, last):
+            on_epoch({**record, "trained_before": True})
+    record = json.loads(directory.fs.cat_file(f"{directory.path}/epochs/{last:05d}.json"))
+    result = {**record, **_measures(work, student, record), "finished": True}
+    return result if done is None else {**result, "seconds": read_seconds(directory.path)}
 
 
 def _measures(work: _Work, student: StudentCheckpoint, record: dict[str, float]) -> dict[str, float]:
@@ -268,38 +373,36 @@ class _Search(OptunaSearch):
         super().__init__(space=space.draw, metric=objectives[0], mode="max")
         self._config, self._space, self._ot_study = config, space, study
         self._make_job, self._plan, self._watcher = make_job, plan, watcher
+        self._most = num_trials(config, space)
         # A search that was killed left these; nothing else is running in this study.
         self._left = list(study.get_trials(states=(TrialState.RUNNING,)))
+        self._places: dict[str, str] = {}  # where Tune's trials train
+        self._held: tuple[optuna.Trial, DistillJob, StageDirectory] | None = None
 
     def suggest(self, trial_id: str) -> Any:
-        while True:
-            trial = self._next()
-            if trial is None:
-                return Searcher.FINISHED
-            own = bool(trial.user_attrs.get("own"))
-            choices = self._draw(trial, own)
-            self._watcher.started(trial.number, choices, own)
-            try:
-                job, directory = self._make_job({} if own else choices)
-            except RaydistillError as error:  # each value may be good and the whole not
-                self._end(trial, TrialState.FAIL, reason=str(error))
-                continue
-            trial.set_user_attr("directory", directory.path)
-            self._ot_trials[trial_id] = trial
-            work = _Work(job, directory, self._plan, self._config.tune.objectives)
-            return {"number": trial.number, "work": pickle.dumps(work)}
+        proposal = self._held or self._propose()
+        self._held = None
+        if proposal is None:
+            return Searcher.FINISHED
+        trial, job, directory = proposal
+        if directory.path in self._places.values():  # two trials of equal settings: the second finds what the first did
+            self._held = proposal
+            return None
+        self._places[trial_id], self._ot_trials[trial_id] = directory.path, trial
+        return {"number": trial.number, "work": pickle.dumps(_Work(job, directory, self._plan, self._objectives))}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """The stopper, which Tune asks first, has dealt with it."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial, result = self._ot_trials.pop(trial_id), result or {}
-        seconds = float(result.get("seconds", result.get("time_total_s", 0.0)))
+        del self._places[trial_id]
+        seconds = float(result.get("seconds", 0.0))
         if error or "failed" in result:
             lost = "its process was lost, as when the machine runs out of memory"
             self._end(trial, TrialState.FAIL, seconds=seconds, reason=result.get("failed", lost))
         elif "finished" in result:
-            values = [float(result[name]) for name in self._config.tune.objectives]
+            values = [float(result[name]) for name in self._objectives]
             if np.isfinite(values).all():
                 self._end(trial, TrialState.COMPLETE, values, seconds, int(result["epoch"]))
             else:
@@ -307,19 +410,24 @@ class _Search(OptunaSearch):
         else:
             self._end(trial, TrialState.PRUNED, seconds=seconds, epochs=int(result.get("epoch", 0)))
 
-    def falls_behind(self, trial_id: str, record: dict[str, float]) -> bool:
+    def falls_behind(self, trial_id: str, record: dict[str, Any]) -> bool:
         """Note what a trial has reached; should it end here?"""
         trial = self._ot_trials[trial_id]
-        if "finished" in record or "failed" in record:
+        if "failed" in record:
             return False
-        epoch = int(record["epoch"])
-        numbers = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        self._watcher.measured(trial.number, {k: v for k, v in numbers.items() if k in _LOGGED or "_" not in k})
-        if self._config.tune.pruner == "none":
+        self._watcher.measured(trial.number, logged(record))
+        value = record.get(self._objectives[0])
+        if "finished" in record or value is None or self._config.tune.pruner == "none":
             return False
-        value = float(record[self._config.tune.objectives[0]])
-        trial.report(value, epoch)
-        return bool(trial.should_prune())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna keeps what it was told of an epoch first, and says so
+            trial.report(float(value), int(record["epoch"]))
+        # What costs nothing more may end; the others are compared with it all the same.
+        return bool(trial.should_prune()) and "trained_before" not in record
+
+    @property
+    def _objectives(self) -> tuple[str, ...]:
+        return self._config.tune.objectives
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune keeps a copy of all it was given, to restore it; that is what the study is for."""
@@ -328,17 +436,41 @@ class _Search(OptunaSearch):
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """The study is in its database, so Tune need not keep a copy."""
 
+    def _propose(self) -> tuple[optuna.Trial, DistillJob, StageDirectory] | None:
+        """The next trial whose settings make a job; None where there are no more."""
+        while (trial := self._next()) is not None:
+            own = bool(trial.user_attrs.get("own"))
+            choices = self._draw(trial, own)
+            self._watcher.started(trial.number, choices, own)
+            try:
+                job, directory = self._make_job(None if own else choices)
+            except RaydistillError as error:  # each value may be good and the whole not
+                self._end(trial, TrialState.FAIL, reason=str(error))
+                continue
+            trial.set_user_attr("directory", directory.path)
+            return trial, job, directory
+        return None
+
     def _next(self) -> optuna.Trial | None:
-        study, settings = self._ot_study, self._config.tune
+        study = self._ot_study
         if self._left:
-            return optuna.Trial(study, self._left.pop(0)._trial_id)
+            return self._taken_up(self._left.pop(0))
         number = sum(t.state is not TrialState.WAITING for t in study.trials)
-        if number >= settings.trials:
+        if number >= self._most:
             return None
         study.sampler = _sampler(self._config, self._space, number)
-        if isinstance(study.sampler, optuna.samplers.GridSampler) and number and study.sampler.is_exhausted(study):
-            return None
         return study.ask()
+
+    def _taken_up(self, frozen: optuna.trial.FrozenTrial) -> optuna.Trial:
+        """A trial that a killed search left, perhaps before all of it was drawn."""
+        sampler = self._ot_study.sampler = _sampler(self._config, self._space, frozen.number)
+        trial = optuna.Trial(self._ot_study, frozen._trial_id)
+        if "directory" not in frozen.user_attrs and "own" not in frozen.user_attrs:
+            # What it had drawn key by key is drawn once more, in vain, so that the rest is what it would have been.
+            for key in self._space.entries:
+                if key in frozen.params and key not in trial.relative_params:
+                    sampler.sample_independent(self._ot_study, frozen, key, frozen.distributions[key])
+        return trial
 
     def _draw(self, trial: optuna.Trial, own: bool) -> dict[str, Choice]:
         """A trial that was begun before has its choices already, and they are given again."""
@@ -355,19 +487,16 @@ class _Search(OptunaSearch):
             trial.set_user_attr(key, value)
         # A grid's sampler ends a study that it has walked through, which only `optimize` may; ours ends by itself.
         self._ot_study.sampler = optuna.samplers.RandomSampler()
-        ended = _trial(self._ot_study.tell(trial, values, state))
-        if state is TrialState.PRUNED:  # it will not be gone on with, and its checkpoints are large
-            _remove(f"{ended.directory}/checkpoints")
-        self._watcher.ended(ended)
+        self._watcher.ended(_trial(self._ot_study.tell(trial, values, state)))
 
 
-def _remove(path: str) -> None:
-    fs, folder = url_to_fs(path)
-    if fs.exists(folder):
-        fs.rm(folder, recursive=True)
+_TERMS = [key.removesuffix("_weight") for key in Loss.model_fields if key.endswith("_weight")]
+_LOGGED = ("epoch", "step", "loss", "val_accuracy", "images_per_second", "learning_rate", *_TERMS)
 
 
-_LOGGED = ("val_accuracy", "images_per_second", "learning_rate")
+def logged(record: dict[str, Any]) -> dict[str, float]:
+    """What of an epoch's record is worth following."""
+    return {key: float(record[key]) for key in _LOGGED if key in record}
 
 
 class _Stopper(tune.Stopper):
@@ -415,7 +544,8 @@ def _sampler(config: RunConfig, space: Space, number: int) -> optuna.samplers.Ba
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         kinds: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-            "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
+            # In groups: with a key that not every trial has, each set of keys that go together has its model.
+            "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
             "gp": lambda: optuna.samplers.GPSampler(seed=seed),
             "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
             # These two walk through one sequence, and the study holds how far.

@@ -5,11 +5,10 @@ Every trial is an ordinary run of the job under an overlay, so `raydistill run J
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
+import math
 import re
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,34 +16,37 @@ from typing import Any
 import numpy as np
 import optuna
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from raydistill.config import RunConfig, overlay
 from raydistill.data.images import list_images
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra import artifacts
 from raydistill.infra.artifacts import StageDirectory, find_work, stage_directory
-from raydistill.infra.cluster import Plan, ray_cluster
+from raydistill.infra.cluster import local_plan, plan_resources, ray_cluster
 from raydistill.infra.progress import Progress
-from raydistill.infra.tracking import ChildRun, Tracker
+from raydistill.infra.tracking import Tracker
 from raydistill.models.student import build_student
-from raydistill.search.space import Choice, Space, read_space, shared_part
+from raydistill.search.display import Clock, SearchDisplay, minutes
+from raydistill.search.space import Choice, Distribution, Space, read_space, shared_part
 from raydistill.search.study_page import search_page
 from raydistill.search.trials import (
     MAXIMISED,
+    RESERVED,
+    Layout,
+    MakeJob,
     Trial,
-    concurrent_trials,
+    drawn_at_random,
+    drop_checkpoints,
+    lay_out,
+    num_trials,
     open_study,
     read_trials,
     run_trials,
     seconds_per_step,
-    trial_share,
 )
 from raydistill.search.verdict import mean_interval, paired_p_value
 from raydistill.stages.batches import DistillJob
-from raydistill.stages.run import Outcome, check_run, distill_job, run_stages
+from raydistill.stages.run import Outcome, check_measurable, check_run, distill_job, run_stages
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Search:
     best: dict[str, Any]
     front: list[int]  # of several objectives: the trials that no other beats in all
     confirmed: list[Gain]
-    seconds: float  # of all trials and retrainings, whichever command ran them
+    seconds: float  # by the clock, of all commands that worked on it
+    training_seconds: float  # of all trials and retrainings, those that ran at once counted each
     cost: float | None
     verdict: str
 
@@ -89,32 +92,32 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
     directory = _directory(config, space, progress)
     directory.begin()
     study = open_study(config, directory, space.own(config))
-    watcher = _Watcher(config, progress, read_trials(study))
-    with Tracker(config, job=f"{directory.name}/{config.name}") as tracker:
+    if at_random := drawn_at_random(config, space):
+        progress.line(f"tune: tune.sampler={config.tune.sampler} draws at random, and learns nothing of: "
+                      f"{', '.join(at_random)}")  # fmt: skip
+    with Clock(study) as clock, Tracker(config, job=f"{directory.name}/{config.name}") as tracker:
+        watcher = SearchDisplay(config, progress, read_trials(study), num_trials(config, space), clock)
         tracker.end_orphans()
+        watcher.record_ended(tracker)
         if watcher.left:
             many = config.distill.most_workers > 1
-            with ray_cluster(config, reserved=0.1 if many else 0.0, dashboard=many) as plan:
+            with ray_cluster(config, reserved=RESERVED if many else 0.0, dashboard=many) as plan:
+                layout = lay_out(config, plan)
                 prepared = _prepare(groups, space, progress)
-                plan = _trial_plan(config, plan)
-                _forecast(config, prepared, plan, watcher, progress)
-
-                def make_job(choices: dict[str, Choice]) -> tuple[DistillJob, StageDirectory]:
-                    trial = _quiet(overlay(config, space.settings(choices)))
-                    outcome = prepared[_key(shared_part(choices)) if choices else _OWN]
-                    later = artifacts.tuned(trial, _samples(outcome))
-                    assert later is not None, "a fine-tuned teacher is ready before the first trial"
-                    return distill_job(later, outcome)
-
+                _forecast(config, prepared, layout, watcher.left, progress)
                 with watcher.shown(tracker):
-                    run_trials(config, space, study, make_job, plan, watcher)
+                    run_trials(config, space, study, _job_maker(config, space, prepared), layout, watcher)
         trials = read_trials(study)
+        drop_checkpoints(trials)
         best, front = _best(config, study, trials)
         settings = {} if best.own else space.settings(best.choices)
         gains, retrained = _confirm(config, settings, progress, tracker)
-        seconds = sum(trial.seconds for trial in trials) + retrained
+        training = sum(trial.seconds for trial in trials) + retrained
+        seconds = clock.seconds
+        progress.line(f"tune: {minutes(seconds)} by the clock, over all commands; {minutes(training)} of trials and "
+                      "retrainings, those that ran at once counted each")  # fmt: skip
         search = Search(
-            directory.path, trials, best.number, settings, front, gains, seconds, _cost(config, seconds),
+            directory.path, trials, best.number, settings, front, gains, seconds, training, _cost(config, seconds),
             _verdict(config, best, trials, gains),
         )  # fmt: skip
         _write(search, study, directory, config)
@@ -127,6 +130,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
 
 
 _OWN = "own"
+_OF_FINE_TUNING = ("distill.precision", "distill.channels_last")
 
 
 def _key(shared: dict[str, Choice]) -> str:
@@ -140,6 +144,24 @@ def _quiet(config: RunConfig) -> RunConfig:
 def _samples(outcome: Outcome) -> Any:
     assert outcome.samples is not None
     return outcome.samples
+
+
+def _job_maker(config: RunConfig, space: Space, prepared: dict[str, Outcome]) -> MakeJob:
+    def make_job(choices: dict[str, Choice] | None) -> tuple[DistillJob, StageDirectory]:
+        # The job's own trial is the job itself: what the space fixes is no part of it.
+        trial = _quiet(config if choices is None else overlay(config, space.settings(choices)))
+        outcome = prepared[_OWN if choices is None else _key(shared_part(choices))]
+        later = artifacts.tuned(trial, _samples(outcome))
+        assert later is not None, "a fine-tuned teacher is ready before the first trial"
+        return distill_job(later, outcome)
+
+    return make_job
+
+
+def _may_need_teacher(group: RunConfig, space: Space) -> bool:
+    """Where the space may turn a term on that needs the teacher, the teacher has to be ready."""
+    searched = any(key.partition(".")[0] == "loss" for key in space.entries)
+    return group.loss.needs_teacher or (group.teacher is not None and searched)
 
 
 def _groups(config: RunConfig, space: Space) -> dict[str, RunConfig]:
@@ -163,16 +185,27 @@ def _prepare(groups: dict[str, RunConfig], space: Space, progress: Progress) -> 
         if twin := next((other for other in prepared if groups[other] == group), None):
             prepared[key] = prepared[twin]
             continue
-        # Where the space may turn a term on that needs the teacher, the teacher has to be ready.
-        may_need = group.teacher is not None and any(name.partition(".")[0] == "loss" for name in space.entries)
-        ready = overlay(group, {"loss": {"kd_weight": 1}}) if may_need else group
+        ready = overlay(group, {"loss": {"kd_weight": 1}}) if _may_need_teacher(group, space) else group
         prepared[key] = run_stages(ready, progress, "teach")
     return prepared
 
 
 def _check(config: RunConfig, space: Space, groups: dict[str, RunConfig]) -> None:
+    check_measurable(config, "tune", ("val",))
+    if config.teacher is not None and config.teacher.head == "fine_tune":
+        if fixed := sorted(space.all_keys() & set(_OF_FINE_TUNING)):
+            raise ConfigError(
+                f"{fixed[0]}: teacher.head=fine_tune trains the teacher in this way too, so each of its values would "
+                "cost a teacher; take it out of the space"
+            )
+    if config.tune.sampler == "cmaes" and len(config.tune.objectives) > 1:
+        raise ConfigError("tune.sampler=cmaes takes one objective; set tune.sampler=tpe, or give one of them")
+    drawn_at_random(config, space)
+    if config.cluster.address is None:
+        here, reserved = local_plan(config), RESERVED if config.distill.most_workers > 1 else 0.0
+        lay_out(config, plan_resources(config, here.cpus - reserved, here.gpus, int(here.cpus)))
     for group in groups.values():
-        if group.views.per_image == "fresh" and group.loss.needs_teacher:
+        if group.views.per_image == "fresh" and _may_need_teacher(group, space):
             raise ConfigError(
                 "views.per_image=fresh would run the teacher again in every trial; give a number of stored views"
             )
@@ -193,7 +226,7 @@ def _directory(config: RunConfig, space: Space, progress: Progress) -> StageDire
     identity = {
         "config": config.model_dump(mode="json", exclude=left_out),
         "files": list_images(config.images).fingerprint,
-        "space": {key: entry.model_dump(by_alias=True, exclude_unset=True) for key, entry in space.entries.items()},
+        "space": [[key, _identity(entry)] for key, entry in space.entries.items()],
         "tune": settings,
     }
     directory = stage_directory(config, "tune", identity)
@@ -201,6 +234,14 @@ def _directory(config: RunConfig, space: Space, progress: Progress) -> StageDire
         for line in _differences(config, directory):
             progress.line(line)
     return directory
+
+
+def _identity(entry: Distribution) -> dict[str, Any]:
+    """In lists, whose order counts: what is drawn depends on that of keys and of labels."""
+    dump = entry.model_dump(by_alias=True, exclude_unset=True)
+    if isinstance(entry.categorical, dict):
+        dump["categorical"] = [[label, value] for label, value in entry.categorical.items()]
+    return dump
 
 
 def _differences(config: RunConfig, directory: StageDirectory) -> list[str]:
@@ -220,44 +261,41 @@ def _differences(config: RunConfig, directory: StageDirectory) -> list[str]:
     return []
 
 
-def _trial_plan(config: RunConfig, plan: Plan) -> Plan:
-    """One worker, or none, trains in the trial's own process, with its share of the threads."""
-    if config.distill.most_workers > 1:
-        return plan
-    alone = dataclasses.replace(plan, train_workers=0)
-    cores = plan.train_threads * max(1, config.distill.most_workers)
-    threads = max(1, cores // concurrent_trials(config, alone))
-    return dataclasses.replace(alone, train_threads=threads)
-
-
-def _forecast(
-    config: RunConfig, prepared: dict[str, Outcome], plan: Plan, watcher: _Watcher, progress: Progress
-) -> None:
+def _forecast(config: RunConfig, prepared: dict[str, Outcome], layout: Layout, left: int, progress: Progress) -> None:
     """What the search will take: a few steps of the job's own student, times all of them."""
     outcome = prepared[_OWN]
     later = artifacts.tuned(_quiet(config), _samples(outcome))
     assert later is not None
     job, _ = distill_job(later, outcome)
-    each = job.total_steps * seconds_per_step(job, plan.train_threads)
-    workers = config.distill.most_workers
-    together = concurrent_trials(config, plan)
-    trial_share(config, plan)
-    total = watcher.left * each / workers / together
-    cost = _cost(config, total)
-    progress.line(
-        f"tune: {watcher.left} trials of about {each / workers:.0f} s each, {together} at a time: about "
-        f"{_minutes(total)}{'' if cost is None else f', {cost:.2f} at {config.cluster.price_per_hour:g} an hour'}"
-        f"{'' if config.tune.pruner == 'none' else '; less where trials fall behind and end early'}"
-        f"{f'; then {2 * config.tune.confirm_seeds} more to confirm' if config.tune.confirm_seeds else ''}"
-    )
+    step = seconds_per_step(job, layout.plan.train_threads)
+    each = None if step is None else job.total_steps * step / config.distill.most_workers
+    # What a new seed costs before it trains: the split, the teacher's head and its soft targets depend on it.
+    before = sum(artifacts.read_seconds(path) for path in outcome.directories.values())
+    for line in forecast_lines(config, left, layout.together, each, before):
+        progress.line(line)
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+def forecast_lines(config: RunConfig, left: int, together: int, each: float | None, before: float) -> list[str]:
+    """The forecast in words: `left` trials of `each` seconds, and to confirm two trainings for each new seed, after the
+    stages `before` them."""
+    lines = [f"tune: {left} trials, {together} at a time"]
+    seeds = config.tune.confirm_seeds
+    confirming = f"; then {2 * seeds} trainings with {seeds} new seed(s) to confirm" if seeds else ""
+    if each is None:
+        return [f"{lines[0]}{confirming}: how long is unknown, since a first few steps of the job's own student failed"]
+    trials, again = math.ceil(left / together) * each, seeds * (2 * each + before)
+    early = "" if config.tune.pruner == "none" else "; less where trials fall behind and end early"
+    lines[0] += f", of about {each:.0f} s each: about {minutes(trials)}{early}"
+    if seeds:
+        stages = f", {before:.0f} s of earlier stages for each" if before else ""
+        lines.append(f"tune:{confirming[1:]}{stages}: about {minutes(again)}")
+    cost = _cost(config, trials + again)
+    money = "" if cost is None else f", {cost:.2f} at {config.cluster.price_per_hour:g} an hour"
+    return [*lines, f"tune: about {minutes(trials + again)} in all{money}"]
 
 
 def _cost(config: RunConfig, seconds: float) -> float | None:
-    """Of all machines for so long; trials that run at once share the time."""
+    """Of all machines for so long by the clock."""
     return None if config.cluster.price_per_hour is None else config.cluster.price_per_hour * seconds / 3600
 
 
@@ -289,7 +327,7 @@ def _confirm(
     if not settings or not config.tune.confirm_seeds:
         return [], 0.0
     scores: dict[str, dict[str, list[float]]] = {"val": {"own": [], "best": []}, "test": {"own": [], "best": []}}
-    seconds = 0.0
+    stages: set[str] = set()  # both share some
     for number in range(1, config.tune.confirm_seeds + 1):
         for who, tree in (("own", {}), ("best", settings)):
             again = _quiet(overlay(config, {**tree, "seed": config.seed + number}))
@@ -302,7 +340,7 @@ def _confirm(
                     if split in report.student:
                         of_split[who].append(float(report.student[split]["accuracy"]))
                         record.log({f"{split}_accuracy": of_split[who][-1]})
-            seconds += sum(artifacts.read_seconds(path) for path in outcome.directories.values())
+            stages |= set(outcome.directories.values())
     gains = []
     for split, of_split in scores.items():
         if of_split["own"]:
@@ -310,7 +348,7 @@ def _confirm(
             low, high = mean_interval(differences)
             own, best = (float(np.mean(of_split[who])) for who in ("own", "best"))
             gains.append(Gain(split, own, best, float(np.mean(differences)), low, high, paired_p_value(differences)))
-    return gains, seconds
+    return gains, sum(artifacts.read_seconds(path) for path in stages)
 
 
 def _verdict(config: RunConfig, best: Trial, trials: list[Trial], gains: list[Gain]) -> str:
@@ -321,19 +359,22 @@ def _verdict(config: RunConfig, best: Trial, trials: list[Trial], gains: list[Ga
     if best.own:
         return f"{words}, with the job's own values. Keep them; no trial of this space was better."
     words += "" if own is None else f" against {own:.4g} with the job's own values"
-    test = next((gain for gain in gains if gain.split == "test"), gains[0] if gains else None)
-    if test is None:
+    if not gains:
         return f"{words}. A search flatters what it finds: confirm it with tune.confirm_seeds=3."
-    bounds = "" if test.low is None else f" ({100 * test.low:+.1f} to {100 * (test.high or 0):+.1f})"
-    seeds = config.tune.confirm_seeds
-    gain = f"With {seeds} new seed(s) it gains {100 * test.gain:+.1f} points on {test.split}{bounds}"
-    if test.p_value is None:
-        return f"{words}. {gain}; one seed says nothing of how sure that is."
-    if test.gain <= 0:
-        return f"{words}. {gain}, so keep the job's own values: the search found what suits one val split."
-    if test.p_value < 0.05:
-        return f"{words}. {gain}, p = {test.p_value:.3f}: run the job with best.yaml."
-    return f"{words}. {gain}, p = {test.p_value:.2f}: this may be chance; more seeds would tell."
+    shown = [f"{100 * gain.gain:+.1f} points on {gain.split}{_bounds(gain)}" for gain in gains]
+    words += f". With {config.tune.confirm_seeds} new seed(s) it gains {' and '.join(shown)}"
+    val = gains[0]  # test is told and decides nothing
+    if val.p_value is None:
+        return f"{words}; one seed says nothing of how sure that is."
+    if val.gain <= 0:
+        return f"{words}: keep the job's own values; the search found what suits one val split."
+    if val.p_value < 0.05:
+        return f"{words}; on val p = {val.p_value:.3f}: run the job with best.yaml."
+    return f"{words}; on val p = {val.p_value:.2f}: this may be chance; more seeds would tell."
+
+
+def _bounds(gain: Gain) -> str:
+    return "" if gain.low is None else f" ({100 * gain.low:+.1f} to {100 * (gain.high or 0):+.1f})"
 
 
 def _write(search: Search, study: optuna.Study, directory: StageDirectory, config: RunConfig) -> None:
@@ -341,120 +382,3 @@ def _write(search: Search, study: optuna.Study, directory: StageDirectory, confi
     directory.write_json("search.json", {**asdict(search), "objectives": config.tune.objectives})
     directory.write("search.html", search_page(study, search.verdict, config.tune.objectives))
     directory.finish({"path": directory.path, "verdict": search.verdict, "trials": len(search.trials)})
-
-
-class _Watcher:
-    """Follows the search: a live table on a terminal, a line for each trial elsewhere, and a run of MLflow's each."""
-
-    def __init__(self, config: RunConfig, progress: Progress, trials: list[Trial]) -> None:
-        self._config, self._progress = config, progress
-        self._ended = {t.number: t for t in trials if t.state != "running"}
-        self._running: dict[int, tuple[dict[str, Choice], dict[str, float]]] = {}
-        self._runs: dict[int, ChildRun] = {}
-        self._tracker: Tracker | None = None
-        self._live: Live | None = None
-        self._began, self._ended_before = time.monotonic(), len(self._ended)
-
-    @property
-    def left(self) -> int:
-        return max(self._config.tune.trials - len(self._ended), 0)
-
-    def shown(self, tracker: Tracker) -> _Shown:
-        self._tracker, self._began = tracker, time.monotonic()
-        return _Shown(self, self._progress.console)
-
-    def started(self, number: int, choices: dict[str, Choice], own: bool) -> None:
-        self._running[number] = (choices, {})
-        if self._tracker is not None:
-            run = self._runs[number] = ChildRun(self._tracker, f"trial {number:05d}")
-            run.params({**choices, "own values": own})
-        self._refresh()
-
-    def measured(self, number: int, record: dict[str, float]) -> None:
-        self._running[number] = (self._running[number][0], record)
-        if number in self._runs:
-            self._runs[number].log(record, int(record.get("step", 0)))
-        self._refresh()
-
-    def ended(self, trial: Trial) -> None:
-        self._running.pop(trial.number, None)
-        self._ended[trial.number] = trial
-        if run := self._runs.pop(trial.number, None):
-            names = self._config.tune.objectives
-            run.log({"seconds": trial.seconds} | dict(zip(names, trial.values or (), strict=False)))
-            run.note({"state": trial.state, "reason": trial.reason})
-            run.end("FAILED" if trial.state == "failed" else "FINISHED")
-        if self._live is None:
-            self._progress.line(f"tune  {self._line(trial)}; {self._summary()}")
-        self._refresh()
-
-    def interrupted(self) -> None:
-        for run in self._runs.values():
-            run.end("KILLED")
-
-    def _line(self, trial: Trial) -> str:
-        what = trial.state if trial.values is None else " ".join(f"{value:.4g}" for value in trial.values)
-        if trial.state == "pruned":
-            what += f" after epoch {trial.epochs}"
-        own = ", the job's own values" if trial.own else ""
-        return f"trial {trial.number}{own}: {what}, {trial.seconds:.0f} s{f' ({trial.reason})' if trial.reason else ''}"
-
-    def _summary(self) -> str:
-        counts = Counter(trial.state for trial in self._ended.values())
-        best = self._best()
-        words = [] if best is None else [f"best {best.values[0]:.4g} (trial {best.number})"]  # type: ignore[index]
-        words += [f"{len(self._ended)} of {self._config.tune.trials} ended"]
-        words += [f"{counts[state]} {state}" for state in ("pruned", "failed") if counts[state]]
-        now = len(self._ended) - self._ended_before
-        if now and self.left:
-            words.append(f"about {_minutes((time.monotonic() - self._began) / now * self.left)} left")
-        return ", ".join(words)
-
-    def _best(self) -> Trial | None:
-        sign = 1 if self._config.tune.objectives[0] in MAXIMISED else -1
-        complete = [trial for trial in self._ended.values() if trial.values]
-        return max(complete, key=lambda t: sign * (t.values or [0.0])[0], default=None)
-
-    def _refresh(self) -> None:
-        if self._live is not None:
-            self._live.update(self._table(), refresh=True)
-
-    def _table(self) -> Table:
-        table = Table(title=f"tune: {self._summary()}", box=None, pad_edge=False, title_justify="left")
-        for title in ("trial", "state", self._config.tune.objectives[0], "seconds", "settings"):
-            table.add_column(title)
-        sign = 1 if self._config.tune.objectives[0] in MAXIMISED else -1
-        best = sorted((t for t in self._ended.values() if t.values), key=lambda t: -sign * (t.values or [0.0])[0])[:5]
-        for number, (choices, record) in self._running.items():
-            at = f"epoch {record['epoch']:.0f}" if record else "begins"
-            value = record.get(self._config.tune.objectives[0])
-            table.add_row(str(number), at, "" if value is None else f"{value:.4g}", "", _short(choices))
-        for trial in best:
-            assert trial.values is not None
-            words = "the job's own values" if trial.own else _short(trial.choices)
-            table.add_row(str(trial.number), trial.state, f"{trial.values[0]:.4g}", f"{trial.seconds:.0f}", words)
-        return table
-
-
-def _short(choices: dict[str, Choice]) -> str:
-    return " ".join(f"{k.rpartition('.')[2]}={v:.3g}" if isinstance(v, float) else f"{k.rpartition('.')[2]}={v}"
-                    for k, v in choices.items())  # fmt: skip
-
-
-class _Shown:
-    """The live table, for as long as trials run, where there is a terminal to show it on."""
-
-    def __init__(self, watcher: _Watcher, console: Console) -> None:
-        self._watcher, self._console = watcher, console
-
-    def __enter__(self) -> None:
-        if self._console.is_terminal:
-            self._watcher._live = Live(self._watcher._table(), console=self._console, auto_refresh=False)
-            self._watcher._live.__enter__()
-
-    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
-        if self._watcher._live is not None:
-            self._watcher._live.__exit__(kind, *error)
-            self._watcher._live = None
-        if kind is not None:
-            self._watcher.interrupted()

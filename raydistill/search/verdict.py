@@ -5,15 +5,14 @@ Arms are ranked and chosen by val accuracy; test accuracy is what is reported of
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fsspec.core import url_to_fs
 from scipy import stats
 
 from raydistill.infra.artifacts import read_seconds
+from raydistill.stages.distill import read_epochs
 from raydistill.stages.run import Outcome
 
 BASELINES = ("scratch", "linear_probe", "fine_tune")
@@ -115,7 +114,8 @@ NOTES = (
     "All arms take the same number of steps with the same batch size, and none was tuned for this data. Arms are "
     "ranked by mean val accuracy; gains are test accuracies in points, paired by seed. Seconds are those of this "
     "machine; a stage that arms share counts in full for each, and generating by the seconds of its actors. Seconds to "
-    "baseline: until the val accuracy first reaches the best baseline's mean, all that came before training included."
+    "baseline: until the val accuracy first reaches what the best baseline ended with on the same seed, all that came "
+    "before training included; never: not with every seed."
 )
 
 
@@ -125,8 +125,7 @@ def arm_of(name: str, seed: int, label_share: float, outcome: Outcome) -> Arm:
     assert report is not None
     assert samples is not None
     assert student is not None
-    fs, _ = url_to_fs(student.path)
-    epochs = [json.loads(fs.cat_file(path)) for path in sorted(fs.glob(f"{student.path}/epochs/*.json"))]
+    epochs = read_epochs(student.path)
     spent = training_seconds(epochs, student.batch_size)
     seconds = {stage: read_seconds(path) for stage, path in outcome.directories.items()}
     return Arm(
@@ -163,7 +162,7 @@ def summarise(arms: list[Arm], curve: list[Arm], num_seeds: int) -> Comparison:
     val = {name: float(np.mean([run.val_accuracy for run in runs])) for name, runs in by_arm.items()}
     baselines = [name for name in by_arm if name in BASELINES]
     best_baseline = max(baselines, key=val.__getitem__) if baselines else None
-    rows = [_row(runs, by_arm.get(best_baseline or ""), val.get(best_baseline or "")) for runs in by_arm.values()]
+    rows = [_row(runs, by_arm.get(best_baseline or "")) for runs in by_arm.values()]
     rows.sort(key=lambda row: -row.val_mean)
     points = _curve_points(curve)
     return Comparison(
@@ -177,7 +176,7 @@ def summarise(arms: list[Arm], curve: list[Arm], num_seeds: int) -> Comparison:
     )
 
 
-def _row(runs: list[Arm], baseline: list[Arm] | None, baseline_val: float | None) -> Row:
+def _row(runs: list[Arm], baseline: list[Arm] | None) -> Row:
     test = [run.test_accuracy for run in runs]
     low, high = mean_interval(test)
     gain = gain_low = gain_high = p_value = None
@@ -185,7 +184,9 @@ def _row(runs: list[Arm], baseline: list[Arm] | None, baseline_val: float | None
         gains = [run.test_accuracy - other.test_accuracy for run, other in zip(runs, baseline, strict=True)]
         gain, (gain_low, gain_high) = float(np.mean(gains)), mean_interval(gains)
         p_value = paired_p_value(gains)
-    reached = [_seconds_to(run, baseline_val) for run in runs] if baseline_val is not None else [None]
+    # Each seed against itself: it draws its own val split, and some are easier than others.
+    pairs = zip(runs, baseline, strict=True) if baseline is not None else ()
+    reached = [_seconds_to(run, other.val_accuracy) for run, other in pairs]
     times = [seconds for seconds in reached if seconds is not None]
     mean = {key: float(np.mean([getattr(run, key) for run in runs]))
             for key in ("val_accuracy", "adapt_seconds", "generate_seconds", "teach_seconds", "train_seconds",
@@ -242,7 +243,7 @@ def _verdict(rows: list[Row], best_baseline: str | None) -> str:
         return f"Ship {best.arm}: it has the best val accuracy, {best.test_mean:.3f} on test; no baseline was trained."
     base = next(row for row in rows if row.arm == best_baseline)
     if best is base:
-        second = next((row for row in rows if row.arm not in BASELINES), None)
+        second = next((row for row in rows if not is_baseline(row.arm)), None)
         words = f"Ship {base.arm} ({base.test_mean:.3f} on test, {base.seconds:.0f} s)"
         if second is None:
             return f"{words}: nothing else was trained but baselines."
@@ -254,6 +255,11 @@ def _verdict(rows: list[Row], best_baseline: str | None) -> str:
         f"Ship {best.arm}: {best.test_mean:.3f} on test, {_points(best)} against {base.arm}, the best baseline, for "
         f"{best.seconds:.0f} s against {base.seconds:.0f} s; {_how_sure(best)}."
     )
+
+
+def is_baseline(arm: str) -> bool:
+    """An arm without a teacher, with generated images or without; gains are against those without."""
+    return arm.removesuffix("+generated") in BASELINES
 
 
 def _points(row: Row) -> str:
@@ -318,5 +324,6 @@ def _curve_verdict(points: list[dict[str, Any]]) -> str:
             f"{100 * ahead:+.1f} points ahead of scratch."
         )
     return (
-        f"Nothing more of this kind: {bought}, and distilling is {100 * ahead:+.1f} points from scratch at all labels."
+        f"Nothing more of this kind: {bought}, and distilling is {100 * ahead:+.1f} points from scratch with "
+        f"{distilled[-1]['num_labelled']} of them."
     )

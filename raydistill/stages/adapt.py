@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
-from raydistill.config import RunConfig
+from raydistill.config import RunConfig, Teacher
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import labels_of, read_samples, read_targets
 from raydistill.errors import ConfigError
@@ -39,9 +39,9 @@ INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
 
 @dataclass(frozen=True)
 class AdaptedTeacher:
-    """What `adapt` leaves behind. `l2` is the chosen strength of the linear probe's penalty, None for another head;
-    accuracies are shares, `val_confidence` is the mean probability of the class that the teacher names first, and both
-    are None where the split is empty."""
+    """What `adapt` leaves behind. `features` holds the teacher's features of train and val; `l2` is the chosen strength
+    of the linear probe's penalty, None for another head; accuracies are shares, `val_confidence` is the mean
+    probability of the class that the teacher names first, and both are None where the split is empty."""
 
     path: str
     features: str
@@ -53,12 +53,16 @@ class AdaptedTeacher:
 
 
 def write_plain_features(
-    config: RunConfig, samples: SampleSet, directory: StageDirectory, plan: Plan, progress: Progress
+    config: RunConfig,
+    samples: SampleSet,
+    splits: Sequence[str],
+    directory: StageDirectory,
+    plan: Plan,
+    progress: Progress,
 ) -> None:
-    """The teacher's features of every labelled image as it is, without augmentation."""
+    """The teacher's features of every labelled image of the splits as it is, without augmentation."""
     directory.begin()
-    splits = [split for split in ("val", "test", "train") if samples.shards[split]]
-    width = write_features(config, samples, splits, 0, directory, plan, progress, "adapt")
+    width = write_features(config, samples, splits, 0, directory, plan, progress, directory.stage)
     directory.finish({"path": directory.path, "num_features": width})
 
 
@@ -67,7 +71,7 @@ def adapt_teacher(
 ) -> AdaptedTeacher:
     """Fit, match or read out the head on the cached features and measure it on val.
 
-    Raises ConfigError: classes that the native head does not know; a teacher hardly better than guessing.
+    Raises ConfigError: classes that the native head does not know.
     """
     assert config.teacher is not None
     directory.begin()
@@ -87,16 +91,21 @@ def adapt_teacher(
         accuracy = float((likely_NC.argmax(1) == val_labels).mean())
         confidence = float(likely_NC.max(axis=1).mean())
     chance = float(np.bincount(val_labels).max() / len(val_labels)) if len(val_labels) else 1 / len(samples.classes)
-    if accuracy is not None and accuracy < near_chance(chance) and not config.teacher.allow_near_chance:
-        raise ConfigError(
-            f"teacher.model={config.teacher.model} has a val accuracy of {accuracy:.3f}, hardly above the {chance:.3f} "
-            "of always naming the commonest class, so it has nothing to teach here; choose another teacher, head or "
-            "size, or set teacher.allow_near_chance=true to go on"
-        )
     directory.write(HEAD_FILE, encode_head(head))
     result = AdaptedTeacher(directory.path, features.path, accuracy, confidence, chance, l2, len(train[1]))
     directory.finish(asdict(result))
     return result
+
+
+def refuse_near_chance(teacher: Teacher, adapted: AdaptedTeacher) -> None:
+    """Raises ConfigError: a teacher hardly better than guessing."""
+    accuracy, chance = adapted.val_accuracy, adapted.chance
+    if accuracy is not None and accuracy < near_chance(chance) and not teacher.allow_near_chance:
+        raise ConfigError(
+            f"teacher.model={teacher.model} has a val accuracy of {accuracy:.3f}, hardly above the {chance:.3f} "
+            "of always naming the commonest class, so it has nothing to teach here; choose another teacher, head or "
+            "size, or set teacher.allow_near_chance=true to go on"
+        )
 
 
 def near_chance(chance: float) -> float:
@@ -123,7 +132,8 @@ def fit_linear_probe(
     train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], num_classes: int, class_balanced: bool
 ) -> tuple[LinearHead, float]:
     """Multinomial logistic regression by L-BFGS: convex, so the same for every run. The L2 strength is that of the
-    lowest val cross-entropy, the middle one where there is no val. Returns it too.
+    lowest val cross-entropy, tried from strong to weak until two were worse; the middle one where there is no val.
+    Returns it too.
 
     Not that of the best accuracy: with few labels the strongest penalties may rank classes best while their
     probabilities hardly differ from equal ones, and soft targets are made of the probabilities.
@@ -133,6 +143,7 @@ def fit_linear_probe(
     scaled_ND = scaler.transform(train_ND)
     strengths: Sequence[float] = INVERSE_STRENGTHS if len(val_labels) else (1e-2,)
     best: tuple[float, LogisticRegression] | None = None
+    worse = 0
     for strength in strengths:
         probe = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced" if class_balanced else None)
         with warnings.catch_warnings():  # the weakest penalties on separable features have their optimum far out
@@ -142,8 +153,11 @@ def fit_linear_probe(
         if len(val_labels):
             likely_NC = _all_classes(probe.predict_proba(scaler.transform(val_ND)), probe, num_classes)
             loss = float(log_loss(val_labels, likely_NC, labels=range(num_classes)))
+        worse = worse + 1 if best is not None and loss >= best[0] else 0
         if best is None or loss < best[0]:
             best = (loss, probe)
+        if worse == 2:  # it overfits from here on, and the weakest penalties take the longest by far
+            break
     assert best is not None
     probe = best[1]
     weight_CD = probe.coef_ if len(probe.coef_) > 1 else np.concatenate([-probe.coef_ / 2, probe.coef_ / 2])

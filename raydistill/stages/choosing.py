@@ -6,7 +6,7 @@ Shapes: C classes, N images.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,18 +45,18 @@ def choose(
     settings: Generate,
     wanted: Mapping[str, int],
     made: Mapping[str, Mapping[tuple[int, int], Made]],
-    seen_before: Sequence[bytes],
+    leaked: Container[str],
     likely: Mapping[str, np.ndarray] | None,
 ) -> Chosen:
     """Go through the indices in order, all classes at each, and keep the first good attempt at every image.
 
-    So asking for more only adds. `likely` holds the teacher's probabilities of the classes by sample id.
+    So asking for more only adds. `leaked` holds the sample ids of images that show a val or test image, `likely` the
+    teacher's probabilities of the classes by sample id.
     """
     names = list(wanted)
     chosen = Chosen({}, {}, Counter(), [], {})
     taken_ids: set[str] = set()
     taken: dict[str, list[bytes]] = defaultdict(list)
-    real = _bits(seen_before)
     for index in range(max(wanted.values(), default=0)):
         for k, name in enumerate(names):
             if index >= wanted[name]:
@@ -67,7 +67,7 @@ def choose(
                 if one is None:
                     chosen.needed.append(key)
                     break
-                reason = _fault(settings, one, taken_ids, taken[name], real)
+                reason = _fault(settings, one, taken_ids, taken[name], leaked)
                 weight = 1.0
                 if not reason and likely is not None:
                     reason, weight = _doubt(settings, name, k, likely[one.id])
@@ -83,19 +83,18 @@ def choose(
     return chosen
 
 
-def _fault(settings: Generate, one: Made, taken_ids: set[str], taken: list[bytes], real: np.ndarray) -> str:
+def _fault(settings: Generate, one: Made, taken_ids: set[str], taken: list[bytes], leaked: Container[str]) -> str:
     if one.reason:
         return one.reason
     if one.contrast < settings.filter.contrast:
         return "near-constant"
     if one.id in taken_ids:
         return "duplicate"
+    if one.id in leaked:
+        return "duplicate of a val or test image"
     distance = settings.filter.duplicate_distance
-    if distance is not None:
-        if _nearest(one.hash, real) <= distance:
-            return "duplicate of a val or test image"
-        if _nearest(one.hash, _bits(taken)) <= distance:
-            return "near duplicate"
+    if distance is not None and _nearest(one.hash, _bits(taken)) <= distance:
+        return "near duplicate"
     return ""
 
 
@@ -118,14 +117,33 @@ def _nearest(one: bytes, others_N4: np.ndarray) -> int:
     return int(np.bitwise_count(others_N4 ^ np.frombuffer(one, np.uint64)).sum(axis=1).min())
 
 
-def real_hashes(samples: SampleSet) -> list[bytes]:
-    """Those of the val and test images, which no generated image may show again."""
-    found = []
-    for split in ("val", "test"):
-        for shard in range(len(samples.shards.get(split, ()))):
-            images = read_samples(samples, split, shard)["image"].to_pylist()
-            found += [difference_hash(Image.fromarray(pixels(image))) for image in images]
-    return found
+class HeldOut:
+    """The val and test images, which no generated image may show again.
+
+    What is compared is what would be trained on: the hash of one picture at two sizes is not the same.
+    """
+
+    def __init__(self, samples: SampleSet, images: Images, distance: int) -> None:
+        self._images, self._distance = images, distance
+        hashes = []
+        for split in ("val", "test"):
+            for shard in range(len(samples.shards.get(split, ()))):
+                rows = read_samples(samples, split, shard)["image"].to_pylist()
+                hashes += [difference_hash(Image.fromarray(pixels(row))) for row in rows]
+        self._real = _bits(hashes)
+        self._read: set[str] = set()
+        self._shown: set[str] = set()
+
+    def shown_by(self, made: Mapping[str, Mapping[tuple[int, int], Made]]) -> set[str]:
+        """Sample ids of the images that show one of them. Each file is looked at once."""
+        files = {one.file for of_class in made.values() for one in of_class.values() if one.id}
+        for file in sorted(files - self._read if len(self._real) else ()):
+            for image in made_images(file):
+                own = difference_hash(working_image(image, self._images))
+                if _nearest(own, self._real) <= self._distance:
+                    self._shown.add(sample_id(image))
+            self._read.add(file)
+        return self._shown
 
 
 class Judge:
@@ -178,7 +196,7 @@ class FileTeacher(TeacherActor):
         file = str(batch["file"][0])
         if exists(_features_file(file, self._name)):
             return batch
-        made = [i for i in pq.read_table(pa.BufferReader(read_bytes(file)))["image"].to_pylist() if i]
+        made = made_images(file)
         ids, features_ND = [sample_id(image) for image in made], np.empty((0, 1), np.float16)
         if made:
             working = np.stack([np.asarray(working_image(image, self._images)) for image in made])
@@ -186,6 +204,12 @@ class FileTeacher(TeacherActor):
             refuse_not_finite(features_ND[None], ids)
         write_bytes(_features_file(file, self._name), encode_targets(ids, features_ND[None]))
         return batch
+
+
+def made_images(file: str) -> list[bytes]:
+    """The pictures in one file of what was made, those left out that came to nothing."""
+    table = pq.read_table(pa.BufferReader(read_bytes(file)), columns=["image"])
+    return [image for image in table["image"].to_pylist() if image]
 
 
 def _features_file(file: str, teacher: str) -> str:

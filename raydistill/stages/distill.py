@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+from fsspec.core import url_to_fs
+
 from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import latest_checkpoint, latest_step
@@ -147,3 +149,10 @@ def _following(
 def _note(record: dict[str, float]) -> str:
     accuracy = f", val {record['val_accuracy']:.3f}" if "val_accuracy" in record else ""
     return f"epoch {int(record['epoch'])}, loss {record['loss']:.3f}{accuracy}"
+
+
+def read_epochs(path: str) -> list[dict[str, float]]:
+    """The records of all epochs of a student's directory, in order."""
+    fs, folder = url_to_fs(path)
+    names = fs.ls(f"{folder}/epochs", detail=False) if fs.exists(f"{folder}/epochs") else []
+    return [json.loads(fs.cat_file(name)) for name in sorted(names) if name.endswith(".json")]

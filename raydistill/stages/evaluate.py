@@ -5,7 +5,6 @@ Shapes: N images, C classes.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,12 +18,12 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
-from raydistill.infra.artifacts import StageDirectory
+from raydistill.infra.artifacts import StageDirectory, test_features_directory
 from raydistill.infra.progress import Progress
 from raydistill.models.student import read_student, split_logits
 from raydistill.models.teacher import load_head, load_teacher
 from raydistill.stages.adapt import AdaptedTeacher, split_features
-from raydistill.stages.distill import StudentCheckpoint
+from raydistill.stages.distill import StudentCheckpoint, read_epochs
 from raydistill.stages.figures import confusion_figure, curves_figure, per_class_figure, reliability_figure
 
 _SPEED_BATCH, _SPEED_SECONDS = 32, 1.0
@@ -60,13 +59,16 @@ def evaluate_student(
     logits: dict[str, dict[str, np.ndarray]] = {"student": {}, "teacher": {}}
     labels: dict[str, np.ndarray] = {}
     splits = [split for split in ("val", "test") if samples.num_rows(split)]
+    where = {}
+    if adapted is not None:
+        where = {"val": adapted.features, "test": test_features_directory(config, samples).path}
     with progress.task("evaluate", sum(map(samples.num_rows, splits)), "images") as advance:
         for split in splits:
             all_logits, all_labels = split_logits(network, samples, split, device, config.evaluate.batch_size)
             labelled = all_labels >= 0
             logits["student"][split], labels[split] = all_logits[labelled], all_labels[labelled]
             if adapted is not None:
-                features, _ = split_features(samples, adapted.features, split)
+                features, _ = split_features(samples, where[split], split)
                 logits["teacher"][split] = load_head(adapted.path).logits(features)
             advance(len(all_labels))
     teacher_network = None
@@ -161,9 +163,7 @@ def _draw(
     logits: dict[str, dict[str, np.ndarray]],
     labels: dict[str, np.ndarray],
 ) -> None:
-    fs = directory.fs
-    epochs = [json.loads(fs.cat_file(name)) for name in sorted(fs.glob(f"{student.path}/epochs/*.json"))]
-    directory.write("curves.png", curves_figure(epochs))
+    directory.write("curves.png", curves_figure(read_epochs(student.path)))
     for split, truth in labels.items():
         of_split = {who: values[split] for who, values in logits.items() if split in values}
         directory.write(f"confusion_{split}.png", confusion_figure(of_split["student"], truth, samples.classes, split))

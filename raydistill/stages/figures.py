@@ -6,6 +6,7 @@ Shapes: N images, C classes.
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from typing import Any
 
@@ -26,7 +27,7 @@ def curves_figure(epochs: list[dict[str, float]]) -> bytes:
     at = [e["epoch"] for e in epochs]
     plain = {"epoch", "step", "images_per_second", "learning_rate", "val_accuracy", "loss"}
     terms = sorted({name for e in epochs for name in e} - plain)
-    for colour, name in zip((STUDENT, *OTHERS), ["loss", *terms], strict=False):
+    for colour, name in zip(itertools.cycle((STUDENT, *OTHERS)), ["loss", *terms], strict=False):
         left.plot(at, [e.get(name, np.nan) for e in epochs], label=name, color=colour)
     left.set(xlabel="epoch", title="Loss and its terms on train")
     left.legend(fontsize=8)
@@ -46,7 +47,8 @@ def contact_sheet(name: str, kept: list[Image.Image], rejected: list[tuple[Image
     kept_rows, rejected_rows = -(-len(kept) // columns), -(-len(rejected) // columns)
     rows = max(kept_rows + rejected_rows, 1)
     figure = Figure(figsize=(1.4 * columns, 1.6 * rows + 0.5), layout="constrained")
-    figure.suptitle(f"{name}: {len(kept)} kept and {len(rejected)} rejected are shown", fontsize=10)
+    title = f"{name}: {len(kept)} kept and {len(rejected)} rejected are shown"
+    figure.suptitle(title, fontsize=10, parse_math=False)  # names of classes are no formulas, here and below
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -70,8 +72,8 @@ def confusion_figure(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
     if len(classes) <= _MOST_NAMED_CLASSES:
-        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=8)
-        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=8, parse_math=False)
+        axes.set_yticks(range(len(classes)), classes, fontsize=8, parse_math=False)
     if len(classes) <= 15:
         for row, column in np.ndindex(*counts.shape):
             if counts[row, column]:
@@ -119,7 +121,7 @@ def per_class_figure(
     if "teacher" in recalls:
         axes.plot(recalls["teacher"][order], range(len(order)), "D", color=TEACHER, markersize=5, label="teacher")
     names = [f"{classes[k]} ({int((labels_N == k).sum())})" for k in order]
-    axes.set_yticks(range(len(order)), names, fontsize=8)
+    axes.set_yticks(range(len(order)), names, fontsize=8, parse_math=False)
     axes.invert_yaxis()
     more = f", worst {len(order)} of {len(classes)} classes" if len(order) < len(classes) else ""
     axes.set(xlim=(0, 1), xlabel="recall", title=f"By class on {split} (images){more}")

@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
+from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 from pyarrow import parquet as pq
@@ -29,19 +30,20 @@ from ray.data import ActorPoolStrategy
 from raydistill.config import Generate, RunConfig
 from raydistill.data.decode import encode, pixels
 from raydistill.data.images import list_images
-from raydistill.data.prompts import class_prompts
+from raydistill.data.prompts import class_prompts, refuse_unknown
 from raydistill.data.sample import SampleSet, encode_shard, samples_from_json, seeded_rank, shard_name
 from raydistill.data.targets import labels_of, read_bytes, read_samples
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra.artifacts import StageDirectory, prepare_directory, workspace_root
 from raydistill.infra.cluster import Plan
 from raydistill.infra.progress import Progress
-from raydistill.models.generator import PipelineFacts, class_numbers, inspect_pipeline, new_scheduler
-from raydistill.stages.choosing import Chosen, Judge, choose, real_hashes, working_image
+from raydistill.models.pipelines import PipelineFacts, check_steps, class_numbers, inspect_pipeline, new_scheduler
+from raydistill.stages.choosing import Chosen, HeldOut, Judge, choose, working_image
 from raydistill.stages.figures import contact_sheet
 from raydistill.stages.making import NO_CLASS, GeneratorActor, Key, Made, Recipe, make_recipes, plan_units, read_made
 
-_MOST_SHEETS, _MOST_PICTURES = 100, 24
+# On one contact sheet, of kept and of rejected images each; and on all sheets together, where classes are many.
+_MOST_PICTURES, _FEWEST_PICTURES, _PICTURES_IN_ALL = 24, 4, 2400
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ class GeneratedImages:
     actor_seconds: float
 
 
-def generated_from_json(done: Mapping[str, Any]) -> GeneratedImages:
-    return GeneratedImages(**{**done, "samples": samples_from_json(done["samples"])})
+def generated_from_json(done: Mapping[str, Any], path: str) -> GeneratedImages:
+    """The result of a finished `generate` in the directory `path`, where it may have been moved to since."""
+    return GeneratedImages(**{**done, "samples": samples_from_json({**done["samples"], "path": path})})
 
 
 def generate_images(
@@ -79,17 +82,26 @@ def generate_images(
     for recipe in recipes.values():
         recipe.directory.begin()
     judge = None if head is None or not settings.filter.needs_teacher else Judge(config, head)
-    seen_before = [] if settings.filter.duplicate_distance is None else real_hashes(samples)
+    distance = settings.filter.duplicate_distance
+    held_out = None if distance is None else HeldOut(samples, config.images, distance)
     with progress.task("generate", sum(wanted.values()), "images") as advance:
-        shown = 0
+        shown, asked = 0, set[Key]()
         while True:
             made = {name: read_made(recipe) for name, recipe in recipes.items()}
-            chosen = choose(settings, wanted, made, seen_before, judge.of(made) if judge else None)
+            leaked = held_out.shown_by(made) if held_out else set()
+            chosen = choose(settings, wanted, made, leaked, judge.of(made) if judge else None)
             # What was made just now counts as it comes; the choice takes back what it rejects.
             advance(len(chosen.kept) - shown, f"{sum(chosen.rejected.values())} rejected" if chosen.rejected else "")
             shown = len(chosen.kept)
             if not chosen.needed:
                 break
+            if lost := asked.intersection(chosen.needed):
+                where = recipes[min(lost)[0]].directory.path
+                raise StageError(
+                    f"generate: {len(lost)} images were made and are not to be found in {where}; does every node see "
+                    f"workspace={config.workspace}?"
+                )
+            asked.update(chosen.needed)
             units = plan_units(config, recipes, chosen.needed)
             for made_now in _run_units(config, samples, facts, units, judge, plan):
                 advance(int(made_now["images"]))
@@ -111,7 +123,20 @@ def check_generate(config: RunConfig, classes: Sequence[str]) -> None:
             "machine alone has no labels; leave it out, set cluster.generator_fallback={} to do without them, or join "
             "a cluster with cluster.address"
         )
+    by_class: dict[str, Mapping[str, object]] = {
+        "generate.overrides": settings.overrides,
+        "generate.class_ids": settings.class_ids or {},
+        "generate.filter.class_confidence": settings.filter.class_confidence,
+    }
+    for key, given in by_class.items():
+        refuse_unknown(given, classes, key)
     if facts.kind == "none":
+        if settings.balance or settings.overrides:
+            key = "balance" if settings.balance else "overrides"
+            raise ConfigError(
+                f"generate.{key} goes by class, and generate.pipeline={settings.pipeline} is unconditional, so its "
+                "images have none; leave it out, and say how many there shall be in generate.per_class"
+            )
         if settings.filter.needs_teacher:
             raise ConfigError(
                 f"generate.pipeline={settings.pipeline} is unconditional, so its images have no class for the teacher "
@@ -123,10 +148,9 @@ def check_generate(config: RunConfig, classes: Sequence[str]) -> None:
                 "and no term of the loss needs one"
             )
     class_numbers(settings, facts, classes)
+    check_steps(settings, facts, classes if facts.kind != "none" else (NO_CLASS,))
     if facts.kind in ("text", "image"):
         class_prompts(settings, classes)
-    if unknown := [name for name in settings.filter.class_confidence if name not in classes]:
-        raise ConfigError(f"generate.filter.class_confidence: the data has no class {unknown[0]!r}")
     if settings.scheduler is not None:
         from diffusers import DDIMScheduler
 
@@ -230,15 +254,15 @@ def _run_units(
 
 def _refuse_small_disk(config: RunConfig, recipes: Mapping[str, Recipe], wanted: Mapping[str, int], side: int) -> None:
     """Raises ConfigError before anything is made that may not fit, were it no smaller than its pixels."""
-    directory = next(iter(recipes.values())).directory
-    if not isinstance(directory.fs, LocalFileSystem):
+    fs, root = url_to_fs(workspace_root(config))
+    if not isinstance(fs, LocalFileSystem):
         return
     count = sum(max(wanted[name] - len(read_made(recipe)), 0) for name, recipe in recipes.items())
-    need, free = count * side**2 * 3, shutil.disk_usage(workspace_root(config)).free
+    need, free = count * side**2 * 3, shutil.disk_usage(root).free
     if need > free:
         raise ConfigError(
             f"generate: {count:,} images of {side} pixels may take {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
-            f"free in {workspace_root(config)}; lower generate.ratio, or make room"
+            f"free in {root}; lower generate.ratio, or make room"
         )
 
 
@@ -279,7 +303,7 @@ def _write(
         num_labelled={"train": 0 if facts.kind == "none" else len(ids)},
         num_refused=sum(chosen.rejected.values()),
         ids={"train": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]},
-        labels="",
+        labels={},
     )
     result = GeneratedImages(
         generated,
@@ -350,17 +374,25 @@ def _draw_sheets(
     pictures: Mapping[Key, bytes],
 ) -> None:
     """A contact sheet for each class, kept and rejected with the reason."""
-    for number, name in enumerate(list(wanted)[:_MOST_SHEETS]):
-        kept = [key for key in chosen.kept if key[0] == name][:_MOST_PICTURES]
-        rejected = [k for k, verdict in chosen.verdicts.items() if k[0] == name and verdict != "kept"]
-        shown: list[tuple[Image.Image | None, str]] = []
-        for key in rejected[:_MOST_PICTURES]:
-            one = made[name][key[1:]]
-            image = None
-            if one.id:
-                raw = pq.read_table(pa.BufferReader(read_bytes(one.file)), columns=["image"])["image"][one.row].as_py()
-                image = Image.open(io.BytesIO(raw))
-            shown.append((image, chosen.verdicts[key]))
-        good = [Image.fromarray(pixels(pictures[key])) for key in kept]
-        if good or shown:
-            directory.write(f"sheet-{number:03d}.png", contact_sheet(name or "no class", good, shown))
+    most = min(max(_PICTURES_IN_ALL // len(wanted), _FEWEST_PICTURES), _MOST_PICTURES)
+    kept: dict[str, list[Key]] = defaultdict(list)
+    rejected: dict[str, list[Key]] = defaultdict(list)
+    for key, verdict in chosen.verdicts.items():
+        shown = kept if verdict == "kept" else rejected
+        if len(shown[key[0]]) < most:
+            shown[key[0]].append(key)
+    for number, name in enumerate(wanted):
+        good = [Image.fromarray(pixels(pictures[key])) for key in kept[name]]
+        raw = _raw_images([made[name][key[1:]] for key in rejected[name]])
+        bad = [(image, chosen.verdicts[key]) for key, image in zip(rejected[name], raw, strict=True)]
+        if good or bad:
+            directory.write(f"sheet-{number:03d}.png", contact_sheet(name or "no class", good, bad))
+
+
+def _raw_images(wanted: Sequence[Made]) -> list[Image.Image | None]:
+    """As the pipeline made them; None where it made none. Each file is read once."""
+    tables = {
+        file: pq.read_table(pa.BufferReader(read_bytes(file)), columns=["image"])["image"]
+        for file in {one.file for one in wanted if one.id}
+    }
+    return [Image.open(io.BytesIO(tables[one.file][one.row].as_py())) if one.id else None for one in wanted]

@@ -95,7 +95,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     idle = isinstance(trainee.student.body, TransformersClassifier)
     network = DistributedDataParallel(trainee, find_unused_parameters=idle) if worker.size > 1 else trainee
     autocast = torch.autocast(device.type, _DTYPES[settings.precision], enabled=settings.precision != "fp32")
-    reporter = _Reporter(job, worker)
+    reporter = _Reporter(job, worker, step)
     trainee.train()
     with CheckpointWriter(job.path) as checkpoints:
         for batch in worker_batches(job, worker, step):
@@ -231,8 +231,8 @@ def _to(device: torch.device, array: np.ndarray | None) -> Any:
 class _Reporter:
     """Writes how training goes into the stage directory, where whoever waits for it looks."""
 
-    def __init__(self, job: DistillJob, worker: Worker) -> None:
-        self._job, self._worker = job, worker
+    def __init__(self, job: DistillJob, worker: Worker, first_step: int) -> None:
+        self._job, self._worker, self._first_step = job, worker, first_step
         self._skipped = 0
         self._epoch_started = self._written = time.monotonic()
 
@@ -263,7 +263,8 @@ class _Reporter:
             torch.distributed.all_reduce(values)
             values /= worker.size
         seconds = time.monotonic() - self._epoch_started
-        record = {"epoch": float(epoch), "step": float(step), "images_per_second": job.batch_size * steps / seconds}
+        timed = min(steps, step - self._first_step)  # an epoch that was gone on with is timed from there
+        record = {"epoch": float(epoch), "step": float(step), "images_per_second": job.batch_size * timed / seconds}
         record |= {name: float(value) / steps for name, value in zip(sorted(sums), values, strict=True)}
         record["learning_rate"] = optimizer.param_groups[0]["lr"]
         due = epoch % job.config.distill.val_every == 0 or step == job.total_steps

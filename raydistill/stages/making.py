@@ -26,10 +26,11 @@ from raydistill.config import Generate, RunConfig
 from raydistill.data.decode import encode, pixels
 from raydistill.data.prompts import ClassPrompts, class_prompts
 from raydistill.data.sample import SampleSet, sample_id
-from raydistill.data.targets import labels_of, read_bytes, read_samples
+from raydistill.data.targets import labels_of, read_samples
 from raydistill.errors import StageError
 from raydistill.infra.artifacts import StageDirectory, class_directory, exists, write_bytes
-from raydistill.models.generator import Generator, PipelineFacts, Request, class_numbers
+from raydistill.models.generator import Generator, Request
+from raydistill.models.pipelines import PipelineFacts, class_numbers
 
 # An unconditional pipeline makes images of no class; this stands for its name.
 NO_CLASS = ""
@@ -106,6 +107,10 @@ def make_recipes(config: RunConfig, samples: SampleSet, facts: PipelineFacts) ->
             "settings": settings.model_dump(include={"scheduler", "strength", "size", "dtype", "safety_checker"}),
             "sources": [i for i, _, _ in sources.get(name, ())],
         }
+        if sources:  # they are working images
+            identity["images"] = config.images.model_dump(include={"size", "fit"})
+        if facts.commit is not None:  # a branch of the hub may move
+            identity["commit"] = facts.commit
         recipes[name] = Recipe(
             name, class_directory(config, identity), prompts.get(name), ids[name], own.negative_prompt, own.steps,
             own.guidance, sources.get(name, ()),
@@ -229,12 +234,17 @@ def difference_hash(image: Image.Image) -> bytes:
 
 def read_made(recipe: Recipe) -> dict[tuple[int, int], Made]:
     """All that lies in a class's directory, without the pixels; an image that was made twice is the same one."""
-    directory, found = recipe.directory, {}
+    directory, found = recipe.directory, dict[tuple[int, int], Made]()
+    if not directory.started():
+        return found
     columns = [name for name in _MADE.names if name != "image"]
-    for file in sorted(directory.fs.glob(f"{directory.path}/*.parquet")):
-        path = f"{directory.path}/{file.rpartition('/')[2]}"
+    directory.fs.invalidate_cache(directory.path)  # object stores remember what they listed; actors have written since
+    names = {place.rpartition("/")[2] for place in directory.fs.ls(directory.path, detail=False)}
+    for name in sorted(name for name in names if name.endswith(".parquet")):
+        path = f"{directory.path}/{name}"
         try:
-            table = pq.read_table(pa.BufferReader(read_bytes(path)), columns=columns)
+            with directory.fs.open(path, "rb") as file:
+                table = pq.read_table(file, columns=columns)
         except (pa.ArrowException, OSError) as error:
             raise StageError(f"{path} is damaged ({error}); delete it and run the command again") from None
         for row, r in enumerate(table.to_pylist()):

@@ -285,7 +285,7 @@ def _write(
     digests = {s: _digest([d.id for d in members]) for s, members in splits.items()}
     shards = {split: tuple(count for name, count in names if name.startswith(f"{split}-")) for split in SPLITS}
     counts = {s: sum(r[2] is not None for r in rows if r[3] == s) for s in SPLITS}
-    labels = _digest([listing.classes, *((r[1], r[2]) for r in rows)])
+    labels = {s: _digest([listing.classes, *((r[1], r[2]) for r in rows if r[3] == s)]) for s in SPLITS}
     return SampleSet(directory.path, listing.classes, config.images.size, shards, counts, num_refused, digests, labels)
 
 

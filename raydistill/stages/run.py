@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config import RunConfig, fine_tuning
-from raydistill.data.images import Listing
+from raydistill.data.images import Listing, list_images
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra import artifacts
@@ -18,7 +18,7 @@ from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import Tracker
 from raydistill.models.student import build_student, has_batch_norm
 from raydistill.models.teacher import load_teacher, match_native_head, zero_shot_head
-from raydistill.stages.adapt import AdaptedTeacher, adapt_teacher, write_plain_features
+from raydistill.stages.adapt import AdaptedTeacher, adapt_teacher, refuse_near_chance, write_plain_features
 from raydistill.stages.batches import DistillJob
 from raydistill.stages.distill import StudentCheckpoint, distill_student
 from raydistill.stages.generate import (
@@ -76,10 +76,31 @@ def run_stages(
 
 def check_run(config: RunConfig, work: Work) -> None:
     """Refuse what cannot work before anything is written. Raises ConfigError, DataError."""
+    if {"task", "kd", "dkd", "dist", "standardised_kd"}.isdisjoint(config.loss.terms):
+        raise ConfigError(
+            f"loss: none of its terms ({', '.join(config.loss.terms)}) teaches the student's classifier, which would "
+            "stay as it began; raise loss.task_weight or loss.kd_weight"
+        )
     _check_counts(config, work.listing)
     _check_models(config, work.listing, work.undone)
     if "generate" in work.undone:
         check_generate(config, work.listing.classes)
+
+
+def check_measurable(config: RunConfig, command: str, splits: tuple[str, ...]) -> None:
+    """Raises DataError where the images have, and would be given, none of a split that a command needs."""
+    images = config.images
+    listing = list_images(images)
+    has_val, has_test = listing.has_split("val"), listing.has_split("test")
+    there = {
+        "val": has_val or images.val_share > 0,
+        "test": has_test or (not has_val and images.test_share > 0),
+    }
+    if lacking := [split for split in splits if not there[split]]:
+        raise DataError(
+            f"images.path={images.path}: {command} measures {' and '.join(splits)}, and there is no {lacking[0]} "
+            f"split; add one, or name none in the data and set images.{lacking[0]}_share for a share to be drawn"
+        )
 
 
 def _check_counts(config: RunConfig, listing: Listing) -> None:
@@ -120,14 +141,15 @@ def _check_fine_tuning(config: RunConfig, listing: Listing) -> None:
         student = build_student(settings, len(listing.classes))
     except ConfigError as error:
         raise ConfigError(f"teacher.head=fine_tune trains the teacher as if it were the student: {error}") from None
-    _check_batch_norm(config, settings.model, has_batch_norm(student))
+    _check_batch_norm(config, settings.model, has_batch_norm(student), "teacher.fine_tune_batch_size")
 
 
-def _check_batch_norm(config: RunConfig, what: str, has_one: bool) -> None:
-    if has_one and config.distill.batch_size // config.distill.most_workers < 2:
+def _check_batch_norm(config: RunConfig, what: str, has_one: bool, key: str = "distill.batch_size") -> None:
+    section, _, name = key.partition(".")
+    size: int = getattr(getattr(config, section), name)
+    if has_one and size // config.distill.most_workers < 2:
         raise ConfigError(
-            f"distill.batch_size={config.distill.batch_size} leaves a worker one image a step, and {what} has batch "
-            "norm, which needs two; raise distill.batch_size"
+            f"{key}={size} leaves a worker one image a step, and {what} has batch norm, which needs two; raise {key}"
         )
 
 
@@ -234,22 +256,28 @@ class _Run:
         config, progress = self._config, self._progress
         features = artifacts.features_directory(config, samples)
         adapt = artifacts.adapt_directory(config, samples)
-
-        def infer(_: Any) -> None:
-            write_plain_features(config, samples, features, self._ray.plan(), progress)
-
         if adapt.done() is None:
-            self._stage(features, infer)
+            self._infer(samples, features, ("val", "train"))
         self._outcome.directories["features"] = features.path
-        adapted = self._outcome.adapted = AdaptedTeacher(
-            **self._stage(adapt, lambda _: adapt_teacher(config, samples, features, adapt))
-        )
+        done = self._stage(adapt, lambda _: adapt_teacher(config, samples, features, adapt))
+        adapted = self._outcome.adapted = AdaptedTeacher(**{**done, "features": features.path})
         if adapted.val_accuracy is not None:
             progress.line(
                 f"teacher:  val accuracy {adapted.val_accuracy:.3f} (always the commonest class: "
                 f"{adapted.chance:.3f}), {adapted.val_confidence:.3f} sure of it on average, head from "
                 f"{adapted.num_train} labelled images"
             )
+        assert config.teacher is not None
+        refuse_near_chance(config.teacher, adapted)
+        test = artifacts.test_features_directory(config, samples)
+        if samples.num_rows("test") and test.done() is None:
+            self._infer(samples, test, ("test",))
+
+    def _infer(self, samples: SampleSet, directory: StageDirectory, splits: tuple[str, ...]) -> None:
+        def work(_: Any) -> None:
+            write_plain_features(self._config, samples, splits, directory, self._ray.plan(), self._progress)
+
+        self._stage(directory, work)
 
     def _generate(self, samples: SampleSet) -> None:
         config, directory = self._config, artifacts.generate_directory(self._config, samples)
@@ -258,9 +286,12 @@ class _Run:
         def work(_: Any) -> None:
             generate_images(config, samples, head, directory, self._ray.plan(), self._progress)
 
-        generated = self._outcome.generated = generated_from_json(self._stage(directory, work))
+        generated = self._outcome.generated = generated_from_json(self._stage(directory, work), directory.path)
         kept, rejected = sum(generated.kept.values()), sum(generated.rejected.values())
         self._progress.line(f"generated: {kept} images kept, {rejected} rejected; see {directory.path}/sheet-*.png")
+        # Where `evaluate` follows, it records them.
+        if "evaluate" not in self._work.wanted and "://" not in directory.path:
+            self._tracker.log_job({}, self._generated_files())
 
     def _teach_generated(self, samples: SampleSet, generated: SampleSet) -> None:
         config, directory = self._config, artifacts.teach_generated_directory(self._config, samples)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
 from raydistill.config import RunConfig
+from raydistill.infra.artifacts import write_bytes
 from raydistill.stages.run import Outcome
 
 
@@ -34,25 +36,35 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
 
 
 def _generated_rows(config: RunConfig, outcome: Outcome) -> list[tuple[str, str, str]]:
-    """What generated images changed, where the same job was run without them; the classes that changed most."""
+    """What generated images changed, where the same job was run without them; here the classes that changed most, and
+    all of them in `deltas.json`, beside the report. This is the one place that knows both reports."""
     report, without = outcome.report, outcome.without_generated
     if config.generate is None or report is None:
         return []
     if without is None:
         return [("without generated images", "not measured: run it with generate=null", "")]
-    rows = []
+    rows, found = [], {}
     for split in report.student:
-        now, then = report.student[split], without.student[split]
-        deltas = {
-            name: 100 * (now["per_class"][name]["recall"] - then["per_class"][name]["recall"])
-            for name in now["per_class"]
-            if now["per_class"][name]["images"]
-        }
+        found[split] = recall_deltas(report.student[split], without.student[split])
+        deltas = {name: of_class["points"] for name, of_class in found[split].items()}
         ends = [min(deltas, key=deltas.__getitem__), max(deltas, key=deltas.__getitem__)]
-        change = 100 * (now["accuracy"] - then["accuracy"])
+        change = 100 * (report.student[split]["accuracy"] - without.student[split]["accuracy"])
         classes = ", ".join(f"{name} {deltas[name]:+.1f}" for name in dict.fromkeys(ends))
         rows.append((f"{split} by generated images", f"{change:+.1f} points ({classes})", ""))
+    write_bytes(f"{report.path}/deltas.json", json.dumps(found, indent=2, ensure_ascii=False).encode())
     return rows
+
+
+def recall_deltas(now: dict[str, Any], then: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Each class that has images: its recall without and with generated images, and the difference in points."""
+    found = {}
+    for name, of_class in now["per_class"].items():
+        if of_class["images"]:
+            before, after = then["per_class"][name]["recall"], of_class["recall"]
+            found[name] = {
+                "images": of_class["images"], "without": before, "with": after, "points": 100 * (after - before)
+            }  # fmt: skip
+    return found
 
 
 def _accuracy(measures: dict[str, Any] | None) -> str:

@@ -184,6 +184,13 @@ def test_a_class_without_val_images_is_named(class_folders, how):
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
+def test_what_is_measured_on_needs_labels(tmp_path, split):
+    (tmp_path / "t.csv").write_text(f"path,label,split\na.png,x,train\nb.png,y,train\nc.png,,{split}\nd.png,,train\n")
+    with pytest.raises(DataError, match=f"1 {split} images have no label"):
+        listed(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
 def test_a_class_that_train_lacks_is_refused_with_the_nearest_name(class_folders, split):
     root = class_folders({"train/tiger": 2, "train/lion": 2, "val/tiger": 1, "val/lion": 1, f"{split}/tigre": 3})
     message = refusal(root)

@@ -27,11 +27,11 @@ SAMPLES = SampleSet(
     num_labelled={"train": 3, "val": 2, "test": 2},
     num_refused=0,
     ids={"train": "t", "val": "v", "test": "e"},
-    labels="l",
+    labels={"train": "lt", "val": "lv", "test": "le"},
 )
-STAGES = ("prepare", "features", "adapt", "teach", "distill", "evaluate")
+STAGES = ("prepare", "features", "test_features", "adapt", "teach", "distill", "evaluate")
 NOTHING, STUDENT, HEAD = set(), {"distill", "evaluate"}, {"adapt", "distill", "evaluate"}
-TEACHER = {"features", "adapt", "teach", "distill", "evaluate"}
+TEACHER = {"features", "test_features", "adapt", "teach", "distill", "evaluate"}
 VIEWS = {"teach", "distill", "evaluate"}
 
 
@@ -118,6 +118,7 @@ EFFECTS = {
     "loss.kd_weight=[1,0]": STUDENT,
     "teacher.fine_tune_epochs=3": NOTHING,
     "teacher.fine_tune_learning_rate=0.1": NOTHING,
+    "teacher.fine_tune_batch_size=32": NOTHING,
     "teacher.prompts=['{class}']": NOTHING,
     "compare.arms=[kd]": NOTHING,
     "compare.seeds=2": NOTHING,
@@ -230,9 +231,12 @@ def test_what_is_made_of_a_class_lies_below_one_folder_of_the_workspace():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"ids": {**SAMPLES.ids, "train": "other"}}, TEACHER),
-        ({"ids": {**SAMPLES.ids, "val": "other"}}, TEACHER - {"teach"}),
-        ({"labels": "other"}, TEACHER - {"teach"}),
+        ({"ids": {**SAMPLES.ids, "train": "other"}}, TEACHER - {"test_features"}),
+        ({"ids": {**SAMPLES.ids, "val": "other"}}, TEACHER - {"test_features", "teach"}),
+        ({"ids": {**SAMPLES.ids, "test": "other"}}, {"test_features", "evaluate"}),
+        ({"labels": {**SAMPLES.labels, "train": "other"}}, TEACHER - {"test_features", "teach"}),
+        ({"labels": {**SAMPLES.labels, "val": "other"}}, TEACHER - {"test_features", "teach"}),
+        ({"labels": {**SAMPLES.labels, "test": "other"}}, {"evaluate"}),
         ({"classes": ("b", "a")}, HEAD),
         ({"path": "/elsewhere/prepare-2"}, NOTHING),
         ({"num_refused": 3}, NOTHING),
@@ -258,7 +262,10 @@ def test_other_files_or_classes_are_prepared_anew(change, expected):
 def test_without_soft_targets_the_teacher_does_not_decide_the_student():
     alone = ["loss.kd_weight=0", "loss.alignment_weight=0", "loss.uniformity_weight=0"]
     before, after = names(*alone), names(*alone, "teacher.model=timm:resnet18", "teacher.size=64")
-    assert changed(before, after) == {"features", "adapt", "teach"}
+    assert changed(before, after) == {"features", "test_features", "adapt", "teach"}
+    others = ["loss.temperature=2", "loss.projection_head=linear", "loss.crd_memory=9"]
+    assert changed(before, names(*alone, *others)) == NOTHING
+    assert changed(before, names(*alone, "loss.task_weight=2")) == STUDENT
 
 
 def test_names_do_not_depend_on_the_process():
@@ -410,7 +417,9 @@ def fine_tuned(*words: str) -> str:
         (["teacher.fine_tune_learning_rate=0.1"], True),
         (["teacher.model=timm:resnet18"], True),
         (["teacher.size=64"], True),
-        (["distill.batch_size=32"], True),
+        (["teacher.fine_tune_batch_size=32"], True),
+        (["distill.batch_size=32"], False),
+        (["distill.labelled_share=0.5", "distill.weight_decay=0", "distill.clip_norm=1", "distill.val_every=1"], False),
         (["views.flip=0.1"], True),
         (["seed=1"], True),
         (["loss.kd_weight=3"], False),

@@ -1,5 +1,5 @@
 """The small real run of the stages' tests."""
 
-from tests.stages.conftest import image_folder, progress, ray_session, teacher_weights, words
+from tests.stages.conftest import image_folder, progress, ray_session, teacher_weights, tiny_set, words
 
-__all__ = ["image_folder", "progress", "ray_session", "teacher_weights", "words"]
+__all__ = ["image_folder", "progress", "ray_session", "teacher_weights", "tiny_set", "words"]

@@ -10,7 +10,7 @@ import pytest
 
 from raydistill.config import load_config
 from raydistill.data.sample import decode_shard, encode_shard
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, DataError
 from raydistill.search.compare import OVERLAYS, compare_arms
 from raydistill.stages.run import run_stages
 
@@ -91,6 +91,22 @@ def test_an_arm_that_needs_a_teacher_is_refused_without_one(words, progress) -> 
     weights = [f"loss.{name}_weight=0" for name in ("kd", "alignment", "uniformity")]
     with pytest.raises(ConfigError, match="kd"):
         compare_arms(load_config([*words, *weights, "teacher=null", "compare.arms=[scratch,kd]"]), progress)
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_what_cannot_be_measured_is_refused_before_anything_is_trained(words, progress, tmp_path, split) -> None:
+    config = load_config([*words, f"images.{split}_share=0", "compare.arms=[scratch,kd]"])
+    with pytest.raises(DataError, match=rf"no {split} split.*images\.{split}_share"):
+        compare_arms(config, progress)
+    assert not (tmp_path / "workspace").exists()
+
+
+def test_a_learning_curve_that_cannot_be_drawn_is_refused_before_anything_is_trained(words, progress, tmp_path) -> None:
+    alone = [f"loss.{name}_weight=0" for name in ("kd", "alignment", "uniformity")]
+    config = load_config([*words, *alone, "teacher=null", "compare.arms=[scratch]"])
+    with pytest.raises(ConfigError, match="align_uniform cannot be trained"):
+        compare_arms(config, progress, learning_curve=True)
+    assert not (tmp_path / "workspace").exists()
 
 
 def test_no_arm_keeps_a_term_of_the_job(words) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 import json
 import os
+import pickle
 import random
 import signal
 import sqlite3
@@ -13,15 +17,37 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import optuna
 import pytest
+from ray import tune
 
 from raydistill.config import RunConfig, load_config
 from raydistill.errors import ConfigError, StageError
+from raydistill.infra import artifacts, checkpoints, cluster
 from raydistill.infra.artifacts import StageDirectory
+from raydistill.infra.cluster import plan_resources
+from raydistill.infra.tracking import ChildRun, Tracker
+from raydistill.search import trials as engine_module
+from raydistill.search import tune as tune_module
+from raydistill.search.display import Clock, SearchDisplay
 from raydistill.search.space import read_space
-from raydistill.search.trials import _Search, open_study, read_trials
-from raydistill.search.tune import tune_job
-from raydistill.stages.run import run_stages
+from raydistill.search.study_page import search_page
+from raydistill.search.trials import (
+    Trial,
+    _run_trial,
+    _Search,
+    _Work,
+    drawn_at_random,
+    drop_checkpoints,
+    lay_out,
+    num_trials,
+    open_study,
+    read_trials,
+    seconds_per_step,
+)
+from raydistill.search.tune import forecast_lines, tune_job
+from raydistill.stages.run import Outcome, run_stages
 
 SPACE = """
 loss.temperature: {log: [1, 20]}
@@ -49,13 +75,17 @@ class Silent:
     def ended(self, trial) -> None: ...
 
 
-def engine(config: RunConfig, folder: Path) -> tuple[_Search, object]:
+def engine(config: RunConfig, folder: Path) -> tuple[_Search, optuna.Study]:
     """The search algorithm on the study in a folder, with trials that train nothing."""
     directory = StageDirectory(str(folder), "tune", "{}")
     folder.mkdir(exist_ok=True)
     space = read_space(config.tune.space, config)
     study = open_study(config, directory, space.own(config))
-    return _Search(config, space, study, lambda choices: (None, directory), None, Silent()), study
+
+    def make_job(choices):
+        return None, StageDirectory(f"{folder}/{json.dumps(choices)}", "distill", "{}")
+
+    return _Search(config, space, study, make_job, None, Silent()), study
 
 
 def score(choices: dict) -> float:
@@ -96,6 +126,93 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(sampler, words, 
     assert [t.choices for t in found] == [t.choices for t in expected]
     assert [t.values for t in found] == [t.values for t in expected]
     assert {t.state for t in found} == {"complete"}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "grid", "cmaes"])
+@pytest.mark.parametrize("at", [0, 1, 2, 12])
+def test_a_trial_that_was_half_drawn_when_the_search_was_killed_is_drawn_to_its_end(
+    sampler, at, words, space_file, tmp_path
+) -> None:
+    text = "loss.temperature: {float: [2, 6], step: 2}\nloss.projection_dim: {int: [4, 16], step: 4}\n"
+    text += "" if sampler == "cmaes" else "loss.projection_head: {categorical: [linear, two_layer]}\n"
+    config = load_config([*words, space_file(text), f"tune.sampler={sampler}", "tune.trials=14"])
+    search, study = engine(config, tmp_path / "unbroken")
+    list(play(search, study, 99))
+    search, broken = engine(config, tmp_path / "broken")
+    list(play(search, broken, at))
+
+    def killed(trial):
+        search._space.entries["loss.temperature"].draw("loss.temperature", trial)
+        raise Killed
+
+    search._draw = lambda trial, own: killed(trial)
+    with pytest.raises(Killed):
+        search.suggest("t")
+    assert read_trials(broken)[-1].choices.keys() == {"loss.temperature"}
+    search, broken = engine(config, tmp_path / "broken")
+    list(play(search, broken, 99))
+    assert [t.choices for t in read_trials(broken)] == [t.choices for t in read_trials(study)]
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_grid_is_walked_through_once_however_many_run_at_once(together, words, space_file, tmp_path) -> None:
+    config = load_config([*words, space_file(GRID), "tune.sampler=grid", "tune.trials=99"])
+    search, study = engine(config, tmp_path / "study")
+    assert num_trials(config, search._space) == 7
+    assert num_trials(load_config([*words, space_file(GRID), "tune.trials=99"]), search._space) == 99
+    good, bad = {"finished": True, "epoch": 3, "val_accuracy": 0.5}, {"failed": "no luck"}
+    running: list[str] = []
+    for turn in range(99):
+        if search.suggest(f"t{turn}") == "FINISHED":
+            break
+        running.append(f"t{turn}")
+        if len(running) == together:
+            search.on_trial_complete(running.pop(0), bad if turn == 3 else good)
+    for left in running:
+        search.on_trial_complete(left, good)
+    cells = [json.dumps(t.choices, sort_keys=True) for t in read_trials(study) if not t.own]
+    assert len(cells) == len(set(cells)) == 6
+
+
+def test_of_two_trials_of_equal_settings_the_second_waits_for_the_first(words, space_file, tmp_path) -> None:
+    search, study = engine(load_config([*words, space_file(), "tune.trials=3"]), tmp_path / "study")
+    places = iter(["a", "a", "b"])
+    search._make_job = lambda choices: (None, StageDirectory(next(places), "distill", "{}"))
+    assert search.suggest("first")["number"] == 0
+    assert search.suggest("second") is None
+    assert search.suggest("third") is None
+    search.on_trial_complete("first", {"finished": True, "epoch": 3, "val_accuracy": 1})
+    assert search.suggest("fourth")["number"] == 1
+    assert search.suggest("fifth")["number"] == 2
+    assert search.suggest("sixth") == "FINISHED"
+    assert [t.state for t in read_trials(study)] == ["complete", "running", "running"]
+
+
+def test_the_jobs_own_trial_is_the_job_and_no_other(words, space_file, tiny_set, tmp_path) -> None:
+    file = space_file("loss.temperature: {log: [1, 20]}\nviews.min_scale: {fixed: 0.5}\nloss.kd_weight: {fixed: 3}\n")
+    config = load_config([*words, file, "views.min_scale=0.2"])
+    space = read_space(config.tune.space, config)
+    splits = dict.fromkeys(("train", "val", "test"), "x")
+    samples = dataclasses.replace(tiny_set.samples, ids=splits, labels=splits)
+    own, searched = (Outcome(samples=samples, directories={"teach": place}) for place in ("own", "searched"))
+    make_job = tune_module._job_maker(config, space, {"own": own, "{}": searched})
+    job, directory = make_job(None)
+    assert directory == artifacts.distill_directory(config, samples)
+    assert (job.config.views, job.config.loss, job.targets) == (config.views, config.loss, "own")
+    job, directory = make_job(space.own(config))
+    assert (job.config.views.min_scale, job.config.loss.kd_weight, job.targets) == (0.5, 3, "searched")
+    assert directory != artifacts.distill_directory(config, samples)
+    # The engine says which of the two it is.
+    asked = []
+    search, study = engine(config, tmp_path / "study")
+    make = search._make_job
+    search._make_job = lambda choices: (asked.append(choices), make(choices))[1]
+    list(play(search, study, 2))
+    assert asked == [None, read_trials(study)[1].choices]
 
 
 def test_the_first_trial_has_the_jobs_own_values_and_more_trials_go_on(words, space_file, tmp_path) -> None:
@@ -179,6 +296,344 @@ def test_a_trial_that_falls_behind_ends_after_its_grace_and_a_good_one_does_not(
     assert last_epoch(0.95) == 20
 
 
+class Following(Silent):
+    def __init__(self) -> None:
+        self.told: list[tuple[int, dict[str, float]]] = []
+
+    def measured(self, number, record) -> None:
+        self.told.append((number, record))
+
+
+def test_every_epoch_is_followed_and_those_with_a_value_are_judged(words, space_file, tmp_path) -> None:
+    search, study = engine(load_config([*words, space_file(), "tune.grace_epochs=2"]), tmp_path / "study")
+    search._watcher = Following()
+    search.suggest("t")
+    for epoch in (1, 2, 3):
+        record = {"epoch": epoch, "step": 4 * epoch, "loss": 1.0, "pid": 7, "seconds": 1.0}
+        assert not search.falls_behind("t", record | ({"val_accuracy": 0.5} if epoch == 2 else {}))
+    assert study.trials[0].intermediate_values == {2: 0.5}
+    last = {"epoch": 4, "step": 16, "loss": 0.5, "val_accuracy": 0.7, "finished": True}
+    assert not search.falls_behind("t", last)
+    assert [record["epoch"] for _, record in search._watcher.told] == [1, 2, 3, 4]
+    assert search._watcher.told[-1] == (0, {"epoch": 4, "step": 16, "loss": 0.5, "val_accuracy": 0.7})
+
+
+@pytest.mark.parametrize("pruner", ["asha", "median"])
+def test_a_rung_whose_report_was_lost_with_the_search_is_judged_when_it_goes_on(
+    pruner, words, space_file, tmp_path
+) -> None:
+    more = ["tune.trials=20", f"tune.pruner={pruner}", "tune.grace_epochs=2", "distill.epochs=20"]
+    config = load_config([*words, space_file(), *more])
+    records = [{"epoch": epoch, "val_accuracy": 0.1 * epoch} for epoch in range(1, 20)]
+    search, study = engine(config, tmp_path / "study")
+    for _ in range(4):
+        search.suggest("t")
+        for record in records:
+            assert not search.falls_behind("t", record)
+        search.on_trial_complete("t", {"finished": True, "epoch": 20, "val_accuracy": 2})
+    search.suggest("t")
+    poor = [{"epoch": epoch, "val_accuracy": 0.01 * epoch} for epoch in range(1, 20)]
+    assert not search.falls_behind("t", poor[0])
+    # Killed before it heard of the second epoch, whose checkpoint is there: the trial tells of both again.
+    search, study = engine(config, tmp_path / "study")
+    assert search.suggest("t")["number"] == 4
+    assert [search.falls_behind("t", record) for record in poor[:3]][-2:] != [False, False]
+    # A student that was trained before costs nothing more, and is kept.
+    search.on_trial_complete("t", poor[2])
+    search.suggest("t")
+    assert not any(search.falls_behind("t", {**record, "trained_before": True}) for record in poor)
+    assert set(study.trials[5].intermediate_values) == set(range(1, 20))
+
+
+class Heard:
+    """Tune's side of `report`: keeps what it hears, and ends the trial at an epoch."""
+
+    def __init__(self, stop_at: int = 0) -> None:
+        self.records: list[dict] = []
+        self.stop_at = stop_at
+
+    def __call__(self, record: dict) -> None:
+        assert not (self.records and self.records[-1].get("epoch") == self.stop_at), "it listens no more"
+        self.records.append(record)
+        if record.get("epoch") == self.stop_at:
+            sys.exit(0)
+
+
+@pytest.fixture
+def run_trial(tiny_set, monkeypatch):
+    """Runs the trainable of a trial of 4 epochs, val measured on the 2nd and 4th, in this process."""
+    monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "2")
+
+    def run(heard: Heard, name: str = "trial", **changes) -> StageDirectory:
+        job = tiny_set.job(name, distill={"val_every": 2})
+        job = dataclasses.replace(job, **changes)
+        directory = StageDirectory(job.path, "distill", "{}")
+        plan = dataclasses.replace(plan_resources(job.config, 2.0, 0.0, 1), train_workers=0)
+        monkeypatch.setattr(tune, "report", heard)
+        with pytest.raises(SystemExit) if heard.stop_at else contextlib.nullcontext():
+            _run_trial({"work": pickle.dumps(_Work(job, directory, plan, ("val_accuracy",)))})
+        return directory
+
+    return run
+
+
+def learnt(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
+
+
+def test_a_trial_tells_of_every_epoch_and_again_of_those_before_it_was_killed(run_trial) -> None:
+    unbroken, first, second, done = Heard(), Heard(stop_at=3), Heard(), Heard()
+    run_trial(unbroken, "unbroken")
+    assert [r["epoch"] for r in unbroken.records] == [1, 2, 3, 4]
+    assert ["val_accuracy" in r for r in unbroken.records] == [False, True, False, True]
+    assert [r.get("finished", False) for r in unbroken.records] == [False, False, False, True]
+    # Tune waits for the end of a trial that it ended, before the next one takes its process.
+    assert os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] == "600"
+    run_trial(first)
+    assert [r["epoch"] for r in first.records] == [1, 2, 3]
+    directory = run_trial(second)
+    assert learnt(second.records) == learnt(unbroken.records)
+    run_trial(done)
+    assert [r.get("trained_before") for r in done.records] == [True, True, True, None]
+    took = json.loads((Path(directory.path) / "seconds.json").read_text())["seconds"]
+    assert done.records[-1]["seconds"] == took > 0
+    assert learnt(done.records)[-1] == learnt(unbroken.records)[-1]
+
+
+def test_a_trial_that_tune_has_ended_says_nothing_more_whatever_goes_wrong_on_its_way_out(
+    run_trial, monkeypatch
+) -> None:
+    """Its last checkpoint cannot be written: this comes up after Tune's end, which nobody may wait for."""
+    written = []
+    save = checkpoints.save_file
+
+    def full(weights, path):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        save(weights, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    heard = Heard(stop_at=2)
+    run_trial(heard)
+    assert len(written) == 2
+    assert [r["epoch"] for r in heard.records] == [1, 2]
+
+
+def test_whatever_a_trial_fails_of_is_told_with_its_kind(run_trial, monkeypatch) -> None:
+    heard = Heard()
+    run_trial(heard, targets="/nowhere")
+    (record,) = heard.records
+    assert record["failed"].startswith("FileNotFoundError: ")
+    assert "/nowhere" in record["failed"]
+    assert record["seconds"] > 0
+
+
+def test_checkpoints_of_trials_that_ended_early_are_dropped_and_no_others(tmp_path) -> None:
+    def trial(number: int, state: str) -> Trial:
+        (tmp_path / state / "checkpoints" / "step-1").mkdir(parents=True)
+        return Trial(number, state, {}, None, False, 1, 1.0, str(tmp_path / state), "")
+
+    states = ["complete", "pruned", "failed", "running"]
+    lost = Trial(9, "pruned", {}, None, False, 1, 1.0, str(tmp_path / "nowhere"), "")
+    drop_checkpoints([*(trial(k, state) for k, state in enumerate(states)), lost])
+    assert [(tmp_path / state / "checkpoints").exists() for state in states] == [True, False, True, True]
+
+
+PAIR = ["distill.num_workers=2"]
+
+
+@pytest.mark.parametrize(
+    ("more", "machine", "together", "share", "threads"),
+    [
+        ([], (2.0, 0.0, 2), 1, {"CPU": 2.0}, 2),
+        ([], (8.0, 0.0, 8), 2, {"CPU": 4.0}, 4),
+        (["tune.concurrent=1"], (8.0, 0.0, 8), 1, {"CPU": 4.0}, 8),
+        ([], (8.0, 2.0, 8), 2, {"CPU": 4.0, "GPU": 1.0}, 4),
+        # Four nodes of 2 cores and two of 8: no share is larger than a node, and no trial has more threads than it.
+        ([], (8.0, 0.0, 2), 4, {"CPU": 2.0}, 2),
+        (["tune.concurrent=8"], (16.0, 0.0, 8), 8, {"CPU": 2.0}, 2),
+        (["tune.concurrent=2"], (16.0, 0.0, 8), 2, {"CPU": 4.0}, 8),
+        (["tune.concurrent=3"], (2.0, 0.0, 2), 3, {"CPU": 0.66}, 1),
+        # Two workers a trial: the GPUs would do for 4 trials, the CPUs for 2.
+        (PAIR, (4.0, 8.0, 4), 2, {"CPU": 0.01}, 2),
+        (PAIR, (16.0, 4.0, 16), 2, {"CPU": 0.01}, 8),
+        (PAIR, (1.9, 0.0, 2), 1, {"CPU": 0.01}, 1),
+        ([*PAIR, "tune.concurrent=2"], (4.0, 0.0, 4), 2, {"CPU": 0.01}, 2),
+    ],
+)
+def test_trials_share_the_machines(more, machine, together, share, threads, words) -> None:
+    config = load_config([*words, *more])
+    layout = lay_out(config, plan_resources(config, *machine))
+    assert (layout.together, layout.share, layout.plan.train_threads) == (together, share, threads)
+    assert layout.plan.train_workers == (2 if more[:1] == PAIR else 0)
+
+
+@pytest.mark.parametrize(
+    ("more", "machine", "message"),
+    [
+        (["tune.concurrent=30"], (2.0, 0.0, 2), r"leave each 0.06 of 2 CPUs"),
+        (["tune.concurrent=30"], (64.0, 2.0, 64), r"2 GPUs; lower it"),
+        ([*PAIR, "tune.concurrent=3"], (4.0, 0.0, 4), r"tune.concurrent=3 .* need 6 CPUs, and there are 4 and 0"),
+        ([*PAIR, "tune.concurrent=3"], (64.0, 4.0, 64), r"need 6 CPUs and 6 GPUs"),
+    ],
+)
+def test_more_trials_at_once_than_fit_are_refused(more, machine, message, words) -> None:
+    config = load_config([*words, *more])
+    with pytest.raises(ConfigError, match=message):
+        lay_out(config, plan_resources(config, *machine))
+
+
+def test_keys_that_a_sampler_does_not_model_are_named(words, space_file) -> None:
+    text = SPACE + "distill.momentum: {float: [0.1, 0.2]}\n"  # the job's is 0.9
+
+    def at_random(sampler: str) -> list[str]:
+        config = load_config([*words, space_file(text), f"tune.sampler={sampler}"])
+        return drawn_at_random(config, read_space(config.tune.space, config))
+
+    assert at_random("tpe") == at_random("random") == []
+    assert at_random("gp") == at_random("qmc") == ["distill.momentum"]
+    assert at_random("cmaes") == ["loss.projection_head", "distill.momentum"]
+
+
+def test_a_key_that_the_first_trial_lacks_is_searched_with_the_others(words, space_file, tmp_path) -> None:
+    """The job's momentum is outside the space, whose other key says nothing: the best value is found all the same."""
+    text = "distill.momentum: {float: [0, 0.5]}\nloss.temperature: {log: [1, 20]}\n"
+    config = load_config([*words, space_file(text), "tune.trials=60"])
+    search, study = engine(config, tmp_path / "study")
+    for turn in range(60):
+        search.suggest(f"t{turn}")
+        choices = read_trials(study)[-1].choices
+        value = 1 - abs(choices.get("distill.momentum", 0.5) - 0.1)
+        search.on_trial_complete(f"t{turn}", {"finished": True, "epoch": 3, "val_accuracy": value})
+    found = [t.choices["distill.momentum"] for t in read_trials(study)[1:]]
+    assert np.median(np.abs(np.array(found[30:]) - 0.1)) < 0.05 < np.median(np.abs(np.array(found[:10]) - 0.1))
+
+
+def test_a_forecast_counts_the_confirmation(words) -> None:
+    config = load_config([*words, "tune.confirm_seeds=3", "cluster.price_per_hour=6", "tune.pruner=none"])
+    lines = forecast_lines(config, left=10, together=4, each=20.0, before=50.0)
+    assert lines == [
+        "tune: 10 trials, 4 at a time, of about 20 s each: about 60 s",
+        "tune: then 6 trainings with 3 new seed(s) to confirm, 50 s of earlier stages for each: about 4 min",
+        "tune: about 6 min in all, 0.55 at 6 an hour",
+    ]
+    (unknown,) = forecast_lines(config, left=10, together=4, each=None, before=50.0)
+    assert "how long is unknown" in unknown
+    alone = load_config([*words, "tune.confirm_seeds=0"])
+    assert forecast_lines(alone, 10, 1, 20.0, 50.0)[-1] == "tune: about 3 min in all"
+
+
+def test_a_forecast_of_steps_that_cannot_be_taken_is_unknown(tiny_set, monkeypatch) -> None:
+    assert seconds_per_step(tiny_set.job("a"), 1) > 0
+
+    def out_of_memory(job, worker):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(engine_module, "distill_loop", out_of_memory)
+    assert seconds_per_step(tiny_set.job("a"), 1) is None
+
+
+def test_the_clock_adds_up_over_commands_also_one_that_was_killed(words, space_file, tmp_path, monkeypatch) -> None:
+    now = itertools.count(0.0, 7.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    config = load_config([*words, space_file()])
+    _, study = engine(config, tmp_path / "study")
+    killed = Clock(study)  # 0
+    killed.note()  # 7 s, and no more is heard of it
+    with Clock(study) as clock:
+        clock.tick()  # only 7 s later, which is not worth a note
+        first = clock.seconds
+    assert first > 7
+    with Clock(engine(config, tmp_path / "study")[1]) as clock:
+        assert clock.seconds > first
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_runs_that_a_killed_command_did_not_come_to_are_written_by_the_next(
+    words, space_file, progress, tmp_path
+) -> None:
+    config = load_config([*words, space_file(), "tune.trials=4", "tracking.enabled=true"])
+    search, study = engine(config, tmp_path / "study")
+    list(play(search, study, 2))
+    search.suggest("t")
+    search.on_trial_complete("t", {"failed": "no luck"})
+    place = Path(read_trials(study)[0].directory) / "epochs"
+    place.mkdir(parents=True)
+    (place / "00001.json").write_text(json.dumps({"epoch": 1, "step": 4, "loss": 2.0}))
+
+    def search_again() -> dict[str, object]:
+        with Tracker(config, job="x") as tracker:
+            tracker.end_orphans()
+            SearchDisplay(config, progress, read_trials(study), 4, Clock(study)).record_ended(tracker)
+        client = tracker._client
+        found = client.search_runs([tracker._experiment], "tags.`raydistill.stage` LIKE 'trial%'")
+        return {run.info.run_name: run for run in found}
+
+    with Tracker(config, job="x") as tracker:  # the first was being written, the others not yet
+        ChildRun(tracker, "trial 00000")
+    runs = search_again()
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "trial 00000": "FINISHED", "trial 00001": "FINISHED", "trial 00002": "FAILED",
+    }  # fmt: skip
+    assert runs["trial 00000"].data.metrics == {
+        "epoch": 1, "step": 4, "loss": 2.0, "seconds": 1, "val_accuracy": read_trials(study)[0].values[0],
+    }  # fmt: skip
+    assert runs["trial 00000"].data.params["own values"] == "True"
+    assert runs["trial 00002"].data.tags["raydistill.reason"] == "no luck"
+    again = search_again()
+    assert {n: r.info.end_time for n, r in again.items()} == {n: r.info.end_time for n, r in runs.items()}
+
+
+def test_the_order_of_labels_and_of_keys_makes_another_search(words, space_file, progress) -> None:
+    def name(text: str) -> str:
+        config = load_config([*words, space_file(text)])
+        return tune_module._directory(config, read_space(config.tune.space, config), progress).name
+
+    families = ["kd: {kd_weight: 1}", "dkd: {dkd_weight: 1}"]
+    texts = [f"loss: {{categorical: {{{', '.join(order)}}}}}\n" for order in (families, families[::-1])]
+    texts += ["loss.temperature: {log: [1, 2]}\n" + texts[0], texts[0] + "loss.temperature: {log: [1, 2]}\n"]
+    assert len({name(text) for text in texts}) == 4
+    assert name(texts[0]) == name(texts[0].replace(" ", "  "))
+
+
+def test_a_front_of_two_objectives_is_a_picture() -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    for turn in range(5):
+        trial = study.ask()
+        value = trial.suggest_float("loss.temperature", 1, 9)
+        study.tell(trial, [value, turn])
+    page = search_page(study, "a verdict", ["val_accuracy", "parameters"]).decode()
+    assert '<h2>Pareto front</h2>\n<img alt="" src="data:image/png' in page
+
+
+def test_pictures_that_one_setting_does_not_suffice_for_say_so() -> None:
+    study = optuna.create_study(direction="maximize")
+    for _ in range(5):
+        trial = study.ask()
+        study.tell(trial, trial.suggest_float("loss.temperature", 1, 9))
+    page = search_page(study, "a verdict", ["val_accuracy"]).decode()
+    assert page.count("<img") == 3
+    assert "it takes two settings that matter" in page
+
+
+def test_ray_leaves_the_handler_of_sigterm_that_was_there() -> None:
+    def ours(*_) -> None: ...
+
+    def rays(*_) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with cluster._own_handler_kept():
+            signal.signal(signal.SIGTERM, rays)
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+OFF = [f"loss.{name}_weight=0" for name in ("kd", "alignment", "uniformity")]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -188,12 +643,21 @@ def test_a_trial_that_falls_behind_ends_after_its_grace_and_a_good_one_does_not(
         (["tune.space=VIEWS"], "3 combinations of keys that stages before training depend on"),
         (["tune.space=STUDENT"], "no model of this name|unknown|no such"),
         (["tune.storage=sqlite:////nowhere/study.db"], "tune.storage=sqlite:////nowhere/study.db: cannot be opened"),
+        (["tune.concurrent=1000"], "tune.concurrent=1000 trials at once"),
+        (["distill.num_workers=2", "tune.concurrent=1000"], "tune.concurrent=1000 trials at once, of 2 workers each"),
+        (["tune.space=HEADS", "tune.sampler=cmaes"], "would draw every key of this space at random"),
+        (["tune.sampler=cmaes", "tune.objectives=[loss,parameters]", "tune.pruner=none"], "takes one objective"),
+        (["tune.space=LOSSES", "views.per_image=fresh", *OFF], "would run the teacher again in every trial"),
+        (["tune.space=PRECISION", "teacher.head=fine_tune"], "distill.precision: teacher.head=fine_tune trains the"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_starts(more, message, words, space_file, progress, tmp_path):
     files = {
         "tune.space=VIEWS": space_file("views.per_image: {int: [1, 3]}\nloss.temperature: {log: [1, 2]}"),
         "tune.space=STUDENT": space_file('student.model: {categorical: ["timm:test_resnet", "timm:test_resnat"]}'),
+        "tune.space=HEADS": space_file("loss.projection_head: {categorical: [linear, two_layer]}"),
+        "tune.space=LOSSES": space_file("loss: {categorical: {task: {kd_weight: 0}, kd: {kd_weight: 1}}}"),
+        "tune.space=PRECISION": space_file("distill: {categorical: {a: {precision: bf16}, b: {precision: fp32}}}"),
     }
     config = load_config([*words, space_file(), "tune.trials=2", *(files.get(word, word) for word in more)])
     with pytest.raises(ConfigError, match=message):
@@ -301,25 +765,34 @@ class TestSlow:
         search = tune_job(load_config([*words, file, *more, "tune.confirm_seeds=0", "tune.sampler=random"]), progress)
         assert search.front
         assert search.best_number in search.front
-        assert b"Pareto front" in (Path(search.path) / "search.html").read_bytes()
+        assert b"<h2>Pareto front</h2>\n<img" in (Path(search.path) / "search.html").read_bytes()
+
+
+def start_search(words: list[str]) -> subprocess.Popen:
+    """As a command of its own, in a session that can be killed whole."""
+    arguments = [sys.executable, "-c", "from raydistill.cli import main; main()", "tune", *words]
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 @pytest.mark.slow
-def test_trials_of_two_workers_go_through_ray_train(words, space_file, progress) -> None:
-    """In a Ray of its own, with the dashboard that Tune's clean-up asks."""
+def test_trials_of_two_workers_go_through_ray_train(words, space_file, tmp_path) -> None:
+    """In a Ray of its own, with the dashboard that Tune's clean-up asks: the session's has none."""
     more = ["distill.num_workers=2", "tune.trials=3", "tune.confirm_seeds=0", "distill.epochs=9", "distill.val_every=1"]
-    search = tune_job(load_config([*words, space_file(), *more]), progress)
-    assert {t.state for t in search.trials} <= {"complete", "pruned"}
-    assert search.trials[0].state == "complete"
+    process = start_search([*words, space_file(), *more])
+    assert process.wait(280) == 0, process.stdout.read()
+    (path,) = (tmp_path / "workspace").glob("tune-*/search.json")
+    states = [trial["state"] for trial in json.loads(path.read_text())["trials"]]
+    assert set(states) <= {"complete", "pruned"}
+    assert states[0] == "complete"
 
 
 @pytest.mark.slow
 def test_sigterm_ends_the_search_and_its_trial_as_killed(words, space_file, tmp_path) -> None:
-    words = [*words, space_file(), "distill.epochs=2000", "tracking.enabled=true"]
-    code, workspace = "from raydistill.cli import main; main()", tmp_path / "workspace"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "tune", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    words = [*words, space_file(), "distill.epochs=2000", "tracking.enabled=true", "tune.concurrent=1"]
+    workspace = tmp_path / "workspace"
+    process = start_search(words)
     deadline = time.monotonic() + 120
     while not list(workspace.glob("distill-*/epochs/*.json")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()
@@ -334,21 +807,22 @@ def test_sigterm_ends_the_search_and_its_trial_as_killed(words, space_file, tmp_
 @pytest.mark.slow
 def test_a_search_that_is_killed_ten_times(words, space_file, tmp_path) -> None:
     words = [*words, space_file(), "tune.trials=12", "tune.confirm_seeds=0", "distill.epochs=12", "distill.val_every=1"]
-    words += ["tracking.enabled=true"]
+    words += ["tracking.enabled=true", "tune.concurrent=1"]
 
     def search(folder: str) -> subprocess.Popen:
-        code = "from raydistill.cli import main; main()"
-        arguments = [sys.executable, "-c", code, "tune", *words, f"workspace={tmp_path}/{folder}"]
-        return subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+        return start_search([*words, f"workspace={tmp_path}/{folder}"])
+
+    def epochs() -> set[Path]:
+        return set(tmp_path.glob("broken/distill-*/epochs/*.json"))
 
     unbroken = search("unbroken")
     assert unbroken.wait(600) == 0, unbroken.stdout.read()
     chance, killed = random.Random(0), 0
     for _ in range(10):
-        process = search("broken")
-        time.sleep(chance.uniform(15, 30))
+        before, process = epochs(), search("broken")
+        while not epochs() - before and process.poll() is None:  # however long it takes to start
+            time.sleep(0.1)
+        time.sleep(chance.uniform(0, 10))
         if process.poll() is not None:
             break
         killed += 1

@@ -70,7 +70,7 @@ class TinySet:
         self.head = LinearHead(3 * centres.astype(np.float32), np.zeros(len(CLASSES), np.float32))
         (root / "adapt" / "head.safetensors").write_bytes(encode_head(self.head))
         self.samples = SampleSet(
-            str(root / "samples"), CLASSES, SIZE, shards, {"train": labelled, "val": 12, "test": 0}, 0, {}, ""
+            str(root / "samples"), CLASSES, SIZE, shards, {"train": labelled, "val": 12, "test": 0}, 0, {}, {}
         )
 
     def job(self, name: str, teacher: bool = True, **sections: dict[str, object]) -> DistillJob:

@@ -15,7 +15,7 @@ from raydistill.config import load_config
 from raydistill.data.decode import encode, pixels
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.views import WHOLE_IMAGE
-from raydistill.models.generator import inspect_pipeline
+from raydistill.models.pipelines import inspect_pipeline
 from raydistill.stages.choosing import FileTeacher
 from raydistill.stages.making import GeneratorActor
 from raydistill.stages.teach import ShardTeacher

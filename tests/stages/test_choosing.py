@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from raydistill.config import Generate, load_config
+from raydistill.config import Generate, Images, load_config
 from raydistill.data.decode import decode, encode
-from raydistill.data.sample import sample_id
+from raydistill.data.sample import SampleSet, encode_shard, sample_id
 from raydistill.data.views import WHOLE_IMAGE, render
 from raydistill.models.teacher import LinearHead, encode_head, load_teacher
-from raydistill.stages.choosing import Judge, choose
+from raydistill.stages.choosing import HeldOut, Judge, choose, working_image
 from raydistill.stages.making import Made, contrast, difference_hash, image_seed
 
 CLASSES = ("cat", "dog")
-NOTHING: list[bytes] = []
+NOTHING: set[str] = set()
 
 
 def settings(**changes: object) -> Generate:
@@ -62,13 +62,12 @@ def test_good_images_are_kept_at_the_first_attempt():
         ({"contrast": 2.9}, "near-constant"),
         ({"id": one("dog/0/0").id}, "duplicate"),  # of another class's image, which came first
         ({"hash": one("cat/0/0").hash}, "near duplicate"),
-        ({"hash": hashlib.sha256(b"a test image").digest()}, "duplicate of a val or test image"),
+        ({"id": "0" * 32}, "duplicate of a val or test image"),
     ],
 )
 def test_a_fault_is_named_and_the_next_attempt_is_taken(fault, reason):
     made = all_made(2, cat_1_0=one("cat/1/0", **fault))
-    seen = [hashlib.sha256(b"a test image").digest()]
-    chosen = choose(settings(), {"cat": 2, "dog": 1}, made, seen, None)
+    chosen = choose(settings(), {"cat": 2, "dog": 1}, made, {"0" * 32}, None)
     assert chosen.verdicts["cat", 1, 0] == reason
     assert dict(chosen.rejected) == {reason: 1}
     assert ("cat", 1, 1) in chosen.kept
@@ -136,6 +135,31 @@ def test_the_teacher_has_its_say():
     assert ask(confidence=0.65).missing == {"cat": 1, "dog": 1}
     assert ask(confidence=0.65, class_confidence={"cat": 0.5, "dog": 0.2}).missing == {}
     assert ask(weigh=True).kept == pytest.approx({("cat", 0, 0): 0.6, ("dog", 0, 0): 0.3})
+
+
+@pytest.mark.parametrize("size", [12, 16, 28, 32, 45])
+def test_a_copy_of_a_held_out_image_is_known_at_whatever_size_is_trained_on(tmp_path, photo, size):
+    """The pipeline makes 16 pixels: of grey noise, whose hash another size changes, and of a photograph."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(photo).resize((16, 16))
+    pictures = [small, *(Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).convert("RGB") for _ in range(20))]
+    files, images = [encode(picture) for picture in pictures], Images(path="x", size=size)
+    held = files[:11]
+    table = pa.table(
+        {
+            "sample_id": [sample_id(file) for file in held],
+            "image": [encode(working_image(file, images)) for file in held],
+            "label": pa.array([0] * len(held), pa.int32()),
+            "source": ["real"] * len(held),
+            "split": ["test"] * len(held),
+        }
+    )
+    (tmp_path / "test-00000.parquet").write_bytes(encode_shard(table))
+    samples = SampleSet(str(tmp_path), CLASSES, size, {"test": (len(held),)}, {}, 0, {}, {})
+    made_file = f"{tmp_path}/made.parquet"
+    pq.write_table(pa.table({"image": pa.array([None, *files], pa.binary())}), made_file)
+    made = {"cat": {(k, 0): one(f"{k}", file=made_file, row=k + 1, id=sample_id(f)) for k, f in enumerate(files)}}
+    assert HeldOut(samples, images, distance=4).shown_by(made) == {sample_id(file) for file in held}
 
 
 def test_the_judge_sees_every_image_once_and_files_without_any_not_at_all(words, tmp_path, photo):

@@ -142,11 +142,13 @@ def test_workers_together_see_the_global_batch(tiny_set) -> None:
         assert [len(split[rank][step].labels_V) for rank in range(3)] == [3, 3, 2]
 
 
-def test_unlabelled_images_take_part_through_soft_targets_alone(tiny_set) -> None:
-    batches = read_batches(tiny_set.job("labels"), 0, here())
-    seen = np.concatenate([next(batches).labels_V for _ in range(5)])
-    assert (seen == UNLABELLED).sum() == 28
-    assert (seen != UNLABELLED).sum() == 12
+def test_unlabelled_images_take_part_through_soft_targets_alone(make_set) -> None:
+    """A third of what is drawn is labelled at least, and with more labels than that, what they are of the split."""
+    for name, labelled, expected in (("few", 4, 13), ("many", 30, 30)):
+        batches = read_batches(make_set(name, num_train=40, labelled=labelled).job("labels"), 0, here())
+        seen = np.concatenate([next(batches).labels_V for _ in range(5)])
+        assert (seen != UNLABELLED).sum() == expected
+        assert (seen == UNLABELLED).sum() == 40 - expected
 
 
 def test_labelled_share_is_kept(tiny_set) -> None:
@@ -163,6 +165,19 @@ def test_without_a_teacher_only_labelled_images_are_drawn_in_as_many_steps(tiny_
     assert (batch.labels_V != UNLABELLED).all()
     assert batch.features_VD is None
     assert "task" in distill_loop(scratch, here())
+
+
+def test_few_labels_shrink_no_batch_of_an_arm_without_a_teacher(make_set) -> None:
+    """It would take smaller and more steps than the others; with this an image comes twice, as two views."""
+    few = make_set("few", num_train=40, labelled=5)
+    settings = {"distill": {"epochs": 1, "batch_size": 20}}
+    alone = few.job("alone", teacher=False, views={"per_image": "fresh"}, **settings)
+    taught = few.job("taught", **settings)
+    assert (alone.batch_size, alone.total_steps) == (taught.batch_size, taught.total_steps) == (20, 2)
+    batch = next(read_batches(alone, 0, here()))
+    assert (batch.labels_V != UNLABELLED).all()
+    seen = {(row, *parameters) for row, parameters in zip(batch.rows_V, map(tuple, batch.parameters_VP), strict=True)}
+    assert len(seen) == 20
 
 
 @pytest.mark.parametrize(("num_train", "batch_size", "expected"), [(33, 32, 1), (5, 32, 1), (40, 16, 2), (3, 2, 1)])

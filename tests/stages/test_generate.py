@@ -3,6 +3,7 @@ actors and after whatever kill; and what is done with them."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -18,17 +19,29 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from rich.console import Console
 
-from raydistill.config import load_config
-from raydistill.data.decode import decode
-from raydistill.data.sample import decode_shard, sample_id
+from raydistill.config import RunConfig, load_config
+from raydistill.data.decode import decode, encode
+from raydistill.data.images import Listing
+from raydistill.data.sample import SampleSet, decode_shard, encode_shard, sample_id
 from raydistill.data.targets import read_targets
 from raydistill.errors import ConfigError, StageError
-from raydistill.stages.generate import forecast, label_weights
-from raydistill.stages.run import run_stages
+from raydistill.infra.artifacts import StageDirectory, Work, check_writable, generate_directory, stage_directory
+from raydistill.infra.cluster import RayStart, configure_ray_data, plan_resources
+from raydistill.infra.progress import Progress
+from raydistill.models.pipelines import inspect_pipeline
+from raydistill.search.compare import _arms
+from raydistill.stages import generate
+from raydistill.stages.choosing import Chosen, working_image
+from raydistill.stages.evaluate import Report
+from raydistill.stages.generate import GeneratedImages, check_generate, forecast, label_weights
+from raydistill.stages.making import GeneratorActor, Made, make_recipes, read_made
+from raydistill.stages.run import Outcome, _Run, run_stages
 from raydistill.stages.summary import closing_table
 
 # No node of the tests' cluster has the label, and any will do.
@@ -40,6 +53,45 @@ NO_TEACHER = ["teacher=null", "loss.kd_weight=0", "loss.alignment_weight=0", "lo
 def generating(words, class_pipeline) -> list[str]:
     return [*words, f"generate.pipeline={class_pipeline}", "generate.steps=2", "generate.per_class=6",
             "generate.batch_size=4"]  # fmt: skip
+
+
+@pytest.fixture
+def unconditional(class_pipeline, tmp_path) -> Path:
+    """The pipeline without its classes."""
+    folder = tmp_path / "unconditional"
+    shutil.copytree(class_pipeline, folder)
+    (folder / "classes.json").unlink()
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "num_class_embeds": None}))
+    return folder
+
+
+@pytest.fixture
+def in_this_process(monkeypatch, progress):
+    """`generate` by one actor in this process instead of a pool of Ray's."""
+
+    def run_units(config, samples, facts, units, judge, plan):
+        actor = GeneratorActor(config.generate, facts, samples)
+        for unit in units:
+            yield {"images": actor({"unit": np.array([unit["unit"]])})["images"][0]}
+
+    def run(config: RunConfig, samples: SampleSet) -> GeneratedImages:
+        check_writable(config)
+        with monkeypatch.context() as patched:
+            patched.setattr(generate, "_run_units", run_units)
+            plan = plan_resources(config, 2.0, 0.0, 2)
+            return generate.generate_images(config, samples, None, generate_directory(config, samples), plan, progress)
+
+    return run
+
+
+@pytest.fixture
+def samples(make_set) -> SampleSet:
+    """Nine labelled train images, six val ones."""
+    made = make_set("samples", num_train=9, labelled=9).samples
+    return dataclasses.replace(
+        made, ids=dict.fromkeys(("train", "val", "test"), "i"), labels=dict.fromkeys(("train", "val", "test"), "l")
+    )
 
 
 def raw_images(workspace: Path) -> dict[tuple[str, int, int], bytes]:
@@ -100,6 +152,10 @@ class TestWithRay:
         assert outcome.directories["distill"] != plain.directories["distill"]
         for name in ("sheet-000.png", "ledger.parquet", "generate.json"):
             assert (Path(samples.path) / name).stat().st_size > 0
+        deltas = json.loads((Path(outcome.report.path) / "deltas.json").read_text())
+        assert {split: set(of_split) for split, of_split in deltas.items()} == {
+            split: set(samples.classes) for split in ("val", "test")
+        }
         again = run_stages(load_config([*generating, "generate.filter.weigh=true"]), progress)
         assert set(again.seconds.values()) == {0.0}
         made = {p: p.stat().st_mtime_ns for p in Path(samples.path).parent.glob("generated/*/*.parquet")}
@@ -153,14 +209,14 @@ class TestWithRay:
 
     @pytest.mark.slow
     def test_a_generated_copy_of_a_test_image_is_rejected(self, generating, progress, tmp_path) -> None:
-        """The test split holds what the pipeline makes: leakage."""
+        """The test split holds what the pipeline makes, at twice the size: leakage."""
         first = run_stages(load_config([*generating, *NO_TEACHER]), progress, "generate")
         images = tmp_path / "leaky"
         for (name, index, _), image in raw_images(tmp_path / "workspace").items():
             split = "test" if index < 2 else "val" if index < 3 else "train"
             (images / split / name).mkdir(parents=True, exist_ok=True)
             (images / split / name / f"{index}.png").write_bytes(image)
-        more = [f"images.path={images}", "images.size=16", "generate.attempts=1"]
+        more = [f"images.path={images}", "images.size=32", "generate.attempts=1"]
         leaky = run_stages(load_config([*generating, *NO_TEACHER, *more]), progress, "generate")
         assert sum(first.generated.kept.values()) == 18
         assert leaky.generated.rejected == {"duplicate of a val or test image": 9}
@@ -225,6 +281,10 @@ def command(words: list[str], *more: str) -> subprocess.Popen:
     )
 
 
+def num_files(workspace: Path) -> int:
+    return len(list(workspace.glob("generated/*/*.parquet")))
+
+
 @pytest.mark.slow
 def test_killed_drivers_at_random_times_make_the_same_set(generating, progress, tmp_path) -> None:
     """kill -9 of the driver and all it started, up to twenty times, until nothing is left to make."""
@@ -234,7 +294,9 @@ def test_killed_drivers_at_random_times_make_the_same_set(generating, progress, 
     broken, chance, killed = tmp_path / "broken", random.Random(0), 0
     for _ in range(20):
         process = command(words, f"workspace={broken}")
-        time.sleep(chance.uniform(4, 16))
+        enough, deadline = num_files(broken) + chance.randint(1, 12), time.monotonic() + 120
+        while num_files(broken) < enough and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
         if process.poll() is not None:  # all that was left is made
             assert process.returncode == 0, process.stdout.read()
             break
@@ -252,3 +314,223 @@ def test_killed_drivers_at_random_times_make_the_same_set(generating, progress, 
         for folder in (broken, tmp_path / "unbroken")
     ]
     assert shards[0] == shards[1] != []
+
+
+def with_test_split(samples: SampleSet, config: RunConfig, files: list[bytes]) -> SampleSet:
+    """As `prepare` would have made them of these files."""
+    table = pa.table(
+        {
+            "sample_id": [sample_id(file) for file in files],
+            "image": [encode(working_image(file, config.images)) for file in files],
+            "label": pa.array([0] * len(files), pa.int32()),
+            "source": ["real"] * len(files),
+            "split": ["test"] * len(files),
+        }
+    )
+    (Path(samples.path) / "test-00000.parquet").write_bytes(encode_shard(table))
+    return dataclasses.replace(samples, shards={**samples.shards, "test": (len(files),)})
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_copy_of_a_test_image_is_rejected_whatever_the_working_size(
+    generating, in_this_process, samples, tmp_path, size
+) -> None:
+    """The pipeline makes 16 pixels."""
+    config = load_config([*generating, *NO_TEACHER, f"images.size={size}", "generate.attempts=1"])
+    plain = in_this_process(config, samples)
+    assert sum(plain.kept.values()) == 18
+    files = [image for (_, index, _), image in raw_images(tmp_path / "workspace").items() if index < 2]
+    leaky = with_test_split(dataclasses.replace(samples, ids={**samples.ids, "test": "other"}), config, files)
+    generated = in_this_process(config, leaky)
+    assert generated.rejected == {"duplicate of a val or test image": 6}
+    assert generated.kept == dict.fromkeys(samples.classes, 4)
+
+
+@pytest.mark.parametrize("workspace", ["[w]*?", "file://{root}/w"])
+def test_a_workspace_may_have_any_name(generating, in_this_process, samples, tmp_path, workspace) -> None:
+    place = workspace.format(root=tmp_path) if "://" in workspace else f"{tmp_path}/{workspace}"
+    config = load_config([*generating, *NO_TEACHER, f"workspace={place}"])
+    assert sum(in_this_process(config, samples).kept.values()) == 18
+    huge = load_config([*generating, *NO_TEACHER, f"workspace={place}", "generate.per_class=1000000000"])
+    with pytest.raises(ConfigError, match="GB are free"):
+        in_this_process(huge, samples)
+
+
+def test_files_that_do_not_arrive_end_the_run(generating, samples, progress, monkeypatch) -> None:
+    config = load_config([*generating, *NO_TEACHER])
+    check_writable(config)
+    monkeypatch.setattr(generate, "_run_units", lambda *rest: iter([]))
+    with pytest.raises(StageError, match="18 images were made and are not to be found"):
+        generate.generate_images(
+            config, samples, None, generate_directory(config, samples), plan_resources(config, 2.0, 0.0, 2), progress
+        )
+
+
+def test_what_was_made_is_read_without_its_pixels(generating, in_this_process, samples, monkeypatch) -> None:
+    config = load_config([*generating, *NO_TEACHER, "generate.per_class=2"])
+    in_this_process(config, samples)
+    recipe = make_recipes(config, samples, inspect_pipeline(config.generate))["red"]
+    (file,) = Path(recipe.directory.path).glob("*.parquet")
+    rows = pq.read_table(file)
+    heavy = pa.array([b"x" * 5_000_000] * len(rows), pa.binary())
+    pq.write_table(rows.set_column(rows.column_names.index("image"), "image", heavy), file, compression="none")
+    read, fs = [], recipe.directory.fs
+
+    class Counting(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            data = super().read(size)
+            read.append(len(data))
+            return data
+
+    monkeypatch.setattr(fs, "open", lambda path, mode: Counting(path, mode))
+    assert set(read_made(recipe)) == {(0, 0), (1, 0)}
+    assert 0 < sum(read) < 200_000
+
+
+def test_nothing_was_made_where_there_is_no_directory_yet(generating, samples) -> None:
+    config = load_config([*generating, *NO_TEACHER])
+    recipes = make_recipes(config, samples, inspect_pipeline(config.generate))
+    assert all(read_made(recipe) == {} for recipe in recipes.values())
+
+
+def test_images_count_by_all_that_decides_them(generating, samples, text_pipeline) -> None:
+    """The commit of a pipeline on the hub, and the working size where they begin from train images."""
+
+    def places(*more: str, **changes: object) -> list[str]:
+        config = load_config([*generating, *NO_TEACHER, *more])
+        facts = dataclasses.replace(inspect_pipeline(config.generate), **changes)
+        return [recipe.directory.path for recipe in make_recipes(config, samples, facts).values()]
+
+    assert not set(places(commit="c0ffee")) & {*places(), *places(commit="decade")}
+    assert places("images.size=48") == places()
+    from_images = [f"generate.pipeline={text_pipeline(True)}", "generate.strength=0.5"]
+    before = places(*from_images)
+    assert places(*from_images) == before
+    for change in ("images.size=48", "images.fit=pad"):
+        assert not set(places(*from_images, change)) & set(before)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "more", "message"),
+    [
+        ("class", ["generate.overrides={rde: {steps: 3}}"], "generate.overrides: the data has no class 'rde'"),
+        ("class", ["generate.class_ids={rde: 1}"], "generate.class_ids: the data has no class 'rde'"),
+        ("class", ["generate.filter.class_confidence={rde: 0.1}"], "class_confidence: the data has no class 'rde'"),
+        ("none", ["generate.filter.class_confidence={rde: 0.1}"], "class_confidence: the data has no class 'rde'"),
+        ("none", ["generate.overrides={rde: {steps: 3}}"], "generate.overrides: the data has no class 'rde'"),
+        ("none", ["generate.overrides={red: {steps: 3}}"], "generate.overrides goes by class"),
+        ("none", ["generate.balance=true", "generate.per_class=null"], "generate.balance goes by class"),
+        ("none", ["generate.class_ids={red: 1}"], "generate.class_ids gives numbers to 'red'"),
+        ("none", ["generate.steps=1001"], "has 1000 steps in all"),
+        ("class", ["generate.steps=1001"], "has 1000 steps in all"),
+        ("class", ["generate.class_ids={red: 4}"], "'red' would be class 4"),
+        ("class", ["generate.class_ids={red: 1}"], "'red' and 'green' would both be class 1"),
+        ("class", ["generate.scheduler=ScoreSdeVeScheduler"], "no step that could be taken"),
+    ],
+)
+def test_what_would_die_in_an_actor_is_refused_before(
+    generating, class_pipeline, unconditional, pipeline, more, message
+) -> None:
+    folder = class_pipeline if pipeline == "class" else unconditional
+    config = load_config([*generating, f"generate.pipeline={folder}", *more])
+    with pytest.raises(ConfigError, match=message):
+        check_generate(config, ("red", "green", "blue"))
+
+
+def test_what_is_right_is_not_refused(generating, unconditional) -> None:
+    for more in ([], [f"generate.pipeline={unconditional}"], ["generate.class_ids={red: 1, green: 2, blue: 0}"]):
+        check_generate(load_config([*generating, *more]), ("red", "green", "blue"))
+
+
+def test_a_pool_that_may_be_empty_begins_with_one_actor(generating) -> None:
+    none, one = (load_config([*generating, f"cluster.generator_actors=[{fewest},8]"]) for fewest in (0, 1))
+    for cpus, gpus in ((2, 0), (16, 4)):
+        assert plan_resources(none, cpus, gpus, cpus) == plan_resources(one, cpus, gpus, cpus)
+    with pytest.raises(ConfigError, match=r"cluster\.generator_actors"):
+        load_config([*generating, "cluster.generator_actors=[0,0]"])
+
+
+def test_ray_data_waits_for_slow_images_and_for_nodes() -> None:
+    from ray.data import DataContext
+
+    configure_ray_data()
+    assert DataContext.get_current().execution_no_progress_timeout_s == -1  # its word for never
+
+
+def test_every_class_has_a_contact_sheet(tmp_path) -> None:
+    names = [f"class {k}" for k in range(103)]
+    one = Made("", 0, "", 0, "", "", "not finite", 0.0, b"", 0.0)
+    keys = [(name, 0, 0) for name in names]
+    chosen = Chosen(dict.fromkeys(keys[1:], 1.0), dict.fromkeys(keys, "kept") | {keys[0]: "not finite"}, None, [], {})
+    directory = StageDirectory(str(tmp_path), "generate", "")
+    picture = encode(Image.new("RGB", (8, 8)))
+    generate._draw_sheets(
+        directory, dict.fromkeys(names, 1), {name: {(0, 0): one} for name in names}, chosen,
+        dict.fromkeys(keys[1:], picture),
+    )  # fmt: skip
+    assert {p.name for p in tmp_path.iterdir()} == {f"sheet-{k:03d}.png" for k in range(103)}
+
+
+class Recorded:
+    """A tracker that keeps what it is to log."""
+
+    def __init__(self) -> None:
+        self.artifacts: list[str] = []
+
+    def log_job(self, metrics: dict[str, float], artifacts: list[str]) -> None:
+        self.artifacts += artifacts
+
+
+@pytest.mark.parametrize(
+    ("workspace", "until", "logged"), [("w", "generate", 5), ("file://{root}/w", "generate", 0), ("w", "evaluate", 0)]
+)
+def test_where_generate_ends_the_command_its_sheets_are_recorded(
+    generating, in_this_process, samples, tmp_path, progress, workspace, until, logged
+) -> None:
+    """Three sheets, `generate.json` and the ledger; where `evaluate` follows, it records them."""
+    place = workspace.format(root=tmp_path) if "://" in workspace else f"{tmp_path}/{workspace}"
+    config = load_config([*generating, *NO_TEACHER, f"workspace={place}"])
+    in_this_process(config, samples)
+    prepared = stage_directory(config, "prepare", {})
+    work = Work(Listing((), (), {}, ""), prepared, ("prepare", "generate", until), frozenset(), False)
+    tracker = Recorded()
+    with RayStart(config) as ray:
+        _Run(config, progress, work, ray, tracker)._generate(samples)
+    names = [Path(path).name for path in tracker.artifacts]
+    assert sum(name.startswith("sheet-") or name in ("generate.json", "ledger.parquet") for name in names) == logged
+
+
+def measured(*recalls: float | None) -> dict[str, dict[str, object]]:
+    """Of a split in which a class without a recall has no images."""
+    per_class = {
+        f"class {k}": {"images": 0 if recall is None else 10, "recall": recall} for k, recall in enumerate(recalls)
+    }
+    accuracy = float(np.mean([recall for recall in recalls if recall is not None]))
+    return {"test": {"accuracy": accuracy, "interval": [0.0, 1.0], "per_class": per_class}}
+
+
+def test_every_class_is_in_the_file_of_changes_and_the_extremes_are_shown(generating, tmp_path) -> None:
+    reports = [
+        Report(str(tmp_path), measured(*recalls), None, None, 1, None, 1.0, None, "CPU")
+        for recalls in ((0.5, 0.25, 0.75, None), (0.5, 0.5, 0.25, None))
+    ]
+    outcome = Outcome(report=reports[0], without_generated=reports[1])
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(closing_table(load_config(generating), outcome))
+    assert "+8.3 points (class 1 -25.0, class 2 +50.0)" in shown.export_text()
+    deltas = json.loads((tmp_path / "deltas.json").read_text())["test"]
+    assert {name: of_class["points"] for name, of_class in deltas.items()} == {
+        "class 0": 0.0,
+        "class 1": -25.0,
+        "class 2": 50.0,
+    }
+    assert deltas["class 2"] == {"images": 10, "without": 0.25, "with": 0.75, "points": 50.0}
+
+
+def test_a_comparison_leaves_out_arms_that_have_no_use_for_unlabelled_images(generating, unconditional) -> None:
+    shown = Console(width=200, record=True, file=io.StringIO())
+    config = load_config([*generating, f"generate.pipeline={unconditional}", "compare.arms=[scratch,kd]"])
+    assert _arms(config, Progress(shown)) == ["scratch", "kd", "kd+generated"]
+    assert "scratch+generated is left out" in shown.export_text()
+    labelled = load_config([*generating, "compare.arms=[scratch,kd]"])
+    assert _arms(labelled, Progress(shown)) == ["scratch", "kd", "scratch+generated", "kd+generated"]

@@ -80,7 +80,7 @@ def test_a_run_and_the_same_again(words, progress, tmp_path, image_folder) -> No
         children = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
         epochs = database.execute("select count(distinct step) from metrics where key = 'kd'").fetchone()[0]
     assert {status for _, status in runs} == {"FINISHED"}
-    assert (len(runs), children, epochs) == (7, 6, 3)
+    assert (len(runs), children, epochs) == (8, 7, 3)
 
     before = markers(workspace)
     again = run_stages(config, progress)
@@ -219,14 +219,14 @@ def test_fine_tuning_knows_classes_that_differ_in_case_and_workspaces_that_are_u
 
 
 def test_a_teacher_that_cannot_be_fine_tuned_is_refused_before_anything_is_written(words, progress, tmp_path) -> None:
-    alone = load_config([*words, *FINE_TUNE, "distill.batch_size=1", "student.model=timm:test_vit", "student.size=32",
-                         "loss.projection_head=two_layer"])  # fmt: skip
+    alone = load_config([*words, *FINE_TUNE, "teacher.fine_tune_batch_size=1", "student.model=timm:test_vit",
+                         "student.size=32", "loss.projection_head=two_layer"])  # fmt: skip
     settings, student = Student(model="timm:test_resnet", size=32), tmp_path / "student"
     student.mkdir()
     for name, data in write_student(build_student(settings, 3), settings, ["a", "b", "c"], {}).items():
         (student / name).write_bytes(data)
     a_student = load_config([*words, *FINE_TUNE, f"teacher.model={student}", "teacher.weights=null"])
-    with pytest.raises(ConfigError, match=r"batch_size=1 .*test_resnet has batch norm"):
+    with pytest.raises(ConfigError, match=r"teacher\.fine_tune_batch_size=1 .*test_resnet has batch norm"):
         run_stages(alone, progress)
     with pytest.raises(ConfigError, match=rf"teacher\.head=fine_tune.*{student}"):
         run_stages(a_student, progress)
@@ -265,7 +265,7 @@ def test_csv_and_parquet_give_the_samples_of_the_folder(words, progress, image_f
     hashes = set()
     for path in (image_folder, table, parquet):
         samples = run_stages(table_job(words, path), progress, until="prepare").samples
-        hashes.add((tuple(samples.ids.items()), samples.labels, samples.classes))
+        hashes.add((tuple(samples.ids.items()), tuple(samples.labels.items()), samples.classes))
     assert len(hashes) == 1
 
 
@@ -291,6 +291,7 @@ def test_new_labels_cost_no_teacher_pass(words, progress, tmp_path) -> None:
     fewer = run_stages(load_config([*words, "images.num_labelled=30"]), progress, until="teach")
     assert fewer.directories["teach"] == first.directories["teach"]
     assert fewer.seconds["teach"] == 0
+    assert "test_features" not in fewer.seconds
     assert fewer.adapted.num_train == 30
 
 
@@ -315,6 +316,36 @@ def test_a_teacher_that_sees_nothing_stops_before_it_teaches(words, progress, tm
     with pytest.raises(ConfigError, match=r"val accuracy of 0.333, hardly above the 0.333"):
         run_stages(load_config([*words, f"teacher.weights={blind}", "teacher.allow_near_chance=false"]), progress)
     assert not list((tmp_path / "workspace").glob("teach-*"))
+    accepted = [*words, f"teacher.weights={blind}"]
+    run_stages(load_config([*accepted, "teacher.allow_near_chance=true"]), progress, until="adapt")
+    with pytest.raises(ConfigError, match="hardly above"):  # what was accepted once is not accepted for ever
+        run_stages(load_config([*accepted, "teacher.allow_near_chance=false"]), progress, until="adapt")
+
+
+def test_a_loss_that_teaches_no_classifier_is_refused(words, progress, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"alignment, uniformity.*classifier"):
+        run_stages(load_config([*words, "loss.task_weight=0", "loss.kd_weight=0"]), progress)
+    assert not list((tmp_path / "workspace").glob("*-*/*"))
+
+
+def test_a_relative_path_holds_on_a_train_worker(words, progress, tmp_path, teacher_weights, monkeypatch) -> None:
+    """Ray Train would run its workers in a folder of its own, where `./weights` names nothing."""
+    monkeypatch.chdir(teacher_weights.parent)
+    start = ["student.init=pretrained", f"student.weights=./{teacher_weights.name}", "student.size=32"]
+    alone = [f"loss.{name}_weight=0" for name in ("kd", "alignment", "uniformity")]
+    config = load_config([*words, *start, *alone, "distill.num_workers=1", "distill.epochs=1"])
+    assert run_stages(config, progress, until="distill").student.steps > 0
+
+
+def test_a_workspace_may_be_moved(words, progress, tmp_path) -> None:
+    run_stages(load_config(words), progress)
+    (tmp_path / "workspace").rename(tmp_path / "elsewhere")
+    again = run_stages(
+        load_config([*words, f"workspace={tmp_path / 'elsewhere'}", "evaluate.calibration_bins=5"]), progress
+    )
+    assert {stage for stage, seconds in again.seconds.items() if seconds} == {"evaluate"}
+    for path in (again.samples.path, again.adapted.path, again.adapted.features, again.student.path, again.report.path):
+        assert path.startswith(str(tmp_path / "elsewhere"))
 
 
 def cli(words: list[str], *more: str, **options):

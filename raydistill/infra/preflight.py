@@ -1,0 +1,204 @@
+"""What a cluster must be before work starts on it: the same packages on every node, one workspace that all of them see,
+a place for every actor. Each finding is a line with the way out."""
+
+from __future__ import annotations
+
+import platform
+import uuid
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from raydistill.config import RunConfig, overlay
+from raydistill.errors import ConfigError
+from raydistill.infra.artifacts import workspace_root, write_bytes
+from raydistill.infra.cluster import joined_cluster, live_plan
+
+# Nodes that differ in these give other numbers, or cannot read what the others write.
+PACKAGES = ("raydistill", "ray", "torch", "timm", "transformers", "diffusers", "numpy", "pyarrow")
+_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table. `advice` is None where all is well."""
+
+    about: str
+    found: str
+    advice: str | None = None
+
+
+def check_nodes(config: RunConfig) -> list[Finding]:
+    """Look at every node of the cluster that Ray is connected to, from the node itself."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    root, mark = workspace_root(config), uuid.uuid4().hex
+    marker = f"{root}/.seen-{mark}"
+    write_bytes(marker, mark.encode())
+    look = ray.remote(num_cpus=0, max_retries=2)(_look)
+    asked = {
+        node["NodeID"]: look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        ).remote(root, mark, node["NodeID"])
+        for node in nodes
+    }
+    findings, seen = [], {}
+    for node in nodes:
+        try:
+            seen[node["NodeID"]] = ray.get(asked[node["NodeID"]], timeout=_SECONDS)
+        except Exception as error:  # Ray's errors, or whatever its worker failed of
+            lines = [line for line in str(error).strip().splitlines() if line.strip()]
+            findings.append(
+                Finding(
+                    _name(node),
+                    f"runs no task ({lines[-1] if lines else type(error).__name__})",
+                    "raydistill has to be installed there: see its log, `ray logs cluster`",
+                )
+            )
+    fs, folder = url_to_fs(root)
+    try:
+        findings += _versions(nodes, seen)
+        findings += _workspace(config, nodes, seen, {node: fs.exists(f"{folder}/.seen-{mark}-{node}") for node in seen})
+    finally:
+        for path in [f"{folder}/.seen-{mark}", *(f"{folder}/.seen-{mark}-{node}" for node in seen)]:
+            if fs.exists(path):
+                fs.rm(path)
+    return [*findings, *_tracking(config, nodes), *_labels(config, nodes)]
+
+
+def check_cluster(config: RunConfig) -> list[Finding]:
+    """Join the cluster of `cluster.address`, or the one of this node, and look at it: its nodes, and whether the plan
+    fits."""
+    joined = overlay(config, {"cluster": {"address": config.cluster.address or "auto"}})
+    with joined_cluster(joined):
+        findings = check_nodes(joined)
+        try:
+            plan = live_plan(joined)
+        except ConfigError as error:
+            return [*findings, Finding("plan", str(error), "see above")]
+        return [*findings, *(Finding("plan", line) for line in plan.describe())]
+
+
+def refuse_unfit(config: RunConfig) -> None:
+    """Raises ConfigError with a line for each finding that is not well."""
+    if bad := [finding for finding in check_nodes(config) if finding.advice]:
+        raise ConfigError("\n".join(f"cluster: {f.about}: {f.found}; {f.advice}" for f in bad))
+
+
+def _look(root: str, mark: str, node: str) -> dict[str, Any]:
+    """On a node: its versions, and whether it reads what the driver wrote to the workspace and can write there too."""
+    fs, folder = url_to_fs(root)
+    path, error = f"{folder}/.seen-{mark}", ""
+    try:
+        reads = bool(fs.exists(path)) and fs.cat_file(path) == mark.encode()
+        if reads:
+            write_bytes(f"{root}/.seen-{mark}-{node}", b"")
+    except Exception as problem:  # every file system has its own errors
+        reads, error = False, (str(problem).splitlines() or [type(problem).__name__])[0]
+    return {"versions": _installed(), "reads": reads, "error": error}
+
+
+def _installed() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            # Builds of one version for CPUs and GPUs go together.
+            versions[name] = metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            versions[name] = "none"
+    return versions
+
+
+def _name(node: dict[str, Any]) -> str:
+    labels = node.get("Labels") or {}
+    group = labels.get("pool")
+    return f"{node['NodeManagerAddress']} ({group})" if group else str(node["NodeManagerAddress"])
+
+
+def _versions(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]]) -> list[Finding]:
+    """Against the driver's: it is what writes the config that the others read."""
+    mine, findings = _installed(), []
+    for node in nodes:
+        theirs = seen.get(node["NodeID"], {}).get("versions", mine)
+        differ = [f"{name} {theirs[name]} (here {mine[name]})" for name in mine if theirs[name] != mine[name]]
+        if differ:
+            advice = "install what the driver has, best as one image for all nodes (deploy/Dockerfile)"
+            findings.append(Finding(_name(node), ", ".join(differ), advice))
+    if not findings:
+        shown = ", ".join(f"{name} {version}" for name, version in mine.items() if name in ("python", "ray", "torch"))
+        findings.append(Finding("versions", f"{len(seen)} node(s) alike: {shown}"))
+    return findings
+
+
+def _workspace(
+    config: RunConfig, nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]], wrote: dict[str, bool]
+) -> list[Finding]:
+    advice = "give one that all nodes see under this name, as workspace=s3://bucket/runs or a shared folder"
+    findings = []
+    for node in nodes:
+        if node["NodeID"] not in seen:
+            continue
+        answer = seen[node["NodeID"]]
+        if not answer["reads"]:
+            why = f": {answer['error']}" if answer["error"] else ""
+            findings.append(Finding(_name(node), f"does not see workspace={config.workspace}{why}", advice))
+        elif not wrote[node["NodeID"]]:
+            findings.append(
+                Finding(_name(node), f"writes workspace={config.workspace} where others do not see", advice)
+            )
+    return findings or [Finding("workspace", f"{len(seen)} node(s) read and write {workspace_root(config)}")]
+
+
+def _tracking(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
+    uri = config.tracking.uri or f"sqlite:///{workspace_root(config)}/mlflow.db"
+    if not config.tracking.enabled:
+        return [Finding("tracking", "off")]
+    if uri.startswith("sqlite:") and len(nodes) > 1:
+        return [
+            Finding(
+                "tracking",
+                f"{uri} is a file, and a cluster's head may go with all its files",
+                "set tracking.uri to an MLflow server, or tracking.enabled=false",
+            )
+        ]
+    return [Finding("tracking", uri)]
+
+
+def _labels(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
+    """Nodes that generation asks for may come later, so their absence alone is no fault."""
+    wanted = config.cluster.generator_labels
+    if config.generate is None or not wanted:
+        return []
+    fit = [n for n in nodes if all((n.get("Labels") or {}).get(k) == v for k, v in wanted.items())]
+    words = ", ".join(f"{k}={v}" for k, v in wanted.items())
+    if fit:
+        return [Finding("generator nodes", f"{len(fit)} with {words}")]
+    there = {f"{k}={v}" for n in nodes for k, v in (n.get("Labels") or {}).items() if not k.startswith("ray.io")}
+    waits = "" if config.cluster.generator_fallback is not None else "; generating waits until one comes"
+    return [
+        Finding("generator nodes", f"none with {words} yet (there are {', '.join(sorted(there)) or 'none'}){waits}")
+    ]
+
+
+def check_offers(config: RunConfig | None, path: str) -> list[Finding]:
+    """Against the node types of a cluster.yaml, which may scale from none: is there one for every label asked for?"""
+    from raydistill.infra.cluster_file import check_cluster_file, offered
+
+    findings = [Finding(path, line, "mend it before `ray up`") for line in check_cluster_file(path)]
+    wanted = {} if config is None or config.generate is None else config.cluster.generator_labels
+    if wanted and not findings:
+        types = offered(path)
+        fit = [t for t in types if t.max_workers and all(t.labels.get(k) == v for k, v in wanted.items())]
+        words = ", ".join(f"{k}={v}" for k, v in wanted.items())
+        most = sum(t.max_workers for t in fit)
+        if not fit:
+            labels = sorted({f"{k}={v}" for t in types for k, v in t.labels.items()})
+            advice = f"set cluster.generator_labels to one of {', '.join(labels)}, or add such a node type"
+            findings.append(Finding("generator nodes", f"no node type of {path} has {words}", advice))
+        else:
+            findings.append(Finding("generator nodes", f"up to {most} of {', '.join(t.name for t in fit)}"))
+    return findings or [Finding(path, "sound")]

@@ -1,0 +1,305 @@
+"""What a pipeline of diffusers is, without loading its weights: its kind, its classes, and whether it will do."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from raydistill.config import Generate
+from raydistill.errors import ConfigError
+
+Kind = Literal["text", "image", "class", "none"]
+# In the folder of a class-conditional pipeline, which class each number stands for: {"classes": [...], "null": N}, N
+# being the number of no class, for classifier-free guidance.
+CLASSES_FILE = "classes.json"
+# Pipelines of one network on pixels, whose sampling loop is `Generator._denoise`. Old ones have no folders: the network
+# and the scheduler lie at the root, under these names.
+PLAIN = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+AT_ROOT = {"unet": "config.json", "scheduler": "scheduler_config.json"}
+_DIT_NO_CLASS = 1000  # to a DiTPipeline, whatever its network knows
+
+
+@dataclass(frozen=True)
+class PipelineFacts:
+    """What is known of a pipeline without loading its weights. `classes` are the class names it brings, by number, and
+    `ambiguous` those names that stand for several; `num_classes` bounds the numbers, where something does; `null_class`
+    is the number of no class. `side` is that of its images in pixels, 512 where its parts do not say, and `train_steps`
+    what its scheduler was trained with, where that says."""
+
+    pipeline: str
+    kind: Kind
+    commit: str | None
+    licence: str
+    classes: dict[str, int]
+    ambiguous: dict[str, list[int]]
+    num_classes: int | None
+    null_class: int | None
+    side: int
+    train_steps: int | None
+
+
+def inspect_pipeline(settings: Generate) -> PipelineFacts:
+    """Raises ConfigError: no such pipeline, missing parts, one that makes no images from words or classes, classes that
+    its network does not take, or a safety checker that is asked for and not there."""
+    what = f"generate.pipeline={settings.pipeline}"
+    index, folder, commit, licence = _read_index(settings)
+    name = str(index["_class_name"])
+    by_number, null = _known_classes(folder)
+    kind, num_classes = _kind(settings, name), None
+    if name == "DiTPipeline":
+        labels: dict[str, str] = index.get("id2label") or {}
+        by_number += [(word.strip(), int(k)) for k, words in labels.items() for word in words.split(",")]
+        num_classes, null = _classes_of_dit(settings, folder, what), _DIT_NO_CLASS
+    elif name in PLAIN:
+        takes_class, num_classes = _classes_of_unet(folder, what)
+        kind = "class" if takes_class else "none"
+        if by_number and not takes_class:
+            raise ConfigError(
+                f"{what}: its {CLASSES_FILE} names classes ({_some([name for name, _ in by_number])}), and its network "
+                "takes none; delete that file, or name a class-conditional pipeline"
+            )
+        if null is not None and num_classes is not None and not 0 <= null < num_classes:
+            raise ConfigError(
+                f"{what}: the number of no class in its {CLASSES_FILE} is {null}, and its network knows 0 to "
+                f"{num_classes - 1}"
+            )
+    if settings.strength is not None and kind != "image":
+        raise ConfigError(f"generate.strength is for text-to-image pipelines; {what} is a {name}")
+    if settings.class_ids and kind != "class":
+        raise ConfigError(
+            f"generate.class_ids gives numbers to {_some(list(settings.class_ids))}, and {what} is a {name} whose "
+            "network takes no class; leave it out, or name a class-conditional pipeline"
+        )
+    if kind in ("text", "image") and settings.safety_checker and not (index.get("safety_checker") or [None])[0]:
+        raise ConfigError(
+            f"{what} has no safety checker and generate.safety_checker asks for one; name a pipeline that has one, or "
+            "set generate.safety_checker=false"
+        )
+    numbers: dict[str, set[int]] = {}
+    for word, number in by_number:
+        numbers.setdefault(word, set()).add(number)
+    return PipelineFacts(
+        pipeline=settings.pipeline,
+        kind=kind,
+        commit=commit,
+        licence=licence,
+        classes={word: min(found) for word, found in numbers.items() if len(found) == 1},
+        ambiguous={word: sorted(found) for word, found in numbers.items() if len(found) > 1},
+        num_classes=num_classes,
+        null_class=null,
+        side=settings.size or _side(folder),
+        train_steps=_part(folder, "scheduler", "scheduler_config.json").get("num_train_timesteps"),
+    )
+
+
+def class_numbers(settings: Generate, facts: PipelineFacts, classes: Sequence[str]) -> dict[str, int | None]:
+    """The pipeline's number of each class of the data; None where it takes none. Raises ConfigError: a class without a
+    number, with one that the network does not know, or with another class's."""
+    if facts.kind != "class":
+        return dict.fromkeys(classes)
+    what, known = f"generate.pipeline={settings.pipeline}", {**facts.classes, **(settings.class_ids or {})}
+    if lacking := [name for name in classes if name not in known]:
+        if lacking[0] in facts.ambiguous:
+            numbers = ", ".join(map(str, facts.ambiguous[lacking[0]]))
+            raise ConfigError(
+                f"{what} has several classes named {lacking[0]!r}, the numbers {numbers}; say which is meant in "
+                "generate.class_ids"
+            )
+        raise ConfigError(
+            f"{what} does not know the classes {_some(lacking)}; it knows {_some(list(known)) or 'none by name'}; say "
+            "which number each has in generate.class_ids"
+        )
+    owner: dict[int, str] = {}
+    for name in classes:
+        number = known[name]
+        if facts.num_classes is not None and number >= facts.num_classes:
+            raise ConfigError(
+                f"generate.class_ids: {name!r} would be class {number} of {what}, whose network knows 0 to "
+                f"{facts.num_classes - 1}; give its number there"
+            )
+        if number == facts.null_class:
+            raise ConfigError(
+                f"generate.class_ids: {name!r} would be class {number} of {what}, which is its number of no class; "
+                "give another there"
+            )
+        if (other := owner.setdefault(number, name)) != name:
+            raise ConfigError(
+                f"classes {other!r} and {name!r} would both be class {number} of {what}, so their images would be of "
+                "the same things; give each its own number in generate.class_ids"
+            )
+    return {name: known[name] for name in classes}
+
+
+def check_steps(settings: Generate, facts: PipelineFacts, classes: Sequence[str]) -> None:
+    """Refuse numbers of steps that cannot be taken. Raises ConfigError."""
+    for name in classes:
+        steps = settings.prompt_settings(name).steps
+        assert steps is not None
+        own = name in settings.overrides and settings.overrides[name].steps is not None
+        key = f"generate.overrides.{name}.steps" if own else "generate.steps"
+        if facts.train_steps is not None and steps > facts.train_steps:
+            raise ConfigError(
+                f"{key}={steps}: the scheduler of generate.pipeline={settings.pipeline} has {facts.train_steps} steps "
+                "in all; take fewer"
+            )
+        if settings.strength is not None and int(steps * settings.strength) < 1:
+            raise ConfigError(
+                f"{key}={steps} with generate.strength={settings.strength} leaves no step to take; raise one of them "
+                "until their product is 1 or more"
+            )
+
+
+def _kind(settings: Generate, name: str) -> Kind:
+    """What a pipeline of this class reads. Raises ConfigError where none of it is what we can give."""
+    if name == "DiTPipeline":
+        return "class"
+    if name in PLAIN:
+        return "none"  # or class: its network's settings tell
+    # This loads all pipelines there are, a few seconds, so that only those that read text wait for it.
+    from diffusers.pipelines import auto_pipeline as auto
+
+    from_image = settings.strength is not None
+    ours = auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING if from_image else auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+    tasks: Any = auto.SUPPORTED_TASKS_MAPPINGS
+    models = (model for task in tasks for model, found in task.items() if found.__name__ == name)
+    pipeline = ours.get(next(models, ""))
+    if pipeline is None:
+        raise ConfigError(
+            f"generate.pipeline={settings.pipeline} is a {name}, which makes no images from "
+            f"{'images and words' if from_image else 'words'} that diffusers knows of; name a text-to-image pipeline"
+            f"{' that has an image-to-image one beside it' if from_image else ''}, a DiTPipeline, or one of "
+            f"{', '.join(PLAIN)}"
+        )
+    asked = {"prompt", "guidance_scale", "num_inference_steps"} | ({"image", "strength"} if from_image else set())
+    if lacking := sorted(asked - set(inspect.signature(pipeline.__call__).parameters)):
+        raise ConfigError(
+            f"generate.pipeline={settings.pipeline} is a {name}, and {pipeline.__name__} takes no {lacking[0]}; name "
+            f"another pipeline{' or leave out generate.strength' if from_image else ''}"
+        )
+    return "image" if from_image else "text"
+
+
+def _classes_of_unet(folder: Path, what: str) -> tuple[bool, int | None]:
+    """Does the network take a class, and how many does it know? Raises ConfigError."""
+    unet = _part(folder, "unet", "config.json")
+    if not unet:
+        raise ConfigError(f"{what}: its unet has no config.json; save or fetch the pipeline again")
+    embedding, number = unet.get("class_embed_type"), unet.get("num_class_embeds")
+    if embedding == "identity":
+        raise ConfigError(f"{what}: its network takes embeddings of classes (class_embed_type=identity), not numbers")
+    if embedding == "timestep":
+        return True, None
+    return embedding is None and number is not None, number
+
+
+def _classes_of_dit(settings: Generate, folder: Path, what: str) -> int:
+    number: int = _part(folder, "transformer", "config.json").get("num_embeds_ada_norm") or _DIT_NO_CLASS
+    most = max([settings.guidance, *(own.guidance or 0 for own in settings.overrides.values())])
+    if number != _DIT_NO_CLASS and most > 1:
+        raise ConfigError(
+            f"generate.guidance={most:g}: a DiTPipeline takes class {_DIT_NO_CLASS} for no class, and the network of "
+            f"{what} knows {number}; set generate.guidance=1"
+        )
+    return number
+
+
+def _read_index(settings: Generate) -> tuple[dict[str, Any], Path, str | None, str]:
+    name, what = settings.pipeline, f"generate.pipeline={settings.pipeline}"
+    folder = Path(name)
+    commit, licence = None, ""
+    if not folder.is_dir():
+        folder, commit, licence = _fetch_index(settings)
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ConfigError(f"{what}: the folder has no model_index.json, so it is no pipeline of diffusers")
+    try:
+        index = json.loads(index_file.read_text())
+        parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0]}
+        plain = index["_class_name"] in PLAIN
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{what}: its model_index.json cannot be read ({error})") from None
+    if Path(name).is_dir():
+        at_root = {part for part, file in AT_ROOT.items() if plain and (folder / file).is_file()}
+        if lacking := sorted(part for part in parts if not (folder / part).is_dir() and part not in at_root):
+            raise ConfigError(f"{what}: the folder lacks {', '.join(lacking)}; save or fetch the pipeline again")
+        licence = _licence_of(folder)
+    return index, folder, commit, licence
+
+
+def _known_classes(folder: Path) -> tuple[list[tuple[str, int]], int | None]:
+    """The names that the folder gives to numbers, and the number of no class."""
+    if not (folder / CLASSES_FILE).is_file():
+        return [], None
+    try:
+        told = json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))
+        null = told.get("null")
+        return [(str(name), k) for k, name in enumerate(told["classes"])], None if null is None else int(null)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f'{folder / CLASSES_FILE} cannot be read ({error}); it holds {{"classes": [names], "null": number}}'
+        ) from None
+
+
+def _part(folder: Path, part: str, file: str) -> dict[str, Any]:
+    """What a part's own file says; {} where there is none. Old pipelines of one network have it at the root."""
+    place = folder / part / file
+    if not (folder / part).is_dir() and AT_ROOT.get(part) == file:
+        place = folder / file
+    try:
+        told = json.loads(place.read_text()) if place.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(f"{place} cannot be read ({error}); save or fetch the pipeline again") from None
+    return told if isinstance(told, dict) else {}
+
+
+def _side(folder: Path) -> int:
+    """The network's own side times what the autoencoder enlarges it by."""
+    vae = _part(folder, "vae", "config.json").get("block_out_channels") or [0]
+    for network in (_part(folder, part, "config.json") for part in ("transformer", "unet")):
+        if network:
+            side = network.get("sample_size")
+            return side << (len(vae) - 1) if isinstance(side, int) else 512
+    return 512
+
+
+def _fetch_index(settings: Generate) -> tuple[Path, str | None, str]:
+    from huggingface_hub import model_info, snapshot_download
+
+    try:
+        found = model_info(settings.pipeline, revision=settings.revision)
+        folder = snapshot_download(
+            settings.pipeline, revision=found.sha, allow_patterns=["model_index.json", "*config.json", CLASSES_FILE]
+        )
+    except Exception as error:  # network, name and permission errors come from three libraries
+        raise ConfigError(
+            f"generate.pipeline={settings.pipeline}: no such folder, and it could not be fetched from the hub "
+            f"({' '.join(str(error).split())[:200] or type(error).__name__}); check the name, or give a local folder"
+        ) from None
+    licence = str(getattr(found.card_data, "license", None) or "not stated")
+    return Path(folder), found.sha, licence
+
+
+def _licence_of(folder: Path) -> str:
+    card = folder / "README.md"
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
+    return next((x.partition(":")[2].strip() for x in lines if x.lower().startswith("license:")), "") or "not stated"
+
+
+def new_scheduler(name: str, old: Any) -> Any:
+    """The named scheduler with the old one's noise schedule. Raises ConfigError."""
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if kind is None or not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ConfigError(f"generate.scheduler={name}: diffusers has no scheduler of this name")
+    if not hasattr(kind, "step"):
+        raise ConfigError(f"generate.scheduler={name}: it has no step that could be taken; name another")
+    return kind.from_config(old.config)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (" …" if len(names) > 5 else "")

@@ -1,0 +1,97 @@
+"""What is said of a cluster before work starts on it: of real nodes, each with one thing wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raydistill.config import load_config
+from raydistill.infra.preflight import check_offers
+
+CLUSTER_FILE = Path(__file__).parents[2] / "cluster.yaml"
+# In a process of its own: the nodes of such a cluster, and its Ray, are not those of the other tests.
+_TWO_NODES = """
+import json, sys
+import ray
+from ray.cluster_utils import Cluster
+from raydistill.config import load_config
+from raydistill.errors import ConfigError
+from raydistill.infra import cluster as joining, preflight
+
+small = {"object_store_memory": 80_000_000}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **small})
+cluster.add_node(num_cpus=1, labels={"pool": "spot"}, **small)
+ray.init(address=cluster.address)
+root = sys.argv[1]
+base = ["images.path=x", f"workspace={root}/w", "tracking.enabled=false"]
+generates = ["generate.pipeline=p", "cluster.generator_labels={pool: spot}"]
+
+
+def said(*words):
+    found = preflight.check_nodes(load_config([*base, *words]))
+    return [[f.about, f.found, f.advice] for f in found]
+
+
+answers = {
+    "sound": said(*generates),
+    "memory": said("workspace=memory://w"),
+    "sqlite": said("tracking.enabled=true"),
+    "no_label": said("generate.pipeline=p", "cluster.generator_labels={pool: gold}"),
+}
+installed = preflight._installed
+preflight._installed = lambda: installed() | {"torch": "0.0.1"}  # in this process alone
+answers["versions"] = said()
+try:
+    with joining.ray_cluster(load_config([*base, "cluster.address=auto"])):
+        answers["refused"] = None
+except ConfigError as error:
+    answers["refused"] = str(error)
+print("ANSWERS" + json.dumps(answers))
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(400)
+def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
+    ended = subprocess.run(
+        [sys.executable, "-c", _TWO_NODES, str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=380,
+    )  # fmt: skip
+    assert "ANSWERS" in ended.stdout, ended.stdout + ended.stderr
+    answers = json.loads(ended.stdout.partition("ANSWERS")[2])
+    assert [advice for *_, advice in answers["sound"]] == [None] * 4
+    assert ["workspace", f"2 node(s) read and write {tmp_path}/w", None] in answers["sound"]
+    assert ["generator nodes", "1 with pool=spot", None] in answers["sound"]
+    blind = [(found, advice) for _, found, advice in answers["memory"] if "does not see" in found]
+    assert len(blind) == 2  # this file system lies in each process's own memory
+    assert all("workspace=s3://bucket/runs" in advice for _, advice in blind)
+    assert any("sqlite" in found and "MLflow server" in (advice or "") for _, found, advice in answers["sqlite"])
+    assert any(found.startswith("none with pool=gold yet (there are pool=spot)") for _, found, _ in answers["no_label"])
+    differing = [found for _, found, advice in answers["versions"] if advice]
+    assert len(differing) == 2
+    assert all(found.startswith("torch ") and "(here 0.0.1)" in found for found in differing)
+    assert "torch" in answers["refused"]
+    assert not list((tmp_path / "w").glob(".*")), "no marker is left"
+
+
+@pytest.mark.parametrize(("label", "is_offered"), [("spot", True), ("gold", False)])
+def test_a_label_is_looked_for_among_the_node_types_of_a_cluster_file(label: str, is_offered: bool) -> None:
+    config = load_config(["images.path=x", "generate.pipeline=p", f"cluster.generator_labels={{pool: {label}}}"])
+    (finding,) = check_offers(config, str(CLUSTER_FILE))
+    assert (finding.advice is None) is is_offered
+    assert ("no node type" in finding.found) is not is_offered
+
+
+def test_a_broken_cluster_file_is_named(tmp_path: Path) -> None:
+    text = CLUSTER_FILE.read_text().replace("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0")
+    (tmp_path / "cluster.yaml").write_text(text)
+    findings = check_offers(None, str(tmp_path / "cluster.yaml"))
+    assert findings
+    assert all(finding.advice for finding in findings)
+    assert "dashboard" in findings[0].found

@@ -1,0 +1,226 @@
+"""submit: what is uploaded and what never is, whom it speaks to, and the exit codes of real jobs on a real head."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raydistill.config import load_config
+from raydistill.errors import ConfigError
+from raydistill.infra.submit import check_address, pack
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., Path]:
+    """A folder as users have it: images, a job file, and things that are nobody else's business."""
+
+    def write(**more: object) -> Path:
+        for name in ("red", "blue"):
+            (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+            for i in range(6):
+                pixels = np.random.default_rng([i, len(name)]).integers(0, 256, (16, 16, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+        for secret in (".env", "key.pem", "workspace/mlflow.db", "mlruns/meta.yaml", "weights.safetensors"):
+            (tmp_path / secret).parent.mkdir(exist_ok=True)
+            (tmp_path / secret).write_text("hunter2")
+        tree = {
+            "name": "small", "images": {"path": str(tmp_path / "images"), "size": 16}, "tracking": {"enabled": False},
+            "workspace": str(tmp_path / "workspace"), **more,
+        }  # fmt: skip
+        (tmp_path / "job.yaml").write_text(json.dumps(tree))
+        return tmp_path / "job.yaml"
+
+    return write
+
+
+def packed(folder: Path, *words: str, command: str = "run", flags: tuple[str, ...] = ()):
+    folder.mkdir()
+    return pack(load_config(list(words)), command, flags, str(folder))
+
+
+def test_the_package_and_the_job_travel_and_nothing_else(job, tmp_path, monkeypatch) -> None:
+    names, space = tmp_path / "names.yaml", tmp_path / "space.yaml"
+    names.write_text("red: [crimson]\n")
+    space.write_text("loss.temperature: {float: [1, 8]}\n")
+    path = job(generate={"pipeline": "owner/name", "names": str(names)}, tune={"space": str(space)})
+    monkeypatch.chdir(tmp_path)
+    package = packed(tmp_path / "upload", str(path), "workspace=./workspace", "student.size=32")
+    found = {name for name, _ in package.files}
+    code = {name for name in found if name.startswith("raydistill/")}
+    assert "raydistill/__main__.py" in code
+    assert all(name.endswith(".py") for name in code)
+    assert found - code == {"job.yaml", "files/generate.names.yaml", "files/tune.space.yaml"}
+    assert not any("hunter2" in file.read_text() for file in (tmp_path / "upload").rglob("*") if file.is_file())
+    # What the job reads there is what was meant here.
+    monkeypatch.chdir(tmp_path / "upload")
+    there = load_config(["job.yaml"])
+    assert there.workspace == str(tmp_path / "workspace")
+    assert there.cluster.address == "auto"
+    assert there.student.size == 32
+    assert Path(there.generate.names).read_text() == "red: [crimson]\n"
+    assert Path(there.tune.space).read_text() == space.read_text()
+    assert package.entrypoint == "python -m raydistill run job.yaml"
+    assert package.size == sum(file.stat().st_size for file in (tmp_path / "upload").rglob("*") if file.is_file())
+
+
+def test_an_id_follows_from_what_is_run(job, tmp_path) -> None:
+    path = str(job())
+    ids = [
+        packed(tmp_path / "1", path).id,
+        packed(tmp_path / "2", path).id,
+        packed(tmp_path / "3", path, "seed=1").id,
+        packed(tmp_path / "4", path, command="compare").id,
+        packed(tmp_path / "5", path, command="compare", flags=("--learning-curve",)).id,
+    ]
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 4
+    assert ids[0].startswith("small-run-")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"tracking": {"uri": "http://ann:hunter2@host:5000"}}, r"tracking\.uri holds a password"),
+        ({"tune": {"storage": "postgresql+psycopg2://u:p@db/studies"}}, r"tune\.storage holds a password"),
+        ({"tune": {"space": "nowhere.yaml"}}, r"tune\.space=nowhere\.yaml: no such file"),
+    ],
+)
+def test_secrets_and_missing_files_are_refused(job, tmp_path, more, said) -> None:
+    path = job(**more)
+    with pytest.raises(ConfigError, match=said) as refused:
+        packed(tmp_path / "upload", str(path))
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_large_upload_is_refused_with_its_largest_file(job, tmp_path) -> None:
+    names = tmp_path / "names.yaml"
+    names.write_bytes(b"#" * 17 * 1024**2)
+    path = job(generate={"pipeline": "owner/name", "names": str(names)})
+    with pytest.raises(ConfigError, match=r"16,777,216 is the most \(files/generate\.names\.yaml 17,825,792 bytes"):
+        packed(tmp_path / "upload", str(path))
+
+
+def test_only_commands_of_jobs_are_submitted(job, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="'show' is no command of a job"):
+        packed(tmp_path / "upload", str(job()), command="show")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "http://localhost:8265/", "http://[::1]:8265"])
+def test_this_machine_needs_no_token(address, monkeypatch, tmp_path) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert check_address(address) == address.rstrip("/")
+
+
+@pytest.mark.parametrize("address", ["http://10.0.0.7:8265", "https://ray.example.com", "http://127.0.0.1.example.com"])
+def test_any_other_machine_needs_one(address, monkeypatch, tmp_path) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"token alone.*tunnel"):
+        check_address(address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
+    assert check_address(address) == address
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "127.0.0.1:8265", "auto", ""])
+def test_what_is_no_dashboard_is_refused(address) -> None:
+    with pytest.raises(ConfigError, match="address of the dashboard"):
+        check_address(address)
+
+
+TOKEN = "0123456789abcdef" * 4
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head of its own, which asks for a token; gives the environment that reaches it."""
+    home, port = tmp_path_factory.mktemp("home"), free_port()
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = clean | {
+        "HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}",
+    }  # fmt: skip
+    ray = Path(sys.executable).parent / "ray"
+    words = ["start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={port}", "--num-cpus=2",
+             "--dashboard-host=127.0.0.1", "--object-store-memory=100000000", f"--temp-dir=/tmp/rd{port}"]  # fmt: skip
+    node = subprocess.Popen([str(ray), *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            start_new_session=True)  # fmt: skip
+    try:
+        end = time.monotonic() + 90
+        while time.monotonic() < end:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert node.poll() is None, "the head ended"
+            time.sleep(0.5)
+        yield environment
+    finally:
+        if node.poll() is None:
+            os.killpg(node.pid, 15)
+            node.wait(60)
+
+
+def raydistill(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "raydistill", *words], env=environment, capture_output=True, text=True, timeout=280
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_jobs_on_a_head_with_a_token(head, job, tmp_path) -> None:
+    here = ["--python", sys.executable]
+    path = str(job())
+    done = raydistill(head, "submit", *here, "prepare", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "samples:" in done.stdout
+    assert list((tmp_path / "workspace").glob("prepare-*/DONE"))
+    again = raydistill(head, "submit", *here, "prepare", path)
+    assert (again.returncode, "not started again" in again.stdout) == (0, True)
+    assert again.stdout.count("samples:") == 1
+
+    bad = raydistill(head, "submit", *here, "prepare", path, "images.path=/nowhere")
+    assert bad.returncode == 2, bad.stdout
+    assert "/nowhere" in bad.stdout
+    marker = next((tmp_path / "workspace").glob("prepare-*/DONE"))
+    marker.write_text("{torn")
+    torn = raydistill(head, "submit", *here, "prepare", path, "name=torn")
+    assert torn.returncode == 1, torn.stdout
+    marker.unlink()
+
+    # A job that is stopped: nothing of it ends by itself, since its teacher takes its time.
+    slow = ["views.per_image=2000", "teacher.model=timm:resnet18", "teacher.size=224", "teacher.allow_near_chance=true"]
+    detached = raydistill(head, "submit", "--detach", *here, "teach", path, *slow, "images.size=224")
+    assert detached.returncode == 0, detached.stdout + detached.stderr
+    name = detached.stdout.partition("job logs ")[2].split()[0]
+    stopped = raydistill(head, "job", "stop", name)
+    assert stopped.returncode == 0, stopped.stderr
+    assert raydistill(head, "job", "logs", name).returncode == 3
+    states = raydistill(head, "job", "status").stdout
+    assert [line.split()[0] for line in states.splitlines()] == ["SUCCEEDED", "FAILED", "FAILED", "STOPPED"]
+
+    stranger = raydistill(head | {"RAY_AUTH_TOKEN": "f" * 64}, "job", "status")
+    assert stranger.returncode == 2
+    assert "token" in stranger.stderr
+    unknown = raydistill(head, "job", "status", "nobody")
+    assert unknown.returncode == 2
+    assert name in unknown.stderr
