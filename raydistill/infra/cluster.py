@@ -388,6 +388,7 @@ def run_workers(
             # As bytes, so that Ray Train's controller need not load the models' libraries to pass it on.
             "work": pickle.dumps((loop, job)),
             "threads": plan.train_threads,
+            "folder": os.getcwd(),
             "streams": stream is not None,
         },
         scaling_config=ScalingConfig(
@@ -451,6 +452,8 @@ def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
     size = context.get_world_size()
     worker = Worker(context.get_world_rank(), size, device, config["threads"], preempted, shard)
     torch.set_num_threads(config["threads"])
+    with contextlib.suppress(OSError):  # another node may not have it, and sees no relative path in any case
+        os.chdir(config["folder"])
     loop, job = pickle.loads(config["work"])
     try:
         return dict(loop(job, worker))
