@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.errors import RaydistillError
+from raydistill.errors import ConfigError, RaydistillError
 
 STARTED = time.time()
 _INTERRUPTED = 130
@@ -227,7 +227,7 @@ def check(
     from raydistill.infra.preflight import check_cluster, check_offers
 
     if not cluster and file is None:
-        raise typer.BadParameter("what to check? Give --cluster, --file cluster.yaml, or both")
+        raise ConfigError("check: what? Give --cluster, --file cluster.yaml, or both")
     config = load_config(words or []) if words or cluster else None
     findings = [] if file is None else check_offers(config, file)
     if cluster:

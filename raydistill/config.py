@@ -405,6 +405,8 @@ class Cluster(Section):
     """Node labels that generator actors ask for, as {pool: spot}."""
     generator_fallback: dict[str, str] | None = None
     """Labels that will do where no node has the first, {} for any node; null: wait for one."""
+    grows_to: dict[Literal["CPU", "GPU"], Annotated[float, Field(ge=0)]] | None = None
+    """The most CPUs and GPUs that the cluster's autoscaler may start, as {CPU: 48, GPU: 6}; null: what is there."""
 
     price_per_hour: Weight | None = None
     """What the machines cost an hour, in any currency, for the forecast and the bill of `tune`; null: seconds alone."""

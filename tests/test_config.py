@@ -147,6 +147,7 @@ OTHER_VALUES = {
     "cluster.generator_actors": (2, 9),
     "cluster.generator_labels": {"pool": "spot"},
     "cluster.generator_fallback": {"pool": "train"},
+    "cluster.grows_to": {"CPU": 8.0},
     "generate.pipeline": "owner/name",
     "generate.revision": "main",
     "generate.ratio": 2.0,
@@ -397,6 +398,7 @@ OUT_OF_BOUNDS = {
     "evaluate.batch_size": ["0"],
     "evaluate.calibration_bins": ["0"],
     "cluster.teacher_actors": ["0", "[0,2]", "[3,2]", "[1]"],
+    "cluster.grows_to": ["{TPU: 4}", "{CPU: -1}", "8"],
     "tracking.enabled": ["perhaps"],
     "tracking.uri": ["5"],
 }

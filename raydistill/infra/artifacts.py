@@ -178,7 +178,7 @@ def features_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     return stage_directory(config, "features", identity)
 
 
-def test_features_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
+def held_out_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     """The same of the test split, for `evaluate` alone. All test images have labels, and which train images have them
     does not matter here: a learning curve pays for these once."""
     identity = {"backbone": _backbone(config), "ids": {"test": samples.ids["test"]}, "images": _pixels(config)}
@@ -344,7 +344,7 @@ def find_work(config: RunConfig, until: str) -> Work:
         later = tuned(config, samples)
         undone = frozenset(s for s in needed - {"prepare"} if later is None or makers[s](later, samples).done() is None)
         tested = "adapt" in needed and samples.num_rows("test")
-        if tested and later is not None and test_features_directory(later, samples).done() is None:
+        if tested and later is not None and held_out_directory(later, samples).done() is None:
             undone |= {"adapt"}
         if later is not None and {"generate", "teach"} <= needed and "teach" not in undone:
             undone |= set() if teach_generated_directory(later, samples).done() else {"teach"}

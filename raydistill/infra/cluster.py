@@ -148,7 +148,7 @@ def _plan_generators(config: RunConfig, cpus: float, gpus: float, cores: int) ->
             )
         counted, gpu_share = fewest, share
     else:
-        counted, gpu_share = max(fewest, min(most, cores)), 0.0
+        counted, gpu_share = max(fewest, min(most, max(cores, int(cpus)))), 0.0
         most = counted
     cpu_share = min(1.0, math.floor(100 * left / counted) / 100)
     if cpu_share < LEAST_SHARE:
@@ -305,12 +305,22 @@ class RayStart:
 
 
 def live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:
+    """The plan for what is there, or for `cluster.grows_to`: a pool that asks for more makes a cluster grow."""
     import ray
 
-    resources = ray.cluster_resources()
+    there, later = ray.cluster_resources(), config.cluster.grows_to or {}
+    cpus, gpus = (max(there.get(name, 0.0), later.get(name, 0.0)) for name in ("CPU", "GPU"))
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    cores = _cores() if len(nodes) == 1 else int(max(nodes, default=1))
-    return plan_resources(config, resources.get("CPU", 0.0) - reserved, resources.get("GPU", 0.0), cores)
+    cores = _cores() if len(nodes) == 1 and not later else max(1, int(max(nodes, default=1)))
+    try:
+        return plan_resources(config, cpus - reserved, gpus, cores)
+    except ConfigError as error:
+        if config.cluster.address is None or later:
+            raise
+        raise ConfigError(
+            f"{error}; a cluster that starts nodes on demand is planned for what it may grow to: "
+            "cluster.grows_to={CPU: 48, GPU: 6}"
+        ) from None
 
 
 def _protect_token() -> None:

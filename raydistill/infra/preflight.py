@@ -185,20 +185,25 @@ def _labels(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
 
 
 def check_offers(config: RunConfig | None, path: str) -> list[Finding]:
-    """Against the node types of a cluster.yaml, which may scale from none: is there one for every label asked for?"""
+    """Against the node types of a cluster.yaml, which may scale from none: what all of them come to, and whether there
+    is one for every label asked for."""
     from raydistill.infra.cluster_file import check_cluster_file, offered
 
-    findings = [Finding(path, line, "mend it before `ray up`") for line in check_cluster_file(path)]
+    if findings := [Finding(path, line, "mend it before `ray up`") for line in check_cluster_file(path)]:
+        return findings
+    types = offered(path)
+    most = {name: sum(t.max_workers * t.resources.get(name, 0) for t in types) for name in ("CPU", "GPU")}
+    grown = ", ".join(f"{name}: {count}" for name, count in most.items() if count)
+    findings = [Finding(path, f"sound; a job that may use all of it: cluster.grows_to={{{grown}}}")]
     wanted = {} if config is None or config.generate is None else config.cluster.generator_labels
-    if wanted and not findings:
-        types = offered(path)
+    if wanted:
         fit = [t for t in types if t.max_workers and all(t.labels.get(k) == v for k, v in wanted.items())]
         words = ", ".join(f"{k}={v}" for k, v in wanted.items())
-        most = sum(t.max_workers for t in fit)
         if not fit:
             labels = sorted({f"{k}={v}" for t in types for k, v in t.labels.items()})
             advice = f"set cluster.generator_labels to one of {', '.join(labels)}, or add such a node type"
             findings.append(Finding("generator nodes", f"no node type of {path} has {words}", advice))
         else:
-            findings.append(Finding("generator nodes", f"up to {most} of {', '.join(t.name for t in fit)}"))
-    return findings or [Finding(path, "sound")]
+            count = sum(t.max_workers for t in fit)
+            findings.append(Finding("generator nodes", f"up to {count} of {', '.join(t.name for t in fit)}"))
+    return findings

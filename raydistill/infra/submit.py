@@ -137,13 +137,19 @@ def check_address(address: str) -> str:
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--address={address}: give the address of the dashboard, as http://127.0.0.1:8265")
-    if not _is_loopback(parts.hostname) and not has_token():
+    # ~/.ray/auth_token may be the one that Ray wrote for this machine alone, which no other machine should be sent.
+    if not _is_loopback(parts.hostname) and not _names_token():
         raise ConfigError(
             f"--address={address}: whoever reaches this address may run code there, so raydistill speaks to it with a "
-            "token alone; set RAY_AUTH_TOKEN or write it to ~/.ray/auth_token, or open a tunnel and use "
-            "http://127.0.0.1:8265"
+            "token alone; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds the cluster's, or open a "
+            "tunnel and use http://127.0.0.1:8265"
         )
     return address.rstrip("/")
+
+
+def _names_token() -> bool:
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or bool(named and Path(named).is_file())
 
 
 def _is_loopback(host: str) -> bool:
@@ -157,11 +163,7 @@ def _is_loopback(host: str) -> bool:
 
 def has_token() -> bool:
     """Is there a token where Ray looks for one?"""
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    places = [Path(named)] if named else []
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or any(
-        place.is_file() for place in (*places, Path.home() / ".ray" / "auth_token")
-    )
+    return _names_token() or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def job_client(address: str) -> Any:
@@ -186,6 +188,8 @@ def job_client(address: str) -> Any:
         ) from None
     except (ConnectionError, OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "404" in reason:  # Ray's words for it are of an old version of Ray
+            reason = "what answers there is no Ray dashboard"
         raise ConfigError(
             f"no Ray dashboard answers at {address} ({reason}); start the cluster, open the tunnel (`ray dashboard "
             "cluster.yaml`), or give --address"

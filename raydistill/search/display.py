@@ -17,7 +17,8 @@ from raydistill.config import RunConfig
 from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import ChildRun, Tracker
 from raydistill.search.space import Choice
-from raydistill.search.trials import MAXIMISED, Trial, logged, read_epochs
+from raydistill.search.study import MAXIMISED, Trial, read_epochs
+from raydistill.search.trials import logged
 
 _SECONDS_BETWEEN_NOTES = 10.0
 

@@ -26,7 +26,6 @@ from typing import Any, Protocol
 import numpy as np
 import optuna
 import torch
-from fsspec.core import url_to_fs
 from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import Searcher
@@ -41,32 +40,17 @@ from raydistill.infra.cluster import Plan, Worker
 from raydistill.infra.progress import Progress
 from raydistill.models.student import read_student, split_logits
 from raydistill.search.space import Choice, Space
+from raydistill.search.study import Trial, make_sampler, num_trials, read_epochs, read_trial
 from raydistill.stages.batches import DistillJob
 from raydistill.stages.distill import StudentCheckpoint, distill_student
 from raydistill.stages.loop import distill_loop
 
-MAXIMISED = ("val_accuracy", "val_balanced_accuracy", "val_top5")
 _MEASURED_STEPS, _WARM_UP_STEPS, _MOST_SECONDS = 8, 2, 20.0
 _RETRIES = 1  # of a trial whose process is lost: once may be a spot node, twice is the trial
 # CPUs of the process that looks after a trial while Ray Train's workers train it, and what is kept back for those.
 _BESIDE_WORKERS, RESERVED = 0.01, 0.1
 _MOST_CPUS = 4.0  # of a trial in one process; more make a small student little faster
 _LEAST_SHARE = 0.1  # of a CPU or a GPU
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial as the study holds it. `state`: running, complete, pruned or failed."""
-
-    number: int
-    state: str
-    choices: dict[str, Choice]
-    values: list[float] | None
-    own: bool
-    epochs: int
-    seconds: float
-    directory: str
-    reason: str
 
 
 class Watcher(Protocol):
@@ -101,85 +85,6 @@ class Layout:
     together: int
     share: dict[str, float]
     plan: Plan
-
-
-def open_study(config: RunConfig, directory: StageDirectory, own: dict[str, Choice]) -> optuna.Study:
-    """The search's study, begun with the job's own values where it is new."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = config.tune.storage or f"sqlite:///{directory.path}/study.db"
-    if config.tune.storage is None and "://" in directory.path:
-        raise ConfigError(
-            f"workspace={config.workspace}: a study's SQLite file needs a local one; set tune.storage to a database"
-        )
-    try:
-        study = optuna.create_study(
-            storage=optuna.storages.RDBStorage(url),
-            study_name=directory.name,
-            load_if_exists=True,
-            directions=["maximize" if name in MAXIMISED else "minimize" for name in config.tune.objectives],
-            pruner=_pruner(config),
-        )
-    except Exception as error:  # sqlalchemy's and the database's own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"tune.storage={url}: cannot be opened ({first})") from None
-    if not study.trials:
-        study.enqueue_trial(own, user_attrs={"own": True})
-    return study
-
-
-def read_trials(study: optuna.Study) -> list[Trial]:
-    """All trials that were begun, in order."""
-    return [_trial(frozen) for frozen in study.trials if frozen.state is not TrialState.WAITING]
-
-
-def read_epochs(directory: str, most: int) -> list[dict[str, float]]:
-    """The records of a trial's epochs, up to the `most`-th, as far as they are there."""
-    fs, folder = url_to_fs(directory)
-    paths = [f"{folder}/epochs/{epoch:05d}.json" for epoch in range(1, most + 1)]
-    return [json.loads(fs.cat_file(path)) for path in paths if fs.exists(path)]
-
-
-def drop_checkpoints(trials: list[Trial]) -> None:
-    """Of trials that ended early: nobody goes on with them, and they are large. Only once all processes of trials have
-    ended, since a trial writes its checkpoints while it is judged."""
-    for trial in trials:
-        if trial.state == "pruned" and trial.directory:
-            fs, folder = url_to_fs(f"{trial.directory}/checkpoints")
-            with contextlib.suppress(OSError):  # of a joined cluster a process may still write; the next time, then
-                if fs.exists(folder):
-                    fs.rm(folder, recursive=True)
-
-
-def num_trials(config: RunConfig, space: Space) -> int:
-    """Trials in all. A grid is walked through once, after the job's own values."""
-    if config.tune.sampler != "grid":
-        return config.tune.trials
-    return min(config.tune.trials, 1 + math.prod(len(values) for values in space.grid().values()))
-
-
-def drawn_at_random(config: RunConfig, space: Space) -> list[str]:
-    """Keys that the sampler has no model of. Gaussian processes and CMA-ES know those that all trials have, a
-    quasi-random sequence those of the first; and the first has a key only if the space holds the job's own value.
-
-    Raises ConfigError where that leaves nothing to model.
-    """
-    sampler, own = config.tune.sampler, space.own(config)
-    if sampler not in ("gp", "cmaes", "qmc"):
-        return []
-    searched = {key: entry for key, entry in space.entries.items() if not entry.is_fixed}
-    found = [
-        key
-        for key, entry in searched.items()
-        if key not in own or (entry.when and sampler != "qmc") or (entry.categorical is not None and sampler == "cmaes")
-    ]
-    if len(found) == len(searched):
-        raise ConfigError(
-            f"tune.sampler={sampler} would draw every key of this space at random: it models those alone that all "
-            "trials have, the first, with the job's own values, among them"
-            f"{', and that are numbers' if sampler == 'cmaes' else ''}; let the space hold those values, or set "
-            "tune.sampler=tpe"
-        )
-    return found
 
 
 def run_trials(
@@ -458,12 +363,12 @@ class _Search(OptunaSearch):
         number = sum(t.state is not TrialState.WAITING for t in study.trials)
         if number >= self._most:
             return None
-        study.sampler = _sampler(self._config, self._space, number)
+        study.sampler = make_sampler(self._config, self._space, number)
         return study.ask()
 
     def _taken_up(self, frozen: optuna.trial.FrozenTrial) -> optuna.Trial:
         """A trial that a killed search left, perhaps before all of it was drawn."""
-        sampler = self._ot_study.sampler = _sampler(self._config, self._space, frozen.number)
+        sampler = self._ot_study.sampler = make_sampler(self._config, self._space, frozen.number)
         trial = optuna.Trial(self._ot_study, frozen._trial_id)
         if "directory" not in frozen.user_attrs and "own" not in frozen.user_attrs:
             # What it had drawn key by key is drawn once more, in vain, so that the rest is what it would have been.
@@ -487,7 +392,7 @@ class _Search(OptunaSearch):
             trial.set_user_attr(key, value)
         # A grid's sampler ends a study that it has walked through, which only `optimize` may; ours ends by itself.
         self._ot_study.sampler = optuna.samplers.RandomSampler()
-        self._watcher.ended(_trial(self._ot_study.tell(trial, values, state)))
+        self._watcher.ended(read_trial(self._ot_study.tell(trial, values, state)))
 
 
 _TERMS = [key.removesuffix("_weight") for key in Loss.model_fields if key.endswith("_weight")]
@@ -510,47 +415,3 @@ class _Stopper(tune.Stopper):
 
     def stop_all(self) -> bool:
         return False
-
-
-def _trial(frozen: optuna.trial.FrozenTrial) -> Trial:
-    state = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
-    attributes = frozen.user_attrs
-    return Trial(
-        number=frozen.number,
-        state=state.get(frozen.state, "running"),
-        choices=dict(frozen.params),
-        values=list(frozen.values) if frozen.state is TrialState.COMPLETE else None,
-        own=bool(attributes.get("own")),
-        epochs=int(attributes.get("epochs", 0)),
-        seconds=float(attributes.get("seconds", 0.0)),
-        directory=str(attributes.get("directory", "")),
-        reason=str(attributes.get("reason", "")),
-    )
-
-
-def _pruner(config: RunConfig) -> optuna.pruners.BasePruner:
-    settings = config.tune
-    grace = settings.grace_epochs or max(1, config.distill.epochs // 5)
-    if settings.pruner == "asha":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=grace, reduction_factor=3)
-    if settings.pruner == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=grace)
-    return optuna.pruners.NopPruner()
-
-
-def _sampler(config: RunConfig, space: Space, number: int) -> optuna.samplers.BaseSampler:
-    """A fresh one for each trial, so that what it draws does not depend on when the search was begun."""
-    seed = config.seed + number
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        kinds: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-            # In groups: with a key that not every trial has, each set of keys that go together has its model.
-            "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
-            "gp": lambda: optuna.samplers.GPSampler(seed=seed),
-            "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
-            # These two walk through one sequence, and the study holds how far.
-            "qmc": lambda: optuna.samplers.QMCSampler(seed=config.seed, scramble=True),
-            "grid": lambda: optuna.samplers.GridSampler(space.grid(), seed=config.seed),
-            "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-        }
-        return kinds[config.tune.sampler]()

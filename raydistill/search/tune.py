@@ -28,22 +28,17 @@ from raydistill.infra.tracking import Tracker
 from raydistill.models.student import build_student
 from raydistill.search.display import Clock, SearchDisplay, minutes
 from raydistill.search.space import Choice, Distribution, Space, read_space, shared_part
-from raydistill.search.study_page import search_page
-from raydistill.search.trials import (
+from raydistill.search.study import (
     MAXIMISED,
-    RESERVED,
-    Layout,
-    MakeJob,
     Trial,
     drawn_at_random,
     drop_checkpoints,
-    lay_out,
     num_trials,
     open_study,
     read_trials,
-    run_trials,
-    seconds_per_step,
 )
+from raydistill.search.study_page import search_page
+from raydistill.search.trials import RESERVED, Layout, MakeJob, lay_out, run_trials, seconds_per_step
 from raydistill.search.verdict import mean_interval, paired_p_value
 from raydistill.stages.batches import DistillJob
 from raydistill.stages.run import Outcome, check_measurable, check_run, distill_job, run_stages

@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
-from raydistill.infra.artifacts import StageDirectory, test_features_directory
+from raydistill.infra.artifacts import StageDirectory, held_out_directory
 from raydistill.infra.progress import Progress
 from raydistill.models.student import read_student, split_logits
 from raydistill.models.teacher import load_head, load_teacher
@@ -61,7 +61,7 @@ def evaluate_student(
     splits = [split for split in ("val", "test") if samples.num_rows(split)]
     where = {}
     if adapted is not None:
-        where = {"val": adapted.features, "test": test_features_directory(config, samples).path}
+        where = {"val": adapted.features, "test": held_out_directory(config, samples).path}
     with progress.task("evaluate", sum(map(samples.num_rows, splits)), "images") as advance:
         for split in splits:
             all_logits, all_labels = split_logits(network, samples, split, device, config.evaluate.batch_size)

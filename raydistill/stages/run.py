@@ -269,7 +269,7 @@ class _Run:
             )
         assert config.teacher is not None
         refuse_near_chance(config.teacher, adapted)
-        test = artifacts.test_features_directory(config, samples)
+        test = artifacts.held_out_directory(config, samples)
         if samples.num_rows("test") and test.done() is None:
             self._infer(samples, test, ("test",))
 

@@ -29,9 +29,9 @@ SAMPLES = SampleSet(
     ids={"train": "t", "val": "v", "test": "e"},
     labels={"train": "lt", "val": "lv", "test": "le"},
 )
-STAGES = ("prepare", "features", "test_features", "adapt", "teach", "distill", "evaluate")
+STAGES = ("prepare", "features", "held_out", "adapt", "teach", "distill", "evaluate")
 NOTHING, STUDENT, HEAD = set(), {"distill", "evaluate"}, {"adapt", "distill", "evaluate"}
-TEACHER = {"features", "test_features", "adapt", "teach", "distill", "evaluate"}
+TEACHER = {"features", "held_out", "adapt", "teach", "distill", "evaluate"}
 VIEWS = {"teach", "distill", "evaluate"}
 
 
@@ -156,6 +156,7 @@ EFFECTS = {
     "cluster.address=ray://head:10001": NOTHING,
     "cluster.teacher_actors=[2,3]": NOTHING,
     "cluster.generator_actors=[2,3]": NOTHING,
+    'cluster.grows_to={"CPU":8}': NOTHING,
     'cluster.generator_labels={"pool":"spot"}': NOTHING,
     'cluster.generator_fallback={"pool":"train"}': NOTHING,
     "tracking.enabled=false": NOTHING,
@@ -231,11 +232,11 @@ def test_what_is_made_of_a_class_lies_below_one_folder_of_the_workspace():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"ids": {**SAMPLES.ids, "train": "other"}}, TEACHER - {"test_features"}),
-        ({"ids": {**SAMPLES.ids, "val": "other"}}, TEACHER - {"test_features", "teach"}),
-        ({"ids": {**SAMPLES.ids, "test": "other"}}, {"test_features", "evaluate"}),
-        ({"labels": {**SAMPLES.labels, "train": "other"}}, TEACHER - {"test_features", "teach"}),
-        ({"labels": {**SAMPLES.labels, "val": "other"}}, TEACHER - {"test_features", "teach"}),
+        ({"ids": {**SAMPLES.ids, "train": "other"}}, TEACHER - {"held_out"}),
+        ({"ids": {**SAMPLES.ids, "val": "other"}}, TEACHER - {"held_out", "teach"}),
+        ({"ids": {**SAMPLES.ids, "test": "other"}}, {"held_out", "evaluate"}),
+        ({"labels": {**SAMPLES.labels, "train": "other"}}, TEACHER - {"held_out", "teach"}),
+        ({"labels": {**SAMPLES.labels, "val": "other"}}, TEACHER - {"held_out", "teach"}),
         ({"labels": {**SAMPLES.labels, "test": "other"}}, {"evaluate"}),
         ({"classes": ("b", "a")}, HEAD),
         ({"path": "/elsewhere/prepare-2"}, NOTHING),
@@ -262,7 +263,7 @@ def test_other_files_or_classes_are_prepared_anew(change, expected):
 def test_without_soft_targets_the_teacher_does_not_decide_the_student():
     alone = ["loss.kd_weight=0", "loss.alignment_weight=0", "loss.uniformity_weight=0"]
     before, after = names(*alone), names(*alone, "teacher.model=timm:resnet18", "teacher.size=64")
-    assert changed(before, after) == {"features", "test_features", "adapt", "teach"}
+    assert changed(before, after) == {"features", "held_out", "adapt", "teach"}
     others = ["loss.temperature=2", "loss.projection_head=linear", "loss.crd_memory=9"]
     assert changed(before, names(*alone, *others)) == NOTHING
     assert changed(before, names(*alone, "loss.task_weight=2")) == STUDENT

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError
-from raydistill.infra.cluster import LEAST_SHARE, Plan, plan_resources
+from raydistill.infra.cluster import LEAST_SHARE, Plan, live_plan, plan_resources
 
 SLACK = 1e-9
 NO_TEACHER = {"kd_weight": 0, "alignment_weight": 0, "uniformity_weight": 0}
@@ -173,3 +174,34 @@ def test_on_two_cpus_two_generators_run_at_once():
     plan = plan_resources(RunConfig.model_validate(tree), 2.0, 0.0, 2)
     assert plan.generator_actors == (1, 2)
     assert "generate: 1 to 2 generator actor(s) of 0.75 CPU" in plan.describe()
+
+
+class Head:
+    """A Ray cluster's head that runs no work, alone until work asks for more."""
+
+    @staticmethod
+    def cluster_resources() -> dict[str, float]:
+        return {"memory": 1e9}
+
+    @staticmethod
+    def nodes() -> list[dict[str, object]]:
+        return [{"Alive": True, "Resources": {}}]
+
+
+def test_a_cluster_of_a_head_alone_is_planned_for_what_it_may_grow_to(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", Head)
+    tree = config_of(1, (1, 8)).model_dump() | {"generate": {"pipeline": "owner/name"}}
+    tree["cluster"] |= {"address": "auto", "generator_actors": (0, 6)}
+    with pytest.raises(ConfigError, match=r"has 0; .*cluster\.grows_to=\{CPU: 48, GPU: 6\}"):
+        live_plan(RunConfig.model_validate(tree))
+    tree["cluster"]["grows_to"] = {"CPU": 48, "GPU": 6}
+    plan = live_plan(RunConfig.model_validate(tree))
+    assert (plan.cpus, plan.gpus, plan.teacher_gpus) == (48, 6, 1)
+    assert plan.teacher_actors == (1, 6)
+    assert plan.generator_actors == (1, 6)
+
+
+def test_generators_on_cpus_are_as_many_as_the_cores_of_all_nodes():
+    tree = config_of(0, (1, 1)).model_dump() | {"generate": {"pipeline": "owner/name"}}
+    tree["cluster"]["generator_actors"] = (1, 40)
+    assert plan_resources(RunConfig.model_validate(tree), 16.0, 0.0, 4).generator_actors == (1, 16)

@@ -83,7 +83,8 @@ def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("label", "is_offered"), [("spot", True), ("gold", False)])
 def test_a_label_is_looked_for_among_the_node_types_of_a_cluster_file(label: str, is_offered: bool) -> None:
     config = load_config(["images.path=x", "generate.pipeline=p", f"cluster.generator_labels={{pool: {label}}}"])
-    (finding,) = check_offers(config, str(CLUSTER_FILE))
+    sound, finding = check_offers(config, str(CLUSTER_FILE))
+    assert sound.found == "sound; a job that may use all of it: cluster.grows_to={CPU: 96, GPU: 12}"
     assert (finding.advice is None) is is_offered
     assert ("no node type" in finding.found) is not is_offered
 

@@ -130,6 +130,15 @@ def test_any_other_machine_needs_one(address, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match=r"token alone.*tunnel"):
         check_address(address)
+    # What Ray wrote for this machine alone is not sent to another unasked.
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("t" * 64)
+    with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN_PATH"):
+        check_address(address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    assert check_address(address) == address
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
     assert check_address(address) == address
 

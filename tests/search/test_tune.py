@@ -28,24 +28,13 @@ from raydistill.infra import artifacts, checkpoints, cluster
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.cluster import plan_resources
 from raydistill.infra.tracking import ChildRun, Tracker
-from raydistill.search import trials as engine_module
+from raydistill.search import trials as trials_module
 from raydistill.search import tune as tune_module
 from raydistill.search.display import Clock, SearchDisplay
 from raydistill.search.space import read_space
+from raydistill.search.study import Trial, drawn_at_random, drop_checkpoints, num_trials, open_study, read_trials
 from raydistill.search.study_page import search_page
-from raydistill.search.trials import (
-    Trial,
-    _run_trial,
-    _Search,
-    _Work,
-    drawn_at_random,
-    drop_checkpoints,
-    lay_out,
-    num_trials,
-    open_study,
-    read_trials,
-    seconds_per_step,
-)
+from raydistill.search.trials import _run_trial, _Search, _Work, lay_out, seconds_per_step
 from raydistill.search.tune import forecast_lines, tune_job
 from raydistill.stages.run import Outcome, run_stages
 
@@ -530,7 +519,7 @@ def test_a_forecast_of_steps_that_cannot_be_taken_is_unknown(tiny_set, monkeypat
     def out_of_memory(job, worker):
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(engine_module, "distill_loop", out_of_memory)
+    monkeypatch.setattr(trials_module, "distill_loop", out_of_memory)
     assert seconds_per_step(tiny_set.job("a"), 1) is None
 
 
