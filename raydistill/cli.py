@@ -106,6 +106,7 @@ def show(words: Words = None) -> None:
     from raydistill.data.images import list_images
     from raydistill.infra import artifacts
     from raydistill.infra.artifacts import StageDirectory
+    from raydistill.infra.node_hours import bill_words
 
     config = load_config(words or [])
     console = Console(highlight=False)
@@ -136,7 +137,10 @@ def show(words: Words = None) -> None:
         if isinstance(directory, str):
             table.add_row(directory, "named once the stage before it is done", "would run")
         else:
-            state = "done" if directory.done() is not None else "would go on" if directory.started() else "would run"
+            state = "would go on" if directory.started() else "would run"
+            if directory.done() is not None:
+                took = bill_words(artifacts.read_bill(directory.path), config.cluster.prices)
+                state = f"done, {took}" if took else "done"
             table.add_row(directory.stage, directory.path, state)
     console.print(f"images: {len(listing.entries)} in {len(listing.classes)} classes")
     for what, count in listing.ignored.items():

@@ -401,8 +401,8 @@ class Cluster(Section):
     """Fewest and most teacher actors; the plan lowers the second to what fits."""
     generator_actors: tuple[Annotated[int, Field(ge=0)], Count] = (1, 8)
     """Fewest and most generator actors at once, while `generate` runs; before and after it there are none."""
-    generator_labels: dict[str, str] = {}
-    """Node labels that generator actors ask for, as {pool: spot}."""
+    generator_labels: dict[str, str] | None = None
+    """Node labels that generator actors ask for, as {pool: spot}; null: any node will do."""
     generator_fallback: dict[str, str] | None = None
     """Labels that will do where no node has the first, {} for any node; null: wait for one."""
     grows_to: dict[Literal["CPU", "GPU"], Annotated[float, Field(ge=0)]] | None = None
@@ -410,6 +410,8 @@ class Cluster(Section):
 
     price_per_hour: Weight | None = None
     """What the machines cost an hour, in any currency, for the forecast and the bill of `tune`; null: seconds alone."""
+    prices: dict[str, Weight] = {}
+    """What a node of each type costs an hour, as {train: 0.98, spot: 0.35, head: 0.4}, by the node's label `pool`."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Cluster:

@@ -176,6 +176,7 @@ OTHER_VALUES = {
     "generate.task_weight": 0.5,
     "generate.share": 0.5,
     "cluster.price_per_hour": 1.5,
+    "cluster.prices": {"spot": 0.35},
     "tune.space": "tune_spaces/loss.yaml",
     "tune.trials": 5,
     "tune.sampler": "random",

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "jobs").rglob("*.yaml"))
 OVERLAY_FILES = [path for path in FILES if path.parent.name == "overlays"]
 JOBS = [path for path in FILES if path not in OVERLAY_FILES]
+ON_CLUSTERS = ("cluster_big_teacher", "cluster_generate", "cluster_search")
 RECIPES = ("cifar10", "cifar100", "mit_indoor", "cub2011", "caltech101", "dtd")
 
 
@@ -33,7 +34,7 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def test_files_are_found() -> None:
-    assert {"demo", *RECIPES} <= set(names(JOBS))
+    assert {"demo", *RECIPES, *ON_CLUSTERS} <= set(names(JOBS))
     assert {"smoke", "teacher_vit_b16", "student_resnet18"} <= set(names(OVERLAY_FILES))
 
 
@@ -56,8 +57,14 @@ def test_an_overlay_changes_the_demo(path: Path) -> None:
 def test_the_first_line_is_a_command_that_names_the_file(path: Path) -> None:
     mark, program, command, *words = shlex.split(path.read_text().splitlines()[0])
     assert (mark, program) == ("#", "raydistill")
-    assert command in {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    if command == "submit":
+        command, *words = words
+    assert command in commands
     assert path.as_posix() in words
+    if "--space" in words:
+        at = words.index("--space")
+        words[at : at + 2] = [f"tune.space={words[at + 1]}"]
     load_config(words)
 
 
@@ -104,25 +111,64 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return write
 
 
+@pytest.fixture
+def smoke(random_weights, class_folders, tmp_path: Path) -> Callable[..., None]:
+    """Runs a job on noise with a teacher of random weights: that it runs is all that is asked here."""
+    images = class_folders({"red": 12, "green": 12, "blue": 12})
+
+    def run(job: str, command: str, *words: str) -> None:
+        teacher = load_config([job, "images.path=x"]).teacher
+        assert teacher is not None
+        weights = random_weights(teacher.model.removeprefix("timm:"))
+        words = (
+            job, "jobs/overlays/smoke.yaml", *words, f"images.path={images}", f"teacher.weights={weights}",
+            f"workspace={tmp_path}/workspace", "tracking.enabled=false", "distill.num_workers=0",
+        )  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", "from raydistill.cli import main; main()", command, *words],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_runs_under_smoke(recipe: str, random_weights, class_folders, tmp_path: Path) -> None:
-    """Random weights see nothing and noise shows nothing: that it runs is all that is asked here."""
-    job = f"jobs/{recipe}.yaml"
-    images = class_folders({"first": 12, "second": 12, "third": 12})
-    teacher = load_config([job, "images.path=x"]).teacher
-    assert teacher is not None
-    weights = random_weights(teacher.model.removeprefix("timm:"))
-    words = [
-        job, "jobs/overlays/smoke.yaml", f"images.path={images}", f"teacher.weights={weights}",
-        f"workspace={tmp_path}/workspace", "tracking.enabled=false", "views.per_image=1", "distill.num_workers=0",
-    ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", "from raydistill.cli import main; main()", "run", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+def test_a_recipe_runs_under_smoke(recipe: str, smoke, tmp_path: Path) -> None:
+    smoke(f"jobs/{recipe}.yaml", "run", "views.per_image=1")
     (report,) = (tmp_path / "workspace").glob("evaluate-*/report.json")
     measured = json.loads(report.read_text())
     assert measured["student"]["test"]["images"] == measured["teacher"]["test"]["images"] > 0
+
+
+ONE_MACHINE = "jobs/overlays/one_machine.yaml"
+
+
+@pytest.mark.parametrize("job", ON_CLUSTERS)
+def test_one_machine_leaves_nothing_of_a_cluster(job: str) -> None:
+    config = load_config([f"jobs/{job}.yaml", ONE_MACHINE, "images.path=x"])
+    assert config.cluster == type(config.cluster)(generator_actors=config.cluster.generator_actors)
+    assert "://" not in " ".join([config.workspace, config.tracking.uri or "", config.tune.storage or ""])
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("job", "command", "made", "words"),
+    [
+        ("cluster_big_teacher", "run", "evaluate-*/report.json", ["teacher.size=56"]),  # 14 pixels a patch
+        ("cluster_generate", "run", "generate-*/ledger.parquet", ["generate.per_class=2", "generate.steps=2",
+         "generate.dtype=fp32", "generate.filter.agreement=false"]),
+        ("cluster_search", "tune", "tune-*/best.yaml", ["tune.trials=2", "tune.confirm_seeds=0",
+         "tune.space=tune_spaces/loss.yaml"]),
+    ],
+)  # fmt: skip
+def test_a_job_of_a_cluster_runs_under_smoke_on_one_machine(
+    job: str, command: str, made: str, words: list[str], smoke, class_pipeline, tmp_path: Path
+) -> None:
+    if job == "cluster_generate":
+        words = [*words, f"generate.pipeline={class_pipeline}"]
+    smoke(f"jobs/{job}.yaml", command, ONE_MACHINE, *words)
+    assert len(list((tmp_path / "workspace").glob(made))) == 1

@@ -133,9 +133,14 @@ def exists(path: str) -> bool:
 def read_seconds(path: str) -> float:
     """How long the run that finished a stage took for it; 0 where nothing is said. What an interrupted run had spent
     on it before is not in it."""
+    return float(read_bill(path).get("seconds", 0.0))
+
+
+def read_bill(path: str) -> dict[str, Any]:
+    """`seconds` of the run that finished a stage and, on a cluster, `node_seconds` by node type and `lost_nodes`."""
     fs, folder = url_to_fs(path)
     name = f"{folder}/seconds.json"
-    return float(json.loads(fs.cat_file(name))["seconds"]) if fs.exists(name) else 0.0
+    return dict(json.loads(fs.cat_file(name))) if fs.exists(name) else {}
 
 
 def workspace_root(config: RunConfig) -> str:

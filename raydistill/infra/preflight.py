@@ -195,7 +195,7 @@ def check_offers(config: RunConfig | None, path: str) -> list[Finding]:
     most = {name: sum(t.max_workers * t.resources.get(name, 0) for t in types) for name in ("CPU", "GPU")}
     grown = ", ".join(f"{name}: {count}" for name, count in most.items() if count)
     findings = [Finding(path, f"sound; a job that may use all of it: cluster.grows_to={{{grown}}}")]
-    wanted = {} if config is None or config.generate is None else config.cluster.generator_labels
+    wanted = None if config is None or config.generate is None else config.cluster.generator_labels
     if wanted:
         fit = [t for t in types if t.max_workers and all(t.labels.get(k) == v for k, v in wanted.items())]
         words = ", ".join(f"{k}={v}" for k, v in wanted.items())

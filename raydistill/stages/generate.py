@@ -120,8 +120,8 @@ def check_generate(config: RunConfig, classes: Sequence[str]) -> None:
     if cluster.address is None and cluster.generator_labels and cluster.generator_fallback != {}:
         raise ConfigError(
             f"cluster.generator_labels={cluster.generator_labels} would be waited for without end: a cluster of this "
-            "machine alone has no labels; leave it out, set cluster.generator_fallback={} to do without them, or join "
-            "a cluster with cluster.address"
+            "machine alone has no labels; set it to null, or cluster.generator_fallback={} to do without them, or "
+            "join a cluster with cluster.address"
         )
     by_class: dict[str, Mapping[str, object]] = {
         "generate.overrides": settings.overrides,

@@ -14,6 +14,7 @@ from raydistill.errors import ConfigError, DataError
 from raydistill.infra import artifacts
 from raydistill.infra.artifacts import StageDirectory, Work, find_work
 from raydistill.infra.cluster import RayStart, local_plan
+from raydistill.infra.node_hours import NodeClock
 from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import Tracker
 from raydistill.models.student import build_student, has_batch_norm
@@ -189,11 +190,12 @@ class _Run:
             return done
         started = time.monotonic()
         with self._tracker.child(directory.name) as record:
-            work(record)
+            with NodeClock(self._config) as clock:
+                work(record)
             done = directory.done()
             assert done is not None, "a stage ends by marking itself done"
             seconds = time.monotonic() - started
-            directory.write_json("seconds.json", {"seconds": seconds})
+            directory.write_json("seconds.json", {"seconds": seconds, **clock.record()})
             record.log({"seconds": seconds} | {k: float(v) for k, v in done.items() if _is_number(v)})
         self._outcome.seconds[directory.stage] = seconds
         return done

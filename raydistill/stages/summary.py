@@ -9,7 +9,8 @@ from rich.console import Group
 from rich.table import Table
 
 from raydistill.config import RunConfig
-from raydistill.infra.artifacts import write_bytes
+from raydistill.infra.artifacts import read_bill, write_bytes
+from raydistill.infra.node_hours import bill_words
 from raydistill.stages.run import Outcome
 
 
@@ -28,10 +29,13 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
         results.add_row(*row)
     results.add_row("parameters", f"{report.student_parameters:,}", _number(report.teacher_parameters))
     results.add_row("images/s", f"{report.student_images_per_second:,.0f}", _number(report.teacher_images_per_second))
-    stages = Table("stage", "seconds", "where", box=None, pad_edge=False)
+    bills = {stage: read_bill(directory) for stage, directory in outcome.directories.items()}
+    on_nodes = any("node_seconds" in bill for bill in bills.values())
+    stages = Table("stage", "seconds", "where", *(["took in all"] if on_nodes else []), box=None, pad_edge=False)
     for stage, directory in outcome.directories.items():
         seconds = outcome.seconds.get(stage)
-        stages.add_row(stage, f"{seconds:.0f}" if seconds else "done", directory)
+        more = [bill_words(bills[stage], config.cluster.prices)] if on_nodes else []
+        stages.add_row(stage, f"{seconds:.0f}" if seconds else "done", directory, *more)
     return Group("", results, "", stages, "")
 
 

@@ -123,6 +123,7 @@ EFFECTS = {
     "compare.arms=[kd]": NOTHING,
     "compare.seeds=2": NOTHING,
     "cluster.price_per_hour=2": NOTHING,
+    'cluster.prices={"spot":2}': NOTHING,
     "tune.space=space.yaml": NOTHING,
     "tune.trials=3": NOTHING,
     "tune.sampler=random": NOTHING,

@@ -1,0 +1,95 @@
+"""What a stage costs on a cluster: the time of its nodes by type, and those that were taken away meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from raydistill.config import RunConfig
+
+_SECONDS_BETWEEN_LOOKS = 5.0
+# Ray's NodeDeathInfo.Reason: ended unexpectedly, and preempted; nodes that were idle, or told to end, are not lost.
+_LOST = (2, 3)
+
+
+class NodeClock:
+    """Adds up, for the time of a `with` block, how long nodes of each type were there: a thread looks every few seconds
+    at a cluster that was joined. The machine alone is measured by the seconds themselves.
+
+    `seconds` is by node type: the label `pool`, `head` for a head without one, `nodes` for others. `lost` counts nodes
+    that died or were preempted.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.lost = 0
+        self._joins = config.cluster.address is not None
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._looked = 0.0
+        self._alive: set[str] = set()
+
+    def __enter__(self) -> NodeClock:
+        if self._joins:
+            self._looked = time.monotonic()
+            self._thread = threading.Thread(target=self._watch, name="node-clock", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._thread is not None:
+            self._over.set()
+            self._thread.join()
+            self._look()
+
+    def record(self) -> dict[str, Any]:
+        """What of it is kept beside a stage's seconds; empty where no cluster was joined."""
+        return {"node_seconds": dict(self.seconds), "lost_nodes": self.lost} if self._joins else {}
+
+    def _watch(self) -> None:
+        while not self._over.wait(_SECONDS_BETWEEN_LOOKS):
+            self._look()
+
+    def _look(self) -> None:
+        import ray
+
+        now = time.monotonic()
+        passed, self._looked = now - self._looked, now
+        if not ray.is_initialized():
+            return
+        for node in ray.nodes():
+            if node["Alive"]:
+                self.seconds[node_type(node)] += passed
+                self._alive.add(node["NodeID"])
+            elif node["NodeID"] in self._alive:
+                self._alive.discard(node["NodeID"])
+                self.lost += node.get("DeathReason") in _LOST
+
+
+def node_type(node: Mapping[str, Any]) -> str:
+    """The type of one of `ray.nodes()`."""
+    if pool := (node.get("Labels") or {}).get("pool"):
+        return str(pool)
+    return "head" if "node:__internal_head__" in node["Resources"] else "nodes"
+
+
+def cost(node_seconds: Mapping[str, float], prices: Mapping[str, float]) -> float | None:
+    """Money for nodes whose types have a price an hour; None where one has none, or nothing was measured."""
+    if not node_seconds or not set(node_seconds) <= set(prices):
+        return None
+    return sum(seconds / 3600 * prices[name] for name, seconds in node_seconds.items())
+
+
+def bill_words(bill: Mapping[str, Any], prices: Mapping[str, float]) -> str:
+    """What a finished stage took, in words: `130 s; spot 0.21 h, train 0.04 h = 0.12; 1 node(s) lost`."""
+    words = [f"{bill['seconds']:.0f} s"] if "seconds" in bill else []
+    if node_seconds := bill.get("node_seconds"):
+        hours = ", ".join(f"{name} {seconds / 3600:.2f} h" for name, seconds in sorted(node_seconds.items()))
+        money = cost(node_seconds, prices)
+        words.append(hours if money is None else f"{hours} = {money:.2f}")
+    if bill.get("lost_nodes"):
+        words.append(f"{bill['lost_nodes']} node(s) lost")
+    return "; ".join(words)
