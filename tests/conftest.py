@@ -25,13 +25,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def class_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_class_pipeline(folder: Path) -> None:
     """A diffusion pipeline of random weights for the classes red, green and blue, and no class, at 16 pixels."""
     import diffusers
     import torch
 
-    folder = tmp_path_factory.mktemp("class") / "pipeline"
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         sample_size=16, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
@@ -39,6 +37,12 @@ def class_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler()).save_pretrained(folder)
     (folder / "classes.json").write_text(json.dumps({"classes": ["red", "green", "blue"], "null": 3}))
+
+
+@pytest.fixture(scope="session")
+def class_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("class") / "pipeline"
+    save_class_pipeline(folder)
     return folder
 
 

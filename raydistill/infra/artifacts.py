@@ -29,8 +29,8 @@ from raydistill.examples import weights_fingerprint
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {
-    "prepare": 2, "features": 2, "adapt": 2, "generated": 1, "generate": 2, "teach": 2, "distill": 3, "evaluate": 1,
-    "compare": 1, "tune": 1,
+    "decoded": 1, "prepare": 2, "features": 2, "adapt": 2, "generated": 1, "generate": 2, "teach": 2, "distill": 3,
+    "evaluate": 1, "compare": 1, "tune": 1,
 }  # fmt: skip
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
 # What `distill` leaves in its folder beside these is about its making; the last is there for transformers models.
@@ -166,6 +166,12 @@ def stage_directory(config: RunConfig, stage: str, identity: dict[str, Any]) -> 
     text = json.dumps({"format": FORMATS[stage], **identity}, indent=2, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return StageDirectory(f"{workspace_root(config)}/{stage}-{digest}", stage, text)
+
+
+def decoded_directory(config: RunConfig, listing: Listing) -> StageDirectory:
+    """All images at the working size, which no seed and no label has a say in; `prepare` sorts them into place."""
+    images = config.images.model_dump(include={"size", "fit", "max_pixels"})
+    return stage_directory(config, "decoded", {"images": images, "files": listing.fingerprint})
 
 
 def prepare_directory(config: RunConfig, listing: Listing) -> StageDirectory:

@@ -407,7 +407,7 @@ def run_workers(
         run_config=RunConfig(
             # Checkpoints are the loop's own, so no run of Ray Train's is ever restored: a new name each time.
             name=uuid.uuid4().hex,
-            storage_path=storage,
+            **_storage(storage),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
         ),
@@ -421,6 +421,19 @@ def run_workers(
     if "error" in result:
         raise StageError(result["error"])
     return dict(result)
+
+
+def _storage(path: str) -> dict[str, Any]:
+    """Where Ray Train keeps what it notes of a run. Of places that are not local it knows a few by itself; it is given
+    the file system that all else goes through."""
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    fs, folder = url_to_fs(path)
+    if isinstance(fs, LocalFileSystem):
+        return {"storage_path": folder}
+    return {"storage_path": folder, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
 class _StreamInController:

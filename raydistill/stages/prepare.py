@@ -1,4 +1,8 @@
-"""prepare: every usable image, upright RGB, content-addressed, split and permuted, in parquet shards."""
+"""prepare: every usable image, upright RGB, content-addressed, split and permuted, in parquet shards.
+
+Images are decoded into a directory of their own first, which no seed, split or choice of labels has a say in: so they
+are decoded once for all seeds, and a command that was killed goes on.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +24,24 @@ from raydistill.config import Images, RunConfig
 from raydistill.data.decode import decode, encode
 from raydistill.data.images import Entry, Listing, read_bytes_of
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
-from raydistill.errors import DataError
-from raydistill.infra.artifacts import StageDirectory
+from raydistill.errors import DataError, StageError
+from raydistill.infra.artifacts import StageDirectory, decoded_directory, exists, write_bytes
 from raydistill.infra.cluster import Plan
 from raydistill.infra.progress import Progress
 
-_FILES_PER_TASK = 32
+# Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.
+_FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
+_UNREADABLE = "cannot be read"
+
+
+_DECODED = pa.schema(
+    [
+        pa.field("index", pa.int64()),  # of the entry in the listing
+        pa.field("sample_id", pa.string()),
+        pa.field("image", pa.binary()),  # PNG at the working size; empty where there is a reason
+        pa.field("reason", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -45,35 +61,46 @@ def prepare_samples(
     Raises DataError: too many bad files, or a class without a single good train image.
     """
     directory.begin()
-    chunks = [{"chunk": json.dumps(chunk)} for chunk in _chunks(listing.entries)]
-    decoded = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
-        _DecodeChunk(config.images), batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
-    )
-    blocks, known = [], []
-    with progress.task("prepare", len(listing.entries), "images") as advance:
-        for block in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for index, identity, reason in zip(
-                block["index"].to_pylist(), block["sample_id"].to_pylist(), block["reason"].to_pylist(), strict=True
-            ):
-                known.append(_Decoded(listing.entries[index], identity, reason))
-            blocks.append(ray.put(block.select(["index", "image"])))  # spills to disk where memory is short
-            advance(len(block))
-    known.sort(key=lambda d: (d.entry.path, d.entry.row or 0))
+    files, known = _decode_images(config, listing, plan, progress)
     _refuse_too_many_bad(config.images, known)
     kept, refused = _without_duplicates(known)
     splits = _split(config, listing, kept)
     labelled = _labelled(config, listing, splits["train"])
     _check_train(config.images, listing, splits["train"])
-    result = _write(config, listing, directory, splits, labelled, blocks, len(refused))
+    result = _write(config, listing, directory, splits, labelled, files, len(refused), plan)
     directory.write_json("refused.json", refused)
     directory.finish(dataclasses.asdict(result))
     return result
 
 
+def _decode_images(
+    config: RunConfig, listing: Listing, plan: Plan, progress: Progress
+) -> tuple[list[str], list[_Decoded]]:
+    """The files of decoded images, those that are there already left as they are, and what is known of each entry."""
+    directory = decoded_directory(config, listing)
+    directory.begin()
+    chunks = [
+        {"file": f"{directory.path}/{number:05d}.parquet", "chunk": json.dumps(chunk)}
+        for number, chunk in enumerate(_chunks(listing.entries))
+    ]
+    decoded = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
+        _DecodeChunk(config.images), batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
+    )
+    known = []
+    with progress.task("prepare", len(listing.entries), "images") as advance:
+        for block in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            columns = (block[name].to_pylist() for name in ("index", "sample_id", "reason"))
+            known += [_Decoded(listing.entries[index], i, reason) for index, i, reason in zip(*columns, strict=True)]
+            advance(len(block))
+    known.sort(key=lambda d: (d.entry.path, d.entry.row or 0))
+    return [chunk["file"] for chunk in chunks], known
+
+
 def _chunks(entries: Sequence[Entry]) -> Iterator[list[tuple[int, str, int | None]]]:
+    together = min(max(len(entries) // _FILES, _FEWEST_TOGETHER), _MOST_TOGETHER)
     chunk: list[tuple[int, str, int | None]] = []
     for index, entry in enumerate(entries):
-        if len(chunk) == _FILES_PER_TASK or (chunk and entry.row is not None and chunk[0][1] != entry.path):
+        if len(chunk) == together or (chunk and entry.row is not None and chunk[0][1] != entry.path):
             yield chunk
             chunk = []
         chunk.append((index, entry.path, entry.row))
@@ -81,15 +108,24 @@ def _chunks(entries: Sequence[Entry]) -> Iterator[list[tuple[int, str, int | Non
 
 
 class _DecodeChunk:
-    """One Ray Data task: some files in, a row for each out, so that a bad one takes nothing along."""
+    """One Ray Data task: some files in, a row for each out, so that a bad one takes nothing along. Their images go into
+    one file, which a later run finds; unless one could not be read, which may be over by then."""
 
     def __init__(self, images: Images) -> None:
         self._images = images
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        file = str(batch["file"][0])
+        if exists(file):
+            known = _read_decoded(file, ["index", "sample_id", "reason"])
+            if not any(reason.startswith(_UNREADABLE) for reason in known["reason"].to_pylist()):
+                return known
         rows = [self._row(*item) for item in _read_chunk(json.loads(str(batch["chunk"][0])))]
-        columns = {"index": pa.int64(), "sample_id": pa.string(), "image": pa.binary(), "reason": pa.string()}
-        return pa.Table.from_pylist(rows, schema=pa.schema(list(columns.items())))
+        table = pa.Table.from_pylist(rows, schema=_DECODED)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="none")  # PNGs are compressed
+        write_bytes(file, sink.getvalue().to_pybytes())
+        return table.drop_columns(["image"])
 
     def _row(self, index: int, data: bytes | None, reason: str) -> dict[str, Any]:
         images, identity, image = self._images, "", b""
@@ -110,7 +146,7 @@ def _read_chunk(chunk: list[tuple[int, str, int | None]]) -> Iterator[tuple[int,
         try:
             yield index, read_bytes_of(Entry(path, None, None, row)), ""
         except OSError as error:
-            yield index, None, f"cannot be read: {error.strerror or error}"
+            yield index, None, f"{_UNREADABLE}: {error.strerror or error}"
 
 
 def _read_parquet_rows(chunk: list[tuple[int, str, int | None]]) -> Iterator[tuple[int, bytes | None, str]]:
@@ -238,8 +274,9 @@ def _write(
     directory: StageDirectory,
     splits: dict[str, list[_Decoded]],
     labelled: set[str],
-    blocks: list[Any],
+    files: list[str],
     num_refused: int,
+    plan: Plan,
 ) -> SampleSet:
     """Sort the decoded images into place with Ray Data and write them shard by shard."""
     index_of = {name: number for number, name in enumerate(listing.classes)}
@@ -266,12 +303,15 @@ def _write(
     fact_of_entry[[r[0] for r in rows]] = np.arange(len(rows))
     shared = ray.put((facts, fact_of_entry))
 
-    def place(block: pa.Table) -> pa.Table:
+    def place(batch: dict[str, np.ndarray]) -> pa.Table:
         facts, fact_of_entry = ray.get(shared)
+        block = _read_decoded(str(batch["file"][0]), ["index", "image"])
         places = fact_of_entry[block["index"].to_numpy()]
         return facts.take(places[places >= 0]).append_column("image", block["image"].filter(pa.array(places >= 0)))
 
-    placed = ray.data.from_arrow_refs(blocks).map_batches(place, batch_size=None, batch_format="pyarrow")
+    placed = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files)).map_batches(
+        place, batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
+    )
     buffer: pa.Table | None = None
     pending = iter(names)
     expected = next(pending, None)
@@ -287,6 +327,15 @@ def _write(
     counts = {s: sum(r[2] is not None for r in rows if r[3] == s) for s in SPLITS}
     labels = {s: _digest([listing.classes, *((r[1], r[2]) for r in rows if r[3] == s)]) for s in SPLITS}
     return SampleSet(directory.path, listing.classes, config.images.size, shards, counts, num_refused, digests, labels)
+
+
+def _read_decoded(file: str, columns: list[str]) -> pa.Table:
+    fs, path = url_to_fs(file)
+    try:
+        with fs.open(path, "rb") as handle:
+            return pq.read_table(handle, columns=columns)
+    except pa.ArrowException as error:
+        raise StageError(f"{file} is damaged ({error}); delete it and run the command again") from None
 
 
 def _digest(values: Sequence[object]) -> str:

@@ -29,7 +29,7 @@ SAMPLES = SampleSet(
     ids={"train": "t", "val": "v", "test": "e"},
     labels={"train": "lt", "val": "lv", "test": "le"},
 )
-STAGES = ("prepare", "features", "held_out", "adapt", "teach", "distill", "evaluate")
+STAGES = ("decoded", "prepare", "features", "held_out", "adapt", "teach", "distill", "evaluate")
 NOTHING, STUDENT, HEAD = set(), {"distill", "evaluate"}, {"adapt", "distill", "evaluate"}
 TEACHER = {"features", "held_out", "adapt", "teach", "distill", "evaluate"}
 VIEWS = {"teach", "distill", "evaluate"}
@@ -42,8 +42,8 @@ def config_of(*words: str) -> RunConfig:
 def names(*words: str, samples: SampleSet = SAMPLES, listing: Listing = LISTING) -> dict[str, str]:
     """The directory of every stage, without the workspace it lies in."""
     config = config_of(*words)
-    found = {"prepare": artifacts.prepare_directory(config, listing).name}
-    for stage in STAGES[1:]:
+    found = {stage: getattr(artifacts, f"{stage}_directory")(config, listing).name for stage in STAGES[:2]}
+    for stage in STAGES[2:]:
         found[stage] = getattr(artifacts, f"{stage}_directory")(config, samples).name
     return found
 
@@ -58,8 +58,8 @@ EFFECTS = {
     "workspace=/elsewhere": NOTHING,
     "seed=1": {"prepare"} | VIEWS,
     "images.path=elsewhere": NOTHING,  # the listing tells what lies there
-    "images.size=64": {"prepare"} | TEACHER,
-    "images.fit=pad": {"prepare"} | TEACHER,
+    "images.size=64": {"decoded", "prepare"} | TEACHER,
+    "images.fit=pad": {"decoded", "prepare"} | TEACHER,
     "images.shard_size=32": {"prepare"} | TEACHER,
     "images.classes=list.txt": NOTHING,  # as for the path
     "images.val_share=0.2": {"prepare"},
@@ -68,7 +68,7 @@ EFFECTS = {
     "images.max_per_class=1": {"prepare"},
     "images.allow_missing_val=true": NOTHING,
     "images.max_bad_share=0.5": {"prepare"},
-    "images.max_pixels=1000": {"prepare"},
+    "images.max_pixels=1000": {"decoded", "prepare"},
     "teacher.model=timm:resnet18": TEACHER,
     "teacher.weights=example:efficientnet-lite2": TEACHER,
     "teacher.revision=abc": TEACHER,
@@ -252,7 +252,7 @@ def test_other_samples_make_those_stages_new_that_read_what_differs(change, expe
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"fingerprint": "other"}, {"prepare"}),
+        ({"fingerprint": "other"}, {"decoded", "prepare"}),
         ({"classes": ("b", "a")}, {"prepare"}),
         ({"ignored": {"hidden and system files": 3}}, NOTHING),
     ],

@@ -348,6 +348,35 @@ def test_a_workspace_may_be_moved(words, progress, tmp_path) -> None:
         assert path.startswith(str(tmp_path / "elsewhere"))
 
 
+def test_images_are_decoded_once_for_all_seeds(words, progress, tmp_path) -> None:
+    first = run_stages(load_config(words), progress, until="prepare").samples
+    (decoded,) = (tmp_path / "workspace").glob("decoded-*")
+    files = sorted(decoded.glob("*.parquet"))
+    made = {path: path.stat().st_mtime_ns for path in files}
+    assert len(files) >= 3
+    more = ["seed=1", "images.num_labelled=12", "images.shard_size=8"]
+    second = run_stages(load_config([*words, *more]), progress, until="prepare").samples
+    assert {path: path.stat().st_mtime_ns for path in files} == made
+    fresh = run_stages(load_config([*words, *more, f"workspace={tmp_path}/fresh"]), progress, until="prepare").samples
+    for split in ("train", "val", "test"):
+        assert rows(second.path, split) == rows(fresh.path, split)
+        assert rows(second.path, split) != rows(first.path, split)
+    # A command that was killed goes on, and what could not be read then is read now.
+    shutil.rmtree(first.path)
+    files[0].unlink()
+    table = pq.read_table(files[1])
+    reasons = ["cannot be read: Input/output error", *table["reason"].to_pylist()[1:]]
+    pq.write_table(table.set_column(3, "reason", [reasons]), files[1])
+    made |= {path: path.stat().st_mtime_ns for path in files[1:2]}
+    again = run_stages(load_config(words), progress, until="prepare").samples
+    assert again == first
+    assert {path for path in files if path.stat().st_mtime_ns != made[path]} == set(files[:2])
+    files[2].write_bytes(files[2].read_bytes()[:-9])
+    shutil.rmtree(again.path)
+    with pytest.raises(Exception, match=rf"{files[2].name} is damaged"):
+        run_stages(load_config(words), progress, until="prepare")
+
+
 def cli(words: list[str], *more: str, **options):
     return subprocess.Popen(
         [sys.executable, "-c", "from raydistill.cli import main; main()", "run", *words, *more],
