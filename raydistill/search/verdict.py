@@ -54,6 +54,8 @@ class Row:
 
     arm: str
     seeds: list[int]
+    val: list[float]  # accuracy by seed
+    test: list[float]
     val_mean: float
     test_mean: float
     test_low: float | None
@@ -194,6 +196,8 @@ def _row(runs: list[Arm], baseline: list[Arm] | None) -> Row:
     return Row(
         arm=runs[0].arm,
         seeds=[run.seed for run in runs],
+        val=[run.val_accuracy for run in runs],
+        test=test,
         val_mean=mean["val_accuracy"],
         test_mean=float(np.mean(test)),
         test_low=low,

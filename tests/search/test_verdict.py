@@ -39,6 +39,7 @@ def test_gains_are_paired_by_seed_with_the_best_baseline_by_val() -> None:
     row = result.rows[0]
     gains = [0.04, 0.03, 0.05]
     expected = stats.ttest_rel([0.64, 0.73, 0.85], [0.60, 0.70, 0.80])
+    assert (row.val, row.test) == ([0.65] * 3, [0.64, 0.73, 0.85])
     assert row.gain == pytest.approx(np.mean(gains))
     assert row.p_value == pytest.approx(expected.pvalue)
     interval = expected.confidence_interval(0.95)
