@@ -12,7 +12,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import optuna
-from optuna.trial import TrialState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
 _MOST_KEYS_IN_CONTOUR = 3
@@ -22,25 +23,28 @@ _INTERVAL = 110  # dots an inch
 def search_page(study: optuna.Study, verdict: str, objectives: Sequence[str]) -> bytes:
     """History, importance, slices and contours or, of several objectives, the Pareto front and each one's importance.
 
-    A picture that these trials do not suffice for is named with the reason.
+    Where trials were ended early, few came to an end, and all are compared after the last epoch that each of them
+    reached. A picture that these trials do not suffice for is named with the reason.
     """
     matplotlib.use("Agg")  # Optuna draws with pyplot
-    whole = _without_short_trials(study)
+    trials, when = _compared(study)
+    whole = _without_short_trials(trials, study.directions)
     pictures: list[tuple[str, Callable[[], Any]]] = []
     for number, name in enumerate(objectives):
         target = _target(number) if len(objectives) > 1 else {}
-        pictures.append((f"{name} by trial", _call(plots.plot_optimization_history, study, name, target)))
+        pictures.append((f"{name} by trial", _history(study, name, target)))
         pictures.append(
-            (f"Which settings {name} depends on (fANOVA)", _call(plots.plot_param_importances, whole, name, target))
-        )
-        pictures.append((f"{name} by each setting", _call(plots.plot_slice, whole, name, target)))
+            (f"Which settings {name}{when} depends on (fANOVA)",
+             _call(plots.plot_param_importances, whole, name, target))
+        )  # fmt: skip
+        pictures.append((f"{name}{when} by each setting", _call(plots.plot_slice, whole, name, target)))
     if len(objectives) > 1:
         front = lambda: plots.plot_pareto_front(study, target_names=list(objectives))  # noqa: E731
         pictures.insert(0, ("Pareto front", front))
     else:
         keys = _important(whole)
         pictures.append((
-            f"{objectives[0]} by two settings at a time, those that matter most",
+            f"{objectives[0]}{when} by two settings at a time, those that matter most",
             lambda: _contour(whole, keys, objectives[0]),
         ))  # fmt: skip
     parts = [f"<h2>{html.escape(title)}</h2>\n{_image(draw)}" for title, draw in pictures]
@@ -62,14 +66,47 @@ def _target(number: int) -> dict[str, Any]:
     return {"target": lambda trial: trial.values[number]}
 
 
-def _without_short_trials(study: optuna.Study) -> optuna.Study:
-    """The complete trials, less the job's own where the space does not hold all of its values: Optuna compares settings
-    that all trials have."""
-    copy = optuna.create_study(directions=study.directions)
+def _history(study: optuna.Study, name: str, target: dict[str, Any]) -> Callable[[], Any]:
+    """Optuna's, with the trials that were ended early at what they had reached."""
+
+    def draw() -> Any:
+        axes = plots.plot_optimization_history(study, target_name=name, **target)
+        pruned = [t for t in study.get_trials(states=(TrialState.PRUNED,)) if t.intermediate_values]
+        if pruned:
+            reached = [t.intermediate_values[max(t.intermediate_values)] for t in pruned]
+            axes.scatter([t.number for t in pruned], reached, marker="x", color="grey", label="ended early, so far")
+            axes.legend(loc="lower right")
+        return axes
+
+    return draw
+
+
+def _compared(study: optuna.Study) -> tuple[list[FrozenTrial], str]:
+    """Trials with values that can be compared, and when those were measured: at the end, or after the last epoch that
+    all trials reached, those that were ended early among them."""
     complete = study.get_trials(states=(TrialState.COMPLETE,))
-    most = {key for trial in complete if not trial.user_attrs.get("own") for key in trial.params}
-    always = {key for key in most if all(key in t.params for t in complete if not t.user_attrs.get("own"))}
-    copy.add_trials([t for t in complete if always <= set(t.params)])
+    pruned = study.get_trials(states=(TrialState.PRUNED,))
+    together = [*complete, *pruned]
+    common = set.intersection(*(set(t.intermediate_values) for t in together)) if pruned else set()
+    if not common:
+        return complete, ""
+    epoch = max(common)
+    values = [
+        optuna.trial.create_trial(
+            value=t.intermediate_values[epoch], params=t.params, distributions=t.distributions, user_attrs=t.user_attrs
+        )
+        for t in together
+    ]
+    return values, f" after epoch {epoch}, which all {len(together)} trials reached,"
+
+
+def _without_short_trials(trials: list[FrozenTrial], directions: Sequence[StudyDirection]) -> optuna.Study:
+    """The trials, less the job's own where the space does not hold all of its values: Optuna compares settings that all
+    trials have."""
+    copy = optuna.create_study(directions=directions)
+    others = [t for t in trials if not t.user_attrs.get("own")]
+    always = {key for trial in others for key in trial.params if all(key in t.params for t in others)}
+    copy.add_trials([t for t in trials if always <= set(t.params)])
     return copy
 
 

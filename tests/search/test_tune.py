@@ -28,6 +28,7 @@ from raydistill.infra import artifacts, checkpoints, cluster
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.cluster import plan_resources
 from raydistill.infra.tracking import ChildRun, Tracker
+from raydistill.search import study_page
 from raydistill.search import trials as trials_module
 from raydistill.search import tune as tune_module
 from raydistill.search.display import Clock, SearchDisplay
@@ -594,6 +595,29 @@ def test_a_front_of_two_objectives_is_a_picture() -> None:
         study.tell(trial, [value, turn])
     page = search_page(study, "a verdict", ["val_accuracy", "parameters"]).decode()
     assert '<h2>Pareto front</h2>\n<img alt="" src="data:image/png' in page
+
+
+def test_trials_that_ended_early_are_compared_at_an_epoch_that_all_reached() -> None:
+    """Only two come to an end, and those alone would say that the temperature does nothing."""
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
+    for number in range(12):
+        trial = study.ask()
+        first, second = trial.suggest_float("loss.temperature", 1, 9), trial.suggest_float("loss.kd_weight", 0, 1)
+        assert 0 <= second <= 1
+        trial.report(first / 9, 1)
+        if number >= 2:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            continue
+        trial.report(0.9, 2)
+        study.tell(trial, 0.95)
+    compared, when = study_page._compared(study)
+    assert len(compared) == 12
+    assert all(t.value == pytest.approx(t.params["loss.temperature"] / 9) for t in compared)
+    assert when == " after epoch 1, which all 12 trials reached,"
+    assert study_page._important(study_page._without_short_trials(compared, study.directions))[0] == "loss.temperature"
+    page = search_page(study, "a verdict", ["val_accuracy"]).decode()
+    assert page.count("<img") == 4
+    assert "Which settings val_accuracy after epoch 1, which all 12 trials reached, depends on" in page
 
 
 def test_pictures_that_one_setting_does_not_suffice_for_say_so() -> None:
