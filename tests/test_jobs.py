@@ -117,7 +117,7 @@ def smoke(random_weights, class_folders, tmp_path: Path) -> Callable[..., None]:
     images = class_folders({"red": 12, "green": 12, "blue": 12})
 
     def run(job: str, command: str, *words: str) -> None:
-        teacher = load_config([job, "images.path=x"]).teacher
+        teacher = load_config([job, *words, "images.path=x"]).teacher
         assert teacher is not None
         weights = random_weights(teacher.model.removeprefix("timm:"))
         words = (
@@ -146,6 +146,10 @@ def test_a_recipe_runs_under_smoke(recipe: str, smoke, tmp_path: Path) -> None:
 ONE_MACHINE = "jobs/overlays/one_machine.yaml"
 
 
+# In the place of teachers that take minutes on a CPU.
+SMALL_VIT = ("teacher.model=timm:vit_tiny_patch16_224", "teacher.size=224")
+
+
 @pytest.mark.parametrize("job", ON_CLUSTERS)
 def test_one_machine_leaves_nothing_of_a_cluster(job: str) -> None:
     config = load_config([f"jobs/{job}.yaml", ONE_MACHINE, "images.path=x"])
@@ -158,11 +162,11 @@ def test_one_machine_leaves_nothing_of_a_cluster(job: str) -> None:
 @pytest.mark.parametrize(
     ("job", "command", "made", "words"),
     [
-        ("cluster_big_teacher", "run", "evaluate-*/report.json", ["teacher.size=56"]),  # 14 pixels a patch
+        ("cluster_big_teacher", "run", "evaluate-*/report.json", [*SMALL_VIT]),
         ("cluster_generate", "run", "generate-*/ledger.parquet", ["generate.per_class=2", "generate.steps=2",
-         "generate.dtype=fp32", "generate.filter.agreement=false"]),
+         "generate.dtype=fp32", "generate.filter.agreement=false", *SMALL_VIT]),
         ("cluster_search", "tune", "tune-*/best.yaml", ["tune.trials=2", "tune.confirm_seeds=0",
-         "tune.space=tune_spaces/loss.yaml"]),
+         "tune.space=tune_spaces/loss.yaml", *SMALL_VIT]),
     ],
 )  # fmt: skip
 def test_a_job_of_a_cluster_runs_under_smoke_on_one_machine(
