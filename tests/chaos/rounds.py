@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import psutil
 from safetensors.numpy import load_file
+
+from tests.processes import ray_processes, wait_for
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 16
@@ -132,7 +134,7 @@ def _command(words: list[str], folder: Path, fault: str, moment: str, count: int
         )  # fmt: skip
         try:
             if fault == "driver_killed":
-                _wait_for(lambda: _reached(folder, moment, count) or process.poll() is not None)
+                wait_for(lambda: _reached(folder, moment, count) or process.poll() is not None, 300)
                 _kill_all(process)
             out, err = process.communicate(timeout=400)
         finally:
@@ -149,11 +151,12 @@ def read_result(folder: Path, errors: list[str]) -> Result:
     store = folder / "store" / "runs"
     hashes = {}
     for stage, pattern in {"prepare": "*.parquet", "adapt": "head.safetensors", "generate": "train-*.parquet",
-                           "teach": "*.safetensors", "teach_generated": "*.safetensors"}.items():  # fmt: skip
+                           "teach": "*.safetensors"}.items():  # fmt: skip
         digest = hashlib.sha256()
         for path in sorted(store.glob(f"{stage}-*/{pattern}")):
             digest.update(path.relative_to(store).as_posix().encode() + path.read_bytes())
         hashes[stage] = digest.hexdigest()
+    assert len(list(store.glob("teach-*"))) == 2, "of the real and of the generated images"
     (student,) = store.glob("distill-*/student.safetensors")
     bills = [json.loads(path.read_text()) for path in store.glob("*/seconds.json")]
     units, redone = _work(folder)
@@ -205,13 +208,6 @@ def _kill_all(process: subprocess.Popen[str]) -> None:
                 member.send_signal(signal.SIGKILL)
 
 
-def _wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def _reached(folder: Path, moment: str, count: int) -> bool:
     return len(list((folder / "store" / "runs").glob(MOMENTS[moment]))) >= count
 
@@ -243,7 +239,7 @@ def _round(words: list[str], fault: str, moment: str, count: int) -> None:
         config = load_config([*words, f"cluster.address={cluster.address}"])
         running = pool.submit(run_stages, config, Progress(Console(quiet=True)))
         if fault not in ("none", "driver_killed", "bad_network"):
-            _wait_for(lambda: _reached(folder, moment, count) or running.done())
+            wait_for(lambda: _reached(folder, moment, count) or running.done(), 300)
             if not running.done():
                 _strike(fault, cluster, folder)
         running.result(timeout=350)
@@ -251,8 +247,8 @@ def _round(words: list[str], fault: str, moment: str, count: int) -> None:
 
 def _strike(fault: str, cluster: Any, folder: Path) -> None:
     if fault in _ACTORS:
-        _wait_for(lambda: _processes(_ACTORS[fault]), 20)
-        _processes(_ACTORS[fault])[0].kill()
+        wait_for(lambda: ray_processes(_ACTORS[fault]), 20)
+        ray_processes(_ACTORS[fault])[0].kill()
     elif fault in ("node_killed", "node_drained"):
         node = next(iter(cluster.worker_nodes))
         if fault == "node_drained":
@@ -267,15 +263,6 @@ def _strike(fault: str, cluster: Any, folder: Path) -> None:
         (folder / "failing").write_text(str(errno.ENOSPC if fault == "disk_full" else errno.EIO))
         time.sleep(_FAILING_SECONDS)
         (folder / "failing").unlink()
-
-
-def _processes(title: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if title in " ".join(process.cmdline()[:1]):
-                found.append(process)
-    return found
 
 
 def main() -> None:

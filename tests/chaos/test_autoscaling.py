@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pytest
 
 from tests.chaos.rounds import ROOT, make_inputs
 from tests.infra.test_submit import free_port
+from tests.processes import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 # Ray's own provider for tests: nodes are raylets on this machine. It is not public.
@@ -116,10 +116,3 @@ def test_nodes_come_for_generate_and_go(tmp_path: Path) -> None:
     bill = json.loads((folder / "seconds.json").read_text())
     assert bill["node_seconds"]["spot"] > 0
     assert bill["lost_nodes"] == 0, "an idle node that ends is not lost"
-
-
-def wait_for(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -11,13 +10,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -38,6 +35,7 @@ from raydistill.models.teacher import load_teacher
 from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.run import run_stages
 from tests.models.conftest import classifier
+from tests.processes import ray_processes, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -382,23 +380,6 @@ def cli(words: list[str], *more: str, **options):
         [sys.executable, "-c", "from raydistill.cli import main; main()", "run", *words, *more],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
     )  # fmt: skip
-
-
-def wait_for(condition, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def ray_processes(title: str) -> list[psutil.Process]:
-    """Ray's processes of this title under this one: other sessions on the machine are left alone."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if title in " ".join(process.cmdline()[:1]):
-                found.append(process)
-    return found
 
 
 def run_and_kill(config, progress, title: str, when: Callable[[], object]):
