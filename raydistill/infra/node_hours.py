@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import defaultdict
@@ -10,6 +11,7 @@ from typing import Any
 
 from raydistill.config import RunConfig
 
+log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 5.0
 # Ray's NodeDeathInfo.Reason: ended unexpectedly, and preempted; nodes that were idle, or told to end, are not lost.
 _LOST = (2, 3)
@@ -31,6 +33,7 @@ class NodeClock:
         self._thread: threading.Thread | None = None
         self._looked = 0.0
         self._alive: set[str] = set()
+        self._failed = False
 
     def __enter__(self) -> NodeClock:
         if self._joins:
@@ -50,6 +53,7 @@ class NodeClock:
         return {"node_seconds": dict(self.seconds), "lost_nodes": self.lost} if self._joins else {}
 
     def _watch(self) -> None:
+        self._look()  # nobody has waited yet, but who is here now may be lost before the next look
         while not self._over.wait(_SECONDS_BETWEEN_LOOKS):
             self._look()
 
@@ -60,7 +64,14 @@ class NodeClock:
         passed, self._looked = now - self._looked, now
         if not ray.is_initialized():
             return
-        for node in ray.nodes():
+        try:
+            nodes = ray.nodes()
+        except Exception as error:  # Ray's own and its connection's; no stage fails because it could not be billed
+            if not self._failed:
+                log.warning("the hours of nodes are incomplete: Ray does not answer (%s)", error)
+            self._failed = True
+            return
+        for node in nodes:
             if node["Alive"]:
                 self.seconds[node_type(node)] += passed
                 self._alive.add(node["NodeID"])

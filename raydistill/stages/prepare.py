@@ -115,12 +115,13 @@ class _DecodeChunk:
         self._images = images
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        file = str(batch["file"][0])
+        file, chunk = str(batch["file"][0]), json.loads(str(batch["chunk"][0]))
         if exists(file):
             known = _read_decoded(file, ["index", "sample_id", "reason"])
-            if not any(reason.startswith(_UNREADABLE) for reason in known["reason"].to_pylist()):
+            is_whole = sorted(known["index"].to_pylist()) == [index for index, _, _ in chunk]
+            if is_whole and not any(reason.startswith(_UNREADABLE) for reason in known["reason"].to_pylist()):
                 return known
-        rows = [self._row(*item) for item in _read_chunk(json.loads(str(batch["chunk"][0])))]
+        rows = [self._row(*item) for item in _read_chunk(chunk)]
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="none")  # PNGs are compressed

@@ -69,6 +69,17 @@ def test_a_node_that_was_lost_before_is_not_lost_again(monkeypatch) -> None:
     assert clock_over(monkeypatch, [[HEAD, gone], [HEAD, gone]]).record()["lost_nodes"] == 0
 
 
+def test_a_stage_does_not_fail_because_nobody_answers_what_it_cost(monkeypatch, caplog) -> None:
+    def refuse(self) -> None:
+        raise ConnectionError("the head is gone")
+
+    monkeypatch.setattr(ScriptedRay, "nodes", refuse)
+    assert clock_over(monkeypatch, [[HEAD]] * 3).record() == {"node_seconds": {}, "lost_nodes": 0}
+    assert [record.getMessage() for record in caplog.records] == [
+        "the hours of nodes are incomplete: Ray does not answer (the head is gone)"
+    ]
+
+
 def test_the_machine_alone_is_not_looked_at(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # an import would raise
     with NodeClock(RunConfig.model_validate({"images": {"path": "x"}})) as clock:

@@ -366,9 +366,11 @@ def test_images_are_decoded_once_for_all_seeds(words, progress, tmp_path) -> Non
     reasons = ["cannot be read: Input/output error", *table["reason"].to_pylist()[1:]]
     pq.write_table(table.set_column(3, "reason", [reasons]), files[1])
     made |= {path: path.stat().st_mtime_ns for path in files[1:2]}
+    pq.write_table(pq.read_table(files[2])[1:], files[2])  # one image is not in it
+    made |= {path: path.stat().st_mtime_ns for path in files[2:3]}
     again = run_stages(load_config(words), progress, until="prepare").samples
     assert again == first
-    assert {path for path in files if path.stat().st_mtime_ns != made[path]} == set(files[:2])
+    assert {path for path in files if path.stat().st_mtime_ns != made[path]} == set(files[:3])
     files[2].write_bytes(files[2].read_bytes()[:-9])
     shutil.rmtree(again.path)
     with pytest.raises(Exception, match=rf"{files[2].name} is damaged"):
