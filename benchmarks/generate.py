@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from raydistill.config import load_config
-from raydistill.infra.cluster import local_plan, ray_cluster
+from raydistill.infra.cluster import ray_cluster
+from raydistill.infra.plan import local_plan
 from raydistill.infra.progress import Progress
 from raydistill.stages.run import run_stages
 

@@ -32,8 +32,9 @@ from raydistill.data.decode import encode, pixels
 from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
 from raydistill.data.targets import read_samples
 from raydistill.data.views import render, view_parameters
-from raydistill.infra.cluster import Worker, ray_cluster
+from raydistill.infra.cluster import ray_cluster
 from raydistill.infra.progress import Progress
+from raydistill.infra.workers import Worker
 from raydistill.losses.total import distillation_loss
 from raydistill.models.teacher import load_teacher
 from raydistill.stages.batches import DistillJob, read_batches
@@ -154,7 +155,7 @@ def streaming_peak(root: Path, copies: int) -> int:
     code = f"""
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
-from raydistill.infra.cluster import Worker
+from raydistill.infra.workers import Worker
 from raydistill.stages.batches import DistillJob, read_batches
 samples = SampleSet({str(directory)!r}, ("a", "b"), 128, {splits}, 0, {{}}, "")
 config = RunConfig.model_validate({{"images": {{"path": "-"}}, "teacher": None, "distill": {{"cache": "stream"}},

@@ -14,7 +14,8 @@ from fsspec.core import url_to_fs
 from raydistill.config import RunConfig, overlay
 from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import workspace_root, write_bytes
-from raydistill.infra.cluster import joined_cluster, live_plan
+from raydistill.infra.cluster import joined_cluster
+from raydistill.infra.plan import live_plan
 
 # Nodes that differ in these give other numbers, or cannot read what the others write.
 PACKAGES = ("raydistill", "ray", "torch", "timm", "transformers", "diffusers", "numpy", "pyarrow")

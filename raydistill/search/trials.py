@@ -36,8 +36,9 @@ from raydistill.config import Loss, RunConfig
 from raydistill.errors import ConfigError, RaydistillError
 from raydistill.infra.artifacts import StageDirectory, read_seconds
 from raydistill.infra.checkpoints import latest_step
-from raydistill.infra.cluster import Plan, Worker
+from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
+from raydistill.infra.workers import Worker
 from raydistill.models.student import read_student, split_logits
 from raydistill.search.space import Choice, Space
 from raydistill.search.study import Trial, make_sampler, num_trials, read_epochs, read_trial

@@ -22,7 +22,8 @@ from raydistill.data.images import list_images
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra import artifacts
 from raydistill.infra.artifacts import StageDirectory, find_work, stage_directory
-from raydistill.infra.cluster import local_plan, plan_resources, ray_cluster
+from raydistill.infra.cluster import ray_cluster
+from raydistill.infra.plan import local_plan, plan_resources
 from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import Tracker
 from raydistill.models.student import build_student

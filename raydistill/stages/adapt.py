@@ -21,7 +21,7 @@ from raydistill.data.sample import SampleSet
 from raydistill.data.targets import labels_of, read_samples, read_targets
 from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.cluster import Plan
+from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.models.teacher import (
     HEAD_FILE,

@@ -21,7 +21,8 @@ from raydistill.data.sample import SampleSet, Visits, batch_order
 from raydistill.data.targets import UNLABELLED, Batch, InMemory, Part, Streamed, TrainSplit
 from raydistill.infra.artifacts import write_bytes
 from raydistill.infra.checkpoints import latest_step
-from raydistill.infra.cluster import Plan, Worker
+from raydistill.infra.plan import Plan
+from raydistill.infra.workers import Worker
 from raydistill.models.teacher import load_head
 from raydistill.stages.teach import fresh_views
 

@@ -23,7 +23,7 @@ from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import encode_targets, read_all_targets, read_bytes, read_samples
 from raydistill.data.views import WHOLE_IMAGE
 from raydistill.infra.artifacts import backbone_name, exists, write_bytes
-from raydistill.infra.cluster import LEAST_SHARE, Plan
+from raydistill.infra.plan import LEAST_SHARE, Plan
 from raydistill.models.teacher import load_head
 from raydistill.stages.making import Key, Made, difference_hash
 from raydistill.stages.teach import TeacherActor, refuse_not_finite

@@ -13,8 +13,9 @@ from fsspec.core import url_to_fs
 from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import latest_checkpoint, latest_step
-from raydistill.infra.cluster import Plan, run_workers
+from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
+from raydistill.infra.workers import run_workers
 from raydistill.models.student import build_student, has_batch_norm, write_student
 from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.loop import distill_loop

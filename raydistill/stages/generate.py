@@ -35,7 +35,7 @@ from raydistill.data.sample import SampleSet, encode_shard, samples_from_json, s
 from raydistill.data.targets import labels_of, read_bytes, read_samples
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra.artifacts import StageDirectory, prepare_directory, workspace_root
-from raydistill.infra.cluster import Plan
+from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.models.pipelines import PipelineFacts, check_steps, class_numbers, inspect_pipeline, new_scheduler
 from raydistill.stages.choosing import Chosen, HeldOut, Judge, choose, working_image

@@ -21,7 +21,7 @@ from raydistill.data.views import render
 from raydistill.errors import DivergedError, StageError
 from raydistill.infra.artifacts import write_bytes
 from raydistill.infra.checkpoints import Checkpoint, CheckpointWriter, latest_checkpoint
-from raydistill.infra.cluster import Worker
+from raydistill.infra.workers import Worker
 from raydistill.losses.crd import ContrastiveMemory, Negatives
 from raydistill.losses.total import Outputs, distillation_loss
 from raydistill.models.from_transformers import TransformersClassifier

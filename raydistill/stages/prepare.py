@@ -26,7 +26,7 @@ from raydistill.data.images import Entry, Listing, read_bytes_of
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
 from raydistill.errors import DataError, StageError
 from raydistill.infra.artifacts import StageDirectory, decoded_directory, exists, write_bytes
-from raydistill.infra.cluster import Plan
+from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 
 # Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.

@@ -13,8 +13,9 @@ from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra import artifacts
 from raydistill.infra.artifacts import StageDirectory, Work, find_work
-from raydistill.infra.cluster import RayStart, local_plan
+from raydistill.infra.cluster import RayStart
 from raydistill.infra.node_hours import NodeClock
+from raydistill.infra.plan import local_plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import Tracker
 from raydistill.models.student import build_student, has_batch_norm

@@ -23,7 +23,7 @@ from raydistill.data.targets import UNLABELLED, encode_targets, read_labels, rea
 from raydistill.data.views import WHOLE_IMAGE, render, view_parameters
 from raydistill.errors import StageError
 from raydistill.infra.artifacts import StageDirectory, exists, write_bytes
-from raydistill.infra.cluster import Plan
+from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.models.teacher import load_teacher
 

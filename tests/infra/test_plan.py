@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError
-from raydistill.infra.cluster import LEAST_SHARE, Plan, live_plan, plan_resources
+from raydistill.infra.plan import LEAST_SHARE, Plan, live_plan, plan_resources
 
 SLACK = 1e-9
 NO_TEACHER = {"kd_weight": 0, "alignment_weight": 0, "uniformity_weight": 0}

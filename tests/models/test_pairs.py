@@ -23,7 +23,7 @@ from raydistill.data.decode import pixels
 from raydistill.data.sample import shard_name
 from raydistill.data.targets import encode_targets, labels_of, read_samples
 from raydistill.data.views import render, view_parameters
-from raydistill.infra.cluster import Worker
+from raydistill.infra.workers import Worker
 from raydistill.models.student import build_student, write_student
 from raydistill.models.teacher import LinearHead, TeacherBackbone, encode_head, load_teacher
 from raydistill.stages.batches import DistillJob

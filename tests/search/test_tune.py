@@ -26,7 +26,7 @@ from raydistill.config import RunConfig, load_config
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra import artifacts, checkpoints, cluster
 from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.cluster import plan_resources
+from raydistill.infra.plan import plan_resources
 from raydistill.infra.tracking import ChildRun, Tracker
 from raydistill.search import study_page
 from raydistill.search import trials as trials_module

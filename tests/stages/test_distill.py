@@ -20,7 +20,8 @@ from raydistill.data.targets import UNLABELLED
 from raydistill.errors import CheckpointError, DataError, DivergedError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import latest_checkpoint, latest_step
-from raydistill.infra.cluster import Worker, plan_resources
+from raydistill.infra.plan import plan_resources
+from raydistill.infra.workers import Worker
 from raydistill.models.student import read_student, split_logits
 from raydistill.stages.batches import DistillJob, read_batches
 from raydistill.stages.distill import distill_student

@@ -32,7 +32,8 @@ from raydistill.data.sample import SampleSet, decode_shard, encode_shard, sample
 from raydistill.data.targets import read_targets
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra.artifacts import StageDirectory, Work, check_writable, generate_directory, stage_directory
-from raydistill.infra.cluster import RayStart, configure_ray_data, plan_resources
+from raydistill.infra.cluster import RayStart, configure_ray_data
+from raydistill.infra.plan import plan_resources
 from raydistill.infra.progress import Progress
 from raydistill.models.pipelines import inspect_pipeline
 from raydistill.search.compare import _arms

@@ -29,7 +29,7 @@ from raydistill.data.targets import read_targets
 from raydistill.data.views import render, view_parameters
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra.artifacts import tuned
-from raydistill.infra.cluster import plan_resources
+from raydistill.infra.plan import plan_resources
 from raydistill.models.student import build_student, read_student, write_student
 from raydistill.models.teacher import load_teacher
 from raydistill.stages.batches import DistillJob, FreshStream

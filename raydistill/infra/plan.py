@@ -1,0 +1,187 @@
+"""The plan of who gets which share of a cluster.
+
+It is made before anything starts and proved to fit. On few CPUs Ray waits for ever when train workers, teacher actors
+and the tasks that feed them together ask for more than there is; so they are given shares that add up.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+from raydistill.config import RunConfig
+from raydistill.errors import ConfigError
+
+# Below this share of a CPU a worker is starved rather than scheduled.
+LEAST_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Logical CPUs and GPUs of each actor, worker and task, and the threads torch may use in each."""
+
+    cpus: float
+    gpus: float
+    decode_cpus: float
+    load_cpus: float
+    teacher_actors: tuple[int, int]
+    teacher_cpus: float
+    teacher_gpus: float
+    teacher_threads: int
+    generator_actors: tuple[int, int]  # (0, 0): nothing is generated
+    generator_cpus: float
+    generator_gpus: float
+    train_workers: int | tuple[int, int]  # 0: in this process
+    train_cpus: float
+    train_gpus: float
+    train_threads: int
+
+    def describe(self) -> list[str]:
+        """The plan in words, a line for each stage that uses Ray."""
+        fewest, most = self.teacher_actors
+        actors = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        share = f"{self.teacher_cpus:g} CPU" + (f" + {self.teacher_gpus:g} GPU" if self.teacher_gpus else "")
+        lines = [
+            f"machine: {self.cpus:g} CPUs, {self.gpus:g} GPUs",
+            f"prepare: decoding tasks of {self.decode_cpus:g} CPU",
+        ]
+        if self.generator_actors[1]:
+            few, many = self.generator_actors
+            count = f"{few}" if few == many else f"{few} to {many}"
+            gpu = f" + {self.generator_gpus:g} GPU" if self.generator_gpus else ""
+            lines.append(f"generate: {count} generator actor(s) of {self.generator_cpus:g} CPU{gpu}")
+        if most:
+            lines.append(f"teach:   {actors} teacher actor(s) of {share}, fed by tasks of {self.load_cpus:g} CPU")
+        if self.train_workers == 0:
+            return [*lines, f"distill: in this process, {self.train_threads} thread(s)"]
+        gpu = f" + {self.train_gpus:g} GPU" if self.train_gpus else ""
+        workers = self.train_workers
+        count = f"{workers[0]} to {workers[1]}" if isinstance(workers, tuple) else f"{workers}"
+        return [
+            *lines,
+            f"distill: {count} worker(s) of {self.train_cpus:g} CPU{gpu}, {self.train_threads} thread(s) each",
+        ]
+
+
+def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> Plan:
+    """Shares for `cpus` logical CPUs and `gpus` GPUs; `cores` real ones decide about threads.
+
+    What runs at once: teacher actors and a loading task in `teach`; with fresh views the train workers as well. Raises
+    ConfigError with the sum where even the smallest shares do not fit.
+    """
+    workers = config.distill.num_workers
+    fewest_workers = workers[0] if isinstance(workers, tuple) else workers
+    fewest, most = config.cluster.teacher_actors if config.loss.needs_teacher else (0, 0)
+    together = config.views.per_image == "fresh" and config.loss.needs_teacher
+    # In `teach` the train workers do not exist yet, so they take no share.
+    beside = fewest_workers if together else 0
+    share = _share(cpus, fewest + beside + 1, f"{fewest} teacher actor(s), {beside} train worker(s) and a loading task")
+    train_cpus = share if together else _share(cpus, max(fewest_workers, 1), f"{fewest_workers} train worker(s)")
+    uses_gpus = gpus > 0
+    gpu_share = 1.0
+    if uses_gpus:
+        needed = fewest + beside if together else max(fewest, fewest_workers)
+        if together and needed == 2 and gpus == 1:
+            gpu_share = 0.5  # one trainer and one teacher get along on one GPU; two trainers would not (NCCL)
+        elif gpus < needed:
+            raise ConfigError(
+                f"needs {needed} GPUs for {fewest} teacher actor(s) and {fewest_workers} train worker(s), has "
+                f"{gpus:g}; lower cluster.teacher_actors or distill.num_workers"
+            )
+    fit = math.floor((cpus - share * (beside + 1)) / share + 1e-9)
+    if uses_gpus:
+        fit = min(fit, math.floor(gpus / gpu_share) - beside)
+    most = max(fewest, min(most, fit))
+    generators, generator_cpus, generator_gpus = _plan_generators(config, cpus, gpus, cores)
+    return Plan(
+        cpus=cpus,
+        gpus=gpus,
+        decode_cpus=min(1.0, cpus),
+        load_cpus=share,
+        teacher_actors=(fewest, most),
+        teacher_cpus=share,
+        teacher_gpus=gpu_share * uses_gpus,
+        teacher_threads=max(1, cores // max(most + beside, 1)),
+        generator_actors=generators,
+        generator_cpus=generator_cpus,
+        generator_gpus=generator_gpus,
+        train_workers=workers,
+        train_cpus=train_cpus,
+        train_gpus=gpu_share * (uses_gpus and fewest_workers > 0),
+        train_threads=max(1, cores // (max(fewest_workers, 1) + (fewest if together and not uses_gpus else 0))),
+    )
+
+
+def _plan_generators(config: RunConfig, cpus: float, gpus: float, cores: int) -> tuple[tuple[int, int], float, float]:
+    """Fewest and most generator actors and the CPUs and GPUs of each. On CPUs an actor uses one thread, so there are as
+    many as cores; the task that feeds them, and the teacher that may judge what they make, need little."""
+    if config.generate is None:
+        return (0, 0), 0.0, 0.0
+    fewest, most = config.cluster.generator_actors
+    fewest = max(fewest, 1)  # where there is work: Ray has no pool that begins with none
+    judged = config.generate.filter.needs_teacher
+    left = cpus - LEAST_SHARE * (1 + judged)
+    # Of a cluster that grows, more may come than are there: the pool takes what there is.
+    if gpus > 0:
+        share = 0.5 if judged and gpus < 2 else 1.0
+        if gpus - (share if judged else 0) < fewest * share:
+            raise ConfigError(
+                f"needs {fewest + judged} GPUs for {fewest} generator actor(s){' and a teacher' if judged else ''}, "
+                f"has {gpus:g}; lower cluster.generator_actors"
+            )
+        counted, gpu_share = fewest, share
+    else:
+        counted, gpu_share = max(fewest, min(most, max(cores, int(cpus)))), 0.0
+        most = counted
+    cpu_share = min(1.0, math.floor(100 * left / counted) / 100)
+    if cpu_share < LEAST_SHARE:
+        raise ConfigError(
+            f"needs at least {counted * LEAST_SHARE + cpus - left:g} CPUs for {counted} generator actor(s), has "
+            f"{cpus:g}; lower cluster.generator_actors"
+        )
+    return (fewest, most), cpu_share, gpu_share
+
+
+def _share(cpus: float, parts: int, what: str) -> float:
+    share = min(1.0, math.floor(100 * cpus / parts) / 100)
+    if share < LEAST_SHARE:
+        raise ConfigError(
+            f"needs at least {parts * LEAST_SHARE:g} CPUs for {what}, has {cpus:g}; lower distill.num_workers or "
+            "cluster.teacher_actors, or join a larger cluster with cluster.address"
+        )
+    return share
+
+
+def local_plan(config: RunConfig) -> Plan:
+    """The plan for a cluster of this machine alone, made without starting Ray."""
+    return plan_resources(config, float(num_cores()), float(_local_gpus()), num_cores())
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _local_gpus() -> int:
+    import torch  # the driver of a run loads it anyway; `--help` and `show` never come here
+
+    return torch.cuda.device_count()
+
+
+def live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:
+    """The plan for what is there, or for `cluster.grows_to`: a pool that asks for more makes a cluster grow."""
+    import ray
+
+    there, later = ray.cluster_resources(), config.cluster.grows_to or {}
+    cpus, gpus = (max(there.get(name, 0.0), later.get(name, 0.0)) for name in ("CPU", "GPU"))
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    cores = num_cores() if len(nodes) == 1 and not later else max(1, int(max(nodes, default=1)))
+    try:
+        return plan_resources(config, cpus - reserved, gpus, cores)
+    except ConfigError as error:
+        if config.cluster.address is None or later:
+            raise
+        raise ConfigError(
+            f"{error}; a cluster that starts nodes on demand is planned for what it may grow to: "
+            "cluster.grows_to={CPU: 48, GPU: 6}"
+        ) from None
