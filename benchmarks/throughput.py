@@ -177,6 +177,14 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def rates_table(rates: list[tuple[str, str, str, str]]) -> Table:
+    title = f"{THREADS} threads, torch {torch.__version__}"
+    table = Table("", "raydistill", "bare loop (1x for memory)", "ratio", title=title)
+    for row in rates:
+        table.add_row(*row)
+    return table
+
+
 def main() -> None:
     options = parse_options()
     # As the command does, for processes that load torch later; the bare loop in here does not read it.
@@ -231,11 +239,7 @@ def main() -> None:
             one, ten = (streaming_peak(root, copies) for copies in (1, 10))
             figures["peak_memory_growth"] = ten / one
             rates.append(("peak_memory_growth", f"{ten / 1e6:,.0f} MB", f"{one / 1e6:,.0f} MB", f"{ten / one:.2f}"))
-    title = f"{THREADS} threads, torch {torch.__version__}"
-    table = Table("", "raydistill", "bare loop (1x for memory)", "ratio", title=title)
-    for row in rates:
-        table.add_row(*row)
-    console.print(table)
+    console.print(rates_table(rates))
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2))
 

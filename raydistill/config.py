@@ -488,6 +488,18 @@ class RunConfig(Section):
                 raise ValueError(f"teacher.prompts: {plain[0]!r} does not say where the class name goes; use {{class}}")
         return self
 
+    @property
+    def streams_generated(self) -> bool:
+        """The teacher sees the stored views of generated images as they are made: on a cluster, which has room for
+        both; on one machine the two would only slow each other down."""
+        stored = self.loss.needs_teacher and self.views.per_image != "fresh"
+        return self.generate is not None and stored and self.cluster.address is not None
+
+    @property
+    def shows_generated(self) -> bool:
+        """A teacher runs beside the generators."""
+        return self.generate is not None and (self.generate.filter.needs_teacher or self.streams_generated)
+
 
 def fine_tuning(config: RunConfig) -> RunConfig:
     """The run that fine-tunes the teacher of `config`: its model is the student of the task alone, from its own

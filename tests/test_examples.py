@@ -125,6 +125,35 @@ def test_a_process_that_is_second_takes_what_the_first_one_made(monkeypatch, cac
     assert list(cache.iterdir()) == [folder]
 
 
+def test_the_pool_of_clip_art_holds_the_rest_of_the_package_without_labels(monkeypatch, cache):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+
+    def unpack(package: str, scratch: Path) -> Path:
+        write_package(scratch / "unpacked")
+        (scratch / "unpacked/usr/share/openclipart/png/signs").mkdir()
+        (scratch / "unpacked/usr/share/openclipart/png/signs/stop.png").write_text("stop")
+        return scratch / "unpacked"
+
+    monkeypatch.setattr(examples, "_unpack_debian", unpack)
+    of_classes = relative_files(examples.images_path("open-clip-art"))
+    rest = [
+        "recreation__games__chess__dropped.png",
+        "signs__stop.png",
+        "transportation__aiga-symbols__dropped.png",
+        "transportation__roadsigns__dropped.png",
+    ]
+    assert relative_files(examples.images_path("open-clip-art-pool")) == sorted(
+        [*of_classes, *(f"unlabelled/{name}" for name in rest)]
+    )
+
+
+def test_the_pool_of_clip_art_has_no_stand_in(monkeypatch, cache):
+    no_apt(monkeypatch)
+    with pytest.raises(DataError, match="needs apt-get and dpkg-deb; take example:open-clip-art"):
+        examples.images_path("open-clip-art-pool")
+    assert not cache.exists()
+
+
 @has_apt
 def test_apt_without_lists_gets_private_ones(monkeypatch, tmp_path):
     control = tmp_path / "package/DEBIAN/control"
@@ -270,6 +299,10 @@ def test_open_clip_art_for_real():
     folder = examples.images_path("open-clip-art")
     assert {each.name: len(list(each.iterdir())) for each in folder.iterdir()} == CLIP_ART
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in folder.rglob("*.png"))
+    pool = examples.images_path("open-clip-art-pool")
+    counts = {each.name: len(list(each.iterdir())) for each in pool.iterdir()}
+    assert counts.pop("unlabelled") > 5_000
+    assert counts == CLIP_ART
 
 
 @pytest.mark.slow

@@ -60,7 +60,12 @@ def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.nd
 
 def read_all_targets(path: str) -> tuple[list[str], np.ndarray]:
     """Sample ids and (K, R, D) float16 features of a whole file. Raises CheckpointError where it is damaged."""
-    sample_ids, features_KRD = _decode(read_bytes(path), path)
+    return all_targets(read_bytes(path), path)
+
+
+def all_targets(data: bytes, name: str) -> tuple[list[str], np.ndarray]:
+    """The same of its bytes."""
+    sample_ids, features_KRD = _decode(data, name)
     return [row.tobytes().hex() for row in sample_ids], features_KRD
 
 

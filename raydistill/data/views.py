@@ -52,6 +52,12 @@ def view_parameters(
     return np.column_stack([*columns, rest_BN[:, 0] < views.flip, jitter_BN]).astype(np.float32)
 
 
+def stored_views(views: Views, seed: int, sample_ids: Sequence[str]) -> np.ndarray:
+    """(K, B, P) float32: all stored views of the images."""
+    assert views.per_image != "fresh", "fresh views are not stored"
+    return np.stack([view_parameters(views, seed, sample_ids, [k] * len(sample_ids)) for k in range(views.per_image)])
+
+
 def _draws(seed: int, sample: str, view: int) -> np.ndarray:
     """Uniform numbers in [0, 1). Raw Philox output, which numpy keeps stable between versions (NEP 19)."""
     key = np.array([int(sample[:16], 16), (seed << 32) | view], np.uint64)

@@ -21,7 +21,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
-from raydistill.config import RunConfig, Student, Teacher, fine_tuning
+from raydistill.config import RunConfig, Student, Teacher, Views, fine_tuning
 from raydistill.data.images import Listing, list_images
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import CheckpointError, ConfigError, StageError
@@ -273,6 +273,11 @@ def teach_generated_directory(config: RunConfig, samples: SampleSet) -> StageDir
 def backbone_name(config: RunConfig) -> str:
     """A short name of the teacher's backbone and of the working images that it sees."""
     return hashlib.sha256(json.dumps([_backbone(config), _pixels(config)], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def views_name(views: Views, seed: int) -> str:
+    """A short name of the stored views of any image."""
+    return hashlib.sha256(json.dumps([views.model_dump(), seed], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:

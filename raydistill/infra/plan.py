@@ -120,7 +120,7 @@ def _plan_generators(config: RunConfig, cpus: float, gpus: float, cores: int) ->
         return (0, 0), 0.0, 0.0
     fewest, most = config.cluster.generator_actors
     fewest = max(fewest, 1)  # where there is work: Ray has no pool that begins with none
-    judged = config.generate.filter.needs_teacher
+    judged = config.shows_generated
     left = cpus - LEAST_SHARE * (1 + judged)
     # Of a cluster that grows, more may come than are there: the pool takes what there is.
     if gpus > 0:

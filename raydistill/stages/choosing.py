@@ -10,23 +10,17 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import ray.data
 import torch
 from PIL import Image
-from pyarrow import parquet as pq
-from ray.data import ActorPoolStrategy
 
-from raydistill.config import Generate, Images, RunConfig, Teacher
-from raydistill.data.decode import decode, pixels
+from raydistill.config import Generate, Images, RunConfig
+from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet, sample_id
-from raydistill.data.targets import encode_targets, read_all_targets, read_bytes, read_samples
-from raydistill.data.views import WHOLE_IMAGE
-from raydistill.infra.artifacts import backbone_name, exists, write_bytes
-from raydistill.infra.plan import LEAST_SHARE, Plan
+from raydistill.data.targets import read_all_targets, read_samples
+from raydistill.infra.artifacts import backbone_name, exists
 from raydistill.models.teacher import load_head
 from raydistill.stages.making import Key, Made, difference_hash
-from raydistill.stages.teach import TeacherActor, refuse_not_finite
+from raydistill.stages.showing import FileTeacher, made_images, teacher_settings, whole_features, working_image
 
 
 @dataclass(frozen=True)
@@ -150,32 +144,18 @@ class Judge:
     """The adapted teacher's opinion of generated images: features in files beside them, probabilities from those."""
 
     def __init__(self, config: RunConfig, head: str) -> None:
-        assert config.teacher is not None
-        self._head = load_head(head)
-        self._teacher, self._images, self._name = config.teacher, config.images, backbone_name(config)
+        self._head, self._config, self._name = load_head(head), config, backbone_name(config)
         self._read: set[str] = set()
         self._likely: dict[str, np.ndarray] = {}
-
-    def stream(self, made: ray.data.Dataset, plan: Plan) -> ray.data.Dataset:
-        """Show each file to a teacher actor as it comes from the generators."""
-        return made.map_batches(
-            FileTeacher,
-            fn_constructor_kwargs={"teacher": self._teacher, "images": self._images, "name": self._name},
-            batch_size=1,
-            batch_format="numpy",
-            compute=ActorPoolStrategy(size=1),
-            num_cpus=LEAST_SHARE,
-            num_gpus=min(plan.generator_gpus, plan.teacher_gpus) or None,
-        )
 
     def of(self, made: Mapping[str, Mapping[tuple[int, int], Made]]) -> dict[str, np.ndarray]:
         """Probabilities of the classes by sample id. Files that this teacher has not seen yet are shown to it here."""
         files = {one.file for of_class in made.values() for one in of_class.values() if one.id}
         teacher, threads = None, torch.get_num_threads()
         for file in sorted(files - self._read):
-            place = _features_file(file, self._name)
+            place = whole_features(file, self._name)
             if not exists(place):
-                teacher = teacher or FileTeacher(self._teacher, self._images, self._name)
+                teacher = teacher or FileTeacher(**teacher_settings(self._config))
                 teacher({"file": np.array([file])})
             ids, features_1ND = read_all_targets(place)
             logits_NC = torch.from_numpy(self._head.logits(features_1ND[0].astype(np.float32)))
@@ -183,39 +163,3 @@ class Judge:
             self._read.add(file)
         torch.set_num_threads(threads)  # the teacher, made for an actor of its own, took one
         return self._likely
-
-
-class FileTeacher(TeacherActor):
-    """Writes the teacher's features of the images in one file, each seen whole."""
-
-    def __init__(self, teacher: Teacher, images: Images, name: str) -> None:
-        super().__init__(teacher, threads=1)
-        self._images, self._name = images, name
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        file = str(batch["file"][0])
-        if exists(_features_file(file, self._name)):
-            return batch
-        made = made_images(file)
-        ids, features_ND = [sample_id(image) for image in made], np.empty((0, 1), np.float16)
-        if made:
-            working = np.stack([np.asarray(working_image(image, self._images)) for image in made])
-            features_ND = self.features(working, np.tile(WHOLE_IMAGE, (len(made), 1)))
-            refuse_not_finite(features_ND[None], ids)
-        write_bytes(_features_file(file, self._name), encode_targets(ids, features_ND[None]))
-        return batch
-
-
-def made_images(file: str) -> list[bytes]:
-    """The pictures in one file of what was made, those left out that came to nothing."""
-    table = pq.read_table(pa.BufferReader(read_bytes(file)), columns=["image"])
-    return [image for image in table["image"].to_pylist() if image]
-
-
-def _features_file(file: str, teacher: str) -> str:
-    return f"{file.removesuffix('.parquet')}-{teacher}.safetensors"
-
-
-def working_image(image: bytes, images: Images) -> Image.Image:
-    """What `prepare` would make of the file."""
-    return decode(image, images.size, images.fit, images.max_pixels)

@@ -38,9 +38,10 @@ from raydistill.infra.artifacts import StageDirectory, prepare_directory, worksp
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.models.pipelines import PipelineFacts, check_steps, class_numbers, inspect_pipeline, new_scheduler
-from raydistill.stages.choosing import Chosen, HeldOut, Judge, choose, working_image
+from raydistill.stages.choosing import Chosen, HeldOut, Judge, choose
 from raydistill.stages.figures import contact_sheet
 from raydistill.stages.making import NO_CLASS, GeneratorActor, Key, Made, Recipe, make_recipes, plan_units, read_made
+from raydistill.stages.showing import show, working_image
 
 # On one contact sheet, of kept and of rejected images each; and on all sheets together, where classes are many.
 _MOST_PICTURES, _FEWEST_PICTURES, _PICTURES_IN_ALL = 24, 4, 2400
@@ -103,7 +104,7 @@ def generate_images(
                 )
             asked.update(chosen.needed)
             units = plan_units(config, recipes, chosen.needed)
-            for made_now in _run_units(config, samples, facts, units, judge, plan):
+            for made_now in _run_units(config, samples, facts, units, plan):
                 advance(int(made_now["images"]))
                 shown += int(made_now["images"])
     result = _write(config, samples, wanted, made, chosen, facts, directory)
@@ -224,10 +225,9 @@ def _run_units(
     samples: SampleSet,
     facts: PipelineFacts,
     units: list[dict[str, str]],
-    judge: Judge | None,
     plan: Plan,
 ) -> Iterator[dict[str, Any]]:
-    """Through the pool of generators and, where the teacher is asked, on through a teacher as files come."""
+    """Through the pool of generators and, where the teacher is to see them, on through a teacher as files come."""
     settings = config.generate
     assert settings is not None
     fewest, most = plan.generator_actors
@@ -247,8 +247,8 @@ def _run_units(
         label_selector=labels,
         fallback_strategy=None if fallback is None else [{"label_selector": fallback}],
     )
-    if judge is not None:
-        made = judge.stream(made, plan)
+    if config.shows_generated:
+        made = show(made, config, plan)
     return iter(made.iter_rows())
 
 

@@ -83,11 +83,9 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     trainee = Trainee(job).to(device, memory_format=layout)
     ema = ModelEmaV3(trainee.student, decay=settings.ema_decay) if settings.ema_decay else None
-    memory = None
-    if "crd" in config.loss.terms:
-        memory = ContrastiveMemory(config.loss.crd_memory, config.loss.projection_dim).to(device)
-    modules = {"model": trainee, "ema": None if ema is None else ema.module, "memory": memory}
-    modules = {name: module for name, module in modules.items() if module is not None}
+    remembers = "crd" in config.loss.terms
+    memory = ContrastiveMemory(config.loss.crd_memory, config.loss.projection_dim).to(device) if remembers else None
+    modules = _present(model=trainee, ema=None if ema is None else ema.module, memory=memory)
     optimizer = _optimizer(settings, trainee)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     step, sums, record = _resume(job, modules, optimizer, scaler)
@@ -134,6 +132,10 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     if step < job.total_steps or record is None:
         raise StageError(f"distill: the images ran out at step {step} of {job.total_steps}; run the same command again")
     return record
+
+
+def _present(**modules: nn.Module | None) -> dict[str, nn.Module]:
+    return {name: module for name, module in modules.items() if module is not None}
 
 
 def _clip(trainee: Trainee, most: float | None) -> torch.Tensor:

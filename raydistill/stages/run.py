@@ -31,6 +31,7 @@ from raydistill.stages.generate import (
     label_weights,
 )
 from raydistill.stages.prepare import prepare_samples
+from raydistill.stages.showing import teach_files
 from raydistill.stages.teach import stream_soft_targets
 
 if TYPE_CHECKING:
@@ -298,9 +299,9 @@ class _Run:
 
     def _teach_generated(self, samples: SampleSet, generated: SampleSet) -> None:
         config, directory = self._config, artifacts.teach_generated_directory(self._config, samples)
-        self._stage(
-            directory, lambda _: stream_soft_targets(config, generated, directory, self._ray.plan(), self._progress)
-        )
+
+        teach = teach_files if config.streams_generated else stream_soft_targets
+        self._stage(directory, lambda _: teach(config, generated, directory, self._ray.plan(), self._progress))
 
     def _distill(self, samples: SampleSet) -> None:
         config = self._config

@@ -20,7 +20,7 @@ from raydistill.config import RunConfig, Teacher, Views
 from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet, shard_name
 from raydistill.data.targets import UNLABELLED, encode_targets, read_labels, read_samples
-from raydistill.data.views import WHOLE_IMAGE, render, view_parameters
+from raydistill.data.views import WHOLE_IMAGE, render, stored_views
 from raydistill.errors import StageError
 from raydistill.infra.artifacts import StageDirectory, exists, write_bytes
 from raydistill.infra.plan import Plan
@@ -106,12 +106,13 @@ def _pool(
         fn_constructor_kwargs={"teacher": config.teacher, "threads": plan.teacher_threads, "path": path},
         batch_size=1,
         batch_format="numpy",
-        **_actors(plan, len(shards)),
+        **teacher_pool(plan, len(shards)),
     )
     return iter(written.iter_rows())
 
 
-def _actors(plan: Plan, most_useful: int) -> dict[str, Any]:
+def teacher_pool(plan: Plan, most_useful: int) -> dict[str, Any]:
+    """What Ray Data is told of the pool of teacher actors, of which there are no more than are of use."""
     fewest, most = plan.teacher_actors
     most = max(min(most, most_useful), 1)
     pool = ActorPoolStrategy(min_size=min(fewest, most), max_size=most)
@@ -131,8 +132,7 @@ class _LoadShard:
             table = table.filter(table["label"].is_valid())
         ids = table["sample_id"].to_pylist()
         if self._num_views:
-            each = [view_parameters(self._views, self._seed, ids, [v] * len(ids)) for v in range(self._num_views)]
-            parameters_KRP = np.stack(each)
+            parameters_KRP = stored_views(self._views, self._seed, ids)
         else:
             parameters_KRP = np.tile(WHOLE_IMAGE, (1, len(ids), 1))
         images_RHHC = np.stack([pixels(image) for image in table["image"].to_pylist()])
@@ -206,7 +206,7 @@ def fresh_views(
         # fuse.
         batch_size=teacher.batch_size if plan.teacher_gpus else None,
         batch_format="numpy",
-        **_actors(plan, len(units)),
+        **teacher_pool(plan, len(units)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -18,7 +19,7 @@ ARMS = "compare.arms=[scratch,crd,align_uniform]"
 
 
 @pytest.mark.cluster
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("ray_session", "taught")
 def test_all_arms_over_all_seeds_and_the_same_again(words, progress, tmp_path) -> None:
     config = load_config(
         [*words, ARMS, "compare.seeds=2", "distill.val_every=1", "loss.crd_memory=64", "tracking.enabled=true"]
@@ -47,7 +48,7 @@ def test_all_arms_over_all_seeds_and_the_same_again(words, progress, tmp_path) -
 
 
 @pytest.mark.cluster
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("ray_session", "taught")
 def test_the_learning_curve_has_fewer_labels_and_the_same_images(words, progress, tmp_path) -> None:
     config = load_config([*words, "compare.arms=[scratch,kd]", "compare.seeds=1", "compare.label_shares=[0.5,1]"])
     comparison, path = compare_arms(config, progress, learning_curve=True)
@@ -60,12 +61,13 @@ def test_the_learning_curve_has_fewer_labels_and_the_same_images(words, progress
 
 
 @pytest.mark.cluster
-@pytest.mark.usefixtures("ray_session")
-def test_nothing_that_is_chosen_reads_the_test_split(words, progress) -> None:
+def test_nothing_that_is_chosen_reads_the_test_split(words, progress, taught_workspace, tmp_path) -> None:
     """With every test label changed, the head and the student are the same, bit for bit."""
     heads, students = [], []
     for place, spoil in (("one", False), ("two", True)):
-        config = load_config([*words, f"workspace={Path(words[0]).parent}/{place}"])
+        for prepared in taught_workspace.glob("prepare-*"):
+            shutil.copytree(prepared, tmp_path / place / prepared.name)
+        config = load_config([*words, f"workspace={tmp_path / place}"])
         samples = run_stages(config, progress, until="prepare").samples
         for shard in Path(samples.path).glob("test-*.parquet"):
             table = decode_shard(shard.read_bytes())
@@ -119,7 +121,7 @@ def test_no_arm_keeps_a_term_of_the_job(words) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("ray_session", "taught")
 def test_a_job_that_generates_is_compared_with_and_without(words, progress, class_pipeline, tmp_path) -> None:
     more = [f"generate.pipeline={class_pipeline}", "generate.steps=2", "generate.per_class=4", "compare.seeds=1",
             "generate.task_weight=0", "generate.filter.weigh=true", "compare.arms=[scratch,kd]"]  # fmt: skip

@@ -684,7 +684,7 @@ def test_objectives_that_are_known_at_the_end_alone_cannot_prune(words):
 
 
 @pytest.mark.cluster
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("ray_session", "taught")
 def test_a_search_and_the_same_again_and_more(words, space_file, progress, tmp_path) -> None:
     workspace = tmp_path / "workspace"
     words = [*words, space_file(), "distill.learning_rate=1e-5", "tune.pruner=none", "tune.confirm_seeds=0"]
@@ -726,7 +726,7 @@ def test_a_search_and_the_same_again_and_more(words, space_file, progress, tmp_p
 
 
 @pytest.mark.cluster
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("ray_session", "taught")
 def test_trials_that_all_fail_end_the_search_with_the_reasons_counted(words, space_file, progress) -> None:
     words = [*words, space_file(), "distill.learning_rate=1e30", "tune.trials=3"]
     with pytest.raises(StageError, match=r"none of the 3 trials came to an end:\n  \d x distill: the loss or its"):

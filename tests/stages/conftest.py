@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
-from raydistill.config import RunConfig
+from raydistill.config import RunConfig, load_config
 from raydistill.data.decode import encode
 from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
 from raydistill.data.targets import encode_targets
 from raydistill.infra.progress import Progress
 from raydistill.models.teacher import LinearHead, encode_head
 from raydistill.stages.batches import DistillJob
+from raydistill.stages.run import run_stages
 
 CLASSES = ("red", "green", "blue")
 NUM_FEATURES, NUM_VIEWS, SIZE = 6, 2, 24
@@ -131,11 +133,10 @@ def teacher_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def words(image_folder: Path, teacher_weights: Path, tmp_path: Path) -> list[str]:
-    """What a user would type for a small real run."""
+def small_job(folder: Path, image_folder: Path, teacher_weights: Path) -> list[str]:
+    """What a user would type for a small real run, in `folder`."""
     job = {
-        "workspace": str(tmp_path / "workspace"),
+        "workspace": str(folder / "workspace"),
         "images": {"path": str(image_folder), "size": 32, "shard_size": 16},
         "teacher": {
             "model": "timm:test_resnet",
@@ -149,9 +150,14 @@ def words(image_folder: Path, teacher_weights: Path, tmp_path: Path) -> list[str
         "distill": {"epochs": 3, "batch_size": 16, "num_workers": 0},
         "tracking": {"enabled": False},  # making MLflow's database takes seconds
     }
-    path = tmp_path / "job.yaml"
+    path = folder / "job.yaml"
     path.write_text(json.dumps(job))  # JSON is YAML
     return [str(path)]
+
+
+@pytest.fixture
+def words(image_folder: Path, teacher_weights: Path, tmp_path: Path) -> list[str]:
+    return small_job(tmp_path, image_folder, teacher_weights)
 
 
 @pytest.fixture
@@ -175,3 +181,17 @@ def ray_session() -> Iterator[None]:
     configure_ray_data()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def taught_workspace(ray_session, image_folder: Path, teacher_weights: Path, tmp_path_factory) -> Path:
+    """That of a small real run whose stages up to `teach` are done: twenty seconds that many tests need not spend."""
+    folder = tmp_path_factory.mktemp("taught")
+    run_stages(load_config(small_job(folder, image_folder, teacher_weights)), Progress(Console(quiet=True)), "teach")
+    return folder / "workspace"
+
+
+@pytest.fixture
+def taught(taught_workspace: Path, tmp_path: Path) -> None:
+    """The job of `words` finds a copy of it."""
+    shutil.copytree(taught_workspace, tmp_path / "workspace")

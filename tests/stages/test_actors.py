@@ -16,8 +16,8 @@ from raydistill.data.decode import encode, pixels
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.views import WHOLE_IMAGE
 from raydistill.models.pipelines import inspect_pipeline
-from raydistill.stages.choosing import FileTeacher
 from raydistill.stages.making import GeneratorActor
+from raydistill.stages.showing import FileTeacher
 from raydistill.stages.teach import ShardTeacher
 from tests.stages.conftest import painted
 
@@ -36,7 +36,9 @@ def file_teacher(words: list[str], folder: Path, _: Path) -> Call:
     config = load_config(words)
     image = encode(painted(0, np.random.default_rng(0), 32))
     pq.write_table(pa.table({"image": pa.array([image], pa.binary())}), folder / "made.parquet")
-    return FileTeacher(config.teacher, config.images, "teacher"), {"file": np.array([f"{folder}/made.parquet"])}
+    return FileTeacher(config.teacher, config.images, None, config.seed, "teacher"), {
+        "file": np.array([f"{folder}/made.parquet"])
+    }
 
 
 def generator(words: list[str], folder: Path, pipeline: Path) -> Call:

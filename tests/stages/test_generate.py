@@ -31,18 +31,28 @@ from raydistill.data.images import Listing
 from raydistill.data.sample import SampleSet, decode_shard, encode_shard, sample_id
 from raydistill.data.targets import read_targets
 from raydistill.errors import ConfigError, StageError
-from raydistill.infra.artifacts import StageDirectory, Work, check_writable, generate_directory, stage_directory
+from raydistill.infra.artifacts import (
+    StageDirectory,
+    Work,
+    check_writable,
+    generate_directory,
+    stage_directory,
+    views_name,
+)
 from raydistill.infra.cluster import RayStart, configure_ray_data
 from raydistill.infra.plan import plan_resources
 from raydistill.infra.progress import Progress
 from raydistill.models.pipelines import inspect_pipeline
 from raydistill.search.compare import _arms
 from raydistill.stages import generate
-from raydistill.stages.choosing import Chosen, working_image
+from raydistill.stages.choosing import Chosen
 from raydistill.stages.evaluate import Report
 from raydistill.stages.generate import GeneratedImages, check_generate, forecast, label_weights
 from raydistill.stages.making import GeneratorActor, Made, make_recipes, read_made
 from raydistill.stages.run import Outcome, _Run, run_stages
+from raydistill.stages.showing import (
+    working_image,
+)
 from raydistill.stages.summary import closing_table
 
 # No node of the tests' cluster has the label, and any will do.
@@ -71,7 +81,7 @@ def unconditional(class_pipeline, tmp_path) -> Path:
 def in_this_process(monkeypatch, progress):
     """`generate` by one actor in this process instead of a pool of Ray's."""
 
-    def run_units(config, samples, facts, units, judge, plan):
+    def run_units(config, samples, facts, units, plan):
         actor = GeneratorActor(config.generate, facts, samples)
         for unit in units:
             yield {"images": actor({"unit": np.array([unit["unit"]])})["images"][0]}
@@ -118,7 +128,7 @@ def set_hash(outcome) -> str:
 
 
 @pytest.mark.cluster
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("ray_session", "taught")
 class TestWithRay:
     def test_generated_images_are_taught_and_trained_on_and_never_scored(self, generating, progress) -> None:
         generating = [*generating, "images.shard_size=32"]
@@ -163,6 +173,39 @@ class TestWithRay:
         unjudged = run_stages(load_config(generating), progress, "generate")
         assert unjudged.generated.kept == generated.kept
         assert {p: p.stat().st_mtime_ns for p in Path(samples.path).parent.glob("generated/*/*.parquet")} == made
+
+    def test_on_a_cluster_the_teacher_sees_images_as_they_come(self, generating, progress, tmp_path) -> None:
+        workspace, words = tmp_path / "workspace", [*generating, "images.shard_size=8"]
+        apart = run_stages(load_config(words), progress, "teach")
+        for folder in [workspace / "generated", *workspace.glob("generate-*")]:
+            shutil.rmtree(folder)
+        taught = Path(apart.directories["teach_generated"])
+        taught.rename(tmp_path / "apart")
+        shown = Console(width=200, record=True, file=io.StringIO())
+        config = load_config([*words, "cluster.address=auto"])
+        streamed = run_stages(config, Progress(shown), "teach")
+        assert streamed.generated.kept == apart.generated.kept
+        assert Path(streamed.directories["teach_generated"]) == taught
+        assert "18 were seen as they were made" in shown.export_text()
+        shards = sorted(taught.glob("train-*"))
+        for shard, rows in enumerate(sorted(Path(streamed.generated.samples.path).glob("train-*.parquet"))):
+            ids = pq.read_table(rows)["sample_id"].to_pylist()
+            as_they_came, later = (
+                read_targets(str(place), "train", shard, ids) for place in (taught, tmp_path / "apart")
+            )
+            np.testing.assert_allclose(as_they_came, later, atol=2e-3)
+            assert np.ptp(as_they_came.astype(np.float32)) > 0.1
+        assert len(shards) == 3
+
+        written = [shard.read_bytes() for shard in shards]
+        views = sorted(workspace.glob(f"generated/*/*-{views_name(config.views, config.seed)}.safetensors"))
+        assert len(views) == 6  # two files of each class
+        views[0].unlink()  # the actor was lost before it wrote this one
+        before = {file: file.stat().st_mtime_ns for file in views[1:]}
+        shutil.rmtree(taught)
+        run_stages(config, progress, "teach")
+        assert {file: file.stat().st_mtime_ns for file in views[1:]} == before
+        assert [shard.read_bytes() for shard in shards] == written
 
     def test_batches_actors_order_and_more_images_change_no_image(self, generating, progress, tmp_path) -> None:
         workspace = tmp_path / "workspace"
@@ -386,6 +429,17 @@ def test_what_was_made_is_read_without_its_pixels(generating, in_this_process, s
     monkeypatch.setattr(fs, "open", lambda path, mode: Counting(path, mode))
     assert set(read_made(recipe)) == {(0, 0), (1, 0)}
     assert 0 < sum(read) < 200_000
+
+
+def test_a_laptop_does_not_teach_while_it_generates(generating) -> None:
+    for more, streams in (
+        ([], False),
+        (["cluster.address=auto"], True),
+        (["cluster.address=auto", "views.per_image=fresh"], False),
+        (["cluster.address=auto", *NO_TEACHER], False),
+        (["cluster.address=auto", "generate=null"], False),
+    ):
+        assert load_config([*generating, *more]).streams_generated is streams
 
 
 def test_nothing_was_made_where_there_is_no_directory_yet(generating, samples) -> None:

@@ -88,6 +88,7 @@ def test_a_run_and_the_same_again(words, progress, tmp_path, image_folder) -> No
     assert changed == set()
 
 
+@pytest.mark.usefixtures("taught")
 def test_soft_targets_are_the_teacher_of_that_very_view(words, progress) -> None:
     config = load_config(words)
     outcome = run_stages(config, progress, until="teach")
@@ -103,6 +104,7 @@ def test_soft_targets_are_the_teacher_of_that_very_view(words, progress) -> None
             np.testing.assert_allclose(stored[view, row].astype(np.float32), alone, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.usefixtures("taught")
 def test_fresh_views_stream_in_the_loop_order_with_their_own_features(words, progress) -> None:
     config = load_config([*words, "views.per_image=fresh", "distill.epochs=6"])
     outcome = run_stages(config, progress, until="adapt")
@@ -137,6 +139,7 @@ def epoch_losses(words: list[str], progress, *more: str) -> list[dict[str, float
     return [json.loads(e.read_text()) for e in sorted(Path(outcome.student.path).glob("epochs/*.json"))]
 
 
+@pytest.mark.usefixtures("taught")
 def test_two_train_workers_take_the_steps_of_one_process(words, progress, tmp_path) -> None:
     """Where no term looks beyond a worker's share (no batch norm, no uniformity), sharing a batch changes nothing; each
     puts the whole batch into CRD's memory in the order of one process. The student holds a weight that nothing reads,
@@ -151,12 +154,15 @@ def test_two_train_workers_take_the_steps_of_one_process(words, progress, tmp_pa
         assert [e[name] for e in two] == pytest.approx([e[name] for e in alone], abs=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("taught")
 def test_fresh_views_train_alike_in_this_process_and_on_a_worker(words, progress) -> None:
     alone, one = (epoch_losses(words, progress, "views.per_image=fresh", f"distill.num_workers={n}") for n in (0, 1))
     assert [e["loss"] for e in one] == pytest.approx([e["loss"] for e in alone], abs=1e-4)
     assert [e["step"] for e in one] == [4, 8, 12]
 
 
+@pytest.mark.usefixtures("taught")
 @pytest.mark.slow
 def test_two_train_workers_share_fresh_views(words, progress) -> None:
     two = epoch_losses(words, progress, "views.per_image=fresh", "distill.num_workers=2")
@@ -172,6 +178,7 @@ def content(folder: str) -> str:
     return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()
 
 
+@pytest.mark.usefixtures("taught")
 def test_a_fine_tuned_teacher_is_made_once_and_then_stands_still(words, progress, tmp_path, teacher_weights) -> None:
     config = load_config([*words, *FINE_TUNE])
     samples = run_stages(config, progress, until="prepare").samples
@@ -231,6 +238,7 @@ def test_a_teacher_that_cannot_be_fine_tuned_is_refused_before_anything_is_writt
     assert not list((tmp_path / "workspace").glob("*-*/*"))
 
 
+@pytest.mark.usefixtures("taught")
 def test_the_student_of_one_run_teaches_in_the_next(words, progress, tmp_path) -> None:
     first = run_stages(load_config(words), progress, until="distill")
     more = ["teacher.weights=null", "teacher.size=null", "teacher.head=native"]
@@ -253,6 +261,7 @@ def table_job(words: list[str], path: Path, *more: str):
     return load_config([*words, f"images.path={path}", *more])
 
 
+@pytest.mark.usefixtures("taught")
 def test_csv_and_parquet_give_the_samples_of_the_folder(words, progress, image_folder, tmp_path) -> None:
     files = sorted(p for p in image_folder.rglob("*.png") if p.name not in ("cut.png", "copy.png"))
     label = [None if p.parent.name == "unlabelled" else p.parent.name for p in files]
@@ -284,6 +293,7 @@ def test_too_many_bad_files_stop_prepare(words, progress, tmp_path, image_folder
     assert run_stages(table_job(words, table, "images.max_bad_share=0.1"), progress, until="prepare").samples
 
 
+@pytest.mark.usefixtures("taught")
 def test_new_labels_cost_no_teacher_pass(words, progress, tmp_path) -> None:
     first = run_stages(load_config(words), progress, until="teach")
     fewer = run_stages(load_config([*words, "images.num_labelled=30"]), progress, until="teach")
@@ -293,6 +303,7 @@ def test_new_labels_cost_no_teacher_pass(words, progress, tmp_path) -> None:
     assert fewer.adapted.num_train == 30
 
 
+@pytest.mark.usefixtures("taught")
 def test_half_done_teach_makes_only_what_is_missing(words, progress) -> None:
     config = load_config(words)
     outcome = run_stages(config, progress, until="teach")
@@ -326,6 +337,7 @@ def test_a_loss_that_teaches_no_classifier_is_refused(words, progress, tmp_path)
     assert not list((tmp_path / "workspace").glob("*-*/*"))
 
 
+@pytest.mark.usefixtures("taught")
 def test_a_relative_path_holds_on_a_train_worker(words, progress, tmp_path, teacher_weights, monkeypatch) -> None:
     """Ray Train would run its workers in a folder of its own, where `./weights` names nothing."""
     monkeypatch.chdir(teacher_weights.parent)
@@ -335,6 +347,7 @@ def test_a_relative_path_holds_on_a_train_worker(words, progress, tmp_path, teac
     assert run_stages(config, progress, until="distill").student.steps > 0
 
 
+@pytest.mark.usefixtures("taught")
 def test_a_workspace_may_be_moved(words, progress, tmp_path) -> None:
     run_stages(load_config(words), progress)
     (tmp_path / "workspace").rename(tmp_path / "elsewhere")
@@ -394,6 +407,7 @@ def run_and_kill(config, progress, title: str, when: Callable[[], object]):
         return running.result(timeout=180)
 
 
+@pytest.mark.slow
 def test_a_killed_teacher_actor_costs_its_open_shard(words, progress, tmp_path) -> None:
     words = [*words, "views.per_image=110", "distill.epochs=1"]
     unbroken = run_stages(load_config([*words, f"workspace={tmp_path}/unbroken"]), progress, until="teach")
@@ -413,6 +427,7 @@ def test_a_killed_teacher_actor_costs_its_open_shard(words, progress, tmp_path) 
         np.testing.assert_array_equal(load_file(path)["features"], expected["features"])
 
 
+@pytest.mark.slow
 def test_a_killed_train_worker_costs_its_open_epoch(words, progress, tmp_path) -> None:
     """With a student whose losses do not depend on how many workers share a batch, so the unbroken run needs none."""
     words = [*words, "distill.epochs=30", "student.model=timm:test_vit", "student.size=32"]
@@ -425,6 +440,7 @@ def test_a_killed_train_worker_costs_its_open_epoch(words, progress, tmp_path) -
     assert [e["loss"] for e in again] == pytest.approx([e["loss"] for e in losses], abs=1e-3)
 
 
+@pytest.mark.usefixtures("taught")
 @pytest.mark.slow
 def test_elastic_workers_take_the_same_steps(words, progress) -> None:
     more = ["student.model=timm:test_vit", "student.size=32", "loss.uniformity_weight=0", "distill.labelled_share=0.5"]
@@ -434,6 +450,7 @@ def test_elastic_workers_take_the_same_steps(words, progress) -> None:
     assert [e["loss"] for e in elastic] == pytest.approx([e["loss"] for e in alone], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_killed_driver_goes_on_to_the_same_numbers(words, tmp_path) -> None:
     """kill -9 in the middle of `teach` and of `distill`; the unbroken run has a workspace of its own."""
     more = ["distill.epochs=40", "distill.cache=stream", "views.per_image=3"]
@@ -467,6 +484,7 @@ def test_killed_driver_goes_on_to_the_same_numbers(words, tmp_path) -> None:
     assert finals[0]["loss"] == pytest.approx(finals[1]["loss"], abs=1e-4)
 
 
+@pytest.mark.usefixtures("taught")
 def test_sigterm_ends_as_killed_in_mlflow(words, tmp_path) -> None:
     process = cli(words, "distill.epochs=2000", "tracking.enabled=true")
     wait_for(lambda: list((tmp_path / "workspace").glob("distill-*/epochs/*.json")) or process.poll() is not None)

@@ -1,0 +1,167 @@
+"""Generated images shown to the teacher while others are still being made: whole, for the filter that asks it, and in
+their stored views, so that `teach` waits for no last image.
+
+Shapes: K views, R rows of a shard, N images of a file, D features.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TypedDict
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from PIL import Image
+from pyarrow import parquet as pq
+from ray.data import ActorPoolStrategy
+
+from raydistill.config import Images, RunConfig, Teacher, Views
+from raydistill.data.decode import decode
+from raydistill.data.sample import SampleSet, sample_id, shard_name
+from raydistill.data.targets import all_targets, encode_targets, read_bytes, read_samples
+from raydistill.data.views import WHOLE_IMAGE, stored_views
+from raydistill.infra.artifacts import StageDirectory, backbone_name, exists, views_name, write_bytes
+from raydistill.infra.plan import LEAST_SHARE, Plan
+from raydistill.infra.progress import Progress
+from raydistill.stages.teach import SoftTargets, TeacherActor, refuse_not_finite, teacher_pool
+
+
+def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Dataset:
+    """Each file of images goes on to a teacher actor as it comes from the generators."""
+    return made.map_batches(
+        FileTeacher,
+        fn_constructor_kwargs=teacher_settings(config),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=LEAST_SHARE,
+        num_gpus=min(plan.generator_gpus, plan.teacher_gpus) or None,
+    )
+
+
+class TeacherSettings(TypedDict):
+    """What a FileTeacher is made with. `name` is the teacher's in the names of files."""
+
+    teacher: Teacher
+    images: Images
+    views: Views | None
+    seed: int
+    name: str
+
+
+def teacher_settings(config: RunConfig) -> TeacherSettings:
+    """The job's teacher and, where generated images are streamed to it, the views that it is to see."""
+    assert config.teacher is not None
+    return {
+        "teacher": config.teacher,
+        "images": config.images,
+        "views": config.views if config.streams_generated else None,
+        "seed": config.seed,
+        "name": backbone_name(config),
+    }
+
+
+class FileTeacher(TeacherActor):
+    """Writes the teacher's features of the images in one file beside it: each seen whole and, with `views`, in each
+    stored view. A call that Ray repeats finds what was written."""
+
+    def __init__(self, teacher: Teacher, images: Images, views: Views | None, seed: int, name: str) -> None:
+        super().__init__(teacher, threads=1)
+        self._images, self._views, self._seed, self._name = images, views, seed, name
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        file = str(batch["file"][0])
+        made = made_images(file)
+        ids = [sample_id(image) for image in made]
+        whole = np.tile(WHOLE_IMAGE, (1, len(ids), 1))
+        self._write(whole_features(file, self._name), made, ids, whole)
+        if self._views is not None:
+            place = view_features(file, self._name, self._views, self._seed)
+            self._write(place, made, ids, stored_views(self._views, self._seed, ids))
+        return batch
+
+    def _write(self, place: str, made: list[bytes], ids: list[str], parameters_KNP: np.ndarray) -> None:
+        if exists(place):
+            return
+        features_KND = np.empty((len(parameters_KNP), 0, 1), np.float16)
+        if made:
+            images_NHHC = np.stack([np.asarray(working_image(image, self._images)) for image in made])
+            features_KND = np.stack([self.features(images_NHHC, parameters_NP) for parameters_NP in parameters_KNP])
+            refuse_not_finite(features_KND, ids)
+        write_bytes(place, encode_targets(ids, features_KND))
+
+
+def teach_files(
+    config: RunConfig, generated: SampleSet, directory: StageDirectory, plan: Plan, progress: Progress
+) -> SoftTargets:
+    """What `teach` does for generated images that are streamed: the views of files that were not seen as they came,
+    and then the soft targets of each shard, put together from its images' files.
+
+    A file is the unit of every pass, so that the features are the same to the bit whenever it was seen.
+    """
+    directory.begin()
+    data = read_bytes(f"{generated.path}/ledger.parquet")
+    ledger = pq.read_table(pa.BufferReader(data), columns=["id", "file", "verdict"]).to_pylist()
+    file_of = {row["id"]: row["file"] for row in ledger if row["verdict"] == "kept"}
+    name, images = backbone_name(config), Counter(file_of.values())
+    place = {file: view_features(file, name, config.views, config.seed) for file in images}
+    missing = sorted(file for file in images if not exists(place[file]))
+    done = len(file_of) - sum(images[file] for file in missing)
+    with progress.task("teach", len(file_of), "images", done=done) as advance:
+        if done:
+            advance(0, f"{done} were seen as they were made")
+        for file in _teach_missing(config, missing, plan):
+            advance(images[file])
+    width = 0
+    for shard in range(len(generated.shards["train"])):
+        target = f"{directory.path}/{shard_name('train', shard)}.safetensors"
+        ids = read_samples(generated, "train", shard)["sample_id"].to_pylist()
+        features_KD: dict[str, np.ndarray] = {}
+        for at, stored in directory.fs.cat(sorted({place[file_of[i]] for i in ids})).items():
+            own, features_KND = all_targets(stored, at)
+            features_KD.update(zip(own, features_KND.swapaxes(0, 1), strict=True))
+        features_KRD = np.stack([features_KD[i] for i in ids], axis=1)
+        write_bytes(target, encode_targets(ids, features_KRD))
+        width = features_KRD.shape[2]
+    assert config.views.per_image != "fresh", "fresh views are not stored"
+    result = SoftTargets(directory.path, len(file_of), config.views.per_image, width)
+    directory.finish(asdict(result))
+    return result
+
+
+def _teach_missing(config: RunConfig, files: list[str], plan: Plan) -> Iterator[str]:
+    if files:
+        dataset = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
+        seen = dataset.map_batches(
+            FileTeacher,
+            fn_constructor_kwargs=teacher_settings(config),
+            batch_size=1,
+            batch_format="numpy",
+            **teacher_pool(plan, len(files)),
+        )
+        for row in seen.iter_rows():
+            yield str(row["file"])
+
+
+def made_images(file: str) -> list[bytes]:
+    """The pictures in one file of what was made, those left out that came to nothing."""
+    table = pq.read_table(pa.BufferReader(read_bytes(file)), columns=["image"])
+    return [image for image in table["image"].to_pylist() if image]
+
+
+def whole_features(file: str, teacher: str) -> str:
+    """Where the features of the images in `file`, each seen whole, lie."""
+    return f"{file.removesuffix('.parquet')}-{teacher}.safetensors"
+
+
+def view_features(file: str, teacher: str, views: Views, seed: int) -> str:
+    """Where those of their stored views lie."""
+    return f"{file.removesuffix('.parquet')}-{teacher}-{views_name(views, seed)}.safetensors"
+
+
+def working_image(image: bytes, images: Images) -> Image.Image:
+    """What `prepare` would make of the file."""
+    return decode(image, images.size, images.fit, images.max_pixels)
