@@ -137,7 +137,8 @@ def read_seconds(path: str) -> float:
 
 
 def read_bill(path: str) -> dict[str, Any]:
-    """`seconds` of the run that finished a stage and, on a cluster, `node_seconds` by node type and `lost_nodes`."""
+    """`seconds` of the run that finished a stage; on a cluster `node_seconds` by node type and `lost_nodes`; and, where
+    a process or a node was lost, the `images_again` and `seconds_again` that this cost."""
     fs, folder = url_to_fs(path)
     name = f"{folder}/seconds.json"
     return dict(json.loads(fs.cat_file(name))) if fs.exists(name) else {}

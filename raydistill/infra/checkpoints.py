@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 from safetensors.torch import load, save_file
 from torch import nn
 
-from raydistill.infra.artifacts import write_file
+from raydistill.infra.artifacts import write_bytes, write_file
 
 logger = logging.getLogger(__name__)
 _KEPT = 2
@@ -133,3 +133,18 @@ def latest_step(path: str) -> int:
 def _folders(path: str) -> list[str]:
     fs, root = url_to_fs(f"{path}/checkpoints")
     return sorted(fs.ls(root, detail=False)) if fs.exists(root) else []
+
+
+def write_progress(path: str, step: int, lost_steps: int) -> None:
+    """How far training has come since the last checkpoint, and how many steps were taken again in all."""
+    write_bytes(f"{path}/progress.json", json.dumps({"step": step, "lost_steps": lost_steps}).encode())
+
+
+def read_progress(path: str) -> tuple[int, int]:
+    """What `write_progress` was given last; zeros where it was not called yet."""
+    fs, folder = url_to_fs(path)
+    name = f"{folder}/progress.json"
+    if not fs.exists(name):
+        return 0, 0
+    written = json.loads(fs.cat_file(name))
+    return int(written["step"]), int(written.get("lost_steps", 0))

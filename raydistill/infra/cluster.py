@@ -17,6 +17,7 @@ from pathlib import Path
 
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError
+from raydistill.infra.newcomers import watched
 from raydistill.infra.plan import Plan, live_plan, num_cores
 
 # Keeps a laptop's memory for the networks: blocks in flight are a few megabytes.
@@ -27,15 +28,18 @@ OBJECT_STORE_BYTES = 512 * 1024**2
 def ray_cluster(config: RunConfig, reserved: float = 0.0, dashboard: bool = False) -> Iterator[Plan]:
     """Ray for the time of a `with` block, and the plan that fits it, less the `reserved` CPUs.
 
-    A cluster of several nodes is looked at first. Raises ConfigError where it is not fit, or the plan does not fit.
+    A cluster of several nodes is looked at first, and nodes that join later when they come. Raises ConfigError where it
+    is not fit, or the plan does not fit.
     """
     import ray
 
-    with joined_cluster(config, dashboard):
-        if config.cluster.address is not None and sum(node["Alive"] for node in ray.nodes()) > 1:
-            from raydistill.infra.preflight import refuse_unfit
+    with joined_cluster(config, dashboard), contextlib.ExitStack() as stack:
+        if config.cluster.address is not None:
+            if sum(node["Alive"] for node in ray.nodes()) > 1:
+                from raydistill.infra.preflight import refuse_unfit
 
-            refuse_unfit(config)
+                refuse_unfit(config)
+            stack.enter_context(watched(config))
         yield live_plan(config, reserved)
 
 

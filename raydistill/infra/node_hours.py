@@ -103,4 +103,6 @@ def bill_words(bill: Mapping[str, Any], prices: Mapping[str, float]) -> str:
         words.append(hours if money is None else f"{hours} = {money:.2f}")
     if bill.get("lost_nodes"):
         words.append(f"{bill['lost_nodes']} node(s) lost")
+    if bill.get("images_again"):
+        words.append(f"{bill['images_again']} image(s) begun again, {bill['seconds_again']:.0f} s")
     return "; ".join(words)

@@ -32,11 +32,18 @@ class Finding:
 
 
 def check_nodes(config: RunConfig) -> list[Finding]:
-    """Look at every node of the cluster that Ray is connected to, from the node itself."""
+    """Look at every node of the cluster that Ray is connected to, and at what they are together."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [*look_at(config, nodes), *_tracking(config, nodes), *_labels(config, nodes)]
+
+
+def look_at(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
+    """Look at nodes, as `ray.nodes()` describes them, from each of them itself: versions and workspace."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
     root, mark = workspace_root(config), uuid.uuid4().hex
     marker = f"{root}/.seen-{mark}"
     write_bytes(marker, mark.encode())
@@ -68,7 +75,7 @@ def check_nodes(config: RunConfig) -> list[Finding]:
         for path in [f"{folder}/.seen-{mark}", *(f"{folder}/.seen-{mark}-{node}" for node in seen)]:
             if fs.exists(path):
                 fs.rm(path)
-    return [*findings, *_tracking(config, nodes), *_labels(config, nodes)]
+    return findings
 
 
 def check_cluster(config: RunConfig) -> list[Finding]:

@@ -29,10 +29,20 @@ class _Rate(TextColumn):
 
 
 class Progress:
-    """Shows one task at a time. `advance(count)` moves it; `advance(count, note)` adds a word on how it goes."""
+    """Shows one task at a time. `advance(count)` moves it; `advance(count, note)` adds a word on how it goes.
+
+    `images_again` and `seconds_again` add up what was begun again because a process or its node was lost.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.images_again, self.seconds_again = 0, 0.0
+
+    def again(self, name: str, images: int, seconds: float) -> None:
+        """Count, and say, what had been begun and was lost; nothing is said of nothing."""
+        if images:
+            self.images_again, self.seconds_again = self.images_again + images, self.seconds_again + seconds
+            self.line(f"{name:<9} {images:,} image(s) begun again, {seconds:.0f} s: a process or its node was lost")
 
     def line(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

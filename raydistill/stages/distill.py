@@ -12,7 +12,7 @@ from fsspec.core import url_to_fs
 
 from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.checkpoints import latest_checkpoint, latest_step
+from raydistill.infra.checkpoints import latest_checkpoint, latest_step, read_progress
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.workers import run_workers
@@ -62,6 +62,9 @@ def distill_student(
             stream,
             on_epoch if in_process else _nothing,
         )
+    _, lost_steps = read_progress(job.path)
+    again = lost_steps * job.batch_size
+    progress.again(title, again, again / record["images_per_second"])
     num_parameters = _write_student(job, directory)
     result = StudentCheckpoint(
         directory.path, record.get("val_accuracy"), num_parameters, job.total_steps, job.batch_size
@@ -131,10 +134,9 @@ def _following(
                     on_epoch(record)
                     advance(max(int(record["step"]) - at, 0), _note(record))
                     at = max(int(record["step"]), at)
-                if directory.fs.exists(f"{job.path}/progress.json"):
-                    step = int(json.loads(directory.fs.cat_file(f"{job.path}/progress.json"))["step"])
-                    advance(max(step - at, 0))
-                    at = max(step, at)
+                step, _ = read_progress(job.path)
+                advance(max(step - at, 0))
+                at = max(step, at)
                 if last_look:
                     return
 

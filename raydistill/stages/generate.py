@@ -106,6 +106,7 @@ def generate_images(
             units = plan_units(config, recipes, chosen.needed)
             for made_now in _run_units(config, samples, facts, units, plan):
                 advance(int(made_now["images"]))
+                progress.again("generate", int(made_now["images_again"]), float(made_now["seconds_again"]))
                 shown += int(made_now["images"])
     result = _write(config, samples, wanted, made, chosen, facts, directory)
     for name, count in result.missing.items():

@@ -20,7 +20,13 @@ from raydistill.config import Distill
 from raydistill.data.views import render
 from raydistill.errors import DivergedError, StageError
 from raydistill.infra.artifacts import write_bytes
-from raydistill.infra.checkpoints import Checkpoint, CheckpointWriter, latest_checkpoint
+from raydistill.infra.checkpoints import (
+    Checkpoint,
+    CheckpointWriter,
+    latest_checkpoint,
+    read_progress,
+    write_progress,
+)
 from raydistill.infra.workers import Worker
 from raydistill.losses.crd import ContrastiveMemory, Negatives
 from raydistill.losses.total import Outputs, distillation_loss
@@ -237,6 +243,12 @@ class _Reporter:
         self._job, self._worker, self._first_step = job, worker, first_step
         self._skipped = 0
         self._epoch_started = self._written = time.monotonic()
+        if worker.rank == 0:
+            # Those that a process, lost since, had taken after the checkpoint from which this one goes on.
+            came_to, self._lost_steps = read_progress(job.path)
+            if came_to > first_step:
+                self._lost_steps += came_to - first_step
+                write_progress(job.path, first_step, self._lost_steps)
 
     def refuse_not_finite(self, step: int, norm: torch.Tensor, scaler: Any, terms: dict[str, torch.Tensor]) -> None:
         """The gradient is averaged over workers, so all of them see a bad one, and at the same step. The scaler of fp16
@@ -282,4 +294,4 @@ class _Reporter:
     def progress(self, step: int) -> None:
         if self._worker.rank == 0 and time.monotonic() - self._written > _SECONDS_BETWEEN_REPORTS:
             self._written = time.monotonic()
-            write_bytes(f"{self._job.path}/progress.json", json.dumps({"step": step}).encode())
+            write_progress(self._job.path, step, self._lost_steps)

@@ -29,6 +29,7 @@ from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import labels_of, read_samples
 from raydistill.errors import StageError
 from raydistill.infra.artifacts import StageDirectory, class_directory, exists, write_bytes
+from raydistill.infra.restarts import Restart
 from raydistill.models.generator import Generator, Request
 from raydistill.models.pipelines import PipelineFacts, class_numbers
 
@@ -175,6 +176,7 @@ class GeneratorActor:
     was written, finds the file and is done."""
 
     def __init__(self, settings: Generate, facts: PipelineFacts, samples: SampleSet) -> None:
+        self._restart = Restart()
         on_gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
         if not on_gpu:
             torch.set_num_threads(1)  # sums come out differently in several threads
@@ -184,9 +186,14 @@ class GeneratorActor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         unit = json.loads(str(batch["unit"][0]))
-        if not exists(unit["file"]):
+        images, missing = len(unit["requests"]), not exists(unit["file"])
+        if missing:
             self._write(unit)
-        return {"file": np.array([unit["file"]]), "images": np.array([len(unit["requests"])])}
+        return {
+            "file": np.array([unit["file"]]),
+            "images": np.array([images]),
+            **self._restart.note(images * missing),
+        }
 
     def _write(self, unit: dict[str, Any]) -> None:
         rows, pending = [], unit["requests"]

@@ -190,15 +190,20 @@ class _Run:
             self._progress.line(f"{directory.stage:<9} done before: {directory.path}")
             self._outcome.seconds[directory.stage] = 0.0
             return done
-        started = time.monotonic()
+        started, progress = time.monotonic(), self._progress
+        images_again, seconds_again = progress.images_again, progress.seconds_again
         with self._tracker.child(directory.name) as record:
             with NodeClock(self._config) as clock:
                 work(record)
             done = directory.done()
             assert done is not None, "a stage ends by marking itself done"
             seconds = time.monotonic() - started
-            directory.write_json("seconds.json", {"seconds": seconds, **clock.record()})
-            record.log({"seconds": seconds} | {k: float(v) for k, v in done.items() if _is_number(v)})
+            bill = {"seconds": seconds, **clock.record()}
+            if images := progress.images_again - images_again:
+                bill |= {"images_again": images, "seconds_again": progress.seconds_again - seconds_again}
+            directory.write_json("seconds.json", bill)
+            numbers = {"seconds": seconds, "images_again": images}
+            record.log(numbers | {k: float(v) for k, v in done.items() if _is_number(v)})
         self._outcome.seconds[directory.stage] = seconds
         return done
 

@@ -30,7 +30,7 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
     results.add_row("parameters", f"{report.student_parameters:,}", _number(report.teacher_parameters))
     results.add_row("images/s", f"{report.student_images_per_second:,.0f}", _number(report.teacher_images_per_second))
     bills = {stage: read_bill(directory) for stage, directory in outcome.directories.items()}
-    on_nodes = any("node_seconds" in bill for bill in bills.values())
+    on_nodes = any(bill.keys() & {"node_seconds", "images_again"} for bill in bills.values())
     stages = Table("stage", "seconds", "where", *(["took in all"] if on_nodes else []), box=None, pad_edge=False)
     for stage, directory in outcome.directories.items():
         seconds = outcome.seconds.get(stage)

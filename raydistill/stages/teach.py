@@ -25,6 +25,7 @@ from raydistill.errors import StageError
 from raydistill.infra.artifacts import StageDirectory, exists, write_bytes
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
+from raydistill.infra.restarts import Restart
 from raydistill.models.teacher import load_teacher
 
 
@@ -77,6 +78,7 @@ def write_features(
     with progress.task(title, total, "views", done=total - todo) as advance:
         for written in _pool(config, samples, missing, num_views, directory.path, plan) if missing else ():
             advance(int(written["views"]))
+            progress.again(title, int(written["images_again"]), float(written["seconds_again"]))
     first = shard_name(*next(iter(rows)))
     width: int = load(directory.fs.cat_file(f"{directory.path}/{first}.safetensors"))["features"].shape[2]
     return width
@@ -148,6 +150,7 @@ class TeacherActor:
     """Holds the teacher for as long as the pool lives."""
 
     def __init__(self, teacher: Teacher, threads: int) -> None:
+        self._restart = Restart()
         torch.set_num_threads(threads)
         self._backbone, _, _ = load_teacher(teacher)
         self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
@@ -180,11 +183,12 @@ class ShardTeacher(TeacherActor):
         name, ids = str(batch["shard"][0]), str(batch["sample_ids"][0]).split()
         images_RHHC, parameters_KRP = batch["images"][0], batch["parameters"][0]
         file = f"{self._path}/{name}.safetensors"
-        if not exists(file):
+        missing = not exists(file)
+        if missing:
             features_KRD = np.stack([self.features(images_RHHC, parameters_RP) for parameters_RP in parameters_KRP])
             refuse_not_finite(features_KRD, ids)
             write_bytes(file, encode_targets(ids, features_KRD))
-        return {"views": np.array([len(parameters_KRP) * len(ids)])}
+        return {"views": np.array([len(parameters_KRP) * len(ids)]), **self._restart.note(len(ids) * missing)}
 
 
 def fresh_views(

@@ -105,6 +105,7 @@ def test_money_needs_a_price_for_every_type() -> None:
             "3600 s; head 1.00 h, spot 2.00 h = 1.25; 2 node(s) lost",
         ),
         ({"seconds": 60.0, "node_seconds": {"gold": 60.0}, "lost_nodes": 0}, "60 s; gold 0.02 h"),
+        ({"seconds": 60.0, "images_again": 16, "seconds_again": 7.4}, "60 s; 16 image(s) begun again, 7 s"),
     ],
 )
 def test_a_bill_in_words(bill: dict[str, Any], words: str) -> None:

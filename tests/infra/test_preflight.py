@@ -16,12 +16,13 @@ from raydistill.infra.preflight import check_offers
 CLUSTER_FILE = Path(__file__).parents[2] / "cluster.yaml"
 # In a process of its own: the nodes of such a cluster, and its Ray, are not those of the other tests.
 _TWO_NODES = """
-import json, sys
+import json, logging, sys
 import ray
 from ray.cluster_utils import Cluster
 from raydistill.config import load_config
 from raydistill.errors import ConfigError
-from raydistill.infra import cluster as joining, preflight
+from raydistill.infra import cluster as joining, newcomers, preflight
+from tests.processes import wait_for
 
 small = {"object_store_memory": 80_000_000}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **small})
@@ -51,6 +52,23 @@ try:
         answers["refused"] = None
 except ConfigError as error:
     answers["refused"] = str(error)
+preflight._installed = installed
+
+newcomers._SECONDS_BETWEEN_LOOKS = 0.5
+looked, look_at = [], preflight.look_at
+preflight.look_at = lambda config, nodes: [looked.append(found := look_at(config, nodes)), found][1]
+records = []
+newcomers.log.addHandler(handler := logging.Handler())
+handler.emit = lambda record: records.append(record.getMessage())
+with joining.ray_cluster(load_config([*base, "cluster.address=auto"])):
+    looked.clear()
+    good = cluster.add_node(num_cpus=1, **small)
+    wait_for(lambda: looked and looked[-1], 60)  # and nothing is said of it
+    preflight._installed = lambda: installed() | {"torch": "0.0.1"}  # so that the next one differs from the driver
+    bad = cluster.add_node(num_cpus=1, resources={"bad": 1}, **small)
+    wait_for(lambda: records and not any(n["Alive"] for n in ray.nodes() if n["NodeID"] == bad.node_id), 60)
+    answers["newcomer"] = records
+    answers["good"] = [n["Alive"] for n in ray.nodes() if n["NodeID"] == good.node_id]
 print("ANSWERS" + json.dumps(answers))
 """
 
@@ -77,6 +95,10 @@ def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
     assert len(differing) == 2
     assert all(found.startswith("torch ") and "(here 0.0.1)" in found for found in differing)
     assert "torch" in answers["refused"]
+    assert answers["good"] == [True]
+    (drained,) = answers["newcomer"]
+    assert "a node that joined is drained, since it is not fit" in drained
+    assert "(here 0.0.1)" in drained
     assert not list((tmp_path / "w").glob(".*")), "no marker is left"
 
 

@@ -15,6 +15,8 @@ from raydistill.config import load_config
 from raydistill.data.decode import encode, pixels
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.views import WHOLE_IMAGE
+from raydistill.infra import restarts
+from raydistill.infra.restarts import Restart
 from raydistill.models.pipelines import inspect_pipeline
 from raydistill.stages.making import GeneratorActor
 from raydistill.stages.showing import FileTeacher
@@ -61,3 +63,22 @@ def test_a_repeated_call_answers_the_same_and_pays_for_nothing(make, words, clas
     second = actor(batch)
     assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.iterdir()} == files
     assert {k: v.tolist() for k, v in second.items()} == {k: v.tolist() for k, v in first.items()}
+
+
+class Context:
+    """Ray's, in an actor that Ray has started again."""
+
+    def get_actor_id(self) -> str:
+        return "a"
+
+    was_current_actor_reconstructed = True
+
+
+def test_the_first_call_after_a_restart_counts_as_begun_before(monkeypatch) -> None:
+    assert Restart().note(16)["images_again"].tolist() == [0]  # no actor at all
+    monkeypatch.setattr(restarts.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(restarts.ray, "get_runtime_context", Context)
+    restart = Restart()
+    first, second = restart.note(16), restart.note(8)
+    assert (first["images_again"].tolist(), second["images_again"].tolist()) == ([16], [0])
+    assert first["seconds_again"][0] > second["seconds_again"][0] == 0

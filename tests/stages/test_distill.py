@@ -19,10 +19,11 @@ from raydistill.config import Distill, Loss
 from raydistill.data.targets import UNLABELLED
 from raydistill.errors import CheckpointError, DataError, DivergedError
 from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.checkpoints import latest_checkpoint, latest_step
+from raydistill.infra.checkpoints import latest_checkpoint, latest_step, read_progress
 from raydistill.infra.plan import plan_resources
 from raydistill.infra.workers import Worker
 from raydistill.models.student import read_student, split_logits
+from raydistill.stages import loop
 from raydistill.stages.batches import DistillJob, read_batches
 from raydistill.stages.distill import distill_student
 from raydistill.stages.loop import Trainee, distill_loop, learning_rate
@@ -96,6 +97,16 @@ def test_a_preemption_saves_at_once_and_loses_no_step(tiny_set) -> None:
     record = distill_loop(preempted, here())
     assert_same(unbroken, preempted)
     assert record["loss"] == expected["loss"]  # the epoch's mean covers the steps before the notice too
+
+
+def test_steps_that_are_taken_again_are_counted_over_all_losses(tiny_set, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "_SECONDS_BETWEEN_REPORTS", -1)  # after every step
+    job = tiny_set.job("broken")
+    for ends_at in (14, 18):  # the steps after 13 and 17 are never reported; checkpoints are at 10 and 15
+        with pytest.raises(KeyboardInterrupt):
+            distill_loop(job, killed_at(ends_at))
+    distill_loop(job, here())
+    assert read_progress(job.path) == (job.total_steps, (13 - 10) + (17 - 15))
 
 
 def test_finished_loop_gives_its_record_again(tiny_set) -> None:

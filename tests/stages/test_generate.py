@@ -84,7 +84,7 @@ def in_this_process(monkeypatch, progress):
     def run_units(config, samples, facts, units, plan):
         actor = GeneratorActor(config.generate, facts, samples)
         for unit in units:
-            yield {"images": actor({"unit": np.array([unit["unit"]])})["images"][0]}
+            yield {key: values[0] for key, values in actor({"unit": np.array([unit["unit"]])}).items()}
 
     def run(config: RunConfig, samples: SampleSet) -> GeneratedImages:
         check_writable(config)

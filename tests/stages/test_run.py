@@ -28,7 +28,7 @@ from raydistill.data.sample import decode_shard, sample_id, samples_from_json
 from raydistill.data.targets import read_targets
 from raydistill.data.views import render, view_parameters
 from raydistill.errors import ConfigError, DataError
-from raydistill.infra.artifacts import tuned
+from raydistill.infra.artifacts import read_bill, tuned
 from raydistill.infra.plan import plan_resources
 from raydistill.models.student import build_student, read_student, write_student
 from raydistill.models.teacher import load_teacher
@@ -420,6 +420,9 @@ def test_a_killed_teacher_actor_costs_its_open_shard(words, progress, tmp_path) 
 
     outcome = run_and_kill(load_config(words), progress, "ShardTeacher", one_is_written)
     assert {p: p.stat().st_mtime_ns for p in seen} == seen
+    bill = read_bill(outcome.directories["teach"])
+    assert 0 < bill["images_again"] <= 16  # a shard
+    assert 0 < bill["seconds_again"] < bill["seconds"]
     made = sorted(Path(outcome.directories["teach"]).glob("*.safetensors"))
     assert len(made) == len(outcome.samples.shards["train"]) > len(seen)
     for path in made:
@@ -435,6 +438,7 @@ def test_a_killed_train_worker_costs_its_open_epoch(words, progress, tmp_path) -
     losses = epoch_losses(words, progress, "distill.num_workers=0", f"workspace={tmp_path}/unbroken")
     words, broken = [*words, "distill.num_workers=2"], tmp_path / "workspace"
     run_and_kill(load_config(words), progress, "RayTrainWorker", lambda: list(broken.glob("distill-*/epochs/00003.*")))
+    assert "images_again" in read_bill(str(next(broken.glob("distill-*"))))
     again = epoch_losses(words, progress)  # done, so these are the records of the run above
     assert len(again) == 30
     assert [e["loss"] for e in again] == pytest.approx([e["loss"] for e in losses], abs=1e-3)
