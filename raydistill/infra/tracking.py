@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,8 @@ from raydistill.infra.artifacts import workspace_root
 
 logger = logging.getLogger(__name__)
 _MOST_CHARACTERS = 500
+_SECONDS_BETWEEN_TRIES = 5.0
+_GRACE_SECONDS = 30.0
 
 
 def _named(text: str) -> str:
@@ -26,13 +30,16 @@ def _named(text: str) -> str:
 class Tracker:
     """One parent run for each job, one child for each stage directory; a resumed stage goes on in its old run.
 
-    Every call returns at once. The first failure is a warning, and the rest of the run goes unrecorded.
+    Every call returns at once. While MLflow does not answer, what is to be recorded waits, until the run has ended and
+    half a minute more; what it refuses is left out. Each is a warning.
     """
 
     def __init__(self, config: RunConfig, job: str) -> None:
         self._config, self._job = config, _named(job)  # stands between quotes in queries
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._client: Any = None
+        self._closing, self._deadline = threading.Event(), math.inf
+        self._trouble, self._lost = False, 0
         self._experiment = self._parent = ""
         self._failed = not config.tracking.enabled
         self.uri = config.tracking.uri or f"sqlite:///{workspace_root(config)}/mlflow.db"
@@ -65,7 +72,11 @@ class Tracker:
     def close(self, status: str) -> None:
         """End the parent run and wait until all is written."""
         self._submit(lambda: self._client.set_terminated(self._parent, status))
+        self._deadline = time.monotonic() + _GRACE_SECONDS
+        self._closing.set()
         self._writer.shutdown(wait=True)
+        if self._lost:
+            logger.warning("%d record(s) of this run are not in MLflow at %s", self._lost, self.uri)
 
     def end_orphans(self) -> None:
         """Children that a killed command left open end as killed; one that is gone on with is opened again."""
@@ -91,16 +102,34 @@ class Tracker:
             self._writer.submit(self._guarded, call)
 
     def _guarded(self, call: Callable[[], None]) -> None:
-        if self._failed:
-            return
-        try:
-            call()
-        except Exception as error:  # MLflow, its database and its server fail in many ways; none may stop a run
-            self._failed = True
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            logger.warning("MLflow at %s failed (%s); the rest of this run goes unrecorded", self.uri, first)
+        while not self._failed:
+            if self._trouble and time.monotonic() > self._deadline:
+                self._lost += 1
+                return
+            try:
+                call()
+            except Exception as error:  # MLflow, its database and its server fail in many ways; none may stop a run
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                if not _may_pass(error):
+                    self._failed = not self._parent  # there is nothing to record in
+                    self._lost += 1
+                    logger.warning("MLflow at %s refuses a record, which is left out (%s)", self.uri, first)
+                    return
+                if not self._trouble:
+                    logger.warning("MLflow at %s does not answer (%s); what is to be recorded waits", self.uri, first)
+                self._trouble = True
+                if self._closing.wait(_SECONDS_BETWEEN_TRIES):
+                    time.sleep(min(_SECONDS_BETWEEN_TRIES, 1.0))
+            else:
+                if self._trouble:
+                    logger.warning("MLflow at %s answers again", self.uri)
+                self._trouble = False
+                return
 
     def _open(self) -> None:
+        # Its own retries would hold the writer for minutes, also when the run has ended.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # between our own lines
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # MLflow asks for git, and says so where there is none
         logging.getLogger("alembic").setLevel(logging.WARNING)
         import mlflow  # half a second, here in the writer's thread
@@ -139,6 +168,17 @@ class Tracker:
                     self._client.log_param(run_id, _named(prefix + key), value)
                 except MlflowException:
                     self._client.set_tag(run_id, _named(f"changed.{prefix}{key}"), value)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it is the server, its database or the way there that failed, rather than what it was asked."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED",
+                                    "REQUEST_LIMIT_EXCEEDED")  # fmt: skip
+    # What `requests` raises are OSErrors; a file that is not there will not come.
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError)
 
 
 class ChildRun:

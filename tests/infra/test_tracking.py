@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
 import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from raydistill.config import load_config
+from raydistill.infra import tracking
 from raydistill.infra.tracking import Tracker
+from tests.processes import wait_for
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -29,3 +44,114 @@ def test_no_name_ends_the_record(tmp_path, caplog) -> None:
     assert parent.data.params["generate.templates.a _class__ 100_"] == "2.0"
     (child,) = runs.values()
     assert child.data.metrics == {"recall of _größe_1_": 0.5}
+
+
+def recorded(folder: Path) -> mlflow.entities.Run:
+    """The child of a run of ten epochs, each with its metric."""
+    config = load_config([f"workspace={folder}", "images.path=x"])
+    with Tracker(config, job="j") as tracker, tracker.child("distill-1") as record:
+        for epoch in range(10):
+            record.log({"loss": float(epoch)}, epoch)
+    return child_of(tracker)
+
+
+def child_of(tracker: Tracker) -> mlflow.entities.Run:
+    client = mlflow.MlflowClient(tracking_uri=tracker.uri)
+    (run,) = client.search_runs([tracker._experiment], "tags.`raydistill.stage` = 'distill-1'")
+    return run
+
+
+def epochs_of(run: mlflow.entities.Run, uri: str) -> list[float]:
+    return [
+        metric.value for metric in mlflow.MlflowClient(tracking_uri=uri).get_metric_history(run.info.run_id, "loss")
+    ]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], calls: range) -> None:
+    """MLflow fails in these calls of those that log metrics."""
+    log_batch, number = mlflow.MlflowClient.log_batch, iter(range(10**6))
+
+    def log_or_fail(self, *arguments, **options):
+        if next(number) in calls:
+            raise error()
+        return log_batch(self, *arguments, **options)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", log_or_fail)
+    monkeypatch.setattr(tracking, "_SECONDS_BETWEEN_TRIES", 0.01)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, lambda: MlflowException("API request failed")])
+def test_no_metric_is_lost_while_mlflow_does_not_answer(error, monkeypatch, tmp_path, caplog) -> None:
+    failing(monkeypatch, error, range(3, 9))
+    run = recorded(tmp_path)
+    assert epochs_of(run, f"sqlite:///{tmp_path}/mlflow.db") == list(range(10))
+    assert run.info.status == "FINISHED"
+    said = [record.getMessage().partition("mlflow.db ")[2] for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].startswith("does not answer")
+    assert said[1] == "answers again"
+
+
+def test_what_mlflow_refuses_is_left_out_alone(monkeypatch, tmp_path, caplog) -> None:
+    failing(monkeypatch, lambda: MlflowException("no", error_code=INVALID_PARAMETER_VALUE), range(4, 5))
+    run = recorded(tmp_path)
+    assert epochs_of(run, f"sqlite:///{tmp_path}/mlflow.db") == [e for e in range(10) if e != 4]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    assert "refuses a record, which is left out (no)" in caplog.text
+    assert "1 record(s) of this run are not in MLflow" in caplog.text
+
+
+def test_a_run_does_not_wait_for_ever_for_mlflow(monkeypatch, tmp_path, caplog) -> None:
+    failing(monkeypatch, ConnectionRefusedError, range(2, 10**6))
+    monkeypatch.setattr(tracking, "_GRACE_SECONDS", 0.1)
+    started = time.monotonic()
+    run = recorded(tmp_path)
+    assert time.monotonic() - started < 30
+    assert epochs_of(run, f"sqlite:///{tmp_path}/mlflow.db") == [0, 1]
+    # Eight metrics, and that the child and the parent came to an end.
+    assert "10 record(s) of this run are not in MLflow" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_server_that_was_down_has_all_metrics_in_the_end(monkeypatch, tmp_path, caplog, capfd) -> None:
+    monkeypatch.setattr(tracking, "_SECONDS_BETWEEN_TRIES", 0.5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def serve() -> subprocess.Popen:
+        words = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination",
+                 f"{tmp_path}/artifacts", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]  # fmt: skip
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *words], env=environment, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for(answers, 120)
+        return server
+
+    def answers() -> bool:
+        try:
+            return urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+        except (URLError, OSError):
+            return False
+
+    server = serve()
+    try:
+        uri = f"http://127.0.0.1:{port}"
+        config = load_config([f"workspace={tmp_path}", "images.path=x", f"tracking.uri={uri}"])
+        with Tracker(config, "j") as tracker, tracker.child("distill-1") as record:
+            record.log({"loss": 0.0}, 0)
+            wait_for(lambda: record._run and epochs_of(child_of(tracker), uri) == [0.0], 60)
+            os.killpg(server.pid, 9)
+            for epoch in range(1, 10):
+                record.log({"loss": float(epoch)}, epoch)
+            wait_for(lambda: "does not answer" in caplog.text, 60)
+            server = serve()
+        run = child_of(tracker)
+        assert epochs_of(run, uri) == list(range(10))
+        assert run.info.status == "FINISHED"
+        assert "answers again" in caplog.text
+        assert capfd.readouterr().out == ""
+    finally:
+        os.killpg(server.pid, 9)
