@@ -109,6 +109,8 @@ def write_file(path: str, write: Callable[[str], object]) -> None:
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())  # or a machine that loses power may keep the name and not the bytes
         os.replace(temporary, target)
     except BaseException as error:
         if os.path.exists(temporary):

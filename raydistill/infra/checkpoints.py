@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import zlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +87,16 @@ class CheckpointWriter:
     def _write(self, weights: dict[str, torch.Tensor], state: dict[str, Any], meta: dict[str, Any]) -> None:
         name = f"step-{meta['step']:09d}"
         folder = f"{self._path}/checkpoints/{name}"
-        write_file(f"{folder}/weights.safetensors", lambda temporary: save_file(weights, temporary))
-        write_file(f"{folder}/state.pt", lambda temporary: torch.save(state, temporary))
+        sums: dict[str, int] = {}
+
+        def write(file: str, save: Callable[[str], object]) -> None:
+            write_file(
+                f"{folder}/{file}", lambda temporary: (save(temporary), sums.update({file: _checksum(temporary)}))
+            )
+
+        write("weights.safetensors", lambda temporary: save_file(weights, temporary))
+        write("state.pt", lambda temporary: torch.save(state, temporary))
+        meta = {**meta, "checksums": sums}
         write_file(f"{folder}/checkpoint.json", lambda temporary: Path(temporary).write_text(json.dumps(meta)))
         fs, _ = url_to_fs(self._path)
         folders = _folders(self._path)
@@ -113,10 +123,12 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
     for folder in reversed(_folders(path)):
         try:
             meta = json.loads(fs.cat_file(f"{folder}/checkpoint.json"))
-            weights = load(fs.cat_file(f"{folder}/weights.safetensors"))
-            stored = io.BytesIO(fs.cat_file(f"{folder}/state.pt"))
-            state = torch.load(stored, map_location="cpu", weights_only=True)
-            return weights, state, meta
+            files = {name: fs.cat_file(f"{folder}/{name}") for name in ("weights.safetensors", "state.pt")}
+            for name, data in files.items():
+                if zlib.crc32(data) != meta["checksums"][name]:
+                    raise ValueError(f"the checksum of {name} is another")
+            state = torch.load(io.BytesIO(files["state.pt"]), map_location="cpu", weights_only=True)
+            return load(files["weights.safetensors"]), state, meta
         except FileNotFoundError:
             continue  # the run was killed while it wrote this one
         except Exception as error:  # a damaged pickle raises nearly everything
@@ -128,6 +140,15 @@ def latest_step(path: str) -> int:
     """Steps done at the checkpoint that `latest_checkpoint` gives; 0 where there is none."""
     checkpoint = latest_checkpoint(path)
     return 0 if checkpoint is None else int(checkpoint[2]["step"])
+
+
+def _checksum(path: str) -> int:
+    """CRC-32 of a file. Neither format has one of its own, and zeros in a tensor's place would load."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 def _folders(path: str) -> list[str]:

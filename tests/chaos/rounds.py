@@ -1,7 +1,8 @@
 """Rounds of a whole run on a cluster of several nodes on this machine, with one real fault in each.
 
 A round is a process with Ray, and a home, of its own: `play` starts it, strikes from outside where the fault is the
-driver's end, and starts it again where it ended without a result. What it left is read by `read_result`.
+driver's end, and starts it again where it ended without a result. What it left is read by `read_result`. A stopped job
+is a command of its own in the round, which gets the SIGTERM that `ray job stop` sends.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ MOMENTS = {
     "distill": "distill-*/epochs/*.json",
 }
 _ACTORS = {"generator_actor": "GeneratorActor", "teacher_actor": "ShardTeacher", "train_worker": "RayTrainWorker"}
-_AT = {"generator_actor": ("generate",), "teacher_actor": ("teach",), "train_worker": ("distill",)}
+_AT = {
+    "generator_actor": ("generate",), "teacher_actor": ("teach",), "train_worker": ("distill",),
+    "torn_checkpoint": ("distill",),
+}  # fmt: skip
 # Remote calls of Ray's that are lost, before or after they were answered, or late.
 _BAD_NETWORK = {
     "RAY_testing_rpc_failure": json.dumps(
@@ -48,8 +52,10 @@ _BAD_NETWORK = {
     "RAY_testing_asio_delay_us": "NodeManagerService.grpc_server.RequestWorkerLease=1000:50000",
 }
 FAULTS = (
-    *_ACTORS, "node_killed", "node_drained", "node_joins", "driver_killed", "store_fails", "disk_full", "bad_network",
+    *_ACTORS, "node_killed", "node_drained", "node_joins", "driver_killed", "job_stopped", "torn_checkpoint",
+    "store_fails", "disk_full", "bad_network",
 )  # fmt: skip
+_ENDS_DRIVER = ("driver_killed", "torn_checkpoint")
 _FAILING_SECONDS = 3.0
 
 
@@ -133,13 +139,15 @@ def _command(words: list[str], folder: Path, fault: str, moment: str, count: int
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         try:
-            if fault == "driver_killed":
+            if fault in _ENDS_DRIVER:
                 wait_for(lambda: _reached(folder, moment, count) or process.poll() is not None, 300)
                 _kill_all(process)
+                if fault == "torn_checkpoint":
+                    _tear_newest_checkpoint(folder)
             out, err = process.communicate(timeout=400)
         finally:
             _kill_all(process)
-    if fault == "driver_killed":
+    if fault in _ENDS_DRIVER:
         return "killed"
     if process.returncode != 0 or not out.strip():
         return err[-2000:] or f"exit code {process.returncode}"
@@ -208,6 +216,15 @@ def _kill_all(process: subprocess.Popen[str]) -> None:
                 member.send_signal(signal.SIGKILL)
 
 
+def _tear_newest_checkpoint(folder: Path) -> None:
+    """As a disk does that lost power: its name and length are there, and half of what it held."""
+    newest = max(
+        (folder / "store" / "runs").glob("distill-*/checkpoints/*.safetensors"), key=lambda p: p.stat().st_mtime
+    )
+    half = newest.stat().st_size // 2
+    newest.write_bytes(newest.read_bytes()[:half] + bytes(newest.stat().st_size - half))
+
+
 def _reached(folder: Path, moment: str, count: int) -> bool:
     return len(list((folder / "store" / "runs").glob(MOMENTS[moment]))) >= count
 
@@ -236,13 +253,25 @@ def _round(words: list[str], fault: str, moment: str, count: int) -> None:
 
     folder = Path(os.environ["CHAOS_FOLDER"])
     with _cluster() as cluster, ThreadPoolExecutor(1) as pool:
+        if fault == "job_stopped":
+            _stop_job([*words, f"cluster.address={cluster.address}"], folder, moment, count)
         config = load_config([*words, f"cluster.address={cluster.address}"])
         running = pool.submit(run_stages, config, Progress(Console(quiet=True)))
-        if fault not in ("none", "driver_killed", "bad_network"):
+        if fault not in ("none", "bad_network", "job_stopped", *_ENDS_DRIVER):
             wait_for(lambda: _reached(folder, moment, count) or running.done(), 300)
             if not running.done():
                 _strike(fault, cluster, folder)
         running.result(timeout=350)
+
+
+def _stop_job(words: list[str], folder: Path, moment: str, count: int) -> None:
+    """A driver that ends as told, with the exit code of an interruption, before the command that goes on."""
+    code = "from raydistill.cli import main; main()"
+    job = subprocess.Popen([sys.executable, "-c", code, "run", *words], stdout=subprocess.DEVNULL)
+    wait_for(lambda: _reached(folder, moment, count) or job.poll() is not None, 300)
+    job.terminate()
+    if (ended := job.wait(60)) != 130:
+        raise RuntimeError(f"a job that was stopped ended with {ended}")
 
 
 def _strike(fault: str, cluster: Any, folder: Path) -> None:

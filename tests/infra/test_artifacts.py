@@ -505,6 +505,14 @@ for name in ("old", "new", "deep/new"):
 """
 
 
+def test_a_file_has_its_bytes_on_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_size), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *places: (done.append("named"), replace(*places)))
+    artifacts.write_bytes(str(tmp_path / "file"), b"12345")
+    assert done == [5, "named"]
+
+
 @pytest.mark.parametrize("writer", ["bytes", "safetensors", "torch"])
 @pytest.mark.parametrize("how", ["limited", "mounted"])
 def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, how, writer):

@@ -114,13 +114,17 @@ def test_finished_loop_gives_its_record_again(tiny_set) -> None:
     assert distill_loop(job, here()) == distill_loop(job, here())
 
 
-def test_damaged_checkpoint_is_passed_over(tiny_set) -> None:
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.pt"])
+@pytest.mark.parametrize("left", [0, 1000, "zeros"])
+def test_damaged_checkpoint_is_passed_over(tiny_set, file, left) -> None:
+    """Cut off, or, as after a loss of power, of the right length with zeros where data should be."""
     unbroken, broken = tiny_set.job("unbroken"), tiny_set.job("broken")
     distill_loop(unbroken, here())
     with pytest.raises(KeyboardInterrupt):
         distill_loop(broken, killed_at(12))
-    newest = sorted(Path(broken.path, "checkpoints").iterdir())[-1] / "weights.safetensors"
-    newest.write_bytes(newest.read_bytes()[:1000])
+    newest = sorted(Path(broken.path, "checkpoints").iterdir())[-1] / file
+    data = newest.read_bytes()
+    newest.write_bytes(data[:-500] + bytes(500) if left == "zeros" else data[:left])
     distill_loop(broken, here())
     assert_same(unbroken, broken)
 
