@@ -124,8 +124,8 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
         try:
             meta = json.loads(fs.cat_file(f"{folder}/checkpoint.json"))
             files = {name: fs.cat_file(f"{folder}/{name}") for name in ("weights.safetensors", "state.pt")}
-            for name, data in files.items():
-                if zlib.crc32(data) != meta["checksums"][name]:
+            for name, checksum in meta.get("checksums", {}).items():
+                if zlib.crc32(files[name]) != checksum:
                     raise ValueError(f"the checksum of {name} is another")
             state = torch.load(io.BytesIO(files["state.pt"]), map_location="cpu", weights_only=True)
             return load(files["weights.safetensors"]), state, meta

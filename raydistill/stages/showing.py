@@ -52,13 +52,13 @@ class TeacherSettings(TypedDict):
     name: str
 
 
-def teacher_settings(config: RunConfig) -> TeacherSettings:
+def teacher_settings(config: RunConfig, with_views: bool = True) -> TeacherSettings:
     """The job's teacher and, where generated images are streamed to it, the views that it is to see."""
     assert config.teacher is not None
     return {
         "teacher": config.teacher,
         "images": config.images,
-        "views": config.views if config.streams_generated else None,
+        "views": config.views if with_views and config.streams_generated else None,
         "seed": config.seed,
         "name": backbone_name(config),
     }
