@@ -46,6 +46,8 @@ class Images(Section):
     """Use no more than this many images of a class in a split (and unlabelled ones), chosen by name; null: all."""
     num_labelled: Count | None = None
     """Keep the labels of this many train images (stratified, seeded); the others become unlabelled."""
+    num_unlabelled: Annotated[int, Field(ge=0)] | None = None
+    """Keep this many of the train images without a label (seeded); null: all."""
     allow_missing_val: bool = False
     """Accept a class that has no validation image; it is then never scored on val."""
     max_bad_share: Share = 0.05
@@ -321,6 +323,8 @@ class Distill(Section):
     """Ray Train workers; 0: in this process; (min, max): as many as the cluster has at the moment."""
     cache: Literal["auto", "memory", "stream"] = "auto"
     """Where a worker keeps the train split: `memory` loads it once, `stream` reads shards as they are needed."""
+    checkpoint_seconds: Weight = 5.0
+    """A checkpoint is written at the end of an epoch, no more often than this; a lost process costs what came after."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Lost workers that Ray Train replaces before the run fails (preemptions do not count)."""
 
@@ -510,7 +514,9 @@ def fine_tuning(config: RunConfig) -> RunConfig:
         model=teacher.model, init="pretrained", weights=teacher.weights, revision=teacher.revision, size=teacher.size
     )
     # How the student is trained has no say in it: searching the student's settings trains no teacher again.
-    where = config.distill.model_dump(include={"num_workers", "precision", "channels_last", "cache", "max_failures"})
+    where = config.distill.model_dump(
+        include={"num_workers", "precision", "channels_last", "cache", "checkpoint_seconds", "max_failures"}
+    )
     distill = Distill(
         epochs=teacher.fine_tune_epochs,
         batch_size=teacher.fine_tune_batch_size,

@@ -304,7 +304,7 @@ def distill_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     identity = {
         "student": student,
         "loss": loss,
-        "distill": config.distill.model_dump(exclude={"cache", "max_failures"}),
+        "distill": config.distill.model_dump(exclude={"cache", "checkpoint_seconds", "max_failures"}),
         "views": config.views.model_dump(),
         "images": _pixels(config),
         **_train_and_val(samples),

@@ -128,7 +128,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             ended, preempted = step % job.steps_per_epoch == 0, worker.preempted(step)
             if ended:
                 record, sums = reporter.end_epoch(step, sums, ema.module if ema else trainee.student, optimizer), {}
-            if (ended or preempted) and worker.rank == 0:
+            if worker.rank == 0 and (preempted or (ended and reporter.checkpoint_due(step))):
                 checkpoints.save(Checkpoint(step, modules, optimizer, scaler, sums, record))
                 if preempted:
                     checkpoints.wait()  # the node may be gone a moment later
@@ -242,7 +242,7 @@ class _Reporter:
     def __init__(self, job: DistillJob, worker: Worker, first_step: int) -> None:
         self._job, self._worker, self._first_step = job, worker, first_step
         self._skipped = 0
-        self._epoch_started = self._written = time.monotonic()
+        self._epoch_started = self._written = self._saved = time.monotonic()
         if worker.rank == 0:
             # Those that a process, lost since, had taken after the checkpoint from which this one goes on.
             came_to, self._lost_steps = read_progress(job.path)
@@ -290,6 +290,13 @@ class _Reporter:
             write_bytes(f"{job.path}/epochs/{epoch:05d}.json", json.dumps(record).encode())
         self._epoch_started = time.monotonic()  # measuring val is not training
         return record
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Of a few images an epoch is a step or two, and writing them all would take longer than training."""
+        now, job = time.monotonic(), self._job
+        due = now - self._saved >= job.config.distill.checkpoint_seconds or step == job.total_steps
+        self._saved = now if due else self._saved
+        return due
 
     def progress(self, step: int) -> None:
         if self._worker.rank == 0 and time.monotonic() - self._written > _SECONDS_BETWEEN_REPORTS:

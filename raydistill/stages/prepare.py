@@ -66,6 +66,7 @@ def prepare_samples(
     kept, refused = _without_duplicates(known)
     splits = _split(config, listing, kept)
     labelled = _labelled(config, listing, splits["train"])
+    splits["train"] = _fewer_unlabelled(config, splits["train"], labelled, progress)
     _check_train(config.images, listing, splits["train"])
     result = _write(config, listing, directory, splits, labelled, files, len(refused), plan)
     directory.write_json("refused.json", refused)
@@ -341,3 +342,16 @@ def _read_decoded(file: str, columns: list[str]) -> pa.Table:
 
 def _digest(values: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _fewer_unlabelled(
+    config: RunConfig, train: list[_Decoded], labelled: set[str], progress: Progress
+) -> list[_Decoded]:
+    """Without the unlabelled samples beyond `images.num_unlabelled`."""
+    most = config.images.num_unlabelled
+    others = sorted((d.id for d in train if d.id not in labelled), key=lambda i: seeded_rank(config.seed, "pool", i))
+    if most is None or len(others) <= most:
+        return train
+    progress.line(f"prepare   {len(others) - most} unlabelled images are left out: images.num_unlabelled={most}")
+    left_out = set(others[most:])
+    return [d for d in train if d.id not in left_out]

@@ -109,7 +109,13 @@ def make_inputs(folder: Path) -> list[str]:
         "views": {"per_image": 30},
         "generate": {"pipeline": str(folder / "pipeline"), "per_class": 24, "batch_size": 3, "steps": 3},
         "loss": {"projection_dim": 8, "projection_head": "two_layer", "uniformity_weight": 0},
-        "distill": {"epochs": EPOCHS, "batch_size": 16, "num_workers": 2, "labelled_share": 0.5},
+        "distill": {
+            "epochs": EPOCHS,
+            "batch_size": 16,
+            "num_workers": 2,
+            "labelled_share": 0.5,
+            "checkpoint_seconds": 0,
+        },
         "cluster": {"teacher_actors": [1, 2], "generator_actors": [1, 2]},
         "tracking": {"enabled": False},
     }

@@ -99,6 +99,19 @@ def test_a_preemption_saves_at_once_and_loses_no_step(tiny_set) -> None:
     assert record["loss"] == expected["loss"]  # the epoch's mean covers the steps before the notice too
 
 
+def test_short_epochs_do_not_all_end_in_a_checkpoint(tiny_set) -> None:
+    """And what is gone on with from an older one is the same."""
+    unbroken, broken = tiny_set.job("unbroken"), tiny_set.job("broken", distill={"checkpoint_seconds": 3600})
+    expected = distill_loop(unbroken, here())
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(broken, killed_at(12))
+    assert latest_step(broken.path) == 0
+    record = distill_loop(broken, here())
+    assert latest_step(broken.path) == broken.total_steps
+    assert_same(unbroken, broken)
+    assert record["loss"] == expected["loss"]
+
+
 def test_steps_that_are_taken_again_are_counted_over_all_losses(tiny_set, monkeypatch) -> None:
     monkeypatch.setattr(loop, "_SECONDS_BETWEEN_REPORTS", -1)  # after every step
     job = tiny_set.job("broken")

@@ -304,6 +304,23 @@ def test_new_labels_cost_no_teacher_pass(words, progress, tmp_path) -> None:
 
 
 @pytest.mark.usefixtures("taught")
+def test_a_smaller_pool_keeps_its_labels_and_grows_by_adding(words, progress) -> None:
+    def train(*more: str) -> dict[str, int | None]:
+        config = load_config([*words, "images.num_labelled=30", *more])
+        samples = run_stages(config, progress, until="prepare").samples
+        return {row["sample_id"]: row["label"] for row in rows(samples.path, "train")}
+
+    whole = train()
+    pools = [train(f"images.num_unlabelled={count}") for count in (0, 10)]
+    labelled = {i: label for i, label in whole.items() if label is not None}
+    assert len(labelled) == 30
+    assert len(whole) > 40
+    assert pools[0] == labelled
+    assert len(pools[1]) == 40
+    assert pools[0].items() < pools[1].items() < whole.items()
+
+
+@pytest.mark.usefixtures("taught")
 def test_half_done_teach_makes_only_what_is_missing(words, progress) -> None:
     config = load_config(words)
     outcome = run_stages(config, progress, until="teach")
