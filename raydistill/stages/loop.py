@@ -288,6 +288,7 @@ class _Reporter:
             record["val_accuracy"] = float((logits.argmax(1) == labels).mean())
         if worker.rank == 0:
             write_bytes(f"{job.path}/epochs/{epoch:05d}.json", json.dumps(record).encode())
+            write_progress(job.path, step, self._lost_steps)
         self._epoch_started = time.monotonic()  # measuring val is not training
         return record
 

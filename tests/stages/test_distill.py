@@ -112,14 +112,25 @@ def test_short_epochs_do_not_all_end_in_a_checkpoint(tiny_set) -> None:
     assert record["loss"] == expected["loss"]
 
 
-def test_steps_that_are_taken_again_are_counted_over_all_losses(tiny_set, monkeypatch) -> None:
+def test_steps_that_are_taken_again_are_counted_over_all_losses(tiny_set, progress, monkeypatch) -> None:
     monkeypatch.setattr(loop, "_SECONDS_BETWEEN_REPORTS", -1)  # after every step
     job = tiny_set.job("broken")
     for ends_at in (14, 18):  # the steps after 13 and 17 are never reported; checkpoints are at 10 and 15
         with pytest.raises(KeyboardInterrupt):
             distill_loop(job, killed_at(ends_at))
-    distill_loop(job, here())
+    plan = plan_resources(job.config, 2, 0, 1)
+    distill_student(job, StageDirectory(job.path, "distill", "{}"), plan, progress, lambda record: None)
     assert read_progress(job.path) == (job.total_steps, (13 - 10) + (17 - 15))
+    assert progress.images_again == 5 * job.batch_size
+    assert 0 < progress.seconds_again < 60
+
+
+def test_epochs_after_the_last_checkpoint_count_as_lost(tiny_set) -> None:
+    job = tiny_set.job("broken", distill={"checkpoint_seconds": 3600})
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(job, killed_at(12))
+    distill_loop(job, here())
+    assert read_progress(job.path) == (job.total_steps, 10)
 
 
 def test_finished_loop_gives_its_record_again(tiny_set) -> None:

@@ -455,7 +455,6 @@ def test_a_killed_train_worker_costs_its_open_epoch(words, progress, tmp_path) -
     losses = epoch_losses(words, progress, "distill.num_workers=0", f"workspace={tmp_path}/unbroken")
     words, broken = [*words, "distill.num_workers=2"], tmp_path / "workspace"
     run_and_kill(load_config(words), progress, "RayTrainWorker", lambda: list(broken.glob("distill-*/epochs/00003.*")))
-    assert "images_again" in read_bill(str(next(broken.glob("distill-*"))))
     again = epoch_losses(words, progress)  # done, so these are the records of the run above
     assert len(again) == 30
     assert [e["loss"] for e in again] == pytest.approx([e["loss"] for e in losses], abs=1e-3)
