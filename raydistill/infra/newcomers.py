@@ -46,8 +46,8 @@ def _look(config: RunConfig, known: set[str]) -> None:
     new = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in known]
     for node in new:
         bad = [finding for finding in look_at(config, [node]) if finding.advice]
-        known.add(node["NodeID"])
         if bad:
             why = "; ".join(f"{finding.about}: {finding.found}; {finding.advice}" for finding in bad)
             log.error("a node that joined is drained, since it is not fit: %s", why)
             drain(node["NodeID"], "raydistill: not fit", 0.0, ray.get_runtime_context().gcs_address)
+        known.add(node["NodeID"])  # last: a drain that failed is tried again

@@ -304,7 +304,6 @@ class _Run:
 
     def _teach_generated(self, samples: SampleSet, generated: SampleSet) -> None:
         config, directory = self._config, artifacts.teach_generated_directory(self._config, samples)
-
         teach = teach_files if config.streams_generated else stream_soft_targets
         self._stage(directory, lambda _: teach(config, generated, directory, self._ray.plan(), self._progress))
 

@@ -23,7 +23,7 @@ from raydistill.data.decode import decode
 from raydistill.data.sample import SampleSet, sample_id, shard_name
 from raydistill.data.targets import all_targets, encode_targets, read_bytes, read_samples
 from raydistill.data.views import WHOLE_IMAGE, stored_views
-from raydistill.infra.artifacts import StageDirectory, backbone_name, exists, views_name, write_bytes
+from raydistill.infra.artifacts import StageDirectory, backbone_name, exists, views_name, workspace_root, write_bytes
 from raydistill.infra.plan import LEAST_SHARE, Plan
 from raydistill.infra.progress import Progress
 from raydistill.stages.teach import SoftTargets, TeacherActor, refuse_not_finite, teacher_pool
@@ -105,7 +105,9 @@ def teach_files(
     directory.begin()
     data = read_bytes(f"{generated.path}/ledger.parquet")
     ledger = pq.read_table(pa.BufferReader(data), columns=["id", "file", "verdict"]).to_pylist()
-    file_of = {row["id"]: row["file"] for row in ledger if row["verdict"] == "kept"}
+    # The workspace may have been moved since.
+    root = f"{workspace_root(config)}/generated"
+    file_of = {r["id"]: "/".join([root, *r["file"].split("/")[-2:]]) for r in ledger if r["verdict"] == "kept"}
     name, images = backbone_name(config), Counter(file_of.values())
     place = {file: view_features(file, name, config.views, config.seed) for file in images}
     missing = sorted(file for file in images if not exists(place[file]))

@@ -203,7 +203,9 @@ class TestWithRay:
         views[0].unlink()  # the actor was lost before it wrote this one
         before = {file: file.stat().st_mtime_ns for file in views[1:]}
         shutil.rmtree(taught)
-        run_stages(config, progress, "teach")
+        workspace.rename(tmp_path / "moved")
+        run_stages(load_config([*words, "cluster.address=auto", f"workspace={tmp_path}/moved"]), progress, "teach")
+        (tmp_path / "moved").rename(workspace)
         assert {file: file.stat().st_mtime_ns for file in views[1:]} == before
         assert [shard.read_bytes() for shard in shards] == written
 
