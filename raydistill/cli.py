@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -41,8 +42,8 @@ app = typer.Typer(
 
 @app.command()
 def run(words: Words = None) -> None:
-    """All stages in order: prepare, adapt, teach, distill, evaluate. Finished ones are skipped."""
-    _run(words, "evaluate")
+    """All stages in order: prepare, adapt, teach, distill, evaluate, export. Finished ones are skipped."""
+    _run(words, "export", "run")
 
 
 @app.command()
@@ -97,6 +98,46 @@ def evaluate(words: Words = None) -> None:
 
 
 @app.command()
+def export(words: Words = None) -> None:
+    """Write the student for timm or transformers, as ONNX and for torch.export, each compared with the checkpoint."""
+    _run(words, "export")
+
+
+@app.command()
+def predict(
+    folder: Annotated[str, typer.Argument(metavar="EXPORT", help="The folder that `export` wrote.")],
+    pictures: Annotated[list[str], typer.Argument(metavar="PICTURES…", help="Files, folders, parquet files.")],
+    out: Annotated[str | None, typer.Option("--out", help="A .csv, .json, .jsonl or .parquet file to write.")] = None,
+    top: Annotated[int, typer.Option("--top", min=0, help="How many classes of each picture; 0: all.")] = 1,
+    engine: Annotated[str, typer.Option("--engine", help="onnx, or torch with the folder's safetensors.")] = "onnx",
+    address: Annotated[
+        str | None, typer.Option("--address", help="A Ray cluster to join; with very many pictures Ray runs here.")
+    ] = None,
+) -> None:
+    """The class of each picture by an exported student, from the same pixels as in training."""
+    from raydistill.inference.command import predict_command
+
+    predict_command(folder, pictures, out, top, engine, address)
+
+
+@app.command()
+def serve(
+    folder: Annotated[str, typer.Argument(metavar="EXPORT", help="The folder that `export` wrote.")],
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    host: Annotated[str, typer.Option("--host", help="Another address opens it to others, without any login.")] = (
+        "127.0.0.1"
+    ),
+    max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.001, help="Of one picture.")] = 16,
+    window: Annotated[float, typer.Option("--window", min=0, help="Milliseconds in which requests gather.")] = 2,
+    engine: Annotated[str, typer.Option("--engine", help="onnx, or torch with the folder's safetensors.")] = "onnx",
+) -> None:
+    """Answer over HTTP on this machine: POST a picture to /predict, or drop one on the page at /."""
+    from raydistill.inference.command import serve_command
+
+    serve_command(folder, engine, host, port, int(max_megabytes * 1e6), window / 1000)
+
+
+@app.command()
 def show(words: Words = None) -> None:
     """The resolved config, the stage directories, what is done and what would run. Writes nothing."""
     from rich.console import Console
@@ -120,7 +161,7 @@ def show(words: Words = None) -> None:
     later += ["generate"] if config.generate is not None else []
     if config.loss.needs_teacher and not fresh:
         later += ["teach"] if config.generate is None else ["teach", "teach_generated"]
-    later += ["distill", "evaluate"]
+    later += ["distill", "evaluate", "export"]
     if done is None:
         directories += later
     else:
@@ -326,7 +367,7 @@ def _follow(client: Any, name: str) -> None:
         raise typer.Exit(code)
 
 
-def _run(words: list[str] | None, until: str) -> None:
+def _run(words: list[str] | None, until: str, command: str | None = None) -> None:
     from rich.console import Console
 
     from raydistill.config import load_config
@@ -343,10 +384,13 @@ def _run(words: list[str] | None, until: str) -> None:
 
     outcome = run_stages(config, Progress(console), until, work, ray)
     if outcome.report is not None:
+        from raydistill.stages.report import write_report
         from raydistill.stages.summary import closing_table
 
         console.print(closing_table(config, outcome))
-    console.print(f"{until} is done after {time.time() - STARTED:.0f} s")
+        page = write_report(config, outcome, shlex.join(["raydistill", *sys.argv[1:]]))
+        console.print(f"report: {page}", soft_wrap=True, markup=False)
+    console.print(f"{command or until} is done after {time.time() - STARTED:.0f} s")
 
 
 def main() -> None:

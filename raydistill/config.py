@@ -340,6 +340,28 @@ class Evaluate(Section):
     """Bins of the reliability diagram and of the expected calibration error."""
 
 
+class Export(Section):
+    """The forms in which `export` writes the student."""
+
+    formats: tuple[Literal["onnx", "torch_export"], ...] = ("onnx", "torch_export")
+    """Beside the folder that timm or transformers loads, which is always written."""
+    preprocessing: bool = False
+    """Put resizing and normalising inside the graphs: they take square uint8 images (N, H, H, 3) of images.size then,
+    and otherwise normalised ones (N, 3, S, S) of student.size."""
+    int8: Literal["dynamic", "static"] | None = None
+    """Also an ONNX file with INT8 weights; `static`: and INT8 activations, calibrated on train images."""
+    hub: str | None = None
+    """A repository on the Hugging Face hub to push the folder to; private, if it is new."""
+    register_as: str | None = None
+    """A name in MLflow's model registry for the student; null: it is logged and not registered."""
+
+    @model_validator(mode="after")
+    def _has_onnx(self) -> Export:
+        if self.int8 is not None and "onnx" not in self.formats:
+            raise ValueError(f"export.int8={self.int8} is made from the ONNX file; put onnx into export.formats")
+        return self
+
+
 Arm = Literal[
     "scratch", "linear_probe", "fine_tune", "kd", "align_uniform", "crd", "distill_pretrained", "job"
 ]  # fmt: skip
@@ -451,6 +473,7 @@ class RunConfig(Section):
     loss: Loss = Loss()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
+    export: Export = Export()
     compare: Compare = Compare()
     tune: Tune = Tune()
     cluster: Cluster = Cluster()

@@ -170,7 +170,6 @@ def _vit_s_saliency(package: str, scratch: Path) -> None:
 
     Only a weight that is multiplied has lost its name; the bias that is added to the product still has its own.
     """
-    _demo_package("onnx", "vit-s-saliency")
     import onnx
     import torch
     from safetensors.torch import save_file

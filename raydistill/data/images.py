@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
@@ -132,6 +132,11 @@ def read_bytes_of(entry: Entry) -> bytes:
     return bytes(fs.cat_file(path))
 
 
+def is_hidden(parts: Sequence[str]) -> bool:
+    """Whether a path below the source is one of those that systems and programs keep beside people's files."""
+    return any(part.startswith(".") or part.casefold() in SYSTEM_NAMES for part in parts)
+
+
 def _find(fs: AbstractFileSystem, root: str, ignored: Counter[str]) -> dict[str, Any]:
     """Every file below a folder, on this machine through links to folders as well."""
     if not isinstance(fs, LocalFileSystem):
@@ -158,7 +163,7 @@ def _from_folder(root: str, files: dict[str, Any], ignored: Counter[str]) -> Ite
     has_splits = any(SPLIT_FOLDERS.get(top) == "train" for top in tops)
     for path in sorted(files):
         parts = PurePosixPath(path).relative_to(root).parts
-        if any(part.startswith(".") or part.casefold() in SYSTEM_NAMES for part in parts):
+        if is_hidden(parts):
             ignored["hidden and system files"] += 1
             continue
         if PurePosixPath(path).suffix.lower() not in EXTENSIONS:

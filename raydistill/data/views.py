@@ -71,17 +71,26 @@ def render(images_BHWC: torch.Tensor, parameters_BP: torch.Tensor, preprocessing
     Resampling is separable, so each image costs two matrix products with the filter of Pillow's `resize(box=...)`.
     """
     parameters_BP = parameters_BP.to(images_BHWC.device, torch.float32)
-    left, top, width, height, flip, *colour = parameters_BP.unbind(dim=1)
     _, rows, columns, _ = images_BHWC.shape
     images_BCHW = images_BHWC.permute(0, 3, 1, 2).float()
-    size, kind = preprocessing.size, preprocessing.interpolation
-    vertical_BSH = _filter(top * rows, height * rows, rows, size, kind)
-    horizontal_BSW = _filter(left * columns, width * columns, columns, size, kind)
-    horizontal_BSW = torch.where(flip[:, None, None] > 0.5, horizontal_BSW.flip(1), horizontal_BSW)
+    vertical_BSH, horizontal_BSW = view_filters(parameters_BP, rows, columns, preprocessing)
+    colour = parameters_BP[:, 5:].unbind(dim=1)
     images_BCSS = vertical_BSH[:, None] @ images_BCHW @ horizontal_BSW[:, None].transpose(-1, -2)
     images_BCSS = _colour(images_BCSS.div_(255).clamp_(0, 1), *colour)
     mean, std = (images_BCSS.new_tensor(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
     return (images_BCSS - mean) / std
+
+
+def view_filters(
+    parameters_BP: torch.Tensor, rows: int, columns: int, preprocessing: Preprocessing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S, rows) and (B, S, columns): what cuts, resizes and flips an image of so many pixels, from the left and from
+    the right."""
+    left, top, width, height, flip = parameters_BP[:, :5].unbind(dim=1)
+    size, kind = preprocessing.size, preprocessing.interpolation
+    vertical_BSH = _filter(top * rows, height * rows, rows, size, kind)
+    horizontal_BSW = _filter(left * columns, width * columns, columns, size, kind)
+    return vertical_BSH, torch.where(flip[:, None, None] > 0.5, horizontal_BSW.flip(1), horizontal_BSW)
 
 
 def _filter(start_B: torch.Tensor, extent_B: torch.Tensor, pixels: int, size: int, kind: str) -> torch.Tensor:

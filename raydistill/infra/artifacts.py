@@ -30,7 +30,7 @@ from raydistill.examples import weights_fingerprint
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {
     "decoded": 1, "prepare": 2, "features": 2, "adapt": 2, "generated": 1, "generate": 2, "teach": 2, "distill": 3,
-    "evaluate": 1, "compare": 1, "tune": 1,
+    "evaluate": 2, "export": 1, "compare": 1, "tune": 1,
 }  # fmt: skip
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
 # What `distill` leaves in its folder beside these is about its making; the last is there for transformers models.
@@ -328,7 +328,16 @@ def evaluate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     return stage_directory(config, "evaluate", identity)
 
 
-STAGES = ("prepare", "adapt", "generate", "teach", "distill", "evaluate")
+def export_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
+    """The measures that its card tells are those of `evaluate`."""
+    identity = {
+        "evaluate": evaluate_directory(config, samples).name,
+        "export": config.export.model_dump(exclude={"hub", "register_as"}),
+    }
+    return stage_directory(config, "export", identity)
+
+
+STAGES = ("prepare", "adapt", "generate", "teach", "distill", "evaluate", "export")
 
 
 @dataclass(frozen=True)
@@ -358,7 +367,7 @@ def find_work(config: RunConfig, until: str) -> Work:
         samples = samples_from_json(done)
         makers = {
             "adapt": adapt_directory, "generate": generate_directory, "teach": teach_directory,
-            "distill": distill_directory, "evaluate": evaluate_directory,
+            "distill": distill_directory, "evaluate": evaluate_directory, "export": export_directory,
         }  # fmt: skip
         later = tuned(config, samples)
         undone = frozenset(s for s in needed - {"prepare"} if later is None or makers[s](later, samples).done() is None)
@@ -367,7 +376,7 @@ def find_work(config: RunConfig, until: str) -> Work:
             undone |= {"adapt"}
         if later is not None and {"generate", "teach"} <= needed and "teach" not in undone:
             undone |= set() if teach_generated_directory(later, samples).done() else {"teach"}
-    in_process = {"evaluate"} if config.distill.num_workers or streams else {"distill", "evaluate"}
+    in_process = {"evaluate", "export"} | (set() if config.distill.num_workers or streams else {"distill"})
     return Work(listing, prepared, wanted, undone, bool(undone - in_process))
 
 

@@ -7,11 +7,14 @@ import logging
 import math
 import os
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import numpy as np
 
 from raydistill.config import RunConfig, to_yaml
 from raydistill.infra.artifacts import workspace_root
@@ -97,6 +100,24 @@ class Tracker:
 
         self._submit(write)
 
+    def log_model(self, onnx_file: str, example: np.ndarray, about: dict[str, Any], register_as: str | None) -> None:
+        """The ONNX file as the run's MLflow model, `model`, with its signature and an input example; once. Registered,
+        where a name is given, if no version of it is this run's."""
+
+        def write() -> None:
+            if not self._client.list_artifacts(self._parent, "model"):
+                with tempfile.TemporaryDirectory() as folder:
+                    _save_model(onnx_file, example, about, f"{folder}/model")
+                    self._client.log_artifacts(self._parent, f"{folder}/model", "model")
+            if register_as is None or self._client.search_model_versions(f"run_id = '{self._parent}'"):
+                return
+            if not self._client.search_registered_models(f"name = '{register_as}'"):
+                self._client.create_registered_model(register_as)
+            source = f"{self._client.get_run(self._parent).info.artifact_uri}/model"
+            self._client.create_model_version(register_as, source, self._parent)
+
+        self._submit(write)
+
     def _submit(self, call: Callable[[], None]) -> None:
         if not self._failed:
             self._writer.submit(self._guarded, call)
@@ -168,6 +189,23 @@ class Tracker:
                     self._client.log_param(run_id, _named(prefix + key), value)
                 except MlflowException:
                     self._client.set_tag(run_id, _named(f"changed.{prefix}{key}"), value)
+
+
+def _save_model(onnx_file: str, example: np.ndarray, about: dict[str, Any], folder: str) -> None:
+    import mlflow.onnx
+    import onnx
+    import onnxruntime
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    inputs = TensorSpec(example.dtype, (-1, *example.shape[1:]), "images")
+    logits = TensorSpec(np.dtype(np.float32), (-1, len(about["classes"])), "logits")
+    # Said here, since MLflow would run the model to find out.
+    needs = [f"{package.__name__}=={package.__version__}" for package in (onnx, onnxruntime, np)]
+    mlflow.onnx.save_model(
+        onnx.load(onnx_file), folder, signature=ModelSignature(Schema([inputs]), Schema([logits])),
+        input_example={"images": example}, pip_requirements=needs, metadata=about,
+    )  # fmt: skip
 
 
 def _may_pass(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from raydistill.config import Loss, RunConfig
+from raydistill.config import RunConfig
 from raydistill.data.images import list_images
 from raydistill.errors import ConfigError
 from raydistill.infra import artifacts
@@ -25,35 +25,8 @@ from raydistill.infra.tracking import Tracker
 from raydistill.models.pipelines import inspect_pipeline
 from raydistill.search.figures import draw_comparison, draw_curve
 from raydistill.search.verdict import Arm, Comparison, arm_of, summarise
+from raydistill.stages.baselines import OVERLAYS
 from raydistill.stages.run import check_measurable, check_run, run_stages
-
-_WEIGHTS = {key: 0 for key in Loss.model_fields if key.endswith("_weight")}
-_CE_ALONE = {
-    "teacher": None,
-    "views": {"per_image": "fresh"},
-    "loss": {**_WEIGHTS, "task_weight": 1},
-    "distill": {"labelled_share": 1, "body_rate": 1},
-}
-_ALIGN_UNIFORM = {**_WEIGHTS, "task_weight": 1, "kd_weight": 1, "alignment_weight": 1, "uniformity_weight": 1}
-# What each arm lays over the job. The files of jobs/overlays hold the same; a test compares them.
-OVERLAYS: dict[str, dict[str, Any]] = {
-    "scratch": {**_CE_ALONE, "student": {"init": "random"}},
-    "linear_probe": {
-        **_CE_ALONE,
-        "student": {"init": "pretrained"},
-        "distill": {"labelled_share": 1, "body_rate": 0},
-    },
-    "fine_tune": {
-        **_CE_ALONE,
-        "student": {"init": "pretrained"},
-        "distill": {"labelled_share": 1, "body_rate": 0.1},
-    },
-    "kd": {"student": {"init": "random"}, "loss": {**_WEIGHTS, "task_weight": 1, "kd_weight": 1}},
-    "align_uniform": {"student": {"init": "random"}, "loss": _ALIGN_UNIFORM},
-    "crd": {"student": {"init": "random"}, "loss": {**_WEIGHTS, "task_weight": 1, "kd_weight": 1, "crd_weight": 1}},
-    "distill_pretrained": {"student": {"init": "pretrained"}, "loss": _ALIGN_UNIFORM},
-    "job": {},
-}
 
 _GENERATED = "+generated"
 _UNJUDGED: dict[str, Any] = {"confidence": None, "class_confidence": {}, "agreement": False, "weigh": False}
@@ -206,7 +179,7 @@ def _curve_trials(config: RunConfig, progress: Progress) -> list[_Trial]:
 
 
 def _directory(config: RunConfig, trials: list[_Trial], learning_curve: bool) -> StageDirectory:
-    left_out = {"workspace", "cluster", "tracking", "name", "compare", "tune"}
+    left_out = {"workspace", "cluster", "tracking", "name", "export", "compare", "tune"}
     identity = {
         "trials": [[t.arm, t.seed, t.config.model_dump(mode="json", exclude=left_out)] for t in trials],
         "files": list_images(config.images).fingerprint,

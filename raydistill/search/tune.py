@@ -217,7 +217,7 @@ def _check(config: RunConfig, space: Space, groups: dict[str, RunConfig]) -> Non
 
 def _directory(config: RunConfig, space: Space, progress: Progress) -> StageDirectory:
     """Another space, sampler or objective is another search; trials that both have are trained once all the same."""
-    left_out = {"workspace", "cluster", "tracking", "name", "compare", "tune"}
+    left_out = {"workspace", "cluster", "tracking", "name", "export", "compare", "tune"}
     settings = config.tune.model_dump(include={"sampler", "pruner", "grace_epochs", "objectives"})
     identity = {
         "config": config.model_dump(mode="json", exclude=left_out),

@@ -36,6 +36,7 @@ from raydistill.stages.teach import stream_soft_targets
 
 if TYPE_CHECKING:
     from raydistill.stages.evaluate import Report
+    from raydistill.stages.export import Exported
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Outcome:
     generated: GeneratedImages | None = None
     student: StudentCheckpoint | None = None
     report: Report | None = None
+    exported: Exported | None = None
     without_generated: Report | None = None  # of the same job without generated images, where it was run
     seconds: dict[str, float] = field(default_factory=dict)  # of the stages that ran; 0 where one was done before
     directories: dict[str, str] = field(default_factory=dict)
@@ -230,6 +232,8 @@ class _Run:
             self._distill(samples)
         if "evaluate" in work.wanted:
             self._evaluate(samples)
+        if "export" in work.wanted:
+            self._export(samples)
         return outcome
 
     def _say_samples(self, samples: SampleSet) -> None:
@@ -338,6 +342,32 @@ class _Run:
             without = artifacts.evaluate_directory(config.model_copy(update={"generate": None}), samples).done()
             outcome.without_generated = None if without is None else Report(**without)
         self._record_report(outcome.report)
+
+    def _export(self, samples: SampleSet) -> None:
+        from raydistill.stages.card import model_card
+        from raydistill.stages.export import Exported, export_student, push_to_hub, record_model
+
+        config, outcome = self._config, self._outcome
+        directory = artifacts.export_directory(config, samples)
+
+        def work(_: Any) -> None:
+            assert outcome.student is not None
+            assert outcome.report is not None
+            report, generated = outcome.report, outcome.generated
+
+            def card(about: dict[str, Any], exported: Exported) -> str:
+                return model_card(config, samples, report, generated, about, exported)
+
+            export_student(config, samples, outcome.student.path, card, directory, self._progress)
+
+        exported = outcome.exported = Exported(**self._stage(directory, work))
+        self._progress.line(f"exported: {', '.join(exported.files)}")
+        self._progress.line(f"          raydistill predict {exported.path} PICTURES…")
+        if "model.onnx" in exported.files and "://" not in exported.path:
+            record_model(config, exported, self._tracker)
+        if config.export.hub is not None:
+            push_to_hub(exported.path, config.export.hub)
+            self._progress.line(f"          pushed to {config.export.hub}")
 
     def _record_report(self, report: Report) -> None:
         metrics = {

@@ -29,10 +29,10 @@ SAMPLES = SampleSet(
     ids={"train": "t", "val": "v", "test": "e"},
     labels={"train": "lt", "val": "lv", "test": "le"},
 )
-STAGES = ("decoded", "prepare", "features", "held_out", "adapt", "teach", "distill", "evaluate")
-NOTHING, STUDENT, HEAD = set(), {"distill", "evaluate"}, {"adapt", "distill", "evaluate"}
-TEACHER = {"features", "held_out", "adapt", "teach", "distill", "evaluate"}
-VIEWS = {"teach", "distill", "evaluate"}
+STAGES = ("decoded", "prepare", "features", "held_out", "adapt", "teach", "distill", "evaluate", "export")
+NOTHING, STUDENT = set(), {"distill", "evaluate", "export"}
+HEAD, VIEWS = {"adapt", *STUDENT}, {"teach", *STUDENT}
+TEACHER = {"features", "held_out", "adapt", "teach", *STUDENT}
 
 
 def config_of(*words: str) -> RunConfig:
@@ -155,7 +155,12 @@ EFFECTS = {
     "distill.checkpoint_seconds=0": NOTHING,
     "distill.max_failures=0": NOTHING,
     "evaluate.batch_size=5": NOTHING,
-    "evaluate.calibration_bins=10": {"evaluate"},
+    "evaluate.calibration_bins=10": {"evaluate", "export"},
+    "export.formats=[onnx]": {"export"},
+    "export.preprocessing=true": {"export"},
+    "export.int8=static": {"export"},
+    "export.hub=me/student": NOTHING,
+    "export.register_as=student": NOTHING,
     "cluster.address=ray://head:10001": NOTHING,
     "cluster.teacher_actors=[2,3]": NOTHING,
     "cluster.generator_actors=[2,3]": NOTHING,
@@ -178,7 +183,7 @@ def test_the_table_above_has_every_key():
     assert tabled == set(known_keys()) - sections
 
 
-IMAGES = {"generate", "teach_generated", "distill", "evaluate"}
+IMAGES = {"generate", "teach_generated", *STUDENT}
 # With generated images, what a change of their settings does; no real image is taught again.
 EFFECTS_OF_GENERATED = {
     "generate.pipeline=other/name": IMAGES,
@@ -206,8 +211,8 @@ EFFECTS_OF_GENERATED = {
     'generate.filter.class_confidence={"a":0.5}': IMAGES,
     "generate.filter.agreement=true": IMAGES,
     "generate.filter.weigh=true": IMAGES,
-    "generate.task_weight=0.5": {"distill", "evaluate"},
-    "generate.share=0.5": {"distill", "evaluate"},
+    "generate.task_weight=0.5": STUDENT,
+    "generate.share=0.5": STUDENT,
 }
 
 
@@ -237,10 +242,10 @@ def test_what_is_made_of_a_class_lies_below_one_folder_of_the_workspace():
     [
         ({"ids": {**SAMPLES.ids, "train": "other"}}, TEACHER - {"held_out"}),
         ({"ids": {**SAMPLES.ids, "val": "other"}}, TEACHER - {"held_out", "teach"}),
-        ({"ids": {**SAMPLES.ids, "test": "other"}}, {"held_out", "evaluate"}),
+        ({"ids": {**SAMPLES.ids, "test": "other"}}, {"held_out", "evaluate", "export"}),
         ({"labels": {**SAMPLES.labels, "train": "other"}}, TEACHER - {"held_out", "teach"}),
         ({"labels": {**SAMPLES.labels, "val": "other"}}, TEACHER - {"held_out", "teach"}),
-        ({"labels": {**SAMPLES.labels, "test": "other"}}, {"evaluate"}),
+        ({"labels": {**SAMPLES.labels, "test": "other"}}, {"evaluate", "export"}),
         ({"classes": ("b", "a")}, HEAD),
         ({"path": "/elsewhere/prepare-2"}, NOTHING),
         ({"num_refused": 3}, NOTHING),

@@ -14,13 +14,16 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import mlflow
+import numpy as np
 import pytest
+import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from raydistill.config import load_config
 from raydistill.infra import tracking
 from raydistill.infra.tracking import Tracker
+from raydistill.models.formats import to_onnx
 from tests.processes import wait_for
 
 
@@ -155,3 +158,27 @@ def test_a_server_that_was_down_has_all_metrics_in_the_end(monkeypatch, tmp_path
         assert capfd.readouterr().out == ""
     finally:
         os.killpg(server.pid, 9)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_the_student_is_a_model_that_mlflow_loads_and_registers_once(tmp_path) -> None:
+    class Sums(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.sum(dim=(2, 3))
+
+    file, about = tmp_path / "model.onnx", {"classes": ["größe", "b", "c"]}
+    to_onnx(Sums().eval(), torch.rand(2, 3, 4, 4), about, file)
+    config = load_config([f"workspace={tmp_path}", "images.path=x", "name=mine"])
+    for _ in range(2):
+        with Tracker(config, job="j") as tracker:
+            tracker.log_model(str(file), np.zeros((1, 3, 4, 4), np.float32), about, "product")
+    client = mlflow.MlflowClient(tracking_uri=tracker.uri)
+    (version,) = client.search_model_versions("name = 'product'")
+    assert version.run_id == tracker._parent
+    folder = client.download_artifacts(tracker._parent, "model", str(tmp_path))
+    model = mlflow.pyfunc.load_model(folder)
+    images = np.random.default_rng(0).random((5, 3, 4, 4)).astype(np.float32)
+    np.testing.assert_allclose(model.predict({"images": images})["logits"], images.sum((2, 3)), rtol=1e-5)
+    assert model.metadata.metadata["classes"] == about["classes"]
+    assert model.metadata.signature.inputs.input_dict()["images"].shape == (-1, 3, 4, 4)
+    assert model.metadata.saved_input_example_info is not None

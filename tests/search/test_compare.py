@@ -12,7 +12,8 @@ import pytest
 from raydistill.config import load_config
 from raydistill.data.sample import decode_shard, encode_shard
 from raydistill.errors import ConfigError, DataError
-from raydistill.search.compare import OVERLAYS, compare_arms
+from raydistill.search.compare import compare_arms
+from raydistill.stages.baselines import OVERLAYS
 from raydistill.stages.run import run_stages
 
 ARMS = "compare.arms=[scratch,crd,align_uniform]"

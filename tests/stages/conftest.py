@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,13 @@ from raydistill.config import RunConfig, load_config
 from raydistill.data.decode import encode
 from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
 from raydistill.data.targets import encode_targets
+from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.progress import Progress
+from raydistill.models.student import build_student, write_student
 from raydistill.models.teacher import LinearHead, encode_head
+from raydistill.stages import speed
 from raydistill.stages.batches import DistillJob
+from raydistill.stages.export import Exported, export_student
 from raydistill.stages.run import run_stages
 
 CLASSES = ("red", "green", "blue")
@@ -98,6 +102,32 @@ class TinySet:
 @pytest.fixture
 def tiny_set(tmp_path: Path) -> TinySet:
     return TinySet(tmp_path / "tiny", num_train=40, labelled=12)
+
+
+@pytest.fixture
+def exported(tiny_set: TinySet, tmp_path: Path, progress: Progress, monkeypatch) -> Callable[..., tuple[Exported, str]]:
+    """Writes a student of random weights, exports it, and gives the result and the checkpoint's folder."""
+    for name in ("_ALONE_SECONDS", "_BATCH_SECONDS"):
+        monkeypatch.setattr(speed, name, 0.0)
+
+    def write(model: str = "timm:test_resnet", size: int = SIZE, **settings: object) -> tuple[Exported, str]:
+        job = tiny_set.job("job", False, student={"model": model, "size": size}, export=settings)
+        torch.manual_seed(0)
+        student = build_student(job.config.student, len(CLASSES))
+        torch.nn.init.normal_(student.classifier.weight)  # or all logits would be near zero
+        checkpoint = tmp_path / "student"
+        checkpoint.mkdir()
+        image = {"size": SIZE, "fit": "crop"}
+        for name, data in write_student(student, job.config.student, CLASSES, image).items():
+            (checkpoint / name).write_bytes(data)
+        directory = StageDirectory(str(tmp_path / "export"), "export", "{}")
+
+        def card(about: dict, exported: Exported) -> str:
+            return f"{about['model']}: {', '.join(sorted(exported.files))}"
+
+        return export_student(job.config, tiny_set.samples, str(checkpoint), card, directory, progress), str(checkpoint)
+
+    return write
 
 
 @pytest.fixture

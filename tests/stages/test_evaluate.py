@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raydistill.models.student import build_student, split_logits
-from raydistill.stages.evaluate import agreement, measures
+from raydistill.stages.evaluate import agreement, fitted_temperature, measures
 
 
 def slow_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> float:
@@ -73,3 +73,16 @@ def test_student_logits_do_not_depend_on_the_batch_size(tiny_set) -> None:
     assert student.training
     for run in runs[1:]:
         np.testing.assert_allclose(run, runs[0], atol=1e-5)
+
+
+def test_the_fitted_temperature_undoes_a_scaling() -> None:
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 1.5, (4000, 5)).astype(np.float32)
+    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = np.array([rng.choice(5, p=row / row.sum()) for row in chances.astype(float)])
+    assert fitted_temperature(logits, labels) == pytest.approx(1, abs=0.06)
+    assert fitted_temperature(3 * logits, labels) == pytest.approx(3 * fitted_temperature(logits, labels), rel=1e-3)
+
+
+def test_the_fitted_temperature_is_finite_where_every_answer_is_right() -> None:
+    assert 0.009 < fitted_temperature(np.eye(4, dtype=np.float32) * 9, np.arange(4)) < 0.1

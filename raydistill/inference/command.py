@@ -1,0 +1,89 @@
+"""What `raydistill predict` and `serve` do around the predictor: where it runs, what they print, what they count."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator, Sequence
+from typing import cast, get_args
+
+from rich.console import Console
+
+from raydistill.config import RunConfig
+from raydistill.errors import ConfigError, DataError
+from raydistill.inference.predict import (
+    LARGE,
+    Answer,
+    Engine,
+    Predictor,
+    best,
+    find_units,
+    predict_locally,
+    predict_on_ray,
+    read_about,
+    write_answers,
+)
+from raydistill.infra.cluster import joined_cluster
+from raydistill.infra.progress import Progress
+
+
+def predict_command(
+    folder: str, pictures: Sequence[str], out: str | None, top: int, engine: str, address: str | None
+) -> None:
+    """Raises ConfigError, DataError; the latter also where not one picture could be read."""
+    with_engine = _engine(engine)
+    classes, units = read_about(folder)["classes"], find_units(pictures)
+    count = sum(number for _, _, number in units)
+    console = Console(highlight=False, stderr=True)
+    failed: list[Answer] = []
+    with contextlib.ExitStack() as stack:
+        if address is None and count <= LARGE:
+            answers = predict_locally(folder, with_engine, units)
+        else:
+            config = RunConfig.model_validate({"images": {"path": "-"}, "cluster": {"address": address}})
+            stack.enter_context(joined_cluster(config))
+            answers = predict_on_ray(folder, with_engine, units)
+        advance = stack.enter_context(Progress(console).task("predict", count, "pictures"))
+
+        def counted() -> Iterator[Answer]:
+            for answer in answers:
+                if answer.error:
+                    failed.append(answer)
+                advance(1)
+                yield answer
+
+        if out is not None:
+            write_answers(counted(), classes, top, out)
+        else:
+            for answer in counted():
+                found = "  ".join(f"{name} {p:.3f}" for name, p in best(answer, classes, top))
+                print(f"{answer.name}  {found or f'error: {answer.error}'}")
+    console.print(f"{count - len(failed)} of {count} pictures answered" + (f", in {out}" if out else ""), markup=False)
+    for answer in failed[:10]:
+        console.print(f"not read: {answer.name}: {answer.error}", markup=False, soft_wrap=True)
+    if len(failed) > 10:
+        console.print(f"… and {len(failed) - 10} more" + ("; all are in the file" if out else ""), markup=False)
+    if len(failed) == count:
+        raise DataError("not one of the pictures could be read")
+
+
+def serve_command(folder: str, engine: str, host: str, port: int, most_bytes: int, window_seconds: float) -> None:
+    """Until it is interrupted. Raises ConfigError where the folder is no exported student, or the port is taken."""
+    from raydistill.inference.serve import make_app, serve
+
+    about, predictor = read_about(folder), Predictor(folder, _engine(engine))
+    app = make_app(predictor, f"{about['model']}, {len(predictor.classes)} classes", most_bytes, window_seconds)
+    with socket.socket() as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"--host {host} --port {port}: {error.strerror}; choose another --port") from None
+    Console(highlight=False).print(f"serving {folder} at http://{host}:{port}/ (Ctrl-C ends it)", soft_wrap=True)
+    serve(app, host, port)
+
+
+def _engine(name: str) -> Engine:
+    if name not in get_args(Engine):
+        raise ConfigError(f"--engine {name}: use {' or '.join(get_args(Engine))}")
+    return cast(Engine, name)

@@ -1,0 +1,185 @@
+"""The forms in which a student ships: a folder that timm or transformers loads, ONNX, and a program of torch.export.
+
+Shapes: B images, H working pixels on a side, S pixels on a side of what the network sees, C classes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render, view_filters
+from raydistill.models.from_transformers import load_or_refuse
+from raydistill.models.student import Student, TimmClassifier
+
+ABOUT_FILE = "raydistill.json"  # beside the exported files: what a program has to know to use them
+Run = Callable[[np.ndarray], np.ndarray]  # inputs to logits (B, C)
+
+
+class Shipped(nn.Module):
+    """Logits (B, C) and nothing else. From images as the network wants them, (B, 3, S, S) float32; or, `from_pixels`,
+    from working images, (B, H, H, 3) uint8, with the same preprocessing inside that `views.render` does."""
+
+    def __init__(self, student: Student, working_size: int, from_pixels: bool) -> None:
+        super().__init__()
+        self.network, self._is_timm = student.network, isinstance(student.body, TimmClassifier)
+        self._from_pixels, wanted = from_pixels, student.preprocessing
+        filters_1SH, _ = view_filters(torch.from_numpy(WHOLE_IMAGE)[None], working_size, working_size, wanted)
+        self.register_buffer("filter_SH", filters_1SH[0])
+        self.register_buffer("mean", torch.tensor(wanted.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(wanted.std)[:, None, None])
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self._from_pixels:
+            images_B3HH = images.permute(0, 3, 1, 2).float()
+            images_B3SS = self.filter_SH @ images_B3HH @ self.filter_SH.transpose(-1, -2)
+            images = (images_B3SS.div(255).clamp(0, 1) - self.mean) / self.std
+        logits_BC: torch.Tensor = self.network(images) if self._is_timm else self.network(pixel_values=images).logits
+        return logits_BC
+
+
+def network_inputs(images_BHH3: np.ndarray, preprocessing: Preprocessing, from_pixels: bool) -> np.ndarray:
+    """What a shipped network takes, of working images (B, H, H, 3) uint8: they themselves, or (B, 3, S, S) float32 bit
+    for bit as in training."""
+    if from_pixels:
+        return images_BHH3
+    whole = torch.from_numpy(WHOLE_IMAGE).expand(len(images_BHH3), -1)
+    return render(torch.from_numpy(images_BHH3), whole, preprocessing).numpy()
+
+
+def save_for_library(student: Student, classes: Sequence[str], fit: str, folder: Path) -> None:
+    """`model.safetensors` and `config.json` as timm's `local-dir:` and `hf-hub:` names read them; for a transformers
+    model as `from_pretrained` does, with its image processor."""
+    wanted, network = student.preprocessing, student.network
+    if isinstance(student.body, TimmClassifier):
+        # A transformer is built for one size, which is said when it is built again.
+        network.pretrained_cfg = {
+            **dict(network.pretrained_cfg), "input_size": (3, wanted.size, wanted.size), "mean": wanted.mean,
+            "std": wanted.std, "interpolation": wanted.interpolation, "crop_pct": 1.0,
+            "crop_mode": "center" if fit == "crop" else "border",
+        }  # fmt: skip
+        sized = {"img_size": wanted.size} if network.pretrained_cfg.get("fixed_input_size") else None
+        timm.models.save_for_hf(
+            network, folder, {"label_names": list(classes)}, model_args=sized, safe_serialization=True
+        )
+        return
+    network.config.id2label = dict(enumerate(classes))
+    network.config.label2id = {name: number for number, name in enumerate(classes)}
+    network.save_pretrained(folder, safe_serialization=True)
+    processor = {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "size": {"height": wanted.size, "width": wanted.size}, "rescale_factor": 1 / 255,
+        "resample": Image.Resampling[wanted.interpolation.upper()].value,
+        "image_mean": list(wanted.mean), "image_std": list(wanted.std),
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+def load_from_library(folder: Path, is_timm: bool) -> nn.Module:
+    """What somebody without raydistill gets from the folder, in eval mode, giving logits alone."""
+    if is_timm:
+        network: nn.Module = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
+        return network.eval()
+    import transformers
+
+    loaded = load_or_refuse(str(folder), transformers.AutoModelForImageClassification.from_pretrained, str(folder))
+    return _Logits(loaded).eval()
+
+
+class _Logits(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images_B3SS: torch.Tensor) -> torch.Tensor:
+        logits_BC: torch.Tensor = self.network(pixel_values=images_B3SS).logits
+        return logits_BC
+
+
+def to_onnx(network: nn.Module, example: torch.Tensor, about: dict[str, Any], file: Path) -> None:
+    """One file with the weights inside, any number of images, and `about` as JSON in its metadata."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's notes are for its developers
+        program = torch.onnx.export(
+            network, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("images")},),
+            input_names=["images"], output_names=["logits"], verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    program.save(str(file), external_data=False)
+    model = onnx.load(file)
+    onnx.helper.set_model_props(model, {"raydistill": json.dumps(about, ensure_ascii=False)})
+    onnx.checker.check_model(model)
+    onnx.save(model, file)
+
+
+def to_program(network: nn.Module, example: torch.Tensor, about: dict[str, Any], file: Path) -> None:
+    """What `torch.export.load` reads, with `about` among its extra files as `raydistill.json`."""
+    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("images")},))
+    sink = io.BytesIO()
+    extra = {"raydistill.json": json.dumps(about, ensure_ascii=False)}
+    torch.export.save(program, sink, extra_files=extra)
+    file.write_bytes(sink.getvalue())
+
+
+def onnx_run(file: Path, threads: int = 0) -> Run:
+    """Logits of an ONNX file by ONNX Runtime on the CPU, in float32 whatever its weights are; 0: its own threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def run(inputs: np.ndarray) -> np.ndarray:
+        logits_BC: np.ndarray = session.run(["logits"], {"images": inputs})[0]
+        return logits_BC
+
+    return run
+
+
+def torch_run(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:
+    @torch.inference_mode()
+    def run(inputs: np.ndarray) -> np.ndarray:
+        logits_BC: np.ndarray = network(torch.from_numpy(inputs)).float().numpy()
+        return logits_BC
+
+    return run
+
+
+def quantise(file: Path, to: Path, calibration: Sequence[np.ndarray] | None) -> None:
+    """INT8 weights; with calibration inputs, each a batch, INT8 activations as well (static quantisation)."""
+    from onnxruntime import quantization
+
+    ready = to.with_suffix(".ready.onnx")
+    quantization.quant_pre_process(str(file), str(ready))
+    if calibration is None:
+        quantization.quantize_dynamic(str(ready), str(to), weight_type=quantization.QuantType.QInt8)
+    else:
+        reader = _Batches(calibration)
+        quantization.quantize_static(
+            str(ready), str(to), reader, quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+            weight_type=quantization.QuantType.QInt8, activation_type=quantization.QuantType.QUInt8,
+        )  # fmt: skip
+    ready.unlink()
+
+
+class _Batches:
+    """ONNX Runtime's calibration reader."""
+
+    def __init__(self, batches: Sequence[np.ndarray]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {"images": batch}

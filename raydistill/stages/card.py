@@ -1,0 +1,170 @@
+"""The README.md of an exported student: what it is for, how good it is, what it was made from, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import timm
+
+from raydistill.config import RunConfig
+from raydistill.data.sample import SampleSet
+from raydistill.data.targets import read_bytes
+from raydistill.stages.evaluate import Report
+from raydistill.stages.export import Exported
+from raydistill.stages.generate import GeneratedImages
+
+
+def model_card(
+    config: RunConfig,
+    samples: SampleSet,
+    report: Report,
+    generated: GeneratedImages | None,
+    about: dict[str, Any],
+    exported: Exported,
+) -> str:
+    """Markdown with the front matter that model hubs read."""
+    parts = [
+        _front_matter(about, report),
+        f"# {about['model']} for {len(about['classes'])} classes",
+        _purpose(about),
+        _measures(report, exported),
+        _origins(config, samples, generated),
+        _how_to_load(about, exported),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(about: dict[str, Any], report: Report) -> str:
+    lines = [
+        "---", f"library_name: {about['library']}", "pipeline_tag: image-classification",
+        "tags: [image-classification, distillation, raydistill]", "license: other",
+    ]  # fmt: skip
+    if report.student:
+        split = "test" if "test" in report.student else "val"
+        lines += [
+            "model-index:", f"- name: {json.dumps(about['model'])}", "  results:",
+            "  - task: {type: image-classification}",
+            f"    dataset: {{name: own data, type: own, split: {split}}}",
+            f"    metrics: [{{type: accuracy, value: {report.student[split]['accuracy']:.4f}}}]",
+        ]  # fmt: skip
+    return "\n".join([*lines, "---"])
+
+
+def _purpose(about: dict[str, Any]) -> str:
+    classes, image = about["classes"], about["image"]
+    shape = "cut to its central square" if image["fit"] == "crop" else "padded with white to a square"
+    names = ", ".join(classes[:50]) + (" …" if len(classes) > 50 else "")
+    return (
+        f"Names one of {len(classes)} classes for a picture: {names}. "
+        "It was distilled for pictures like those of its training data; for others its answers, and how sure it is of "
+        "them, mean little. It names one of its classes whatever it is shown.\n\n"
+        f"A picture is {shape}, {image['size']} pixels on a side (antialiased bicubic; transparency on white, EXIF "
+        f"orientation applied), and the network sees it at {about['preprocessing']['size']}."
+    )
+
+
+def _measures(report: Report, exported: Exported) -> str:
+    if not report.student:
+        return "## Measures\n\nThere were neither val nor test images, so nothing was measured."
+    lines = ["## Measures", "", "| | student | 95 % interval | teacher |", "|---|---|---|---|"]
+    for split, of_split in report.student.items():
+        low, high = of_split["interval"]
+        teacher = f"{report.teacher[split]['accuracy']:.3f}" if report.teacher else ""
+        lines.append(
+            f"| {split}, {of_split['images']} images: accuracy | {of_split['accuracy']:.3f} | "
+            f"{low:.3f} to {high:.3f} | {teacher} |"
+        )
+        for name, title in (("balanced_accuracy", "balanced accuracy"), ("ece", "expected calibration error")):
+            teacher = f"{report.teacher[split][name]:.3f}" if report.teacher else ""
+            lines.append(f"| {split}: {title} | {of_split[name]:.3f} | | {teacher} |")
+    if exported.int8 is not None:
+        lines += ["", _int8(exported.int8)]
+    lines += ["", "| speed on CPUs | one image, median | 95th percentile | most images/s | in batches of |"]
+    lines += ["|---|---|---|---|---|"]
+    for name, s in exported.speed.items():
+        lines.append(
+            f"| {name} | {s['p50_milliseconds']:.2f} ms | {s['p95_milliseconds']:.2f} ms | "
+            f"{s['images_per_second']:,.0f} | {s['batch_size']} |"
+        )
+    return "\n".join(lines)
+
+
+def _int8(int8: dict[str, float | None]) -> str:
+    words = f"`model_int8.onnx` gives the same answer to {int8['agreement']:.1%} of {int8['images']} images"
+    if int8["accuracy_before"] is not None and int8["accuracy_after"] is not None:
+        words += f"; accuracy on them {int8['accuracy_before']:.3f} before and {int8['accuracy_after']:.3f} after"
+    return f"{words}."
+
+
+def _origins(config: RunConfig, samples: SampleSet, generated: GeneratedImages | None) -> str:
+    rows, labelled = samples.num_rows("train"), samples.num_labelled["train"]
+    lines = [
+        "## What it was made from",
+        "",
+        f"- images: `{config.images.path}`, {rows} for training ({labelled} with labels), set "
+        f"`{samples.ids['train']}`. The licence of this model is for you to state: mind those of the images, the "
+        "teacher and the generator.",
+    ]
+    if config.teacher is not None and config.loss.needs_teacher:
+        lines.append(
+            f"- teacher: `{config.teacher.model}`, weights `{config.teacher.weights or 'of its name'}`, head "
+            f"{config.teacher.head}; licence: {licence_of(config.teacher.model)}"
+        )
+    begin = (
+        "random weights" if config.student.init == "random" else f"`{config.student.weights or config.student.model}`"
+    )
+    lines.append(f"- student: `{config.student.model}`, from {begin}")
+    if generated is not None and config.generate is not None:
+        facts = json.loads(read_bytes(f"{generated.samples.path}/generate.json"))["pipeline"]
+        lines.append(
+            f"- generated images: {sum(generated.kept.values())} by `{facts['pipeline']}`; licence: {facts['licence']}"
+        )
+    return "\n".join(lines)
+
+
+def licence_of(model: str) -> str:
+    """What timm knows of a model's weights."""
+    name = model.removeprefix("timm:")
+    known = timm.get_pretrained_cfg(name) if model.startswith("timm:") and timm.is_model(name) else None
+    return (known.license if known is not None else None) or "not stated"
+
+
+def _how_to_load(about: dict[str, Any], exported: Exported) -> str:
+    if about["library"] == "timm":
+        code = 'import timm\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
+    else:
+        code = (
+            "from transformers import AutoModelForImageClassification\n"
+            'model = AutoModelForImageClassification.from_pretrained("FOLDER").eval()'
+        )
+    lines = ["## How to use it", "", "    raydistill predict FOLDER pictures/", "", "or", "", "```python", code, "```"]
+    if "model.onnx" in exported.files:
+        lines += ["", "or without torch:", "", "```python", _onnx_code(about), "```"]
+    return "\n".join(lines)
+
+
+def _onnx_code(about: dict[str, Any]) -> str:
+    image, wanted = about["image"], about["preprocessing"]
+    square = "ImageOps.fit" if image["fit"] == "crop" else "ImageOps.pad"
+    colour = "" if image["fit"] == "crop" else ', color="white"'
+    lines = [
+        "import json, numpy as np, onnxruntime",
+        "from PIL import Image, ImageOps",
+        "",
+        'session = onnxruntime.InferenceSession("FOLDER/model.onnx")',
+        'classes = json.load(open("FOLDER/raydistill.json", encoding="utf-8"))["classes"]',
+        'picture = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")',
+        f"picture = {square}(picture, ({image['size']}, {image['size']}), Image.Resampling.BICUBIC{colour})",
+    ]
+    if about["input"] == "pixels":
+        lines += ["images = np.asarray(picture)[None]"]
+    else:
+        resampling = wanted["interpolation"].upper()
+        lines += [
+            f"picture = picture.resize(({wanted['size']}, {wanted['size']}), Image.Resampling.{resampling})",
+            f"images = (np.asarray(picture, np.float32) / 255 - {list(wanted['mean'])}) / {list(wanted['std'])}",
+            "images = images.transpose(2, 0, 1)[None].astype(np.float32)",
+        ]
+    lines += ['logits = session.run(["logits"], {"images": images})[0]', "print(classes[logits[0].argmax()])"]
+    return "\n".join(lines)

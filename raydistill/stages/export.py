@@ -1,0 +1,222 @@
+"""export: the student in the forms in which products load it, each compared with the checkpoint before it counts.
+
+Shapes: N images, H working pixels on a side, S pixels on a side of what the network sees, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from raydistill.config import RunConfig
+from raydistill.data.decode import pixels
+from raydistill.data.sample import SampleSet
+from raydistill.data.targets import labels_of, read_bytes, read_samples
+from raydistill.errors import StageError
+from raydistill.infra.artifacts import StageDirectory
+from raydistill.infra.progress import Progress
+from raydistill.infra.tracking import Tracker
+from raydistill.models.formats import (
+    ABOUT_FILE,
+    Run,
+    Shipped,
+    load_from_library,
+    network_inputs,
+    onnx_run,
+    quantise,
+    save_for_library,
+    to_onnx,
+    to_program,
+    torch_run,
+)
+from raydistill.models.student import Student, TimmClassifier, read_student
+from raydistill.models.teacher import load_teacher
+from raydistill.models.weights import STUDENT_FILE
+from raydistill.stages.speed import measure_speed
+
+# Each form is compared with the checkpoint at these batch sizes, on so many images of val, or of train where val has
+# none; the bound is on the largest difference of logits, as a share of the largest logit.
+_BATCHES, _MOST_IMAGES, _TOLERANCE = (1, 7, 64), 256, 1e-3
+_CALIBRATION_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` leaves behind. `files` has their bytes by name; `differences` the largest difference of logits from
+    the checkpoint's by form; `int8` the agreement with it, and the accuracies on val before and after; `speed` that of
+    student and teacher by form (`Speed`)."""
+
+    path: str
+    files: dict[str, int]
+    differences: dict[str, float]
+    int8: dict[str, float | None] | None
+    speed: dict[str, dict[str, float]]
+
+
+def export_student(
+    config: RunConfig,
+    samples: SampleSet,
+    student_path: str,
+    card: Callable[[dict[str, Any], Exported], str],
+    directory: StageDirectory,
+    progress: Progress,
+) -> Exported:
+    """Write every form that was asked for, and a README.md, which `card` makes of `about_student` and the result.
+
+    Raises StageError where a form does not give the checkpoint's logits on real images; then none is written.
+    """
+    settings = config.export
+    directory.begin()
+    student, classes = read_student(student_path)
+    about = about_student(student_path, settings.preprocessing)
+    images_NHH3, labels_N = _some_images(samples, "val" if samples.num_rows("val") else "train", _MOST_IMAGES)
+    plain_N = network_inputs(images_NHH3, student.preprocessing, from_pixels=False)
+    inputs_N = network_inputs(images_NHH3, student.preprocessing, settings.preprocessing)
+    logits_NC = _in_batches(torch_run(lambda images: student(images)[0]), plain_N, 64)
+    shipped = Shipped(student, config.images.size, settings.preprocessing)
+    steps = 2 + len(settings.formats) + (settings.int8 is not None)
+    with TemporaryDirectory() as place, progress.task("export", steps, "steps") as advance:
+        folder = Path(place)
+        save_for_library(student, classes, config.images.fit, folder)
+        library = torch_run(load_from_library(folder, isinstance(student.body, TimmClassifier)))
+        differences = {"model.safetensors": _compare(library, plain_N, logits_NC, "model.safetensors")}
+        advance(1)
+        runs = {"torch": torch_run(shipped)}
+        for name, write_and_load in _FORMATS.items():
+            if name in settings.formats:
+                file, run = write_and_load(shipped, torch.from_numpy(inputs_N[:2]), about, folder)
+                differences[file] = _compare(run, inputs_N, logits_NC, file)
+                runs |= {"onnx": run} if name == "onnx" else {}
+                advance(1)
+        int8 = None
+        if settings.int8 is not None:
+            runs["onnx int8"] = _quantise(config, samples, student, folder)
+            int8 = _compare_roughly(logits_NC, _in_batches(runs["onnx int8"], inputs_N, 64), labels_N)
+            advance(1)
+        speed = _speeds(config, runs, inputs_N[:1])
+        advance(1)
+        (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        exported = Exported(directory.path, sizes, differences, int8, speed)
+        (folder / "README.md").write_text(card(about, exported), encoding="utf-8")
+        for file_path in sorted(folder.iterdir()):
+            directory.write(file_path.name, file_path.read_bytes())
+    directory.finish(asdict(exported))
+    return exported
+
+
+def record_model(config: RunConfig, exported: Exported, tracker: Tracker) -> None:
+    """The ONNX file as a model of MLflow."""
+    about: dict[str, Any] = json.loads(read_bytes(f"{exported.path}/{ABOUT_FILE}"))
+    side = about["image"]["size"] if about["input"] == "pixels" else about["preprocessing"]["size"]
+    white = np.full((1, side, side, 3), 255, np.uint8)
+    example = white if about["input"] == "pixels" else np.zeros((1, 3, side, side), np.float32)
+    tracker.log_model(f"{exported.path}/model.onnx", example, about, config.export.register_as)
+
+
+def push_to_hub(folder: str, repository: str) -> None:
+    """The files that ship, to a model repository that is private if it is new. Raises StageError."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=repository, folder_path=folder, ignore_patterns=["DONE", "identity.json", "seconds.json"],
+            commit_message="raydistill export",
+        )  # fmt: skip
+    except Exception as error:  # network, name and permission errors come from three libraries
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StageError(
+            f"export.hub={repository}: could not be pushed ({first}); log in with `hf auth login`, check the name, or "
+            f"push {folder} yourself: it is whole"
+        ) from None
+
+
+def about_student(path: str, from_pixels: bool) -> dict[str, Any]:
+    """What a program has to know to use the exported files: classes, how a picture becomes a working image, and what
+    the graphs take: `pixels`, working images (B, H, H, 3) uint8, or `normalised` ones, (B, 3, S, S) float32."""
+    about: dict[str, Any] = json.loads(read_bytes(f"{path}/{STUDENT_FILE}"))
+    return about | {"input": "pixels" if from_pixels else "normalised"}
+
+
+def _write_onnx(shipped: Shipped, example: torch.Tensor, about: dict[str, Any], folder: Path) -> tuple[str, Run]:
+    to_onnx(shipped, example, about, folder / "model.onnx")
+    return "model.onnx", onnx_run(folder / "model.onnx")
+
+
+def _write_program(shipped: Shipped, example: torch.Tensor, about: dict[str, Any], folder: Path) -> tuple[str, Run]:
+    to_program(shipped, example, about, folder / "model.pt2")
+    return "model.pt2", torch_run(torch.export.load(folder / "model.pt2").module())
+
+
+_FORMATS = {"onnx": _write_onnx, "torch_export": _write_program}
+
+
+def _some_images(samples: SampleSet, split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H, H, 3) uint8 working images of a split, the first of it, and their (N,) labels."""
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for shard in range(len(samples.shards[split])):
+        if len(images) >= most:
+            break
+        table = read_samples(samples, split, shard)
+        images += [pixels(image) for image in table["image"].to_pylist()]
+        labels.append(labels_of(table))
+    return np.stack(images[:most]), np.concatenate(labels)[:most]
+
+
+def _in_batches(run: Run, inputs_N: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([run(inputs_N[first : first + size]) for first in range(0, len(inputs_N), size)])
+
+
+def _compare(run: Run, inputs_N: np.ndarray, logits_NC: np.ndarray, what: str) -> float:
+    """The largest difference of logits over all images and batch sizes. Raises StageError where it is too large."""
+    largest = 0.0
+    for size in _BATCHES:
+        found_NC = _in_batches(run, inputs_N, size)
+        difference = float(np.abs(found_NC - logits_NC).max())
+        if not difference <= _TOLERANCE * float(np.abs(logits_NC).max()):
+            raise StageError(
+                f"export: {what} gives other logits than the checkpoint, by up to {difference:.3g} in batches of "
+                f"{size} (of {len(logits_NC)} real images), so nothing is exported; leave it out of export.formats, or "
+                "train another architecture"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+def _quantise(config: RunConfig, samples: SampleSet, student: Student, folder: Path) -> Run:
+    batches = None
+    if config.export.int8 == "static":
+        images, _ = _some_images(samples, "train", _CALIBRATION_IMAGES)
+        inputs = network_inputs(images, student.preprocessing, config.export.preprocessing)
+        batches = [inputs[first : first + 32] for first in range(0, len(inputs), 32)]
+    quantise(folder / "model.onnx", folder / "model_int8.onnx", batches)
+    return onnx_run(folder / "model_int8.onnx")
+
+
+def _compare_roughly(logits_NC: np.ndarray, rough_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, float | None]:
+    """INT8 changes logits by design, so what counts is what becomes of the answers."""
+    before_N, after_N, labelled_N = logits_NC.argmax(1), rough_NC.argmax(1), labels_N >= 0
+    accuracies = {
+        name: float((answers_N == labels_N)[labelled_N].mean()) if labelled_N.any() else None
+        for name, answers_N in (("accuracy_before", before_N), ("accuracy_after", after_N))
+    }
+    return {"images": len(labels_N), "agreement": float((before_N == after_N).mean()), **accuracies}
+
+
+def _speeds(config: RunConfig, runs: dict[str, Run], input_1: np.ndarray) -> dict[str, dict[str, float]]:
+    """Of the student by form, and of the teacher's backbone, on the CPUs of this machine."""
+    found = {f"student, {name}": asdict(measure_speed(run, input_1)) for name, run in runs.items()}
+    if config.teacher is not None and config.loss.needs_teacher:
+        teacher = load_teacher(config.teacher)[0]
+        side = teacher.preprocessing.size
+        found["teacher, torch"] = asdict(measure_speed(torch_run(teacher), np.zeros((1, 3, side, side), np.float32)))
+    return found

@@ -1,0 +1,186 @@
+"""report.html: what came of a run, on one page that needs no network, for people who decide whether to ship it.
+
+Shapes: N images, C classes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet as pq
+
+from raydistill.config import RunConfig, overlay, to_yaml
+from raydistill.data.sample import SampleSet
+from raydistill.data.targets import read_bytes, read_samples
+from raydistill.errors import ConfigError
+from raydistill.infra.artifacts import evaluate_directory, exists, read_bill, write_bytes
+from raydistill.infra.node_hours import bill_words
+from raydistill.stages.baselines import OVERLAYS
+from raydistill.stages.evaluate import PREDICTIONS_FILE, Report
+from raydistill.stages.run import Outcome
+
+_MOST_DISAGREEMENTS, _MOST_SHEETS, _MOST_REASONS, _EXAMPLES = 24, 12, 20, 3
+_PACKAGES = ("raydistill", "torch", "timm", "transformers", "ray", "diffusers", "optuna", "mlflow")
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """An image whose class student and teacher name differently, with both opinions."""
+
+    image: str  # as a data URI
+    label: str
+    student: str
+    student_probability: float
+    teacher: str
+    teacher_probability: float
+
+
+def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
+    """Write `report.html` beside the report's figures, and give its path. `command` makes the run again."""
+    report, samples = outcome.report, outcome.samples
+    assert report is not None
+    assert samples is not None
+    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    # Whoever looks at single test images chooses by them; only where there is nothing else they are shown.
+    shown = "val" if "val" in report.student else "test"
+    page = environment.from_string(template).render(
+        name=config.name,
+        config=config,
+        report=report,
+        main="test" if "test" in report.student else "val",
+        baselines=_baselines(config, samples),
+        without_generated=outcome.without_generated,
+        figures={name: _data_uri(f"{report.path}/{name}.png") for name in _figures(report)},
+        disagreements=_disagreements(report, samples, shown),
+        shown=shown,
+        generated=outcome.generated,
+        sheets=_sheets(outcome),
+        samples=samples,
+        counts={split: (samples.num_rows(split), samples.num_labelled[split]) for split in samples.shards},
+        refused=_refused(samples),
+        stages=_stages(config, outcome),
+        exported=outcome.exported,
+        yaml=to_yaml(config),
+        versions={name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        command=command,
+    )
+    path = f"{report.path}/report.html"
+    write_bytes(path, page.encode())
+    return path
+
+
+def _figures(report: Report) -> list[str]:
+    kinds = ("per_class", "confusion", "reliability")
+    return ["curves", *(f"{kind}_{split}" for split in report.student for kind in kinds)]
+
+
+def _data_uri(path: str) -> str:
+    return "data:image/png;base64," + base64.b64encode(read_bytes(path)).decode()
+
+
+def _baselines(config: RunConfig, samples: SampleSet) -> dict[str, Report]:
+    """Those of jobs/overlays that were run on this job, by name."""
+    found = {}
+    for name, tree in OVERLAYS.items():
+        student = dict(tree.get("student", {}))
+        if student.get("init") == "pretrained":
+            student["weights"] = config.compare.student_weights or config.student.weights
+        elif name != "job":
+            student["weights"] = None
+        try:
+            other = overlay(config, {**tree, "student": student, "generate": None})
+            done = evaluate_directory(other, samples).done()
+        except ConfigError:
+            continue  # this arm cannot be trained with this job
+        if done is not None and done["path"] != evaluate_directory(config, samples).path:
+            found[name] = Report(**done)
+    return found
+
+
+def _disagreements(report: Report, samples: SampleSet, split: str) -> list[Disagreement]:
+    """Those on which the two are surest together, the surest first."""
+    table = pq.read_table(pa.BufferReader(read_bytes(f"{report.path}/{PREDICTIONS_FILE}")))
+    rows = [row for row in table.to_pylist() if row["split"] == split and row["teacher_logits"] is not None]
+    if not rows:
+        return []
+    student_NC, teacher_NC = (_probabilities([row[f"{who}_logits"] for row in rows]) for who in ("student", "teacher"))
+    differ_N = np.flatnonzero(student_NC.argmax(1) != teacher_NC.argmax(1))
+    surest = differ_N[np.argsort(-(student_NC.max(1) + teacher_NC.max(1))[differ_N], kind="stable")]
+    wanted = [int(n) for n in surest[:_MOST_DISAGREEMENTS]]
+    images = _images(samples, split, {rows[n]["sample_id"] for n in wanted})
+    names = samples.classes
+    return [
+        Disagreement(
+            images[rows[n]["sample_id"]], names[rows[n]["label"]],
+            names[student_NC[n].argmax()], float(student_NC[n].max()),
+            names[teacher_NC[n].argmax()], float(teacher_NC[n].max()),
+        )
+        for n in wanted
+    ]  # fmt: skip
+
+
+def _probabilities(logits: Sequence[Sequence[float]]) -> np.ndarray:
+    logits_NC = np.asarray(logits, np.float64)
+    shifted_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
+    probabilities_NC: np.ndarray = shifted_NC / shifted_NC.sum(axis=1, keepdims=True)
+    return probabilities_NC
+
+
+def _images(samples: SampleSet, split: str, wanted: set[str]) -> dict[str, str]:
+    """Data URIs of working images by sample id."""
+    found: dict[str, str] = {}
+    for shard in range(len(samples.shards[split])):
+        if wanted <= found.keys():
+            break
+        table = read_samples(samples, split, shard)
+        for number, sample in enumerate(table["sample_id"].to_pylist()):
+            if sample in wanted:
+                found[sample] = "data:image/png;base64," + base64.b64encode(table["image"][number].as_py()).decode()
+    return found
+
+
+def _sheets(outcome: Outcome) -> list[str]:
+    generated = outcome.generated
+    if generated is None:
+        return []
+    paths = [f"{generated.samples.path}/sheet-{number:03d}.png" for number in range(len(generated.wanted))]
+    return [_data_uri(path) for path in [path for path in paths if exists(path)][:_MOST_SHEETS]]
+
+
+def _refused(samples: SampleSet) -> list[tuple[str, int, list[str]]]:
+    """Reasons why images were refused, how often, and some examples."""
+    refused: list[dict[str, str]] = json.loads(read_bytes(f"{samples.path}/refused.json"))
+    reasons = Counter(_reason(one["reason"]) for one in refused)
+    return [
+        (reason, count, [_short(one["path"]) for one in refused if _reason(one["reason"]) == reason][:_EXAMPLES])
+        for reason, count in reasons.most_common(_MOST_REASONS)
+    ]
+
+
+def _reason(words: str) -> str:
+    """Without what differs from image to image."""
+    if words.startswith("a copy of "):
+        return "a copy of another image"
+    return words.partition(":")[0] if words.startswith("the same file stands under ") else words
+
+
+def _short(path: str) -> str:
+    """The last folder and the name."""
+    return "/".join(path.split("/")[-2:])
+
+
+def _stages(config: RunConfig, outcome: Outcome) -> list[tuple[str, str, str]]:
+    return [
+        (stage, bill_words(read_bill(path), config.cluster.prices), path) for stage, path in outcome.directories.items()
+    ]

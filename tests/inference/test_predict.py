@@ -1,0 +1,204 @@
+"""Predictions against the checkpoint: the same pixels, the same classes by name, nothing lost and nothing moved."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from raydistill.data.decode import decode, encode, pixels
+from raydistill.data.views import WHOLE_IMAGE, render
+from raydistill.errors import ConfigError, DataError
+from raydistill.inference.command import predict_command
+from raydistill.inference.predict import Predictor, find_units, predict_locally, predict_on_ray, write_answers
+from raydistill.models.formats import network_inputs
+from raydistill.models.student import read_student
+from tests.stages.conftest import CLASSES, SIZE, painted
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Seven pictures of other sizes and kinds than the student's, one that is cut, and files that are no pictures."""
+    folder, rng = tmp_path / "pictures", np.random.default_rng(2)
+    (folder / "more").mkdir(parents=True)
+    for k in range(6):
+        picture = painted(k % 3, rng, 30 + 7 * k)
+        picture.crop((0, 0, 30, 20 + k)).save(folder / f"{k}.JPG" if k % 2 else folder / "more" / f"{k}.png")
+    painted(1, rng, 40).convert("L").convert("RGBA").save(folder / "grey.webp")
+    whole = (folder / "1.JPG").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden.png").write_bytes(b"junk")
+    return folder
+
+
+def slow_probabilities(checkpoint: str, data: bytes) -> np.ndarray:
+    """One picture through the checkpoint by the functions that training uses."""
+    import torch
+
+    student, _ = read_student(checkpoint)
+    image = torch.from_numpy(pixels(encode(decode(data, SIZE, "crop", 10**6))))[None]
+    with torch.inference_mode():
+        logits = student(render(image, torch.from_numpy(WHOLE_IMAGE)[None], student.preprocessing))[0]
+    return logits.softmax(1)[0].numpy()
+
+
+@pytest.mark.parametrize(("engine", "from_pixels"), [("onnx", False), ("onnx", True), ("torch", False)])
+def test_every_picture_gets_the_checkpoints_answer(exported, pictures, engine, from_pixels):
+    result, checkpoint = exported(preprocessing=from_pixels)
+    units = find_units([str(pictures)])
+    answers = list(predict_locally(result.path, engine, units))
+    assert [a.name for a in answers] == [path for path, _, _ in units]
+    assert len(answers) == 8
+    for answer in answers:
+        if Path(answer.name).name == "cut.jpg":
+            assert answer.probabilities_C is None
+            assert "truncated" in answer.error.lower()
+        else:
+            expected = slow_probabilities(checkpoint, Path(answer.name).read_bytes())
+            np.testing.assert_allclose(answer.probabilities_C, expected, atol=1e-5)
+
+
+def test_the_network_sees_what_training_sees_bit_for_bit(exported, pictures):
+    import torch
+
+    result, checkpoint = exported(formats=["onnx"])
+    predictor, wanted = Predictor(result.path), read_student(checkpoint)[0].preprocessing
+    for file in sorted(pictures.glob("*.JPG")):
+        prepared = pixels(encode(decode(file.read_bytes(), SIZE, "crop", 10**6)))
+        seen = predictor.working_image(file.read_bytes())
+        np.testing.assert_array_equal(seen, prepared)
+        view = render(torch.from_numpy(prepared)[None], torch.from_numpy(WHOLE_IMAGE)[None], wanted)
+        np.testing.assert_array_equal(network_inputs(seen[None], wanted, False), view.numpy())
+
+
+def test_outputs_hold_every_picture_with_names_and_probabilities(exported, pictures, tmp_path):
+    result, _ = exported(formats=["onnx"])
+    units = find_units([str(pictures)])
+    answers = list(predict_locally(result.path, "onnx", units))
+    for suffix in ("csv", "json", "jsonl", "parquet"):
+        write_answers(answers, CLASSES, 2, str(tmp_path / f"out.{suffix}"))
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    whole = json.loads((tmp_path / "out.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    table = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert whole == lines
+    assert len(rows) == len(whole) == len(table) == len(answers)
+    for answer, row, item, record in zip(answers, rows, whole, table, strict=True):
+        assert answer.name == row["picture"] == item["picture"] == record["picture"]
+        if answer.probabilities_C is None:
+            assert answer.error == row["error"] == item["error"] == record["error"]
+            assert row["class"] == ""
+            assert record["classes"] == []
+            continue
+        order = np.argsort(-answer.probabilities_C)
+        first, second = CLASSES[order[0]], CLASSES[order[1]]
+        assert (row["class"], row["class_2"]) == (first, second)
+        assert [found["class"] for found in item["classes"]] == [first, second]
+        assert [found["class"] for found in record["classes"]] == [first, second]
+        assert float(row["probability"]) == pytest.approx(answer.probabilities_C[order[0]], abs=1e-6)
+        assert "error" not in item
+
+
+def test_all_classes_sum_to_one(exported, pictures, tmp_path):
+    result, _ = exported(formats=["onnx"])
+    predict_command(result.path, [str(pictures / "1.JPG")], str(tmp_path / "out.json"), 0, "onnx", None)
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert {found["class"] for found in row["classes"]} == set(CLASSES)
+    assert sum(found["probability"] for found in row["classes"]) == pytest.approx(1, abs=1e-5)
+
+
+def as_parquet(pictures: Path, path: Path) -> list[bytes | None]:
+    images: list[bytes | None] = [file.read_bytes() for file in sorted(pictures.glob("*.JPG"))] * 40
+    images[5] = None
+    table = pa.table({"image": pa.array(images, pa.binary()), "label": ["red"] * len(images)})
+    pq.write_table(table, path, row_group_size=50)
+    return images
+
+
+def test_rows_of_a_parquet_file_stay_in_order(exported, pictures, tmp_path):
+    result, checkpoint = exported(formats=["onnx"])
+    images = as_parquet(pictures, tmp_path / "set.parquet")
+    answers = list(predict_locally(result.path, "onnx", find_units([str(tmp_path / "set.parquet")])))
+    assert [a.name for a in answers] == [f"{tmp_path / 'set.parquet'} row {k}" for k in range(len(images))]
+    expected = [None if data is None else slow_probabilities(checkpoint, data) for data in images[:6]]
+    for answer, wanted in zip(answers[:6], expected, strict=True):
+        assert (answer.probabilities_C is None) == (wanted is None)
+        if wanted is not None:
+            np.testing.assert_allclose(answer.probabilities_C, wanted, atol=1e-5)
+    assert [k for k, a in enumerate(answers) if a.error] == [5]
+
+
+@pytest.mark.cluster
+def test_actors_give_the_same_answers_in_the_same_order(exported, pictures, tmp_path, ray_session):
+    result, _ = exported(formats=["onnx"])
+    as_parquet(pictures, tmp_path / "set.parquet")
+    units = find_units([str(pictures), str(tmp_path / "set.parquet")])
+    there = list(predict_on_ray(result.path, "onnx", units))
+    here = list(predict_locally(result.path, "onnx", units))
+    assert [(a.name, a.error) for a in there] == [(a.name, a.error) for a in here]
+    for one, other in zip(there, here, strict=True):
+        if one.probabilities_C is not None:
+            np.testing.assert_allclose(one.probabilities_C, other.probabilities_C, atol=1e-5)
+
+
+def test_works_in_another_folder_with_the_data_gone(exported, pictures, tmp_path, monkeypatch, capsys):
+    result, _ = exported(formats=["onnx"])
+    os.rename(result.path, tmp_path / "moved")
+    (tmp_path / "student").rename(tmp_path / "gone")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    predict_command("../moved", ["../pictures"], None, 1, "onnx", None)
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert len(lines) == 8
+    assert sum(any(f"  {name} 0." in line or f"  {name} 1." in line for name in CLASSES) for line in lines) == 7
+    assert "7 of 8 pictures answered" in printed.err
+    assert "not read: ../pictures/cut.jpg: " in printed.err
+
+
+def test_what_cannot_be_answered_is_refused_with_the_way_out(exported, pictures, tmp_path):
+    result, _ = exported(formats=[])
+    picture = str(pictures / "1.JPG")
+    with pytest.raises(ConfigError, match=r"no model\.onnx; use --engine torch"):
+        predict_command(result.path, [picture], None, 1, "onnx", None)
+    with pytest.raises(ConfigError, match="is no exported student"):
+        predict_command(str(pictures), [picture], None, 1, "onnx", None)
+    with pytest.raises(ConfigError, match="use onnx or torch"):
+        predict_command(result.path, [picture], None, 1, "tensorrt", None)
+    with pytest.raises(ConfigError, match=r"ends in \.csv"):
+        predict_command(result.path, [picture], str(tmp_path / "out.txt"), 1, "torch", None)
+    assert not (tmp_path / "out.txt").exists()
+    with pytest.raises(DataError, match="there is nothing at this path"):
+        predict_command(result.path, [str(tmp_path / "nothing.png")], None, 1, "torch", None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no pictures found"):
+        predict_command(result.path, [str(tmp_path / "empty")], None, 1, "torch", None)
+    with pytest.raises(DataError, match="not one of the pictures could be read"):
+        predict_command(result.path, [str(pictures / "cut.jpg")], None, 1, "torch", None)
+    pq.write_table(pa.table({"picture": [b""]}), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match="no column `image`"):
+        predict_command(result.path, [str(tmp_path / "other.parquet")], None, 1, "torch", None)
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="not a parquet file"):
+        predict_command(result.path, [str(tmp_path / "cut.parquet")], None, 1, "torch", None)
+
+
+def test_a_huge_picture_is_not_decoded(exported, tmp_path):
+    result, _ = exported(formats=["onnx"])
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    painted(0, np.random.default_rng(0)).save(tmp_path / "good.png")
+    answers = list(
+        predict_locally(result.path, "onnx", find_units([str(tmp_path / "bomb.png"), str(tmp_path / "good.png")]))
+    )
+    assert "pixels" in answers[0].error
+    assert answers[1].probabilities_C is not None

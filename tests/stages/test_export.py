@@ -1,0 +1,228 @@
+"""Exported students against the checkpoint they come from, each read back as somebody without raydistill reads it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from pyarrow import parquet as pq
+from rich.console import Console
+
+from raydistill.config import RunConfig, load_config
+from raydistill.data.decode import pixels
+from raydistill.data.targets import read_samples
+from raydistill.errors import ConfigError, StageError
+from raydistill.infra.progress import Progress
+from raydistill.models.formats import network_inputs
+from raydistill.models.student import read_student, split_logits
+from raydistill.stages import export
+from raydistill.stages.report import write_report
+from raydistill.stages.run import Outcome, run_stages
+from tests.models.conftest import classifier
+from tests.stages.conftest import CLASSES, small_job
+
+CLASSES_BY_NAME = sorted(CLASSES)  # as a folder gives them
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def working_images(samples, split: str = "val") -> np.ndarray:
+    return np.stack([pixels(image) for image in read_samples(samples, split, 0)["image"].to_pylist()])
+
+
+def expected_logits(samples, checkpoint: str) -> np.ndarray:
+    return split_logits(read_student(checkpoint)[0], samples, "val", torch.device("cpu"), 4)[0]
+
+
+def onnx_logits(file: Path, inputs: np.ndarray) -> np.ndarray:
+    return onnxruntime.InferenceSession(file).run(["logits"], {"images": inputs})[0]
+
+
+@pytest.mark.parametrize("model", ["timm:test_resnet", "timm:test_vit"])
+def test_timm_loads_the_same_network_from_the_folder(exported, tiny_set, model):
+    result, checkpoint = exported(model, size=32, formats=[])
+    network = timm.create_model(f"local-dir:{result.path}", pretrained=True).eval()
+    wanted = read_student(checkpoint)[0].preprocessing
+    inputs = torch.from_numpy(network_inputs(working_images(tiny_set.samples), wanted, False))
+    with torch.inference_mode():
+        np.testing.assert_allclose(network(inputs).numpy(), expected_logits(tiny_set.samples, checkpoint), atol=1e-5)
+    assert network.pretrained_cfg["label_names"] == list(CLASSES)
+    data = timm.data.resolve_model_data_config(network)
+    assert tuple(data["input_size"]) == (3, 32, 32)
+    assert (tuple(data["mean"]), tuple(data["std"])) == (wanted.mean, wanted.std)
+    assert data["interpolation"] == wanted.interpolation
+    assert data["crop_pct"] == 1.0
+
+
+def test_transformers_loads_the_same_network_from_the_folder(exported, tiny_set, tmp_path):
+    classifier("ViT").save_pretrained(tmp_path / "vit")
+    result, checkpoint = exported(f"hf:{tmp_path / 'vit'}", size=32)
+    network = transformers.AutoModelForImageClassification.from_pretrained(result.path).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(result.path)
+    images = [Image.fromarray(image) for image in working_images(tiny_set.samples)]
+    with torch.inference_mode():
+        own = network(**processor(images, return_tensors="pt")).logits.numpy()
+    # The processor rounds to 8 bits between resizing and normalising.
+    np.testing.assert_allclose(own, expected_logits(tiny_set.samples, checkpoint), atol=0.05)
+    assert [network.config.id2label[k] for k in range(3)] == list(CLASSES)
+    assert set(result.differences) == {"model.safetensors", "model.onnx", "model.pt2"}
+
+
+@pytest.mark.parametrize("from_pixels", [False, True])
+def test_graphs_give_the_checkpoints_logits_in_batches_of_any_size(exported, tiny_set, from_pixels):
+    result, checkpoint = exported("timm:test_resnet", preprocessing=from_pixels)
+    wanted, images = read_student(checkpoint)[0].preprocessing, working_images(tiny_set.samples)
+    inputs, expected = network_inputs(images, wanted, from_pixels), expected_logits(tiny_set.samples, checkpoint)
+    assert inputs.dtype == (np.uint8 if from_pixels else np.float32)
+    program = torch.export.load(f"{result.path}/model.pt2").module()
+    for size in (1, 2, 5, len(images)):
+        np.testing.assert_allclose(
+            onnx_logits(Path(result.path, "model.onnx"), inputs[:size]), expected[:size], atol=1e-4
+        )
+        with torch.inference_mode():
+            own = program(torch.from_numpy(inputs[:size])).numpy()
+        np.testing.assert_allclose(own, expected[:size], atol=1e-4)
+    session = onnxruntime.InferenceSession(Path(result.path, "model.onnx"))
+    about = json.loads(session.get_modelmeta().custom_metadata_map["raydistill"])
+    assert about == json.loads(Path(result.path, "raydistill.json").read_text())
+    assert about["classes"] == list(CLASSES)
+    assert about["input"] == ("pixels" if from_pixels else "normalised")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_int8_is_smaller_and_says_what_it_costs(exported, kind):
+    result, _ = exported("timm:test_resnet", formats=["onnx"], int8=kind)
+    assert result.int8 is not None
+    assert result.int8["images"] == 12
+    assert result.int8["agreement"] >= 0.75
+    assert result.int8["accuracy_before"] is not None
+    assert result.files["model_int8.onnx"] < result.files["model.onnx"]
+    assert "model.pt2" not in result.files
+    assert {"student, onnx", "student, onnx int8"} <= result.speed.keys()
+
+
+def test_int8_needs_onnx(tiny_set):
+    with pytest.raises(ValueError, match=r"put onnx into export\.formats"):
+        tiny_set.job("job", export={"formats": ["torch_export"], "int8": "dynamic"})
+
+
+def test_a_form_that_differs_is_refused_and_nothing_is_exported(exported, tmp_path, monkeypatch):
+    write = export.to_onnx
+
+    def write_another(network, example, about, file):
+        with torch.no_grad():
+            network.network.get_classifier().weight[0] *= 1.01
+        write(network, example, about, file)
+
+    monkeypatch.setattr(export, "to_onnx", write_another)
+    with pytest.raises(StageError, match=r"model\.onnx gives other logits than the checkpoint, by up to"):
+        exported("timm:test_resnet")
+    assert {file.name for file in (tmp_path / "export").iterdir()} == {"identity.json"}
+
+
+def test_a_form_that_gives_no_number_is_refused(tiny_set):
+    images = np.zeros((3, 2), np.float32)
+    with pytest.raises(StageError, match="gives other logits"):
+        export._compare(lambda x: np.full((len(x), 2), np.nan, np.float32), images, images + 1, "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def finished(taught_workspace, image_folder, teacher_weights, tmp_path_factory) -> tuple[RunConfig, Outcome, Path]:
+    """A run from first to last, what it came to, and its report."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(taught_workspace, folder / "workspace")
+    config = load_config([*small_job(folder, image_folder, teacher_weights), 'name=<i>größe</i> & "co"'])
+    outcome = run_stages(config, Progress(Console(quiet=True)), "export")
+    return config, outcome, Path(write_report(config, outcome, "raydistill run job.yaml name='<i>'"))
+
+
+def test_a_run_ends_in_a_folder_with_a_card(finished, progress):
+    config, outcome, _ = finished
+    assert outcome.exported is not None
+    assert outcome.report is not None
+    card = Path(outcome.exported.path, "README.md").read_text()
+    test = outcome.report.student["test"]
+    assert f"| test, {test['images']} images: accuracy | {test['accuracy']:.3f} |" in card
+    for name in (*CLASSES, "timm:test_resnet", "teacher", "model.onnx"):
+        assert name in card
+    code = card.rpartition("```python\n")[2].partition("```")[0]  # what is said there works as it stands
+    picture = next(Path(config.images.path).glob("red/*.png"))
+    code = code.replace("FOLDER", outcome.exported.path).replace("picture.jpg", str(picture))
+    answers: list[str] = []
+    exec(code, {"print": answers.append})
+    assert answers[0] in CLASSES
+    again = run_stages(config, progress, "export")
+    assert again.exported == outcome.exported
+    assert again.seconds["export"] == 0.0
+
+
+def test_unknown_formats_are_refused():
+    with pytest.raises(ConfigError, match=r"export\.formats"):
+        load_config(["images.path=x", "export.formats=[tflite]"])
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(finished):
+    report_page = finished[2]
+    page = report_page.read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert "@import" not in page
+    assert "<i>" not in page  # names of people's jobs and classes are text
+    assert "&lt;i&gt;größe&lt;/i&gt; &amp; &#34;co&#34;" in page
+    report = json.loads((report_page.parent / "report.json").read_text())
+    for who in ("student", "teacher"):
+        for split in ("val", "test"):
+            assert f"{who}, {split}" in page
+            assert f"{report[who][split]['accuracy']:.3f} <small>" in page
+    assert f"temperature {report['temperature']:.2f}" in page
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) > 4
+    for encoded in pictures:
+        Image.open(io.BytesIO(base64.b64decode(encoded))).verify()
+    for words in ("a copy of another image", "model.onnx", "torch ", "per_image: 2"):
+        assert words in page
+    assert "red/cut.png" in page or "red/copy.png" in page
+
+
+def test_disagreements_are_those_of_the_predictions(finished):
+    report_page = finished[2]
+    rows = pq.read_table(report_page.parent / "predictions.parquet").to_pylist()
+    assert {row["split"] for row in rows} == {"val", "test"}
+    val = [row for row in rows if row["split"] == "val"]
+    differing = [row for row in val if np.argmax(row["student_logits"]) != np.argmax(row["teacher_logits"])]
+    shown = re.findall(r"<br>student: (\w+) \d+ %<br>teacher: (\w+) ", report_page.read_text())
+    names = sorted(
+        (CLASSES_BY_NAME[np.argmax(r["student_logits"])], CLASSES_BY_NAME[np.argmax(r["teacher_logits"])])
+        for r in differing
+    )
+    assert sorted(shown) == names
+    report = json.loads((report_page.parent / "report.json").read_text())
+    right = [np.argmax(row["student_logits"]) == row["label"] for row in val]
+    assert report["student"]["val"]["accuracy"] == pytest.approx(np.mean(right))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_report(finished, tmp_path, width):
+    shot = tmp_path / "page.png"
+    subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", f"--screenshot={shot}",
+         f"file://{finished[2]}"],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    picture = np.asarray(Image.open(shot).convert("L"))
+    assert picture.shape == (2000, width)
+    assert picture.std() > 10
