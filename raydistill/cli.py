@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.errors import ConfigError, RaydistillError
+from raydistill.errors import RaydistillError
 
 STARTED = time.time()
 _INTERRUPTED = 130
@@ -261,18 +261,60 @@ app.add_typer(jobs, name="job")
 @app.command()
 def check(
     words: Words = None,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Look at the job's teacher too: on some of the images, here.")
+    ] = False,
+    teachers: Annotated[
+        str | None, typer.Option("--teachers", help="Several beside each other: timm:A,hf:B,timm:C=WEIGHTS.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")] = False,
+    out: Annotated[str | None, typer.Option("--out", help="Also write a .html page with pictures, or .json.")] = None,
     cluster: Annotated[bool, typer.Option("--cluster", help="Look at every node of the cluster that runs.")] = False,
     file: Annotated[str | None, typer.Option("--file", help="Look at a cluster.yaml, before `ray up`.")] = None,
 ) -> None:
-    """Would this job run on the cluster? Writes nothing but a marker; exit code 2 where something has to be mended."""
+    """Would a run on these images be sound? Reads every one and writes nothing; exit code 2 where it would not.
+
+    With --cluster or --file: would this job run on the cluster?
+    """
     from rich.console import Console
+
+    from raydistill.config import load_config
+
+    console = Console(highlight=False)
+    wide = Console(highlight=False, width=max(console.width, 160))
+    if cluster or file is not None:
+        _check_cluster(words, cluster, file, wide)
+        return
+    from raydistill.infra.progress import Progress
+    from raydistill.stages.check import check_images
+    from raydistill.stages.check_page import findings_table, write_checkup
+
+    config, progress = load_config(words or []), Progress(console)
+    checkup = check_images(config, progress, strict)
+    wide.print("", findings_table(checkup), "")
+    if out is not None:
+        write_checkup(config, checkup, out)
+        console.print(f"written: {out}", markup=False, soft_wrap=True)
+    if teacher or teachers is not None:
+        from raydistill.stages.check_teacher import check_teachers, teachers_table
+
+        names = teachers.split(",") if teachers else []
+        wide.print(teachers_table(check_teachers(config, names, progress)), "")
+    stops = sum(finding.weight == "stop" for finding in checkup.findings)
+    used = sum(sum(counts.values()) for counts in checkup.counts.values())
+    console.print(
+        f"{stops} finding(s) would stop a run" if stops else f"a run would be sound: it would use {used:,} images"
+    )
+    if stops:
+        raise typer.Exit(2)
+
+
+def _check_cluster(words: list[str] | None, cluster: bool, file: str | None, console: Any) -> None:
     from rich.table import Table
 
     from raydistill.config import load_config
     from raydistill.infra.preflight import check_cluster, check_offers
 
-    if not cluster and file is None:
-        raise ConfigError("check: what? Give --cluster, --file cluster.yaml, or both")
     config = load_config(words or []) if words or cluster else None
     findings = [] if file is None else check_offers(config, file)
     if cluster:
@@ -281,8 +323,7 @@ def check(
     table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
     for finding in findings:
         table.add_row("mend" if finding.advice else "ok", finding.about, finding.found, finding.advice or "")
-    console = Console(highlight=False)
-    Console(highlight=False, width=max(console.width, 160)).print(table)
+    console.print(table)
     if any(finding.advice for finding in findings):
         raise typer.Exit(2)
 
@@ -308,7 +349,7 @@ def submit(
     flags = ("--learning-curve",) if learning_curve else ()
     with tempfile.TemporaryDirectory() as folder:
         package = jobs_api.pack(load_config([*(words or []), *given]), command, flags, folder, python)
-        largest = ", ".join(f"{name} {size:,}" for name, size in package.files[:3])
+        largest = ", ".join(f"{name} {size:,}" for name, size in package.files[:5])
         print(f"uploads {len(package.files)} files, {package.size:,} bytes; the largest: {largest}")
         client = jobs_api.job_client(address)
         name, is_new = jobs_api.submit(client, package)

@@ -454,6 +454,16 @@ class Tracking(Section):
     uri: str | None = None
     """MLflow tracking URI; null: SQLite in the workspace."""
 
+    @model_validator(mode="after")
+    def _store(self) -> Tracking:
+        uri = self.uri or "://"
+        if uri.startswith("file:") or not (uri.startswith("databricks") or "://" in uri):
+            raise ValueError(
+                f"tracking.uri={self.uri} is a folder, in which MLflow keeps no runs any more; use "
+                "sqlite:////PATH/mlflow.db or a server's http://HOST:PORT"
+            )
+        return self
+
 
 class RunConfig(Section):
     """One run: what it learns from, what it learns, and where things go."""

@@ -413,7 +413,7 @@ OUT_OF_BOUNDS = {
     "cluster.teacher_actors": ["0", "[0,2]", "[3,2]", "[1]"],
     "cluster.grows_to": ["{TPU: 4}", "{CPU: -1}", "8"],
     "tracking.enabled": ["perhaps"],
-    "tracking.uri": ["5"],
+    "tracking.uri": ["5", "file:./mlruns", "./mlruns"],
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -15,13 +16,39 @@ from PIL import Image, ImageOps
 
 from raydistill.errors import DataError
 
+_ORIENTATION = 0x0112  # EXIF's tag
 BACKGROUND = (255, 255, 255)
 # What Pillow may try. Of its other formats some start a program (Ghostscript for EPS), which no image file may do here.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a file held: its format by content, pixels as they were stored, and what was done to it that its owner may
+    not expect, in words of `NOTES`."""
+
+    form: str
+    width: int
+    height: int
+    notes: tuple[str, ...]
+
+
+NOTES = (
+    "turned upright by its EXIF orientation", "CMYK, turned into RGB", "grey, read as RGB",
+    "16 bits a channel, of which the upper 8 are read", "transparent, laid on white",
+    "animated, its first frame is read",
+)  # fmt: skip
+
+
 def decode(data: bytes, size: int, fit: Literal["crop", "pad"], max_pixels: int) -> Image.Image:
     """An RGB picture of `size` x `size` pixels. Raises DataError with the reason, which names no file."""
+    return decode_with_facts(data, size, fit, max_pixels)[0]
+
+
+def decode_with_facts(
+    data: bytes, size: int, fit: Literal["crop", "pad"], max_pixels: int
+) -> tuple[Image.Image, Facts]:
+    """The same, and what the file held."""
     if not data:
         raise DataError("empty file")
     try:
@@ -30,9 +57,10 @@ def decode(data: bytes, size: int, fit: Literal["crop", "pad"], max_pixels: int)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
                 raise DataError(f"{image.width}x{image.height} pixels, above images.max_pixels={max_pixels}")
+            facts = _facts(image)
             image.draft("RGB", (2 * size, 2 * size))  # JPEG decodes at a fraction of its size where that is enough
             image.load()
-            return _square(_eight_bits(_upright(image)), size, fit)
+            return _square(_eight_bits(_upright(image)), size, fit), facts
     except DataError:
         raise
     except Image.UnidentifiedImageError:
@@ -43,6 +71,20 @@ def decode(data: bytes, size: int, fit: Literal["crop", "pad"], max_pixels: int)
         raise DataError("too large to decode in the memory there is") from None
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files; the reason is kept
         raise DataError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def _facts(image: Image.Image) -> Facts:
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block, which turns nothing
+        orientation = 1
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    found = (
+        orientation in range(2, 9), image.mode == "CMYK", image.mode in ("1", "L", "LA", "La", "I", "I;16", "I;16B"),
+        image.mode.startswith("I"), transparent, getattr(image, "n_frames", 1) > 1,
+    )  # fmt: skip
+    notes = tuple(note for note, holds in zip(NOTES, found, strict=True) if holds)
+    return Facts(image.format or "", image.width, image.height, notes)
 
 
 def encode(image: Image.Image) -> bytes:

@@ -13,18 +13,17 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
-import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from pyarrow import parquet as pq
 
 from raydistill.config import Images
+from raydistill.data.many import SUFFIXES, list_rows
 from raydistill.data.sample import sample_id
 from raydistill.errors import DataError
 from raydistill.examples import images_path
@@ -107,14 +106,18 @@ def list_images(config: Images) -> Listing:
     is_folder = not fs.isfile(root)
     files = _find(fs, root, ignored) if is_folder else {}
     suffix = PurePosixPath(root).suffix.lower()
-    if is_folder:
+    if is_folder and _holds_many(files):
+        entries = list(_folder_of_many(fs, root, files, ignored))
+    elif is_folder:
         entries = list(_from_folder(root, files, ignored))
-    elif suffix == ".parquet":
-        entries = list(_from_parquet(fs, root))
+    elif suffix in SUFFIXES:
+        entries = list(_from_many(fs, root, None))
     elif suffix in (".csv", ".tsv", ".jsonl"):
         entries = list(_from_table(fs, root, suffix))
     else:
-        raise DataError(f"images.path={config.path}: use a folder, or a .csv, .tsv, .jsonl or .parquet file")
+        raise DataError(
+            f"images.path={config.path}: use a folder, or a .csv, .tsv, .jsonl, .parquet, .arrow or .tar file"
+        )
     if not entries:
         raise DataError(f"images.path={config.path}: no images found ({_describe(ignored)})")
     classes = _classes(config, entries)
@@ -123,7 +126,7 @@ def list_images(config: Images) -> Listing:
         entries = _fewer(entries, config.max_per_class, ignored)
     fingerprint = _fingerprint(fs, root if is_folder else str(PurePosixPath(root).parent), files, entries)
     if not isinstance(fs, LocalFileSystem):  # which drops the protocol from its paths
-        entries = [e if "://" in e.path else replace(e, path=fs.unstrip_protocol(e.path)) for e in entries]
+        entries = [replace(e, path=_address(fs, e.path)) for e in entries]
     return Listing(tuple(entries), classes, dict(ignored), fingerprint)
 
 
@@ -219,31 +222,37 @@ def _json_rows(table: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _from_parquet(fs: AbstractFileSystem, path: str) -> Iterator[Entry]:
-    """Columns `image` (bytes, or the struct of bytes and path that `datasets` writes), `label`, and maybe `split`."""
-    try:
-        with fs.open(path, "rb") as file:
-            schema = pq.read_schema(file)
-            lacking = {"image", "label"} - set(schema.names)
-            if lacking:
-                raise DataError(f"{path}: no column {' and no column '.join(sorted(lacking))} among {schema.names}")
-            table = pq.read_table(file, columns=[name for name in ("label", "split") if name in schema.names])
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not a parquet file, or a damaged one ({error})") from None
-    names = _dataset_class_names(schema.metadata or {})
-    splits = table["split"].to_pylist() if "split" in table.column_names else [None] * table.num_rows
-    for row, (label, split) in enumerate(zip(table["label"].to_pylist(), splits, strict=True)):
-        if names and isinstance(label, int):
-            if label >= len(names):
-                raise DataError(f"{path}: row {row} has label {label}, and the file names {len(names)} classes")
-            label = names[label] if label >= 0 else None
-        yield Entry(path, _label(label), _split(split, f"{path}: row {row}"), row)
+def _from_many(fs: AbstractFileSystem, path: str, split: str | None) -> Iterator[Entry]:
+    """The rows of one file, in the split that it names for them or, where it names none, in the given one."""
+    for row in list_rows(_address(fs, path), EXTENSIONS):
+        yield Entry(path, row.label, _split(row.split, f"{path}: row {row.number}") or split, row.number)
 
 
-def _dataset_class_names(metadata: dict[bytes, bytes]) -> list[str]:
-    """The names that Hugging Face `datasets` keeps beside integer labels."""
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return list(features.get("label", {}).get("names", []))
+def _holds_many(files: Collection[str]) -> bool:
+    """Whether a folder's images lie in files of many: it has some, and no image of its own."""
+    suffixes = {PurePosixPath(path).suffix.lower() for path in files}
+    return not suffixes.isdisjoint(SUFFIXES) and suffixes.isdisjoint(EXTENSIONS)
+
+
+def _address(fs: AbstractFileSystem, path: str) -> str:
+    """With its protocol, which file systems drop from their paths."""
+    return path if isinstance(fs, LocalFileSystem) or "://" in path else str(fs.unstrip_protocol(path))
+
+
+def _folder_of_many(fs: AbstractFileSystem, root: str, files: dict[str, Any], ignored: Counter[str]) -> Iterator[Entry]:
+    """Files of many images, each in the split that its name begins with (`train-00000-of-00002.parquet`) or that its
+    folder names; and whatever metadata lies beside them."""
+    for path in sorted(files):
+        parts = PurePosixPath(path).relative_to(root).parts
+        suffix = PurePosixPath(path).suffix.lower()
+        if is_hidden(parts):
+            ignored["hidden and system files"] += 1
+        elif suffix not in SUFFIXES:
+            ignored[f"files ending in {suffix or 'nothing'}"] += 1
+        else:
+            words = [re.split(r"[-_.]", parts[-1])[0], *reversed(parts[:-1])]
+            named = [SPLIT_FOLDERS[word.casefold()] for word in words if word.casefold() in SPLIT_FOLDERS]
+            yield from _from_many(fs, path, named[0] if named else None)
 
 
 def _label(value: object) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from typing import cast, get_args
 
@@ -80,6 +82,8 @@ def serve_command(folder: str, engine: str, host: str, port: int, most_bytes: in
         except OSError as error:
             raise ConfigError(f"--host {host} --port {port}: {error.strerror}; choose another --port") from None
     Console(highlight=False).print(f"serving {folder} at http://{host}:{port}/ (Ctrl-C ends it)", soft_wrap=True)
+    if not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+        print(f"warning: whoever reaches {host} may ask; there is no login and no encryption", file=sys.stderr)
     serve(app, host, port)
 
 

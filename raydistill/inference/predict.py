@@ -6,13 +6,12 @@ Shapes: B images, H working pixels on a side, C classes.
 from __future__ import annotations
 
 import csv
-import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -20,19 +19,20 @@ import pyarrow as pa
 import torch
 from pyarrow import parquet as pq
 
-from raydistill.config import Images
 from raydistill.data.decode import decode
 from raydistill.data.images import EXTENSIONS, is_hidden
+from raydistill.data.many import SUFFIXES, count_rows, read_rows
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra.artifacts import write_file
 from raydistill.models.formats import ABOUT_FILE, load_from_library, network_inputs, onnx_run, torch_run
 
 Engine = Literal["onnx", "torch"]
-Unit = tuple[str, int, int]  # a file; or, of a parquet file, the first of its rows and how many
+Unit = tuple[str, int, int]  # a file; or, of a file of many images, the first of its rows and how many
 # More pictures than this go through a pool of actors, which takes some ten seconds to start.
 LARGE = 10_000
 _TOGETHER = 64
+_ABOUT = {"model", "library", "classes", "preprocessing", "image", "input"}
 OUTPUTS = (".csv", ".json", ".jsonl", ".parquet")
 
 
@@ -65,8 +65,8 @@ class Predictor:
 
     def working_image(self, data: bytes) -> np.ndarray:
         """(H, H, 3) uint8, as `prepare` makes it. Raises DataError."""
-        most = Images.model_fields["max_pixels"].default
-        return np.asarray(decode(data, self._image["size"], self._image["fit"], most))
+        image = self._image
+        return np.asarray(decode(data, image["size"], image["fit"], image["max_pixels"]))
 
     def probabilities(self, images_BHH3: np.ndarray) -> np.ndarray:
         """(B, C) float32 of working images."""
@@ -76,7 +76,7 @@ class Predictor:
     def answer(self, units: Sequence[Unit]) -> Iterator[Answer]:
         """One for each picture, in order; one that cannot be read takes no other along."""
         with ThreadPoolExecutor() as pool:
-            for part in _chunks((picture for unit in units for picture in _read(unit)), _TOGETHER):
+            for part in _chunks((picture for unit in _merged(units) for picture in _read(unit)), _TOGETHER):
                 decoded = list(pool.map(self._decoded, part))
                 images = [image for _, image, _ in decoded if image is not None]
                 found = iter(self.probabilities(np.stack(images)) if images else ())
@@ -97,7 +97,11 @@ def read_about(folder: str) -> dict[str, Any]:
     """What `export` says of its files. Raises ConfigError."""
     try:
         about: dict[str, Any] = json.loads(Path(folder, ABOUT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if lacking := _ABOUT - about.keys():
+            raise ConfigError(
+                f"{folder}/{ABOUT_FILE} does not say {', '.join(sorted(lacking))}; export the student again"
+            )
+    except (OSError, ValueError, AttributeError):
         raise ConfigError(
             f"{folder} is no exported student: it has no {ABOUT_FILE} that can be read; `raydistill export` names the "
             "folder that it writes"
@@ -108,7 +112,7 @@ def read_about(folder: str) -> dict[str, Any]:
 def find_units(paths: Sequence[str]) -> list[Unit]:
     """Files as they are named, and every picture below folders; hidden and system files are left out.
 
-    Raises DataError where there is nothing at a path, or no picture, or a parquet file without the column `image`.
+    Raises DataError where there is nothing at a path, or no picture, or a table without the column `image`.
     """
     found: list[Unit] = []
     for path in paths:
@@ -120,8 +124,8 @@ def find_units(paths: Sequence[str]) -> list[Unit]:
             found += [(picture, 0, 1) for picture in pictures]
         elif not Path(path).exists():
             raise DataError(f"{path}: there is nothing at this path")
-        elif path.lower().endswith(".parquet"):
-            num_rows = _open_parquet(path).metadata.num_rows
+        elif PurePosixPath(path).suffix.lower() in SUFFIXES:
+            num_rows = count_rows(path, EXTENSIONS)
             found += [(path, first, min(_TOGETHER, num_rows - first)) for first in range(0, num_rows, _TOGETHER)]
         else:
             found.append((path, 0, 1))
@@ -246,45 +250,28 @@ def _write_parquet(rows: Rows, file: str) -> None:
             writer.write_table(pa.Table.from_pylist(items, schema))
 
 
+def _merged(units: Sequence[Unit]) -> list[Unit]:
+    """Neighbouring rows of one file as one unit, so that what lies together is read once."""
+    merged: list[Unit] = []
+    for path, first, count in units:
+        if merged and merged[-1][0] == path and sum(merged[-1][1:]) == first:
+            merged[-1] = (path, merged[-1][1], merged[-1][2] + count)
+        else:
+            merged.append((path, first, count))
+    return merged
+
+
 def _read(unit: Unit) -> Iterator[tuple[str, bytes | None, str]]:
     """(name, bytes, "") or (name, None, why)."""
     path, first, count = unit
-    if not path.lower().endswith(".parquet"):
+    if PurePosixPath(path).suffix.lower() not in SUFFIXES:
         try:
             yield path, Path(path).read_bytes(), ""
         except OSError as error:
             yield path, None, f"cannot be read: {error.strerror or error}"
         return
-    for row, value in enumerate(_parquet_rows(path, first, count), start=first):
-        data = value.get("bytes") if isinstance(value, dict) else value
+    for row, data in read_rows(path, range(first, first + count), EXTENSIONS):
         yield f"{path} row {row}", data, "" if data is not None else "no image in this row"
-
-
-def _parquet_rows(path: str, first: int, count: int) -> Iterator[Any]:
-    """Of the row groups that hold them alone."""
-    file, begin = _open_parquet(path), 0
-    for group in range(file.num_row_groups):
-        end = begin + file.metadata.row_group(group).num_rows
-        if begin < first + count and first < end:
-            column = _image_column(path, group)
-            yield from column.slice(max(first - begin, 0), min(first + count, end) - max(first, begin)).to_pylist()
-        begin = end
-
-
-@functools.lru_cache(maxsize=1)
-def _image_column(path: str, group: int) -> pa.ChunkedArray:
-    """Units are smaller than row groups and come in order: each group is read once."""
-    return _open_parquet(path).read_row_group(group, columns=["image"])["image"]
-
-
-def _open_parquet(path: str) -> pq.ParquetFile:
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a parquet file, or a damaged one ({error})") from None
-    if "image" not in file.schema_arrow.names:
-        raise DataError(f"{path}: no column `image` among {file.schema_arrow.names}")
-    return file
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -27,13 +27,14 @@ import raydistill
 from raydistill.config import RunConfig, overlay, to_yaml
 from raydistill.errors import ConfigError, StageError
 
-COMMANDS = ("run", "prepare", "adapt", "generate", "teach", "distill", "evaluate", "compare", "tune")
+COMMANDS = ("run", "prepare", "adapt", "generate", "teach", "distill", "evaluate", "export", "compare", "tune")
 STOPPED = 3  # the exit code of a job that was stopped, beside 0 (done), 1 (the run failed) and 2 (config or data)
 # The package is below 1 MiB. Whatever makes an upload large is no job file.
 _MOST_BYTES = 16 * 1024**2
 # Ray's own default is 3 s, in which no checkpoint of any size reaches a bucket.
 _STOP_SECONDS = 120
 _JOB_FILE = "job.yaml"
+_CODE = (".py", ".html")  # of the package, with the pages that it fills in
 # Keys that name small text files, which travel with the job.
 _SHIPPED = ("images.classes", "generate.names", "tune.space")
 # Keys that name places which every node must see under the same name.
@@ -70,7 +71,7 @@ def pack(config: RunConfig, command: str, flags: tuple[str, ...], folder: str, p
     config = _on_the_cluster(config, folder)
     Path(folder, _JOB_FILE).write_text(to_yaml(config))
     source = Path(raydistill.__file__).parent
-    for file in sorted(source.rglob("*.py")):
+    for file in sorted(path for path in source.rglob("*") if path.suffix in _CODE):
         target = Path(folder, "raydistill", file.relative_to(source))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)

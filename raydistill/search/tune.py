@@ -351,7 +351,9 @@ def _verdict(config: RunConfig, best: Trial, trials: list[Trial], gains: list[Ga
     name = config.tune.objectives[0]
     assert best.values is not None
     own = next((t.values[0] for t in trials if t.own and t.values), None)
-    words = f"Trial {best.number} of {len(trials)} is best: {name} {best.values[0]:.4g}"
+    failed = sum(trial.state == "failed" for trial in trials)
+    lost = f" ({failed} failed, see search.json)" if failed else ""
+    words = f"Trial {best.number} of {len(trials)}{lost} is best: {name} {best.values[0]:.4g}"
     if best.own:
         return f"{words}, with the job's own values. Keep them; no trial of this space was better."
     words += "" if own is None else f" against {own:.4g} with the job's own values"

@@ -79,7 +79,7 @@ def _measures(report: Report, exported: Exported) -> str:
             teacher = f"{report.teacher[split][name]:.3f}" if report.teacher else ""
             lines.append(f"| {split}: {title} | {of_split[name]:.3f} | | {teacher} |")
     if exported.int8 is not None:
-        lines += ["", _int8(exported.int8)]
+        lines += ["", int8_words(exported.int8)]
     lines += ["", "| speed on CPUs | one image, median | 95th percentile | most images/s | in batches of |"]
     lines += ["|---|---|---|---|---|"]
     for name, s in exported.speed.items():
@@ -90,7 +90,8 @@ def _measures(report: Report, exported: Exported) -> str:
     return "\n".join(lines)
 
 
-def _int8(int8: dict[str, float | None]) -> str:
+def int8_words(int8: dict[str, float | None]) -> str:
+    """What INT8 changed, in a sentence."""
     words = f"`model_int8.onnx` gives the same answer to {int8['agreement']:.1%} of {int8['images']} images"
     if int8["accuracy_before"] is not None and int8["accuracy_after"] is not None:
         words += f"; accuracy on them {int8['accuracy_before']:.3f} before and {int8['accuracy_after']:.3f} after"
@@ -154,7 +155,9 @@ def _onnx_code(about: dict[str, Any]) -> str:
         "",
         'session = onnxruntime.InferenceSession("FOLDER/model.onnx")',
         'classes = json.load(open("FOLDER/raydistill.json", encoding="utf-8"))["classes"]',
-        'picture = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")',
+        'picture = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGBA")',
+        'white = Image.new("RGBA", picture.size, "white")',
+        'picture = Image.alpha_composite(white, picture).convert("RGB")',
         f"picture = {square}(picture, ({image['size']}, {image['size']}), Image.Resampling.BICUBIC{colour})",
     ]
     if about["input"] == "pixels":

@@ -6,7 +6,7 @@ Shapes: C classes, N images.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,12 @@ from PIL import Image
 
 from raydistill.config import Generate, Images, RunConfig
 from raydistill.data.decode import pixels
+from raydistill.data.likeness import difference_hash, hash_words
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import read_all_targets, read_samples
 from raydistill.infra.artifacts import backbone_name, exists
 from raydistill.models.teacher import load_head
-from raydistill.stages.making import Key, Made, difference_hash
+from raydistill.stages.making import Key, Made
 from raydistill.stages.showing import FileTeacher, made_images, teacher_settings, whole_features, working_image
 
 
@@ -87,7 +88,7 @@ def _fault(settings: Generate, one: Made, taken_ids: set[str], taken: list[bytes
     if one.id in leaked:
         return "duplicate of a val or test image"
     distance = settings.filter.duplicate_distance
-    if distance is not None and _nearest(one.hash, _bits(taken)) <= distance:
+    if distance is not None and _nearest(one.hash, hash_words(taken)) <= distance:
         return "near duplicate"
     return ""
 
@@ -99,10 +100,6 @@ def _doubt(settings: Generate, name: str, k: int, likely_C: np.ndarray) -> tuple
     if least is not None and likely_C[k] < least:
         return "the teacher is not confident", 0.0
     return "", float(likely_C[k]) if settings.filter.weigh else 1.0
-
-
-def _bits(hashes: Sequence[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 4)
 
 
 def _nearest(one: bytes, others_N4: np.ndarray) -> int:
@@ -124,7 +121,7 @@ class HeldOut:
             for shard in range(len(samples.shards.get(split, ()))):
                 rows = read_samples(samples, split, shard)["image"].to_pylist()
                 hashes += [difference_hash(Image.fromarray(pixels(row))) for row in rows]
-        self._real = _bits(hashes)
+        self._real = hash_words(hashes)
         self._read: set[str] = set()
         self._shown: set[str] = set()
 

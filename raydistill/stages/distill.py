@@ -85,6 +85,11 @@ def _refuse_too_few_images(job: DistillJob) -> None:
     config, workers = job.config, job.config.distill.most_workers
     if job.batch_size // workers >= 2:
         return
+    if job.batch_size < workers:
+        raise DataError(
+            f"{job.batch_size} image(s) take part in training, fewer than the {workers} workers of "
+            "distill.num_workers; lower it, or add images"
+        )
     what = config.student.model
     student = build_student(config.student, len(job.samples.classes))
     if job.head is not None and config.loss.projects_with_batch_norm:

@@ -75,7 +75,7 @@ def export_student(
     settings = config.export
     directory.begin()
     student, classes = read_student(student_path)
-    about = about_student(student_path, settings.preprocessing)
+    about = about_student(student_path, settings.preprocessing, config.images.max_pixels)
     images_NHH3, labels_N = _some_images(samples, "val" if samples.num_rows("val") else "train", _MOST_IMAGES)
     plain_N = network_inputs(images_NHH3, student.preprocessing, from_pixels=False)
     inputs_N = network_inputs(images_NHH3, student.preprocessing, settings.preprocessing)
@@ -139,11 +139,12 @@ def push_to_hub(folder: str, repository: str) -> None:
         ) from None
 
 
-def about_student(path: str, from_pixels: bool) -> dict[str, Any]:
+def about_student(path: str, from_pixels: bool, max_pixels: int) -> dict[str, Any]:
     """What a program has to know to use the exported files: classes, how a picture becomes a working image, and what
     the graphs take: `pixels`, working images (B, H, H, 3) uint8, or `normalised` ones, (B, 3, S, S) float32."""
     about: dict[str, Any] = json.loads(read_bytes(f"{path}/{STUDENT_FILE}"))
-    return about | {"input": "pixels" if from_pixels else "normalised"}
+    image = about["image"] | {"max_pixels": max_pixels}
+    return about | {"image": image, "input": "pixels" if from_pixels else "normalised"}
 
 
 def _write_onnx(shipped: Shipped, example: torch.Tensor, about: dict[str, Any], folder: Path) -> tuple[str, Run]:

@@ -24,6 +24,7 @@ from pyarrow import parquet as pq
 
 from raydistill.config import Generate, RunConfig
 from raydistill.data.decode import encode, pixels
+from raydistill.data.likeness import contrast, difference_hash
 from raydistill.data.prompts import ClassPrompts, class_prompts
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import labels_of, read_samples
@@ -226,17 +227,6 @@ class GeneratorActor:
 
     def _source(self, source: Sequence[Any] | None) -> Image.Image | None:
         return None if source is None else Image.fromarray(pixels(self._shard(source[1])[source[2]]))
-
-
-def contrast(image: Image.Image) -> float:
-    """Standard deviation of the brightness, of 255."""
-    return float(np.asarray(image.convert("L"), np.float32).std())
-
-
-def difference_hash(image: Image.Image) -> bytes:
-    """256 bits: is each pixel of the picture at 17 x 16 brighter than the one right of it (dHash of N. Krawetz)?"""
-    grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.LANCZOS), np.int16)
-    return np.packbits(grey[:, :-1] > grey[:, 1:]).tobytes()
 
 
 def read_made(recipe: Recipe) -> dict[tuple[int, int], Made]:

@@ -22,7 +22,8 @@ from pyarrow import parquet as pq
 
 from raydistill.config import Images, RunConfig
 from raydistill.data.decode import decode, encode
-from raydistill.data.images import Entry, Listing, read_bytes_of
+from raydistill.data.images import EXTENSIONS, Entry, Listing, read_bytes_of
+from raydistill.data.many import read_rows
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
 from raydistill.errors import DataError, StageError
 from raydistill.infra.artifacts import StageDirectory, decoded_directory, exists, write_bytes
@@ -45,7 +46,7 @@ _DECODED = pa.schema(
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
     """What is known of an entry once it is decoded: its id, or the reason why there is none."""
 
     entry: Entry
@@ -62,12 +63,14 @@ def prepare_samples(
     """
     directory.begin()
     files, known = _decode_images(config, listing, plan, progress)
-    _refuse_too_many_bad(config.images, known)
-    kept, refused = _without_duplicates(known)
-    splits = _split(config, listing, kept)
-    labelled = _labelled(config, listing, splits["train"])
+    refuse_too_many_bad(config.images, known)
+    kept, refused = without_duplicates(known)
+    splits = draw_splits(config, listing, kept)
+    labelled = draw_labelled(config, listing, splits["train"])
     splits["train"] = _fewer_unlabelled(config, splits["train"], labelled, progress)
     _check_train(config.images, listing, splits["train"])
+    for line in lacking_classes(listing, splits):
+        progress.line(f"prepare   {line}")
     result = _write(config, listing, directory, splits, labelled, files, len(refused), plan)
     directory.write_json("refused.json", refused)
     directory.finish(dataclasses.asdict(result))
@@ -76,28 +79,29 @@ def prepare_samples(
 
 def _decode_images(
     config: RunConfig, listing: Listing, plan: Plan, progress: Progress
-) -> tuple[list[str], list[_Decoded]]:
+) -> tuple[list[str], list[Decoded]]:
     """The files of decoded images, those that are there already left as they are, and what is known of each entry."""
     directory = decoded_directory(config, listing)
     directory.begin()
-    chunks = [
+    parts = [
         {"file": f"{directory.path}/{number:05d}.parquet", "chunk": json.dumps(chunk)}
-        for number, chunk in enumerate(_chunks(listing.entries))
+        for number, chunk in enumerate(chunks(listing.entries))
     ]
-    decoded = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
+    decoded = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         _DecodeChunk(config.images), batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
     )
     known = []
     with progress.task("prepare", len(listing.entries), "images") as advance:
         for block in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             columns = (block[name].to_pylist() for name in ("index", "sample_id", "reason"))
-            known += [_Decoded(listing.entries[index], i, reason) for index, i, reason in zip(*columns, strict=True)]
+            known += [Decoded(listing.entries[index], i, reason) for index, i, reason in zip(*columns, strict=True)]
             advance(len(block))
     known.sort(key=lambda d: (d.entry.path, d.entry.row or 0))
-    return [chunk["file"] for chunk in chunks], known
+    return [part["file"] for part in parts], known
 
 
-def _chunks(entries: Sequence[Entry]) -> Iterator[list[tuple[int, str, int | None]]]:
+def chunks(entries: Sequence[Entry]) -> Iterator[list[tuple[int, str, int | None]]]:
+    """Index, path and row of entries that are read together: rows of one parquet file, or some files."""
     together = min(max(len(entries) // _FILES, _FEWEST_TOGETHER), _MOST_TOGETHER)
     chunk: list[tuple[int, str, int | None]] = []
     for index, entry in enumerate(entries):
@@ -122,7 +126,7 @@ class _DecodeChunk:
             is_whole = sorted(known["index"].to_pylist()) == [index for index, _, _ in chunk]
             if is_whole and not any(reason.startswith(_UNREADABLE) for reason in known["reason"].to_pylist()):
                 return known
-        rows = [self._row(*item) for item in _read_chunk(chunk)]
+        rows = [self._row(*item) for item in read_chunk(chunk)]
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="none")  # PNGs are compressed
@@ -140,9 +144,12 @@ class _DecodeChunk:
         return {"index": index, "sample_id": identity, "image": image, "reason": reason}
 
 
-def _read_chunk(chunk: list[tuple[int, str, int | None]]) -> Iterator[tuple[int, bytes | None, str]]:
+def read_chunk(chunk: list[tuple[int, str, int | None]]) -> Iterator[tuple[int, bytes | None, str]]:
+    """Index and bytes of each, or None and the reason."""
     if chunk[0][2] is not None:
-        yield from _read_parquet_rows(chunk)
+        index_of = {row: index for index, _, row in chunk if row is not None}
+        for number, data in read_rows(chunk[0][1], index_of, EXTENSIONS):
+            yield index_of[number], data, "" if data is not None else "no image in this row"
         return
     for index, path, row in chunk:
         try:
@@ -151,44 +158,27 @@ def _read_chunk(chunk: list[tuple[int, str, int | None]]) -> Iterator[tuple[int,
             yield index, None, f"{_UNREADABLE}: {error.strerror or error}"
 
 
-def _read_parquet_rows(chunk: list[tuple[int, str, int | None]]) -> Iterator[tuple[int, bytes | None, str]]:
-    """Neighbouring rows of one file: only the row groups that hold them are read."""
-    fs, path = url_to_fs(chunk[0][1])
-    wanted = {row: index for index, _, row in chunk}
-    with fs.open(path, "rb") as handle:
-        file = pq.ParquetFile(handle)
-        first = 0
-        for group in range(file.num_row_groups):
-            length = file.metadata.row_group(group).num_rows
-            inside = [row for row in wanted if row is not None and first <= row < first + length]
-            if inside:
-                column = file.read_row_group(group, columns=["image"])["image"]
-                for row in inside:
-                    value = column[row - first].as_py()
-                    data = value.get("bytes") if isinstance(value, dict) else value
-                    yield wanted[row], data, "" if data is not None else "no image in this row"
-            first += length
-
-
-def _refuse_too_many_bad(images: Images, known: list[_Decoded]) -> None:
+def refuse_too_many_bad(images: Images, known: list[Decoded]) -> None:
+    """Raises DataError."""
     bad = [d for d in known if d.reason]
     if len(bad) > images.max_bad_share * len(known):
-        some = "; ".join(f"{_name(d.entry)}: {d.reason}" for d in bad[:5])
+        some = "; ".join(f"{entry_name(d.entry)}: {d.reason}" for d in bad[:5])
         raise DataError(
             f"{len(bad)} of {len(known)} images cannot be used, above images.max_bad_share={images.max_bad_share}: "
             f"{some}{' …' if len(bad) > 5 else ''}"
         )
 
 
-def _name(entry: Entry) -> str:
+def entry_name(entry: Entry) -> str:
+    """As people find it."""
     return entry.path if entry.row is None else f"{entry.path} row {entry.row}"
 
 
-def _without_duplicates(known: list[_Decoded]) -> tuple[list[_Decoded], list[dict[str, str]]]:
+def without_duplicates(known: list[Decoded]) -> tuple[list[Decoded], list[dict[str, str]]]:
     """One entry for each distinct file. Of copies the test split's stays, then val's, then a labelled one; an image
     under two labels belongs to neither."""
-    refused = [{"path": _name(d.entry), "reason": d.reason} for d in known if d.reason]
-    copies: dict[str, list[_Decoded]] = defaultdict(list)
+    refused = [{"path": entry_name(d.entry), "reason": d.reason} for d in known if d.reason]
+    copies: dict[str, list[Decoded]] = defaultdict(list)
     for d in known:
         if not d.reason:
             copies[d.id].append(d)
@@ -197,19 +187,19 @@ def _without_duplicates(known: list[_Decoded]) -> tuple[list[_Decoded], list[dic
         labels = sorted({d.entry.label for d in group if d.entry.label})
         if len(labels) > 1:
             reason = f"the same file stands under {len(labels)} labels: {', '.join(labels)}"
-            refused += [{"path": _name(d.entry), "reason": reason} for d in group]
+            refused += [{"path": entry_name(d.entry), "reason": reason} for d in group]
             continue
         order = {"test": 0, "val": 1}
         first, *others = sorted(group, key=lambda d: (order.get(d.entry.split or "", 2), d.entry.label is None))
         kept.append(first)
-        refused += [{"path": _name(d.entry), "reason": f"a copy of {_name(first.entry)}"} for d in others]
+        refused += [{"path": entry_name(d.entry), "reason": f"a copy of {entry_name(first.entry)}"} for d in others]
     return kept, refused
 
 
-def _split(config: RunConfig, listing: Listing, kept: list[_Decoded]) -> dict[str, list[_Decoded]]:
+def draw_splits(config: RunConfig, listing: Listing, kept: list[Decoded]) -> dict[str, list[Decoded]]:
     """The splits that the data names; of classes without a named one, seeded shares drawn by content."""
-    splits: dict[str, list[_Decoded]] = {split: [] for split in SPLITS}
-    to_share: dict[str, list[_Decoded]] = defaultdict(list)
+    splits: dict[str, list[Decoded]] = {split: [] for split in SPLITS}
+    to_share: dict[str, list[Decoded]] = defaultdict(list)
     has_val, has_test = listing.has_split("val"), listing.has_split("test")
     for d in kept:
         if d.entry.label and (d.entry.split is None or (d.entry.split == "train" and not has_val)):
@@ -236,7 +226,7 @@ def _share_of(count: int, share: float, spare: int) -> int:
     return min(max(round(count * share), 1), max(count - spare, 0)) if share else 0
 
 
-def _labelled(config: RunConfig, listing: Listing, train: list[_Decoded]) -> set[str]:
+def draw_labelled(config: RunConfig, listing: Listing, train: list[Decoded]) -> set[str]:
     """Ids of train samples that keep their label: all, or `images.num_labelled` of them, each class in proportion."""
     by_class: dict[str, list[str]] = {name: [] for name in listing.classes}
     for d in train:
@@ -261,7 +251,18 @@ def _labelled(config: RunConfig, listing: Listing, train: list[_Decoded]) -> set
     return {i for name, ids in ranked.items() for i in ids[: counts[name]]}
 
 
-def _check_train(images: Images, listing: Listing, train: list[_Decoded]) -> None:
+def lacking_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[str]:
+    """In words: classes that a split has too few images of for what it is for."""
+    counts = {split: Counter(d.entry.label for d in members) for split, members in splits.items()}
+    if alone := [name for name in listing.classes if counts["train"][name] == 1]:
+        yield f"{len(alone)} class(es) have a single train image: {', '.join(alone[:5])}"
+    for split in ("val", "test"):
+        lacking = [name for name in listing.classes if not counts[split][name]]
+        if splits[split] and lacking:
+            yield f"{len(lacking)} class(es) have no {split} image and are not scored on it: {', '.join(lacking[:5])}"
+
+
+def _check_train(images: Images, listing: Listing, train: list[Decoded]) -> None:
     counts = Counter(d.entry.label for d in train)
     if lacking := [name for name in listing.classes if not counts[name]]:
         raise DataError(
@@ -274,7 +275,7 @@ def _write(
     config: RunConfig,
     listing: Listing,
     directory: StageDirectory,
-    splits: dict[str, list[_Decoded]],
+    splits: dict[str, list[Decoded]],
     labelled: set[str],
     files: list[str],
     num_refused: int,
@@ -344,9 +345,7 @@ def _digest(values: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def _fewer_unlabelled(
-    config: RunConfig, train: list[_Decoded], labelled: set[str], progress: Progress
-) -> list[_Decoded]:
+def _fewer_unlabelled(config: RunConfig, train: list[Decoded], labelled: set[str], progress: Progress) -> list[Decoded]:
     """Without the unlabelled samples beyond `images.num_unlabelled`."""
     most = config.images.num_unlabelled
     others = sorted((d.id for d in train if d.id not in labelled), key=lambda i: seeded_rank(config.seed, "pool", i))

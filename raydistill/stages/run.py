@@ -344,7 +344,7 @@ class _Run:
         self._record_report(outcome.report)
 
     def _export(self, samples: SampleSet) -> None:
-        from raydistill.stages.card import model_card
+        from raydistill.stages.card import int8_words, model_card
         from raydistill.stages.export import Exported, export_student, push_to_hub, record_model
 
         config, outcome = self._config, self._outcome
@@ -362,6 +362,8 @@ class _Run:
 
         exported = outcome.exported = Exported(**self._stage(directory, work))
         self._progress.line(f"exported: {', '.join(exported.files)}")
+        if exported.int8 is not None:
+            self._progress.line(f"          {int8_words(exported.int8)}")
         self._progress.line(f"          raydistill predict {exported.path} PICTURES…")
         if "model.onnx" in exported.files and "://" not in exported.path:
             record_model(config, exported, self._tracker)

@@ -27,13 +27,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Seven pictures of other sizes and kinds than the student's, one that is cut, and files that are no pictures."""
+    """Ten pictures of other sizes and kinds than the student's, one that is cut, and files that are no pictures."""
     folder, rng = tmp_path / "pictures", np.random.default_rng(2)
     (folder / "more").mkdir(parents=True)
     for k in range(6):
         picture = painted(k % 3, rng, 30 + 7 * k)
         picture.crop((0, 0, 30, 20 + k)).save(folder / f"{k}.JPG" if k % 2 else folder / "more" / f"{k}.png")
     painted(1, rng, 40).convert("L").convert("RGBA").save(folder / "grey.webp")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    painted(2, rng, 40).crop((0, 0, 40, 30)).save(folder / "turned.jpg", exif=exif)
+    painted(0, rng, 40).convert("CMYK").save(folder / "cmyk.jpg")
+    hidden = painted(1, rng, 40).convert("RGBA")
+    hidden.putalpha(Image.fromarray(np.tile(np.arange(40, dtype=np.uint8) * 6, (40, 1))))
+    hidden.save(folder / "hidden.png")
     whole = (folder / "1.JPG").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "notes.txt").write_text("no picture")
@@ -58,7 +65,7 @@ def test_every_picture_gets_the_checkpoints_answer(exported, pictures, engine, f
     units = find_units([str(pictures)])
     answers = list(predict_locally(result.path, engine, units))
     assert [a.name for a in answers] == [path for path, _, _ in units]
-    assert len(answers) == 8
+    assert len(answers) == 11
     for answer in answers:
         if Path(answer.name).name == "cut.jpg":
             assert answer.probabilities_C is None
@@ -160,9 +167,9 @@ def test_works_in_another_folder_with_the_data_gone(exported, pictures, tmp_path
     predict_command("../moved", ["../pictures"], None, 1, "onnx", None)
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert len(lines) == 8
-    assert sum(any(f"  {name} 0." in line or f"  {name} 1." in line for name in CLASSES) for line in lines) == 7
-    assert "7 of 8 pictures answered" in printed.err
+    assert len(lines) == 11
+    assert sum(any(f"  {name} 0." in line or f"  {name} 1." in line for name in CLASSES) for line in lines) == 10
+    assert "10 of 11 pictures answered" in printed.err
     assert "not read: ../pictures/cut.jpg: " in printed.err
 
 
@@ -186,7 +193,7 @@ def test_what_cannot_be_answered_is_refused_with_the_way_out(exported, pictures,
     with pytest.raises(DataError, match="not one of the pictures could be read"):
         predict_command(result.path, [str(pictures / "cut.jpg")], None, 1, "torch", None)
     pq.write_table(pa.table({"picture": [b""]}), tmp_path / "other.parquet")
-    with pytest.raises(DataError, match="no column `image`"):
+    with pytest.raises(DataError, match="no column image among"):
         predict_command(result.path, [str(tmp_path / "other.parquet")], None, 1, "torch", None)
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="not a parquet file"):
@@ -202,3 +209,22 @@ def test_a_huge_picture_is_not_decoded(exported, tmp_path):
     )
     assert "pixels" in answers[0].error
     assert answers[1].probabilities_C is not None
+
+
+def test_class_names_of_any_kind_come_out_as_they_went_in(exported, pictures, tmp_path):
+    names = ("10", "2", 'café, a "b"')
+    result, checkpoint = exported(formats=["onnx"], classes=names)
+    predict_command(result.path, [str(pictures / "1.JPG")], str(tmp_path / "out.csv"), 0, "onnx", None)
+    (row,) = csv.DictReader((tmp_path / "out.csv").read_text(encoding="utf-8").splitlines())
+    expected = slow_probabilities(checkpoint, (pictures / "1.JPG").read_bytes())
+    found = {row[f"class{end}"]: float(row[f"probability{end}"]) for end in ("", "_2", "_3")}
+    assert found == pytest.approx(dict(zip(names, expected, strict=True)), abs=1e-5)
+
+
+def test_a_folder_that_lacks_what_is_needed_is_refused(exported, pictures):
+    result, _ = exported(formats=["onnx"])
+    about = json.loads(Path(result.path, "raydistill.json").read_text())
+    del about["classes"]
+    Path(result.path, "raydistill.json").write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match="does not say classes; export the student again"):
+        predict_command(result.path, [str(pictures / "1.JPG")], None, 1, "onnx", None)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raydistill import cli
 from raydistill.config import load_config
 from raydistill.errors import ConfigError
 from raydistill.infra.submit import check_address, pack
@@ -58,7 +59,10 @@ def test_the_package_and_the_job_travel_and_nothing_else(job, tmp_path, monkeypa
     found = {name for name, _ in package.files}
     code = {name for name in found if name.startswith("raydistill/")}
     assert "raydistill/__main__.py" in code
-    assert all(name.endswith(".py") for name in code)
+    assert all(name.endswith((".py", ".html")) for name in code)
+    source = Path(cli.__file__).parent
+    wanted = {str(p.relative_to(source.parent)) for p in source.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    assert code == wanted  # whatever the package reads beside its code travels, too
     assert found - code == {"job.yaml", "files/generate.names.yaml", "files/tune.space.yaml"}
     assert not any("hunter2" in file.read_text() for file in (tmp_path / "upload").rglob("*") if file.is_file())
     # What the job reads there is what was meant here.

@@ -110,7 +110,9 @@ def exported(tiny_set: TinySet, tmp_path: Path, progress: Progress, monkeypatch)
     for name in ("_ALONE_SECONDS", "_BATCH_SECONDS"):
         monkeypatch.setattr(speed, name, 0.0)
 
-    def write(model: str = "timm:test_resnet", size: int = SIZE, **settings: object) -> tuple[Exported, str]:
+    def write(
+        model: str = "timm:test_resnet", size: int = SIZE, classes: tuple[str, ...] = CLASSES, **settings: object
+    ) -> tuple[Exported, str]:
         job = tiny_set.job("job", False, student={"model": model, "size": size}, export=settings)
         torch.manual_seed(0)
         student = build_student(job.config.student, len(CLASSES))
@@ -118,7 +120,7 @@ def exported(tiny_set: TinySet, tmp_path: Path, progress: Progress, monkeypatch)
         checkpoint = tmp_path / "student"
         checkpoint.mkdir()
         image = {"size": SIZE, "fit": "crop"}
-        for name, data in write_student(student, job.config.student, CLASSES, image).items():
+        for name, data in write_student(student, job.config.student, classes, image).items():
             (checkpoint / name).write_bytes(data)
         directory = StageDirectory(str(tmp_path / "export"), "export", "{}")
 

@@ -15,11 +15,12 @@ from PIL import Image
 
 from raydistill.config import Generate, Images, load_config
 from raydistill.data.decode import decode, encode
+from raydistill.data.likeness import contrast, difference_hash
 from raydistill.data.sample import SampleSet, encode_shard, sample_id
 from raydistill.data.views import WHOLE_IMAGE, render
 from raydistill.models.teacher import LinearHead, encode_head, load_teacher
 from raydistill.stages.choosing import HeldOut, Judge, choose
-from raydistill.stages.making import Made, contrast, difference_hash, image_seed
+from raydistill.stages.making import Made, image_seed
 from raydistill.stages.showing import working_image
 
 CLASSES = ("cat", "dog")

@@ -1,0 +1,277 @@
+"""check: what is wrong with a data set, and what a run would do about it, before anything is written or trained.
+
+The same functions decide that decide in `prepare`: what they refuse is refused there, what they turn is turned there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Literal
+
+from raydistill.config import Images, RunConfig
+from raydistill.data.decode import NOTES, Facts, decode_with_facts
+from raydistill.data.images import Entry, Listing, list_images
+from raydistill.data.likeness import contrast, difference_hash, near_pairs
+from raydistill.data.sample import sample_id
+from raydistill.errors import DataError
+from raydistill.infra.plan import num_cores
+from raydistill.infra.progress import Progress
+from raydistill.stages.prepare import (
+    Decoded,
+    chunks,
+    draw_labelled,
+    draw_splits,
+    entry_name,
+    read_chunk,
+    refuse_too_many_bad,
+    without_duplicates,
+)
+
+EXAMPLES = 5
+# Bits of 256 that two pictures of the same thing may differ in; brightness below whose spread a picture shows nothing;
+# pixels above which decoding is slow; sides beyond which most of a picture is cut away; images of the largest class for
+# each of the smallest.
+_NEAR, _CONTRAST, _HUGE, _LONG, _IMBALANCE = 4, 3.0, 50e6, 3.0, 10.0
+_FORMS = {
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP",
+    ".dib": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM",
+    ".pnm": "PPM", ".avif": "AVIF", ".jp2": "JPEG2000", ".tga": "TGA", ".ico": "ICO",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of thing that was found. `stop`: a run would refuse the data; `loses`: it would leave images out;
+    `look`: it would go on, and a person had better look; `note`: all is well, but not as it may seem."""
+
+    weight: Literal["stop", "loses", "look", "note"]
+    what: str
+    count: int
+    examples: tuple[str, ...]
+    done: str  # what a run does about it
+    change: str  # how to have it otherwise
+
+
+@dataclass(frozen=True)
+class Checkup:
+    findings: list[Finding]
+    counts: dict[str, dict[str, int]]  # split -> class, or "" for none -> images that a run would use
+
+    @property
+    def is_sound(self) -> bool:
+        return all(finding.weight != "stop" for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at an image told. `facts` and `hash` are of images that decode."""
+
+    decoded: Decoded
+    facts: Facts | None
+    hash: bytes
+    contrast: float
+
+
+def check_images(config: RunConfig, progress: Progress, strict: bool = False) -> Checkup:
+    """Look at every image. `strict`: the first that cannot be used ends the look."""
+    try:
+        listing = list_images(config.images)
+    except DataError as error:
+        return Checkup([Finding("stop", str(error), 1, (), "a run refuses to start", "see there")], {})
+    looks = []
+    with progress.task("check", len(listing.entries), "images") as advance:
+        for look in look_at(listing.entries, config.images):
+            looks.append(look)
+            advance(1)
+            if strict and look.decoded.reason:
+                break
+    return Checkup(*_judge(config, listing, looks, strict))
+
+
+def look_at(entries: Sequence[Entry], images: Images) -> Iterator[Look]:
+    """In the entries' order, as many at once as there are cores; what is held does not grow with their number."""
+    with ThreadPoolExecutor(num_cores()) as pool:
+        for chunk in chunks(entries):
+            files = read_chunk(chunk)
+            while part := list(islice(files, 4 * num_cores())):
+                yield from pool.map(lambda file: _look(entries[file[0]], file[1], file[2], images), part)
+
+
+def _look(entry: Entry, data: bytes | None, reason: str, images: Images) -> Look:
+    if data is None:
+        return Look(Decoded(entry, "", reason), None, b"", 0.0)
+    try:
+        picture, facts = decode_with_facts(data, images.size, images.fit, images.max_pixels)
+    except DataError as error:
+        return Look(Decoded(entry, "", sys.intern(str(error))), None, b"", 0.0)
+    return Look(Decoded(entry, sample_id(data), ""), facts, difference_hash(picture), contrast(picture))
+
+
+def _judge(
+    config: RunConfig, listing: Listing, looks: list[Look], strict: bool
+) -> tuple[list[Finding], dict[str, dict[str, int]]]:
+    images = config.images
+    known = [look.decoded for look in looks]
+    findings = list(_unusable(images, known, strict))
+    if strict and any(d.reason for d in known):
+        return findings, {}
+    kept, _ = without_duplicates(known)
+    findings += _copies(known)
+    splits = draw_splits(config, listing, kept)
+    findings += _of_classes(config, listing, splits)
+    split_of = {d.id: split for split, members in splits.items() for d in members}
+    entries = {d.entry for members in splits.values() for d in members}  # of copies one alone is used
+    used = [look for look in looks if look.decoded.entry in entries]
+    findings += _near_copies(used, split_of)
+    findings += _of_pixels(config, used)
+    findings += [
+        Finding("note", what, count, (), "ignored", "rename or move them, if they are pictures to learn from")
+        for what, count in listing.ignored.items()
+    ]
+    counts = {s: dict(Counter(d.entry.label or "" for d in members)) for s, members in splits.items() if members}
+    order = ("stop", "loses", "look", "note")
+    return sorted(findings, key=lambda f: order.index(f.weight)), counts
+
+
+def _unusable(images: Images, known: list[Decoded], strict: bool) -> Iterator[Finding]:
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for d in known:
+        if d.reason:
+            by_reason[d.reason.partition(":")[0]].append(f"{entry_name(d.entry)}: {d.reason}")
+    for reason, examples in by_reason.items():
+        weight: Literal["stop", "loses"] = "stop" if strict else "loses"
+        done = "the look ended here" if strict else "left out, and listed in refused.json"
+        yield Finding(weight, reason, len(examples), tuple(examples[:EXAMPLES]), done, "mend or remove the files")
+    try:
+        refuse_too_many_bad(images, known)
+    except DataError as error:
+        bad = sum(bool(d.reason) for d in known)
+        yield Finding("stop", str(error).partition(":")[0], bad, (), "a run refuses to start",
+                      "mend them, or raise images.max_bad_share")  # fmt: skip
+
+
+def _copies(known: list[Decoded]) -> Iterator[Finding]:
+    copies: dict[str, list[Entry]] = defaultdict(list)
+    for d in known:
+        if d.id:
+            copies[d.id].append(d.entry)
+    groups = [group for group in copies.values() if len(group) > 1]
+    two_labels = [g for g in groups if len({e.label for e in g if e.label}) > 1]
+    across = [g for g in groups if len({e.split for e in g}) > 1 and g not in two_labels]
+    within = [g for g in groups if g not in two_labels and g not in across]
+    kinds: list[tuple[list[list[Entry]], Literal["loses", "look"], str, str, str]] = [
+        (two_labels, "loses", "one file under several labels", "left out under each of them",
+         "keep it under the label that is right"),
+        (across, "loses", "one file in several splits", "the test split keeps it, then val", "keep it in one split"),
+        (within, "loses", "copies of one file", "one of them stays", "nothing is needed"),
+    ]  # fmt: skip
+    for found, weight, what, done, change in kinds:
+        if found:
+            examples = tuple(" = ".join(map(entry_name, group[:3])) for group in found[:EXAMPLES])
+            yield Finding(weight, what, sum(map(len, found)), examples, done, change)
+
+
+def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding]:
+    """Of pictures that a run would use: equal files are gone by now."""
+    if not used:
+        return
+    rows: dict[bytes, list[Look]] = defaultdict(list)
+    for look in used:
+        rows[look.hash].append(look)
+    hashes = list(rows)
+    pairs = [(group[0], other) for group in rows.values() for other in group[1:]]
+    pairs += [(rows[hashes[a]][0], rows[hashes[b]][0]) for a, b in near_pairs(hashes, _NEAR)]
+    across, within, labels = [], [], []
+    for one, other in pairs:
+        first, second = one.decoded, other.decoded
+        words = f"{entry_name(first.entry)} ~ {entry_name(second.entry)}"
+        if first.entry.label and second.entry.label and first.entry.label != second.entry.label:
+            labels.append(words)
+        elif split_of[first.id] != split_of[second.id]:
+            across.append(words)
+        else:
+            within.append(words)
+    if across:
+        yield Finding("look", "all but the same picture in two splits", len(across), tuple(across[:EXAMPLES]),
+                      "both stay, so val and test flatter the student",
+                      "keep what belongs together in one split, by naming splits in the data")  # fmt: skip
+    if labels:
+        yield Finding("look", "all but the same picture under two labels", len(labels), tuple(labels[:EXAMPLES]),
+                      "both stay", "look which label is right")  # fmt: skip
+    if within:
+        yield Finding("note", "all but the same picture in one split", len(within), tuple(within[:EXAMPLES]),
+                      "both stay", "take one out, if they are no two pictures")  # fmt: skip
+
+
+def _of_classes(config: RunConfig, listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[Finding]:
+    counts = {split: Counter(d.entry.label for d in members) for split, members in splits.items()}
+    train = counts["train"]
+    if lacking := [name for name in listing.classes if not train[name]]:
+        yield Finding("stop", "classes without a usable train image", len(lacking), tuple(lacking[:EXAMPLES]),
+                      "a run refuses to start", "add images, or take the class out of the data")  # fmt: skip
+    if alone := [name for name in listing.classes if train[name] == 1]:
+        yield Finding("look", "classes with a single train image", len(alone), tuple(alone[:EXAMPLES]),
+                      "it is trained on", "add images")  # fmt: skip
+    for split in ("val", "test"):
+        if splits[split] and (lacking := [name for name in listing.classes if not counts[split][name]]):
+            yield Finding("look", f"classes without a {split} image", len(lacking), tuple(lacking[:EXAMPLES]),
+                          f"they are never scored on {split}", f"add some, or raise images.{split}_share")  # fmt: skip
+        if not splits[split]:
+            yield Finding("look", f"no {split} image at all", 1, (), f"nothing is measured on {split}",
+                          f"add some, or raise images.{split}_share")  # fmt: skip
+    most = max(listing.classes, key=train.__getitem__)
+    least = min((name for name in listing.classes if train[name]), key=train.__getitem__, default=most)
+    if train[least] and train[most] / train[least] > _IMBALANCE:
+        yield Finding("look", f"{most!r} has {train[most] / train[least]:.0f} times the train images of {least!r}",
+                      train[least], (), "all are used as they are",
+                      "teacher.class_balanced=true, generate.balance=true, or more images of it")  # fmt: skip
+    try:
+        draw_labelled(config, listing, splits["train"])
+    except DataError as error:
+        yield Finding("stop", str(error), 1, (), "a run refuses to start", "see there")
+
+
+def _of_pixels(config: RunConfig, used: list[Look]) -> Iterator[Finding]:
+    size, fit = config.images.size, config.images.fit
+    by_note: dict[str, list[str]] = defaultdict(list)
+    other_form, blank, small, huge, long = [], [], [], [], []
+    for look in used:
+        facts, name = look.facts, entry_name(look.decoded.entry)
+        assert facts is not None
+        for note in facts.notes:
+            by_note[note].append(name)
+        expected = _FORMS.get(PurePosixPath(look.decoded.entry.path).suffix.lower())
+        if look.decoded.entry.row is None and expected not in (None, facts.form, _MULTI.get(facts.form)):
+            other_form.append(f"{name} is {facts.form}")
+        if look.contrast < _CONTRAST:
+            blank.append(name)
+        short, side = sorted((facts.width, facts.height))
+        if short < size if fit == "crop" else side < size:
+            small.append(f"{name} is {facts.width}x{facts.height}")
+        if facts.width * facts.height > _HUGE:
+            huge.append(f"{name} is {facts.width}x{facts.height}")
+        if side > _LONG * short:
+            long.append(f"{name} is {facts.width}x{facts.height}")
+    shape = "all but the central square is cut away" if fit == "crop" else "most of the square is white"
+    other_fit = "images.fit=pad keeps the whole picture" if fit == "crop" else "cut out what matters beforehand"
+    kinds: list[tuple[list[str], Literal["look", "note"], str, str, str]] = [
+        (blank, "look", "pictures that show next to nothing", "they are used", "look at them, and take them out"),
+        (long, "look", f"more than {_LONG:g} times as long as wide", shape, other_fit),
+        (huge, "note", f"more than {_HUGE / 1e6:.0f} million pixels", "read, slowly", "store them smaller"),
+        (small, "note", f"smaller than images.size={size}", "enlarged", "lower images.size, if most are"),
+        (other_form, "note", "content of another format than the name says", "the content decides", "rename them"),
+        *((by_note[note], "note", note, "as it says", "nothing is needed") for note in NOTES),
+    ]  # fmt: skip
+    for names, weight, what, done, change in kinds:
+        if names:
+            yield Finding(weight, what, len(names), tuple(names[:EXAMPLES]), done, change)
+
+
+# Formats that Pillow names apart and files do not: phones write MPO into .jpg.
+_MULTI = {"MPO": "JPEG", "DIB": "BMP"}
