@@ -81,7 +81,7 @@ def _facts(image: Image.Image) -> Facts:
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     found = (
         orientation in range(2, 9), image.mode == "CMYK", image.mode in ("1", "L", "LA", "La", "I", "I;16", "I;16B"),
-        image.mode.startswith("I"), transparent, getattr(image, "n_frames", 1) > 1,
+        image.mode.startswith("I"), transparent, bool(getattr(image, "is_animated", False)),
     )  # fmt: skip
     notes = tuple(note for note, holds in zip(NOTES, found, strict=True) if holds)
     return Facts(image.format or "", image.width, image.height, notes)

@@ -48,6 +48,7 @@ def test_all_arms_over_all_seeds_and_the_same_again(words, progress, tmp_path) -
     assert {p: p.stat().st_mtime_ns for p in workspace.glob("distill-*/*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.usefixtures("ray_session", "taught")
 def test_the_learning_curve_has_fewer_labels_and_the_same_images(words, progress, tmp_path) -> None:

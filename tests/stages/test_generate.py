@@ -174,6 +174,7 @@ class TestWithRay:
         assert unjudged.generated.kept == generated.kept
         assert {p: p.stat().st_mtime_ns for p in Path(samples.path).parent.glob("generated/*/*.parquet")} == made
 
+    @pytest.mark.slow
     def test_on_a_cluster_the_teacher_sees_images_as_they_come(self, generating, progress, tmp_path) -> None:
         workspace, words = tmp_path / "workspace", [*generating, "images.shard_size=8"]
         apart = run_stages(load_config(words), progress, "teach")

@@ -208,6 +208,7 @@ def test_a_fine_tuned_teacher_is_made_once_and_then_stands_still(words, progress
     assert {Path(p).name for p in changed} <= {"mlflow.db"}
 
 
+@pytest.mark.slow
 def test_fine_tuning_knows_classes_that_differ_in_case_and_workspaces_that_are_urls(
     words, progress, tmp_path, image_folder
 ) -> None:
@@ -261,6 +262,7 @@ def table_job(words: list[str], path: Path, *more: str):
     return load_config([*words, f"images.path={path}", *more])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("taught")
 def test_csv_and_parquet_give_the_samples_of_the_folder(words, progress, image_folder, tmp_path) -> None:
     files = sorted(p for p in image_folder.rglob("*.png") if p.name not in ("cut.png", "copy.png"))
@@ -303,6 +305,7 @@ def test_new_labels_cost_no_teacher_pass(words, progress, tmp_path) -> None:
     assert fewer.adapted.num_train == 30
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("taught")
 def test_a_smaller_pool_keeps_its_labels_and_grows_by_adding(words, progress) -> None:
     def train(*more: str) -> dict[str, int | None]:
@@ -354,6 +357,7 @@ def test_a_loss_that_teaches_no_classifier_is_refused(words, progress, tmp_path)
     assert not list((tmp_path / "workspace").glob("*-*/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("taught")
 def test_a_relative_path_holds_on_a_train_worker(words, progress, tmp_path, teacher_weights, monkeypatch) -> None:
     """Ray Train would run its workers in a folder of its own, where `./weights` names nothing."""
