@@ -261,7 +261,7 @@ def test_elpv_labels_and_paths(caplog):
     assert "CC-BY-NC-SA-4.0" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["elpv", "efficientnet-lite0", "vit-s-saliency"])
+@pytest.mark.parametrize("name", ["elpv", "efficientnet-lite0"])
 def test_missing_package_names_the_extra(monkeypatch, name):
     monkeypatch.setattr(importlib.metadata, "distributions", lambda **_: iter(()))
     fetch = examples.images_path if name in examples.IMAGES else examples.weights_path

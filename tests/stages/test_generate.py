@@ -568,7 +568,7 @@ def measured(*recalls: float | None) -> dict[str, dict[str, object]]:
 
 def test_every_class_is_in_the_file_of_changes_and_the_extremes_are_shown(generating, tmp_path) -> None:
     reports = [
-        Report(str(tmp_path), measured(*recalls), None, None, 1, None, 1.0, None, "CPU")
+        Report(str(tmp_path), measured(*recalls), None, None, None, 1, None, 1.0, None, "CPU")
         for recalls in ((0.5, 0.25, 0.75, None), (0.5, 0.5, 0.25, None))
     ]
     outcome = Outcome(report=reports[0], without_generated=reports[1])
