@@ -103,4 +103,4 @@ def test_mutated_pictures_decode_or_are_refused() -> None:
 
 @pytest.mark.slow
 def test_mutated_pictures_for_longer() -> None:
-    fuzz(240, seed=int(time.time()))
+    assert min(fuzz(240, seed=int(time.time()))) > 50
