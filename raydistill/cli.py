@@ -300,7 +300,7 @@ def check(
 
         names = teachers.split(",") if teachers else []
         wide.print(teachers_table(check_teachers(config, names, progress)), "")
-    stops = sum(finding.weight == "stop" for finding in checkup.findings)
+    stops = sum(finding.severity == "stop" for finding in checkup.findings)
     used = sum(sum(counts.values()) for counts in checkup.counts.values())
     console.print(
         f"{stops} finding(s) would stop a run" if stops else f"a run would be sound: it would use {used:,} images"

@@ -1,6 +1,5 @@
 """The configuration: what a user may type, what comes of it, and one clear line for each thing that is wrong."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from raydistill.config import ClassPrompt, Images, RunConfig, known_keys, load_config, to_yaml
@@ -446,7 +446,13 @@ def test_a_value_out_of_bounds_is_named_in_one_line(key, value):
     ],
 )
 def test_the_bounds_themselves_are_allowed(word):
-    loaded(word)
+    config = loaded(word)
+    key = word.partition("=")[0]
+    typed = OmegaConf.to_container(OmegaConf.create({"it": OmegaConf.select(OmegaConf.from_dotlist([word]), key)}))[
+        "it"
+    ]
+    found = value_of(config, key)
+    assert (list(found) if isinstance(found, tuple) else found) == typed
 
 
 @pytest.mark.parametrize(
@@ -545,8 +551,11 @@ values = st.sampled_from(
 
 @given(st.lists(st.tuples(keys, values | st.text(max_size=5)), max_size=4))
 def test_whatever_is_typed_gives_a_config_or_a_config_error(pairs):
-    with contextlib.suppress(ConfigError):
-        loaded(*(f"{key}={value}" for key, value in pairs))
+    try:
+        config = loaded(*(f"{key}={value}" for key, value in pairs))
+    except ConfigError:
+        return
+    assert RunConfig.model_validate(config.model_dump()) == config
 
 
 def test_a_config_cannot_be_changed():

@@ -78,10 +78,9 @@ def _facts(image: Image.Image) -> Facts:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a broken EXIF block, which turns nothing
         orientation = 1
-    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     found = (
         orientation in range(2, 9), image.mode == "CMYK", image.mode in ("1", "L", "LA", "La", "I", "I;16", "I;16B"),
-        image.mode.startswith("I"), transparent, bool(getattr(image, "is_animated", False)),
+        image.mode.startswith("I"), _is_transparent(image), bool(getattr(image, "is_animated", False)),
     )  # fmt: skip
     notes = tuple(note for note, holds in zip(NOTES, found, strict=True) if holds)
     return Facts(image.format or "", image.width, image.height, notes)
@@ -118,9 +117,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         image = Image.fromarray((values >> 8).astype(np.uint8))
         if hidden is not None:
             image.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if _is_transparent(image):
         return image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
 def _square(image: Image.Image, size: int, fit: Literal["crop", "pad"]) -> Image.Image:

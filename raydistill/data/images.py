@@ -23,34 +23,11 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from raydistill.config import Images
-from raydistill.data.many import SUFFIXES, list_rows
+from raydistill.data.many import EXTENSIONS, SUFFIXES, list_rows
 from raydistill.data.sample import sample_id
 from raydistill.errors import DataError
 from raydistill.examples import images_path
 
-EXTENSIONS = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".avif",
-        ".jp2",
-        ".tga",
-        ".ico",
-    ]
-)
 SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -224,7 +201,7 @@ def _json_rows(table: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _from_many(fs: AbstractFileSystem, path: str, split: str | None) -> Iterator[Entry]:
     """The rows of one file, in the split that it names for them or, where it names none, in the given one."""
-    for row in list_rows(_address(fs, path), EXTENSIONS):
+    for row in list_rows(_address(fs, path)):
         yield Entry(path, row.label, _split(row.split, f"{path}: row {row.number}") or split, row.number)
 
 

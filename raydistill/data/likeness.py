@@ -1,6 +1,6 @@
 """When two pictures show the same, and when one shows nothing.
 
-Shapes: N pictures, B bits.
+Shapes: N hashes, B of their 256 bits.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
-
-HASH_BITS = 256
 
 
 def contrast(image: Image.Image) -> float:

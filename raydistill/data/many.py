@@ -22,6 +22,11 @@ from pyarrow import parquet as pq
 from raydistill.errors import DataError
 
 SUFFIXES = (".parquet", ".arrow", ".tar")
+# Of pictures, in folders and in tar files; what is in them is decided by their content.
+EXTENSIONS = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".avif", ".jp2", ".tga", ".ico",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,25 +38,25 @@ class Row:
     split: str | None
 
 
-def list_rows(path: str, image_suffixes: Collection[str]) -> Iterator[Row]:
+def list_rows(path: str) -> Iterator[Row]:
     """Raises DataError: a damaged file, one without the columns it needs, a label that it has no name for."""
     suffix = PurePosixPath(path).suffix.lower()
     try:
         if suffix == ".tar":
-            yield from _tar_rows(path, image_suffixes)
+            yield from _tar_rows(path)
         else:
             yield from _table_rows(path, suffix)
     except (pa.ArrowException, tarfile.TarError, OSError) as error:
         raise DataError(f"{path}: not a {suffix.lstrip('.')} file, or a damaged one ({error})") from None
 
 
-def read_rows(path: str, numbers: Collection[int], image_suffixes: Collection[str]) -> Iterator[tuple[int, Any]]:
+def read_rows(path: str, numbers: Collection[int]) -> Iterator[tuple[int, Any]]:
     """Number and bytes, None where the row has none, of those rows, in the file's order."""
     suffix = PurePosixPath(path).suffix.lower()
     wanted = sorted(numbers)
     if suffix == ".tar":
         with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            members = islice(enumerate(_members(archive, image_suffixes, path)), wanted[-1] + 1 if wanted else 0)
+            members = islice(enumerate(_members(archive, path)), wanted[-1] + 1 if wanted else 0)
             for number, (member, _) in members:
                 if wanted[bisect_left(wanted, number)] == number:
                     content = archive.extractfile(member)
@@ -68,12 +73,12 @@ def read_rows(path: str, numbers: Collection[int], image_suffixes: Collection[st
         first += length
 
 
-def count_rows(path: str, image_suffixes: Collection[str]) -> int:
+def count_rows(path: str) -> int:
     """How many images a file holds, whether it has labels or not. Raises DataError as `list_rows` does."""
     suffix = PurePosixPath(path).suffix.lower()
     try:
         if suffix == ".tar":
-            return sum(1 for _ in _tar_rows(path, image_suffixes))
+            return sum(1 for _ in _tar_rows(path))
         with _open(path) as file:
             schema = pq.read_schema(file) if suffix == ".parquet" else pa.ipc.open_stream(file).schema
         if "image" not in schema.names:
@@ -136,10 +141,10 @@ def _batches(path: str, suffix: str) -> Iterator[tuple[int, Any]]:
                 yield len(batch), lambda batch=batch: batch.column("image")
 
 
-def _tar_rows(path: str, image_suffixes: Collection[str]) -> Iterator[Row]:
+def _tar_rows(path: str) -> Iterator[Row]:
     """A label is what stands in `KEY.cls` or `KEY.txt`, or under `label` or `class` in `KEY.json`."""
     with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        for number, (_, beside) in enumerate(_members(archive, image_suffixes, path)):
+        for number, (_, beside) in enumerate(_members(archive, path)):
             label = None
             for suffix in (".cls", ".json", ".txt"):
                 if suffix in beside and label is None:
@@ -159,9 +164,7 @@ def _tar_label(data: bytes, suffix: str, where: str) -> str | None:
         raise DataError(f"{where} cannot be read as text{' or JSON' if suffix == '.json' else ''}") from None
 
 
-def _members(
-    archive: tarfile.TarFile, image_suffixes: Collection[str], path: str
-) -> Iterator[tuple[tarfile.TarInfo, dict[str, tarfile.TarInfo]]]:
+def _members(archive: tarfile.TarFile, path: str) -> Iterator[tuple[tarfile.TarInfo, dict[str, tarfile.TarInfo]]]:
     """Each image, and what stands beside it under the same key: the name up to its first dot. Keys are consecutive."""
     key, image, beside = None, None, dict[str, tarfile.TarInfo]()
     for member in archive:
@@ -174,7 +177,7 @@ def _members(
                 yield image, beside
             key, image, beside = (folder, stem), None, {}
         suffix = f".{rest.lower()}"
-        if suffix not in image_suffixes:
+        if suffix not in EXTENSIONS:
             beside[suffix] = member
         elif image is not None:
             raise DataError(f"{path}: {image.name} and {member.name} stand under one key; which is the image?")

@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pyarrow import parquet as pq
+from scipy.special import softmax
 
 from raydistill.data.decode import decode
-from raydistill.data.images import EXTENSIONS, is_hidden
-from raydistill.data.many import SUFFIXES, count_rows, read_rows
+from raydistill.data.images import is_hidden
+from raydistill.data.many import EXTENSIONS, SUFFIXES, count_rows, read_rows
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra.artifacts import write_file
@@ -71,7 +72,8 @@ class Predictor:
     def probabilities(self, images_BHH3: np.ndarray) -> np.ndarray:
         """(B, C) float32 of working images."""
         logits_BC = self._run(network_inputs(images_BHH3, self._preprocessing, self._from_pixels))
-        return torch.from_numpy(logits_BC).softmax(dim=1).numpy()
+        probabilities_BC: np.ndarray = softmax(logits_BC, axis=1)
+        return probabilities_BC
 
     def answer(self, units: Sequence[Unit]) -> Iterator[Answer]:
         """One for each picture, in order; one that cannot be read takes no other along."""
@@ -125,7 +127,7 @@ def find_units(paths: Sequence[str]) -> list[Unit]:
         elif not Path(path).exists():
             raise DataError(f"{path}: there is nothing at this path")
         elif PurePosixPath(path).suffix.lower() in SUFFIXES:
-            num_rows = count_rows(path, EXTENSIONS)
+            num_rows = count_rows(path)
             found += [(path, first, min(_TOGETHER, num_rows - first)) for first in range(0, num_rows, _TOGETHER)]
         else:
             found.append((path, 0, 1))
@@ -270,7 +272,7 @@ def _read(unit: Unit) -> Iterator[tuple[str, bytes | None, str]]:
         except OSError as error:
             yield path, None, f"cannot be read: {error.strerror or error}"
         return
-    for row, data in read_rows(path, range(first, first + count), EXTENSIONS):
+    for row, data in read_rows(path, range(first, first + count)):
         yield f"{path} row {row}", data, "" if data is not None else "no image in this row"
 
 

@@ -202,7 +202,7 @@ def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], cla
             rows.setdefault(synonym, []).append(index)
         for synonym in set(synonyms):
             exact.setdefault(synonym, []).append(index)
-    problems, picked = [], []
+    problems, picked, taken = [], [], dict[int, str]()
     for name in classes:
         found = exact.get(name) or rows.get(_plain(name), [])
         picked += found[:1]
@@ -211,8 +211,9 @@ def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], cla
             problems.append(f"{name!r} (nearest: {', '.join(near)})" if near else repr(name))
         elif len(found) > 1:
             problems.append(f"{name!r} (stands for outputs {found})")
-    if len(set(picked)) < len(picked):
-        problems.append("two classes that stand for one output")
+        elif found[0] in taken:
+            problems.append(f"{name!r} (stands for the same output as {taken[found[0]]!r})")
+        taken.update(dict.fromkeys(found[:1], name))
     if problems:
         spare = [synonyms[0] for index, synonyms in enumerate(names) if index not in picked]
         others = f" (others: {', '.join(map(repr, spare))})" if 0 < len(spare) <= 10 else ""

@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Literal
 
+from PIL import Image
+
 from raydistill.config import Images, RunConfig
 from raydistill.data.decode import NOTES, Facts, decode_with_facts
 from raydistill.data.images import Entry, Listing, list_images
@@ -28,21 +30,20 @@ from raydistill.stages.prepare import (
     draw_labelled,
     draw_splits,
     entry_name,
+    fewer_unlabelled,
+    lacking_classes,
     read_chunk,
     refuse_too_many_bad,
     without_duplicates,
 )
 
 EXAMPLES = 5
+# Formats that Pillow names apart and the names of files do not: phones write MPO into .jpg.
+_ALIKE = {"MPO": "JPEG", "DIB": "BMP", "BMP": "DIB"}
 # Bits of 256 that two pictures of the same thing may differ in; brightness below whose spread a picture shows nothing;
 # pixels above which decoding is slow; sides beyond which most of a picture is cut away; images of the largest class for
 # each of the smallest.
 _NEAR, _CONTRAST, _HUGE, _LONG, _IMBALANCE = 4, 3.0, 50e6, 3.0, 10.0
-_FORMS = {
-    ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP",
-    ".dib": "BMP", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM",
-    ".pnm": "PPM", ".avif": "AVIF", ".jp2": "JPEG2000", ".tga": "TGA", ".ico": "ICO",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Finding:
     """One kind of thing that was found. `stop`: a run would refuse the data; `loses`: it would leave images out;
     `look`: it would go on, and a person had better look; `note`: all is well, but not as it may seem."""
 
-    weight: Literal["stop", "loses", "look", "note"]
+    severity: Literal["stop", "loses", "look", "note"]
     what: str
     count: int
     examples: tuple[str, ...]
@@ -65,7 +66,7 @@ class Checkup:
 
     @property
     def is_sound(self) -> bool:
-        return all(finding.weight != "stop" for finding in self.findings)
+        return all(finding.severity != "stop" for finding in self.findings)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,12 @@ def _judge(
     kept, _ = without_duplicates(known)
     findings += _copies(known)
     splits = draw_splits(config, listing, kept)
-    findings += _of_classes(config, listing, splits)
+    findings += _of_classes(listing, splits)
+    try:
+        labelled = draw_labelled(config, listing, splits["train"])
+        splits["train"] = fewer_unlabelled(config, splits["train"], labelled)
+    except DataError as error:
+        findings.append(Finding("stop", str(error), 1, (), "a run refuses to start", "see there"))
     split_of = {d.id: split for split, members in splits.items() for d in members}
     entries = {d.entry for members in splits.values() for d in members}  # of copies one alone is used
     used = [look for look in looks if look.decoded.entry in entries]
@@ -136,7 +142,7 @@ def _judge(
     ]
     counts = {s: dict(Counter(d.entry.label or "" for d in members)) for s, members in splits.items() if members}
     order = ("stop", "loses", "look", "note")
-    return sorted(findings, key=lambda f: order.index(f.weight)), counts
+    return sorted(findings, key=lambda f: order.index(f.severity)), counts
 
 
 def _unusable(images: Images, known: list[Decoded], strict: bool) -> Iterator[Finding]:
@@ -145,9 +151,9 @@ def _unusable(images: Images, known: list[Decoded], strict: bool) -> Iterator[Fi
         if d.reason:
             by_reason[d.reason.partition(":")[0]].append(f"{entry_name(d.entry)}: {d.reason}")
     for reason, examples in by_reason.items():
-        weight: Literal["stop", "loses"] = "stop" if strict else "loses"
+        severity: Literal["stop", "loses"] = "stop" if strict else "loses"
         done = "the look ended here" if strict else "left out, and listed in refused.json"
-        yield Finding(weight, reason, len(examples), tuple(examples[:EXAMPLES]), done, "mend or remove the files")
+        yield Finding(severity, reason, len(examples), tuple(examples[:EXAMPLES]), done, "mend or remove the files")
     try:
         refuse_too_many_bad(images, known)
     except DataError as error:
@@ -161,20 +167,24 @@ def _copies(known: list[Decoded]) -> Iterator[Finding]:
     for d in known:
         if d.id:
             copies[d.id].append(d.entry)
-    groups = [group for group in copies.values() if len(group) > 1]
-    two_labels = [g for g in groups if len({e.label for e in g if e.label}) > 1]
-    across = [g for g in groups if len({e.split for e in g}) > 1 and g not in two_labels]
-    within = [g for g in groups if g not in two_labels and g not in across]
-    kinds: list[tuple[list[list[Entry]], Literal["loses", "look"], str, str, str]] = [
-        (two_labels, "loses", "one file under several labels", "left out under each of them",
+    two_labels, across, within = list[list[Entry]](), list[list[Entry]](), list[list[Entry]]()
+    for group in copies.values():
+        if len({entry.label for entry in group if entry.label}) > 1:
+            two_labels.append(group)
+        elif len({entry.split for entry in group}) > 1:
+            across.append(group)
+        elif len(group) > 1:
+            within.append(group)
+    kinds: list[tuple[list[list[Entry]], str, str, str]] = [
+        (two_labels, "one file under several labels", "left out under each of them",
          "keep it under the label that is right"),
-        (across, "loses", "one file in several splits", "the test split keeps it, then val", "keep it in one split"),
-        (within, "loses", "copies of one file", "one of them stays", "nothing is needed"),
+        (across, "one file in several splits", "the test split keeps it, then val", "keep it in one split"),
+        (within, "copies of one file", "one of them stays", "nothing is needed"),
     ]  # fmt: skip
-    for found, weight, what, done, change in kinds:
+    for found, what, done, change in kinds:
         if found:
             examples = tuple(" = ".join(map(entry_name, group[:3])) for group in found[:EXAMPLES])
-            yield Finding(weight, what, sum(map(len, found)), examples, done, change)
+            yield Finding("loses", what, sum(map(len, found)), examples, done, change)
 
 
 def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding]:
@@ -209,19 +219,15 @@ def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding
                       "both stay", "take one out, if they are no two pictures")  # fmt: skip
 
 
-def _of_classes(config: RunConfig, listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[Finding]:
-    counts = {split: Counter(d.entry.label for d in members) for split, members in splits.items()}
-    train = counts["train"]
+def _of_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[Finding]:
+    train = Counter(d.entry.label for d in splits["train"])
     if lacking := [name for name in listing.classes if not train[name]]:
         yield Finding("stop", "classes without a usable train image", len(lacking), tuple(lacking[:EXAMPLES]),
                       "a run refuses to start", "add images, or take the class out of the data")  # fmt: skip
-    if alone := [name for name in listing.classes if train[name] == 1]:
-        yield Finding("look", "classes with a single train image", len(alone), tuple(alone[:EXAMPLES]),
-                      "it is trained on", "add images")  # fmt: skip
+    for what, names in lacking_classes(listing, splits).items():
+        yield Finding("look", what, len(names), tuple(names[:EXAMPLES]), "they are taken as they are",
+                      "add images, or name the splits in the data")  # fmt: skip
     for split in ("val", "test"):
-        if splits[split] and (lacking := [name for name in listing.classes if not counts[split][name]]):
-            yield Finding("look", f"classes without a {split} image", len(lacking), tuple(lacking[:EXAMPLES]),
-                          f"they are never scored on {split}", f"add some, or raise images.{split}_share")  # fmt: skip
         if not splits[split]:
             yield Finding("look", f"no {split} image at all", 1, (), f"nothing is measured on {split}",
                           f"add some, or raise images.{split}_share")  # fmt: skip
@@ -231,10 +237,6 @@ def _of_classes(config: RunConfig, listing: Listing, splits: dict[str, list[Deco
         yield Finding("look", f"{most!r} has {train[most] / train[least]:.0f} times the train images of {least!r}",
                       train[least], (), "all are used as they are",
                       "teacher.class_balanced=true, generate.balance=true, or more images of it")  # fmt: skip
-    try:
-        draw_labelled(config, listing, splits["train"])
-    except DataError as error:
-        yield Finding("stop", str(error), 1, (), "a run refuses to start", "see there")
 
 
 def _of_pixels(config: RunConfig, used: list[Look]) -> Iterator[Finding]:
@@ -246,8 +248,8 @@ def _of_pixels(config: RunConfig, used: list[Look]) -> Iterator[Finding]:
         assert facts is not None
         for note in facts.notes:
             by_note[note].append(name)
-        expected = _FORMS.get(PurePosixPath(look.decoded.entry.path).suffix.lower())
-        if look.decoded.entry.row is None and expected not in (None, facts.form, _MULTI.get(facts.form)):
+        expected = Image.registered_extensions().get(PurePosixPath(look.decoded.entry.path).suffix.lower())
+        if look.decoded.entry.row is None and expected not in (None, facts.form, _ALIKE.get(facts.form)):
             other_form.append(f"{name} is {facts.form}")
         if look.contrast < _CONTRAST:
             blank.append(name)
@@ -268,10 +270,6 @@ def _of_pixels(config: RunConfig, used: list[Look]) -> Iterator[Finding]:
         (other_form, "note", "content of another format than the name says", "the content decides", "rename them"),
         *((by_note[note], "note", note, "as it says", "nothing is needed") for note in NOTES),
     ]  # fmt: skip
-    for names, weight, what, done, change in kinds:
+    for names, severity, what, done, change in kinds:
         if names:
-            yield Finding(weight, what, len(names), tuple(names[:EXAMPLES]), done, change)
-
-
-# Formats that Pillow names apart and files do not: phones write MPO into .jpg.
-_MULTI = {"MPO": "JPEG", "DIB": "BMP"}
+            yield Finding(severity, what, len(names), tuple(names[:EXAMPLES]), done, change)

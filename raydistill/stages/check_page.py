@@ -28,7 +28,7 @@ def findings_table(checkup: Checkup) -> Table:
                   pad_edge=False, show_header=True)  # fmt: skip
     for finding in checkup.findings:
         table.add_row(
-            _SIGNS[finding.weight], finding.what, f"{finding.count:,}",
+            _SIGNS[finding.severity], finding.what, f"{finding.count:,}",
             "\n".join(map(_short, finding.examples[:2])), finding.done, finding.change,
         )  # fmt: skip
     if not checkup.findings:

@@ -22,7 +22,7 @@ from pyarrow import parquet as pq
 
 from raydistill.config import Images, RunConfig
 from raydistill.data.decode import decode, encode
-from raydistill.data.images import EXTENSIONS, Entry, Listing, read_bytes_of
+from raydistill.data.images import Entry, Listing, read_bytes_of
 from raydistill.data.many import read_rows
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
 from raydistill.errors import DataError, StageError
@@ -67,10 +67,14 @@ def prepare_samples(
     kept, refused = without_duplicates(known)
     splits = draw_splits(config, listing, kept)
     labelled = draw_labelled(config, listing, splits["train"])
-    splits["train"] = _fewer_unlabelled(config, splits["train"], labelled, progress)
+    num_train = len(splits["train"])
+    splits["train"] = fewer_unlabelled(config, splits["train"], labelled)
+    if fewer := num_train - len(splits["train"]):
+        most = config.images.num_unlabelled
+        progress.line(f"prepare   {fewer} unlabelled images are left out: images.num_unlabelled={most}")
     _check_train(config.images, listing, splits["train"])
-    for line in lacking_classes(listing, splits):
-        progress.line(f"prepare   {line}")
+    for what, names in lacking_classes(listing, splits).items():
+        progress.line(f"prepare   {len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
     result = _write(config, listing, directory, splits, labelled, files, len(refused), plan)
     directory.write_json("refused.json", refused)
     directory.finish(dataclasses.asdict(result))
@@ -148,7 +152,7 @@ def read_chunk(chunk: list[tuple[int, str, int | None]]) -> Iterator[tuple[int, 
     """Index and bytes of each, or None and the reason."""
     if chunk[0][2] is not None:
         index_of = {row: index for index, _, row in chunk if row is not None}
-        for number, data in read_rows(chunk[0][1], index_of, EXTENSIONS):
+        for number, data in read_rows(chunk[0][1], index_of):
             yield index_of[number], data, "" if data is not None else "no image in this row"
         return
     for index, path, row in chunk:
@@ -251,15 +255,14 @@ def draw_labelled(config: RunConfig, listing: Listing, train: list[Decoded]) -> 
     return {i for name, ids in ranked.items() for i in ids[: counts[name]]}
 
 
-def lacking_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[str]:
-    """In words: classes that a split has too few images of for what it is for."""
+def lacking_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> dict[str, list[str]]:
+    """Classes with too few images in a split, by what they lack."""
     counts = {split: Counter(d.entry.label for d in members) for split, members in splits.items()}
-    if alone := [name for name in listing.classes if counts["train"][name] == 1]:
-        yield f"{len(alone)} class(es) have a single train image: {', '.join(alone[:5])}"
+    found = {"classes with a single train image": [c for c in listing.classes if counts["train"][c] == 1]}
     for split in ("val", "test"):
-        lacking = [name for name in listing.classes if not counts[split][name]]
-        if splits[split] and lacking:
-            yield f"{len(lacking)} class(es) have no {split} image and are not scored on it: {', '.join(lacking[:5])}"
+        if splits[split]:
+            found[f"classes without a {split} image"] = [c for c in listing.classes if not counts[split][c]]
+    return {what: names for what, names in found.items() if names}
 
 
 def _check_train(images: Images, listing: Listing, train: list[Decoded]) -> None:
@@ -345,12 +348,9 @@ def _digest(values: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def _fewer_unlabelled(config: RunConfig, train: list[Decoded], labelled: set[str], progress: Progress) -> list[Decoded]:
+def fewer_unlabelled(config: RunConfig, train: list[Decoded], labelled: set[str]) -> list[Decoded]:
     """Without the unlabelled samples beyond `images.num_unlabelled`."""
     most = config.images.num_unlabelled
     others = sorted((d.id for d in train if d.id not in labelled), key=lambda i: seeded_rank(config.seed, "pool", i))
-    if most is None or len(others) <= most:
-        return train
-    progress.line(f"prepare   {len(others) - most} unlabelled images are left out: images.num_unlabelled={most}")
-    left_out = set(others[most:])
+    left_out = set() if most is None else set(others[most:])
     return [d for d in train if d.id not in left_out]

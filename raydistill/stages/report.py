@@ -9,7 +9,6 @@ import base64
 import json
 import platform
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ import jinja2
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet as pq
+from scipy.special import softmax
 
 from raydistill.config import RunConfig, overlay, to_yaml
 from raydistill.data.sample import SampleSet
@@ -114,7 +114,7 @@ def _disagreements(report: Report, samples: SampleSet, split: str) -> list[Disag
     rows = [row for row in table.to_pylist() if row["split"] == split and row["teacher_logits"] is not None]
     if not rows:
         return []
-    student_NC, teacher_NC = (_probabilities([row[f"{who}_logits"] for row in rows]) for who in ("student", "teacher"))
+    student_NC, teacher_NC = (softmax([row[f"{who}_logits"] for row in rows], axis=1) for who in ("student", "teacher"))
     differ_N = np.flatnonzero(student_NC.argmax(1) != teacher_NC.argmax(1))
     surest = differ_N[np.argsort(-(student_NC.max(1) + teacher_NC.max(1))[differ_N], kind="stable")]
     wanted = [int(n) for n in surest[:_MOST_DISAGREEMENTS]]
@@ -128,13 +128,6 @@ def _disagreements(report: Report, samples: SampleSet, split: str) -> list[Disag
         )
         for n in wanted
     ]  # fmt: skip
-
-
-def _probabilities(logits: Sequence[Sequence[float]]) -> np.ndarray:
-    logits_NC = np.asarray(logits, np.float64)
-    shifted_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
-    probabilities_NC: np.ndarray = shifted_NC / shifted_NC.sum(axis=1, keepdims=True)
-    return probabilities_NC
 
 
 def _images(samples: SampleSet, split: str, wanted: set[str]) -> dict[str, str]:

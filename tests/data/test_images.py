@@ -218,7 +218,7 @@ def test_one_class_is_refused(class_folders):
 
 
 def test_nothing_but_unlabelled_images_is_refused(class_folders):
-    refusal(class_folders({"unlabelled": 3}))
+    assert "no labelled class" in refusal(class_folders({"unlabelled": 3}))
 
 
 @pytest.mark.parametrize("counts", [{}, {"a": 0, "b": 0}, {".hidden/a": 2}])

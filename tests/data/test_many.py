@@ -15,7 +15,7 @@ from PIL import Image
 from pyarrow import parquet as pq
 
 from raydistill.config import load_config
-from raydistill.data.images import EXTENSIONS, list_images
+from raydistill.data.images import list_images
 from raydistill.data.many import count_rows, list_rows, read_rows
 from raydistill.errors import DataError
 from raydistill.stages.prepare import chunks, read_chunk
@@ -91,17 +91,17 @@ def test_webdataset_shards_with_their_labels_and_splits(tmp_path):
 
 def test_an_image_without_a_label_beside_it_is_unlabelled(tmp_path):
     files = {"a.jpg": picture(0), "a.cls": b"0", "b.jpg": picture(1), "b.cls": b"1", "c.JPG": picture(2), "d.cls": b"1"}
-    rows = list(list_rows(str(tar(tmp_path / "t.tar", files)), EXTENSIONS))
+    rows = list(list_rows(str(tar(tmp_path / "t.tar", files))))
     assert [(row.number, row.label) for row in rows] == [(0, "0"), (1, "1"), (2, None)]
 
 
 def test_two_images_under_one_key_are_refused(tmp_path):
     path = tar(tmp_path / "t.tar", {"a.jpg": picture(0), "a.png": picture(1), "a.cls": b"0"})
     with pytest.raises(DataError, match=r"a\.jpg and a\.png stand under one key"):
-        list(list_rows(str(path), EXTENSIONS))
+        list(list_rows(str(path)))
     path = tar(tmp_path / "u.tar", {"a.jpg": picture(0), "a.json": b"{"})
     with pytest.raises(DataError, match=r"a\.json cannot be read as text or JSON"):
-        list(list_rows(str(path), EXTENSIONS))
+        list(list_rows(str(path)))
 
 
 def test_a_data_set_saved_to_disk_by_datasets(tmp_path):
@@ -161,9 +161,9 @@ def test_any_rows_are_read_in_the_files_order(tmp_path, kind):
         path = tmp_path / "t.parquet"
         table = pa.table({"image": [picture(k) for k in range(10)], "label": ["a", "b"] * 5})
         pq.write_table(table, path, row_group_size=4)
-    assert count_rows(str(path), EXTENSIONS) == 10
+    assert count_rows(str(path)) == 10
     for rows in ([3], [9, 0], [2, 3, 4, 5], range(10), []):
-        assert list(read_rows(str(path), rows, EXTENSIONS)) == [(k, picture(k)) for k in sorted(rows)]
+        assert list(read_rows(str(path), rows)) == [(k, picture(k)) for k in sorted(rows)]
 
 
 @pytest.mark.parametrize("kind", ["tar", "arrow", "parquet"])
@@ -173,7 +173,7 @@ def test_a_damaged_file_is_named(tmp_path, kind):
     with pytest.raises(DataError, match=rf"t\.{kind}: not a {kind} file, or a damaged one"):
         entries_of(path)
     with pytest.raises(DataError, match=rf"t\.{kind}: not a {kind} file, or a damaged one"):
-        count_rows(str(path), EXTENSIONS)
+        count_rows(str(path))
 
 
 def test_a_folder_of_pictures_stays_one_whatever_lies_beside_them(tmp_path, class_folders):

@@ -271,7 +271,12 @@ def test_a_notice_drains_its_node_and_no_other() -> None:
         environment.pop("RAY_ADDRESS", None)
         root = Path(__file__).parents[2]
         code = f"from {__name__} import drain_the_second_node as run; run()"
-        subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, check=True, timeout=240)
+        ended = subprocess.run(
+            [sys.executable, "-c", f"{code}; print('drained')"], cwd=root, env=environment, stdout=subprocess.PIPE,
+            text=True, timeout=240,
+        )  # fmt: skip
+        assert ended.returncode == 0
+        assert ended.stdout.endswith("drained\n")
 
 
 def drain_the_second_node() -> None:

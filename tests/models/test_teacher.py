@@ -432,7 +432,7 @@ def test_a_classifier_that_is_missing_is_refused_where_it_is_needed(hf):
 def test_a_damaged_folder_is_refused(hf, damage, prefix):
     folder, _ = hf(vit())
     damage(Path(folder))
-    refusal(load_teacher, Teacher(model=prefix + folder))
+    assert folder in refusal(load_teacher, Teacher(model=prefix + folder))
 
 
 def test_code_that_comes_with_a_model_is_not_run(hf, tmp_path):
@@ -451,7 +451,7 @@ def test_models_that_do_not_see_images_alone_are_refused(tmp_path):
     )
     transformers.BertModel(config).save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    refusal(load_teacher, Teacher(model=str(tmp_path)))
+    assert str(tmp_path) in refusal(load_teacher, Teacher(model=str(tmp_path)))
 
 
 def test_a_size_it_cannot_see_is_refused(hf):
@@ -550,7 +550,8 @@ def test_a_name_of_several_outputs_is_refused_with_their_numbers():
 
 
 def test_two_classes_of_one_output_are_refused():
-    refusal(match_native_head, head_of(ANIMALS), ANIMALS, ["white shark", "great white shark"])
+    message = refusal(match_native_head, head_of(ANIMALS), ANIMALS, ["white shark", "great white shark"])
+    assert "'great white shark' (stands for the same output as 'white shark')" in message
 
 
 def test_a_name_that_no_output_has_comes_with_the_nearest():
@@ -561,8 +562,8 @@ def test_a_name_that_no_output_has_comes_with_the_nearest():
 
 
 def test_a_model_without_a_head_or_names_is_refused():
-    refusal(match_native_head, None, [], ["a"])
-    refusal(match_native_head, head_of(ANIMALS), [], ["a"])
+    for head in (None, head_of(ANIMALS)):
+        assert "no head with class names" in refusal(match_native_head, head, [], ["a"])
 
 
 def test_imagenet_classes_are_known_by_synonym_and_synset(timm_weights):

@@ -122,7 +122,7 @@ def test_a_damaged_file_is_a_config_error_or_a_state_dict(state, tmp_path_factor
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 def test_what_is_no_weights_file_is_refused(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
-    refusal(read_state_dict, str(tmp_path / name), "teacher.weights")
+    assert f"teacher.weights={tmp_path / name}" in refusal(read_state_dict, str(tmp_path / name), "teacher.weights")
 
 
 def test_the_classifier_has_as_many_outputs_as_the_file(state, tmp_path):
@@ -227,7 +227,7 @@ def test_kinds_of_teachers(tmp_path):
 @pytest.mark.parametrize("model", ["nowhere", "nowhere/at/all", "zoo:resnet18", "timm:resnet19", "example:nothing", ""])
 def test_teachers_that_do_not_exist_are_refused(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refusal(model_kind, model, "teacher.model")
+    assert model in refusal(model_kind, model, "teacher.model")
 
 
 def test_folders_that_hold_no_model_are_refused(tmp_path):

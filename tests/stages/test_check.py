@@ -91,9 +91,9 @@ def test_bad_files_are_named_and_their_neighbours_kept(check, folder):
         assert things[what].count == 1
         assert name in things[what].examples[0]
     (bomb,) = (f for what, f in things.items() if "pixels" in what and "bomb.png" in f.examples[0])
-    assert bomb.weight == "loses"
+    assert bomb.severity == "loses"
     form = things["content of another format than the name says"]
-    assert (form.count, form.weight) == (1, "note")
+    assert (form.count, form.severity) == (1, "note")
     assert "really_webp.jpg is WEBP" in form.examples[0]
     assert things["copies of one file"].count == 2
     assert things["one file under several labels"].count == 2
@@ -107,7 +107,7 @@ def test_bad_files_are_named_and_their_neighbours_kept(check, folder):
 def test_too_many_bad_files_stop_and_strict_stops_at_the_first(check, folder):
     for k in range(5):
         (folder / "cat" / f"bad{k}.png").write_bytes(b"no")
-    stops = [f for f in check().findings if f.weight == "stop"]
+    stops = [f for f in check().findings if f.severity == "stop"]
     assert [f.count for f in stops] == [5]
     assert "max_bad_share" in stops[0].change
     strict = check("images.max_bad_share=1", strict=True)
@@ -192,7 +192,7 @@ def test_classes_that_are_few_or_missing(check, folder):
     assert things["classes with a single train image"].examples == ("owl",)
     assert things["classes without a val image"].examples == ("owl",)
     (big,) = (f for what, f in things.items() if "times the train images of 'owl'" in what)
-    assert big.weight == "look"
+    assert big.severity == "look"
 
 
 def test_the_command_writes_nothing_else_and_its_exit_code_tells(folder, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from PIL import Image
 from pyarrow import parquet as pq
 from rich.console import Console
 
-from raydistill.config import RunConfig, load_config
+from raydistill.config import RunConfig, load_config, overlay
 from raydistill.data.decode import pixels
 from raydistill.data.targets import read_samples
 from raydistill.errors import ConfigError, StageError
@@ -28,6 +28,7 @@ from raydistill.infra.progress import Progress
 from raydistill.models.formats import network_inputs
 from raydistill.models.student import read_student, split_logits
 from raydistill.stages import export
+from raydistill.stages.baselines import OVERLAYS
 from raydistill.stages.report import write_report
 from raydistill.stages.run import Outcome, run_stages
 from tests.models.conftest import classifier
@@ -193,6 +194,17 @@ def test_the_report_is_one_page_that_needs_nothing_else(finished):
     for words in ("a copy of another image", "model.onnx", "torch ", "per_image: 2"):
         assert words in page
     assert "red/cut.png" in page or "red/copy.png" in page
+
+
+def test_the_report_shows_the_baselines_that_were_run(finished, progress):
+    config, outcome, page = finished
+    assert "was not measured: run the job with" in page.read_text()
+    scratch = run_stages(overlay(config, OVERLAYS["scratch"]), progress)
+    assert scratch.report is not None
+    with_baseline = Path(write_report(config, outcome, "raydistill run job.yaml")).read_text()
+    assert f"scratch: {100 * scratch.report.student['test']['accuracy']:.1f} %" in with_baseline
+    assert "scratch, val" in with_baseline
+    assert "align_uniform" not in with_baseline  # which is the job itself
 
 
 def test_disagreements_are_those_of_the_predictions(finished):
