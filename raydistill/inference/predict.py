@@ -33,7 +33,12 @@ Unit = tuple[str, int, int]  # a file; or, of a file of many images, the first o
 # More pictures than this go through a pool of actors, which takes some ten seconds to start.
 LARGE = 10_000
 _TOGETHER = 64
-_ABOUT = {"model", "library", "classes", "preprocessing", "image", "input"}
+# What an export has to say of itself, section by section.
+_ABOUT = {
+    "": {"model", "library", "classes", "preprocessing", "image", "input"},
+    "image": {"size", "fit", "max_pixels"},
+    "preprocessing": {"size", "mean", "std", "interpolation"},
+}
 OUTPUTS = (".csv", ".json", ".jsonl", ".parquet")
 
 
@@ -99,10 +104,11 @@ def read_about(folder: str) -> dict[str, Any]:
     """What `export` says of its files. Raises ConfigError."""
     try:
         about: dict[str, Any] = json.loads(Path(folder, ABOUT_FILE).read_text(encoding="utf-8"))
-        if lacking := _ABOUT - about.keys():
-            raise ConfigError(
-                f"{folder}/{ABOUT_FILE} does not say {', '.join(sorted(lacking))}; export the student again"
-            )
+        for section, keys in _ABOUT.items():
+            if lacking := keys - (about[section] if section else about).keys():
+                raise ConfigError(
+                    f"{folder}/{ABOUT_FILE} does not say {', '.join(sorted(lacking))}; export the student again"
+                )
     except (OSError, ValueError, AttributeError):
         raise ConfigError(
             f"{folder} is no exported student: it has no {ABOUT_FILE} that can be read; `raydistill export` names the "

@@ -223,8 +223,17 @@ def test_class_names_of_any_kind_come_out_as_they_went_in(exported, pictures, tm
 
 def test_a_folder_that_lacks_what_is_needed_is_refused(exported, pictures):
     result, _ = exported(formats=["onnx"])
-    about = json.loads(Path(result.path, "raydistill.json").read_text())
-    del about["classes"]
-    Path(result.path, "raydistill.json").write_text(json.dumps(about))
-    with pytest.raises(ConfigError, match="does not say classes; export the student again"):
-        predict_command(result.path, [str(pictures / "1.JPG")], None, 1, "onnx", None)
+    file = Path(result.path, "raydistill.json")
+    whole = json.loads(file.read_text())
+    places = [(whole, key) for key in whole] + [(whole[s], key) for s in ("image", "preprocessing") for key in whole[s]]
+    assert len(places) == 6 + 3 + 4
+    for section, key in places:
+        kept = section.pop(key)
+        file.write_text(json.dumps(whole))
+        with pytest.raises(ConfigError, match=f"does not say {key}; export the student again"):
+            predict_command(result.path, [str(pictures / "1.JPG")], None, 1, "onnx", None)
+        section[key] = kept
+    for content in ("[]", '"text"', "{", "{}"):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=r"is no exported student|does not say"):
+            predict_command(result.path, [str(pictures / "1.JPG")], None, 1, "onnx", None)
