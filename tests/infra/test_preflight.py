@@ -21,7 +21,7 @@ import ray
 from ray.cluster_utils import Cluster
 from raydistill.config import load_config
 from raydistill.errors import ConfigError
-from raydistill.infra import cluster as joining, newcomers, preflight
+from raydistill.infra import cluster as joining, newcomers, preemption, preflight
 from tests.processes import wait_for
 
 small = {"object_store_memory": 80_000_000}
@@ -60,13 +60,24 @@ preflight.look_at = lambda config, nodes: [looked.append(found := look_at(config
 records = []
 newcomers.log.addHandler(handler := logging.Handler())
 handler.emit = lambda record: records.append(record.getMessage())
+drain, drains = preemption.drain, []
+
+
+def drain_that_fails_at_first(*arguments):
+    drains.append(arguments)
+    if len(drains) == 1:
+        raise ConnectionError("the head is busy")
+    drain(*arguments)
+
+
+preemption.drain = drain_that_fails_at_first
 with joining.ray_cluster(load_config([*base, "cluster.address=auto"])):
     looked.clear()
     good = cluster.add_node(num_cpus=1, **small)
     wait_for(lambda: looked and looked[-1], 60)  # and nothing is said of it
     preflight._installed = lambda: installed() | {"torch": "0.0.1"}  # so that the next one differs from the driver
     bad = cluster.add_node(num_cpus=1, resources={"bad": 1}, **small)
-    wait_for(lambda: records and not any(n["Alive"] for n in ray.nodes() if n["NodeID"] == bad.node_id), 60)
+    wait_for(lambda: len(drains) > 1 and not any(n["Alive"] for n in ray.nodes() if n["NodeID"] == bad.node_id), 60)
     answers["newcomer"] = records
     answers["good"] = [n["Alive"] for n in ray.nodes() if n["NodeID"] == good.node_id]
 print("ANSWERS" + json.dumps(answers))
@@ -96,9 +107,11 @@ def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
     assert all(found.startswith("torch ") and "(here 0.0.1)" in found for found in differing)
     assert "torch" in answers["refused"]
     assert answers["good"] == [True]
-    (drained,) = answers["newcomer"]
+    drained, failed, again = answers["newcomer"]
     assert "a node that joined is drained, since it is not fit" in drained
     assert "(here 0.0.1)" in drained
+    assert failed == "nodes that join are not looked at for now: the head is busy"
+    assert again == drained, "what failed is tried again"
     assert not list((tmp_path / "w").glob(".*")), "no marker is left"
 
 
