@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from raydistill.infra.stillness import noticed
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -29,7 +31,8 @@ class _Rate(TextColumn):
 
 
 class Progress:
-    """Shows one task at a time. `advance(count)` moves it; `advance(count, note)` adds a word on how it goes.
+    """Shows one task at a time. `advance(count)` moves it; `advance(count, note)` adds a word on how it goes. A task
+    that does not move for long is said to stand still, with what it waits for.
 
     `images_again` and `seconds_again` add up what was begun again because a process or its node was lost.
     """
@@ -50,8 +53,14 @@ class Progress:
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
         show = self._bar if self.console.is_terminal else self._lines
-        with show(name, total, unit, done) as advance:
-            yield advance
+        still = noticed(lambda words: self.line(f"{name:<9} {words}"))
+        with show(name, total, unit, done) as advance, still as move:
+
+            def advance_and_note(count: int, note: str | None = None) -> None:
+                move()
+                advance(count, note)
+
+            yield advance_and_note
 
     @contextlib.contextmanager
     def _bar(self, name: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:

@@ -825,25 +825,23 @@ def test_a_search_that_is_killed_ten_times(words, space_file, tmp_path) -> None:
     def search(folder: str) -> subprocess.Popen:
         return start_search([*words, f"workspace={tmp_path}/{folder}"])
 
-    def epochs() -> set[Path]:
-        return set(tmp_path.glob("broken/distill-*/epochs/*.json"))
+    def epochs(folder: str) -> list[float]:
+        return sorted(path.stat().st_mtime for path in tmp_path.glob(f"{folder}/distill-*/epochs/*.json"))
 
     unbroken = search("unbroken")
     assert unbroken.wait(600) == 0, unbroken.stdout.read()
-    chance, killed = random.Random(0), 0
+    first, *_, end = epochs("unbroken")
+    chance = random.Random(0)
     for _ in range(10):
-        before, process = epochs(), search("broken")
-        while not epochs() - before and process.poll() is None:  # however long it takes to start
-            time.sleep(0.1)
-        time.sleep(chance.uniform(0, 10))
-        if process.poll() is not None:
-            break
-        killed += 1
+        before, process = len(epochs("broken")), search("broken")
+        while len(epochs("broken")) == before:  # however long it takes to start
+            assert process.poll() is None, "ended before it was killed ten times"
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, (end - first) / 10))  # half the work is left after ten
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     last = search("broken")
     assert last.wait(600) == 0, last.stdout.read()
-    assert killed >= 2
     found, expected = (
         json.loads(next(Path(tmp_path, folder).glob("tune-*/search.json")).read_text())
         for folder in ("broken", "unbroken")

@@ -1,0 +1,69 @@
+"""Work that does not move is said to stand still, with what it waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+_SECONDS = 120.0
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@contextlib.contextmanager
+def noticed(say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Gives a function to call whenever something has moved. Where it is not called for two minutes, and each time
+    that this doubles, `say` is given a sentence, from a thread of its own."""
+    over, moved, limit = threading.Event(), time.monotonic(), _SECONDS
+
+    def move() -> None:
+        nonlocal moved, limit
+        moved, limit = time.monotonic(), _SECONDS
+
+    def watch() -> None:
+        nonlocal limit
+        while not over.wait(_SECONDS_BETWEEN_LOOKS):
+            if (still := time.monotonic() - moved) >= limit:
+                limit *= 2
+                say(f"nothing has moved for {still:.0f} s{waiting_words()}")
+
+    thread = threading.Thread(target=watch, name="stillness", daemon=True)
+    thread.start()
+    try:
+        yield move
+    finally:
+        over.set()
+        thread.join()
+
+
+def waiting_words() -> str:
+    """What Ray has been asked for and cannot place, and what is free of that; empty without Ray.
+
+    `; Ray waits to place 2 x {GPU: 1}; free: GPU 0 of 1`.
+    """
+    if "ray" not in sys.modules:  # nothing of it runs in this process
+        return ""
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    if not ray.is_initialized():
+        return ""
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    except Exception as error:  # Ray's own and its connection's; what waits is then not known
+        return f"; Ray does not say what waits ({' '.join(str(error).split())[:100]})"
+    demand = [*status.resource_demands.ray_task_actor_demand, *status.resource_demands.placement_group_demand]
+    asked = [request for one in demand for request in one.bundles_by_count]
+    if not asked:
+        return "; all that Ray was asked to place is running"
+    names = {name for request in asked for name in request.bundle}
+    free = [f"{u.resource_name} {u.total - u.used:g} of {u.total:g}" for u in status.cluster_resource_usage
+            if u.resource_name in names]  # fmt: skip
+    waiting = ", ".join(f"{request.count} x {_bundle_words(request.bundle)}" for request in asked)
+    return f"; Ray waits to place {waiting}; free: {', '.join(free) or 'none of it'}"
+
+
+def _bundle_words(bundle: Mapping[str, float]) -> str:
+    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in sorted(bundle.items())) + "}"
