@@ -8,6 +8,7 @@ Shapes: K views, R rows of a shard, D features, V visits, N rows of the split, H
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -77,6 +79,21 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise CheckpointError(f"{name} is damaged ({error}); delete it and run the command again") from None
 
 
+def read_sample_ids(path: str) -> bytes:
+    """The ids of a file's rows, 16 bytes each, without its features. Raises CheckpointError where it is damaged."""
+    fs, place = url_to_fs(path)
+    try:
+        # The layout of safetensors: the length of its JSON header, the header, the tensors at the header's offsets.
+        start = 8 + int.from_bytes(fs.cat_file(place, 0, 8), "little")
+        begin, end = json.loads(fs.cat_file(place, 8, start))["sample_ids"]["data_offsets"]
+        data = bytes(fs.cat_file(place, start + begin, start + end))
+        if len(data) < end - begin:
+            raise ValueError("it ends too early")
+        return data
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it and run the command again") from None
+
+
 def read_bytes(path: str) -> bytes:
     with fsspec.open(path, "rb") as file:
         return bytes(file.read())
@@ -95,6 +112,13 @@ def read_labels(samples: SampleSet, split: str, shard: int) -> np.ndarray:
     """The labels of a shard, UNLABELLED where there is none, without reading its images."""
     with fsspec.open(f"{samples.path}/{shard_name(split, shard)}.parquet", "rb") as file:
         return labels_of(pq.read_table(file, columns=["label"]))
+
+
+def read_ids(samples: SampleSet, split: str, shard: int) -> list[str]:
+    """The ids of a shard's rows, without reading its images."""
+    with fsspec.open(f"{samples.path}/{shard_name(split, shard)}.parquet", "rb") as file:
+        ids: list[str] = pq.read_table(file, columns=["sample_id"])["sample_id"].to_pylist()
+    return ids
 
 
 def labels_of(table: pa.Table) -> np.ndarray:

@@ -267,6 +267,7 @@ def teach_generated_directory(config: RunConfig, samples: SampleSet) -> StageDir
     identity = {
         "backbone": _backbone(config),
         "generate": generate_directory(config, samples).name,
+        "images": _pixels(config),
         "views": config.views.model_dump(),
         "seed": config.seed,
     }
@@ -296,6 +297,24 @@ def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
             "seed": config.seed,
         },
     )
+
+
+def taught_before(directory: StageDirectory) -> list[str]:
+    """Files of soft targets in other directories of `teach`, by the same teacher in the same views of other images."""
+    own = _apart_from_images(json.loads(directory.identity))
+    root = directory.path.rpartition("/")[0]
+    files: list[str] = []
+    for marker in sorted(directory.fs.glob(f"{root}/teach-*/identity.json")):
+        folder = marker.removesuffix("/identity.json")
+        if folder.endswith(directory.name):
+            continue
+        if _apart_from_images(json.loads(directory.fs.cat_file(marker))) == own:
+            files += sorted(directory.fs.glob(f"{folder}/*.safetensors"))
+    return ["/".join([root, *file.split("/")[-2:]]) for file in files]
+
+
+def _apart_from_images(identity: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if key in ("ids", "generate") else value for key, value in identity.items()}
 
 
 def distill_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:

@@ -1,10 +1,11 @@
 """teach: the teacher's features of every view, in shards that line up with the sample shards.
 
-Shapes: R rows of a shard, K views, H working pixels, P parameters of a view, D features.
+Shapes: R rows of a shard, N of them new to the teacher, K views, H working pixels, P parameters of a view, D features.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,11 +19,12 @@ from safetensors.numpy import load
 
 from raydistill.config import RunConfig, Teacher, Views
 from raydistill.data.decode import pixels
+from raydistill.data.known import KnownRows, find_known, read_known
 from raydistill.data.sample import SampleSet, shard_name
-from raydistill.data.targets import UNLABELLED, encode_targets, read_labels, read_samples
+from raydistill.data.targets import UNLABELLED, encode_targets, read_ids, read_labels, read_samples
 from raydistill.data.views import WHOLE_IMAGE, render, stored_views
 from raydistill.errors import StageError
-from raydistill.infra.artifacts import StageDirectory, exists, write_bytes
+from raydistill.infra.artifacts import StageDirectory, exists, taught_before, write_bytes
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import Restart
@@ -42,11 +44,12 @@ class SoftTargets:
 def stream_soft_targets(
     config: RunConfig, samples: SampleSet, directory: StageDirectory, plan: Plan, progress: Progress
 ) -> SoftTargets:
-    """Run every stored view of the train split through the teacher pool; shards that exist are not made again."""
+    """Run every stored view of the train split through the teacher pool; shards that exist are not made again, nor
+    views of images that a smaller or larger set had too."""
     assert config.views.per_image != "fresh", "fresh views are not stored"
     directory.begin()
-    views = config.views.per_image
-    width = write_features(config, samples, ("train",), views, directory, plan, progress, "teach")
+    views, known = config.views.per_image, find_known(taught_before(directory))
+    width = write_features(config, samples, ("train",), views, directory, plan, progress, "teach", known)
     result = SoftTargets(directory.path, samples.num_rows("train"), views, width)
     directory.finish(asdict(result))
     return result
@@ -61,13 +64,14 @@ def write_features(
     plan: Plan,
     progress: Progress,
     title: str,
+    known: KnownRows | None = None,
 ) -> int:
     """Features of `num_views` random views of every row or, with 0, of the whole image of the labelled rows; a file for
     each sample shard.
 
     One Ray Data row is one shard: a task reads and decodes it, an actor of the pool renders, infers and commits the
-    file by rename. So a lost actor or node costs its open shards, and a later run makes only what is missing.
-    Returns D.
+    file by rename. So a lost actor or node costs its open shards, and a later run makes only what is missing. Views of
+    images that are `known` are copied. Returns D.
     """
     rows = {name: count for name, count in _rows_to_do(samples, splits, labelled_only=num_views == 0).items() if count}
     if not rows:  # no image was generated, since none was wanted
@@ -75,10 +79,14 @@ def write_features(
     missing = [n for n in rows if not directory.fs.exists(f"{directory.path}/{shard_name(*n)}.safetensors")]
     each = max(num_views, 1)
     total, todo = sum(rows.values()) * each, sum(rows[name] for name in missing) * each
+    copied = 0
     with progress.task(title, total, "views", done=total - todo) as advance:
-        for written in _pool(config, samples, missing, num_views, directory.path, plan) if missing else ():
+        for written in _pool(config, samples, missing, num_views, directory.path, plan, known) if missing else ():
             advance(int(written["views"]))
             progress.again(title, int(written["images_again"]), float(written["seconds_again"]))
+            copied += int(written["copied"])
+    if copied:
+        progress.line(f"{title:<9} {copied:,} of these images were known: their views were copied, not seen again")
     first = shard_name(*next(iter(rows)))
     width: int = load(directory.fs.cat_file(f"{directory.path}/{first}.safetensors"))["features"].shape[2]
     return width
@@ -92,11 +100,21 @@ def _rows_to_do(samples: SampleSet, splits: Sequence[str], labelled_only: bool) 
 
 
 def _pool(
-    config: RunConfig, samples: SampleSet, shards: list[tuple[str, int]], num_views: int, path: str, plan: Plan
+    config: RunConfig,
+    samples: SampleSet,
+    shards: list[tuple[str, int]],
+    num_views: int,
+    path: str,
+    plan: Plan,
+    known: KnownRows | None,
 ) -> Iterator[dict[str, Any]]:
     """What each actor call wrote, as the shards are finished."""
     assert config.teacher is not None
-    dataset = ray.data.from_items([{"split": s, "shard": k} for s, k in shards], override_num_blocks=len(shards))
+    units = [
+        {"split": s, "shard": k, "known": json.dumps({} if known is None else known.find(read_ids(samples, s, k)))}
+        for s, k in shards
+    ]
+    dataset = ray.data.from_items(units, override_num_blocks=len(units))
     shards_read = dataset.map_batches(
         _LoadShard(samples, config.views, config.seed, num_views),
         batch_size=1,
@@ -122,7 +140,8 @@ def teacher_pool(plan: Plan, most_useful: int) -> dict[str, Any]:
 
 
 class _LoadShard:
-    """A Ray Data task: one sample shard, read and decoded, with the parameters of its views; one row out."""
+    """A Ray Data task: one sample shard, read and decoded, with the parameters of its views; one row out. Of images
+    that are known it has the features instead."""
 
     def __init__(self, samples: SampleSet, views: Views, seed: int, num_views: int) -> None:
         self._samples, self._views, self._seed, self._num_views = samples, views, seed, num_views
@@ -137,12 +156,17 @@ class _LoadShard:
             parameters_KRP = stored_views(self._views, self._seed, ids)
         else:
             parameters_KRP = np.tile(WHOLE_IMAGE, (1, len(ids), 1))
-        images_RHHC = np.stack([pixels(image) for image in table["image"].to_pylist()])
+        is_known_R, known_KRD = read_known(json.loads(str(batch["known"][0])), len(ids))
+        new_R = np.flatnonzero(~is_known_R)
+        images = [pixels(image) for image in table["image"].take(new_R).to_pylist()]
+        side = self._samples.size
         return {
             "shard": np.array([shard_name(split, shard)]),
             "sample_ids": np.array([" ".join(ids)]),
-            "images": images_RHHC[None],
-            "parameters": parameters_KRP[None],
+            "images": np.reshape(images, (1, len(images), side, side, 3)).astype(np.uint8),
+            "parameters": parameters_KRP[None, :, new_R],
+            "new": new_R[None],
+            "known": known_KRD[None],
         }
 
 
@@ -181,14 +205,23 @@ class ShardTeacher(TeacherActor):
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         name, ids = str(batch["shard"][0]), str(batch["sample_ids"][0]).split()
-        images_RHHC, parameters_KRP = batch["images"][0], batch["parameters"][0]
+        images_NHHC, parameters_KNP, new_N = batch["images"][0], batch["parameters"][0], batch["new"][0]
         file = f"{self._path}/{name}.safetensors"
         missing = not exists(file)
         if missing:
-            features_KRD = np.stack([self.features(images_RHHC, parameters_RP) for parameters_RP in parameters_KRP])
-            refuse_not_finite(features_KRD, ids)
+            features_KRD = np.array(batch["known"][0])
+            if len(new_N):
+                features_KND = np.stack([self.features(images_NHHC, parameters_NP) for parameters_NP in parameters_KNP])
+                refuse_not_finite(features_KND, [ids[row] for row in new_N])
+                if not features_KRD.size:
+                    features_KRD = np.empty((len(features_KND), len(ids), features_KND.shape[2]), np.float16)
+                features_KRD[:, new_N] = features_KND
             write_bytes(file, encode_targets(ids, features_KRD))
-        return {"views": np.array([len(parameters_KRP) * len(ids)]), **self._restart.note(len(ids) * missing)}
+        return {
+            "views": np.array([len(parameters_KNP) * len(ids)]),
+            "copied": np.array([len(ids) - len(new_N)]),
+            **self._restart.note(len(new_N) * missing),
+        }
 
 
 def fresh_views(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from raydistill.config import Student, load_config
@@ -30,12 +32,14 @@ from raydistill.data.views import render, view_parameters
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra.artifacts import read_bill, tuned
 from raydistill.infra.plan import plan_resources
+from raydistill.infra.progress import Progress
 from raydistill.models.student import build_student, read_student, write_student
 from raydistill.models.teacher import load_teacher
 from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.run import run_stages
 from tests.models.conftest import classifier
 from tests.processes import ray_processes, wait_for
+from tests.stages.conftest import painted
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -337,6 +341,44 @@ def test_half_done_teach_makes_only_what_is_missing(words, progress) -> None:
     assert made[0].stat().st_mtime_ns == when
     again = load_file(made[1])
     np.testing.assert_array_equal(again["features"], expected["features"])
+
+
+@pytest.mark.usefixtures("taught")
+def test_a_folder_that_grew_costs_the_teacher_its_new_images(words, tmp_path, image_folder) -> None:
+    """The stored features of the smaller set are changed by hand, so that copies of them are known from new ones."""
+    said = io.StringIO()
+    progress = Progress(Console(file=said, width=200))
+    before = run_stages(load_config(words), progress, until="teach")
+    for file in Path(before.directories["teach"]).glob("*.safetensors"):
+        stored = load_file(file)
+        save_file({**stored, "features": np.full_like(stored["features"], 7)}, file)
+    larger = tmp_path / "larger"
+    shutil.copytree(image_folder, larger)
+    rng = np.random.default_rng(5)
+    for i in range(3):
+        painted(1, rng, 40).save(larger / "unlabelled" / f"new{i}.png")
+    config = load_config([*words, f"images.path={larger}"])
+    after = run_stages(config, progress, until="teach")
+    num_before, num_after = before.samples.num_rows("train"), after.samples.num_rows("train")
+    assert num_after == num_before + 3
+    assert f"teach     {num_before} of these images were known" in said.getvalue()
+    known = {row["sample_id"] for row in rows(before.samples.path, "train")}
+    backbone, _, _ = load_teacher(config.teacher)
+    for number in range(len(after.samples.shards["train"])):
+        table = decode_shard((Path(after.samples.path) / f"train-{number:05d}.parquet").read_bytes())
+        ids = table["sample_id"].to_pylist()
+        stored = read_targets(after.directories["teach"], "train", number, ids)
+        for row, (name, image) in enumerate(zip(ids, table["image"].to_pylist(), strict=True)):
+            for view in range(2):
+                expected = np.full(stored.shape[2], 7.0)
+                if name not in known:
+                    picture = torch.from_numpy(pixels(image).copy())[None]
+                    parameters = torch.from_numpy(view_parameters(config.views, config.seed, [name], [view]))
+                    expected = backbone(render(picture, parameters, backbone.preprocessing)).numpy()[0]
+                np.testing.assert_allclose(stored[view, row].astype(np.float32), expected, atol=2e-3, rtol=2e-3)
+    other = run_stages(load_config([*words, "views.min_scale=0.9"]), progress, until="teach")
+    features = load_file(Path(other.directories["teach"]) / "train-00000.safetensors")["features"]
+    assert not (features == 7).any(), "other views are seen by the teacher"
 
 
 def test_a_teacher_that_sees_nothing_stops_before_it_teaches(words, progress, tmp_path, teacher_weights) -> None:
