@@ -25,7 +25,7 @@ from raydistill.errors import StageError
 from raydistill.infra.artifacts import StageDirectory, exists, write_bytes
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
-from raydistill.infra.restarts import Restart
+from raydistill.infra.restarts import Restart, new_tries, trying
 from raydistill.models.teacher import load_teacher
 
 
@@ -97,15 +97,21 @@ def _pool(
     """What each actor call wrote, as the shards are finished."""
     assert config.teacher is not None
     dataset = ray.data.from_items([{"split": s, "shard": k} for s, k in shards], override_num_blocks=len(shards))
+    tries = new_tries()
     shards_read = dataset.map_batches(
-        _LoadShard(samples, config.views, config.seed, num_views),
+        _LoadShard(samples, config.views, config.seed, num_views, tries),
         batch_size=1,
         batch_format="numpy",
         num_cpus=plan.load_cpus,
     )
     written = shards_read.map_batches(
         ShardTeacher,
-        fn_constructor_kwargs={"teacher": config.teacher, "threads": plan.teacher_threads, "path": path},
+        fn_constructor_kwargs={
+            "teacher": config.teacher,
+            "threads": plan.teacher_threads,
+            "path": path,
+            "tries": tries,
+        },
         batch_size=1,
         batch_format="numpy",
         **teacher_pool(plan, len(shards)),
@@ -124,8 +130,9 @@ def teacher_pool(plan: Plan, most_useful: int) -> dict[str, Any]:
 class _LoadShard:
     """A Ray Data task: one sample shard, read and decoded, with the parameters of its views; one row out."""
 
-    def __init__(self, samples: SampleSet, views: Views, seed: int, num_views: int) -> None:
+    def __init__(self, samples: SampleSet, views: Views, seed: int, num_views: int, tries: Any) -> None:
         self._samples, self._views, self._seed, self._num_views = samples, views, seed, num_views
+        self._tries = tries
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         split, shard = str(batch["split"][0]), int(batch["shard"][0])
@@ -137,7 +144,8 @@ class _LoadShard:
             parameters_KRP = stored_views(self._views, self._seed, ids)
         else:
             parameters_KRP = np.tile(WHOLE_IMAGE, (1, len(ids), 1))
-        images_RHHC = np.stack([pixels(image) for image in table["image"].to_pylist()])
+        with trying(self._tries, f"shard {shard_name(split, shard)} ({len(ids)} images to decode)"):
+            images_RHHC = np.stack([pixels(image) for image in table["image"].to_pylist()])
         return {
             "shard": np.array([shard_name(split, shard)]),
             "sample_ids": np.array([" ".join(ids)]),
@@ -147,15 +155,16 @@ class _LoadShard:
 
 
 class TeacherActor:
-    """Holds the teacher for as long as the pool lives."""
+    """Holds the teacher for as long as the pool lives. `tries` is the pool's, where Ray runs it."""
 
-    def __init__(self, teacher: Teacher, threads: int) -> None:
-        self._restart = Restart()
+    def __init__(self, teacher: Teacher, threads: int, tries: Any = None) -> None:
+        self._restart, self._tries = Restart(), tries
         torch.set_num_threads(threads)
-        self._backbone, _, _ = load_teacher(teacher)
-        self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-        # Pixel by pixel, convolutions took little more than half the time on CPUs.
-        self._backbone.to(self._device, memory_format=torch.channels_last)
+        with trying(tries, self._restart.starts(teacher.model)):
+            self._backbone, _, _ = load_teacher(teacher)
+            self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+            # Pixel by pixel, convolutions took little more than half the time on CPUs.
+            self._backbone.to(self._device, memory_format=torch.channels_last)
         self._batch_size = teacher.batch_size
 
     def features(self, images_RHHC: np.ndarray, parameters_RP: np.ndarray) -> np.ndarray:
@@ -175,8 +184,8 @@ class ShardTeacher(TeacherActor):
     """Makes one target shard a call. A call that Ray repeats, since its actor was lost once the file was written, finds
     the file and is done."""
 
-    def __init__(self, teacher: Teacher, threads: int, path: str) -> None:
-        super().__init__(teacher, threads)
+    def __init__(self, teacher: Teacher, threads: int, path: str, tries: Any = None) -> None:
+        super().__init__(teacher, threads, tries)
         self._path = path
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -185,9 +194,10 @@ class ShardTeacher(TeacherActor):
         file = f"{self._path}/{name}.safetensors"
         missing = not exists(file)
         if missing:
-            features_KRD = np.stack([self.features(images_RHHC, parameters_RP) for parameters_RP in parameters_KRP])
-            refuse_not_finite(features_KRD, ids)
-            write_bytes(file, encode_targets(ids, features_KRD))
+            with trying(self._tries, f"shard {name} ({len(ids)} images, {ids[0]} the first)"):
+                features_KRD = np.stack([self.features(images_RHHC, parameters_RP) for parameters_RP in parameters_KRP])
+                refuse_not_finite(features_KRD, ids)
+                write_bytes(file, encode_targets(ids, features_KRD))
         return {"views": np.array([len(parameters_KRP) * len(ids)]), **self._restart.note(len(ids) * missing)}
 
 
@@ -196,6 +206,7 @@ def fresh_views(
     gather: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
     units: list[dict[str, int]],
     plan: Plan,
+    tries: Any,
 ) -> ray.data.Dataset:
     """The online path: rows of new views with the teacher's features beside them, in the order of `units`, as one long
     execution in which the teacher actors start once. `gather` turns a unit into its rows."""
@@ -204,7 +215,7 @@ def fresh_views(
     )
     return rows.map_batches(
         StreamTeacher,
-        fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads},
+        fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads, "tries": tries},
         # A unit at a time, or the whole stream would become one task: on CPUs Ray fuses this with the step before,
         # whose rows are units, and would gather `batch_size` of them first. With GPUs it wants a number, and does not
         # fuse.
@@ -218,7 +229,8 @@ class StreamTeacher(TeacherActor):
     """Adds the teacher's features to rows on their way to the trainers."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        features_RD = self.features(batch["image"], batch["parameters"])
+        with trying(self._tries, f"{len(batch['image'])} images, {batch['sample_id'][0]} the first"):
+            features_RD = self.features(batch["image"], batch["parameters"])
         refuse_not_finite(features_RD[None], batch["sample_id"].tolist())
         return {**batch, "features": features_RD}
 
