@@ -244,12 +244,17 @@ def _labels(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
 
 
 def check_offers(config: RunConfig | None, path: str) -> list[Finding]:
-    """Against the node types of a cluster.yaml, which may scale from none: what all of them come to, and whether there
-    is one for every label asked for."""
-    from raydistill.infra.cluster_file import check_cluster_file, offered
+    """Against the node types of a cluster.yaml or of KubeRay's file, which may scale from none: what all of them come
+    to, and whether there is one for every label asked for."""
+    from raydistill.infra import cluster_file, kuberay_file
+    from raydistill.infra.node_types import read_documents
 
-    if findings := [Finding(path, line, "mend it before `ray up`") for line in check_cluster_file(path)]:
-        return findings
+    if any("kind" in document for document in read_documents(path)):  # as all have that are for Kubernetes
+        faults, offered, then = kuberay_file.check_kuberay_file(path), kuberay_file.offered, "kubectl apply"
+    else:
+        faults, offered, then = cluster_file.check_cluster_file(path), cluster_file.offered, "ray up"
+    if faults:
+        return [Finding(path, line, f"mend it before `{then}`") for line in faults]
     types = offered(path)
     most = {name: sum(t.max_workers * t.resources.get(name, 0) for t in types) for name in ("CPU", "GPU")}
     grown = ", ".join(f"{name}: {count}" for name, count in most.items() if count)

@@ -149,6 +149,20 @@ def test_a_label_is_looked_for_among_the_node_types_of_a_cluster_file(label: str
     assert ("no node type" in finding.found) is not is_offered
 
 
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kuberays_files_are_looked_at_too(name: str, tmp_path: Path) -> None:
+    path = CLUSTER_FILE.parent / "deploy" / "kuberay" / name
+    config = load_config(["images.path=x", "generate.pipeline=p", "cluster.generator_labels={pool: spot}"])
+    sound, offers = check_offers(config, str(path))
+    assert sound.found.startswith("sound; a job that may use all of it: cluster.grows_to={CPU: ")
+    assert (offers.about, offers.advice) == ("generator nodes", None)
+    broken = tmp_path / name
+    broken.write_text(path.read_text().replace("mode: token", "mode: disabled"))
+    (finding,) = check_offers(config, str(broken))
+    assert finding.found.endswith("authOptions.mode: whoever reaches a port of Ray's can run code; write token")
+    assert finding.advice == "mend it before `kubectl apply`"
+
+
 def test_a_broken_cluster_file_is_named(tmp_path: Path) -> None:
     text = CLUSTER_FILE.read_text().replace("--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0")
     (tmp_path / "cluster.yaml").write_text(text)
