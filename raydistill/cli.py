@@ -270,7 +270,7 @@ def check(
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")] = False,
     out: Annotated[str | None, typer.Option("--out", help="Also write a .html page with pictures, or .json.")] = None,
     cluster: Annotated[bool, typer.Option("--cluster", help="Look at every node of the cluster that runs.")] = False,
-    file: Annotated[str | None, typer.Option("--file", help="Look at a cluster.yaml, before `ray up`.")] = None,
+    file: Annotated[str | None, typer.Option("--file", help="Look at a cluster.yaml, or KubeRay's.")] = None,
 ) -> None:
     """Would a run on these images be sound? Reads every one and writes nothing; exit code 2 where it would not.
 

@@ -150,24 +150,30 @@ def predict_on_ray(folder: str, engine: Engine, units: Sequence[Unit]) -> Iterat
     import ray.data
     from ray.data import ActorPoolStrategy
 
+    from raydistill.infra.restarts import new_tries
+
     parts = [{"units": json.dumps(part)} for part in _chunks(units, _TOGETHER)]
     most = max(1, min(int(ray.cluster_resources().get("CPU", 1)), len(parts)))
     answered = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        _PredictActor, fn_constructor_args=(folder, engine), batch_size=1, batch_format="numpy", num_cpus=1,
-        compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
+        _PredictActor, fn_constructor_args=(folder, engine, new_tries()), batch_size=1, batch_format="numpy",
+        num_cpus=1, compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
     )  # fmt: skip
     for row in answered.iter_rows():
         yield Answer(row["name"], None if row["error"] else np.asarray(row["probabilities"], np.float32), row["error"])
 
 
 class _PredictActor:
-    def __init__(self, folder: str, engine: Engine) -> None:
+    def __init__(self, folder: str, engine: Engine, tries: Any) -> None:
         torch.set_num_threads(1)
+        self._tries = tries
         self._predictor = Predictor(folder, engine, threads=1)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        from raydistill.infra.restarts import trying
+
         units = [tuple(unit) for unit in json.loads(str(batch["units"][0]))]
-        answers = list(self._predictor.answer(units))
+        with trying(self._tries, f"{len(units)} pictures, {units[0][0]} the first"):
+            answers = list(self._predictor.answer(units))
         nothing: list[float] = []
         return pa.table(
             {

@@ -39,6 +39,13 @@ def check_kuberay_file(path: str) -> list[str]:
     return faults
 
 
+def offered(path: str) -> list[NodeType]:
+    """The kinds of nodes of a sound file's clusters, the heads among them."""
+    specs = [document["spec"] for document in read_documents(path) if document.get("kind") in SPECIFICATIONS]
+    described = [spec.get("rayClusterSpec", spec) for spec in specs if "clusterSelector" not in spec]
+    return [kind for spec in described for kind in _node_types(spec)]
+
+
 def _cluster(key: str, spec: dict[str, Any]) -> list[str]:
     from jsonschema import ValidationError  # type: ignore[import-untyped]  # comes with ray
 

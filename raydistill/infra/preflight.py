@@ -1,8 +1,9 @@
-"""What a cluster must be before work starts on it: the same packages on every node, one workspace that all of them see,
-a place for every actor. Each finding is a line with the way out."""
+"""What a cluster must be before work starts on it: the same packages on every node, a workspace, images and models that
+all of them see, a place for every actor. Each finding is a line with the way out."""
 
 from __future__ import annotations
 
+import os
 import platform
 import uuid
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from raydistill.config import RunConfig, overlay
 from raydistill.errors import ConfigError
@@ -19,6 +21,11 @@ from raydistill.infra.plan import live_plan
 
 # Nodes that differ in these give other numbers, or cannot read what the others write.
 PACKAGES = ("raydistill", "ray", "torch", "timm", "transformers", "diffusers", "numpy", "pyarrow")
+# Keys that name places, or models that may lie in one, which every node must see under the same name.
+PLACES = (
+    "images.path", "teacher.model", "teacher.weights", "student.model", "student.weights", "compare.student_weights",
+    "generate.pipeline",
+)  # fmt: skip
 _SECONDS = 120
 
 
@@ -40,18 +47,18 @@ def check_nodes(config: RunConfig) -> list[Finding]:
 
 
 def look_at(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
-    """Look at nodes, as `ray.nodes()` describes them, from each of them itself: versions and workspace."""
+    """Look at nodes, as `ray.nodes()` describes them, from each of them itself: versions, workspace, images, models."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    root, mark = workspace_root(config), uuid.uuid4().hex
+    root, mark, places = workspace_root(config), uuid.uuid4().hex, _places(config)
     marker = f"{root}/.seen-{mark}"
     write_bytes(marker, mark.encode())
     look = ray.remote(num_cpus=0, max_retries=2)(_look)
     asked = {
         node["NodeID"]: look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        ).remote(root, mark, node["NodeID"])
+        ).remote(root, mark, node["NodeID"], places)
         for node in nodes
     }
     findings, seen = [], {}
@@ -71,6 +78,7 @@ def look_at(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
     try:
         findings += _versions(nodes, seen)
         findings += _workspace(config, nodes, seen, {node: fs.exists(f"{folder}/.seen-{mark}-{node}") for node in seen})
+        findings += _unseen(nodes, seen, places)
     finally:
         for path in [f"{folder}/.seen-{mark}", *(f"{folder}/.seen-{mark}-{node}" for node in seen)]:
             if fs.exists(path):
@@ -97,8 +105,38 @@ def refuse_unfit(config: RunConfig) -> None:
         raise ConfigError("\n".join(f"cluster: {f.about}: {f.found}; {f.advice}" for f in bad))
 
 
-def _look(root: str, mark: str, node: str) -> dict[str, Any]:
-    """On a node: its versions, and whether it reads what the driver wrote to the workspace and can write there too."""
+def _places(config: RunConfig) -> dict[str, str]:
+    """What stands under each key that names a place, as the driver sees it: a file or, of a folder, the first thing in
+    it, since nodes may have the folder without what is mounted there. What is not there is a name on a hub."""
+    found = {}
+    for key in PLACES:
+        section, _, name = key.rpartition(".")
+        place = getattr(getattr(config, section), name, None)
+        place = "" if place is None else place.removeprefix("hf:").removeprefix("timm:local-dir:")
+        if not place or place.startswith("example:") or not _sees(place):
+            continue
+        fs, path = url_to_fs(place)
+        # The driver lists the images, and train workers go to its folder; other actors have folders of their own.
+        if isinstance(fs, LocalFileSystem) and not key.startswith(("teacher.", "generate.")):
+            place = path
+        inside = (
+            sorted(os.path.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False)) if fs.isdir(path) else []
+        )
+        found[key] = "/".join([place.rstrip("/"), *inside[:1]])
+    return found
+
+
+def _sees(place: str) -> bool:
+    try:
+        fs, path = url_to_fs(place)
+        return bool(fs.exists(path))
+    except Exception:  # every file system has its own errors
+        return False
+
+
+def _look(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, Any]:
+    """On a node: its versions, whether it reads what the driver wrote to the workspace and can write there too, and the
+    keys of places that it does not see."""
     fs, folder = url_to_fs(root)
     path, error = f"{folder}/.seen-{mark}", ""
     try:
@@ -107,7 +145,8 @@ def _look(root: str, mark: str, node: str) -> dict[str, Any]:
             write_bytes(f"{root}/.seen-{mark}-{node}", b"")
     except Exception as problem:  # every file system has its own errors
         reads, error = False, (str(problem).splitlines() or [type(problem).__name__])[0]
-    return {"versions": _installed(), "reads": reads, "error": error}
+    unseen = [key for key, place in places.items() if not _sees(place)]
+    return {"versions": _installed(), "reads": reads, "error": error, "unseen": unseen}
 
 
 def _installed() -> dict[str, str]:
@@ -161,6 +200,18 @@ def _workspace(
     return findings or [Finding("workspace", f"{len(seen)} node(s) read and write {workspace_root(config)}")]
 
 
+def _unseen(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]], places: dict[str, str]) -> list[Finding]:
+    advice = "give a bucket, or a shared folder by its full name, that all nodes see"
+    findings = []
+    for node in nodes:
+        if keys := seen.get(node["NodeID"], {}).get("unseen"):
+            lacking = ", ".join(f"{places[key]} ({key})" for key in keys)
+            findings.append(Finding(_name(node), f"does not see {lacking}", advice))
+    if places and not findings:
+        findings.append(Finding("images, models", f"{len(seen)} node(s) see {', '.join(places)}"))
+    return findings
+
+
 def _tracking(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
     uri = config.tracking.uri or f"sqlite:///{workspace_root(config)}/mlflow.db"
     if not config.tracking.enabled:
@@ -193,12 +244,17 @@ def _labels(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
 
 
 def check_offers(config: RunConfig | None, path: str) -> list[Finding]:
-    """Against the node types of a cluster.yaml, which may scale from none: what all of them come to, and whether there
-    is one for every label asked for."""
-    from raydistill.infra.cluster_file import check_cluster_file, offered
+    """Against the node types of a cluster.yaml or of KubeRay's file, which may scale from none: what all of them come
+    to, and whether there is one for every label asked for."""
+    from raydistill.infra import cluster_file, kuberay_file
+    from raydistill.infra.node_types import read_documents
 
-    if findings := [Finding(path, line, "mend it before `ray up`") for line in check_cluster_file(path)]:
-        return findings
+    if any("kind" in document for document in read_documents(path)):  # as all have that are for Kubernetes
+        faults, offered, then = kuberay_file.check_kuberay_file(path), kuberay_file.offered, "kubectl apply"
+    else:
+        faults, offered, then = cluster_file.check_cluster_file(path), cluster_file.offered, "ray up"
+    if faults:
+        return [Finding(path, line, f"mend it before `{then}`") for line in faults]
     types = offered(path)
     most = {name: sum(t.max_workers * t.resources.get(name, 0) for t in types) for name in ("CPU", "GPU")}
     grown = ", ".join(f"{name}: {count}" for name, count in most.items() if count)

@@ -1,11 +1,22 @@
-"""What it costs that an actor, or the node under it, was lost: the work that it had open is begun again."""
+"""What it costs that an actor, or the node under it, was lost: the work that it had open is begun again. And an end to
+that, where it is the work that the actor dies of."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raydistill.errors import StageError
+
+# As many as distill.max_failures gives a train worker.
+_MOST_TRIES = 4
 
 
 class Restart:
@@ -16,9 +27,13 @@ class Restart:
     """
 
     def __init__(self) -> None:
-        in_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
-        self._again = in_actor and ray.get_runtime_context().was_current_actor_reconstructed
+        self._actor = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
+        self._again = self._actor is not None and ray.get_runtime_context().was_current_actor_reconstructed
         self._since = time.monotonic()
+
+    def starts(self, model: str) -> str:
+        """The actor's own start, as a piece of work."""
+        return f"{model}, to be loaded by actor {self._actor}"
 
     def note(self, images: int) -> dict[str, np.ndarray]:
         """Of a call that made so many images' work: how many of them were begun before, and the seconds since the
@@ -26,3 +41,47 @@ class Restart:
         again, self._again = self._again, False
         seconds = time.monotonic() - self._since if again else 0.0
         return {"images_again": np.array([images if again else 0]), "seconds_again": np.array([seconds])}
+
+
+class Tries:
+    """What was begun and not brought to an end. Ray Data replaces actors and repeats tasks for ever, and does not say
+    which piece of work a process died of, nor whether its node went with it."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, list[str]] = defaultdict(list)
+
+    def begin(self, work: str, node: str) -> int:
+        """How often the work has been begun, now included. A node that is gone took along whatever it had open, so what
+        was begun there does not count."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        self._begun[work] = [*(node for node in self._begun[work] if node in alive), node]
+        return len(self._begun[work])
+
+    def end(self, work: str) -> None:
+        self._begun.pop(work, None)
+
+
+def new_tries() -> Any:
+    """An actor that holds the Tries of one pool, beside the driver, for as long as that has a use for it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    endless = {"max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(num_cpus=0, **endless)(Tries).options(scheduling_strategy=here).remote()
+
+
+@contextlib.contextmanager
+def trying(tries: Any, work: str) -> Iterator[None]:
+    """For the time of a piece of work of an actor or a task, which may be begun a few times and no more.
+
+    `tries` is None outside Ray. Raises StageError.
+    """
+    if tries is None:
+        yield
+        return
+    times = ray.get(tries.begin.remote(work, ray.get_runtime_context().get_node_id()))
+    if times > _MOST_TRIES:
+        raise StageError(
+            f"{work}: tried {_MOST_TRIES} times, and its process died each time, on nodes that are still there; where "
+            "memory ran out, take a smaller batch size, fewer actors or larger nodes"
+        )
+    yield
+    tries.end.remote(work)

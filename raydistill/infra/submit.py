@@ -26,6 +26,7 @@ import aiohttp
 import raydistill
 from raydistill.config import RunConfig, overlay, to_yaml
 from raydistill.errors import ConfigError, StageError
+from raydistill.infra.preflight import PLACES
 
 COMMANDS = ("run", "prepare", "adapt", "generate", "teach", "distill", "evaluate", "export", "compare", "tune")
 STOPPED = 3  # the exit code of a job that was stopped, beside 0 (done), 1 (the run failed) and 2 (config or data)
@@ -37,11 +38,6 @@ _JOB_FILE = "job.yaml"
 _CODE = (".py", ".html")  # of the package, with the pages that it fills in
 # Keys that name small text files, which travel with the job.
 _SHIPPED = ("images.classes", "generate.names", "tune.space")
-# Keys that name places which every node must see under the same name.
-_PLACES = (
-    "workspace", "images.path", "teacher.model", "teacher.weights", "student.model", "student.weights",
-    "compare.student_weights", "generate.pipeline",
-)  # fmt: skip
 _SECRET = re.compile(r"^[a-z+0-9]+://[^/\s]*:[^/\s@]+@", re.IGNORECASE)
 
 
@@ -110,7 +106,7 @@ def _refuse_secrets(tree: dict[str, Any], prefix: str = "") -> None:
 def _on_the_cluster(config: RunConfig, folder: str) -> RunConfig:
     """The config as the job reads it: small files beside it, local places by their full names, the cluster joined."""
     tree: dict[str, Any] = {"cluster": {"address": config.cluster.address or "auto"}}
-    for key in (*_SHIPPED, *_PLACES):
+    for key in (*_SHIPPED, "workspace", *PLACES):
         section, _, name = key.rpartition(".")
         holder = getattr(config, section) if section else config
         value = None if holder is None else getattr(holder, name)

@@ -6,12 +6,14 @@ import contextlib
 import logging
 import math
 import os
+import platform
 import re
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 _MOST_CHARACTERS = 500
 _SECONDS_BETWEEN_TRIES = 5.0
 _GRACE_SECONDS = 30.0
+# When a process began follows from the clock, which may be put right meanwhile.
+_CLOCK_SECONDS = 60.0
 
 
 def _named(text: str) -> str:
@@ -49,6 +53,8 @@ class Tracker:
         if config.tracking.uri is None and "://" in workspace_root(config):
             logger.warning("no MLflow run: SQLite needs a local workspace; set tracking.uri to a server")
             self._failed = True
+        if not self._failed:
+            self._mention_old_runs()
         self._submit(self._open)
 
     def __enter__(self) -> Tracker:
@@ -83,13 +89,7 @@ class Tracker:
 
     def end_orphans(self) -> None:
         """Children that a killed command left open end as killed; one that is gone on with is opened again."""
-
-        def write() -> None:
-            query = f"tags.`mlflow.parentRunId` = '{self._parent}' and attributes.status = 'RUNNING'"
-            for run in self._client.search_runs([self._experiment], query):
-                self._client.set_terminated(run.info.run_id, "KILLED")
-
-        self._submit(write)
+        self._submit(lambda: self._end_children(self._parent))
 
     def log_job(self, metrics: dict[str, float], artifacts: list[str]) -> None:
         def write() -> None:
@@ -160,9 +160,34 @@ class Tracker:
         name = self._config.name
         found = self._client.get_experiment_by_name(name)
         self._experiment = found.experiment_id if found else self._client.create_experiment(name)
+        self._end_dead()
         self._parent = self._reopen(f"tags.`raydistill.job` = '{self._job}'", {"raydistill.job": self._job}, name)
+        self._client.set_tag(self._parent, "raydistill.process", _process(os.getpid()))
         self._log_params(self._parent, self._config.model_dump(mode="json"))
         self._client.log_text(self._parent, to_yaml(self._config), "config.yaml")
+
+    def _mention_old_runs(self) -> None:
+        """MLflow kept runs in folders before it wanted a database. Today's `mlruns` has files alone, no meta.yaml."""
+        for place in sorted({Path.cwd(), Path(workspace_root(self._config)).parent}):
+            if any(place.glob("mlruns/*/meta.yaml")):
+                logger.warning(
+                    "%s/mlruns has runs that are not in MLflow at %s; to see them: mlflow migrate-filestore --source "
+                    "%s --target sqlite:///old.db, then mlflow ui --backend-store-uri sqlite:///old.db",
+                    place, self.uri, place,
+                )  # fmt: skip
+
+    def _end_children(self, parent: str) -> None:
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
+        for run in self._client.search_runs([self._experiment], query):
+            self._client.set_terminated(run.info.run_id, "KILLED")
+
+    def _end_dead(self) -> None:
+        """Runs whose process is gone from this machine, as after SIGKILL, end as killed; this job's is opened again."""
+        for run in self._client.search_runs([self._experiment], "attributes.status = 'RUNNING'"):
+            process = run.data.tags.get("raydistill.process")
+            if process is not None and _is_gone(process):
+                self._end_children(run.info.run_id)
+                self._client.set_terminated(run.info.run_id, "KILLED")
 
     def _reopen(self, query: str, tags: dict[str, str], name: str, ended: str | None = None) -> str:
         """The run with these tags, made if there is none. A run that a killed driver left open is gone on with; none is
@@ -189,6 +214,30 @@ class Tracker:
                     self._client.log_param(run_id, _named(prefix + key), value)
                 except MlflowException:
                     self._client.set_tag(run_id, _named(f"changed.{prefix}{key}"), value)
+
+
+def _process(pid: int) -> str:
+    """A process as no other is called, on any machine: numbers of processes come again, and containers have their
+    own."""
+    import psutil
+
+    space = "/proc/self/ns/pid"
+    place = os.readlink(space) if os.path.exists(space) else "-"
+    return f"{platform.node()} {place} {pid} {psutil.Process(pid).create_time():.0f}"
+
+
+def _is_gone(process: str) -> bool:
+    """Whether a process of this machine has ended. Of another machine's nothing is known here."""
+    import psutil
+
+    *place, pid, began = process.split(" ")
+    if place != _process(os.getpid()).split(" ")[:-2]:
+        return False
+    try:
+        now = _process(int(pid)).rpartition(" ")[2]
+    except psutil.NoSuchProcess:
+        return True
+    return abs(float(now) - float(began)) > _CLOCK_SECONDS
 
 
 def _save_model(onnx_file: str, example: np.ndarray, about: dict[str, Any], folder: str) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import transformers  # its classes are loaded when they are named, below, so that timm models do not wait for them
+from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError
+from raydistill.models.weights import known_interpolation
 
 
 class Recorder:
@@ -128,7 +130,8 @@ def transformers_preprocessing(folder: str, size: int | None, what: str) -> Prep
     side = size or shape.get("height") or shape.get("shortest_edge")
     if not side:
         raise ConfigError(f"{what} does not state its input size; set {what.partition('.')[0]}.size")
-    bilinear = getattr(processor, "resample", 3) == 2
+    resample = getattr(processor, "resample", None)
+    resample = Image.Resampling.BICUBIC if resample is None else Image.Resampling(resample)
     # Ours are shares of white; theirs are of whatever the rescaling leaves.
     white = 255 * (processor.rescale_factor if processor.do_rescale else 1)
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
@@ -136,5 +139,5 @@ def transformers_preprocessing(folder: str, size: int | None, what: str) -> Prep
         int(side),
         (mean[0] / white, mean[1] / white, mean[2] / white),
         (std[0] / white, std[1] / white, std[2] / white),
-        "bilinear" if bilinear else "bicubic",
+        known_interpolation(resample.name.lower(), what),
     )

@@ -33,7 +33,13 @@ from raydistill.models.from_transformers import (
     new_classifier,
     transformers_preprocessing,
 )
-from raydistill.models.weights import STUDENT_FILE, load_timm_weights, model_kind, resolve_hf_folder
+from raydistill.models.weights import (
+    STUDENT_FILE,
+    known_interpolation,
+    load_timm_weights,
+    model_kind,
+    resolve_hf_folder,
+)
 
 
 class TimmClassifier(nn.Module):
@@ -191,7 +197,7 @@ def _build_timm(config: StudentConfig, name: str, num_classes: int) -> Student:
         config.size or int(data["input_size"][1]),
         tuple(data["mean"]),
         tuple(data["std"]),
-        "bilinear" if data["interpolation"] == "bilinear" else "bicubic",
+        known_interpolation(data["interpolation"], f"student.model={config.model}"),
     )
     if not isinstance(network.get_classifier(), nn.Linear):
         raise ConfigError(

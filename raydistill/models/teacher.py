@@ -32,7 +32,7 @@ from raydistill.models.from_transformers import (
     transformers_preprocessing,
 )
 from raydistill.models.student import Student, read_student
-from raydistill.models.weights import load_timm_weights, model_kind, resolve_hf_folder
+from raydistill.models.weights import known_interpolation, load_timm_weights, model_kind, resolve_hf_folder
 
 HEAD_FILE = "head.safetensors"
 
@@ -235,7 +235,7 @@ def _load_timm(config: TeacherConfig, name: str) -> tuple[TeacherBackbone, Linea
         config.size or data["input_size"][1],
         tuple(data["mean"]),
         tuple(data["std"]),
-        "bilinear" if data["interpolation"] == "bilinear" else "bicubic",
+        known_interpolation(data["interpolation"], f"teacher.model={config.model}"),
     )
     classifier = network.get_classifier()
     head = _linear_head(classifier)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from torch import nn
 from raydistill.errors import ConfigError
 from raydistill.examples import weights_path
 
+log = logging.getLogger(__name__)
 # Says what a folder of `distill` holds: the model's name, its classes, and how it wants its images.
 STUDENT_FILE = "student.json"
 
@@ -107,6 +110,16 @@ def load_timm_weights(
         state |= {key: value for key, value in fresh.items() if key.startswith(f"{classifier}.")}
     _load_strictly(network, state, f"{section}.weights={weights}", name)
     return network
+
+
+@cache
+def known_interpolation(name: str, what: str) -> Literal["bilinear", "bicubic"]:
+    """How a network's pictures are resized: as it was trained, or else as most are, which is said, once."""
+    if name == "bilinear":
+        return "bilinear"
+    if name != "bicubic":
+        log.warning("%s was trained on pictures resized by %s; here it sees them resized by bicubic", what, name)
+    return "bicubic"
 
 
 def read_state_dict(weights: str, key: str) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from raydistill.data.targets import UNLABELLED, Batch, InMemory, Part, Streamed,
 from raydistill.infra.artifacts import write_bytes
 from raydistill.infra.checkpoints import latest_step
 from raydistill.infra.plan import Plan
+from raydistill.infra.restarts import new_tries, trying
 from raydistill.infra.workers import Worker
 from raydistill.models.teacher import load_head
 from raydistill.stages.teach import fresh_views
@@ -168,19 +169,21 @@ class FreshStream:
             for first in range(latest_step(job.path), job.total_steps, _STEPS_IN_UNIT)
         ]
         # Nothing is left to stream where a run was killed after its last step; a plan needs a row all the same.
-        return fresh_views(job.config.teacher, _GatherUnit(job), units or [{"first": 0, "steps": 1}], self._plan)
+        units, tries = units or [{"first": 0, "steps": 1}], new_tries()
+        return fresh_views(job.config.teacher, _GatherUnit(job, tries), units, self._plan, tries)
 
 
 class _GatherUnit:
     """A Ray Data task: the images and views of some steps' global batches."""
 
-    def __init__(self, job: DistillJob) -> None:
-        self._job, self._labels = job, job.train_split.labels()
+    def __init__(self, job: DistillJob, tries: Any) -> None:
+        self._job, self._labels, self._tries = job, job.train_split.labels(), tries
 
     def __call__(self, unit: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         source, order = Streamed(self._job.train_split, 1), self._job.order(self._labels, int(unit["first"][0]))
         visits = Visits.concat(list(itertools.islice(order, int(unit["steps"][0]))))
-        batch = source.gather(visits)
+        with trying(self._tries, f"{len(visits)} images of the steps from {int(unit['first'][0])} on, to be read"):
+            batch = source.gather(visits)
         weights = {} if batch.weights_V is None else {"weight": batch.weights_V}
         return weights | {
             "image": batch.images_VHHC,

@@ -152,7 +152,7 @@ class Judge:
         for file in sorted(files - self._read):
             place = whole_features(file, self._name)
             if not exists(place):
-                teacher = teacher or FileTeacher(**teacher_settings(self._config, with_views=False))
+                teacher = teacher or FileTeacher(**teacher_settings(self._config, None, with_views=False))
                 teacher({"file": np.array([file])})
             ids, features_1ND = read_all_targets(place)
             logits_NC = torch.from_numpy(self._head.logits(features_1ND[0].astype(np.float32)))

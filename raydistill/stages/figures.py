@@ -25,7 +25,7 @@ def curves_figure(epochs: list[dict[str, float]]) -> bytes:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     at = [e["epoch"] for e in epochs]
-    plain = {"epoch", "step", "images_per_second", "learning_rate", "val_accuracy", "loss"}
+    plain = {"epoch", "step", "images", "images_per_second", "learning_rate", "val_accuracy", "loss"}
     terms = sorted({name for e in epochs for name in e} - plain)
     for colour, name in zip(itertools.cycle((STUDENT, *OTHERS)), ["loss", *terms], strict=False):
         left.plot(at, [e.get(name, np.nan) for e in epochs], label=name, color=colour)

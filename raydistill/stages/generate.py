@@ -37,6 +37,7 @@ from raydistill.errors import ConfigError, StageError
 from raydistill.infra.artifacts import StageDirectory, prepare_directory, workspace_root
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
+from raydistill.infra.restarts import new_tries
 from raydistill.models.pipelines import PipelineFacts, check_steps, class_numbers, inspect_pipeline, new_scheduler
 from raydistill.stages.choosing import Chosen, HeldOut, Judge, choose
 from raydistill.stages.figures import contact_sheet
@@ -239,7 +240,7 @@ def _run_units(
     begin = min(fewest, most) if plan.generator_gpus else most
     made = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         GeneratorActor,
-        fn_constructor_kwargs={"settings": settings, "facts": facts, "samples": samples},
+        fn_constructor_kwargs={"settings": settings, "facts": facts, "samples": samples, "tries": new_tries()},
         batch_size=1,
         batch_format="numpy",
         compute=ActorPoolStrategy(min_size=min(fewest, most), max_size=most, initial_size=begin),

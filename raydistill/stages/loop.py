@@ -123,6 +123,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             if ema is not None:
                 ema.update(trainee.student)
             step += 1
+            reporter.saw(len(labels))
             for name, value in {"loss": loss, **terms}.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
             ended, preempted = step % job.steps_per_epoch == 0, worker.preempted(step)
@@ -241,7 +242,7 @@ class _Reporter:
 
     def __init__(self, job: DistillJob, worker: Worker, first_step: int) -> None:
         self._job, self._worker, self._first_step = job, worker, first_step
-        self._skipped = 0
+        self._skipped = self._images = 0
         self._epoch_started = self._written = self._saved = time.monotonic()
         if worker.rank == 0:
             # Those that a process, lost since, had taken after the checkpoint from which this one goes on.
@@ -266,19 +267,27 @@ class _Reporter:
             f"use distill.precision=fp32. The last good checkpoint stays in {self._job.path}/checkpoints"
         )
 
+    def saw(self, images: int) -> None:
+        """So many images in a step of this worker."""
+        self._images += images
+
     def end_epoch(
         self, step: int, sums: dict[str, float], student: nn.Module, optimizer: torch.optim.Optimizer
     ) -> dict[str, float]:
-        """The epoch's record: the mean of each term over all workers, and the val accuracy where it is due."""
+        """The epoch's record: the images that all workers saw, the mean of each term over them, and the val accuracy
+        where it is due."""
         job, worker = self._job, self._worker
         steps, epoch = job.steps_per_epoch, step // job.steps_per_epoch
         values = torch.tensor([sums[name] for name in sorted(sums)], device=worker.device)
+        images = torch.tensor(self._images, device=worker.device)
         if worker.size > 1:
             torch.distributed.all_reduce(values)
+            torch.distributed.all_reduce(images)
             values /= worker.size
         seconds = time.monotonic() - self._epoch_started
         timed = min(steps, step - self._first_step)  # an epoch that was gone on with is timed from there
         record = {"epoch": float(epoch), "step": float(step), "images_per_second": job.batch_size * timed / seconds}
+        record["images"] = float(images) + job.batch_size * (steps - timed)  # the others were seen before
         record |= {name: float(value) / steps for name, value in zip(sorted(sums), values, strict=True)}
         record["learning_rate"] = optimizer.param_groups[0]["lr"]
         due = epoch % job.config.distill.val_every == 0 or step == job.total_steps
@@ -289,7 +298,7 @@ class _Reporter:
         if worker.rank == 0:
             write_bytes(f"{job.path}/epochs/{epoch:05d}.json", json.dumps(record).encode())
             write_progress(job.path, step, self._lost_steps)
-        self._epoch_started = time.monotonic()  # measuring val is not training
+        self._images, self._epoch_started = 0, time.monotonic()  # measuring val is not training
         return record
 
     def checkpoint_due(self, step: int) -> bool:

@@ -30,7 +30,7 @@ from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import labels_of, read_samples
 from raydistill.errors import StageError
 from raydistill.infra.artifacts import StageDirectory, class_directory, exists, write_bytes
-from raydistill.infra.restarts import Restart
+from raydistill.infra.restarts import Restart, trying
 from raydistill.models.generator import Generator, Request
 from raydistill.models.pipelines import PipelineFacts, class_numbers
 
@@ -176,20 +176,22 @@ class GeneratorActor:
     """Holds the pipeline, and makes one file a call. A call that Ray repeats, since its actor was lost once the file
     was written, finds the file and is done."""
 
-    def __init__(self, settings: Generate, facts: PipelineFacts, samples: SampleSet) -> None:
-        self._restart = Restart()
+    def __init__(self, settings: Generate, facts: PipelineFacts, samples: SampleSet, tries: Any = None) -> None:
+        self._restart, self._tries = Restart(), tries
         on_gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
         if not on_gpu:
             torch.set_num_threads(1)  # sums come out differently in several threads
         self._least_contrast = settings.filter.contrast
-        self._generator = Generator(settings, facts, torch.device("cuda" if on_gpu else "cpu"))
+        with trying(tries, self._restart.starts(settings.pipeline)):
+            self._generator = Generator(settings, facts, torch.device("cuda" if on_gpu else "cpu"))
         self._shard = lru_cache(maxsize=16)(lambda shard: read_samples(samples, "train", shard)["image"].to_pylist())
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         unit = json.loads(str(batch["unit"][0]))
         images, missing = len(unit["requests"]), not exists(unit["file"])
         if missing:
-            self._write(unit)
+            with trying(self._tries, f"{unit['file']} ({images} images to generate)"):
+                self._write(unit)
         return {
             "file": np.array([unit["file"]]),
             "images": np.array([images]),

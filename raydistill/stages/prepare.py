@@ -29,6 +29,7 @@ from raydistill.errors import DataError, StageError
 from raydistill.infra.artifacts import StageDirectory, decoded_directory, exists, write_bytes
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
+from raydistill.infra.restarts import new_tries, trying
 
 # Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
@@ -92,7 +93,7 @@ def _decode_images(
         for number, chunk in enumerate(chunks(listing.entries))
     ]
     decoded = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        _DecodeChunk(config.images), batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
+        _DecodeChunk(config.images, new_tries()), batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
     )
     known = []
     with progress.task("prepare", len(listing.entries), "images") as advance:
@@ -120,8 +121,8 @@ class _DecodeChunk:
     """One Ray Data task: some files in, a row for each out, so that a bad one takes nothing along. Their images go into
     one file, which a later run finds; unless one could not be read, which may be over by then."""
 
-    def __init__(self, images: Images) -> None:
-        self._images = images
+    def __init__(self, images: Images, tries: Any) -> None:
+        self._images, self._tries = images, tries
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         file, chunk = str(batch["file"][0]), json.loads(str(batch["chunk"][0]))
@@ -130,7 +131,8 @@ class _DecodeChunk:
             is_whole = sorted(known["index"].to_pylist()) == [index for index, _, _ in chunk]
             if is_whole and not any(reason.startswith(_UNREADABLE) for reason in known["reason"].to_pylist()):
                 return known
-        rows = [self._row(*item) for item in read_chunk(chunk)]
+        with trying(self._tries, f"{len(chunk)} images, {chunk[0][1]} the first"):
+            rows = [self._row(*item) for item in read_chunk(chunk)]
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="none")  # PNGs are compressed

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from raydistill.data.views import WHOLE_IMAGE, stored_views
 from raydistill.infra.artifacts import StageDirectory, backbone_name, exists, views_name, workspace_root, write_bytes
 from raydistill.infra.plan import LEAST_SHARE, Plan
 from raydistill.infra.progress import Progress
+from raydistill.infra.restarts import new_tries, trying
 from raydistill.stages.teach import SoftTargets, TeacherActor, refuse_not_finite, teacher_pool
 
 
@@ -33,7 +34,7 @@ def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Data
     """Each file of images goes on to a teacher actor as it comes from the generators."""
     return made.map_batches(
         FileTeacher,
-        fn_constructor_kwargs=teacher_settings(config),
+        fn_constructor_kwargs=teacher_settings(config, new_tries()),
         batch_size=1,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=1),
@@ -43,16 +44,17 @@ def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Data
 
 
 class TeacherSettings(TypedDict):
-    """What a FileTeacher is made with. `name` is the teacher's in the names of files."""
+    """What a FileTeacher is made with. `name` is the teacher's in the names of files; `tries` is None outside Ray."""
 
     teacher: Teacher
     images: Images
     views: Views | None
     seed: int
     name: str
+    tries: Any
 
 
-def teacher_settings(config: RunConfig, with_views: bool = True) -> TeacherSettings:
+def teacher_settings(config: RunConfig, tries: Any, with_views: bool = True) -> TeacherSettings:
     """The job's teacher and, where generated images are streamed to it, the views that it is to see."""
     assert config.teacher is not None
     return {
@@ -61,6 +63,7 @@ def teacher_settings(config: RunConfig, with_views: bool = True) -> TeacherSetti
         "views": config.views if with_views and config.streams_generated else None,
         "seed": config.seed,
         "name": backbone_name(config),
+        "tries": tries,
     }
 
 
@@ -68,8 +71,10 @@ class FileTeacher(TeacherActor):
     """Writes the teacher's features of the images in one file beside it: each seen whole and, with `views`, in each
     stored view. A call that Ray repeats finds what was written."""
 
-    def __init__(self, teacher: Teacher, images: Images, views: Views | None, seed: int, name: str) -> None:
-        super().__init__(teacher, threads=1)
+    def __init__(
+        self, teacher: Teacher, images: Images, views: Views | None, seed: int, name: str, tries: Any = None
+    ) -> None:
+        super().__init__(teacher, threads=1, tries=tries)
         self._images, self._views, self._seed, self._name = images, views, seed, name
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -87,11 +92,12 @@ class FileTeacher(TeacherActor):
         if exists(place):
             return
         features_KND = np.empty((len(parameters_KNP), 0, 1), np.float16)
-        if made:
-            images_NHHC = np.stack([np.asarray(working_image(image, self._images)) for image in made])
-            features_KND = np.stack([self.features(images_NHHC, parameters_NP) for parameters_NP in parameters_KNP])
-            refuse_not_finite(features_KND, ids)
-        write_bytes(place, encode_targets(ids, features_KND))
+        with trying(self._tries, f"{place} ({len(made)} generated images)"):
+            if made:
+                images_NHHC = np.stack([np.asarray(working_image(image, self._images)) for image in made])
+                features_KND = np.stack([self.features(images_NHHC, parameters_NP) for parameters_NP in parameters_KNP])
+                refuse_not_finite(features_KND, ids)
+            write_bytes(place, encode_targets(ids, features_KND))
 
 
 def teach_files(
@@ -139,7 +145,7 @@ def _teach_missing(config: RunConfig, files: list[str], plan: Plan) -> Iterator[
         dataset = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
         seen = dataset.map_batches(
             FileTeacher,
-            fn_constructor_kwargs=teacher_settings(config),
+            fn_constructor_kwargs=teacher_settings(config, new_tries()),
             batch_size=1,
             batch_format="numpy",
             **teacher_pool(plan, len(files)),

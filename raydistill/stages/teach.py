@@ -27,7 +27,7 @@ from raydistill.errors import StageError
 from raydistill.infra.artifacts import StageDirectory, exists, taught_before, write_bytes
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
-from raydistill.infra.restarts import Restart
+from raydistill.infra.restarts import Restart, new_tries, trying
 from raydistill.models.teacher import load_teacher
 
 
@@ -115,15 +115,21 @@ def _pool(
         for s, k in shards
     ]
     dataset = ray.data.from_items(units, override_num_blocks=len(units))
+    tries = new_tries()
     shards_read = dataset.map_batches(
-        _LoadShard(samples, config.views, config.seed, num_views),
+        _LoadShard(samples, config.views, config.seed, num_views, tries),
         batch_size=1,
         batch_format="numpy",
         num_cpus=plan.load_cpus,
     )
     written = shards_read.map_batches(
         ShardTeacher,
-        fn_constructor_kwargs={"teacher": config.teacher, "threads": plan.teacher_threads, "path": path},
+        fn_constructor_kwargs={
+            "teacher": config.teacher,
+            "threads": plan.teacher_threads,
+            "path": path,
+            "tries": tries,
+        },
         batch_size=1,
         batch_format="numpy",
         **teacher_pool(plan, len(shards)),
@@ -143,8 +149,9 @@ class _LoadShard:
     """A Ray Data task: one sample shard, read and decoded, with the parameters of its views; one row out. Of images
     that are known it has the features instead."""
 
-    def __init__(self, samples: SampleSet, views: Views, seed: int, num_views: int) -> None:
+    def __init__(self, samples: SampleSet, views: Views, seed: int, num_views: int, tries: Any) -> None:
         self._samples, self._views, self._seed, self._num_views = samples, views, seed, num_views
+        self._tries = tries
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         split, shard = str(batch["split"][0]), int(batch["shard"][0])
@@ -158,7 +165,8 @@ class _LoadShard:
             parameters_KRP = np.tile(WHOLE_IMAGE, (1, len(ids), 1))
         is_known_R, known_KRD = read_known(json.loads(str(batch["known"][0])), len(ids))
         new_R = np.flatnonzero(~is_known_R)
-        images = [pixels(image) for image in table["image"].take(new_R).to_pylist()]
+        with trying(self._tries, f"shard {shard_name(split, shard)} ({len(new_R)} images to decode)"):
+            images = [pixels(image) for image in table["image"].take(new_R).to_pylist()]
         side = self._samples.size
         return {
             "shard": np.array([shard_name(split, shard)]),
@@ -171,15 +179,16 @@ class _LoadShard:
 
 
 class TeacherActor:
-    """Holds the teacher for as long as the pool lives."""
+    """Holds the teacher for as long as the pool lives. `tries` is the pool's, where Ray runs it."""
 
-    def __init__(self, teacher: Teacher, threads: int) -> None:
-        self._restart = Restart()
+    def __init__(self, teacher: Teacher, threads: int, tries: Any = None) -> None:
+        self._restart, self._tries = Restart(), tries
         torch.set_num_threads(threads)
-        self._backbone, _, _ = load_teacher(teacher)
-        self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-        # Pixel by pixel, convolutions took little more than half the time on CPUs.
-        self._backbone.to(self._device, memory_format=torch.channels_last)
+        with trying(tries, self._restart.starts(teacher.model)):
+            self._backbone, _, _ = load_teacher(teacher)
+            self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+            # Pixel by pixel, convolutions took little more than half the time on CPUs.
+            self._backbone.to(self._device, memory_format=torch.channels_last)
         self._batch_size = teacher.batch_size
 
     def features(self, images_RHHC: np.ndarray, parameters_RP: np.ndarray) -> np.ndarray:
@@ -199,8 +208,8 @@ class ShardTeacher(TeacherActor):
     """Makes one target shard a call. A call that Ray repeats, since its actor was lost once the file was written, finds
     the file and is done."""
 
-    def __init__(self, teacher: Teacher, threads: int, path: str) -> None:
-        super().__init__(teacher, threads)
+    def __init__(self, teacher: Teacher, threads: int, path: str, tries: Any = None) -> None:
+        super().__init__(teacher, threads, tries)
         self._path = path
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -210,13 +219,14 @@ class ShardTeacher(TeacherActor):
         missing = not exists(file)
         if missing:
             features_KRD = np.array(batch["known"][0])
-            if len(new_N):
-                features_KND = np.stack([self.features(images_NHHC, parameters_NP) for parameters_NP in parameters_KNP])
-                refuse_not_finite(features_KND, [ids[row] for row in new_N])
-                if not features_KRD.size:
-                    features_KRD = np.empty((len(features_KND), len(ids), features_KND.shape[2]), np.float16)
-                features_KRD[:, new_N] = features_KND
-            write_bytes(file, encode_targets(ids, features_KRD))
+            with trying(self._tries, f"shard {name} ({len(ids)} images, {ids[0]} the first)"):
+                if len(new_N):
+                    features_KND = np.stack([self.features(images_NHHC, views_NP) for views_NP in parameters_KNP])
+                    refuse_not_finite(features_KND, [ids[row] for row in new_N])
+                    if not features_KRD.size:
+                        features_KRD = np.empty((len(features_KND), len(ids), features_KND.shape[2]), np.float16)
+                    features_KRD[:, new_N] = features_KND
+                write_bytes(file, encode_targets(ids, features_KRD))
         return {
             "views": np.array([len(parameters_KNP) * len(ids)]),
             "copied": np.array([len(ids) - len(new_N)]),
@@ -229,6 +239,7 @@ def fresh_views(
     gather: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
     units: list[dict[str, int]],
     plan: Plan,
+    tries: Any,
 ) -> ray.data.Dataset:
     """The online path: rows of new views with the teacher's features beside them, in the order of `units`, as one long
     execution in which the teacher actors start once. `gather` turns a unit into its rows."""
@@ -237,7 +248,7 @@ def fresh_views(
     )
     return rows.map_batches(
         StreamTeacher,
-        fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads},
+        fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads, "tries": tries},
         # A unit at a time, or the whole stream would become one task: on CPUs Ray fuses this with the step before,
         # whose rows are units, and would gather `batch_size` of them first. With GPUs it wants a number, and does not
         # fuse.
@@ -251,7 +262,8 @@ class StreamTeacher(TeacherActor):
     """Adds the teacher's features to rows on their way to the trainers."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        features_RD = self.features(batch["image"], batch["parameters"])
+        with trying(self._tries, f"{len(batch['image'])} images, {batch['sample_id'][0]} the first"):
+            features_RD = self.features(batch["image"], batch["parameters"])
         refuse_not_finite(features_RD[None], batch["sample_id"].tolist())
         return {**batch, "features": features_RD}
 

@@ -195,6 +195,16 @@ def test_columns_may_come_in_another_order_and_integer_size():
     assert decode_shard(encode_shard(mixed)).equals(table)
 
 
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [("label", ["cat"] * 5), ("label", [2**40] * 5), ("image", [[0, 255]] * 5), ("source", [None] * 5)],
+)
+def test_a_column_that_does_not_fit_is_refused(column, values):
+    table = table_of(5)
+    with pytest.raises((pa.ArrowException, ValueError)):
+        encode_shard(table.set_column(table.schema.get_field_index(column), column, pa.array(values)))
+
+
 def test_equal_rows_give_equal_bytes():
     assert encode_shard(table_of(9)) == encode_shard(table_of(9))
 

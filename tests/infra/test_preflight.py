@@ -16,7 +16,8 @@ from raydistill.infra.preflight import check_offers
 CLUSTER_FILE = Path(__file__).parents[2] / "cluster.yaml"
 # In a process of its own: the nodes of such a cluster, and its Ray, are not those of the other tests.
 _TWO_NODES = """
-import json, logging, sys
+import json, logging, os, sys
+from types import SimpleNamespace
 import ray
 from ray.cluster_utils import Cluster
 from raydistill.config import load_config
@@ -24,11 +25,18 @@ from raydistill.errors import ConfigError
 from raydistill.infra import cluster as joining, newcomers, preemption, preflight
 from tests.processes import wait_for
 
-small = {"object_store_memory": 80_000_000}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **small})
-cluster.add_node(num_cpus=1, labels={"pool": "spot"}, **small)
-ray.init(address=cluster.address)
 root = sys.argv[1]
+for folder in ("here/images/cat", "here/pipe", "here/w", "there/pipe", "there/w"):
+    os.makedirs(f"{root}/{folder}")
+for file in ("here/pipe/model_index.json", "here/weights.pth", "shared.pth"):
+    open(f"{root}/{file}", "w").close()
+small = {"object_store_memory": 80_000_000}
+os.chdir(f"{root}/here")
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **small})
+os.chdir(f"{root}/there")  # the second node's own folder, where relative names mean something else
+cluster.add_node(num_cpus=1, labels={"pool": "spot"}, **small)
+os.chdir(f"{root}/here")
+ray.init(address=cluster.address)
 base = ["images.path=x", f"workspace={root}/w", "tracking.enabled=false"]
 generates = ["generate.pipeline=p", "cluster.generator_labels={pool: spot}"]
 
@@ -43,7 +51,15 @@ answers = {
     "memory": said("workspace=memory://w"),
     "sqlite": said("tracking.enabled=true"),
     "no_label": said("generate.pipeline=p", "cluster.generator_labels={pool: gold}"),
+    "places": said("images.path=images", f"teacher.weights={root}/shared.pth", "student.model=hf:some/model"),
+    "unseen": said("generate.pipeline=pipe", "teacher.weights=weights.pth", "teacher.model=example:x"),
 }
+preflight.uuid = SimpleNamespace(uuid4=lambda: SimpleNamespace(hex="known"))  # so that the second node can have a link
+os.symlink(f"{root}/here/w/.seen-known", f"{root}/there/w/.seen-known")
+answers["elsewhere"] = said("workspace=file://w")
+os.remove(f"{root}/there/w/.seen-known")
+import uuid
+preflight.uuid = uuid
 installed = preflight._installed
 preflight._installed = lambda: installed() | {"torch": "0.0.1"}  # in this process alone
 answers["versions"] = said()
@@ -100,6 +116,14 @@ def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
     blind = [(found, advice) for _, found, advice in answers["memory"] if "does not see" in found]
     assert len(blind) == 2  # this file system lies in each process's own memory
     assert all("workspace=s3://bucket/runs" in advice for _, advice in blind)
+    places = [(found, advice) for about, found, advice in answers["places"] if about == "images, models"]
+    assert places == [("2 node(s) see images.path, teacher.weights", None)]
+    ((unseen, advice),) = [(found, advice) for _, found, advice in answers["unseen"] if "does not see" in found]
+    assert unseen == "does not see weights.pth (teacher.weights), pipe/model_index.json (generate.pipeline)"
+    assert "a bucket, or a shared folder by its full name" in advice
+    ((elsewhere, advice),) = [(found, advice) for _, found, advice in answers["elsewhere"] if advice]
+    assert elsewhere == "writes workspace=file://w where others do not see"
+    assert "workspace=s3://bucket/runs" in advice
     assert any("sqlite" in found and "MLflow server" in (advice or "") for _, found, advice in answers["sqlite"])
     assert any(found.startswith("none with pool=gold yet (there are pool=spot)") for _, found, _ in answers["no_label"])
     differing = [found for _, found, advice in answers["versions"] if advice]
@@ -113,6 +137,7 @@ def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
     assert failed == "nodes that join are not looked at for now: the head is busy"
     assert again == drained, "what failed is tried again"
     assert not list((tmp_path / "w").glob(".*")), "no marker is left"
+    assert not list((tmp_path / "here" / "w").glob(".*"))
 
 
 @pytest.mark.parametrize(("label", "is_offered"), [("spot", True), ("gold", False)])
@@ -122,6 +147,20 @@ def test_a_label_is_looked_for_among_the_node_types_of_a_cluster_file(label: str
     assert sound.found == "sound; a job that may use all of it: cluster.grows_to={CPU: 96, GPU: 12}"
     assert (finding.advice is None) is is_offered
     assert ("no node type" in finding.found) is not is_offered
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kuberays_files_are_looked_at_too(name: str, tmp_path: Path) -> None:
+    path = CLUSTER_FILE.parent / "deploy" / "kuberay" / name
+    config = load_config(["images.path=x", "generate.pipeline=p", "cluster.generator_labels={pool: spot}"])
+    sound, offers = check_offers(config, str(path))
+    assert sound.found.startswith("sound; a job that may use all of it: cluster.grows_to={CPU: ")
+    assert (offers.about, offers.advice) == ("generator nodes", None)
+    broken = tmp_path / name
+    broken.write_text(path.read_text().replace("mode: token", "mode: disabled"))
+    (finding,) = check_offers(config, str(broken))
+    assert finding.found.endswith("authOptions.mode: whoever reaches a port of Ray's can run code; write token")
+    assert finding.advice == "mend it before `kubectl apply`"
 
 
 def test_a_broken_cluster_file_is_named(tmp_path: Path) -> None:

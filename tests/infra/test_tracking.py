@@ -1,4 +1,5 @@
-"""What MLflow keeps of names that it would refuse: class names, prompts, arms and job names with quotes."""
+"""What MLflow keeps: names and values that it would refuse, runs that failed or were killed, and all of it while it
+does not answer."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from raydistill.config import load_config
+from raydistill.errors import StageError
 from raydistill.infra import tracking
 from raydistill.infra.tracking import Tracker
 from raydistill.models.formats import to_onnx
@@ -47,6 +49,83 @@ def test_no_name_ends_the_record(tmp_path, caplog) -> None:
     assert parent.data.params["generate.templates.a _class__ 100_"] == "2.0"
     (child,) = runs.values()
     assert child.data.metrics == {"recall of _größe_1_": 0.5}
+
+
+def runs_of(tracker: Tracker) -> dict[str, mlflow.entities.Run]:
+    client = mlflow.MlflowClient(tracking_uri=tracker.uri)
+    return {run.info.run_name: run for run in client.search_runs([tracker._experiment])}
+
+
+def test_long_values_are_in_the_config_alone_and_changed_ones_are_tags(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # MLflow puts a local store's artifacts there
+    words = [f"workspace={tmp_path}/w", "images.path=x", f"teacher.prompts=['{'a' * 500} {{class}}']", "name=n"]
+    for epochs in (3, 4):
+        config = load_config([*words, f"distill.epochs={epochs}"])
+        with Tracker(config, job="j") as tracker:
+            pass
+    run = runs_of(tracker)["n"]
+    assert "teacher.prompts" not in run.data.params
+    assert run.data.params["images.path"] == "x"
+    assert (run.data.params["distill.epochs"], run.data.tags["changed.distill.epochs"]) == ("3", "4")
+    assert [tag for tag in run.data.tags if tag.startswith("changed.")] == ["changed.distill.epochs"]
+    client = mlflow.MlflowClient(tracking_uri=tracker.uri)
+    assert load_config([client.download_artifacts(run.info.run_id, "config.yaml", str(tmp_path))]) == config
+
+
+@pytest.mark.parametrize(("error", "status"), [(StageError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_a_run_ends_as_its_stage_did(error, status, tmp_path) -> None:
+    def run() -> None:
+        with tracker:
+            with tracker.child("prepare-1"):
+                pass
+            with tracker.child("adapt-1"):
+                raise error
+
+    tracker = Tracker(load_config([f"workspace={tmp_path}", "images.path=x", "name=n"]), job="j")
+    with pytest.raises(type(error)):
+        run()
+    ends = {name: run.info.status for name, run in runs_of(tracker).items()}
+    assert ends == {"n": status, "prepare-1": "FINISHED", "adapt-1": status}
+
+
+def test_runs_whose_process_is_gone_end_as_killed(tmp_path) -> None:
+    def left_open(job: str) -> str:
+        """A run that was killed in its first stage. Gives its id."""
+        tracker = Tracker(load_config([*words, f"name={job}"]), job)
+        tracking.ChildRun(tracker, f"stage of {job}")
+        tracker._writer.shutdown()
+        return tracker._parent
+
+    words = [f"workspace={tmp_path}", "images.path=x"]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    *place, _, began = tracking._process(os.getpid()).split(" ")
+    there = {
+        "dead": f"{' '.join(place)} {ended.pid} {began}",
+        "reused": f"{' '.join(place)} {os.getpid()} 0",
+        "elsewhere": f"other - {ended.pid} {began}",
+        "alive": tracking._process(os.getpid()),
+    }
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    found = {}
+    for job, process in there.items():
+        parent = left_open(job)
+        client.set_tag(parent, "raydistill.process", process)
+        with Tracker(load_config([*words, f"name={job}"]), "another job") as tracker:
+            pass
+        children = client.search_runs([tracker._experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+        found[job] = {client.get_run(parent).info.status, *(child.info.status for child in children)}
+    assert found == {"dead": {"KILLED"}, "reused": {"KILLED"}, "elsewhere": {"RUNNING"}, "alive": {"RUNNING"}}
+
+
+def test_runs_in_a_folder_are_mentioned(tmp_path, caplog) -> None:
+    (tmp_path / "mlruns" / "0").mkdir(parents=True)
+    for name, lines in {"artifacts": 0, "meta.yaml": 1}.items():
+        (tmp_path / "mlruns" / "0" / name).touch()
+        with Tracker(load_config([f"workspace={tmp_path}/w", "images.path=x"]), job="j"):
+            pass
+        assert len(caplog.records) == lines
+    assert f"{tmp_path}/mlruns has runs that are not in MLflow at sqlite:///{tmp_path}/w/mlflow.db" in caplog.text
 
 
 def recorded(folder: Path) -> mlflow.entities.Run:

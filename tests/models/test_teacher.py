@@ -505,6 +505,16 @@ def test_preprocessing_that_cannot_be_followed_is_refused(hf):
     assert "do_flip_channel_order" in refusal(load_teacher, Teacher(model=hf(vit(), processor)[0]))
 
 
+def test_an_interpolation_that_is_not_ours_is_said_once(hf, caplog):
+    sizes = {"size": {"height": 32, "width": 32}}
+    folder, _ = hf(vit(), transformers.ViTImageProcessor(**sizes, resample=1))
+    for _ in range(2):
+        backbone, _, _ = load_teacher(Teacher(model=folder))
+        assert backbone.preprocessing.interpolation == "bicubic"
+    (said,) = (r.getMessage() for r in caplog.records if r.name == "raydistill.models.weights")
+    assert said.endswith(f"{folder} was trained on pictures resized by lanczos; here it sees them resized by bicubic")
+
+
 # The native head by name
 
 
@@ -556,6 +566,8 @@ def test_two_classes_of_one_output_are_refused():
 
 def test_a_name_that_no_output_has_comes_with_the_nearest():
     message = refusal(match_native_head, head_of(ANIMALS), ANIMALS, ["tree frgo", "tree frog", "zzz"])
+    assert "of 3 classes, " in message
+    assert f"among the teacher's {len(ANIMALS)}" in message
     assert "'tree frgo'" in message
     assert "nearest: tree frog" in message
     assert "'zzz'" in message

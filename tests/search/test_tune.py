@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -21,12 +22,14 @@ import numpy as np
 import optuna
 import pytest
 from ray import tune
+from rich.console import Console
 
 from raydistill.config import RunConfig, load_config
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra import artifacts, checkpoints, cluster
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.plan import plan_resources
+from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import ChildRun, Tracker
 from raydistill.search import study_page
 from raydistill.search import trials as trials_module
@@ -232,6 +235,7 @@ def test_what_becomes_of_a_trial_is_remembered(words, space_file, tmp_path) -> N
     ends = [
         ({"finished": True, "epoch": 3, "val_accuracy": 0.5, "seconds": 2.0}, False, "complete", ""),
         ({"finished": True, "epoch": 3, "val_accuracy": float("nan")}, False, "failed", r"not finite: [nan]"),
+        ({"finished": True, "epoch": 3, "val_accuracy": float("inf")}, False, "failed", r"not finite: [inf]"),
         ({"failed": "distill: the loss is not finite"}, False, "failed", "distill: the loss is not finite"),
         (None, True, "failed", "its process was lost"),
         ({"epoch": 2, "val_accuracy": 0.1}, False, "pruned", ""),
@@ -244,7 +248,8 @@ def test_what_becomes_of_a_trial_is_remembered(words, space_file, tmp_path) -> N
     found = read_trials(study)
     assert [t.state for t in found] == [state for _, _, state, _ in ends]
     assert all(reason in t.reason for t, (_, _, _, reason) in zip(found, ends, strict=True))
-    assert [t.epochs for t in found] == [3, 0, 0, 0, 2]
+    assert [t.epochs for t in found] == [3, 0, 0, 0, 0, 2]
+    assert study.best_trial.number == 0
 
 
 def test_a_trial_whose_settings_make_no_job_is_a_failed_one_and_the_next_is_taken(words, space_file, tmp_path) -> None:
@@ -585,6 +590,20 @@ def test_the_order_of_labels_and_of_keys_makes_another_search(words, space_file,
     texts += ["loss.temperature: {log: [1, 2]}\n" + texts[0], texts[0] + "loss.temperature: {log: [1, 2]}\n"]
     assert len({name(text) for text in texts}) == 4
     assert name(texts[0]) == name(texts[0].replace(" ", "  "))
+
+
+def test_what_makes_another_search_is_said_line_by_line(words, space_file) -> None:
+    said = io.StringIO()
+    progress = Progress(Console(file=said, width=200))
+    for text, sampler in (("[1, 2]", "tpe"), ("[1, 3]", "random"), ("[1, 3]", "random")):
+        config = load_config([*words, space_file(f"loss.temperature: {{log: {text}}}\n"), f"tune.sampler={sampler}"])
+        directory = tune_module._directory(config, read_space(config.tune.space, config), progress)
+        directory.begin()
+    first, *changes = (line.strip() for line in said.getvalue().splitlines())
+    assert first.startswith("tune: a new search, since this changed from the one in ")
+    assert [c.translate({ord(" "): None, ord(","): None}) for c in changes] == [
+        "-2.0", "+3.0", '-"sampler":"tpe"', '+"sampler":"random"',
+    ]  # fmt: skip
 
 
 def test_a_front_of_two_objectives_is_a_picture() -> None:

@@ -1,8 +1,10 @@
-"""Actor calls that Ray makes again, as it does when an actor is lost between its file's rename and its answer."""
+"""Actor calls that Ray makes again, as it does when an actor is lost between its file's rename and its answer, or each
+time that it is made."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,17 +12,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from raydistill.config import load_config
 from raydistill.data.decode import encode, pixels
-from raydistill.data.sample import SampleSet, sample_id
+from raydistill.data.sample import SampleSet, sample_id, samples_from_json
 from raydistill.data.views import WHOLE_IMAGE
 from raydistill.infra import restarts
-from raydistill.infra.restarts import Restart
+from raydistill.infra.artifacts import StageDirectory
+from raydistill.infra.plan import live_plan
+from raydistill.infra.restarts import Restart, Tries, new_tries, trying
 from raydistill.models.pipelines import inspect_pipeline
+from raydistill.stages import teach
 from raydistill.stages.making import GeneratorActor
 from raydistill.stages.showing import FileTeacher
-from raydistill.stages.teach import ShardTeacher
+from raydistill.stages.teach import ShardTeacher, write_features
 from tests.stages.conftest import painted
 
 Call = tuple[Callable[[dict], dict], dict]
@@ -82,3 +88,89 @@ def test_the_first_call_after_a_restart_counts_as_begun_before(monkeypatch) -> N
     first, second = restart.note(16), restart.note(8)
     assert (first["images_again"].tolist(), second["images_again"].tolist()) == ([16], [0])
     assert first["seconds_again"][0] > second["seconds_again"][0] == 0
+
+
+def test_what_was_begun_on_a_node_that_is_gone_does_not_count(monkeypatch) -> None:
+    alive = {"a": True, "b": True}
+    monkeypatch.setattr(
+        restarts.ray, "nodes", lambda: [{"NodeID": node, "Alive": there} for node, there in alive.items()]
+    )
+    tries = Tries()
+    assert [tries.begin("shard", node) for node in "aab"] == [1, 2, 3]
+    alive["a"] = False
+    assert tries.begin("shard", "b") == 2
+    assert tries.begin("other", "b") == 1
+    tries.end("shard")
+    assert tries.begin("shard", "b") == 1
+
+
+def dies_of(work: str, deaths: int, folder: Path) -> type:
+    """An actor whose process ends in the middle of that piece of work, the first so many times."""
+
+    class Mortal:
+        def __init__(self, tries) -> None:
+            self._tries = tries
+            self._die("the start")
+
+        def _die(self, now: str) -> None:
+            with trying(self._tries, now):
+                died = len(list(folder.iterdir()))
+                if now == work and died < deaths:
+                    (folder / str(died)).touch()
+                    os._exit(1)
+
+        def __call__(self, row: dict) -> dict:
+            self._die(row["item"])
+            return row
+
+    return Mortal
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("work", "deaths"), [("b", 2), ("b", 99), ("the start", 99)])
+def test_what_kills_its_actor_each_time_ends_the_stage(work, deaths, ray_session, tmp_path) -> None:
+    rows = ray.data.from_items(["a", "b", "c"], override_num_blocks=3)
+    done = rows.map(
+        dies_of(work, deaths, tmp_path), fn_constructor_kwargs={"tries": new_tries()}, num_cpus=0.5,
+        compute=ray.data.ActorPoolStrategy(size=1),
+    )  # fmt: skip
+    if deaths == 2:
+        assert [row["item"] for row in done.iter_rows()] == ["a", "b", "c"]
+    else:
+        with pytest.raises(Exception, match=f"{work}: tried 4 times, and its process died each time"):
+            list(done.iter_rows())
+    assert len(list(tmp_path.iterdir())) == min(deaths, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("deaths", [2, 99])
+def test_a_shard_that_kills_the_teacher_is_named(deaths, taught, words, progress, monkeypatch, tmp_path) -> None:
+    class Mortal(ShardTeacher):
+        def __call__(self, batch):
+            self._shard = str(batch["shard"][0])
+            return super().__call__(batch)
+
+        def features(self, *arguments):
+            if self._shard == "train-00001" and len(list(notes.iterdir())) < deaths:
+                (notes / str(len(list(notes.iterdir())))).touch()
+                os._exit(1)
+            return super().features(*arguments)
+
+    monkeypatch.setattr(teach, "ShardTeacher", Mortal)
+    config, notes = load_config(words), tmp_path / "notes"
+    notes.mkdir()
+    samples = next((tmp_path / "workspace").glob("prepare-*/DONE"))
+    samples = samples_from_json(json.loads(samples.read_text()) | {"path": str(samples.parent)})
+    directory = StageDirectory(str(tmp_path / "again"), "teach", "{}")
+
+    def write() -> None:
+        write_features(config, samples, ("train",), 2, directory, live_plan(config), progress, "teach")
+
+    if deaths == 2:
+        write()
+        assert len(list((tmp_path / "again").iterdir())) == len(samples.shards["train"])
+    else:
+        with pytest.raises(Exception, match=r"shard train-00001 \(16 images, \w+ the first\): tried 4 times"):
+            write()
+    assert len(list(notes.iterdir())) == min(deaths, 4)

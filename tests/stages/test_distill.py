@@ -182,6 +182,28 @@ def test_workers_together_see_the_global_batch(tiny_set) -> None:
         assert [len(split[rank][step].labels_V) for rank in range(3)] == [3, 3, 2]
 
 
+def test_an_epochs_record_counts_the_images_of_all_workers(make_set, monkeypatch) -> None:
+    """Of two workers, that have batches of three and of two."""
+    job = make_set("odd", num_train=10).job("counts", distill={"batch_size": 5})
+    workers = [Worker(rank, 2, "cpu", 1, lambda step: False) for rank in range(2)]
+    reporters = [loop._Reporter(job, worker, first_step=0) for worker in workers]
+    seen: list[list[int]] = []
+    for reporter, worker in zip(reporters, workers, strict=True):
+        batches = read_batches(job, 0, worker)
+        seen.append([len(next(batches).labels_V) for _ in range(job.steps_per_epoch)])
+        for images in seen[-1]:
+            reporter.saw(images)
+    assert seen == [[3, 3], [2, 2]]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(sum(seen[0])))
+    student = torch.nn.Identity()
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    assert reporters[1].end_epoch(job.steps_per_epoch, {"loss": 1.0}, student, optimizer)["images"] == 10
+    resumed = loop._Reporter(job, workers[1], first_step=1)
+    resumed.saw(2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(3))
+    assert resumed.end_epoch(job.steps_per_epoch, {"loss": 1.0}, student, optimizer)["images"] == 10
+
+
 def test_unlabelled_images_take_part_through_soft_targets_alone(make_set) -> None:
     """A third of what is drawn is labelled at least, and with more labels than that, what they are of the split."""
     for name, labelled, expected in (("few", 4, 13), ("many", 30, 30)):
@@ -225,7 +247,8 @@ def test_every_epoch_has_a_step_and_no_short_batch(make_set, num_train, batch_si
     job = make_set(f"n{num_train}", num_train=num_train).job("job", distill={"epochs": 2, "batch_size": batch_size})
     assert job.steps_per_epoch == expected
     assert job.batch_size == min(batch_size, num_train)
-    assert distill_loop(job, here())["step"] == 2 * expected
+    record = distill_loop(job, here())
+    assert (record["step"], record["images"]) == (2 * expected, expected * job.batch_size)
 
 
 def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_checkpoint(tiny_set) -> None:

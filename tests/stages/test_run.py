@@ -30,13 +30,13 @@ from raydistill.data.sample import decode_shard, sample_id, samples_from_json
 from raydistill.data.targets import read_targets
 from raydistill.data.views import render, view_parameters
 from raydistill.errors import ConfigError, DataError
-from raydistill.infra.artifacts import read_bill, tuned
+from raydistill.infra.artifacts import find_work, read_bill, tuned
 from raydistill.infra.plan import plan_resources
 from raydistill.infra.progress import Progress
 from raydistill.models.student import build_student, read_student, write_student
 from raydistill.models.teacher import load_teacher
 from raydistill.stages.batches import DistillJob, FreshStream
-from raydistill.stages.run import run_stages
+from raydistill.stages.run import check_run, run_stages
 from tests.models.conftest import classifier
 from tests.processes import ray_processes, wait_for
 from tests.stages.conftest import painted
@@ -81,6 +81,8 @@ def test_a_run_and_the_same_again(words, progress, tmp_path, image_folder) -> No
         runs = database.execute("select run_uuid, status from runs").fetchall()
         children = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
         epochs = database.execute("select count(distinct step) from metrics where key = 'kd'").fetchone()[0]
+        refused_files = database.execute("select value from metrics where key = 'num_refused'").fetchall()
+    assert refused_files == [(2.0,)]
     assert {status for _, status in runs} == {"FINISHED"}
     assert (len(runs), children, epochs) == (8, 7, 3)
 
@@ -295,8 +297,17 @@ def test_too_many_bad_files_stop_prepare(words, progress, tmp_path, image_folder
     good = "".join(f"{image_folder}/{c}/{i}.png,{c}\n" for c in ("red", "green") for i in range(5))
     table.write_text(f"path,label\n{good}{image_folder}/nowhere.png,red\n")
     with pytest.raises(DataError, match=r"1 of 11 .*max_bad_share=0.05.*nowhere.png"):
-        run_stages(table_job(words, table), progress, until="prepare")
+        run_stages(table_job(words, table, "tracking.enabled=true"), progress, until="prepare")
+    assert set(states(tmp_path).values()) == {"FAILED"}
     assert run_stages(table_job(words, table, "images.max_bad_share=0.1"), progress, until="prepare").samples
+
+
+def test_fewer_train_images_than_workers_are_refused(words, tmp_path, image_folder) -> None:
+    table = tmp_path / "set.csv"
+    table.write_text("path,label\n" + "".join(f"{image_folder}/{c}/1.png,{c}\n" for c in ("red", "green")))
+    config = table_job(words, table, "distill.num_workers=3")
+    with pytest.raises(DataError, match="2 train images for the 3 workers of"):
+        check_run(config, find_work(config, "distill"))
 
 
 @pytest.mark.usefixtures("taught")
@@ -550,16 +561,33 @@ def test_killed_driver_goes_on_to_the_same_numbers(words, tmp_path) -> None:
     assert finals[0]["loss"] == pytest.approx(finals[1]["loss"], abs=1e-4)
 
 
+def states(folder: Path) -> dict[str, str]:
+    """How the runs of a folder's workspace ended, by name."""
+    with sqlite3.connect(folder / "workspace" / "mlflow.db") as database:
+        return dict(database.execute("select name, status from runs").fetchall())
+
+
 @pytest.mark.usefixtures("taught")
-def test_sigterm_ends_as_killed_in_mlflow(words, tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_as_killed_in_mlflow(number, words, tmp_path) -> None:
     process = cli(words, "distill.epochs=2000", "tracking.enabled=true")
     wait_for(lambda: list((tmp_path / "workspace").glob("distill-*/epochs/*.json")) or process.poll() is not None)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 130, process.stdout.read()
+    process.send_signal(number)
+    code = process.wait(30)
+    (first,) = (name for name in states(tmp_path) if name.startswith("distill-"))
+    if number != signal.SIGKILL:
+        assert code == 130, process.stdout.read()
+        assert states(tmp_path)["raydistill"] == states(tmp_path)[first] == "KILLED"
+        return
+    assert states(tmp_path)["raydistill"] == states(tmp_path)[first] == "RUNNING"
+    again = cli(words, "distill.epochs=1", "tracking.enabled=true")  # in the old run, with another student
+    assert again.wait(120) == 0, again.stdout.read()
+    ends = states(tmp_path)
+    assert ends.pop(first) == "KILLED"
+    assert {name.rpartition("-")[0] for name in ends} >= {"", "distill", "evaluate"}
+    assert set(ends.values()) == {"FINISHED"}
     with sqlite3.connect(tmp_path / "workspace" / "mlflow.db") as database:
-        states = dict(database.execute("select name, status from runs").fetchall())
-    assert states["raydistill"] == "KILLED"
-    assert next(status for name, status in states.items() if name.startswith("distill-")) == "KILLED"
+        assert database.execute("select count(*) from runs where name = 'raydistill'").fetchone() == (1,)
 
 
 def test_done_markers_hold_the_results(words, progress) -> None:
