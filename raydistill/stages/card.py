@@ -10,6 +10,7 @@ import timm
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_bytes
+from raydistill.models.formats import INT8_FILE
 from raydistill.stages.evaluate import Report
 from raydistill.stages.export import Exported
 from raydistill.stages.generate import GeneratedImages
@@ -91,10 +92,13 @@ def _measures(report: Report, exported: Exported) -> str:
 
 
 def int8_words(int8: dict[str, float | None]) -> str:
-    """What INT8 changed, in a sentence."""
-    words = f"`model_int8.onnx` gives the same answer to {int8['agreement']:.1%} of {int8['images']} images"
+    """What INT8 changed, and whether it was too much, in a sentence."""
+    words = f"`{INT8_FILE}` " + ("gives" if int8["kept"] else "is left out: it gives")
+    words += f" the same answer to {int8['agreement']:.1%} of {int8['images']} images"
     if int8["accuracy_before"] is not None and int8["accuracy_after"] is not None:
         words += f"; accuracy on them {int8['accuracy_before']:.3f} before and {int8['accuracy_after']:.3f} after"
+    if not int8["kept"]:
+        words += f", a drop above export.int8_max_drop={int8['max_drop']:g}; raise that to have it all the same"
     return f"{words}."
 
 

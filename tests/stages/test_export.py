@@ -19,16 +19,19 @@ import transformers
 from PIL import Image
 from pyarrow import parquet as pq
 from rich.console import Console
+from sklearn.linear_model import LogisticRegression
 
 from raydistill.config import RunConfig, load_config, overlay
 from raydistill.data.decode import pixels
+from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_samples
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra.progress import Progress
 from raydistill.models.formats import network_inputs
-from raydistill.models.student import read_student, split_logits
+from raydistill.models.student import Student, read_student, split_logits
 from raydistill.stages import export
 from raydistill.stages.baselines import OVERLAYS
+from raydistill.stages.card import int8_words
 from raydistill.stages.report import write_report
 from raydistill.stages.run import Outcome, run_stages
 from tests.models.conftest import classifier
@@ -112,6 +115,40 @@ def test_int8_is_smaller_and_says_what_it_costs(exported, kind):
     assert result.files["model_int8.onnx"] < result.files["model.onnx"]
     assert "model.pt2" not in result.files
     assert {"student, onnx", "student, onnx int8"} <= result.speed.keys()
+
+
+def learn_val(student: Student, samples: SampleSet) -> None:
+    """Fit the classifier to the val images, so that there is an accuracy to lose."""
+    table = read_samples(samples, "val", 0)
+    images = torch.from_numpy(network_inputs(working_images(samples), student.preprocessing, False))
+    with torch.no_grad():
+        features = student.eval()(images)[1].numpy()
+        fitted = LogisticRegression(C=100, max_iter=1000).fit(features, table["label"].to_numpy())
+        student.classifier.weight.copy_(torch.from_numpy(fitted.coef_))
+        student.classifier.bias.copy_(torch.from_numpy(fitted.intercept_))
+
+
+@pytest.mark.parametrize(("collapses", "max_drop", "kept"), [(False, 0.05, True), (True, 0.05, False), (True, 1, True)])
+def test_an_int8_file_that_loses_too_much_is_left_out(exported, tiny_set, collapses, max_drop, kept):
+    def change(student: Student) -> None:
+        learn_val(student, tiny_set.samples)
+        if collapses:  # the same for all classes, so no answer changes; but one INT8 scale has to hold it
+            with torch.no_grad():
+                student.classifier.weight[:, 0] += 1e4 * student.classifier.weight.abs().max()
+
+    result, _ = exported(formats=["onnx"], change=change, int8="dynamic", int8_max_drop=max_drop)
+    assert result.int8["accuracy_before"] == 1
+    assert (result.int8["accuracy_after"] < 0.5) == collapses
+    assert result.int8["kept"] == kept
+    assert ("model_int8.onnx" in result.files) == ("student, onnx int8" in result.speed) == kept
+    there = {file.name for file in Path(result.path).iterdir()}
+    assert {"model.onnx", "model.safetensors", "README.md"} <= there
+    assert ("model_int8.onnx" in there) == kept
+    assert json.loads(Path(result.path, "DONE").read_text())["int8"] == result.int8
+    words = int8_words(result.int8)
+    assert ("left out" in words) == ("raise that" in words) == (not kept)
+    after = result.int8["accuracy_after"]
+    assert f"1.000 before and {after:.3f} after" in words
 
 
 def test_int8_needs_onnx(tiny_set):
