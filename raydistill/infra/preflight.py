@@ -6,7 +6,6 @@ from __future__ import annotations
 import platform
 import uuid
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -16,6 +15,7 @@ from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import workspace_root, write_bytes
 from raydistill.infra.cluster import joined_cluster
 from raydistill.infra.plan import live_plan
+from raydistill.infra.versions import installed
 
 # Nodes that differ in these give other numbers, or cannot read what the others write.
 PACKAGES = ("raydistill", "ray", "torch", "timm", "transformers", "diffusers", "numpy", "pyarrow")
@@ -111,14 +111,7 @@ def _look(root: str, mark: str, node: str) -> dict[str, Any]:
 
 
 def _installed() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            # Builds of one version for CPUs and GPUs go together.
-            versions[name] = metadata.version(name).partition("+")[0]
-        except metadata.PackageNotFoundError:
-            versions[name] = "none"
-    return versions
+    return {"python": platform.python_version(), **installed(PACKAGES)}
 
 
 def _name(node: dict[str, Any]) -> str:
