@@ -350,6 +350,8 @@ class Export(Section):
     and otherwise normalised ones (N, 3, S, S) of student.size."""
     int8: Literal["dynamic", "static"] | None = None
     """Also an ONNX file with INT8 weights; `static`: and INT8 activations, calibrated on train images."""
+    int8_max_drop: Share = 0.05
+    """The accuracy on val that INT8 may lose, 0.05 being five points; a file that loses more is left out. 1: any."""
     hub: str | None = None
     """A repository on the Hugging Face hub to push the folder to; private, if it is new."""
     register_as: str | None = None

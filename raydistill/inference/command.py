@@ -58,7 +58,7 @@ def predict_command(
             write_answers(counted(), classes, top, out)
         else:
             for answer in counted():
-                found = "  ".join(f"{name} {p:.3f}" for name, p in best(answer, classes, top))
+                found = "  ".join(f"{name} {p:.3f}" for name, _, p in best(answer, classes, top))
                 print(f"{answer.name}  {found or f'error: {answer.error}'}")
     console.print(f"{count - len(failed)} of {count} pictures answered" + (f", in {out}" if out else ""), markup=False)
     for answer in failed[:10]:

@@ -187,12 +187,13 @@ class _PredictActor:
         )
 
 
-def best(answer: Answer, classes: Sequence[str], top: int) -> list[tuple[str, float]]:
-    """The `top` likeliest classes and their probabilities, the likeliest first; 0: all of them."""
+def best(answer: Answer, classes: Sequence[str], top: int) -> list[tuple[str, int, float]]:
+    """Name, number and probability of the `top` likeliest classes, the likeliest first; 0: all of them. A class's
+    number is its place in the export's list, and the graphs' logits."""
     if answer.probabilities_C is None:
         return []
     order = np.argsort(-answer.probabilities_C, kind="stable")[: top or None]
-    return [(classes[k], float(answer.probabilities_C[k])) for k in order]
+    return [(classes[k], int(k), float(answer.probabilities_C[k])) for k in order]
 
 
 def write_answers(answers: Iterable[Answer], classes: Sequence[str], top: int, path: str) -> None:
@@ -214,25 +215,26 @@ def write_answers(answers: Iterable[Answer], classes: Sequence[str], top: int, p
     write_file(path, writers[suffix])
 
 
-Rows = Iterator[tuple[Answer, list[tuple[str, float]]]]
+Rows = Iterator[tuple[Answer, list[tuple[str, int, float]]]]
 
 
 def _write_csv(rows: Rows, count: int, file: str) -> None:
-    titles = [f"{what}{'' if k == 1 else f'_{k}'}" for k in range(1, count + 1) for what in ("class", "probability")]
+    columns, places = ("class", "number", "probability"), range(1, count + 1)
+    titles = [f"{what}{'' if k == 1 else f'_{k}'}" for k in places for what in columns]
     with open(file, "w", newline="", encoding="utf-8") as sink:
         writer = csv.writer(sink)
         writer.writerow(["picture", *titles, "error"])
         for answer, found in rows:
-            cells = [cell for name, p in found for cell in (name, f"{p:.6f}")] or [""] * len(titles)
+            cells = [cell for name, k, p in found for cell in (name, k, f"{p:.6f}")] or [""] * len(titles)
             writer.writerow([answer.name, *cells, answer.error])
 
 
-def _as_json(answer: Answer, found: list[tuple[str, float]]) -> str:
+def _as_json(answer: Answer, found: list[tuple[str, int, float]]) -> str:
     row: dict[str, Any] = {"picture": answer.name}
     if answer.error:
         row["error"] = answer.error
     else:
-        row["classes"] = [{"class": name, "probability": round(p, 6)} for name, p in found]
+        row["classes"] = [{"class": name, "number": k, "probability": round(p, 6)} for name, k, p in found]
     return json.dumps(row, ensure_ascii=False)
 
 
@@ -249,14 +251,14 @@ def _write_lines(rows: Rows, file: str) -> None:
 
 
 def _write_parquet(rows: Rows, file: str) -> None:
-    item = pa.struct([("class", pa.string()), ("probability", pa.float32())])
+    item = pa.struct([("class", pa.string()), ("number", pa.int32()), ("probability", pa.float32())])
     schema = pa.schema([("picture", pa.string()), ("classes", pa.list_(item)), ("error", pa.string())])
     with pq.ParquetWriter(file, schema) as writer:
         for part in _chunks(rows, 4096):
             items = [
                 {
                     "picture": answer.name,
-                    "classes": [{"class": name, "probability": p} for name, p in found],
+                    "classes": [{"class": name, "number": k, "probability": p} for name, k, p in found],
                     "error": answer.error or None,
                 }
                 for answer, found in part

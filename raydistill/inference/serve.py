@@ -1,8 +1,8 @@
 """serve: an exported student behind HTTP on this machine, for trying it out and for products that live beside it.
 
 `GET /` is a page to drop a picture on, `GET /health` says what is served, `POST /predict` takes a picture's bytes as
-the body and answers with classes and probabilities. Requests that come within a few milliseconds go through the
-network together.
+the body and answers with classes, their numbers and probabilities. Requests that come within a few milliseconds go
+through the network together.
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ def make_app(predictor: Predictor, title: str, most_bytes: int, window_seconds: 
         except ValueError:
             return _error(400, "top is a number of classes; 0: all")
         answer = Answer("", await batcher.probabilities(image))
-        found = [{"class": name, "probability": p} for name, p in best(answer, predictor.classes, max(top, 0))]
-        return JSONResponse({"class": found[0]["class"], "classes": found})
+        guesses = best(answer, predictor.classes, max(top, 0))
+        found = [{"class": name, "number": k, "probability": p} for name, k, p in guesses]
+        return JSONResponse({"class": found[0]["class"], "number": found[0]["number"], "classes": found})
 
     routes = [Route("/", page), Route("/health", health), Route("/predict", predict, methods=["POST"])]
     return Starlette(routes=routes, lifespan=lifespan)

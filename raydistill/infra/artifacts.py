@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -125,6 +127,22 @@ def write_file(path: str, write: Callable[[str], object]) -> None:
             f"{target}: cannot be written ({reason}; {free:,} bytes are free there); "
             "make room and run the same command again: what is finished stays"
         ) from None
+
+
+def free_bytes(config: RunConfig) -> float:
+    """On the workspace's disk; infinite in an object store, of which nothing is known."""
+    fs, root = url_to_fs(workspace_root(config))
+    return shutil.disk_usage(root).free if isinstance(fs, LocalFileSystem) else math.inf
+
+
+def refuse_small_disk(config: RunConfig, what: str, need: float, advice: str) -> None:
+    """Raises ConfigError, before anything is written, where the workspace's disk has less than is needed."""
+    free = free_bytes(config)
+    if need > free:
+        raise ConfigError(
+            f"{what} may take {need:,.0f} bytes and {free:,.0f} are free in {workspace_root(config)}; "
+            f"{advice}, or make room"
+        )
 
 
 def exists(path: str) -> bool:

@@ -21,10 +21,13 @@ from fsspec.core import url_to_fs
 from safetensors.torch import load, save_file
 from torch import nn
 
+from raydistill.errors import CheckpointError
 from raydistill.infra.artifacts import write_bytes, write_file
+from raydistill.infra.versions import installed
 
 logger = logging.getLogger(__name__)
 _KEPT = 2
+_PACKAGES = ("torch", "timm", "transformers", "raydistill")  # they name what a checkpoint holds, and write it
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class CheckpointWriter:
             "step": checkpoint.step,
             "sums": dict(checkpoint.sums),
             "record": checkpoint.record,
-            "torch": torch.__version__,
+            **installed(_PACKAGES),
         }
         self._writing = self._thread.submit(self._write, self._weights, self._state, meta)
 
@@ -118,7 +121,10 @@ def _copied(value: Any, before: Any) -> Any:
 
 
 def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]] | None:
-    """Weights, optimizer state and JSON of the newest whole checkpoint; a damaged one is named and passed over."""
+    """Weights, optimizer state and JSON of the newest whole checkpoint; a damaged one is named and passed over.
+
+    Raises CheckpointError where one is as it was written and does not load.
+    """
     fs, _ = url_to_fs(path)
     for folder in reversed(_folders(path)):
         try:
@@ -127,13 +133,28 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
             for name, checksum in meta.get("checksums", {}).items():
                 if zlib.crc32(files[name]) != checksum:
                     raise ValueError(f"the checksum of {name} is another")
-            state = torch.load(io.BytesIO(files["state.pt"]), map_location="cpu", weights_only=True)
-            return load(files["weights.safetensors"]), state, meta
         except FileNotFoundError:
             continue  # the run was killed while it wrote this one
-        except Exception as error:  # a damaged pickle raises nearly everything
+        except Exception as error:  # damaged JSON raises nearly everything
             logger.warning("%s is damaged (%s); the checkpoint before it is used", folder, error)
+            continue
+        try:
+            state = torch.load(io.BytesIO(files["state.pt"]), map_location="cpu", weights_only=True)
+            return load(files["weights.safetensors"]), state, meta
+        except Exception as error:  # so does a pickle of another version
+            raise does_not_fit(path, meta, error) from None
     return None
+
+
+def does_not_fit(path: str, meta: dict[str, Any], error: Exception) -> CheckpointError:
+    """For a whole checkpoint, of which `meta` is the JSON, that this installation makes nothing of."""
+    here = installed(_PACKAGES)
+    wrote, runs = (", ".join(f"{name} {v.get(name, 'unknown')}" for name in here) for v in (meta, here))
+    reason = " ".join(str(error).split())[:300]
+    return CheckpointError(
+        f"{path}/checkpoints: that of step {meta['step']} was written by {wrote}, and this is {runs}, with which it "
+        f"does not load ({reason}); install those versions, or delete that folder to train from the first step"
+    )
 
 
 def latest_step(path: str) -> int:

@@ -7,7 +7,6 @@ import os
 import platform
 import uuid
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -18,6 +17,7 @@ from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import workspace_root, write_bytes
 from raydistill.infra.cluster import joined_cluster
 from raydistill.infra.plan import live_plan
+from raydistill.infra.versions import installed
 
 # Nodes that differ in these give other numbers, or cannot read what the others write.
 PACKAGES = ("raydistill", "ray", "torch", "timm", "transformers", "diffusers", "numpy", "pyarrow")
@@ -150,14 +150,7 @@ def _look(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, 
 
 
 def _installed() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            # Builds of one version for CPUs and GPUs go together.
-            versions[name] = metadata.version(name).partition("+")[0]
-        except metadata.PackageNotFoundError:
-            versions[name] = "none"
-    return versions
+    return {"python": platform.python_version(), **installed(PACKAGES)}
 
 
 def _name(node: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from raydistill.models.from_transformers import load_or_refuse
 from raydistill.models.student import Student, TimmClassifier
 
 ABOUT_FILE = "raydistill.json"  # beside the exported files: what a program has to know to use them
+INT8_FILE = "model_int8.onnx"
 Run = Callable[[np.ndarray], np.ndarray]  # inputs to logits (B, C)
 
 

@@ -10,6 +10,7 @@ import timm
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_bytes
+from raydistill.models.formats import INT8_FILE
 from raydistill.stages.evaluate import Report
 from raydistill.stages.export import Exported
 from raydistill.stages.generate import GeneratedImages
@@ -91,10 +92,13 @@ def _measures(report: Report, exported: Exported) -> str:
 
 
 def int8_words(int8: dict[str, float | None]) -> str:
-    """What INT8 changed, in a sentence."""
-    words = f"`model_int8.onnx` gives the same answer to {int8['agreement']:.1%} of {int8['images']} images"
+    """What INT8 changed, and whether it was too much, in a sentence."""
+    words = f"`{INT8_FILE}` " + ("gives" if int8["kept"] else "is left out: it gives")
+    words += f" the same answer to {int8['agreement']:.1%} of {int8['images']} images"
     if int8["accuracy_before"] is not None and int8["accuracy_after"] is not None:
         words += f"; accuracy on them {int8['accuracy_before']:.3f} before and {int8['accuracy_after']:.3f} after"
+    if not int8["kept"]:
+        words += f", a drop above export.int8_max_drop={int8['max_drop']:g}; raise that to have it all the same"
     return f"{words}."
 
 
@@ -141,32 +145,52 @@ def _how_to_load(about: dict[str, Any], exported: Exported) -> str:
         )
     lines = ["## How to use it", "", "    raydistill predict FOLDER pictures/", "", "or", "", "```python", code, "```"]
     if "model.onnx" in exported.files:
-        lines += ["", "or without torch:", "", "```python", _onnx_code(about), "```"]
+        lines += ["", "or without torch:", "", "```python", onnx_code(about), "```"]
     return "\n".join(lines)
 
 
-def _onnx_code(about: dict[str, Any]) -> str:
+def onnx_code(about: dict[str, Any]) -> str:
+    """For ONNX Runtime and Pillow alone. It reads a picture to the same pixels as `decode` does."""
     image, wanted = about["image"], about["preprocessing"]
-    square = "ImageOps.fit" if image["fit"] == "crop" else "ImageOps.pad"
-    colour = "" if image["fit"] == "crop" else ', color="white"'
+    side = image["size"]
+    if image["fit"] == "crop":
+        square = [
+            "width, height, short = *picture.size, min(picture.size)",
+            "left, top = (width - short) / 2, (height - short) / 2",
+            "box, shape = (left, top, left + short, top + short), (side, side)",
+        ]
+    else:
+        square = [
+            "box, long = (0, 0, *picture.size), max(picture.size)",
+            "shape = tuple(max(1, round(side * n / long)) for n in picture.size)",
+        ]
     lines = [
         "import json, numpy as np, onnxruntime",
         "from PIL import Image, ImageOps",
         "",
         'session = onnxruntime.InferenceSession("FOLDER/model.onnx")',
         'classes = json.load(open("FOLDER/raydistill.json", encoding="utf-8"))["classes"]',
-        'picture = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGBA")',
-        'white = Image.new("RGBA", picture.size, "white")',
-        'picture = Image.alpha_composite(white, picture).convert("RGB")',
-        f"picture = {square}(picture, ({image['size']}, {image['size']}), Image.Resampling.BICUBIC{colour})",
+        f"side = {side}",
+        'picture = Image.open("picture.jpg")',
+        'picture.draft("RGB", (2 * side, 2 * side))',
+        "picture = ImageOps.exif_transpose(picture)",
+        'if picture.mode.startswith("I"):  # 16 bits, of which the upper 8 count',
+        "    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))",
+        'picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")',
+        *square,
+        "picture = picture.resize(shape, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)",
+        'white = Image.new("RGB", (side, side), "white")',
+        "corner = ((side - shape[0]) // 2, (side - shape[1]) // 2)",
+        'white.paste(picture, corner, picture if picture.mode == "RGBA" else None)',
     ]
     if about["input"] == "pixels":
-        lines += ["images = np.asarray(picture)[None]"]
+        lines += ["images = np.asarray(white)[None]"]
     else:
-        resampling = wanted["interpolation"].upper()
+        small = f"({wanted['size']}, {wanted['size']}), Image.Resampling.{wanted['interpolation'].upper()}"
         lines += [
-            f"picture = picture.resize(({wanted['size']}, {wanted['size']}), Image.Resampling.{resampling})",
-            f"images = (np.asarray(picture, np.float32) / 255 - {list(wanted['mean'])}) / {list(wanted['std'])}",
+            f'bands = [band.convert("F").resize({small}) for band in white.split()]',
+            "images = np.stack([np.asarray(band) for band in bands], axis=-1).clip(0, 255) / 255",
+            f"images = (images - {list(wanted['mean'])}) / {list(wanted['std'])}",
             "images = images.transpose(2, 0, 1)[None].astype(np.float32)",
         ]
     lines += ['logits = session.run(["logits"], {"images": images})[0]', "print(classes[logits[0].argmax()])"]

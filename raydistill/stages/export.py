@@ -25,6 +25,7 @@ from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import Tracker
 from raydistill.models.formats import (
     ABOUT_FILE,
+    INT8_FILE,
     Run,
     Shipped,
     load_from_library,
@@ -50,8 +51,8 @@ _CALIBRATION_IMAGES = 256
 @dataclass(frozen=True)
 class Exported:
     """What `export` leaves behind. `files` has their bytes by name; `differences` the largest difference of logits from
-    the checkpoint's by form; `int8` the agreement with it, and the accuracies on val before and after; `speed` that of
-    student and teacher by form (`Speed`)."""
+    the checkpoint's by form; `int8` the agreement with it, the accuracies on val before and after, and whether the file
+    was kept; `speed` that of student and teacher by form (`Speed`)."""
 
     path: str
     files: dict[str, int]
@@ -97,8 +98,13 @@ def export_student(
                 advance(1)
         int8 = None
         if settings.int8 is not None:
-            runs["onnx int8"] = _quantise(config, samples, student, folder)
-            int8 = _compare_roughly(logits_NC, _in_batches(runs["onnx int8"], inputs_N, 64), labels_N)
+            run = _quantise(config, samples, student, folder)
+            rough_NC = _in_batches(run, inputs_N, 64)
+            int8 = _compare_roughly(logits_NC, rough_NC, labels_N, settings.int8_max_drop)
+            if int8["kept"]:
+                runs["onnx int8"] = run
+            else:
+                (folder / INT8_FILE).unlink()
             advance(1)
         speed = _speeds(config, runs, inputs_N[:1])
         advance(1)
@@ -199,18 +205,23 @@ def _quantise(config: RunConfig, samples: SampleSet, student: Student, folder: P
         images, _ = _some_images(samples, "train", _CALIBRATION_IMAGES)
         inputs = network_inputs(images, student.preprocessing, config.export.preprocessing)
         batches = [inputs[first : first + 32] for first in range(0, len(inputs), 32)]
-    quantise(folder / "model.onnx", folder / "model_int8.onnx", batches)
-    return onnx_run(folder / "model_int8.onnx")
+    quantise(folder / "model.onnx", folder / INT8_FILE, batches)
+    return onnx_run(folder / INT8_FILE)
 
 
-def _compare_roughly(logits_NC: np.ndarray, rough_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, float | None]:
-    """INT8 changes logits by design, so what counts is what becomes of the answers."""
+def _compare_roughly(
+    logits_NC: np.ndarray, rough_NC: np.ndarray, labels_N: np.ndarray, max_drop: float
+) -> dict[str, float | None]:
+    """INT8 changes logits by design, so what counts is what becomes of the answers. Without a label nothing is known
+    of their accuracy, and the file is kept."""
     before_N, after_N, labelled_N = logits_NC.argmax(1), rough_NC.argmax(1), labels_N >= 0
-    accuracies = {
-        name: float((answers_N == labels_N)[labelled_N].mean()) if labelled_N.any() else None
-        for name, answers_N in (("accuracy_before", before_N), ("accuracy_after", after_N))
-    }
-    return {"images": len(labels_N), "agreement": float((before_N == after_N).mean()), **accuracies}
+    right = [int((answers_N == labels_N)[labelled_N].sum()) for answers_N in (before_N, after_N)]
+    num = int(labelled_N.sum())
+    before, after, drop = (count / num if num else None for count in (*right, right[0] - right[1]))
+    return {
+        "images": len(labels_N), "agreement": float((before_N == after_N).mean()), "accuracy_before": before,
+        "accuracy_after": after, "max_drop": max_drop, "kept": drop is None or drop <= max_drop,
+    }  # fmt: skip
 
 
 def _speeds(config: RunConfig, runs: dict[str, Run], input_1: np.ndarray) -> dict[str, dict[str, float]]:

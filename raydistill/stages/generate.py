@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 from pyarrow import parquet as pq
 from ray.data import ActorPoolStrategy
@@ -34,7 +31,7 @@ from raydistill.data.prompts import class_prompts, refuse_unknown
 from raydistill.data.sample import SampleSet, encode_shard, samples_from_json, seeded_rank, shard_name
 from raydistill.data.targets import labels_of, read_bytes, read_samples
 from raydistill.errors import ConfigError, StageError
-from raydistill.infra.artifacts import StageDirectory, prepare_directory, workspace_root
+from raydistill.infra.artifacts import StageDirectory, prepare_directory, refuse_small_disk
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import new_tries
@@ -256,16 +253,9 @@ def _run_units(
 
 def _refuse_small_disk(config: RunConfig, recipes: Mapping[str, Recipe], wanted: Mapping[str, int], side: int) -> None:
     """Raises ConfigError before anything is made that may not fit, were it no smaller than its pixels."""
-    fs, root = url_to_fs(workspace_root(config))
-    if not isinstance(fs, LocalFileSystem):
-        return
     count = sum(max(wanted[name] - len(read_made(recipe)), 0) for name, recipe in recipes.items())
-    need, free = count * side**2 * 3, shutil.disk_usage(root).free
-    if need > free:
-        raise ConfigError(
-            f"generate: {count:,} images of {side} pixels may take {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
-            f"free in {root}; lower generate.ratio, or make room"
-        )
+    what = f"generate: {count:,} images of {side} pixels"
+    refuse_small_disk(config, what, count * side**2 * 3, "lower generate.ratio")
 
 
 def _write(

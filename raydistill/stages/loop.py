@@ -23,6 +23,7 @@ from raydistill.infra.artifacts import write_bytes
 from raydistill.infra.checkpoints import (
     Checkpoint,
     CheckpointWriter,
+    does_not_fit,
     latest_checkpoint,
     read_progress,
     write_progress,
@@ -222,11 +223,16 @@ def _resume(
     if checkpoint is None:
         return 0, {}, None
     weights, state, meta = checkpoint
-    for name, module in modules.items():
-        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-        module.load_state_dict(own)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    try:
+        for name, module in modules.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+            module.load_state_dict(own)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError) as error:  # of other names, shapes and groups
+        raise does_not_fit(job.path, meta, error) from None
     return int(meta["step"]), dict(meta["sums"]), meta["record"]
 
 

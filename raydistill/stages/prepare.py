@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,14 @@ from raydistill.data.images import Entry, Listing, read_bytes_of
 from raydistill.data.many import read_rows
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
 from raydistill.errors import DataError, StageError
-from raydistill.infra.artifacts import StageDirectory, decoded_directory, exists, write_bytes
+from raydistill.infra.artifacts import (
+    StageDirectory,
+    decoded_directory,
+    exists,
+    free_bytes,
+    refuse_small_disk,
+    write_bytes,
+)
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import new_tries, trying
@@ -34,7 +41,8 @@ from raydistill.infra.restarts import new_tries, trying
 # Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
 _UNREADABLE = "cannot be read"
-
+_TRIED = 32  # decoded to tell how large all will be
+Chunk = list[tuple[int, str, int | None]]  # of entries the index, path and row
 
 _DECODED = pa.schema(
     [
@@ -60,7 +68,8 @@ def prepare_samples(
 ) -> SampleSet:
     """Decode, drop duplicates, split, permute, write shards. Refused files are listed in `refused.json`.
 
-    Raises DataError: too many bad files, or a class without a single good train image.
+    Raises DataError: too many bad files, or a class without a single good train image; ConfigError where the disk may
+    be too small.
     """
     directory.begin()
     files, known = _decode_images(config, listing, plan, progress)
@@ -88,10 +97,9 @@ def _decode_images(
     """The files of decoded images, those that are there already left as they are, and what is known of each entry."""
     directory = decoded_directory(config, listing)
     directory.begin()
-    parts = [
-        {"file": f"{directory.path}/{number:05d}.parquet", "chunk": json.dumps(chunk)}
-        for number, chunk in enumerate(chunks(listing.entries))
-    ]
+    together = {f"{directory.path}/{k:05d}.parquet": chunk for k, chunk in enumerate(chunks(listing.entries))}
+    _refuse_small_disk(config, listing, together)
+    parts = [{"file": file, "chunk": json.dumps(chunk)} for file, chunk in together.items()]
     decoded = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         _DecodeChunk(config.images, new_tries()), batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
     )
@@ -105,10 +113,24 @@ def _decode_images(
     return [part["file"] for part in parts], known
 
 
-def chunks(entries: Sequence[Entry]) -> Iterator[list[tuple[int, str, int | None]]]:
+def _refuse_small_disk(config: RunConfig, listing: Listing, together: Mapping[str, Chunk]) -> None:
+    """Raises ConfigError where the decoded images that are still to come, and all of them once more in shards, may not
+    fit. PNG is no larger than the pixels, so some are decoded only where those would not fit."""
+    entries, images = listing.entries, config.images
+    if 2 * len(entries) * images.size**2 * 3 <= free_bytes(config):
+        return
+    decoder, step = _DecodeChunk(images), max(len(entries) // _TRIED, 1)
+    some = [(number, entry.path, entry.row) for number, entry in enumerate(entries)][::step]
+    sizes = [len(decoder.row(*read)["image"]) for one in some for read in read_chunk([one])]
+    count = len(entries) + sum(len(chunk) for file, chunk in together.items() if not exists(file))
+    what = f"prepare: {len(entries):,} images of {images.size} pixels, decoded and then in shards,"
+    refuse_small_disk(config, what, count * sum(sizes) / len(sizes), "lower images.size, choose another workspace")
+
+
+def chunks(entries: Sequence[Entry]) -> Iterator[Chunk]:
     """Index, path and row of entries that are read together: rows of one parquet file, or some files."""
     together = min(max(len(entries) // _FILES, _FEWEST_TOGETHER), _MOST_TOGETHER)
-    chunk: list[tuple[int, str, int | None]] = []
+    chunk: Chunk = []
     for index, entry in enumerate(entries):
         if len(chunk) == together or (chunk and entry.row is not None and chunk[0][1] != entry.path):
             yield chunk
@@ -121,7 +143,7 @@ class _DecodeChunk:
     """One Ray Data task: some files in, a row for each out, so that a bad one takes nothing along. Their images go into
     one file, which a later run finds; unless one could not be read, which may be over by then."""
 
-    def __init__(self, images: Images, tries: Any) -> None:
+    def __init__(self, images: Images, tries: Any = None) -> None:
         self._images, self._tries = images, tries
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
@@ -132,14 +154,15 @@ class _DecodeChunk:
             if is_whole and not any(reason.startswith(_UNREADABLE) for reason in known["reason"].to_pylist()):
                 return known
         with trying(self._tries, f"{len(chunk)} images, {chunk[0][1]} the first"):
-            rows = [self._row(*item) for item in read_chunk(chunk)]
+            rows = [self.row(*item) for item in read_chunk(chunk)]
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="none")  # PNGs are compressed
         write_bytes(file, sink.getvalue().to_pybytes())
         return table.drop_columns(["image"])
 
-    def _row(self, index: int, data: bytes | None, reason: str) -> dict[str, Any]:
+    def row(self, index: int, data: bytes | None, reason: str) -> dict[str, Any]:
+        """The decoded image, or the reason why there is none."""
         images, identity, image = self._images, "", b""
         if data is not None:
             try:
@@ -150,7 +173,7 @@ class _DecodeChunk:
         return {"index": index, "sample_id": identity, "image": image, "reason": reason}
 
 
-def read_chunk(chunk: list[tuple[int, str, int | None]]) -> Iterator[tuple[int, bytes | None, str]]:
+def read_chunk(chunk: Chunk) -> Iterator[tuple[int, bytes | None, str]]:
     """Index and bytes of each, or None and the reason."""
     if chunk[0][2] is not None:
         index_of = {row: index for index, _, row in chunk if row is not None}

@@ -225,7 +225,9 @@ class _Run:
             self._generate(samples)
         if "teach" in work.wanted:
             teach = artifacts.teach_directory(config, samples)
-            self._stage(teach, lambda _: stream_soft_targets(config, samples, teach, self._ray.plan(), progress))
+            self._stage(
+                teach, lambda _: stream_soft_targets(config, samples, self._head(), teach, self._ray.plan(), progress)
+            )
             if outcome.generated is not None:
                 self._teach_generated(samples, outcome.generated.samples)
         if "distill" in work.wanted:
@@ -309,7 +311,12 @@ class _Run:
     def _teach_generated(self, samples: SampleSet, generated: SampleSet) -> None:
         config, directory = self._config, artifacts.teach_generated_directory(self._config, samples)
         teach = teach_files if config.streams_generated else stream_soft_targets
-        self._stage(directory, lambda _: teach(config, generated, directory, self._ray.plan(), self._progress))
+        plan, progress = self._ray.plan, self._progress
+        self._stage(directory, lambda _: teach(config, generated, self._head(), directory, plan(), progress))
+
+    def _head(self) -> str:
+        assert self._outcome.adapted is not None, "adapt comes before teach"
+        return self._outcome.adapted.path
 
     def _distill(self, samples: SampleSet) -> None:
         config = self._config

@@ -27,7 +27,7 @@ from raydistill.infra.artifacts import StageDirectory, backbone_name, exists, vi
 from raydistill.infra.plan import LEAST_SHARE, Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import new_tries, trying
-from raydistill.stages.teach import SoftTargets, TeacherActor, refuse_not_finite, teacher_pool
+from raydistill.stages.teach import SoftTargets, TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
 
 
 def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Dataset:
@@ -101,12 +101,13 @@ class FileTeacher(TeacherActor):
 
 
 def teach_files(
-    config: RunConfig, generated: SampleSet, directory: StageDirectory, plan: Plan, progress: Progress
+    config: RunConfig, generated: SampleSet, head: str, directory: StageDirectory, plan: Plan, progress: Progress
 ) -> SoftTargets:
     """What `teach` does for generated images that are streamed: the views of files that were not seen as they came,
     and then the soft targets of each shard, put together from its images' files.
 
-    A file is the unit of every pass, so that the features are the same to the bit whenever it was seen.
+    A file is the unit of every pass, so that the features are the same to the bit whenever it was seen. `head` is the
+    directory of `adapt`. Raises ConfigError where the disk may be too small.
     """
     directory.begin()
     data = read_bytes(f"{generated.path}/ledger.parquet")
@@ -118,6 +119,7 @@ def teach_files(
     place = {file: view_features(file, name, config.views, config.seed) for file in images}
     missing = sorted(file for file in images if not exists(place[file]))
     done = len(file_of) - sum(images[file] for file in missing)
+    refuse_large_targets(config, 2 * len(file_of) - done, head)
     with progress.task("teach", len(file_of), "images", done=done) as advance:
         if done:
             advance(0, f"{done} were seen as they were made")

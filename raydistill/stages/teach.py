@@ -24,11 +24,11 @@ from raydistill.data.sample import SampleSet, shard_name
 from raydistill.data.targets import UNLABELLED, encode_targets, read_ids, read_labels, read_samples
 from raydistill.data.views import WHOLE_IMAGE, render, stored_views
 from raydistill.errors import StageError
-from raydistill.infra.artifacts import StageDirectory, exists, taught_before, write_bytes
+from raydistill.infra.artifacts import StageDirectory, exists, refuse_small_disk, taught_before, write_bytes
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import Restart, new_tries, trying
-from raydistill.models.teacher import load_teacher
+from raydistill.models.teacher import load_head, load_teacher
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,31 @@ class SoftTargets:
 
 
 def stream_soft_targets(
-    config: RunConfig, samples: SampleSet, directory: StageDirectory, plan: Plan, progress: Progress
+    config: RunConfig, samples: SampleSet, head: str, directory: StageDirectory, plan: Plan, progress: Progress
 ) -> SoftTargets:
     """Run every stored view of the train split through the teacher pool; shards that exist are not made again, nor
-    views of images that a smaller or larger set had too."""
+    views of images that a smaller or larger set had too.
+
+    `head` is the directory of `adapt`. Raises ConfigError where the disk may be too small.
+    """
     assert config.views.per_image != "fresh", "fresh views are not stored"
     directory.begin()
     views, known = config.views.per_image, find_known(taught_before(directory))
+    missing = [n for k, n in enumerate(samples.shards["train"]) if not exists(_file(directory.path, "train", k))]
+    refuse_large_targets(config, sum(missing), head)
     width = write_features(config, samples, ("train",), views, directory, plan, progress, "teach", known)
     result = SoftTargets(directory.path, samples.num_rows("train"), views, width)
     directory.finish(asdict(result))
     return result
+
+
+def refuse_large_targets(config: RunConfig, num_images: int, head: str) -> None:
+    """Raises ConfigError where the soft targets of so many images may not fit on the disk."""
+    views, width = config.views.per_image, load_head(head).weight_CD.shape[1]
+    assert views != "fresh", "fresh views are not stored"
+    need = num_images * (views * width * 2 + 16)  # float16, and the image's id
+    what = f"teach: {width} features of {views} views of each image"
+    refuse_small_disk(config, what, need, "lower views.per_image, choose another workspace")
 
 
 def write_features(
@@ -76,7 +90,7 @@ def write_features(
     rows = {name: count for name, count in _rows_to_do(samples, splits, labelled_only=num_views == 0).items() if count}
     if not rows:  # no image was generated, since none was wanted
         return 0
-    missing = [n for n in rows if not directory.fs.exists(f"{directory.path}/{shard_name(*n)}.safetensors")]
+    missing = [n for n in rows if not exists(_file(directory.path, *n))]
     each = max(num_views, 1)
     total, todo = sum(rows.values()) * each, sum(rows[name] for name in missing) * each
     copied = 0
@@ -87,9 +101,12 @@ def write_features(
             copied += int(written["copied"])
     if copied:
         progress.line(f"{title:<9} {copied:,} of these images were known: their views were copied, not seen again")
-    first = shard_name(*next(iter(rows)))
-    width: int = load(directory.fs.cat_file(f"{directory.path}/{first}.safetensors"))["features"].shape[2]
+    width: int = load(directory.fs.cat_file(_file(directory.path, *next(iter(rows)))))["features"].shape[2]
     return width
+
+
+def _file(path: str, split: str, shard: int) -> str:
+    return f"{path}/{shard_name(split, shard)}.safetensors"
 
 
 def _rows_to_do(samples: SampleSet, splits: Sequence[str], labelled_only: bool) -> dict[tuple[str, int], int]:

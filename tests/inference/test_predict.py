@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from raydistill.data.decode import decode, encode, pixels
-from raydistill.data.views import WHOLE_IMAGE, render
+from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import ConfigError, DataError
 from raydistill.inference.command import predict_command
 from raydistill.inference.predict import Predictor, find_units, predict_locally, predict_on_ray, write_answers
@@ -48,12 +49,12 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def slow_probabilities(checkpoint: str, data: bytes) -> np.ndarray:
+def slow_probabilities(checkpoint: str, data: bytes, fit: str = "crop") -> np.ndarray:
     """One picture through the checkpoint by the functions that training uses."""
     import torch
 
     student, _ = read_student(checkpoint)
-    image = torch.from_numpy(pixels(encode(decode(data, SIZE, "crop", 10**6))))[None]
+    image = torch.from_numpy(pixels(encode(decode(data, SIZE, fit, 10**7))))[None]
     with torch.inference_mode():
         logits = student(render(image, torch.from_numpy(WHOLE_IMAGE)[None], student.preprocessing))[0]
     return logits.softmax(1)[0].numpy()
@@ -61,7 +62,12 @@ def slow_probabilities(checkpoint: str, data: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize(("engine", "from_pixels"), [("onnx", False), ("onnx", True), ("torch", False)])
 def test_every_picture_gets_the_checkpoints_answer(exported, pictures, engine, from_pixels):
-    result, checkpoint = exported(preprocessing=from_pixels)
+    mean, std = (0.1, 0.3, 0.6), (0.4, 0.2, 0.1)
+    own = Preprocessing(SIZE - 4, mean, std, "bilinear")
+    result, checkpoint = exported(
+        size=SIZE - 4, preprocessing=from_pixels, change=lambda student: setattr(student, "preprocessing", own)
+    )
+    assert read_student(checkpoint)[0].preprocessing == own
     units = find_units([str(pictures)])
     answers = list(predict_locally(result.path, engine, units))
     assert [a.name for a in answers] == [path for path, _, _ in units]
@@ -73,6 +79,30 @@ def test_every_picture_gets_the_checkpoints_answer(exported, pictures, engine, f
         else:
             expected = slow_probabilities(checkpoint, Path(answer.name).read_bytes())
             np.testing.assert_allclose(answer.probabilities_C, expected, atol=1e-5)
+
+
+def test_pictures_much_larger_than_the_working_image(exported, tmp_path):
+    """Wide and high ones, with a texture that comes out wrong where pixels are left out instead of averaged."""
+    result, checkpoint = exported(formats=["onnx"])
+    file, rng = Path(result.path, "raydistill.json"), np.random.default_rng(3)
+    about, shapes = (
+        json.loads(file.read_text()),
+        {"wide.png": (1600, 900), "high.png": (500, 2100), "wide.jpg": (2400, 700)},
+    )
+    for name, (width, height) in shapes.items():
+        picture = painted(1, rng, max(width, height)).crop((0, 0, width, height))
+        picture.paste((250, 10, 10), (0, 0, width // 2, height // 2))
+        picture.save(tmp_path / name)
+    for fit, square in (("crop", ImageOps.fit), ("pad", functools.partial(ImageOps.pad, color="white"))):
+        about["image"]["fit"] = fit
+        file.write_text(json.dumps(about))
+        predictor, paths = Predictor(result.path), [str(tmp_path / name) for name in shapes]
+        for answer in predictor.answer(find_units(paths)):
+            data = Path(answer.name).read_bytes()
+            np.testing.assert_allclose(answer.probabilities_C, slow_probabilities(checkpoint, data, fit), atol=1e-5)
+            plain = square(Image.open(answer.name), (SIZE, SIZE), Image.Resampling.BICUBIC)
+            difference = np.abs(predictor.working_image(data).astype(int) - np.asarray(plain)).mean()
+            assert difference < 2, answer.name
 
 
 def test_the_network_sees_what_training_sees_bit_for_bit(exported, pictures):
@@ -104,12 +134,15 @@ def test_outputs_hold_every_picture_with_names_and_probabilities(exported, pictu
         assert answer.name == row["picture"] == item["picture"] == record["picture"]
         if answer.probabilities_C is None:
             assert answer.error == row["error"] == item["error"] == record["error"]
-            assert row["class"] == ""
+            assert row["class"] == row["number"] == ""
             assert record["classes"] == []
             continue
         order = np.argsort(-answer.probabilities_C)
         first, second = CLASSES[order[0]], CLASSES[order[1]]
         assert (row["class"], row["class_2"]) == (first, second)
+        assert (int(row["number"]), int(row["number_2"])) == tuple(order[:2])
+        assert [found["number"] for found in item["classes"]] == list(order[:2])
+        assert [found["number"] for found in record["classes"]] == list(order[:2])
         assert [found["class"] for found in item["classes"]] == [first, second]
         assert [found["class"] for found in record["classes"]] == [first, second]
         assert float(row["probability"]) == pytest.approx(answer.probabilities_C[order[0]], abs=1e-6)

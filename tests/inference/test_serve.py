@@ -72,6 +72,8 @@ def test_answers_are_those_of_predict_whatever_comes_at_once(server):
         found = {one["class"]: one["probability"] for one in said["classes"]}
         np.testing.assert_allclose([found[name] for name in CLASSES], expected, atol=1e-5)
         assert said["class"] == CLASSES[int(expected.argmax())]
+        assert said["number"] == said["classes"][0]["number"] == int(expected.argmax())
+        assert all(CLASSES[one["number"]] == one["class"] for one in said["classes"])
     assert ask(f"{url}/health")[1]["classes"] == list(CLASSES)
     with urllib.request.urlopen(url) as page:
         assert "Drop a picture here" in page.read().decode()

@@ -3,9 +3,11 @@ C24)."""
 
 import copy
 import itertools
+import json
 import random
 import shutil
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from fsspec.core import url_to_fs
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raydistill.errors import StageError
+from raydistill.errors import CheckpointError, StageError
 from raydistill.infra import checkpoints
 from raydistill.infra.checkpoints import Checkpoint, CheckpointWriter, latest_checkpoint, latest_step
 
@@ -273,6 +275,29 @@ def test_a_pickle_in_the_place_of_the_state_runs_no_code(tmp_path, saved):
     torch.save({"optimizer": Malicious(), "scaler": {}}, folder(tmp_path, 8) / "state.pt")
     assert latest_checkpoint(str(tmp_path))[2]["step"] == 4
     assert not marker.exists()
+
+
+def as_written(path: Path, step: int, name: str, data: bytes, **facts: str) -> None:
+    """Put something else into a checkpoint as if it had been written so, by other versions."""
+    (folder(path, step) / name).write_bytes(data)
+    meta = json.loads((folder(path, step) / "checkpoint.json").read_text())
+    meta["checksums"][name] = zlib.crc32(data)
+    (folder(path, step) / "checkpoint.json").write_text(json.dumps({**meta, **facts}))
+
+
+@pytest.mark.parametrize("name", ["state.pt", "weights.safetensors"])
+def test_a_checkpoint_of_another_version_is_refused_with_both(tmp_path, saved, name):
+    """It is whole, so it is not passed over: training would begin anew without a word."""
+    saved(4, 8)
+    as_written(tmp_path, 8, name, b"what torch 9 writes", torch="9.0.0", raydistill="7.1")
+    for read in (latest_checkpoint, latest_step):
+        with pytest.raises(CheckpointError) as refused:
+            read(str(tmp_path))
+        (message,) = refused.value.args
+        assert "that of step 8 was written by torch 9.0.0, timm " in message
+        assert "raydistill 7.1, and this is torch " + torch.__version__.partition("+")[0] in message
+        assert f"{tmp_path}/checkpoints" in message
+        assert "\n" not in message
 
 
 def test_checkpoints_may_lie_in_an_object_store():

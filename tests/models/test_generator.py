@@ -7,6 +7,7 @@ import fnmatch
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import diffusers
 import huggingface_hub
@@ -376,6 +377,41 @@ def test_weights_that_are_missing_are_refused_when_it_is_loaded(class_pipeline, 
     (tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="cannot be loaded"):
         generator(tmp_path / "pipeline")
+
+
+class Malicious:
+    """Its pickle makes a file when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize(
+    ("part", "pickled"),
+    [
+        ("unet", "diffusion_pytorch_model.bin"), ("vae", "diffusion_pytorch_model.bin"),
+        ("text_encoder", "pytorch_model.bin"), ("safety_checker", "pytorch_model.bin"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("beside", [False, True])
+def test_pickled_weights_are_not_opened(safe, tmp_path, part, pickled, beside):
+    """Where there are others beside them, those are read; else the pipeline is refused."""
+    folder, marker = tmp_path / "pipeline", tmp_path / "marker"
+    shutil.copytree(safe, folder)
+    (weights,) = (folder / part).glob("*.safetensors")
+    torch.save({**load_file(weights), "more": Malicious(marker)}, folder / part / pickled)
+    if beside:
+        generator(folder)
+    else:
+        weights.unlink()
+        with pytest.raises(ConfigError, match=f"generate.pipeline={folder}: cannot be loaded"):
+            generator(folder)
+    assert not marker.exists()
+    torch.load(folder / part / pickled, weights_only=False)
+    assert marker.exists()  # so it would have run
 
 
 def test_what_is_no_pipeline_is_refused(tmp_path, class_pipeline):

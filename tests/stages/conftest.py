@@ -22,7 +22,7 @@ from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_nam
 from raydistill.data.targets import encode_targets
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.progress import Progress
-from raydistill.models.student import build_student, write_student
+from raydistill.models.student import Student, build_student, write_student
 from raydistill.models.teacher import LinearHead, encode_head
 from raydistill.stages import speed
 from raydistill.stages.batches import DistillJob
@@ -106,17 +106,23 @@ def tiny_set(tmp_path: Path) -> TinySet:
 
 @pytest.fixture
 def exported(tiny_set: TinySet, tmp_path: Path, progress: Progress, monkeypatch) -> Callable[..., tuple[Exported, str]]:
-    """Writes a student of random weights, exports it, and gives the result and the checkpoint's folder."""
+    """Writes a student of random weights, or what `change` makes of it, exports it, and gives the result and the
+    checkpoint's folder."""
     for name in ("_ALONE_SECONDS", "_BATCH_SECONDS"):
         monkeypatch.setattr(speed, name, 0.0)
 
     def write(
-        model: str = "timm:test_resnet", size: int = SIZE, classes: tuple[str, ...] = CLASSES, **settings: object
+        model: str = "timm:test_resnet",
+        size: int = SIZE,
+        classes: tuple[str, ...] = CLASSES,
+        change: Callable[[Student], object] = lambda student: None,
+        **settings: object,
     ) -> tuple[Exported, str]:
         job = tiny_set.job("job", False, student={"model": model, "size": size}, export=settings)
         torch.manual_seed(0)
         student = build_student(job.config.student, len(CLASSES))
         torch.nn.init.normal_(student.classifier.weight)  # or all logits would be near zero
+        change(student)
         checkpoint = tmp_path / "student"
         checkpoint.mkdir()
         image = {"size": SIZE, "fit": "crop"}

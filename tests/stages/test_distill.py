@@ -82,6 +82,27 @@ def test_resumed_equals_unbroken(tiny_set, optimizer, ema) -> None:
     }
 
 
+@pytest.mark.parametrize("what", ["names", "shapes", "optimizer"])
+def test_a_checkpoint_whose_state_does_not_fit_names_both_versions(tiny_set, monkeypatch, what) -> None:
+    job = tiny_set.job("job")
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(job, killed_at(12))
+    weights, state, meta = latest_checkpoint(job.path)
+    if what == "optimizer":
+        state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][1:]
+    else:
+        name = next(name for name in weights if name.endswith("conv1.weight"))
+        value = weights.pop(name)
+        weights[name.replace("conv1", "first") if what == "names" else name] = value[:1]
+    monkeypatch.setattr(loop, "latest_checkpoint", lambda path: (weights, state, {**meta, "torch": "9.0.0"}))
+    with pytest.raises(CheckpointError) as refused:
+        distill_loop(job, here())
+    (message,) = refused.value.args
+    assert "that of step 10 was written by torch 9.0.0, " in message
+    assert "and this is torch " + torch.__version__.partition("+")[0] in message
+    assert "\n" not in message
+
+
 def test_a_preemption_saves_at_once_and_loses_no_step(tiny_set) -> None:
     unbroken, preempted = tiny_set.job("unbroken"), tiny_set.job("preempted")
     expected = distill_loop(unbroken, here())

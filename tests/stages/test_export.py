@@ -19,20 +19,24 @@ import transformers
 from PIL import Image
 from pyarrow import parquet as pq
 from rich.console import Console
+from sklearn.linear_model import LogisticRegression
 
 from raydistill.config import RunConfig, load_config, overlay
 from raydistill.data.decode import pixels
+from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import read_samples
 from raydistill.errors import ConfigError, StageError
+from raydistill.inference.predict import Predictor, find_units, predict_locally
 from raydistill.infra.progress import Progress
 from raydistill.models.formats import network_inputs
-from raydistill.models.student import read_student, split_logits
+from raydistill.models.student import Student, read_student, split_logits
 from raydistill.stages import export
 from raydistill.stages.baselines import OVERLAYS
+from raydistill.stages.card import int8_words, onnx_code
 from raydistill.stages.report import write_report
 from raydistill.stages.run import Outcome, run_stages
 from tests.models.conftest import classifier
-from tests.stages.conftest import CLASSES, small_job
+from tests.stages.conftest import CLASSES, painted, small_job
 
 CLASSES_BY_NAME = sorted(CLASSES)  # as a folder gives them
 
@@ -114,6 +118,40 @@ def test_int8_is_smaller_and_says_what_it_costs(exported, kind):
     assert {"student, onnx", "student, onnx int8"} <= result.speed.keys()
 
 
+def learn_val(student: Student, samples: SampleSet) -> None:
+    """Fit the classifier to the val images, so that there is an accuracy to lose."""
+    table = read_samples(samples, "val", 0)
+    images = torch.from_numpy(network_inputs(working_images(samples), student.preprocessing, False))
+    with torch.no_grad():
+        features = student.eval()(images)[1].numpy()
+        fitted = LogisticRegression(C=100, max_iter=1000).fit(features, table["label"].to_numpy())
+        student.classifier.weight.copy_(torch.from_numpy(fitted.coef_))
+        student.classifier.bias.copy_(torch.from_numpy(fitted.intercept_))
+
+
+@pytest.mark.parametrize(("collapses", "max_drop", "kept"), [(False, 0.05, True), (True, 0.05, False), (True, 1, True)])
+def test_an_int8_file_that_loses_too_much_is_left_out(exported, tiny_set, collapses, max_drop, kept):
+    def change(student: Student) -> None:
+        learn_val(student, tiny_set.samples)
+        if collapses:  # the same for all classes, so no answer changes; but one INT8 scale has to hold it
+            with torch.no_grad():
+                student.classifier.weight[:, 0] += 1e4 * student.classifier.weight.abs().max()
+
+    result, _ = exported(formats=["onnx"], change=change, int8="dynamic", int8_max_drop=max_drop)
+    assert result.int8["accuracy_before"] == 1
+    assert (result.int8["accuracy_after"] < 0.5) == collapses
+    assert result.int8["kept"] == kept
+    assert ("model_int8.onnx" in result.files) == ("student, onnx int8" in result.speed) == kept
+    there = {file.name for file in Path(result.path).iterdir()}
+    assert {"model.onnx", "model.safetensors", "README.md"} <= there
+    assert ("model_int8.onnx" in there) == kept
+    assert json.loads(Path(result.path, "DONE").read_text())["int8"] == result.int8
+    words = int8_words(result.int8)
+    assert ("left out" in words) == ("raise that" in words) == (not kept)
+    after = result.int8["accuracy_after"]
+    assert f"1.000 before and {after:.3f} after" in words
+
+
 def test_int8_needs_onnx(tiny_set):
     with pytest.raises(ValueError, match=r"put onnx into export\.formats"):
         tiny_set.job("job", export={"formats": ["torch_export"], "int8": "dynamic"})
@@ -167,6 +205,60 @@ def test_a_run_ends_in_a_folder_with_a_card(finished, progress):
     again = run_stages(config, progress, "export")
     assert again.exported == outcome.exported
     assert again.seconds["export"] == 0.0
+
+
+def test_predict_is_as_accurate_on_the_files_as_was_reported(finished):
+    config, outcome, _ = finished
+    samples = outcome.samples
+    files = {sample_id(file.read_bytes()): str(file) for file in Path(config.images.path).rglob("*.png")}
+    for split in ("val", "test"):
+        tables = [read_samples(samples, split, shard) for shard in range(len(samples.shards[split]))]
+        names = [files[i] for table in tables for i in table["sample_id"].to_pylist()]
+        answers = predict_locally(outcome.exported.path, "onnx", find_units(names))
+        right = [samples.classes[a.probabilities_C.argmax()] == Path(a.name).parent.name for a in answers]
+        assert len(right) == outcome.report.student[split]["images"] > 5
+        assert np.mean(right) == pytest.approx(outcome.report.student[split]["accuracy"])
+
+
+def pictures_of_many_kinds() -> dict[str, bytes]:
+    def saved(image: Image.Image, form: str, **options: object) -> bytes:
+        sink = io.BytesIO()
+        image.save(sink, form, **options)
+        return sink.getvalue()
+
+    rng, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112] = 6
+    photo, deep = painted(0, rng, 400).crop((0, 0, 400, 210)), np.arange(90 * 120).reshape(90, 120).astype(np.uint16)
+    clear = photo.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.resize(np.arange(256, dtype=np.uint8), (210, 400))))
+    return {
+        "16 bits, PNG": saved(Image.fromarray(deep * 6), "PNG"), "16 bits, TIFF": saved(Image.fromarray(deep), "TIFF"),
+        "large": saved(photo, "PNG"), "JPEG, turned": saved(photo, "JPEG", exif=exif), "small": saved(
+            painted(1, rng, 9), "PNG"), "CMYK": saved(photo.convert("CMYK"), "JPEG"), "clear": saved(clear, "PNG"),
+        "grey, clear": saved(clear.convert("LA"), "PNG"), "grey": saved(photo.convert("L"), "WEBP"),
+        "palette": saved(photo.quantize(50), "PNG", transparency=3), "one bit": saved(photo.convert("1"), "PNG"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("from_pixels", [False, True])
+def test_the_cards_code_reads_every_picture_as_predict_does(exported, tmp_path, from_pixels):
+    result, checkpoint = exported(formats=["onnx"], preprocessing=from_pixels)
+    wanted, file = read_student(checkpoint)[0].preprocessing, Path(result.path, "raydistill.json")
+    about = json.loads(file.read_text())
+    for fit in ("crop", "pad"):
+        about["image"]["fit"] = fit
+        file.write_text(json.dumps(about))
+        predictor = Predictor(result.path)
+        for name, data in pictures_of_many_kinds().items():
+            (tmp_path / "picture").write_bytes(data)
+            names: dict = {"print": lambda answer: None}
+            code = onnx_code(about).replace("FOLDER", result.path).replace("picture.jpg", str(tmp_path / "picture"))
+            exec(code, names)
+            seen = predictor.working_image(data)
+            np.testing.assert_array_equal(np.asarray(names["white"]), seen, name)
+            inputs = network_inputs(seen[None], wanted, from_pixels)
+            np.testing.assert_allclose(names["images"], inputs, atol=0 if from_pixels else 1e-4, err_msg=name)
+            assert names["images"].dtype == inputs.dtype
 
 
 def test_unknown_formats_are_refused():

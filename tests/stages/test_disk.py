@@ -1,0 +1,109 @@
+"""Disks that are too small are refused before a byte of the images or soft targets is written (case C20)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raydistill.config import load_config
+from raydistill.data.decode import decode, encode
+from raydistill.data.images import list_images
+from raydistill.errors import ConfigError
+from raydistill.infra.artifacts import decoded_directory, free_bytes, prepare_directory, refuse_small_disk
+from raydistill.infra.plan import plan_resources
+from raydistill.stages import prepare
+from raydistill.stages.teach import refuse_large_targets, stream_soft_targets
+
+
+@pytest.fixture
+def free(monkeypatch) -> Callable[[int], None]:
+    """Makes the disk look as if it had so many bytes free."""
+
+    def set_free(count: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=count))
+
+    return set_free
+
+
+def needed(refused: pytest.ExceptionInfo) -> int:
+    (message,) = refused.value.args
+    assert "\n" not in message
+    return int(re.search(r"may take ([\d,]+) bytes and [\d,]+ are free in /", message)[1].replace(",", ""))
+
+
+@pytest.fixture
+def flat_images(tmp_path) -> tuple[Path, int]:
+    """Thirty pictures that PNG makes much smaller than their pixels, and the bytes of them all at 64 pixels."""
+    total = 0
+    for k in range(30):
+        path = tmp_path / "images" / ("red", "blue")[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 60), (8 * k, 0, 90)).save(path)
+        total += len(encode(decode(path.read_bytes(), 64, "crop", 10**6)))
+    return tmp_path / "images", total
+
+
+def test_prepare_is_refused_where_its_images_do_not_fit_twice(flat_images, tmp_path, progress, free) -> None:
+    folder, total = flat_images
+    config = load_config([f"images.path={folder}", "images.size=64", f"workspace={tmp_path}/workspace"])
+    listing = list_images(config.images)
+    free(1000)
+    with pytest.raises(ConfigError, match=r"prepare: 30 images of 64 pixels.*lower images\.size") as refused:
+        prepare.prepare_samples(
+            config, listing, prepare_directory(config, listing), plan_resources(config, 2.0, 0.0, 2), progress
+        )
+    assert needed(refused) == pytest.approx(2 * total, abs=1)
+    assert not list(tmp_path.glob("workspace/*/*.parquet"))
+
+
+def test_images_count_at_the_size_that_they_have_as_png_and_once_where_they_are_decoded(
+    flat_images, tmp_path, free
+) -> None:
+    folder, total = flat_images
+    config = load_config([f"images.path={folder}", "images.size=64", f"workspace={tmp_path}/workspace"])
+    listing = list_images(config.images)
+    file = f"{decoded_directory(config, listing).path}/00000.parquet"
+    together = {file: next(prepare.chunks(listing.entries))}
+    assert 2 * total < 30 * 64 * 64 * 3
+    free(2 * total + 1)
+    prepare._refuse_small_disk(config, listing, together)
+    free(1000)
+    Path(file).parent.mkdir(parents=True)
+    Path(file).touch()
+    with pytest.raises(ConfigError) as refused:
+        prepare._refuse_small_disk(config, listing, together)
+    assert needed(refused) == pytest.approx(total, abs=1)
+
+
+def test_teach_is_refused_where_the_shards_that_are_missing_do_not_fit(tiny_set, tmp_path, progress, free) -> None:
+    config = tiny_set.job("job").config.model_copy(update={"workspace": str(tmp_path)})
+    head, folder = str(tiny_set.root / "adapt"), tmp_path / "targets"
+    directory = SimpleNamespace(path=str(folder), begin=lambda: None)
+    plan = plan_resources(config, 2.0, 0.0, 2)
+    free(500)
+    with pytest.raises(ConfigError, match=r"teach: 6 features of 2 views.*lower views\.per_image") as refused:
+        stream_soft_targets(config, tiny_set.samples, head, directory, plan, progress)
+    assert needed(refused) == 40 * (2 * 6 * 2 + 16)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "train-00000.safetensors").touch()
+    with pytest.raises(ConfigError) as refused:
+        stream_soft_targets(config, tiny_set.samples, head, directory, plan, progress)
+    assert needed(refused) == 24 * (2 * 6 * 2 + 16)
+    free(24 * (2 * 6 * 2 + 16))
+    refuse_large_targets(config, 24, head)
+
+
+def test_of_an_object_store_nothing_is_known(tiny_set, free) -> None:
+    free(0)
+    config = tiny_set.job("job").config.model_copy(update={"workspace": "memory://somewhere"})
+    assert free_bytes(config) == np.inf
+    refuse_small_disk(config, "all of it", 1e30, "buy more")
+    refuse_large_targets(config, 10**12, str(tiny_set.root / "adapt"))
