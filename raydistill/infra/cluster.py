@@ -47,8 +47,8 @@ def ray_cluster(config: RunConfig, reserved: float = 0.0, dashboard: bool = Fals
 def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]:
     """The cluster of `cluster.address`, or one of this machine, for the time of a `with` block.
 
-    A local one listens on the loopback interface only, and asks for a token. Without the `dashboard` Ray cannot free
-    what an ended Tune trial's train workers held.
+    A local one has its dashboard on the loopback interface only; Ray's other ports, which it opens on all interfaces,
+    ask for a token as that does. Without the `dashboard` Ray cannot free what an ended Tune trial's train workers held.
     """
     import ray
 

@@ -44,6 +44,10 @@ def cloud(home: Path) -> Iterator[Cloud]:
     address = f"127.0.0.1:{port}"
     config = {
         "cluster_name": "fake", "max_workers": 2, "idle_timeout_minutes": 0.1, "head_node_type": "ray.head.default",
+        # What the launcher of a cloud fills in, and a provider of one's own has to state.
+        "auth": {}, "file_mounts": {}, "cluster_synced_files": [], "initialization_commands": [], "setup_commands": [],
+        "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
+        "worker_start_ray_commands": [], "upscaling_speed": 1.0,
         "provider": {
             "type": "external", "module": f"{PROVIDER}.FakeMultiNodeProvider", "gcs_address": address,
             "head_node_id": HEAD, "launch_multiple": True, "use_internal_ips": True, "disable_node_updaters": True,

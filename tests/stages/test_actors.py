@@ -37,6 +37,7 @@ def shard_teacher(words: list[str], folder: Path, _: Path) -> Call:
     images, ids = np.stack([pixels(file) for file in files]), " ".join(sample_id(file) for file in files)
     parameters = np.tile(WHOLE_IMAGE, (1, 2, 4, 1))
     batch = {"shard": np.array(["train-00000"]), "sample_ids": np.array([ids]), "images": images[None]}
+    batch |= {"new": np.arange(4)[None], "known": np.empty((1, 0, 4, 0), np.float16)}
     return ShardTeacher(load_config(words).teacher, 1, str(folder)), {**batch, "parameters": parameters}
 
 
