@@ -51,7 +51,8 @@ def stream_soft_targets(
     """
     assert config.views.per_image != "fresh", "fresh views are not stored"
     directory.begin()
-    views, known = config.views.per_image, find_known(taught_before(directory))
+    views, before = config.views.per_image, taught_before(directory)
+    known = find_known(before) if before else None
     missing = [n for k, n in enumerate(samples.shards["train"]) if not exists(_file(directory.path, "train", k))]
     refuse_large_targets(config, sum(missing), head)
     width = write_features(config, samples, ("train",), views, directory, plan, progress, "teach", known)
