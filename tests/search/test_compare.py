@@ -62,6 +62,7 @@ def test_the_learning_curve_has_fewer_labels_and_the_same_images(words, progress
     assert len(list((tmp_path / "workspace").glob("teach-*/DONE"))) == 1  # fewer labels cost no teacher pass
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_nothing_that_is_chosen_reads_the_test_split(words, progress, taught_workspace, tmp_path) -> None:
     """With every test label changed, the head and the student are the same, bit for bit."""

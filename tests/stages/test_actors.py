@@ -128,7 +128,9 @@ def dies_of(work: str, deaths: int, folder: Path) -> type:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("work", "deaths"), [("b", 2), ("b", 99), ("the start", 99)])
+@pytest.mark.parametrize(
+    ("work", "deaths"), [("b", 2), ("b", 99), pytest.param("the start", 99, marks=pytest.mark.slow)]
+)
 def test_what_kills_its_actor_each_time_ends_the_stage(work, deaths, ray_session, tmp_path) -> None:
     rows = ray.data.from_items(["a", "b", "c"], override_num_blocks=3)
     done = rows.map(
