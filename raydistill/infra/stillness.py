@@ -35,7 +35,7 @@ def noticed(say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
         yield move
     finally:
         over.set()
-        thread.join()
+        thread.join(_SECONDS_BETWEEN_LOOKS)  # it may be asking a head that does not answer
 
 
 def waiting_words() -> str:
