@@ -1,5 +1,7 @@
 """Rounds of random faults on a cluster of three nodes on this machine, each compared with an undisturbed run.
 
+Every fault at every stage comes once, in random order, before any comes again.
+
     python -m benchmarks.chaos [--rounds 50] [--seed 0] [--json]
 
 `rounds` were played, `finished` ended with a result, `equal` with that of the undisturbed run (files to the bit, the
@@ -12,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,24 +39,27 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     chance, finished, equal, shares = random.Random(asked.seed), 0, 0, []
+    told = sys.stderr if asked.json else sys.stdout
+    deck: list[tuple[str, str]] = []
     with tempfile.TemporaryDirectory() as scratch:
         words = make_inputs(Path(scratch, "inputs"))
         undisturbed = play(words, Path(scratch, "undisturbed"))
         for number in range(asked.rounds):
-            fault = chance.choice(FAULTS)
-            moment, count = chance.choice(moments_of(fault)), chance.randint(1, 6)
+            if not deck:
+                deck = [(fault, moment) for fault in FAULTS for moment in moments_of(fault)]
+                chance.shuffle(deck)
+            (fault, moment), count, begun = deck.pop(), chance.randint(1, 6), time.monotonic()
             try:
                 result = play(words, Path(scratch, f"round-{number}"), fault, moment, count)
             except AssertionError as error:
-                print(f"{number + 1}: {fault} at {moment} {count}: {error}", flush=True)
+                print(f"{number + 1}: {fault} at {moment} {count}: {error}", file=told, flush=True)
                 continue
             same = are_equal(result, undisturbed)
             finished, equal = finished + 1, equal + same
             shares.append(result.redone_share)
-            if not asked.json:
-                verdict = "equal" if same else "DIFFERENT"
-                work = f"{result.redone} of {result.units} units again, {len(result.errors) + 1} command(s)"
-                print(f"{number + 1}: {fault} at {moment} {count}: {verdict}, {work}", flush=True)
+            work = f"{result.redone} of {result.units} units again, {len(result.errors) + 1} command(s)"
+            outcome = f"{'equal' if same else 'DIFFERENT'}, {work}, {time.monotonic() - begun:.0f} s"
+            print(f"{number + 1}: {fault} at {moment} {count}: {outcome}", file=told, flush=True)
     redone = sum(shares) / len(shares) if shares else 0.0
     if asked.json:
         print(json.dumps({"rounds": asked.rounds, "finished": finished, "equal": equal, "redone_share": redone}))

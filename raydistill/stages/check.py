@@ -119,7 +119,7 @@ def _judge(
 ) -> tuple[list[Finding], dict[str, dict[str, int]]]:
     images = config.images
     known = [look.decoded for look in looks]
-    findings = list(_unusable(images, known, strict))
+    findings = list(_unusable(images, known, len(listing.entries), strict))
     if strict and any(d.reason for d in known):
         return findings, {}
     kept, _ = without_duplicates(known)
@@ -145,7 +145,7 @@ def _judge(
     return sorted(findings, key=lambda f: order.index(f.severity)), counts
 
 
-def _unusable(images: Images, known: list[Decoded], strict: bool) -> Iterator[Finding]:
+def _unusable(images: Images, known: list[Decoded], total: int, strict: bool) -> Iterator[Finding]:
     by_reason: dict[str, list[str]] = defaultdict(list)
     for d in known:
         if d.reason:
@@ -155,7 +155,7 @@ def _unusable(images: Images, known: list[Decoded], strict: bool) -> Iterator[Fi
         done = "the look ended here" if strict else "left out, and listed in refused.json"
         yield Finding(severity, reason, len(examples), tuple(examples[:EXAMPLES]), done, "mend or remove the files")
     try:
-        refuse_too_many_bad(images, known)
+        refuse_too_many_bad(images, known, total)
     except DataError as error:
         bad = sum(bool(d.reason) for d in known)
         yield Finding("stop", str(error).partition(":")[0], bad, (), "a run refuses to start",

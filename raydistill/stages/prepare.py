@@ -68,12 +68,11 @@ def prepare_samples(
 ) -> SampleSet:
     """Decode, drop duplicates, split, permute, write shards. Refused files are listed in `refused.json`.
 
-    Raises DataError: too many bad files, or a class without a single good train image; ConfigError where the disk may
-    be too small.
+    Raises DataError: too many bad files, as soon as they are, or a class without a single good train image; ConfigError
+    where the disk may be too small.
     """
     directory.begin()
     files, known = _decode_images(config, listing, plan, progress)
-    refuse_too_many_bad(config.images, known)
     kept, refused = without_duplicates(known)
     splits = draw_splits(config, listing, kept)
     labelled = draw_labelled(config, listing, splits["train"])
@@ -108,6 +107,7 @@ def _decode_images(
         for block in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             columns = (block[name].to_pylist() for name in ("index", "sample_id", "reason"))
             known += [Decoded(listing.entries[index], i, reason) for index, i, reason in zip(*columns, strict=True)]
+            refuse_too_many_bad(config.images, known, len(listing.entries))
             advance(len(block))
     known.sort(key=lambda d: (d.entry.path, d.entry.row or 0))
     return [part["file"] for part in parts], known
@@ -187,13 +187,14 @@ def read_chunk(chunk: Chunk) -> Iterator[tuple[int, bytes | None, str]]:
             yield index, None, f"{_UNREADABLE}: {error.strerror or error}"
 
 
-def refuse_too_many_bad(images: Images, known: list[Decoded]) -> None:
-    """Raises DataError."""
+def refuse_too_many_bad(images: Images, known: Sequence[Decoded], total: int) -> None:
+    """Of `total` images those that are known by now. Raises DataError."""
     bad = [d for d in known if d.reason]
-    if len(bad) > images.max_bad_share * len(known):
+    if len(bad) > images.max_bad_share * total:
         some = "; ".join(f"{entry_name(d.entry)}: {d.reason}" for d in bad[:5])
+        so_far = f", with {len(known)} looked at" if len(known) < total else ""
         raise DataError(
-            f"{len(bad)} of {len(known)} images cannot be used, above images.max_bad_share={images.max_bad_share}: "
+            f"{len(bad)} of {total} images cannot be used, above images.max_bad_share={images.max_bad_share}{so_far}: "
             f"{some}{' …' if len(bad) > 5 else ''}"
         )
 

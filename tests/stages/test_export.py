@@ -233,6 +233,7 @@ def pictures_of_many_kinds() -> dict[str, bytes]:
     clear.putalpha(Image.fromarray(np.resize(np.arange(256, dtype=np.uint8), (210, 400))))
     return {
         "16 bits, PNG": saved(Image.fromarray(deep * 6), "PNG"), "16 bits, TIFF": saved(Image.fromarray(deep), "TIFF"),
+        "16 bits, clear": saved(Image.fromarray(deep // 900 * 5000), "PNG", transparency=20000),
         "large": saved(photo, "PNG"), "JPEG, turned": saved(photo, "JPEG", exif=exif), "small": saved(
             painted(1, rng, 9), "PNG"), "CMYK": saved(photo.convert("CMYK"), "JPEG"), "clear": saved(clear, "PNG"),
         "grey, clear": saved(clear.convert("LA"), "PNG"), "grey": saved(photo.convert("L"), "WEBP"),
@@ -256,7 +257,7 @@ def test_the_cards_code_reads_every_picture_as_predict_does(exported, tmp_path, 
             exec(code, names)
             seen = predictor.working_image(data)
             np.testing.assert_array_equal(np.asarray(names["white"]), seen, name)
-            inputs = network_inputs(seen[None], wanted, from_pixels)
+            inputs = network_inputs(np.stack([seen]), wanted, from_pixels)
             np.testing.assert_allclose(names["images"], inputs, atol=0 if from_pixels else 1e-4, err_msg=name)
             assert names["images"].dtype == inputs.dtype
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
@@ -302,6 +303,17 @@ def test_too_many_bad_files_stop_prepare(words, progress, tmp_path, image_folder
         run_stages(table_job(words, table, "tracking.enabled=true"), progress, until="prepare")
     assert set(states(tmp_path).values()) == {"FAILED"}
     assert run_stages(table_job(words, table, "images.max_bad_share=0.1"), progress, until="prepare").samples
+
+
+def test_prepare_stops_as_soon_as_too_many_files_are_bad(words, progress, tmp_path) -> None:
+    """One bad file of the first 32, and more than 200 to come, which nobody waits for."""
+    for i in range(256):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"")
+    table = tmp_path / "set.csv"
+    table.write_text("path,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(256)))
+    with pytest.raises(DataError, match=r"1 of 256 .*max_bad_share=0.0, with (32|64|96|128|160) looked at: .*/3.png"):
+        run_stages(table_job(words, table, "images.max_bad_share=0"), progress, until="prepare")
 
 
 def test_fewer_train_images_than_workers_are_refused(words, tmp_path, image_folder) -> None:
