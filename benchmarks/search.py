@@ -3,9 +3,10 @@
     python -m benchmarks.search --json search.json
 
 Prints and, with --json, writes `trial_overhead_seconds` (the median over trials of the seconds from the end of one
-trial to the end of the next, less those of a bare PyTorch loop for as many steps; the bare loop runs before and after
-and counts with its mean), `first_trial_seconds` (which starts the process that all trials share) and `teacher_passes`
-(files of soft targets that the search wrote). About 5 minutes on 2 cores.
+trial to the end of the next, less those of a bare PyTorch loop that does the same work: builds the network, takes as
+many steps over batches that lie in memory, measures val and saves; it runs before, between and after the trials, which
+come in rounds, and its median counts), `first_trial_seconds` (which starts the process that the trials of a round
+share) and `teacher_passes` (files of soft targets that the search wrote). About 8 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -14,20 +15,46 @@ import argparse
 import json
 import os
 import tempfile
+import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import optuna
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
-from benchmarks.throughput import bare_student, distill_job, job_config
+from benchmarks.throughput import THREADS, bare_step, distill_job, job_config
+from raydistill.config import overlay
 from raydistill.infra.cluster import ray_cluster
 from raydistill.infra.progress import Progress
+from raydistill.infra.workers import Worker
+from raydistill.models.student import split_logits
 from raydistill.search.tune import tune_job
+from raydistill.stages.batches import DistillJob, read_batches
+from raydistill.stages.loop import Trainee
 from raydistill.stages.run import run_stages
 
-TRIALS = 10
+ROUNDS, TRIALS = 3, 5  # of a round's trials the first starts a process and does not count
 SPACE = Path(__file__).parents[1] / "tune_spaces" / "loss.yaml"
+
+
+def bare_seconds(job: DistillJob) -> float:
+    """Of the plainest training that comes to a val accuracy and a file of weights."""
+    torch.set_num_threads(THREADS)
+    batches = list(islice(read_batches(job, 0, Worker(0, 1, "cpu", THREADS, lambda step: False)), job.total_steps))
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    trainee = Trainee(job).to(memory_format=torch.channels_last)
+    trainee.train()
+    optimizer = torch.optim.AdamW(trainee.parameters(), job.config.distill.learning_rate)
+    for batch in batches:
+        bare_step(job, trainee, optimizer, batch)
+    split_logits(trainee.student, job.samples, "val", torch.device("cpu"), job.config.evaluate.batch_size)
+    weights = {name: value.contiguous() for name, value in trainee.student.network.state_dict().items()}
+    save_file(weights, f"{job.path}/student.safetensors")
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -37,27 +64,30 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command line does
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory() as folder:
-        more = ["distill.epochs=4", f"tune.space={SPACE}", f"tune.trials={TRIALS}", "tune.sampler=random"]
-        config = job_config(Path(folder), *more, "tune.pruner=none", "tune.confirm_seeds=0")
+        more = ["distill.epochs=4", f"tune.space={SPACE}", "tune.sampler=random", "tune.pruner=none"]
+        config = job_config(Path(folder), *more, "tune.confirm_seeds=0")
         with ray_cluster(config):
             outcome = run_stages(config, Progress(console), "teach")
         job = distill_job(config, outcome, Path(folder) / "bare")
-        before = bare_student(job, with_teacher=False)
         taught = {p: p.stat().st_mtime_ns for p in Path(folder).glob("teach-*/*")}
-        search = tune_job(config, Progress(console))
+        bare = [bare_seconds(job)]
+        for number in range(1, ROUNDS + 1):
+            search = tune_job(overlay(config, {"tune": {"trials": number * TRIALS}}), Progress(console))
+            bare.append(bare_seconds(job))
         passes = sum(taught.get(p) != p.stat().st_mtime_ns for p in Path(folder).glob("teach-*/*"))
-        after = bare_student(job, with_teacher=False)
         study = optuna.load_study(study_name=Path(search.path).name, storage=f"sqlite:///{search.path}/study.db")
-        ends = [trial.datetime_complete.timestamp() for trial in study.trials]
-        first = ends[0] - study.trials[0].datetime_start.timestamp()
-    bare = job.total_steps * job.batch_size / np.mean([before, after])
+    starts = [trial.datetime_start.timestamp() for trial in study.trials]
+    ends = [trial.datetime_complete.timestamp() for trial in study.trials]
+    first = [ends[k] - starts[k] for k in range(0, len(ends), TRIALS)]
+    seconds = [ends[k] - ends[k - 1] for k in range(1, len(ends)) if k % TRIALS]
     figures = {
-        "trial_overhead_seconds": float(np.median(np.diff(ends)) - bare),
-        "trial_seconds": float(np.median(np.diff(ends))),
-        "bare_seconds": float(bare),
-        "first_trial_seconds": first,
+        "trial_overhead_seconds": float(np.median(seconds) - np.median(bare)),
+        "trial_seconds": float(np.median(seconds)),
+        "bare_seconds": float(np.median(bare)),
+        "first_trial_seconds": float(np.median(first)),
         "teacher_passes": passes,
     }
+    console.print(f"bare, by turns with {ROUNDS} rounds of trials: {', '.join(f'{b:.1f} s' for b in bare)}")
     for name, value in figures.items():
         console.print(f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}")
     if arguments.json:

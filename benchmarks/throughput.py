@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from torch.optim import Optimizer
 
 from raydistill.config import RunConfig, load_config
 from raydistill.data.decode import encode, pixels
@@ -37,7 +39,7 @@ from raydistill.infra.progress import Progress
 from raydistill.infra.workers import Worker
 from raydistill.losses.total import distillation_loss
 from raydistill.models.teacher import load_teacher
-from raydistill.stages.batches import DistillJob, read_batches
+from raydistill.stages.batches import Batch, DistillJob, read_batches
 from raydistill.stages.loop import Trainee
 from raydistill.stages.run import Outcome, run_stages
 
@@ -84,6 +86,21 @@ def bare_teacher(config: RunConfig, samples: SampleSet) -> float:
     raise AssertionError
 
 
+def bare_step(job: DistillJob, trainee: Trainee, optimizer: Optimizer, batch: Batch, backbone: Any = None) -> None:
+    """With the teacher's features of `backbone`, or those that the batch brings."""
+    images, parameters = torch.from_numpy(batch.images_VHHC), torch.from_numpy(batch.parameters_VP)
+    if backbone is None:
+        features = torch.from_numpy(batch.features_VD).float()
+    else:
+        features = backbone(render(images, parameters, backbone.preprocessing)).clone()
+    views = render(images, parameters, trainee.student.preprocessing)
+    student, teacher = trainee(views.contiguous(memory_format=torch.channels_last), features)
+    loss, _ = distillation_loss(job.config.loss, student, teacher, torch.from_numpy(batch.labels_V))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
 def bare_student(job: DistillJob, with_teacher: bool) -> float:
     """Images a second of the plainest training loop over batches that lie in memory; `with_teacher` runs the teacher on
     every batch first, in turn, as training without stored soft targets does."""
@@ -99,17 +116,7 @@ def bare_student(job: DistillJob, with_teacher: bool) -> float:
     for step, batch in enumerate(itertools.cycle(batches)):
         if step == 2:  # two steps of warm-up
             started = time.perf_counter()
-        images, parameters = torch.from_numpy(batch.images_VHHC), torch.from_numpy(batch.parameters_VP)
-        if backbone is None:
-            features = torch.from_numpy(batch.features_VD).float()
-        else:
-            features = backbone(render(images, parameters, backbone.preprocessing)).clone()
-        views = render(images, parameters, trainee.student.preprocessing)
-        student, teacher = trainee(views.contiguous(memory_format=torch.channels_last), features)
-        loss, _ = distillation_loss(job.config.loss, student, teacher, torch.from_numpy(batch.labels_V))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        bare_step(job, trainee, optimizer, batch, backbone)
         if started and time.perf_counter() - started > SECONDS:
             return (step - 1) * job.batch_size / (time.perf_counter() - started)
     raise AssertionError

@@ -28,6 +28,7 @@ from raydistill.data.images import Listing, list_images
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.examples import weights_fingerprint
+from raydistill.infra.versions import PACKAGES, installed
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {
@@ -85,6 +86,10 @@ class StageDirectory:
 
     def finish(self, result: dict[str, Any]) -> None:
         self.write_json("DONE", result)
+
+    def write_bill(self, bill: dict[str, Any]) -> None:
+        """What the run that finished the stage paid, and with which versions it ran: `read_bill` gives it back."""
+        self.write_json("seconds.json", bill | {"versions": installed(PACKAGES)})
 
 
 def write_bytes(path: str, data: bytes) -> None:
@@ -158,7 +163,7 @@ def read_seconds(path: str) -> float:
 
 def read_bill(path: str) -> dict[str, Any]:
     """`seconds` of the run that finished a stage; on a cluster `node_seconds` by node type and `lost_nodes`; and, where
-    a process or a node was lost, the `images_again` and `seconds_again` that this cost."""
+    a process or a node was lost, the `images_again` and `seconds_again` that this cost; `versions` by package."""
     fs, folder = url_to_fs(path)
     name = f"{folder}/seconds.json"
     return dict(json.loads(fs.cat_file(name))) if fs.exists(name) else {}

@@ -17,10 +17,9 @@ from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import workspace_root, write_bytes
 from raydistill.infra.cluster import joined_cluster
 from raydistill.infra.plan import live_plan
-from raydistill.infra.versions import installed
+from raydistill.infra.versions import PACKAGES, installed
 
 # Nodes that differ in these give other numbers, or cannot read what the others write.
-PACKAGES = ("raydistill", "ray", "torch", "timm", "transformers", "diffusers", "numpy", "pyarrow")
 # Keys that name places, or models that may lie in one, which every node must see under the same name.
 PLACES = (
     "images.path", "teacher.model", "teacher.weights", "student.model", "student.weights", "compare.student_weights",

@@ -239,7 +239,7 @@ def _train(work: _Work, report: Callable[[dict[str, Any]], None]) -> dict[str, A
             on_epoch(record)
         started = time.monotonic()
         student = distill_student(job, directory, work.plan, Progress(Console(quiet=True)), on_epoch)
-        directory.write_json("seconds.json", {"seconds": time.monotonic() - started})
+        directory.write_bill({"seconds": time.monotonic() - started})
     else:
         student = StudentCheckpoint(**done)
         for record in read_epochs(directory.path, last):

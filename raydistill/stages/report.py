@@ -10,7 +10,6 @@ import json
 import platform
 from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import jinja2
@@ -25,12 +24,12 @@ from raydistill.data.targets import read_bytes, read_samples
 from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import evaluate_directory, exists, read_bill, write_bytes
 from raydistill.infra.node_hours import bill_words
+from raydistill.infra.versions import PACKAGES, installed
 from raydistill.stages.baselines import OVERLAYS
 from raydistill.stages.evaluate import PREDICTIONS_FILE, Report
 from raydistill.stages.run import Outcome
 
 _MOST_DISAGREEMENTS, _MOST_SHEETS, _MOST_REASONS, _EXAMPLES = 24, 12, 20, 3
-_PACKAGES = ("raydistill", "torch", "timm", "transformers", "ray", "diffusers", "optuna", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
         stages=_stages(config, outcome),
         exported=outcome.exported,
         yaml=to_yaml(config),
-        versions={name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        versions=installed((*PACKAGES, "optuna", "mlflow")) | {"python": platform.python_version()},
+        other_versions=_other_versions(outcome),
         command=command,
     )
     path = f"{report.path}/report.html"
@@ -171,6 +171,16 @@ def _reason(words: str) -> str:
 def _short(path: str) -> str:
     """The last folder and the name."""
     return "/".join(path.split("/")[-2:])
+
+
+def _other_versions(outcome: Outcome) -> dict[str, str]:
+    """By stage, those that it ran with where they are not those of now."""
+    now, others = installed(PACKAGES), {}
+    for stage, path in outcome.directories.items():
+        ran: dict[str, str] = read_bill(path).get("versions", {})
+        if words := [f"{name} {number}" for name, number in ran.items() if number != now.get(name)]:
+            others[stage] = ", ".join(words)
+    return others
 
 
 def _stages(config: RunConfig, outcome: Outcome) -> list[tuple[str, str, str]]:

@@ -203,7 +203,7 @@ class _Run:
             bill = {"seconds": seconds, **clock.record()}
             if images := progress.images_again - images_again:
                 bill |= {"images_again": images, "seconds_again": progress.seconds_again - seconds_again}
-            directory.write_json("seconds.json", bill)
+            directory.write_bill(bill)
             numbers = {"seconds": seconds, "images_again": images}
             record.log(numbers | {k: float(v) for k, v in done.items() if _is_number(v)})
         self._outcome.seconds[directory.stage] = seconds

@@ -44,11 +44,16 @@ _AT = {
     "generator_actor": ("generate",), "teacher_actor": ("teach",), "train_worker": ("distill",),
     "torn_checkpoint": ("distill",),
 }  # fmt: skip
-# Remote calls of Ray's that are lost, before or after they were answered, or late.
+# Calls by which work gets its worker and results are asked for are lost, before or after they were answered, or late.
+# Not all of Ray's calls: where any may be lost, Ray 2.60 itself stands still sooner or later, with every process
+# waiting; and where those that hand work over may, Ray Train waits for CPUs that its own lost workers keep.
+_LOST = {"num_failures": -1, "req_failure_prob": 2, "resp_failure_prob": 2, "in_flight_failure_prob": 1}
+_CALLS = (
+    "NodeManagerService.grpc_client.RequestWorkerLease", "NodeManagerService.grpc_client.ReturnWorkerLease",
+    "CoreWorkerService.grpc_client.GetObjectStatus",
+)  # fmt: skip
 _BAD_NETWORK = {
-    "RAY_testing_rpc_failure": json.dumps(
-        {"*": {"num_failures": -1, "req_failure_prob": 2, "resp_failure_prob": 2, "in_flight_failure_prob": 1}}
-    ),
+    "RAY_testing_rpc_failure": json.dumps(dict.fromkeys(_CALLS, _LOST)),
     "RAY_testing_asio_delay_us": "NodeManagerService.grpc_server.RequestWorkerLease=1000:50000",
 }
 FAULTS = (

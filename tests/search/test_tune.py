@@ -781,6 +781,15 @@ class TestSlow:
             assert alone.seconds["distill"] == 0
             assert {t.directory for t in search.trials if t.choices["loss"] == label} == {alone.student.path}
 
+    def test_a_trial_that_fails_in_training_is_named_and_the_others_go_on(self, words, space_file, progress) -> None:
+        file = space_file("distill.learning_rate: {categorical: [0.001, 0.002, 1.0e+30]}")
+        more = ["tune.trials=4", "tune.sampler=grid", "tune.pruner=none", "tune.confirm_seeds=0"]
+        search = tune_job(load_config([*words, "distill.learning_rate=0.001", file, *more]), progress)
+        trials = {t.choices["distill.learning_rate"]: t for t in search.trials}
+        assert {rate: t.state for rate, t in trials.items()} == {0.001: "complete", 0.002: "complete", 1e30: "failed"}
+        assert "the loss or its" in trials[1e30].reason
+        assert search.trials[search.best_number].state == "complete"
+
     def test_trials_at_once_are_all_recorded(self, words, space_file, progress, tmp_path) -> None:
         more = ["tune.trials=8", "tune.concurrent=4", "tune.confirm_seeds=0", "tracking.enabled=true"]
         search = tune_job(load_config([*words, space_file(), *more]), progress)

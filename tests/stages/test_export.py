@@ -301,6 +301,19 @@ def test_the_report_shows_the_baselines_that_were_run(finished, progress):
     assert "align_uniform" not in shown  # which is the job itself
 
 
+def test_the_report_names_a_stage_that_other_versions_finished(finished):
+    config, outcome, page = finished
+    assert "finished by an earlier run" not in page.read_text()
+    file = Path(outcome.directories["distill"], "seconds.json")
+    bill = json.loads(file.read_text())
+    try:
+        file.write_text(json.dumps(bill | {"versions": bill["versions"] | {"torch": "1.13.1"}}))
+        again = Path(write_report(config, outcome, "raydistill run job.yaml")).read_text()
+    finally:
+        file.write_text(json.dumps(bill))
+    assert "distill was finished by an earlier run with torch 1.13.1<" in again
+
+
 def test_disagreements_are_those_of_the_predictions(finished):
     report_page = finished[2]
     rows = pq.read_table(report_page.parent / "predictions.parquet").to_pylist()

@@ -22,10 +22,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
-from raydistill.config import RunConfig, load_config
+from raydistill.config import Generate, RunConfig, load_config
 from raydistill.data.decode import decode, encode
 from raydistill.data.images import Listing
 from raydistill.data.sample import SampleSet, decode_shard, encode_shard, sample_id
@@ -42,13 +43,15 @@ from raydistill.infra.artifacts import (
 from raydistill.infra.cluster import RayStart, configure_ray_data
 from raydistill.infra.plan import plan_resources
 from raydistill.infra.progress import Progress
-from raydistill.models.pipelines import inspect_pipeline
+from raydistill.models.generator import Generator, Request
+from raydistill.models.pipelines import PipelineFacts, class_numbers, inspect_pipeline
 from raydistill.search.compare import _arms
 from raydistill.stages import generate
 from raydistill.stages.choosing import Chosen
 from raydistill.stages.evaluate import Report
 from raydistill.stages.generate import GeneratedImages, check_generate, forecast, label_weights
 from raydistill.stages.making import GeneratorActor, Made, make_recipes, read_made
+from raydistill.stages.report import write_report
 from raydistill.stages.run import Outcome, _Run, run_stages
 from raydistill.stages.showing import (
     working_image,
@@ -163,6 +166,8 @@ class TestWithRay:
         assert outcome.directories["distill"] != plain.directories["distill"]
         for name in ("sheet-000.png", "ledger.parquet", "generate.json"):
             assert (Path(samples.path) / name).stat().st_size > 0
+        page = Path(write_report(load_config(generating), outcome, "raydistill run job.yaml")).read_text()
+        assert all(f"<td>{name}</td><td>6</td><td>6</td>" in page for name in samples.classes)
         deltas = json.loads((Path(outcome.report.path) / "deltas.json").read_text())
         assert {split: set(of_split) for split, of_split in deltas.items()} == {
             split: set(samples.classes) for split in ("val", "test")
@@ -410,6 +415,20 @@ def test_files_that_do_not_arrive_end_the_run(generating, samples, progress, mon
         generate.generate_images(
             config, samples, None, generate_directory(config, samples), plan_resources(config, 2.0, 0.0, 2), progress
         )
+
+
+def test_ledger_and_settings_suffice_to_make_an_image_again(generating, in_this_process, samples) -> None:
+    folder = Path(in_this_process(load_config([*generating, *NO_TEACHER]), samples).samples.path)
+    told = json.loads((folder / "generate.json").read_text())
+    settings, facts = Generate.model_validate(told["settings"]), PipelineFacts(**told["pipeline"])
+    maker = Generator(settings, facts, torch.device("cpu"))
+    for row in pq.read_table(folder / "ledger.parquet").to_pylist()[::7]:
+        own = settings.prompt_settings(row["class"])
+        class_id = class_numbers(settings, facts, [row["class"]])[row["class"]]
+        for seed, is_it in ((row["seed"], True), (row["seed"] + 1, False)):
+            request = Request(seed, row["prompt"], class_id, own.negative_prompt, own.steps, own.guidance)
+            (picture,) = maker.pictures([request])
+            assert (sample_id(encode(picture.image)) == row["id"]) == is_it
 
 
 def test_what_was_made_is_read_without_its_pixels(generating, in_this_process, samples, monkeypatch) -> None:
