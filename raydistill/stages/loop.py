@@ -28,7 +28,7 @@ from raydistill.infra.checkpoints import (
     read_progress,
     write_progress,
 )
-from raydistill.infra.workers import Worker
+from raydistill.infra.workers import Worker, keep_freed_memory
 from raydistill.losses.crd import ContrastiveMemory, Negatives
 from raydistill.losses.total import Outputs, distillation_loss
 from raydistill.models.from_transformers import TransformersClassifier
@@ -86,6 +86,8 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     """
     config, settings, device = job.config, job.config.distill, torch.device(worker.device)
     torch.set_num_threads(worker.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     trainee = Trainee(job).to(device, memory_format=layout)
