@@ -147,18 +147,17 @@ def _judge(
 
 def _unusable(images: Images, known: list[Decoded], total: int, strict: bool) -> Iterator[Finding]:
     by_reason: dict[str, list[str]] = defaultdict(list)
-    for d in known:
-        if d.reason:
-            by_reason[d.reason.partition(":")[0]].append(f"{entry_name(d.entry)}: {d.reason}")
+    bad = [d for d in known if d.reason]
+    for d in bad:
+        by_reason[d.reason.partition(":")[0]].append(f"{entry_name(d.entry)}: {d.reason}")
     for reason, examples in by_reason.items():
         severity: Literal["stop", "loses"] = "stop" if strict else "loses"
         done = "the look ended here" if strict else "left out, and listed in refused.json"
         yield Finding(severity, reason, len(examples), tuple(examples[:EXAMPLES]), done, "mend or remove the files")
     try:
-        refuse_too_many_bad(images, known, total)
+        refuse_too_many_bad(images, bad, len(known), total)
     except DataError as error:
-        bad = sum(bool(d.reason) for d in known)
-        yield Finding("stop", str(error).partition(":")[0], bad, (), "a run refuses to start",
+        yield Finding("stop", str(error).partition(":")[0], len(bad), (), "a run refuses to start",
                       "mend them, or raise images.max_bad_share")  # fmt: skip
 
 

@@ -102,12 +102,13 @@ def _decode_images(
     decoded = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         _DecodeChunk(config.images, new_tries()), batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
     )
-    known = []
+    known, bad = list[Decoded](), list[Decoded]()
     with progress.task("prepare", len(listing.entries), "images") as advance:
         for block in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             columns = (block[name].to_pylist() for name in ("index", "sample_id", "reason"))
-            known += [Decoded(listing.entries[index], i, reason) for index, i, reason in zip(*columns, strict=True)]
-            refuse_too_many_bad(config.images, known, len(listing.entries))
+            known += (new := [Decoded(listing.entries[index], i, why) for index, i, why in zip(*columns, strict=True)])
+            bad += (d for d in new if d.reason)
+            refuse_too_many_bad(config.images, bad, len(known), len(listing.entries))
             advance(len(block))
     known.sort(key=lambda d: (d.entry.path, d.entry.row or 0))
     return [part["file"] for part in parts], known
@@ -187,12 +188,11 @@ def read_chunk(chunk: Chunk) -> Iterator[tuple[int, bytes | None, str]]:
             yield index, None, f"{_UNREADABLE}: {error.strerror or error}"
 
 
-def refuse_too_many_bad(images: Images, known: Sequence[Decoded], total: int) -> None:
-    """Of `total` images those that are known by now. Raises DataError."""
-    bad = [d for d in known if d.reason]
+def refuse_too_many_bad(images: Images, bad: Sequence[Decoded], seen: int, total: int) -> None:
+    """The bad ones among the images seen so far, out of all of them. Raises DataError."""
     if len(bad) > images.max_bad_share * total:
         some = "; ".join(f"{entry_name(d.entry)}: {d.reason}" for d in bad[:5])
-        so_far = f", with {len(known)} looked at" if len(known) < total else ""
+        so_far = f", with {seen} looked at" if seen < total else ""
         raise DataError(
             f"{len(bad)} of {total} images cannot be used, above images.max_bad_share={images.max_bad_share}{so_far}: "
             f"{some}{' …' if len(bad) > 5 else ''}"
