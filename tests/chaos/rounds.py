@@ -151,9 +151,16 @@ def _command(words: list[str], folder: Path, fault: str, moment: str, count: int
         )  # fmt: skip
         try:
             if fault in _ENDS_DRIVER:
-                wait_for(lambda: _reached(folder, moment, count) or process.poll() is not None, 300)
+                torn = fault == "torn_checkpoint"
+                wait_for(
+                    lambda: (
+                        (_reached(folder, moment, count) and (not torn or _checkpoints(folder)))
+                        or process.poll() is not None
+                    ),
+                    300,
+                )
                 _kill_all(process)
-                if fault == "torn_checkpoint":
+                if torn:
                     _tear_newest_checkpoint(folder)
             out, err = process.communicate(timeout=400)
         finally:
@@ -227,11 +234,15 @@ def _kill_all(process: subprocess.Popen[str]) -> None:
                 member.send_signal(signal.SIGKILL)
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    """The weights of those that are whole."""
+    whole = (folder / "store" / "runs").glob("distill-*/checkpoints/*/checkpoint.json")
+    return [path.with_name("weights.safetensors") for path in whole]
+
+
 def _tear_newest_checkpoint(folder: Path) -> None:
     """As a disk does that lost power: its name and length are there, and half of what it held."""
-    newest = max(
-        (folder / "store" / "runs").glob("distill-*/checkpoints/*.safetensors"), key=lambda p: p.stat().st_mtime
-    )
+    newest = max(_checkpoints(folder), key=lambda p: p.stat().st_mtime)
     half = newest.stat().st_size // 2
     newest.write_bytes(newest.read_bytes()[:half] + bytes(newest.stat().st_size - half))
 
