@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.errors import RaydistillError
+from raydistill.errors import ConfigError, RaydistillError
 
 STARTED = time.time()
 _INTERRUPTED = 130
@@ -335,6 +335,9 @@ def submit(
     address: Address = _ADDRESS,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the job is accepted.")] = False,
     python: Annotated[str, typer.Option("--python", help="The interpreter on the cluster.")] = "python",
+    install: Annotated[
+        bool, typer.Option("--install", help="Have Ray install what raydistill requires, as here, for this job.")
+    ] = False,
     space: Annotated[str | None, typer.Option("--space", help="As for `tune`.")] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="As for `tune`.")] = None,
     learning_curve: Annotated[bool, typer.Option("--learning-curve", help="As for `compare`.")] = False,
@@ -345,6 +348,8 @@ def submit(
     from raydistill.config import load_config
     from raydistill.infra import submit as jobs_api
 
+    if install and python != "python":
+        raise ConfigError("submit: --install makes an environment with an interpreter of its own; leave out --python")
     given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
     flags = ("--learning-curve",) if learning_curve else ()
     with tempfile.TemporaryDirectory() as folder:
@@ -352,7 +357,7 @@ def submit(
         largest = ", ".join(f"{name} {size:,}" for name, size in package.files[:5])
         print(f"uploads {len(package.files)} files, {package.size:,} bytes; the largest: {largest}")
         client = jobs_api.job_client(address)
-        name, is_new = jobs_api.submit(client, package)
+        name, is_new = jobs_api.submit(client, package, install)
     print(f"job {name} {'is submitted' if is_new else 'was submitted before: an equal one is not started again'}")
     print(f"raydistill job logs {name}     raydistill job stop {name}")
     if not detach:

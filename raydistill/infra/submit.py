@@ -17,11 +17,13 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+from packaging.requirements import Requirement
 
 import raydistill
 from raydistill.config import RunConfig, overlay, to_yaml
@@ -34,10 +36,13 @@ STOPPED = 3  # the exit code of a job that was stopped, beside 0 (done), 1 (the 
 _MOST_BYTES = 16 * 1024**2
 # Ray's own default is 3 s, in which no checkpoint of any size reaches a bucket.
 _STOP_SECONDS = 120
+_HEAD_SECONDS = 60.0
 _JOB_FILE = "job.yaml"
 _CODE = (".py", ".html")  # of the package, with the pages that it fills in
 # Keys that name small text files, which travel with the job.
 _SHIPPED = ("images.classes", "generate.names", "tune.space")
+# What the nodes were made with: the first is how they were joined, the others fit their GPUs.
+_OF_THE_NODE = ("ray", "torch", "torchvision")
 _SECRET = re.compile(r"^[a-z+0-9]+://[^/\s]*:[^/\s@]+@", re.IGNORECASE)
 
 
@@ -194,25 +199,47 @@ def job_client(address: str) -> Any:
     return client
 
 
-def submit(client: Any, package: Package) -> tuple[str, bool]:
+def pinned() -> list[str]:
+    """What raydistill requires, in the versions that are installed here, less what a node has to bring itself."""
+    wanted = [Requirement(line) for line in metadata.requires("raydistill") or []]
+    names = [r.name for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [f"{name}=={metadata.version(name)}" for name in names if name not in _OF_THE_NODE]
+
+
+def _start(client: Any, entrypoint: str, name: str, environment: dict[str, Any]) -> None:
+    """Raises StageError where the head does not take the job; one that was started a moment ago takes none yet."""
+    end = time.monotonic() + _HEAD_SECONDS
+    while True:
+        try:
+            client.submit_job(
+                entrypoint=entrypoint, submission_id=name, runtime_env=environment, metadata={"raydistill": entrypoint}
+            )
+        except RuntimeError as error:
+            if "No available agent" in str(error) and time.monotonic() < end:
+                time.sleep(1)
+                continue
+            reason = " ".join(str(error).split())
+            raise StageError(
+                f"submit: the head does not take the job ({reason}); see its log: ray logs cluster"
+            ) from None
+        return
+
+
+def submit(client: Any, package: Package, install: bool = False) -> tuple[str, bool]:
     """Start the job, or find it: an equal job that runs or is done is not started again. Returns its id and whether it
-    is new. One that failed or was stopped is started again, under the next number."""
+    is new. One that failed or was stopped is started again, under the next number. With `install` Ray first gives each
+    node an environment for this job with what is `pinned`."""
+    packages = {"pip": {"packages": pinned(), "pip_check": False}} if install else {}
     for number in range(1, 1000):
         name = package.id if number == 1 else f"{package.id}-{number}"
         info = find_job(client, name)
         if info is None:
-            client.submit_job(
-                entrypoint=package.entrypoint,
-                submission_id=name,
-                runtime_env={
-                    "working_dir": package.folder,
-                    "env_vars": {
-                        "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS),
-                        "PYTHONUNBUFFERED": "1",
-                    },
-                },
-                metadata={"raydistill": package.entrypoint},
-            )
+            environment = {
+                "working_dir": package.folder,
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS), "PYTHONUNBUFFERED": "1"},
+                **packages,
+            }
+            _start(client, package.entrypoint, name, environment)
             return name, True
         if str(info.status.value) not in ("FAILED", "STOPPED"):
             return name, False

@@ -10,15 +10,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
+from safetensors.torch import save_file
 
 from raydistill import cli
 from raydistill.config import load_config
-from raydistill.errors import ConfigError
-from raydistill.infra.submit import check_address, pack
+from raydistill.errors import ConfigError, StageError
+from raydistill.infra import submit as submitting
+from raydistill.infra.submit import check_address, pack, pinned, submit
 
 
 @pytest.fixture
@@ -174,6 +178,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     }  # fmt: skip
     ray = Path(sys.executable).parent / "ray"
     words = ["start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={port}", "--num-cpus=2",
+             f"--dashboard-agent-listen-port={free_port()}",
              "--dashboard-host=127.0.0.1", "--object-store-memory=100000000", f"--temp-dir=/tmp/rd{port}"]  # fmt: skip
     node = subprocess.Popen([str(ray), *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                             start_new_session=True)  # fmt: skip
@@ -198,8 +203,41 @@ def raydistill(environment: dict[str, str], *words: str) -> subprocess.Completed
     )
 
 
+def test_a_job_may_bring_its_requirements(job, tmp_path, monkeypatch) -> None:
+    wanted = dict(line.split("==") for line in pinned())
+    assert wanted["timm"] == timm.__version__
+    assert not wanted.keys() & {"ray", "torch", "torchvision", "pytest"}
+    package, asked = packed(tmp_path / "upload", str(job())), []
+    client = SimpleNamespace(submit_job=lambda **given: asked.append(given["runtime_env"]))
+    monkeypatch.setattr(submitting, "find_job", lambda client, name: None)
+    for install in (False, True):
+        assert submit(client, package, install) == (package.id, True)
+    assert "pip" not in asked[0]
+    assert asked[1]["pip"]["packages"] == pinned()
+    assert asked[1]["working_dir"] == asked[0]["working_dir"]
+
+
+@pytest.mark.parametrize(("refusals", "seconds", "started"), [(2, 60.0, True), (9, 0.0, False)])
+def test_a_head_that_takes_no_job_yet_is_waited_for(job, tmp_path, monkeypatch, refusals, seconds, started) -> None:
+    said = ["Request failed with status code 500: No available agent to submit job, please try again later."] * refusals
+
+    def submit_job(**given: object) -> None:
+        if said:
+            raise RuntimeError(said.pop())
+
+    monkeypatch.setattr(submitting, "_HEAD_SECONDS", seconds)
+    monkeypatch.setattr(submitting, "find_job", lambda client, name: None)
+    monkeypatch.setattr(submitting.time, "sleep", lambda seconds: None)
+    client, package = SimpleNamespace(submit_job=submit_job), packed(tmp_path / "upload", str(job()))
+    if started:
+        assert submit(client, package) == (package.id, True)
+        return
+    with pytest.raises(StageError, match=r"the head does not take the job \(.*No available agent.*ray logs cluster"):
+        submit(client, package)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_jobs_on_a_head_with_a_token(head, job, tmp_path) -> None:
     here = ["--python", sys.executable]
     path = str(job())
@@ -210,6 +248,28 @@ def test_jobs_on_a_head_with_a_token(head, job, tmp_path) -> None:
     again = raydistill(head, "submit", *here, "prepare", path)
     assert (again.returncode, "not started again" in again.stdout) == (0, True)
     assert again.stdout.count("samples:") == 1
+
+    # A whole run, with a teacher, whose stages before are those of the job before.
+    network = timm.create_model("test_resnet", num_classes=2)
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, tmp_path / "teacher.safetensors")
+    teacher = ["teacher.model=timm:test_resnet", f"teacher.weights={tmp_path}/teacher.safetensors", "teacher.size=32",
+               "teacher.allow_near_chance=true", "views.per_image=2"]  # fmt: skip
+    student = ["student.model=timm:test_resnet", "student.size=16", "distill.epochs=2", "distill.num_workers=1"]
+    whole = raydistill(head, "submit", *here, "run", path, *teacher, *student)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert {p.parent.name.partition("-")[0] for p in (tmp_path / "workspace").glob("*-*/DONE")} >= {
+        "prepare", "features", "adapt", "teach", "distill", "evaluate"
+    }  # fmt: skip
+    (page,) = (tmp_path / "workspace").glob("evaluate-*/report.html")
+    assert str(page) in whole.stdout
+
+    # In an environment that Ray makes for the job. What it is to hold is there already, so nothing is fetched.
+    fresh = raydistill(head, "submit", "--install", "prepare", path, "name=fresh")
+    assert fresh.returncode == 0, fresh.stdout + fresh.stderr
+    port = head["RAY_API_SERVER_ADDRESS"].rpartition(":")[2]
+    assert list(Path(f"/tmp/rd{port}/session_latest/runtime_resources/pip").glob("*/virtualenv/bin/python"))
+    both = raydistill(head, "submit", "--install", *here, "prepare", path)
+    assert (both.returncode, "leave out --python" in both.stderr) == (2, True)
 
     bad = raydistill(head, "submit", *here, "prepare", path, "images.path=/nowhere")
     assert bad.returncode == 2, bad.stdout
@@ -229,7 +289,14 @@ def test_jobs_on_a_head_with_a_token(head, job, tmp_path) -> None:
     assert stopped.returncode == 0, stopped.stderr
     assert raydistill(head, "job", "logs", name).returncode == 3
     states = raydistill(head, "job", "status").stdout
-    assert [line.split()[0] for line in states.splitlines()] == ["SUCCEEDED", "FAILED", "FAILED", "STOPPED"]
+    assert [line.split()[0] for line in states.splitlines()] == [
+        "SUCCEEDED",
+        "SUCCEEDED",
+        "SUCCEEDED",
+        "FAILED",
+        "FAILED",
+        "STOPPED",
+    ]
 
     stranger = raydistill(head | {"RAY_AUTH_TOKEN": "f" * 64}, "job", "status")
     assert stranger.returncode == 2
