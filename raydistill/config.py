@@ -351,7 +351,8 @@ class Export(Section):
     int8: Literal["dynamic", "static"] | None = None
     """Also an ONNX file with INT8 weights; `static`: and INT8 activations, calibrated on train images."""
     int8_max_drop: Share = 0.05
-    """The accuracy on val that INT8 may lose, 0.05 being five points; a file that loses more is left out. 1: any."""
+    """The accuracy on val that INT8 may lose, 0.05 being five points; without labels, the share of answers that it may
+    change. A file that loses more is left out. 1: any."""
     hub: str | None = None
     """A repository on the Hugging Face hub to push the folder to; private, if it is new."""
     register_as: str | None = None
@@ -433,6 +434,8 @@ class Cluster(Section):
     """Node labels that generator actors ask for, as {pool: spot}; null: any node will do."""
     generator_fallback: dict[str, str] | None = None
     """Labels that will do where no node has the first, {} for any node; null: wait for one."""
+    spill_directory: str | None = None
+    """Where this machine's own Ray writes what its memory does not hold; null: in Ray's folder, under /tmp."""
     grows_to: dict[Literal["CPU", "GPU"], Annotated[float, Field(ge=0)]] | None = None
     """The most CPUs and GPUs that the cluster's autoscaler may start, as {CPU: 48, GPU: 6}; null: what is there."""
 

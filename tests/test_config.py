@@ -155,6 +155,7 @@ OTHER_VALUES = {
     "cluster.generator_actors": (2, 9),
     "cluster.generator_labels": {"pool": "spot"},
     "cluster.generator_fallback": {"pool": "train"},
+    "cluster.spill_directory": "/scratch/spill",
     "cluster.grows_to": {"CPU": 8.0},
     "generate.pipeline": "owner/name",
     "generate.revision": "main",

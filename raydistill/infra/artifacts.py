@@ -137,7 +137,9 @@ def write_file(path: str, write: Callable[[str], object]) -> None:
 def free_bytes(config: RunConfig) -> float:
     """On the workspace's disk; infinite in an object store, of which nothing is known."""
     fs, root = url_to_fs(workspace_root(config))
-    return shutil.disk_usage(root).free if isinstance(fs, LocalFileSystem) else math.inf
+    if not isinstance(fs, LocalFileSystem):
+        return math.inf
+    return shutil.disk_usage(next(place for place in (Path(root), *Path(root).parents) if place.exists())).free
 
 
 def refuse_small_disk(config: RunConfig, what: str, need: float, advice: str) -> None:

@@ -43,6 +43,16 @@ class Checkpoint:
     record: dict[str, float] | None
 
 
+def bytes_to_write(path: str, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    """Of the checkpoints that are kept, and of the next one before the oldest of them goes, less those that are there.
+    AdamW has two moments of each number that learns, SGD one, and neither has any before its first step."""
+    tensors = [tensor for module in modules.values() for tensor in module.state_dict().values()]
+    moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    one = sum(t.nbytes for t in tensors) + moments * sum(p.nbytes for p in learning)
+    return max(_KEPT + 1 - len(_folders(path)), 0) * one
+
+
 class CheckpointWriter:
     """Writes checkpoints in a thread of its own while training goes on; the `with` block ends when all are written.
 

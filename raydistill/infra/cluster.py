@@ -65,6 +65,7 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
                 dashboard_host="127.0.0.1",
                 include_dashboard=dashboard,
                 object_store_memory=OBJECT_STORE_BYTES,
+                object_spilling_directory=_spill_directory(config),
                 **quiet,
             )
         else:
@@ -82,6 +83,19 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
         yield
     finally:
         ray.shutdown()
+
+
+def _spill_directory(config: RunConfig) -> str | None:
+    """Made here: where Ray cannot write to it, Ray itself ends without a word of why."""
+    if config.cluster.spill_directory is None:
+        return None
+    folder = Path(config.cluster.spill_directory).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except OSError as error:
+        raise ConfigError(f"cluster.spill_directory={folder} cannot be written to ({error.strerror})") from None
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 _MOST_CHARACTERS = 500
 _SECONDS_BETWEEN_TRIES = 5.0
 _GRACE_SECONDS = 30.0
+_SECONDS_BETWEEN_BEATS = 60.0
+_SILENT_SECONDS = 15 * 60.0  # room for clocks that differ, and for a server that was away for a while
 # When a process began follows from the clock, which may be put right meanwhile.
 _CLOCK_SECONDS = 60.0
 
@@ -47,6 +49,7 @@ class Tracker:
         self._client: Any = None
         self._closing, self._deadline = threading.Event(), math.inf
         self._trouble, self._lost = False, 0
+        self._beating = threading.Event()
         self._experiment = self._parent = ""
         self._failed = not config.tracking.enabled
         self.uri = config.tracking.uri or f"sqlite:///{workspace_root(config)}/mlflow.db"
@@ -56,6 +59,7 @@ class Tracker:
         if not self._failed:
             self._mention_old_runs()
         self._submit(self._open)
+        threading.Thread(target=self._beat, name="mlflow-beat", daemon=True).start()
 
     def __enter__(self) -> Tracker:
         return self
@@ -118,6 +122,20 @@ class Tracker:
 
         self._submit(write)
 
+    def _beat(self) -> None:
+        """Every minute, a sign of life on the parent run, for who looks from another machine; one at a time, however
+        long MLflow does not answer."""
+
+        def write() -> None:
+            self._client.set_tag(self._parent, "raydistill.alive", f"{time.time():.0f}")
+            self._beating.clear()
+
+        while not self._closing.wait(_SECONDS_BETWEEN_BEATS):
+            if not self._beating.is_set():
+                self._beating.set()
+                with contextlib.suppress(RuntimeError):  # the writer is closed a moment after the wait has ended
+                    self._submit(write)
+
     def _submit(self, call: Callable[[], None]) -> None:
         if not self._failed:
             self._writer.submit(self._guarded, call)
@@ -163,6 +181,7 @@ class Tracker:
         self._end_dead()
         self._parent = self._reopen(f"tags.`raydistill.job` = '{self._job}'", {"raydistill.job": self._job}, name)
         self._client.set_tag(self._parent, "raydistill.process", _process(os.getpid()))
+        self._client.set_tag(self._parent, "raydistill.alive", f"{time.time():.0f}")
         self._log_params(self._parent, self._config.model_dump(mode="json"))
         self._client.log_text(self._parent, to_yaml(self._config), "config.yaml")
 
@@ -182,10 +201,11 @@ class Tracker:
             self._client.set_terminated(run.info.run_id, "KILLED")
 
     def _end_dead(self) -> None:
-        """Runs whose process is gone from this machine, as after SIGKILL, end as killed; this job's is opened again."""
+        """Runs whose process is gone, as after SIGKILL, and another machine's that are silent for a quarter of an hour
+        end as killed; this job's is opened again."""
         for run in self._client.search_runs([self._experiment], "attributes.status = 'RUNNING'"):
             process = run.data.tags.get("raydistill.process")
-            if process is not None and _is_gone(process):
+            if process is not None and _is_gone(process, run.data.tags.get("raydistill.alive")):
                 self._end_children(run.info.run_id)
                 self._client.set_terminated(run.info.run_id, "KILLED")
 
@@ -226,13 +246,14 @@ def _process(pid: int) -> str:
     return f"{platform.node()} {place} {pid} {psutil.Process(pid).create_time():.0f}"
 
 
-def _is_gone(process: str) -> bool:
-    """Whether a process of this machine has ended. Of another machine's nothing is known here."""
+def _is_gone(process: str, alive: str | None) -> bool:
+    """Whether a process of this machine has ended, or one of another was silent since `alive`, in seconds of the epoch,
+    for so long that it has, too. Without that sign nothing is known of it here."""
     import psutil
 
     *place, pid, began = process.split(" ")
     if place != _process(os.getpid()).split(" ")[:-2]:
-        return False
+        return alive is not None and time.time() - float(alive) > _SILENT_SECONDS
     try:
         now = _process(int(pid)).rpartition(" ")[2]
     except psutil.NoSuchProcess:

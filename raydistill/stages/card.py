@@ -98,7 +98,8 @@ def int8_words(int8: dict[str, float | None]) -> str:
     if int8["accuracy_before"] is not None and int8["accuracy_after"] is not None:
         words += f"; accuracy on them {int8['accuracy_before']:.3f} before and {int8['accuracy_after']:.3f} after"
     if not int8["kept"]:
-        words += f", a drop above export.int8_max_drop={int8['max_drop']:g}; raise that to have it all the same"
+        drop = "a drop" if int8["accuracy_before"] is not None else "and no label says that its accuracy does not drop"
+        words += f", {drop} above export.int8_max_drop={int8['max_drop']:g}; raise that to have it all the same"
     return f"{words}."
 
 

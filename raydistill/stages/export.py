@@ -212,15 +212,16 @@ def _quantise(config: RunConfig, samples: SampleSet, student: Student, folder: P
 def _compare_roughly(
     logits_NC: np.ndarray, rough_NC: np.ndarray, labels_N: np.ndarray, max_drop: float
 ) -> dict[str, float | None]:
-    """INT8 changes logits by design, so what counts is what becomes of the answers. Without a label nothing is known
-    of their accuracy, and the file is kept."""
+    """INT8 changes logits by design, so what counts is what becomes of the answers. Without a label their accuracy is
+    not known; it cannot drop by more than the share of answers that changed, which then counts in its place."""
     before_N, after_N, labelled_N = logits_NC.argmax(1), rough_NC.argmax(1), labels_N >= 0
     right = [int((answers_N == labels_N)[labelled_N].sum()) for answers_N in (before_N, after_N)]
     num = int(labelled_N.sum())
     before, after, drop = (count / num if num else None for count in (*right, right[0] - right[1]))
+    agreement = float((before_N == after_N).mean())
     return {
-        "images": len(labels_N), "agreement": float((before_N == after_N).mean()), "accuracy_before": before,
-        "accuracy_after": after, "max_drop": max_drop, "kept": drop is None or drop <= max_drop,
+        "images": len(labels_N), "agreement": agreement, "accuracy_before": before, "accuracy_after": after,
+        "max_drop": max_drop, "kept": (1 - agreement if drop is None else drop) <= max_drop,
     }  # fmt: skip
 
 

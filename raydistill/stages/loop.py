@@ -19,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from raydistill.config import Distill
 from raydistill.data.views import render
 from raydistill.errors import DivergedError, StageError
-from raydistill.infra.artifacts import write_bytes
+from raydistill.infra.artifacts import refuse_small_disk, write_bytes
 from raydistill.infra.checkpoints import (
     Checkpoint,
     CheckpointWriter,
+    bytes_to_write,
     does_not_fit,
     latest_checkpoint,
     read_progress,
@@ -102,6 +103,9 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     idle = isinstance(trainee.student.body, TransformersClassifier)
     network = DistributedDataParallel(trainee, find_unused_parameters=idle) if worker.size > 1 else trainee
     autocast = torch.autocast(device.type, _DTYPES[settings.precision], enabled=settings.precision != "fp32")
+    if worker.rank == 0:
+        need = bytes_to_write(job.path, modules, optimizer)
+        refuse_small_disk(config, "distill: its checkpoints", need, "choose another workspace")
     reporter = _Reporter(job, worker, step)
     trainee.train()
     with CheckpointWriter(job.path) as checkpoints:

@@ -165,6 +165,7 @@ EFFECTS = {
     "cluster.address=ray://head:10001": NOTHING,
     "cluster.teacher_actors=[2,3]": NOTHING,
     "cluster.generator_actors=[2,3]": NOTHING,
+    "cluster.spill_directory=/scratch/spill": NOTHING,
     'cluster.grows_to={"CPU":8}': NOTHING,
     'cluster.generator_labels={"pool":"spot"}': NOTHING,
     'cluster.generator_fallback={"pool":"train"}': NOTHING,

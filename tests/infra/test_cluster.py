@@ -1,4 +1,4 @@
-"""A Ray of this machine alone, as commands start it: who may reach it."""
+"""A Ray of this machine alone, as commands start it: who may reach it, and where it writes what it cannot hold."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+
+from raydistill.config import load_config
+from raydistill.errors import ConfigError
+from raydistill.infra.cluster import joined_cluster
 
 # In a process of its own, with a home of its own for the token.
 _LOCAL = """
@@ -52,3 +56,36 @@ def test_a_local_ray_lets_in_nobody_without_its_token_which_is_closed_to_others(
     assert entered == [False, False]
     assert modes == [0o600, 0o700]
     assert length >= 32
+
+
+_SPILLS = """
+import sys
+import numpy as np, ray
+from raydistill.config import load_config
+from raydistill.infra import cluster
+
+cluster.OBJECT_STORE_BYTES = 80 * 1024**2
+with cluster.joined_cluster(load_config(["images.path=x", f"cluster.spill_directory={sys.argv[1]}"])):
+    kept = [ray.put(np.full(20 * 1024**2, k, np.uint8)) for k in range(8)]
+    assert all((ray.get(kept[k]) == k).all() for k in range(8))
+    print("SPILLED", sum(file.stat().st_size for file in cluster.Path(sys.argv[1]).rglob("*") if file.is_file()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_what_memory_does_not_hold_is_written_where_one_says(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _SPILLS, str(tmp_path / "spilled")], capture_output=True, text=True, timeout=280
+    )
+    assert "SPILLED" in ended.stdout, ended.stdout + ended.stderr
+    assert int(ended.stdout.partition("SPILLED ")[2]) >= 4 * 20 * 1024**2
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_ray_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"cluster\.spill_directory=.*/file/deep cannot be written to \(Not a dir"),
+        joined_cluster(load_config(["images.path=x", f"cluster.spill_directory={tmp_path}/file/deep"])),
+    ):
+        pass

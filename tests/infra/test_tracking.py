@@ -100,10 +100,13 @@ def test_runs_whose_process_is_gone_end_as_killed(tmp_path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     *place, _, began = tracking._process(os.getpid()).split(" ")
+    now, quarter = time.time(), 15 * 60
     there = {
         "dead": f"{' '.join(place)} {ended.pid} {began}",
         "reused": f"{' '.join(place)} {os.getpid()} 0",
         "elsewhere": f"other - {ended.pid} {began}",
+        "silent": f"other - {ended.pid} {began}",
+        "heard": f"other - {ended.pid} {began}",
         "alive": tracking._process(os.getpid()),
     }
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
@@ -111,11 +114,32 @@ def test_runs_whose_process_is_gone_end_as_killed(tmp_path) -> None:
     for job, process in there.items():
         parent = left_open(job)
         client.set_tag(parent, "raydistill.process", process)
+        said = client.get_run(parent).data.tags["raydistill.alive"]
+        assert abs(float(said) - time.time()) < 60
+        alive = {"silent": now - quarter - 1, "heard": now - quarter + 60, "alive": 0}.get(job, said)
+        if job == "elsewhere":  # of a version that gave no sign of life
+            client.delete_tag(parent, "raydistill.alive")
+        else:
+            client.set_tag(parent, "raydistill.alive", alive)
         with Tracker(load_config([*words, f"name={job}"]), "another job") as tracker:
             pass
         children = client.search_runs([tracker._experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
         found[job] = {client.get_run(parent).info.status, *(child.info.status for child in children)}
-    assert found == {"dead": {"KILLED"}, "reused": {"KILLED"}, "elsewhere": {"RUNNING"}, "alive": {"RUNNING"}}
+    killed = {"dead", "reused", "silent"}
+    assert found == {job: {"KILLED" if job in killed else "RUNNING"} for job in there}
+
+
+def test_a_run_gives_signs_of_life_until_it_ends(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tracking, "_SECONDS_BETWEEN_BEATS", 0.05)
+    with Tracker(load_config([f"workspace={tmp_path}", "images.path=x"]), job="j") as tracker:
+        wait_for(lambda: bool(tracker._parent), 60)
+        client = mlflow.MlflowClient(tracking_uri=tracker.uri)
+        client.set_tag(tracker._parent, "raydistill.alive", "0")
+        wait_for(lambda: float(client.get_run(tracker._parent).data.tags["raydistill.alive"]) > 0, 60)
+    client.set_tag(tracker._parent, "raydistill.alive", "0")
+    time.sleep(0.3)
+    assert client.get_run(tracker._parent).data.tags["raydistill.alive"] == "0"
+    assert client.get_run(tracker._parent).info.status == "FINISHED"
 
 
 def test_runs_in_a_folder_are_mentioned(tmp_path, caplog) -> None:

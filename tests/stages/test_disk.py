@@ -19,7 +19,9 @@ from raydistill.data.images import list_images
 from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import decoded_directory, free_bytes, prepare_directory, refuse_small_disk
 from raydistill.infra.plan import plan_resources
+from raydistill.infra.workers import Worker
 from raydistill.stages import prepare
+from raydistill.stages.loop import distill_loop
 from raydistill.stages.teach import refuse_large_targets, stream_soft_targets
 
 
@@ -102,6 +104,21 @@ def test_teach_is_refused_where_the_shards_that_are_missing_do_not_fit(tiny_set,
     assert needed(refused) == 24 * (2 * 6 * 2 + 16)
     free(24 * (2 * 6 * 2 + 16))
     refuse_large_targets(config, 24, head)
+
+
+@pytest.mark.parametrize(("optimizer", "ema"), [("adamw", None), ("sgd", 0.9)])
+def test_distill_is_refused_where_three_checkpoints_do_not_fit(tiny_set, free, optimizer, ema) -> None:
+    job = tiny_set.job("job", distill={"optimizer": optimizer, "ema_decay": ema, "epochs": 3})
+    worker = Worker(0, 1, "cpu", 1, lambda step: False)
+    free(1000)
+    with pytest.raises(ConfigError, match=r"distill: its checkpoints.*choose another workspace") as refused:
+        distill_loop(job, worker)
+    assert not Path(job.path, "checkpoints").exists()
+    free(needed(refused))
+    distill_loop(job, worker)
+    newest = max(Path(job.path, "checkpoints").iterdir())
+    written = sum(file.stat().st_size for file in newest.iterdir())
+    assert needed(refused) / 3 == pytest.approx(written, rel=0.1)  # names and shapes are beside the numbers
 
 
 def test_of_an_object_store_nothing_is_known(tiny_set, free) -> None:

@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from raydistill.config import RunConfig, load_config, overlay
 from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet, sample_id
-from raydistill.data.targets import read_samples
+from raydistill.data.targets import UNLABELLED, read_samples
 from raydistill.errors import ConfigError, StageError
 from raydistill.inference.predict import Predictor, find_units, predict_locally
 from raydistill.infra.progress import Progress
@@ -150,6 +150,15 @@ def test_an_int8_file_that_loses_too_much_is_left_out(exported, tiny_set, collap
     assert ("left out" in words) == ("raise that" in words) == (not kept)
     after = result.int8["accuracy_after"]
     assert f"1.000 before and {after:.3f} after" in words
+
+
+def test_without_labels_int8_may_change_no_more_answers_than_accuracy_may_drop():
+    logits_NC, unlabelled_N = np.eye(10, dtype=np.float32), np.full(10, UNLABELLED)
+    rough_NC = logits_NC[[1, *range(1, 10)]]
+    for max_drop, kept in ((0.09, False), (0.11, True)):
+        int8 = export._compare_roughly(logits_NC, rough_NC, unlabelled_N, max_drop)
+        assert (int8["agreement"], int8["accuracy_before"], int8["kept"]) == (pytest.approx(0.9), None, kept)
+        assert ("left out" in int8_words(int8)) == ("no label" in int8_words(int8)) == (not kept)
 
 
 def test_int8_needs_onnx(tiny_set):

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 import transformers
 from PIL import Image
@@ -32,6 +33,7 @@ from raydistill.data.sample import decode_shard, sample_id, samples_from_json
 from raydistill.data.targets import read_targets
 from raydistill.data.views import render, view_parameters
 from raydistill.errors import ConfigError, DataError
+from raydistill.inference.predict import find_units, predict_locally
 from raydistill.infra.artifacts import find_work, read_bill, taught_before, teach_directory, tuned
 from raydistill.infra.plan import plan_resources
 from raydistill.infra.progress import Progress
@@ -41,7 +43,7 @@ from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.run import check_run, run_stages
 from tests.models.conftest import classifier
 from tests.processes import ray_processes, wait_for
-from tests.stages.conftest import painted
+from tests.stages.conftest import CLASSES, painted
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -416,6 +418,55 @@ def test_a_teacher_that_sees_nothing_stops_before_it_teaches(words, progress, tm
     run_stages(load_config([*accepted, "teacher.allow_near_chance=true"]), progress, until="adapt")
     with pytest.raises(ConfigError, match="hardly above"):  # what was accepted once is not accepted for ever
         run_stages(load_config([*accepted, "teacher.allow_near_chance=false"]), progress, until="adapt")
+
+
+@pytest.mark.usefixtures("taught")
+def test_classes_that_the_teacher_does_not_know_end_the_run_before_it_teaches(words, progress, tmp_path) -> None:
+    settings = Student(model="timm:test_resnet", size=32)
+    student = build_student(settings, 3)
+    for name, data in write_student(student, settings, ("red", "green", "azure"), {"size": 32, "fit": "crop"}).items():
+        (tmp_path / "teacher").mkdir(exist_ok=True)
+        (tmp_path / "teacher" / name).write_bytes(data)
+    before = markers(tmp_path / "workspace")
+    more = ["teacher.weights=null", "teacher.size=null", "teacher.head=native", f"teacher.model={tmp_path}/teacher"]
+    message = r"of 3 classes, these have no single output among the teacher's 3 \(others: 'azure'\): 'blue'"
+    with pytest.raises(ConfigError, match=message):
+        run_stages(load_config([*words, *more]), progress)
+    new = {Path(path).parent.name.partition("-")[0] for path in markers(tmp_path / "workspace").keys() - before.keys()}
+    assert new <= {"features"}, "what was written is the teacher's own, and not what it would teach"
+
+
+@pytest.mark.slow
+def test_val_accuracy_is_that_of_the_class_names_where_val_lacks_a_class(progress, tmp_path) -> None:
+    rng = np.random.default_rng(3)
+    for split, names in {"train": ("red", "green", "blue"), "val": ("blue", "green")}.items():  # the first one lacks
+        for name in names:
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(16):
+                painted(CLASSES.index(name), rng, 40).save(folder / f"{i}.png")
+    words = [
+        f"workspace={tmp_path}/workspace", f"images.path={tmp_path}/images", "images.size=32", "student.size=24",
+        "student.model=timm:test_resnet", "teacher=null", "loss.kd_weight=0", "loss.alignment_weight=0",
+        "loss.uniformity_weight=0", "distill.epochs=20", "export.formats=[onnx]",
+        "distill.num_workers=0", "tracking.enabled=false",
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="no val image of 'red'"):
+        run_stages(load_config(words), progress)
+    outcome = run_stages(load_config([*words, "images.allow_missing_val=true"]), progress, until="export")
+    files = [str(file) for file in (tmp_path / "images" / "val").rglob("*.png")]
+    answers = predict_locally(outcome.exported.path, "onnx", find_units(files))
+    named = [outcome.samples.classes[a.probabilities_C.argmax()] == Path(a.name).parent.name for a in answers]
+    assert len(named) == 32
+    assert np.mean(named) > 0.6, "numbered by the split's own classes they would be wrong, one and all"
+    assert np.mean(named) == pytest.approx(outcome.report.student["val"]["accuracy"])
+    assert np.mean(named) == pytest.approx(outcome.student.val_accuracy)
+
+
+@pytest.mark.usefixtures("taught")
+def test_teachers_are_gone_when_teach_has_ended(words, progress) -> None:
+    run_stages(load_config([*words, "views.min_scale=0.7"]), progress, until="teach")
+    wait_for(lambda: ray.available_resources().get("CPU") == 2 and not ray_processes("ShardTeacher"), 60)
 
 
 def test_a_loss_that_teaches_no_classifier_is_refused(words, progress, tmp_path) -> None:
