@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import uuid
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ PLACES = (
     "generate.pipeline",
 )  # fmt: skip
 _SECONDS = 120
+_BEGINNING = 1024**2
 
 
 @dataclass(frozen=True)
@@ -125,17 +127,23 @@ def _places(config: RunConfig) -> dict[str, str]:
     return found
 
 
-def _sees(place: str) -> bool:
+def _sees(place: str) -> str | None:
+    """A folder, or a file by its size and the checksum of its beginning, which tells weights of one shape apart; None
+    where nothing is."""
     try:
         fs, path = url_to_fs(place)
-        return bool(fs.exists(path))
+        if not fs.exists(path):
+            return None
+        if fs.isdir(path):
+            return "a folder"
+        return f"{fs.size(path)} {zlib.crc32(fs.cat_file(path, end=_BEGINNING))}"
     except Exception:  # every file system has its own errors
-        return False
+        return None
 
 
 def _look(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, Any]:
-    """On a node: its versions, whether it reads what the driver wrote to the workspace and can write there too, and the
-    keys of places that it does not see."""
+    """On a node: its versions, whether it reads what the driver wrote to the workspace and can write there too, and
+    what it sees in the places."""
     fs, folder = url_to_fs(root)
     path, error = f"{folder}/.seen-{mark}", ""
     try:
@@ -144,8 +152,8 @@ def _look(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, 
             write_bytes(f"{root}/.seen-{mark}-{node}", b"")
     except Exception as problem:  # every file system has its own errors
         reads, error = False, (str(problem).splitlines() or [type(problem).__name__])[0]
-    unseen = [key for key, place in places.items() if not _sees(place)]
-    return {"versions": _installed(), "reads": reads, "error": error, "unseen": unseen}
+    sees = {key: _sees(place) for key, place in places.items()}
+    return {"versions": _installed(), "reads": reads, "error": error, "sees": sees}
 
 
 def _installed() -> dict[str, str]:
@@ -194,11 +202,13 @@ def _workspace(
 
 def _unseen(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]], places: dict[str, str]) -> list[Finding]:
     advice = "give a bucket, or a shared folder by its full name, that all nodes see"
-    findings = []
+    mine, findings = {key: _sees(place) for key, place in places.items()}, []
     for node in nodes:
-        if keys := seen.get(node["NodeID"], {}).get("unseen"):
-            lacking = ", ".join(f"{places[key]} ({key})" for key in keys)
-            findings.append(Finding(_name(node), f"does not see {lacking}", advice))
+        sees = seen.get(node["NodeID"], {}).get("sees", mine)
+        differs = [key for key in places if sees[key] != mine[key]]
+        for what, absent in (("does not see", True), ("has another file as", False)):
+            if named := [f"{places[key]} ({key})" for key in differs if (sees[key] is None) == absent]:
+                findings.append(Finding(_name(node), f"{what} {', '.join(named)}", advice))
     if places and not findings:
         findings.append(Finding("images, models", f"{len(seen)} node(s) see {', '.join(places)}"))
     return findings

@@ -30,6 +30,9 @@ for folder in ("here/images/cat", "here/pipe", "here/w", "there/pipe", "there/w"
     os.makedirs(f"{root}/{folder}")
 for file in ("here/pipe/model_index.json", "here/weights.pth", "shared.pth"):
     open(f"{root}/{file}", "w").close()
+for folder, content in {"here": "0" * 99, "there": "0" * 98 + "1"}.items():
+    with open(f"{root}/{folder}/other.pth", "w") as file:
+        file.write(content)
 small = {"object_store_memory": 80_000_000}
 os.chdir(f"{root}/here")
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **small})
@@ -52,6 +55,7 @@ answers = {
     "sqlite": said("tracking.enabled=true"),
     "no_label": said("generate.pipeline=p", "cluster.generator_labels={pool: gold}"),
     "places": said("images.path=images", f"teacher.weights={root}/shared.pth", "student.model=hf:some/model"),
+    "other": said("teacher.weights=other.pth"),
     "unseen": said("generate.pipeline=pipe", "teacher.weights=weights.pth", "teacher.model=example:x"),
 }
 preflight.uuid = SimpleNamespace(uuid4=lambda: SimpleNamespace(hex="known"))  # so that the second node can have a link
@@ -118,6 +122,9 @@ def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
     assert all("workspace=s3://bucket/runs" in advice for _, advice in blind)
     places = [(found, advice) for about, found, advice in answers["places"] if about == "images, models"]
     assert places == [("2 node(s) see images.path, teacher.weights", None)]
+    ((other, advice),) = [(found, advice) for _, found, advice in answers["other"] if advice]
+    assert other == "has another file as other.pth (teacher.weights)"
+    assert "a shared folder by its full name" in advice
     ((unseen, advice),) = [(found, advice) for _, found, advice in answers["unseen"] if "does not see" in found]
     assert unseen == "does not see weights.pth (teacher.weights), pipe/model_index.json (generate.pipeline)"
     assert "a bucket, or a shared folder by its full name" in advice
