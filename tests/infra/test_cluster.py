@@ -10,6 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+import ray
 
 from raydistill.config import load_config
 from raydistill.errors import ConfigError
@@ -82,7 +83,8 @@ def test_what_memory_does_not_hold_is_written_where_one_says(tmp_path: Path) -> 
     assert int(ended.stdout.partition("SPILLED ")[2]) >= 4 * 20 * 1024**2
 
 
-def test_a_place_that_cannot_be_written_to_is_named_before_ray_starts(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_to_is_named_before_ray_starts(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test's Ray may run in this process
     (tmp_path / "file").touch()
     with (
         pytest.raises(ConfigError, match=r"cluster\.spill_directory=.*/file/deep cannot be written to \(Not a dir"),
