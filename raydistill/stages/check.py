@@ -6,11 +6,10 @@ The same functions decide that decide in `prepare`: what they refuse is refused 
 from __future__ import annotations
 
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -99,9 +98,14 @@ def look_at(entries: Sequence[Entry], images: Images) -> Iterator[Look]:
     """In the entries' order, as many at once as there are cores; what is held does not grow with their number."""
     with ThreadPoolExecutor(num_cores()) as pool:
         for chunk in chunks(entries):
-            files = read_chunk(chunk)
-            while part := list(islice(files, 4 * num_cores())):
-                yield from pool.map(lambda file: _look(entries[file[0]], file[1], file[2], images), part)
+            # The next files are read while these are looked at; a few at once are enough, and are all that is held.
+            looks = deque[Future[Look]]()
+            for number, data, reason in read_chunk(chunk):
+                looks.append(pool.submit(_look, entries[number], data, reason, images))
+                if len(looks) > 4 * num_cores():
+                    yield looks.popleft().result()
+            while looks:
+                yield looks.popleft().result()
 
 
 def _look(entry: Entry, data: bytes | None, reason: str, images: Images) -> Look:
