@@ -20,7 +20,6 @@ from raydistill.infra.cluster import joined_cluster
 from raydistill.infra.plan import live_plan
 from raydistill.infra.versions import PACKAGES, installed
 
-# Nodes that differ in these give other numbers, or cannot read what the others write.
 # Keys that name places, or models that may lie in one, which every node must see under the same name.
 PLACES = (
     "images.path", "teacher.model", "teacher.weights", "student.model", "student.weights", "compare.student_weights",
