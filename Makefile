@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-chaos test-slow lint format clean
+.PHONY: demo test test-short test-slow lint format clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/raydistill run jobs/demo.yaml
@@ -11,8 +11,8 @@ demo: $(VENV)/demo-installed
 test: $(VENV)/dev-installed lint
 	$(BIN)/python -m pytest
 
-test-chaos: $(VENV)/dev-installed
-	$(BIN)/python -m pytest tests/chaos -m short --timeout=900
+test-short: $(VENV)/dev-installed
+	$(BIN)/python -m pytest tests/chaos tests/data/test_fuzz.py -m short --timeout=900
 
 test-slow: $(VENV)/dev-installed
 	$(BIN)/python -m pytest -m slow --timeout=1800

@@ -69,7 +69,7 @@ def checked(folder: Path) -> float:
 
 
 def peak_megabytes(folder: Path) -> float:
-    """Of a process of its own that checks the folder and does nothing else."""
+    """Of a process that checks the folder and does nothing else, and of the processes that it starts."""
     words = [sys.executable, __file__, "--only-check", str(folder)]
     return float(subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
@@ -82,7 +82,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.only_check is not None:
         checked(options.only_check)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        own, largest = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        print((own + num_cores() * largest) / 1024)
         return
     with tempfile.TemporaryDirectory() as scratch:
         few, many = Path(scratch, "few"), Path(scratch, "many")

@@ -80,6 +80,9 @@ class Teacher(Section):
     """Weigh classes equally when the linear probe is fitted."""
     size: Annotated[int, Field(ge=8, le=2048)] | None = None
     """Side in pixels that the teacher sees; null: the size it was trained at."""
+    center_crop: bool = False
+    """Of whole images, cut off the margin that the model's own configuration cuts off (timm's `crop_pct`, a center
+    crop of transformers). Views are crops already, and are seen as they are."""
     batch_size: Count = 64
     """Views in one forward pass of a teacher actor."""
     allow_near_chance: bool = False

@@ -76,6 +76,7 @@ OTHER_VALUES = {
     "teacher.head": "native",
     "teacher.class_balanced": True,
     "teacher.size": 98,
+    "teacher.center_crop": True,
     "teacher.batch_size": 8,
     "teacher.allow_near_chance": True,
     "student.model": "timm:resnet18",

@@ -6,7 +6,10 @@ become 8 by dropping the lower half; transparency is laid on white; of an animat
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
+import logging
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -21,8 +24,16 @@ BACKGROUND = (255, 255, 255)
 # What Pillow may try. Of its other formats some start a program (Ghostscript for EPS), which no image file may do here.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
+# Of what is wrong in a file the reason of its refusal speaks. Pillow logs some of it as well, and libtiff writes it to
+# stderr, up to hundreds of lines a file. (Builds of Pillow that have libtiff inside them give no way to it.)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(AttributeError, OSError):
+    _pillow = ctypes.CDLL(Image.core.__file__)
+    _pillow.TIFFSetErrorHandler(None)
+    _pillow.TIFFSetWarningHandler(None)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What a file held: its format by content, pixels as they were stored, and what was done to it that its owner may
     not expect, in words of `NOTES`."""

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -38,10 +39,11 @@ SPLIT_FOLDERS = {
     "testing": "test",
 }
 UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
+_TABLES = (".csv", ".tsv", ".jsonl")
 SYSTEM_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One image as its source names it. `row` is its row in a parquet file; label and split are None if not given."""
 
@@ -82,14 +84,14 @@ def list_images(config: Images) -> Listing:
     ignored: Counter[str] = Counter()
     is_folder = not fs.isfile(root)
     files = _find(fs, root, ignored) if is_folder else {}
-    suffix = PurePosixPath(root).suffix.lower()
+    suffix = _suffix(root)
     if is_folder and _holds_many(files):
         entries = list(_folder_of_many(fs, root, files, ignored))
     elif is_folder:
         entries = list(_from_folder(root, files, ignored))
     elif suffix in SUFFIXES:
         entries = list(_from_many(fs, root, None))
-    elif suffix in (".csv", ".tsv", ".jsonl"):
+    elif suffix in _TABLES:
         entries = list(_from_table(fs, root, suffix))
     else:
         raise DataError(
@@ -107,7 +109,19 @@ def list_images(config: Images) -> Listing:
     return Listing(tuple(entries), classes, dict(ignored), fingerprint)
 
 
+def first_of_table(path: str) -> str | None:
+    """Where the first image of a table of paths lies; None of what is no table. Raises DataError as `list_images`."""
+    fs, table = url_to_fs(path)
+    suffix = _suffix(table)
+    if suffix not in _TABLES or not fs.isfile(table):
+        return None
+    return next((_address(fs, entry.path) for entry in _from_table(fs, table, suffix)), None)
+
+
 def read_bytes_of(entry: Entry) -> bytes:
+    if entry.path.startswith("/"):  # on this machine; fsspec would take half as long again to find that out
+        with open(entry.path, "rb") as file:
+            return file.read()
     fs, path = url_to_fs(entry.path)
     return bytes(fs.cat_file(path))
 
@@ -138,16 +152,16 @@ def _refuse_unreadable(error: OSError) -> NoReturn:
 
 def _from_folder(root: str, files: dict[str, Any], ignored: Counter[str]) -> Iterator[Entry]:
     """`[SPLIT/]CLASS/**/image`, `unlabelled/**/image`, `train/unlabelled/**/image`."""
-    tops = {PurePosixPath(path).relative_to(root).parts[0].casefold() for path in files}
+    tops = {_parts(path, root)[0].casefold() for path in files}
     # Split folders count as such only if a train folder is among them: a class may be called "test".
     has_splits = any(SPLIT_FOLDERS.get(top) == "train" for top in tops)
     for path in sorted(files):
-        parts = PurePosixPath(path).relative_to(root).parts
+        parts, suffix = _parts(path, root), _suffix(path)
         if is_hidden(parts):
             ignored["hidden and system files"] += 1
             continue
-        if PurePosixPath(path).suffix.lower() not in EXTENSIONS:
-            ignored[f"files ending in {PurePosixPath(path).suffix.lower() or 'nothing'}"] += 1
+        if suffix not in EXTENSIONS:
+            ignored[f"files ending in {suffix or 'nothing'}"] += 1
             continue
         split = SPLIT_FOLDERS.get(parts[0].casefold()) if has_splits else None
         inner = parts[1:] if split else parts
@@ -159,6 +173,15 @@ def _from_folder(root: str, files: dict[str, Any], ignored: Counter[str]) -> Ite
             ignored["images outside a class folder"] += 1
         else:
             yield Entry(path, inner[0], split)
+
+
+def _parts(path: str, root: str) -> list[str]:
+    """Of a path below the root. (pathlib would take longer for each than all the rest of the listing.)"""
+    return path.removeprefix(root).lstrip("/").split("/")
+
+
+def _suffix(path: str) -> str:
+    return posixpath.splitext(path)[1].lower()
 
 
 def _from_table(fs: AbstractFileSystem, table: str, suffix: str) -> Iterator[Entry]:
@@ -207,7 +230,7 @@ def _from_many(fs: AbstractFileSystem, path: str, split: str | None) -> Iterator
 
 def _holds_many(files: Collection[str]) -> bool:
     """Whether a folder's images lie in files of many: it has some, and no image of its own."""
-    suffixes = {PurePosixPath(path).suffix.lower() for path in files}
+    suffixes = set(map(_suffix, files))
     return not suffixes.isdisjoint(SUFFIXES) and suffixes.isdisjoint(EXTENSIONS)
 
 
@@ -220,8 +243,7 @@ def _folder_of_many(fs: AbstractFileSystem, root: str, files: dict[str, Any], ig
     """Files of many images, each in the split that its name begins with (`train-00000-of-00002.parquet`) or that its
     folder names; and whatever metadata lies beside them."""
     for path in sorted(files):
-        parts = PurePosixPath(path).relative_to(root).parts
-        suffix = PurePosixPath(path).suffix.lower()
+        parts, suffix = _parts(path, root), _suffix(path)
         if is_hidden(parts):
             ignored["hidden and system files"] += 1
         elif suffix not in SUFFIXES:
@@ -327,9 +349,10 @@ def _fingerprint(fs: AbstractFileSystem, folder: str, files: dict[str, Any], ent
 
 def _version(fs: AbstractFileSystem, path: str, files: dict[str, Any]) -> str:
     if isinstance(fs, LocalFileSystem):
-        if not os.path.exists(path):
+        try:
+            found = os.stat(path)  # of what a link points to
+        except OSError:
             return "missing"
-        found = os.stat(path)  # of what a link points to
         return f"{found.st_size}|{found.st_ctime_ns}"
     info = files.get(path) or (fs.info(path) if fs.exists(path) else {})
     return "|".join(str(info.get(key)) for key in ("size", "ETag", "etag", "LastModified", "mtime", "created"))

@@ -23,12 +23,14 @@ _DRAWS = 2 * _ATTEMPTS + 2 + 4
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How one network wants to see an image."""
+    """How one network wants to see an image: `size` pixels on a side. With `resized`, a whole image becomes as large
+    as that, and the network sees its centre."""
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    resized: int | None = None
 
 
 def view_parameters(
@@ -88,6 +90,12 @@ def view_filters(
     the right."""
     left, top, width, height, flip = parameters_BP[:, :5].unbind(dim=1)
     size, kind = preprocessing.size, preprocessing.interpolation
+    if preprocessing.resized is not None:
+        is_whole = (width == 1) & (height == 1)
+        # In whole pixels, as torchvision's CenterCrop has it.
+        start, extent = round((preprocessing.resized - size) / 2) / preprocessing.resized, size / preprocessing.resized
+        left, top = (torch.where(is_whole, start, edge) for edge in (left, top))
+        width, height = (torch.where(is_whole, extent, side) for side in (width, height))
     vertical_BSH = _filter(top * rows, height * rows, rows, size, kind)
     horizontal_BSW = _filter(left * columns, width * columns, columns, size, kind)
     return vertical_BSH, torch.where(flip[:, None, None] > 0.5, horizontal_BSW.flip(1), horizontal_BSW)

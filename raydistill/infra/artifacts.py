@@ -439,6 +439,8 @@ def _backbone(config: RunConfig) -> dict[str, Any]:
     teacher: Teacher | None = config.teacher
     assert teacher is not None
     identity = teacher.model_dump(include={"revision", "size"}) | _identity_of_model(teacher)
+    if teacher.center_crop:
+        identity["center_crop"] = True
     if not teacher.model.startswith("timm:"):
         # The native head of a transformers model may read other features than its backbone gives.
         identity["head"] = teacher.head

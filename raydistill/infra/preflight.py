@@ -14,6 +14,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from raydistill.config import RunConfig, overlay
+from raydistill.data.images import first_of_table
 from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import workspace_root, write_bytes
 from raydistill.infra.cluster import joined_cluster
@@ -107,7 +108,8 @@ def refuse_unfit(config: RunConfig) -> None:
 
 def _places(config: RunConfig) -> dict[str, str]:
     """What stands under each key that names a place, as the driver sees it: a file or, of a folder, the first thing in
-    it, since nodes may have the folder without what is mounted there. What is not there is a name on a hub."""
+    it, since nodes may have the folder without what is mounted there; of a table of images the first of them as well.
+    What is not there is a name on a hub."""
     found = {}
     for key in PLACES:
         section, _, name = key.rpartition(".")
@@ -123,6 +125,8 @@ def _places(config: RunConfig) -> dict[str, str]:
             sorted(os.path.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False)) if fs.isdir(path) else []
         )
         found[key] = "/".join([place.rstrip("/"), *inside[:1]])
+        if key == "images.path" and (image := first_of_table(place)) and _sees(image):
+            found["the first image of images.path"] = image
     return found
 
 

@@ -111,7 +111,7 @@ def refuse_missing(what: str, keys: set[str], mismatched: set[str]) -> None:
         raise ConfigError(f"{what}: {len(keys)} weights are missing or of another model: {some} …")
 
 
-def transformers_preprocessing(folder: str, size: int | None, what: str) -> Preprocessing:
+def transformers_preprocessing(folder: str, size: int | None, what: str, center_crop: bool = False) -> Preprocessing:
     """What the checkpoint's image processor does to an image, at `size` or at its own. Raises ConfigError."""
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -122,12 +122,10 @@ def transformers_preprocessing(folder: str, size: int | None, what: str) -> Prep
     for option in ("do_flip_channel_order", "rescale_offset"):
         if getattr(processor, option, False):
             raise ConfigError(f"{what} wants {option}, which is not supported; name another")
-    # The crop is what the network sees; `size` may name the resize that comes before it.
-    shape = (getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None) or dict(
-        processor.size
-    )
-    shape = dict(shape)
-    side = size or shape.get("height") or shape.get("shortest_edge")
+    # The crop is what the network sees; `size` names the resize that comes before it.
+    before = _side(processor.size)
+    own = (_side(getattr(processor, "crop_size", None)) if getattr(processor, "do_center_crop", False) else 0) or before
+    side = size or own
     if not side:
         raise ConfigError(f"{what} does not state its input size; set {what.partition('.')[0]}.size")
     resample = getattr(processor, "resample", None)
@@ -135,9 +133,17 @@ def transformers_preprocessing(folder: str, size: int | None, what: str) -> Prep
     # Ours are shares of white; theirs are of whatever the rescaling leaves.
     white = 255 * (processor.rescale_factor if processor.do_rescale else 1)
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    resized = round(before * side / own) if center_crop and own < before else None
     return Preprocessing(
-        int(side),
+        side,
         (mean[0] / white, mean[1] / white, mean[2] / white),
         (std[0] / white, std[1] / white, std[2] / white),
         known_interpolation(resample.name.lower(), what),
+        resized,
     )
+
+
+def _side(shape: Any) -> int:
+    """Of a processor's `size` or `crop_size`; 0 where it names none."""
+    named = dict(shape or {})
+    return int(named.get("height") or named.get("shortest_edge") or 0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -232,7 +231,7 @@ def write_student(
         "model": config.model,
         "library": "timm" if isinstance(student.body, TimmClassifier) else "transformers",
         "classes": list(classes),
-        "preprocessing": asdict(student.preprocessing),
+        "preprocessing": {key: getattr(student.preprocessing, key) for key in ("size", "mean", "std", "interpolation")},
         "image": image,
     }
     weights = {name: value.detach().cpu().contiguous() for name, value in student.network.state_dict().items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -237,6 +238,8 @@ def _load_timm(config: TeacherConfig, name: str) -> tuple[TeacherBackbone, Linea
         tuple(data["std"]),
         known_interpolation(data["interpolation"], f"teacher.model={config.model}"),
     )
+    if config.center_crop:  # as timm's transforms_imagenet_eval rounds it
+        preprocessing = dataclasses.replace(preprocessing, resized=math.floor(preprocessing.size / data["crop_pct"]))
     classifier = network.get_classifier()
     head = _linear_head(classifier)
     backbone = TeacherBackbone(_TimmFeatures(network), preprocessing)
@@ -308,7 +311,8 @@ def _load_transformers(
             features = _ImageTower(network)
         else:
             features = _TransformersFeatures(network, has_pooler=missing == set(info["missing_keys"]))
-    return TeacherBackbone(features, transformers_preprocessing(folder, config.size, what)), head, names
+    preprocessing = transformers_preprocessing(folder, config.size, what, config.center_crop)
+    return TeacherBackbone(features, preprocessing), head, names
 
 
 def _mismatched(info: dict[str, Any]) -> set[str]:

@@ -5,12 +5,17 @@ The same functions decide that decide in `prepare`: what they refuse is refused 
 
 from __future__ import annotations
 
-import sys
+import os
+import signal
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from multiprocessing import get_context, parent_process
+from posixpath import splitext
+from threading import Thread
 from typing import Literal
 
 from PIL import Image
@@ -24,6 +29,7 @@ from raydistill.errors import DataError
 from raydistill.infra.plan import num_cores
 from raydistill.infra.progress import Progress
 from raydistill.stages.prepare import (
+    Chunk,
     Decoded,
     chunks,
     draw_labelled,
@@ -37,6 +43,7 @@ from raydistill.stages.prepare import (
 )
 
 EXAMPLES = 5
+_MANY = 2000  # images for which processes are worth their start
 # Formats that Pillow names apart and the names of files do not: phones write MPO into .jpg.
 _ALIKE = {"MPO": "JPEG", "DIB": "BMP", "BMP": "DIB"}
 # Bits of 256 that two pictures of the same thing may differ in; brightness below whose spread a picture shows nothing;
@@ -68,7 +75,7 @@ class Checkup:
         return all(finding.severity != "stop" for finding in self.findings)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Look:
     """What one look at an image told. `facts` and `hash` are of images that decode."""
 
@@ -85,8 +92,11 @@ def check_images(config: RunConfig, progress: Progress, strict: bool = False) ->
     except DataError as error:
         return Checkup([Finding("stop", str(error), 1, (), "a run refuses to start", "see there")], {})
     looks = []
-    with progress.task("check", len(listing.entries), "images") as advance:
-        for look in look_at(listing.entries, config.images):
+    with (
+        progress.task("check", len(listing.entries), "images") as advance,
+        closing(look_at(listing.entries, config.images)) as every,
+    ):
+        for look in every:
             looks.append(look)
             advance(1)
             if strict and look.decoded.reason:
@@ -94,28 +104,65 @@ def check_images(config: RunConfig, progress: Progress, strict: bool = False) ->
     return Checkup(*_judge(config, listing, looks, strict))
 
 
-def look_at(entries: Sequence[Entry], images: Images) -> Iterator[Look]:
+def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
     """In the entries' order, as many at once as there are cores; what is held does not grow with their number."""
-    with ThreadPoolExecutor(num_cores()) as pool:
+    pool: Executor
+    if len(entries) < _MANY:
+        pool = ThreadPoolExecutor(num_cores())
+    else:  # threads wait for each other's Python, which is much of the work on small pictures
+        pool = ProcessPoolExecutor(num_cores(), get_context("spawn"), _begin_process)
+    waiting = deque[Future[list[_Seen]]]()
+    try:
         for chunk in chunks(entries):
-            # The next files are read while these are looked at; a few at once are enough, and are all that is held.
-            looks = deque[Future[Look]]()
-            for number, data, reason in read_chunk(chunk):
-                looks.append(pool.submit(_look, entries[number], data, reason, images))
-                if len(looks) > 4 * num_cores():
-                    yield looks.popleft().result()
-            while looks:
-                yield looks.popleft().result()
+            waiting.append(pool.submit(_look_at_chunk, chunk, images))
+            if len(waiting) > 2 * num_cores():
+                yield from _looks(waiting.popleft(), entries)
+        while waiting:
+            yield from _looks(waiting.popleft(), entries)
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that looked at the images has died; if the machine ran out of memory, lower images.max_pixels"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        del pool  # with its semaphores, which an exception's traceback would keep to the end
 
 
-def _look(entry: Entry, data: bytes | None, reason: str, images: Images) -> Look:
+def _begin_process() -> None:
+    """An interrupt is for the command to say, and a command that was killed leaves no process behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+# Index, id, reason, facts, hash, contrast: what goes from a process to the next is kept small.
+_Seen = tuple[int, str, str, Facts | None, bytes, float]
+
+
+def _looks(seen: Future[list[_Seen]], entries: Sequence[Entry]) -> Iterator[Look]:
+    for index, identity, reason, facts, own_hash, own_contrast in seen.result():
+        yield Look(Decoded(entries[index], identity, reason), facts, own_hash, own_contrast)
+
+
+def _look_at_chunk(chunk: Chunk, images: Images) -> list[_Seen]:
+    return [_look(index, data, reason, images) for index, data, reason in read_chunk(chunk)]
+
+
+def _look(index: int, data: bytes | None, reason: str, images: Images) -> _Seen:
     if data is None:
-        return Look(Decoded(entry, "", reason), None, b"", 0.0)
+        return index, "", reason, None, b"", 0.0
     try:
         picture, facts = decode_with_facts(data, images.size, images.fit, images.max_pixels)
     except DataError as error:
-        return Look(Decoded(entry, "", sys.intern(str(error))), None, b"", 0.0)
-    return Look(Decoded(entry, sample_id(data), ""), facts, difference_hash(picture), contrast(picture))
+        return index, "", str(error), None, b"", 0.0
+    grey = picture.convert("L")
+    return index, sample_id(data), "", facts, difference_hash(grey), contrast(grey)
 
 
 def _judge(
@@ -246,12 +293,13 @@ def _of_pixels(config: RunConfig, used: list[Look]) -> Iterator[Finding]:
     size, fit = config.images.size, config.images.fit
     by_note: dict[str, list[str]] = defaultdict(list)
     other_form, blank, small, huge, long = [], [], [], [], []
+    form_of = Image.registered_extensions()
     for look in used:
         facts, name = look.facts, entry_name(look.decoded.entry)
         assert facts is not None
         for note in facts.notes:
             by_note[note].append(name)
-        expected = Image.registered_extensions().get(PurePosixPath(look.decoded.entry.path).suffix.lower())
+        expected = form_of.get(splitext(look.decoded.entry.path)[1].lower())
         if look.decoded.entry.row is None and expected not in (None, facts.form, _ALIKE.get(facts.form)):
             other_form.append(f"{name} is {facts.form}")
         if look.contrast < _CONTRAST:

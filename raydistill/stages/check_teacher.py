@@ -17,7 +17,7 @@ from raydistill.config import RunConfig, Teacher
 from raydistill.data.decode import decode
 from raydistill.data.images import Entry, list_images
 from raydistill.data.sample import seeded_rank
-from raydistill.data.views import WHOLE_IMAGE, render
+from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra.progress import Progress
 from raydistill.models.student import build_student
@@ -75,8 +75,7 @@ def _named(words: str) -> Teacher:
 
 
 def _student_words(config: RunConfig, num_classes: int) -> str:
-    wanted = build_student(config.student, num_classes).preprocessing
-    return f"sees {wanted.size} pixels, mean {_few(wanted.mean)}, std {_few(wanted.std)}, {wanted.interpolation}"
+    return f"sees {_words(build_student(config.student, num_classes).preprocessing)}"
 
 
 def _decode(config: RunConfig, entries: list[Entry], classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -121,8 +120,7 @@ def _look(
             teacher.class_balanced,
         )  # fmt: skip
         accuracy = float((probe.logits(features_ND[scored_N]).argmax(1) == labels_N[scored_N]).mean())
-    wanted = backbone.preprocessing
-    seen = f"{wanted.size} pixels, mean {_few(wanted.mean)}, std {_few(wanted.std)}, {wanted.interpolation}"
+    seen = _words(backbone.preprocessing)
     return TeacherLook(
         teacher.model, seen, features_ND.shape[1], accuracy, int(scored_N.sum()), words, rate, num_views / rate, trouble
     )
@@ -149,6 +147,11 @@ def _trouble(backbone: TeacherBackbone, images_NHH3: np.ndarray, features_ND: np
     if not np.abs(again_BD - alone_BD).max() <= bound:
         return "gives other features for an image alone than in a batch"
     return ""
+
+
+def _words(wanted: Preprocessing) -> str:
+    centre = f" (the centre of {wanted.resized})" if wanted.resized else ""
+    return f"{wanted.size} pixels{centre}, mean {_few(wanted.mean)}, std {_few(wanted.std)}, {wanted.interpolation}"
 
 
 def _few(numbers: Sequence[float]) -> str:

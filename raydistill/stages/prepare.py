@@ -54,7 +54,7 @@ _DECODED = pa.schema(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Decoded:
     """What is known of an entry once it is decoded: its id, or the reason why there is none."""
 

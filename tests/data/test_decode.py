@@ -98,6 +98,21 @@ def test_the_limit_on_pixels_is_exact_and_pillows_own_stays_on():
     assert Image.MAX_IMAGE_PIXELS == LIMIT // 2
 
 
+@pytest.mark.parametrize("compression", ["tiff_lzw", "jpeg", "group4", "tiff_adobe_deflate"])
+def test_of_a_damaged_file_nothing_but_the_reason_is_said(capfd: pytest.CaptureFixture[str], compression: str) -> None:
+    mode = "1" if compression == "group4" else "RGB"
+    data = saved(scene().convert(mode), "TIFF", compression=compression)
+    refused = 0
+    for at in range(8, len(data), 61):
+        for damaged in (data[:at], data[:at] + b"\xff\x7f" + data[at + 2 :]):
+            try:
+                decode(damaged, 32, "crop", LIMIT)
+            except DataError:
+                refused += 1
+    assert refused
+    assert capfd.readouterr() == ("", "")
+
+
 def test_no_program_is_started_for_a_postscript_file(tmp_path, monkeypatch):
     """Pillow hands such files to Ghostscript, whatever their name."""
     marker, program = tmp_path / "started", tmp_path / "gs"

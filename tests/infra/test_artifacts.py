@@ -76,6 +76,7 @@ EFFECTS = {
     "teacher.head=native": HEAD,
     "teacher.class_balanced=true": HEAD,
     "teacher.size=64": TEACHER,
+    "teacher.center_crop=true": TEACHER,
     "teacher.batch_size=7": NOTHING,
     "teacher.allow_near_chance=true": NOTHING,
     "student.model=timm:resnet18": STUDENT,

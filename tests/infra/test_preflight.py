@@ -18,7 +18,7 @@ CLUSTER_FILE = Path(__file__).parents[2] / "cluster.yaml"
 _TWO_NODES = """
 import json, logging, os, sys
 from types import SimpleNamespace
-import ray
+import fsspec, ray
 from ray.cluster_utils import Cluster
 from raydistill.config import load_config
 from raydistill.errors import ConfigError
@@ -33,6 +33,10 @@ for file in ("here/pipe/model_index.json", "here/weights.pth", "shared.pth"):
 for folder, content in {"here": "0" * 99, "there": "0" * 98 + "1"}.items():
     with open(f"{root}/{folder}/other.pth", "w") as file:
         file.write(content)
+fsspec.filesystem("memory").pipe("/mine.png", b"in the memory of this process")
+for table, image in {"seen.csv": "shared.pth", "unseen.csv": "memory://mine.png"}.items():
+    with open(f"{root}/{table}", "w") as file:
+        file.write(f"path,label\\n{image},cat\\n")
 small = {"object_store_memory": 80_000_000}
 os.chdir(f"{root}/here")
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **small})
@@ -55,6 +59,8 @@ answers = {
     "sqlite": said("tracking.enabled=true"),
     "no_label": said("generate.pipeline=p", "cluster.generator_labels={pool: gold}"),
     "places": said("images.path=images", f"teacher.weights={root}/shared.pth", "student.model=hf:some/model"),
+    "table": said(f"images.path={root}/seen.csv"),
+    "hidden_images": said(f"images.path={root}/unseen.csv"),
     "other": said("teacher.weights=other.pth"),
     "unseen": said("generate.pipeline=pipe", "teacher.weights=weights.pth", "teacher.model=example:x"),
 }
@@ -122,6 +128,9 @@ def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
     assert all("workspace=s3://bucket/runs" in advice for _, advice in blind)
     places = [(found, advice) for about, found, advice in answers["places"] if about == "images, models"]
     assert places == [("2 node(s) see images.path, teacher.weights", None)]
+    assert ["images, models", "2 node(s) see images.path, the first image of images.path", None] in answers["table"]
+    hidden = [found for _, found, advice in answers["hidden_images"] if advice]
+    assert hidden == ["does not see memory://mine.png (the first image of images.path)"] * 2
     ((other, advice),) = [(found, advice) for _, found, advice in answers["other"] if advice]
     assert other == "has another file as other.pth (teacher.weights)"
     assert "a shared folder by its full name" in advice

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +197,39 @@ def test_timm_preprocessing_is_that_of_the_models_own_configuration(timm_weights
     transform = create_transform(size, mean=own.mean, std=own.std, interpolation=own.interpolation, crop_pct=1.0)
     seen = render(torch.from_numpy(picture)[None], torch.from_numpy(WHOLE_IMAGE)[None], backbone.preprocessing)
     torch.testing.assert_close(seen[0], transform(Image.fromarray(picture)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "mobilenetv3_small_050", "convnext_atto"])
+@pytest.mark.parametrize("size", [None, 160, 161])
+def test_with_its_margin_cut_off_the_network_gives_the_logits_of_timms_own_transform(timm_weights, name, size):
+    if size and name == "test_vit":
+        size = None  # it sees no other
+    config = Teacher(model=f"timm:{name}", weights=timm_weights(name), head="native", size=size, center_crop=True)
+    backbone, *_ = load_teacher(config)
+    own = timm.get_pretrained_cfg(name)
+    size = size or own.input_size[-1]
+    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    picture = Image.fromarray(picture).resize((math.floor(size / own.crop_pct),) * 2, Image.Resampling.BICUBIC)
+    transform = create_transform(
+        size, mean=own.mean, std=own.std, interpolation=own.interpolation, crop_pct=own.crop_pct
+    )
+    whole = torch.from_numpy(WHOLE_IMAGE)[None]
+    seen = render(torch.from_numpy(np.array(picture))[None], whole, backbone.preprocessing)
+    torch.testing.assert_close(seen[0], transform(picture), rtol=0, atol=1e-5)
+    with torch.inference_mode():
+        expected = backbone.network.logits(transform(picture)[None])
+        torch.testing.assert_close(backbone.network.logits(seen), expected, rtol=0, atol=1e-4)
+
+
+def test_a_view_keeps_its_margin(timm_weights):
+    name = "test_resnet"
+    teachers = [
+        load_teacher(Teacher(model=f"timm:{name}", weights=timm_weights(name), center_crop=cut))[0] for cut in (0, 1)
+    ]
+    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 160, 160, 3), dtype=np.uint8))
+    view = torch.tensor([[0.1, 0.2, 0.5, 0.6, 0, 1, 1, 1]])
+    one, other = (render(picture, view, teacher.preprocessing) for teacher in teachers)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_models_with_different_statistics_are_fed_differently(timm_weights):
@@ -498,6 +532,17 @@ def test_the_network_sees_what_its_own_processor_would_give(hf, kind, side):
 def test_a_crop_says_the_size_that_the_network_sees(hf):
     processor = transformers.BitImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 32, "width": 32})
     assert load_teacher(Teacher(model=hf(vit(), processor)[0]))[0].preprocessing.size == 32
+
+
+def test_with_its_margin_cut_off_the_network_sees_what_its_own_processor_would_give(hf):
+    processor = transformers.BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    folder = hf(vit(), processor)[0]
+    assert load_teacher(Teacher(model=folder))[0].preprocessing.resized is None
+    backbone = load_teacher(Teacher(model=folder, center_crop=True))[0]
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    expected = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
+    found = render(torch.from_numpy(picture)[None], torch.from_numpy(WHOLE_IMAGE)[None], backbone.preprocessing)[0]
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-4)
 
 
 def test_preprocessing_that_cannot_be_followed_is_refused(hf):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import multiprocessing
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -17,10 +23,12 @@ from typer.testing import CliRunner
 from raydistill.cli import app
 from raydistill.config import load_config
 from raydistill.data.images import list_images
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, DataError
+from raydistill.stages import check as checks
 from raydistill.stages.check import Checkup, Finding, check_images
 from raydistill.stages.check_page import findings_table, write_checkup
 from raydistill.stages.check_teacher import check_teachers
+from tests.processes import wait_for
 from tests.stages.conftest import painted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -293,3 +301,50 @@ def test_a_teacher_of_chance_or_without_numbers_is_found_out(monkeypatch, folder
         (look,) = check_teachers(config, names, progress)
         assert words in look.trouble
         assert look.accuracy is None
+
+
+@pytest.fixture
+def in_processes(folder, monkeypatch) -> Path:
+    """A hundred files to each class, looked at by processes as large sets are."""
+    for name in ("cat", "dog", "owl"):
+        for k in range(20, 100):
+            (folder / name / f"{k}.png").write_bytes((folder / name / f"{k % 20:02d}.png").read_bytes() + bytes([k]))
+    (folder / "owl" / "07.png").write_bytes(b"no picture")
+    monkeypatch.setattr(checks, "_MANY", 1)
+    return folder
+
+
+def test_processes_find_what_threads_find(check, in_processes, monkeypatch):
+    found_by_processes = check()
+    monkeypatch.setattr(checks, "_MANY", 1000)
+    assert check() == found_by_processes
+    assert sum(found_by_processes.counts["train"].values()) > 200
+
+
+def test_processes_end_with_the_first_bad_file_of_a_strict_look(check, in_processes):
+    strict = check(strict=True)
+    assert [(f.what, f.count) for f in strict.findings] == [("not an image", 1)]
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_dies_is_an_error_and_no_end_of_waiting(check, in_processes, monkeypatch):
+    monkeypatch.setattr(checks, "_begin_process", functools.partial(os._exit, 1))
+    with pytest.raises(DataError, match="a process that looked at the images has died"):
+        check()
+
+
+def test_processes_end_with_a_command_that_is_killed(in_processes, tmp_path):
+    words = "from raydistill.stages import check; check._MANY = 1; from raydistill.cli import main; main()"
+    (tmp_path / "doctor.py").write_text(f"if __name__ == '__main__':\n    {words}\n")
+    noise(np.random.default_rng(0), size=400).save(tmp_path / "large.png")
+    for k in range(600):  # so many that it is at work when it is killed
+        (in_processes / "cat" / f"large{k}.png").write_bytes((tmp_path / "large.png").read_bytes() + b"%d" % k)
+    command = subprocess.Popen(
+        [sys.executable, tmp_path / "doctor.py", "check", f"images.path={in_processes}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: len(psutil.Process(command.pid).children()) > 2, 60)  # two of them, and multiprocessing's tracker
+    left = psutil.Process(command.pid).children()
+    command.kill()
+    _, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive
