@@ -177,13 +177,21 @@ class Tracker:
         self._client = mlflow.MlflowClient(tracking_uri=self.uri)
         name = self._config.name
         found = self._client.get_experiment_by_name(name)
-        self._experiment = found.experiment_id if found else self._client.create_experiment(name)
+        self._experiment = found.experiment_id if found else self._new_experiment(name)
         self._end_dead()
         self._parent = self._reopen(f"tags.`raydistill.job` = '{self._job}'", {"raydistill.job": self._job}, name)
         self._client.set_tag(self._parent, "raydistill.process", _process(os.getpid()))
         self._client.set_tag(self._parent, "raydistill.alive", f"{time.time():.0f}")
         self._log_params(self._parent, self._config.model_dump(mode="json"))
         self._client.log_text(self._parent, to_yaml(self._config), "config.yaml")
+
+    def _new_experiment(self, name: str) -> str:
+        """Its files lie beside the workspace's own database: MLflow would put them wherever the command was given."""
+        place = None
+        if self._config.tracking.uri is None:
+            place = Path(workspace_root(self._config), "mlartifacts").as_uri()
+        made: str = self._client.create_experiment(name, artifact_location=place)
+        return made
 
     def _mention_old_runs(self) -> None:
         """MLflow kept runs in folders before it wanted a database. Today's `mlruns` has files alone, no meta.yaml."""

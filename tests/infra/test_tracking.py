@@ -51,6 +51,20 @@ def test_no_name_ends_the_record(tmp_path, caplog) -> None:
     assert child.data.metrics == {"recall of _größe_1_": 0.5}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_files_lie_in_the_workspace_wherever_the_command_is_given(tmp_path, monkeypatch) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        with Tracker(load_config([f"workspace={tmp_path}/ein#ß 100%", "images.path=x"]), job=name) as tracker:
+            tracker.log_job({}, [])
+        client = mlflow.MlflowClient(tracking_uri=tracker.uri)
+        text = Path(client.download_artifacts(tracker._parent, "config.yaml", str(tmp_path))).read_text()
+        assert "workspace" in text
+    assert len(list((tmp_path / "ein#ß 100%" / "mlartifacts").rglob("config.yaml"))) == 2
+    assert not any(path for name in ("here", "there") for path in (tmp_path / name).iterdir())
+
+
 def runs_of(tracker: Tracker) -> dict[str, mlflow.entities.Run]:
     client = mlflow.MlflowClient(tracking_uri=tracker.uri)
     return {run.info.run_name: run for run in client.search_runs([tracker._experiment])}
