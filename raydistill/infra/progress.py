@@ -85,9 +85,11 @@ class Progress:
 
     @contextlib.contextmanager
     def _lines(self, name: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
-        started, position, last, latest = time.monotonic(), done, time.monotonic(), ""
+        started, position, last, latest, said = time.monotonic(), done, time.monotonic(), "", (-1, "")
 
         def say() -> None:
+            nonlocal said
+            said = position, latest
             elapsed = max(time.monotonic() - started, 1e-9)
             rate = (position - done) / elapsed
             left = f", {(total - position) / rate:.0f} s left" if rate and position < total else ""
@@ -102,4 +104,5 @@ class Progress:
                 say()
 
         yield advance
-        say()
+        if said != (position, latest):  # a last step that took long had its line
+            say()

@@ -9,7 +9,7 @@ import time
 import pytest
 from rich.console import Console
 
-from raydistill.infra import stillness
+from raydistill.infra import progress, stillness
 from raydistill.infra.progress import Progress
 from tests.processes import wait_for
 from tests.stages.conftest import ray_session
@@ -35,6 +35,18 @@ def test_what_stands_still_is_said_to_at_each_doubling_of_the_time() -> None:
         advance(8)
     still = re.findall(r"teach     nothing has moved for (\d) s", said.getvalue())
     assert still == ["0", "1", "1"]  # 0.3, 0.6 and 1.2 seconds, rounded
+
+
+@pytest.mark.parametrize(("note", "lines"), [(None, 1), ("val 0.5", 2)])
+def test_the_last_line_is_said_once(note: str | None, lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
+    said = io.StringIO()
+    with Progress(Console(file=said)).task("export", 4, "steps") as advance:
+        advance(4)
+        monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 60.0)
+        advance(0, note)
+    assert said.getvalue().count("4/4 steps") == lines
+    assert (note or "") in said.getvalue()
 
 
 @pytest.mark.usefixtures("impatient")
