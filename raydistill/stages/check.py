@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
+from operator import itemgetter
 from posixpath import splitext
 from threading import Thread
 from typing import Literal
@@ -245,7 +246,9 @@ def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding
     for look in used:
         rows[look.hash].append(look)
     hashes = list(rows)
-    pairs = [(group[0], other) for group in rows.values() for other in group[1:]]
+    alike = [(rank, group[0], other) for group in rows.values() for rank, other in enumerate(group[1:])]
+    # One of each group first, since the first are the examples.
+    pairs = [(one, other) for _, one, other in sorted(alike, key=itemgetter(0))]
     pairs += [(rows[hashes[a]][0], rows[hashes[b]][0]) for a, b in near_pairs(hashes, _NEAR)]
     across, within, labels = [], [], []
     for one, other in pairs:

@@ -348,3 +348,13 @@ def test_processes_end_with_a_command_that_is_killed(in_processes, tmp_path):
     command.kill()
     _, alive = psutil.wait_procs(left, timeout=20)
     assert not alive
+
+
+def test_examples_of_near_copies_are_of_different_pictures(check, folder):
+    for name in ("cat", "dog"):
+        for k in range(8):
+            with Image.open(folder / name / "00.png") as picture:
+                picture.save(folder / name / f"again{k}.png", compress_level=k)
+    near = [f for f in check("images.val_share=0", "images.test_share=0").findings if "one split" in f.what]
+    assert near[0].count > 10
+    assert {f"{name}/00.png" in " ".join(near[0].examples) for name in ("cat", "dog")} == {True}
