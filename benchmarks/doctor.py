@@ -1,6 +1,6 @@
 """Images a second of `check` over those of a bare loop that reads and decodes them, on this machine, in one run.
 
-    python benchmarks/doctor.py --json doctor.json --files 100000
+    python benchmarks/doctor.py --json
 
 The bare loop has as many threads, and does what any look at images must do: read the file, decode it, bring it to the
 working size. Prints a table and, with --json, writes `doctor_ratio` and `doctor_memory_ratio`: the peak memory for all
@@ -33,6 +33,7 @@ from raydistill.infra.plan import num_cores
 from raydistill.infra.progress import Progress
 from raydistill.stages.check import check_images
 
+STDOUT = Path("-")
 CLASSES, DISTINCT, SIDE, SIZE = ("ant", "bee", "cow", "dog"), 500, 256, 128
 
 
@@ -76,8 +77,10 @@ def peak_megabytes(folder: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
+    )
+    parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--only-check", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only_check is not None:
@@ -98,9 +101,12 @@ def main() -> None:
     table.add_row("check, whole", f"{ours:,.0f}", "")
     table.add_row("bare loop, before and after", f"{before:,.0f} and {after:,.0f}", f"{ratio:.2f}")
     table.add_row("peak memory of check, MB: all and a tenth", f"{large:,.0f} and {small:,.0f}", f"{large / small:.2f}")
-    Console().print(table)
-    if options.json is not None:
-        options.json.write_text(json.dumps({"doctor_ratio": ratio, "doctor_memory_ratio": large / small}, indent=2))
+    Console(stderr=options.json == STDOUT).print(table)
+    text = json.dumps({"doctor_ratio": ratio, "doctor_memory_ratio": large / small}, indent=2)
+    if options.json == STDOUT:
+        print(text)
+    elif options.json is not None:
+        options.json.write_text(text)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from raydistill.infra.plan import local_plan
 from raydistill.infra.progress import Progress
 from raydistill.stages.run import run_stages
 
+STDOUT = Path("-")
 THREADS = len(os.sched_getaffinity(0))
 STEPS, BATCH, SECONDS = 10, 8, 20.0
 CLASSES = ("blue", "green", "red")
@@ -97,7 +98,9 @@ def stage(root: Path, pipeline: Path, count: int, actors: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -116,11 +119,14 @@ def main() -> None:
     table.add_row("generate", f"{ours:.1f}", "")
     table.add_row(f"bare loop: {actors} processes, 1 thread, 1 image", f"{before:.1f} and {after:.1f}", f"{ratio:.2f}")
     table.add_row(f"bare loop: 1 process, {THREADS} threads, {BATCH} images", f"{batched:.1f}", f"{ours / batched:.2f}")
-    Console().print(table, f"{len(CLASSES) * per_class} images in {whole:.0f} s with Ray's start and the choosing")
-    if options.json is not None:
-        options.json.write_text(
-            json.dumps({"generate_ratio": ratio, "generate_batched_ratio": ours / batched}, indent=2)
-        )
+    Console(stderr=options.json == STDOUT).print(
+        table, f"{len(CLASSES) * per_class} images in {whole:.0f} s with Ray's start and the choosing"
+    )
+    text = json.dumps({"generate_ratio": ratio, "generate_batched_ratio": ours / batched}, indent=2)
+    if options.json == STDOUT:
+        print(text)
+    elif options.json is not None:
+        options.json.write_text(text)
 
 
 if __name__ == "__main__":

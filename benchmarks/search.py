@@ -36,6 +36,7 @@ from raydistill.stages.batches import DistillJob, read_batches
 from raydistill.stages.loop import Trainee
 from raydistill.stages.run import run_stages
 
+STDOUT = Path("-")
 ROUNDS, TRIALS = 3, 5  # of a round's trials the first starts a process and does not count
 SPACE = Path(__file__).parents[1] / "tune_spaces" / "loss.yaml"
 
@@ -59,10 +60,12 @@ def bare_seconds(job: DistillJob) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command line does
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=arguments.json == STDOUT)
     with tempfile.TemporaryDirectory() as folder:
         more = ["distill.epochs=4", f"tune.space={SPACE}", "tune.sampler=random", "tune.pruner=none"]
         config = job_config(Path(folder), *more, "tune.confirm_seeds=0")
@@ -90,8 +93,11 @@ def main() -> None:
     console.print(f"bare, by turns with {ROUNDS} rounds of trials: {', '.join(f'{b:.1f} s' for b in bare)}")
     for name, value in figures.items():
         console.print(f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2))
+    text = json.dumps(figures, indent=2)
+    if arguments.json == STDOUT:
+        print(text)
+    elif arguments.json is not None:
+        arguments.json.write_text(text)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from raydistill.stages.batches import Batch, DistillJob, read_batches
 from raydistill.stages.loop import Trainee
 from raydistill.stages.run import Outcome, run_stages
 
+STDOUT = Path("-")
 JOB = Path(__file__).parents[1] / "jobs" / "demo.yaml"
 THREADS = len(os.sched_getaffinity(0))
 SECONDS = 10.0  # of each bare measurement
@@ -179,7 +180,9 @@ print(1024 * int(next(line for line in open("/proc/self/status") if line.startsw
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
+    )
     parser.add_argument("--only", nargs="*", default=["teach", "distill", "online", "start", "memory"])
     return parser.parse_args()
 
@@ -196,7 +199,7 @@ def main() -> None:
     options = parse_options()
     # As the command does, for processes that load torch later; the bare loop in here does not read it.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-    console, figures, rates = Console(), {}, []
+    console, figures, rates = Console(stderr=options.json == STDOUT), {}, []
     quiet = Progress(Console(quiet=True))
 
     def compare(key: str, ours: float, bare: list[float]) -> None:
@@ -247,8 +250,11 @@ def main() -> None:
             figures["peak_memory_growth"] = ten / one
             rates.append(("peak_memory_growth", f"{ten / 1e6:,.0f} MB", f"{one / 1e6:,.0f} MB", f"{ten / one:.2f}"))
     console.print(rates_table(rates))
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=2))
+    text = json.dumps(figures, indent=2)
+    if options.json == STDOUT:
+        print(text)
+    elif options.json is not None:
+        options.json.write_text(text)
 
 
 if __name__ == "__main__":
