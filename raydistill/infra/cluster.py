@@ -48,7 +48,8 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
     """The cluster of `cluster.address`, or one of this machine, for the time of a `with` block.
 
     A local one has its dashboard on the loopback interface only; Ray's other ports, which it opens on all interfaces,
-    ask for a token as that does. Without the `dashboard` Ray cannot free what an ended Tune trial's train workers held.
+    ask for a token as that does, but for the one at which its agent tells the machine's load. Without the `dashboard`
+    Ray cannot free what an ended Tune trial's train workers held.
     """
     import ray
 
@@ -59,6 +60,9 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
     with warnings.catch_warnings(), _quiet_native_log(), _own_handler_kept():
         warnings.simplefilter("ignore", FutureWarning)
         if config.cluster.address is None:
+            # Else Ray lets its dashboard's and autoscaler's measures be read on all interfaces, without a token.
+            for measures in ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT"):
+                os.environ.setdefault(measures, "-1")
             ray.init(
                 address="local",
                 num_cpus=num_cores(),
