@@ -82,7 +82,7 @@ class Teacher(Section):
     """Side in pixels that the teacher sees; null: the size it was trained at."""
     center_crop: bool = False
     """Of whole images, cut off the margin that the model's own configuration cuts off (timm's `crop_pct`, a center
-    crop of transformers). Views are crops already, and are seen as they are."""
+    crop of transformers; a folder of raydistill's has none). Of a view nothing is cut off, unless it is whole."""
     batch_size: Count = 64
     """Views in one forward pass of a teacher actor."""
     allow_near_chance: bool = False
@@ -527,6 +527,10 @@ class RunConfig(Section):
             raise ValueError(
                 "generate.task_weight is 0 and no term of the loss needs a teacher, so nothing would be learnt from "
                 "the generated images; raise it, or set generate=null"
+            )
+        if self.teacher is not None and self.teacher.head == "fine_tune" and self.teacher.center_crop:
+            raise ValueError(
+                "teacher.center_crop is of a model as it comes, and teacher.head=fine_tune trains it; drop one"
             )
         if self.teacher is not None and self.teacher.head == "zero_shot":
             if plain := [prompt for prompt in self.teacher.prompts if "{class}" not in prompt]:

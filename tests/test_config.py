@@ -465,6 +465,7 @@ def test_the_bounds_themselves_are_allowed(word):
         (["distill.batch_size=3", "distill.num_workers=4"], "distill.batch_size"),
         (["distill.batch_size=3", "distill.num_workers=[1,4]"], "distill.num_workers"),
         (["student.weights=w.pth"], "student.init"),
+        (["teacher.head=fine_tune", "teacher.center_crop=true"], "teacher.center_crop"),
         ([f"loss.{term}_weight=0" for term in ("task", "kd", "alignment", "uniformity")], "loss"),
     ],
 )

@@ -119,7 +119,7 @@ def first_of_table(path: str) -> str | None:
 
 
 def read_bytes_of(entry: Entry) -> bytes:
-    if entry.path.startswith("/"):  # on this machine; fsspec would take half as long again to find that out
+    if entry.path.startswith("/"):  # on this machine; fsspec would take as long again to find that out
         with open(entry.path, "rb") as file:
             return file.read()
     fs, path = url_to_fs(entry.path)

@@ -23,6 +23,9 @@ from raydistill.infra.plan import Plan, live_plan, num_cores
 # Keeps a laptop's memory for the networks: blocks in flight are a few megabytes.
 OBJECT_STORE_BYTES = 512 * 1024**2
 
+# Ray has no other way to keep the servers of its dashboard and its autoscaler from starting.
+_NO_METRICS = {"DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1", "RAY_enable_metrics_collection": "0"}
+
 
 @contextlib.contextmanager
 def ray_cluster(config: RunConfig, reserved: float = 0.0, dashboard: bool = False) -> Iterator[Plan]:
@@ -48,8 +51,7 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
     """The cluster of `cluster.address`, or one of this machine, for the time of a `with` block.
 
     A local one has its dashboard on the loopback interface only; Ray's other ports, which it opens on all interfaces,
-    ask for a token as that does, but for the one at which its agent tells the machine's load. Without the `dashboard`
-    Ray cannot free what an ended Tune trial's train workers held.
+    ask for a token as that does. Without the `dashboard` Ray cannot free what an ended Tune trial's train workers held.
     """
     import ray
 
@@ -60,9 +62,9 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
     with warnings.catch_warnings(), _quiet_native_log(), _own_handler_kept():
         warnings.simplefilter("ignore", FutureWarning)
         if config.cluster.address is None:
-            # Else Ray lets its dashboard's and autoscaler's measures be read on all interfaces, without a token.
-            for measures in ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT"):
-                os.environ.setdefault(measures, "-1")
+            # Else whoever asks, on any interface and without a token, is told Ray's metrics, tasks by name among them.
+            for name, off in _NO_METRICS.items():
+                os.environ.setdefault(name, off)
             ray.init(
                 address="local",
                 num_cpus=num_cores(),

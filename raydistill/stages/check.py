@@ -110,7 +110,7 @@ def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
     pool: Executor
     if len(entries) < _MANY:
         pool = ThreadPoolExecutor(num_cores())
-    else:  # threads wait for each other's Python, which is much of the work on small pictures
+    else:  # threads wait for each other's Python, which shows where pictures are small
         pool = ProcessPoolExecutor(num_cores(), get_context("spawn"), _begin_process)
     waiting = deque[Future[list[_Seen]]]()
     try:

@@ -18,7 +18,11 @@ from raydistill.infra.cluster import joined_cluster
 
 # In a process of its own, with a home of its own for the token.
 _LOCAL = """
-import json, os, stat, subprocess, sys
+import json, os, stat, subprocess, sys, time
+from http.client import HTTPException
+from ipaddress import ip_address
+from urllib.error import HTTPError
+from urllib.request import urlopen
 from pathlib import Path
 import psutil, ray
 from raydistill.config import load_config
@@ -26,11 +30,23 @@ from raydistill.infra.cluster import joined_cluster
 
 with joined_cluster(load_config(["images.path=x"]), dashboard=True):
     assert ray.get(ray.remote(lambda: 1).remote()) == 1
+    time.sleep(5)  # for what Ray's processes open a little later
     heard = []
     for process in psutil.Process().children(recursive=True):
         for connection in process.net_connections("inet"):
             if connection.status == psutil.CONN_LISTEN:
                 heard.append([" ".join(process.cmdline()), *connection.laddr])
+    told = []
+    for command, address, port in heard:
+        host = "127.0.0.1" if address in ("::", "0.0.0.0") else address
+        for page in ("/", "/metrics", "/api/version"):
+            try:
+                urlopen(f"http://{host}:{port}{page}", timeout=10)
+                told.append([command, address, port, page])
+            except HTTPError as error:
+                assert error.code == 401 or ip_address(address).is_loopback, (command, page, error.code)
+            except (HTTPException, OSError):
+                pass  # no HTTP: Ray's own protocol
     stranger = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print('LET IN')"
     address = ray.get_runtime_context().gcs_address
     entered = []
@@ -39,7 +55,7 @@ with joined_cluster(load_config(["images.path=x"]), dashboard=True):
         entered.append(b"LET IN" in tried.stdout)
     token = Path.home() / ".ray" / "auth_token"
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (token, token.parent)]
-    print("ANSWERS" + json.dumps([heard, entered, modes, len(token.read_text().strip())]))
+    print("ANSWERS" + json.dumps([heard, told, entered, modes, len(token.read_text().strip())]))
 """
 
 
@@ -49,11 +65,12 @@ def test_a_local_ray_lets_in_nobody_without_its_token_which_is_closed_to_others(
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
     ended = subprocess.run([sys.executable, "-c", _LOCAL], env=environment, capture_output=True, text=True, timeout=280)
     assert "ANSWERS" in ended.stdout, ended.stdout + ended.stderr
-    heard, entered, modes, length = json.loads(ended.stdout.partition("ANSWERS")[2])
+    heard, told, entered, modes, length = json.loads(ended.stdout.partition("ANSWERS")[2])
     # Ray's own ports, which ask for the token, are open to the network; what runs jobs by HTTP is not.
     dashboards = [address for command, address, _ in heard if "dashboard/dashboard.py" in command]
     assert dashboards
     assert all(ip_address(address).is_loopback for address in dashboards)
+    assert [(command, port) for command, address, port, _ in told if not ip_address(address).is_loopback] == []
     assert entered == [False, False]
     assert modes == [0o600, 0o700]
     assert length >= 32

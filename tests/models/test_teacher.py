@@ -199,11 +199,14 @@ def test_timm_preprocessing_is_that_of_the_models_own_configuration(timm_weights
     torch.testing.assert_close(seen[0], transform(Image.fromarray(picture)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "mobilenetv3_small_050", "convnext_atto"])
-@pytest.mark.parametrize("size", [None, 160, 161])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("test_vit", None),
+        *((n, s) for n in ("test_resnet", "mobilenetv3_small_050", "convnext_atto") for s in (None, 160, 161)),
+    ],
+)
 def test_with_its_margin_cut_off_the_network_gives_the_logits_of_timms_own_transform(timm_weights, name, size):
-    if size and name == "test_vit":
-        size = None  # it sees no other
     config = Teacher(model=f"timm:{name}", weights=timm_weights(name), head="native", size=size, center_crop=True)
     backbone, *_ = load_teacher(config)
     own = timm.get_pretrained_cfg(name)
@@ -219,6 +222,24 @@ def test_with_its_margin_cut_off_the_network_gives_the_logits_of_timms_own_trans
     with torch.inference_mode():
         expected = backbone.network.logits(transform(picture)[None])
         torch.testing.assert_close(backbone.network.logits(seen), expected, rtol=0, atol=1e-4)
+
+
+def test_a_large_picture_is_resized_and_then_cut_as_timm_does(timm_weights):
+    backbone, *_ = load_teacher(
+        Teacher(model="timm:test_resnet", weights=timm_weights("test_resnet"), size=160, center_crop=True)
+    )
+    own, wanted = timm.get_pretrained_cfg("test_resnet"), backbone.preprocessing
+    down, across = np.mgrid[0:400, 0:400] / 400
+    smooth = np.stack([255 * down, 255 * across, 127 + 100 * np.sin(9 * down + 7 * across)], axis=-1).astype(np.uint8)
+    transform = create_transform(
+        160, mean=own.mean, std=own.std, interpolation=own.interpolation, crop_pct=own.crop_pct
+    )
+    whole = torch.from_numpy(WHOLE_IMAGE)[None]
+    seen = render(torch.from_numpy(smooth)[None], whole, wanted)[0]
+    # Theirs resizes in whole steps of 255.
+    torch.testing.assert_close(seen, transform(Image.fromarray(smooth)), rtol=0, atol=1.0 / 255 / min(wanted.std))
+    uncut = render(torch.from_numpy(smooth)[None], whole, dataclasses.replace(wanted, resized=None))[0]
+    assert (seen - uncut).abs().max() > 10 / 255
 
 
 def test_a_view_keeps_its_margin(timm_weights):
