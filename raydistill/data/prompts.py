@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,21 @@ _CODE = re.compile(
     r"|(?-i:[b-df-hj-np-tv-xz]{3,4})",  # xkq, but not BMW
     re.IGNORECASE,
 )
+# A comma, `;` or `|` parts synonyms, as in ImageNet's names; not one inside a number or brackets.
+_BETWEEN_SYNONYMS = re.compile(r"(?:(?<!\d),|,(?!\d)|[;|])(?![^()\[\]]*[)\]])")
+# Names of three letters and more run together: goldenRetriever, but not iPhone or McDonald.
+_HUMP = re.compile(r"(?<=[^\W\d_A-Z]{2})(?=[A-Z][^\W\d_A-Z])")
+# What is said with a vowel first, and what only looks so. inflect, the library for this, says "a 8-ball" and "a SUV".
+_AN = re.compile(
+    r"8|1[18](\d\d|(\d{3})*)(?!\d)"
+    r"|(hour|heir|honest|hono)"
+    r"|(?!eu|ew|ouija|one(s|\b)|once\b|uni([^nmd]|mo)|u(\b|[kv]\b)|u[bcfghjkqrst][aeiou]|(?-i:U[A-Z]{1,2}\b))[aeiou]"
+    r"|y[^\Waeiou\d_]"
+    # Letters that are spelled, since no English word begins so: MRI, X-ray, F-150.
+    r"|suv\b|(?-i:[FLMRS][B-DF-HJ-NP-TV-XZ]+\b)"
+    r"|[hnx](?![aeiouy])|f(?![aeiouyjlr])|l(?![aeiouyl])|m(?![aeiouyn])|r(?![aeiouyh])|s(?![aeiouychklmnpqtw])",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -52,10 +68,48 @@ class ClassPrompts:
 
 
 def words_of(name: str) -> str:
-    """A class's name as words: `_` and `-` are spaces, and a leading number that orders folders (`17.Cardinal`,
-    `017_cardinal`) is left out, but not a quantity (`3.5mm_jack`)."""
-    words = " ".join(re.split(r"[\s_\-]+", name.strip()))
-    return re.sub(r"^(\d+\.(?!\d)|0\d* )\s*(?=\S)", "", words)
+    """A class's name as words, NFC. `_` and `-` are spaces, and words that run together are parted. Left out are a
+    leading number that orders folders (`17.Cardinal`, `017_cardinal`), but not a quantity (`3.5mm_jack`), WordNet's
+    number before a name (`n02085620-Chihuahua`), and the synonyms after the first name."""
+    words = " ".join(re.split(r"[\s_\-]+", _HUMP.sub(" ", unicodedata.normalize("NFC", name).strip())))
+    return re.sub(r"^(\d+\.(?!\d)|0\d* |n\d{8} )\s*(?=\S)", "", _first_synonym(words))
+
+
+def _first_synonym(words: str) -> str:
+    return next((part.strip() for part in _BETWEEN_SYNONYMS.split(words) if part.strip()), words)
+
+
+def class_words(classes: Sequence[str]) -> dict[str, str]:
+    """`words_of` each class, and without a number where one stands before every name and they count from 0 or 1."""
+    words = {name: words_of(name) for name in classes}
+    numbered = [re.fullmatch(r"(\d+) (\S.*)", text) for text in words.values()]
+    counts = sorted(int(found[1]) for found in numbered if found)
+    rests = [found[2] for found in numbered if found]
+    if len(classes) > 1 and counts in (list(range(len(classes))), list(range(1, len(classes) + 1))):
+        if len({reading(rest) for rest in rests}) == len(classes):
+            words = dict(zip(classes, rests, strict=True))
+    _say_synonyms({name: words[name] for name in classes if len(_BETWEEN_SYNONYMS.split(name)) > 1})
+    return words
+
+
+def _say_synonyms(read: Mapping[str, str]) -> None:
+    if read:
+        logger.warning(
+            "synonyms in the names of %d class(es), of which the first is read (%s); generate.names takes others to "
+            "draw from", len(read), "; ".join(f"{name!r} as {words!r}" for name, words in list(read.items())[:3]),
+        )  # fmt: skip
+
+
+def reading(text: str) -> str:
+    """What is left of a text where case, spaces, punctuation and Unicode's forms do not count: two texts of one reading
+    are one prompt to any model. Signs that tell names apart (`C#`, `C++`) and what parts digits (`3.5`) stay."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+    def counts(at: int) -> bool:
+        between_digits = text[at - 1 : at].isdigit() and text[at + 1 : at + 2].isdigit()
+        return between_digits or text[at] in "#%&@*" or unicodedata.category(text[at])[0] in "LMNS"
+
+    return "".join(text[at] for at in range(len(text)) if counts(at))
 
 
 def class_prompts(settings: Generate, classes: Sequence[str]) -> dict[str, ClassPrompts]:
@@ -68,15 +122,16 @@ def class_prompts(settings: Generate, classes: Sequence[str]) -> dict[str, Class
     names = _names(settings.names, classes)
     refuse_unknown(settings.overrides, classes, "generate.overrides")
     shared = settings.templates if isinstance(settings.templates, dict) else dict.fromkeys(settings.templates, 1.0)
+    plain = class_words([name for name in classes if name not in names])
     found = {}
     for name in classes:
         own = settings.prompt_settings(name).templates
         templates = shared if own is None else dict.fromkeys(own, 1.0)
-        words, description = names.get(name, ((words_of(name),), ""))
+        words, description = names.get(name) or ((plain[name],), "")
         if name not in names and _CODE.fullmatch(words[0]):
             logger.warning("class %r looks like a code, which no pipeline knows; give words in generate.names", name)
         pairs = [
-            (_sentence(template, word, description), weight / len(words))
+            (_checked_sentence(template, word, description), weight / len(words))
             for template, weight in templates.items()
             for word in words
         ]
@@ -86,7 +141,7 @@ def class_prompts(settings: Generate, classes: Sequence[str]) -> dict[str, Class
     return found
 
 
-def _sentence(template: str, words: str, description: str) -> str:
+def _checked_sentence(template: str, words: str, description: str) -> str:
     template = PRESETS.get(template, template)
     if "{class}" not in template and "{description}" not in template:
         raise ConfigError(f"generate.templates: {template!r} does not say where the class goes; use {{class}}")
@@ -94,8 +149,27 @@ def _sentence(template: str, words: str, description: str) -> str:
         raise ConfigError(
             f"generate.templates: {template!r} asks for a description, and generate.names has none for {words!r}"
         )
-    values = {"{class}": words, "{description}": description}
-    return re.sub(r"\{class\}|\{description\}", lambda found: values[found[0]], template)
+    return sentence(template, words, description)
+
+
+def sentence(template: str, words: str, description: str = "") -> str:
+    """The template with both in place; an `a` or `an` right before one follows its sound."""
+    values = {"class": words, "description": description}
+
+    def fill(found: re.Match[str]) -> str:
+        article, space, what = found.groups()
+        return (_article(article, values[what]) + space if article else "") + values[what]
+
+    return re.sub(r"(?:\b([Aa]n?)(\s+))?\{(class|description)\}", fill, template)
+
+
+def _article(written: str, following: str) -> str:
+    """As written before what is not in Latin letters, of whose sound nothing is known."""
+    plain = "".join(c for c in unicodedata.normalize("NFD", following) if not unicodedata.combining(c))
+    plain = plain.lstrip("\"'([“‘„« ")
+    if not (plain[:1].isascii() and plain[:1].isalnum()):
+        return written
+    return written[0] + ("n" if _AN.match(plain) else "")
 
 
 def _names(file: str | None, classes: Sequence[str]) -> dict[str, tuple[tuple[str, ...], str]]:
@@ -119,11 +193,13 @@ def _names(file: str | None, classes: Sequence[str]) -> dict[str, tuple[tuple[st
     refuse_unknown(entries, classes, f"generate.names={file}")
     if lacking := [name for name in classes if name not in entries]:
         raise ConfigError(f"generate.names={file}: says nothing of {_some(lacking)}")
+    lists = {name: text for name, text in entries.items() if isinstance(text, str) and _first_synonym(text) != text}
+    _say_synonyms({text: _first_synonym(text) for text in lists.values()})
     return {name: _entry(file, name, value) for name, value in entries.items()}
 
 
 def _entry(file: str, name: str, value: object) -> tuple[tuple[str, ...], str]:
-    value = {"words": value} if isinstance(value, str) else value
+    value = {"words": _first_synonym(value)} if isinstance(value, str) else value
     known = {"words", "synonyms", "description"}
     if not isinstance(value, Mapping) or not set(value) <= known or not isinstance(value.get("words", name), str):
         raise ConfigError(
@@ -144,19 +220,19 @@ def refuse_unknown(given: Mapping[str, object], classes: Sequence[str], what: st
 
 def _refuse_shared(found: dict[str, ClassPrompts]) -> None:
     owner: dict[str, str] = {}
-    for name, sentence in _pairs(found):
-        other = owner.setdefault(sentence.casefold(), name)
+    for name, text in _pairs(found):
+        other = owner.setdefault(reading(text), name)
         if other != name:
             raise ConfigError(
-                f"classes {other!r} and {name!r} share the prompt {sentence!r}, so their images would be the same; "
+                f"classes {other!r} and {name!r} share the prompt {text!r}, so their images would be the same; "
                 "give them different words in generate.names"
             )
 
 
 def _pairs(found: dict[str, ClassPrompts]) -> Iterator[tuple[str, str]]:
     for name, prompts in found.items():
-        for sentence in prompts.sentences:
-            yield name, sentence
+        for text in prompts.sentences:
+            yield name, text
 
 
 def _some(names: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from raydistill.config import Teacher as TeacherConfig
+from raydistill.data.prompts import class_words, reading, sentence, words_of
 from raydistill.data.targets import read_bytes
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError
@@ -226,7 +227,7 @@ def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], cla
 
 
 def _plain(name: str) -> str:
-    return _words(name).casefold()
+    return " ".join(re.split(r"[\s_\-]+", name.strip())).casefold()
 
 
 def _load_timm(config: TeacherConfig, name: str) -> tuple[TeacherBackbone, LinearHead | None, list[tuple[str, ...]]]:
@@ -337,24 +338,20 @@ def _embedding(output: Any) -> torch.Tensor:
 
 
 def prompts_of(templates: Sequence[str], classes: Sequence[str]) -> list[list[str]]:
-    """The sentences of every class: its name, `_` and `-` read as spaces, in each template.
+    """The sentences of every class: its words in each template, as `generate` reads them.
 
     Raises ConfigError where two classes have the same sentences.
     """
-    words = [_words(name) for name in classes]
-    by_words: dict[str, list[str]] = {}
-    for name, plain in zip(classes, words, strict=True):
-        by_words.setdefault(plain.casefold(), []).append(name)
-    if same := [names for names in by_words.values() if len(names) > 1]:
+    words = class_words(classes)
+    by_reading: dict[str, list[str]] = {}
+    for name, plain in words.items():
+        by_reading.setdefault(reading(plain) or plain, []).append(name)
+    if same := [names for names in by_reading.values() if len(names) > 1]:
         raise ConfigError(
             f"teacher.head=zero_shot: {' and '.join(map(repr, same[0]))} make the same prompt, so no text can tell "
             "them apart; rename one, or use teacher.head=linear_probe"
         )
-    return [[template.replace("{class}", plain) for template in templates] for plain in words]
-
-
-def _words(name: str) -> str:
-    return " ".join(re.split(r"[\s_\-]+", name.strip()))
+    return [[sentence(template, words[name]) for template in templates] for name in classes]
 
 
 @torch.inference_mode()
@@ -387,7 +384,7 @@ def zero_shot_head(config: TeacherConfig, classes: Sequence[str]) -> LinearHead:
 def _refuse_unknown_words(tokenizer: Any, classes: Sequence[str], what: str) -> None:
     """A tokenizer without its vocabulary loads all the same, and then takes every word for the same unknown one."""
     for name in classes:
-        tokens = tokenizer(_words(name), add_special_tokens=False)["input_ids"]
+        tokens = tokenizer(words_of(name), add_special_tokens=False)["input_ids"]
         if all(token == tokenizer.unk_token_id for token in tokens):
             raise ConfigError(
                 f"teacher.head=zero_shot: the tokenizer of {what.partition('=')[2]} knows no part of {name!r}; rename "

@@ -32,6 +32,17 @@ def settings(**changes: object) -> Generate:
         ("3.5mm_jack", "3.5mm jack"),
         ("  cat ", "cat"),
         ("鳥", "鳥"),
+        ("great white shark, white shark", "great white shark"),
+        ("great_white_shark,_white_shark", "great white shark"),
+        ("car | automobile", "car"),
+        (", cat", "cat"),
+        ("1,000 dollar bill", "1,000 dollar bill"),
+        ("bowl (red, big)", "bowl (red, big)"),
+        ("goldenRetriever", "golden Retriever"),
+        ("iPhone", "iPhone"),
+        ("McDonald", "McDonald"),
+        ("n02085620-German_short-haired_pointer", "German short haired pointer"),
+        ("cafe\u0301", "caf\u00e9"),
     ],
 )
 def test_a_folders_name_becomes_words(name, words):
@@ -50,11 +61,65 @@ def test_a_name_with_a_placeholder_in_it_is_not_filled_in_again():
     )
 
 
-@pytest.mark.parametrize("pair", [("dining_room", "dining-room"), ("Cat", "cat"), ("1.cat", "cat")])
+SAME = [
+    ("dining_room", "dining-room"), ("Cat", "cat"), ("1.cat", "cat"), ("caf\u00e9", "cafe\u0301"),
+    ("T-shirt", "TShirt"), ("goldenRetriever", "golden_retriever"), ("rock'n'roll", "rock n roll"), ("cat!", "(cat)"),
+    ("stra\u00dfe", "STRASSE"), ("cat, felis", "cat, tomcat"), ("hip\u2011hop", "Hip Hop"), ("\ufb01sh", "fish"),
+    ("bl\u00adue", "blue"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", SAME)
 def test_two_classes_with_one_prompt_are_refused(pair):
     with pytest.raises(ConfigError, match="share the prompt") as error:
         class_prompts(settings(), pair)
     assert all(repr(name) in str(error.value) for name in pair)
+
+
+@pytest.mark.parametrize(
+    "pair", [("C++", "C#"), ("3.5mm jack", "35mm jack"), ("r\u00e9sum\u00e9", "resume"), ("1-1", "11")]
+)
+def test_what_tells_two_classes_apart_stays(pair):
+    assert len(class_prompts(settings(), pair)) == 2
+
+
+def test_numbers_that_count_the_folders_are_left_out():
+    def read(*names: str) -> list[str]:
+        return [prompts.sentences[0] for prompts in class_prompts(settings(templates=["{class}"]), names).values()]
+
+    assert read("1_cat", "2_dog", "3_owl") == ["cat", "dog", "owl"]
+    assert read("1_tree", "2_tree") == ["1 tree", "2 tree"]
+    assert read("2_door car", "4_wheeler") == ["2 door car", "4 wheeler"]
+
+
+# Written down from how they are said, not from what the code answers.
+AN = (
+    "apple", "hour", "heir", "honest man", "MRI", "FBI agent", "X-ray", "F-150", "SUV", "8-ball", "11", "18 wheeler",
+    "80s car", "umbrella", "urn", "usher", "\u00e9clair", "\u00c5ngstr\u00f6m", "ytterbium", "onion",
+    "unidentified object", "HDMI cable",
+)  # fmt: skip
+A = (
+    "cat", "unicorn", "university", "European robin", "ewe", "one-way street", "UFO", "USB stick", "U-turn", "ukulele",
+    "yacht", "house", "hotel", "BMW", "NASA rocket", "7up can", "180 cm board", "xylophone", "rhino", "mnemonic",
+    "llama", "fjord", "HAT",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*AN, *A])
+def test_the_article_follows_the_sound(name):
+    found = class_prompts(settings(templates=["a picture of a {class}", "An {class}, a bee"]), [name])[name]
+    n, words = "n" * (name in AN), words_of(name)
+    assert found.sentences == (f"a picture of a{n} {words}", f"A{n} {words}, a bee")
+
+
+def test_of_synonyms_the_first_is_read_and_said(tmp_path, caplog):
+    names = {"n01": "tench, Tinca tinca", "n02": {"words": "cat, a tabby one"}}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    found = class_prompts(settings(names=str(tmp_path / "names.json")), ["n01", "n02"])
+    assert found["n01"].sentences == ("a picture of a tench",)
+    assert found["n02"].sentences == ("a picture of a cat, a tabby one",)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "'tench, Tinca tinca' as 'tench'" in line
 
 
 def test_templates_are_drawn_by_weight_and_by_the_key_alone():
