@@ -341,6 +341,8 @@ class Evaluate(Section):
     """Changes the speed of `evaluate`, never its numbers."""
     calibration_bins: Count = 15
     """Bins of the reliability diagram and of the expected calibration error."""
+    time_teacher: bool = False
+    """Measure the teacher's images a second too, here and in `export`."""
 
 
 class Export(Section):

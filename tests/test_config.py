@@ -145,6 +145,7 @@ OTHER_VALUES = {
     "distill.max_failures": 0,
     "evaluate.batch_size": 5,
     "evaluate.calibration_bins": 10,
+    "evaluate.time_teacher": True,
     "export.formats": ("onnx",),
     "export.preprocessing": True,
     "export.int8": "static",

@@ -65,16 +65,20 @@ def save_for_library(student: Student, classes: Sequence[str], fit: str, folder:
     model as `from_pretrained` does, with its image processor."""
     wanted, network = student.preprocessing, student.network
     if isinstance(student.body, TimmClassifier):
-        # A transformer is built for one size, which is said when it is built again.
-        network.pretrained_cfg = {
-            **dict(network.pretrained_cfg), "input_size": (3, wanted.size, wanted.size), "mean": wanted.mean,
-            "std": wanted.std, "interpolation": wanted.interpolation, "crop_pct": 1.0,
+        seen = {
+            "input_size": (3, wanted.size, wanted.size), "mean": wanted.mean, "std": wanted.std,
+            "interpolation": wanted.interpolation, "crop_pct": 1.0,
             "crop_mode": "center" if fit == "crop" else "border",
         }  # fmt: skip
+        # A transformer is built for one size, which is said when it is built again.
         sized = {"img_size": wanted.size} if network.pretrained_cfg.get("fixed_input_size") else None
         timm.models.save_for_hf(
-            network, folder, {"label_names": list(classes)}, model_args=sized, safe_serialization=True
+            network, folder, {"label_names": list(classes)}, sized, safe_serialization=True, data_config=seen
         )
+        # The number of classes stands twice there, and transformers, which reads this file too, takes it from both.
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config.get("model_args", {}).pop("num_classes", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         return
     network.config.id2label = dict(enumerate(classes))
     network.config.label2id = {name: number for number, name in enumerate(classes)}

@@ -255,7 +255,8 @@ def _measures(work: _Work, student: StudentCheckpoint, record: dict[str, float])
     found = {"parameters": float(student.num_parameters)}
     if wanted <= set(found):
         return found
-    from raydistill.stages.evaluate import images_per_second, measures
+    from raydistill.stages.evaluate import measures
+    from raydistill.stages.speed import images_per_second
 
     config, samples = work.job.config, work.job.samples
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

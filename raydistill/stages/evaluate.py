@@ -5,7 +5,6 @@ Shapes: N images, C classes.
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,9 +28,9 @@ from raydistill.models.teacher import load_head, load_teacher
 from raydistill.stages.adapt import AdaptedTeacher, split_features
 from raydistill.stages.distill import StudentCheckpoint, read_epochs
 from raydistill.stages.figures import confusion_figure, curves_figure, per_class_figure, reliability_figure
+from raydistill.stages.speed import images_per_second
 
 PREDICTIONS_FILE = "predictions.parquet"
-_SPEED_BATCH, _SPEED_SECONDS = 32, 1.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Report:
     student_parameters: int
     teacher_parameters: int | None
     student_images_per_second: float
-    teacher_images_per_second: float | None
+    teacher_images_per_second: float | None  # where evaluate.time_teacher asks for it
     device: str
 
 
@@ -100,7 +99,7 @@ def evaluate_student(
         teacher_parameters=None if teacher_network is None else _count(teacher_network),
         student_images_per_second=images_per_second(network, network.preprocessing.size, device),
         teacher_images_per_second=None
-        if teacher_network is None
+        if teacher_network is None or not config.evaluate.time_teacher
         else images_per_second(teacher_network, teacher_network.preprocessing.size, device),
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
     )
@@ -175,22 +174,6 @@ def _predictions(samples: SampleSet, splits: list[str], logits: dict[str, dict[s
 def agreement(student_logits_NC: np.ndarray, teacher_logits_NC: np.ndarray) -> float:
     """Share of images on which both name the same class first."""
     return float((student_logits_NC.argmax(1) == teacher_logits_NC.argmax(1)).mean())
-
-
-@torch.inference_mode()
-def images_per_second(network: nn.Module, size: int, device: torch.device) -> float:
-    """Forward passes of 32 random images for about a second, after a warm-up."""
-    network.eval()
-    images = torch.rand(_SPEED_BATCH, 3, size, size, device=device)
-    for _ in range(2):
-        network(images)
-    started, count = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < _SPEED_SECONDS:
-        network(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        count += 1
-    return _SPEED_BATCH * count / elapsed
 
 
 def _count(network: nn.Module) -> int:

@@ -52,7 +52,7 @@ _CALIBRATION_IMAGES = 256
 class Exported:
     """What `export` leaves behind. `files` has their bytes by name; `differences` the largest difference of logits from
     the checkpoint's by form; `int8` the agreement with it, the accuracies on val before and after, and whether the file
-    was kept; `speed` that of student and teacher by form (`Speed`)."""
+    was kept; `speed` that of the student by form (`Speed`)."""
 
     path: str
     files: dict[str, int]
@@ -226,9 +226,9 @@ def _compare_roughly(
 
 
 def _speeds(config: RunConfig, runs: dict[str, Run], input_1: np.ndarray) -> dict[str, dict[str, float]]:
-    """Of the student by form, and of the teacher's backbone, on the CPUs of this machine."""
+    """Of the student by form on the CPUs of this machine, and of the teacher's backbone where the job asks for it."""
     found = {f"student, {name}": asdict(measure_speed(run, input_1)) for name, run in runs.items()}
-    if config.teacher is not None and config.loss.needs_teacher:
+    if config.evaluate.time_teacher and config.teacher is not None and config.loss.needs_teacher:
         teacher = load_teacher(config.teacher)[0]
         side = teacher.preprocessing.size
         found["teacher, torch"] = asdict(measure_speed(torch_run(teacher), np.zeros((1, 3, side, side), np.float32)))

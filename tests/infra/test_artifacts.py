@@ -157,6 +157,7 @@ EFFECTS = {
     "distill.max_failures=0": NOTHING,
     "evaluate.batch_size=5": NOTHING,
     "evaluate.calibration_bins=10": {"evaluate", "export"},
+    "evaluate.time_teacher=true": {"evaluate", "export"},
     "export.formats=[onnx]": {"export"},
     "export.preprocessing=true": {"export"},
     "export.int8=static": {"export"},

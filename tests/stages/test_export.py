@@ -56,7 +56,7 @@ def onnx_logits(file: Path, inputs: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("model", ["timm:test_resnet", "timm:test_vit"])
-def test_timm_loads_the_same_network_from_the_folder(exported, tiny_set, model):
+def test_timm_and_transformers_load_the_same_network_from_the_folder(exported, tiny_set, model):
     result, checkpoint = exported(model, size=32, formats=[])
     network = timm.create_model(f"local-dir:{result.path}", pretrained=True).eval()
     wanted = read_student(checkpoint)[0].preprocessing
@@ -69,6 +69,11 @@ def test_timm_loads_the_same_network_from_the_folder(exported, tiny_set, model):
     assert (tuple(data["mean"]), tuple(data["std"])) == (wanted.mean, wanted.std)
     assert data["interpolation"] == wanted.interpolation
     assert data["crop_pct"] == 1.0
+    by_transformers = transformers.AutoModelForImageClassification.from_pretrained(result.path).eval()
+    with torch.inference_mode():
+        own = by_transformers(pixel_values=inputs).logits.numpy()
+    np.testing.assert_allclose(own, expected_logits(tiny_set.samples, checkpoint), atol=1e-5)
+    assert by_transformers.config.id2label == dict(enumerate(CLASSES))
 
 
 def test_transformers_loads_the_same_network_from_the_folder(exported, tiny_set, tmp_path):
@@ -115,7 +120,7 @@ def test_int8_is_smaller_and_says_what_it_costs(exported, kind):
     assert result.int8["accuracy_before"] is not None
     assert result.files["model_int8.onnx"] < result.files["model.onnx"]
     assert "model.pt2" not in result.files
-    assert {"student, onnx", "student, onnx int8"} <= result.speed.keys()
+    assert result.speed.keys() == {"student, torch", "student, onnx", "student, onnx int8"}
 
 
 def learn_val(student: Student, samples: SampleSet) -> None:
