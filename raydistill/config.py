@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -585,26 +587,24 @@ def fine_tuning(config: RunConfig) -> RunConfig:
 
 def overlay(config: RunConfig, tree: Mapping[str, Any]) -> RunConfig:
     """The config with `tree` laid over it. Raises ConfigError where the result is none."""
-    merged = OmegaConf.merge(config.model_dump(mode="json"), dict(tree))
     try:
-        return RunConfig.model_validate(OmegaConf.to_container(merged))
+        return RunConfig.model_validate(merged(config.model_dump(mode="json"), dict(tree)))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(error))) from None
 
 
 def load_config(words: Sequence[str]) -> RunConfig:
-    """Merge job file, overlays and `key=value` words from left to right and validate the result.
+    """Merge job file, overlays and `key=value` words from left to right and validate the result. The value of a word is
+    YAML, but for keys whose value is text: there it is taken as it was typed, without quotes or comments of YAML's.
 
     Raises ConfigError: a file is missing or is not YAML, a key is unknown, a value is out of bounds.
     """
-    merged = OmegaConf.create({})
+    tree: Any = {}
     for word in words:
-        loaded = _read_word(word)
         try:
-            merged = OmegaConf.merge(merged, loaded)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:  # a list where a section stands, and the like
-            raise ConfigError(f"{word}: does not fit what it is laid over: {_one_line(error)}") from None
-    tree = OmegaConf.to_container(merged, resolve=False)
+            tree = merged(tree, _read_word(word))
+        except TypeError as error:
+            raise ConfigError(f"{word}: does not fit what it is laid over: {error}") from None
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -613,19 +613,56 @@ def load_config(words: Sequence[str]) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to the same tree."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    tree = config.model_dump(mode="json")
+    try:
+        return str(OmegaConf.to_yaml(OmegaConf.create(tree)))
+    except OmegaConfBaseException:  # to it `${` begins a reference, and none that is whole follows
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def merged(under: Any, over: Any) -> Any:
+    """The second tree laid over the first. Raises TypeError where a section is laid over what is none."""
+    if not isinstance(over, dict):
+        return over
+    if not isinstance(under, dict | None):
+        raise TypeError(f"{under!r} has no keys")
+    below = under or {}
+    return {**below, **{key: merged(below.get(key), value) for key, value in over.items()}}
 
 
 def _read_word(word: str) -> Any:
-    key, equals, _ = word.partition("=")
+    key, equals, value = word.partition("=")
     if not equals or "/" in key:
-        return OmegaConf.create(read_mapping(word, "give a job file, an overlay, or key=value"))
+        return read_mapping(word, "give a job file, an overlay, or key=value")
+    if _takes_text(key):  # as it was typed: to YAML `set #2`, `day: one`, `2024` and `no` are other things than words
+        tree: Any = None if not value or (value == "null" and _takes_text(key, or_null=True)) else value
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        return tree
     try:
-        return OmegaConf.from_dotlist([word])
+        return OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{word}: cannot be read: {_one_line(error)}") from None
     except Exception as error:
         raise _not_yaml(word, error) from None
+
+
+def _takes_text(dotted: str, or_null: bool = False) -> bool:
+    """Whether a key's value is text and nothing else or, with `or_null`, may be null as well."""
+    model: type[BaseModel] | None = RunConfig
+    *sections, leaf = dotted.split(".")
+    for name in sections:
+        model = _section_of(model, name) if model is not None and name in model.model_fields else None
+    if model is None or leaf not in model.model_fields:
+        return False
+    annotation = model.model_fields[leaf].annotation
+    kinds = [annotation] if get_origin(annotation) not in (Union, UnionType) else list(get_args(annotation))
+    is_text = [
+        kind is str or (get_origin(kind) is Literal and all(isinstance(word, str) for word in get_args(kind)))
+        for kind in kinds
+        if kind is not NoneType
+    ]
+    return all(is_text) and (NoneType in kinds or not or_null)
 
 
 def read_mapping(path: str, advice: str) -> dict[str, Any]:

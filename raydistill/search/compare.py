@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from raydistill.config import RunConfig
+from raydistill.config import RunConfig, merged
 from raydistill.data.images import list_images
 from raydistill.errors import ConfigError
 from raydistill.infra import artifacts
@@ -114,9 +113,8 @@ def _trial(config: RunConfig, name: str, seed: int, num_labelled: int | None = N
         overlay["student"] = {**overlay.get("student", {}), "weights": None}
     if num_labelled is not None:
         overlay["images"] = {"num_labelled": num_labelled}
-    merged = OmegaConf.to_container(OmegaConf.merge(tree, overlay))
     try:
-        return _Trial(name, seed, RunConfig.model_validate(merged), share)
+        return _Trial(name, seed, RunConfig.model_validate(merged(tree, overlay)), share)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ConfigError(f"compare.arms: {name} cannot be trained with this job: {reason}") from None
