@@ -6,23 +6,37 @@ nothing, or shows only when the nodes are paid for and do not join.
 
 from __future__ import annotations
 
-import difflib
+import json
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from raydistill.errors import ConfigError
+from raydistill.infra.ec2 import aws_faults
 from raydistill.infra.kuberay_file import check_kuberay_file
-from raydistill.infra.node_types import LOOPBACK, NodeType, mapping, read_documents, unlabelled, without_fallback
+from raydistill.infra.node_types import (
+    LOOPBACK,
+    NodeType,
+    idle_fault,
+    kept_gpus,
+    mapping,
+    meant,
+    other_ray,
+    read_documents,
+    unlabelled,
+    without_fallback,
+    wrong_flags,
+)
 
 __all__ = ["NodeType", "check_cluster_file", "check_kuberay_file", "offered"]
 
-# What Ray's AWS provider and its launcher read; its schema lets any key pass.
-PROVIDER_KEYS = {
-    "type", "region", "availability_zone", "cache_stopped_nodes", "security_group", "use_internal_ips",
-    "use_external_head_ip", "key_pair", "aws_credentials", "cloudwatch", "disable_node_updaters",
-    "disable_launch_config_check", "foreground_node_launch", "worker_liveness_check",
-}  # fmt: skip
+# The words of JSON Schema in plainer ones.
+TYPES = {"array": "a list", "object": "keys and values", "string": "text, in quotes", "boolean": "true or false"}
+PROVIDERS = ("aws", "gcp", "azure", "vsphere", "aliyun", "local", "external")
+# What Ray itself gives a meaning; any other name of a resource is the user's.
+RESOURCES = ("CPU", "GPU", "TPU", "memory", "object_store_memory")
 # The lists of commands that Ray fills in where a file has none, and with what.
 DEFAULT_COMMANDS = {
     "setup_commands": "a nightly wheel",
@@ -54,15 +68,24 @@ def check_cluster_file(path: str) -> list[str]:
     faults = _refused_by_ray(file)
     if faults:
         return faults
-    types = _node_types(file)
+    types, kind = _node_types(file), file["provider"]["type"]
     prefix = "available_node_types"
+    if kind == "aws":
+        of_cloud = list(aws_faults(file, types))
+    else:
+        slip = "" if kind in PROVIDERS else meant(kind, PROVIDERS, "")
+        of_cloud = [
+            f"provider.type: {kind!r}, and only files for aws are checked{slip}; what stands "
+            "under provider and node_config was not looked at: have it checked by `ray up`"
+        ]
     return [
         *_limits(file),
-        *_provider(file["provider"]),
+        *of_cloud,
         *_head(file),
         *unlabelled(prefix, types),
         *_workers(file, types),
         *without_fallback(prefix, types),
+        *_idle(file),
         *_starts(file),
         *_installs(file),
     ]
@@ -77,40 +100,50 @@ def _read(path: str) -> dict[str, Any]:
 
 def _refused_by_ray(file: dict[str, Any]) -> list[str]:
     """By Ray's own validation, whose defaults are left out: everything that they would fill in is asked for."""
-    from jsonschema import ValidationError  # type: ignore[import-untyped]  # comes with ray
+    import ray.autoscaler
+    from jsonschema import Draft7Validator  # type: ignore[import-untyped]  # comes with ray
     from ray.autoscaler._private.util import validate_config
+
+    with open(f"{os.path.dirname(ray.autoscaler.__file__)}/ray-schema.json", encoding="utf-8") as text:
+        validator = Draft7Validator(_of_text(json.load(text)))
 
     missing = [key for key in ("max_workers", "head_node_type", "available_node_types") if key not in file]
     if missing:
         return [f"{key}: missing, and Ray's default is another cluster; add it" for key in missing]
     try:
+        if faults := [fault for error in validator.iter_errors(file) for fault in _schema_faults(error)]:
+            return faults
         validate_config({"cluster_synced_files": [], **file})
-    except ValidationError as error:
-        return [_schema_fault(error)]
     except TypeError as error:
         return [f"the file: a key is not text ({error}); write keys in quotes that YAML takes for something else"]
     except ValueError as error:  # about numbers and names, which are said here with the figures
         return list(_limits(file)) or [f"Ray refuses the file: {error}"]
-    kind = file["provider"]["type"]
-    if kind != "aws":
-        return [f"provider.type: {kind!r}, and only files for aws are checked; have it checked by `ray up`"]
     return []
 
 
-def _schema_fault(error: Any) -> str:
+def _of_text(schema: dict[str, Any]) -> dict[str, Any]:
+    """Ray's schema, in which lists and mounts of whatever become what Ray takes them for: text."""
+    for key, inner in list(schema.items()):
+        if isinstance(inner, dict):
+            schema[key] = _of_text(inner)
+            if inner.get("type") == "array" and key != "IpPermissions":
+                inner.setdefault("items", {"type": "string"})
+    if "file_mounts" in schema:
+        schema["file_mounts"]["additionalProperties"] = {"type": "string"}
+    return schema
+
+
+def _schema_faults(error: Any) -> Iterator[str]:
     where = [str(step) for step in error.absolute_path]
     if error.validator == "additionalProperties":
         known = error.schema.get("properties", {})
-        key = next(key for key in error.instance if key not in known)
-        return f"{'.'.join([*where, str(key)])}: unknown to Ray{_meant(key, known)}"
-    advice = f"write {error.validator} {error.validator_value}"
+        for key in (key for key in error.instance if key not in known):
+            yield f"{'.'.join([*where, str(key)])}: unknown to Ray{meant(key, known)}"
+        return
+    advice = f"write {TYPES.get(str(error.validator_value), error.validator_value)}"
     advice = {"required": "add it", "minimum": f"write {error.validator_value} or more"}.get(error.validator, advice)
-    return f"{'.'.join(where) or 'the file'}: {error.message}; {advice}"
-
-
-def _meant(key: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(key), list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else "; leave it out"
+    said = error.message if len(error.message) < 200 else "it is of another form"
+    yield f"{'.'.join(where) or 'the file'}: {said}; {advice}"
 
 
 def _node_types(file: dict[str, Any]) -> list[NodeType]:
@@ -135,7 +168,7 @@ def _market(entry: dict[str, Any]) -> dict[str, Any]:
 def _limits(file: dict[str, Any]) -> Iterator[str]:
     most, head = file["max_workers"], file["head_node_type"]
     if head not in file["available_node_types"]:
-        yield f"head_node_type: {head!r} is no node type{_meant(head, file['available_node_types'])}"
+        yield f"head_node_type: {head!r} is no node type{meant(head, file['available_node_types'])}"
     types = _node_types(file)
     fewest = sum(node_type.min_workers for node_type in types)
     if fewest > most:
@@ -149,20 +182,14 @@ def _limits(file: dict[str, Any]) -> Iterator[str]:
             yield f"{key}.min_workers: {node_type.min_workers}, where its max_workers is {bound}; write {bound} or less"
 
 
-def _provider(provider: dict[str, Any]) -> Iterator[str]:
-    for key in sorted(map(str, provider.keys() - PROVIDER_KEYS)):
-        yield f"provider.{key}: unknown to Ray's AWS provider{_meant(key, PROVIDER_KEYS)}"
-    if provider.get("cache_stopped_nodes") is not False:
-        yield "provider.cache_stopped_nodes: Ray stops nodes for later use, and their disks cost; write false"
-    for rule in map(mapping, provider.get("security_group", {}).get("IpPermissions", [])):
-        ranges = map(mapping, [*rule.get("IpRanges", []), *rule.get("Ipv6Ranges", [])])
-        world = any(span.get("CidrIp", span.get("CidrIpv6")) in ("0.0.0.0/0", "::/0") for span in ranges)
-        first, last = rule.get("FromPort"), rule.get("ToPort")
-        if world and (first, last) != (22, 22):
-            yield (
-                f"provider.security_group.IpPermissions: the world may come in by ports {first} to {last} and run "
-                "code through those of Ray; leave the rule out, and use the tunnel of `ray dashboard`"
-            )
+def _idle(file: dict[str, Any]) -> Iterator[str]:
+    if "idle_timeout_minutes" not in file:
+        yield "idle_timeout_minutes: missing, and Ray's default is 5; write how long a node may be paid for idling"
+    else:
+        yield from idle_fault("idle_timeout_minutes", file["idle_timeout_minutes"], 60)
+    for name, entry in file["available_node_types"].items():
+        if entry.get("idle_timeout_s") is not None:
+            yield from idle_fault(f"available_node_types.{name}.idle_timeout_s", entry["idle_timeout_s"], 1)
 
 
 def _head(file: dict[str, Any]) -> Iterator[str]:
@@ -175,10 +202,20 @@ def _head(file: dict[str, Any]) -> Iterator[str]:
 
 
 def _workers(file: dict[str, Any], types: list[NodeType]) -> Iterator[str]:
+    from ray._private.label_utils import validate_node_label_syntax
+
     for node_type in types:
         key, entry = f"available_node_types.{node_type.name}", file["available_node_types"][node_type.name]
+        for name in node_type.resources:
+            if name not in RESOURCES and (slip := meant(name, RESOURCES, "")):
+                yield f"{key}.resources.{name}: no resource of Ray's{slip}"
+        try:
+            validate_node_label_syntax(node_type.labels)
+        except ValueError as error:
+            yield f"{key}.labels: {' '.join(str(error).split())}"
         if node_type.name == file["head_node_type"]:
             continue
+        yield from kept_gpus(f"{key}.min_workers", node_type)
         if "CPU" not in node_type.resources:
             yield f"{key}.resources: no CPU, so what the type offers is not known before it runs; write {{CPU: ...}}"
         if not node_type.spot:
@@ -204,9 +241,13 @@ def _starts(file: dict[str, Any]) -> Iterator[str]:
         starts = [command for command in file.get(key, []) if re.search(r"\bray start\b", command)]
         if key in file and not starts:
             yield f"{key}: nothing starts Ray; write `RAY_AUTH_MODE=token ray start ...`"
+        flag = "--autoscaling-config" if key.startswith("head") else "--address"
+        if starts and not any(flag in command for command in starts):
+            yield f"{key}: `ray start` without {flag}, so no worker ever joins; add it"
         for command in starts:
             if not re.search(r"\bRAY_AUTH_MODE=token\b.*\bray start\b", command, re.DOTALL):
                 yield f"{key}: `ray start` without a token lets anyone in; write `RAY_AUTH_MODE=token ray start ...`"
+            yield from wrong_flags(key, command)
             for host in re.findall(r"--dashboard-host[ =]+['\"]?([^\s'\";&|]+)", command):
                 if host not in LOOPBACK:
                     yield f"{key}: --dashboard-host={host} lets code be run from outside; write 127.0.0.1"
@@ -219,15 +260,19 @@ def _installs(file: dict[str, Any]) -> Iterator[str]:
     import ray
 
     lists = {key: file.get(key, []) for key in DEFAULT_COMMANDS if "setup" in key}
+    images = {f"docker.{key}": value for key, value in file.get("docker", {}).items() if key.endswith("image")}
     for name, entry in file["available_node_types"].items():
         lists[f"available_node_types.{name}.worker_setup_commands"] = entry.get("worker_setup_commands", [])
+        if image := entry.get("docker", {}).get("worker_image"):
+            images[f"available_node_types.{name}.docker.worker_image"] = image
+    yield from chain.from_iterable(other_ray(key, image) for key, image in images.items())
     wanted = f"=={ray.__version__}"
     for key, commands in lists.items():
         for command in commands:
             if re.search(r"ray-wheels|nightly|\.dev0", command):
                 yield f"{key}: installs a nightly wheel; write 'ray[default]{wanted}'"
                 continue
-            words = " ".join(re.findall(r"pip install([^;&|]*)", command)).split()
+            words = " ".join(re.findall(r"\b(?:pip[\d.]*|conda|mamba) install([^;&|]*)", command)).split()
             for word in words:
                 found = re.fullmatch(r"ray(?:\[[^]]*\])?((?:[=<>!~].*)?)", word.strip("'\""))
                 if found and found[1] != wanted:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from raydistill.infra.node_types import LOOPBACK, NodeType, mapping, read_documents, unlabelled, without_fallback
+from raydistill.infra.kubernetes_schema import document_faults, has_client
+from raydistill.infra.node_types import (
+    LOOPBACK,
+    NodeType,
+    idle_fault,
+    kept_gpus,
+    mapping,
+    meant,
+    other_ray,
+    read_documents,
+    start_options,
+    unlabelled,
+    without_fallback,
+)
 
 # Ray drains a pod's node for up to 30 seconds, and a training step and its checkpoint come on top.
 LEAST_GRACE_SECONDS = 60
+QUANTITY = re.compile(r"\+?(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?")
+NATIVE = ("cpu", "memory", "ephemeral-storage")
+GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915")
 # Where the specification of the cluster stands in a document of each kind.
 SPECIFICATIONS = {"RayCluster": "spec", "RayJob": "spec.rayClusterSpec"}
 
@@ -16,25 +33,35 @@ SPECIFICATIONS = {"RayCluster": "spec", "RayJob": "spec.rayClusterSpec"}
 def check_kuberay_file(path: str) -> list[str]:
     """What is wrong with the RayClusters and RayJobs of a file, a line each: `key: what is wrong; what to write`.
 
-    Groups stand in the keys by their `groupName`. Raises ConfigError where the file cannot be read or is no YAML.
+    Groups stand in the keys by their `groupName`. What does not fit the types of the fields is alone, because the rest
+    is read only in a file of the right shape. Raises ConfigError where the file cannot be read or is no YAML.
     """
     documents = read_documents(path)
     clusters = [document for document in documents if document.get("kind") in SPECIFICATIONS]
     if not clusters:
-        return ["kind: neither RayCluster nor RayJob is in the file; add one"]
+        of_ray = [document.get("kind") for document in documents if "ray.io" in str(document.get("apiVersion"))]
+        slip = meant(of_ray[0], SPECIFICATIONS, "; add one") if of_ray else "; add one"
+        return [f"kind: neither RayCluster nor RayJob is in the file{slip}"]
+    if faults := [fault for document in documents for fault in document_faults(document)]:
+        return faults
     guarded = any(
         document.get("kind") == "NetworkPolicy"
         and "Ingress" in (mapping(document.get("spec")).get("policyTypes") or [])
         for document in documents
     )
-    faults = []
+    if not has_client():
+        faults.append(
+            "template: what stands under it was not checked, since Kubernetes' types come with its client, which is "
+            "not installed; pip install 'raydistill[kubernetes]'"
+        )
     for document in clusters:
         kind, spec = document["kind"], mapping(document.get("spec"))
         if kind == "RayJob":
+            faults += _job(spec)
             if "clusterSelector" in spec:
                 continue  # it runs on a cluster that is described elsewhere
             spec = mapping(spec.get("rayClusterSpec"))
-        faults += _cluster(SPECIFICATIONS[kind], spec)
+        faults += _cluster(SPECIFICATIONS[kind], spec, kind)
         faults += _dashboard(SPECIFICATIONS[kind], kind, mapping(spec.get("headGroupSpec")), guarded)
     return faults
 
@@ -46,19 +73,47 @@ def offered(path: str) -> list[NodeType]:
     return [kind for spec in described for kind in _node_types(spec)]
 
 
-def _cluster(key: str, spec: dict[str, Any]) -> list[str]:
+def _job(spec: dict[str, Any]) -> Iterator[str]:
+    if not spec.get("entrypoint"):
+        yield "spec.entrypoint: missing; write the command, as in deploy/kuberay/rayjob.yaml"
+    is_own = "clusterSelector" not in spec
+    if is_own and spec.get("shutdownAfterJobFinishes") is not True and not spec.get("deletionStrategy"):
+        yield "spec.shutdownAfterJobFinishes: the cluster stays, and is paid for, when the job has ended; write true"
+
+
+def _cluster(key: str, spec: dict[str, Any], kind: str) -> list[str]:
     from jsonschema import ValidationError  # type: ignore[import-untyped]  # comes with ray
 
+    groups = spec.get("workerGroupSpecs") or []
     faults = [*_settings(key, spec), *_group(f"{key}.headGroupSpec", mapping(spec.get("headGroupSpec")))]
-    for group in spec.get("workerGroupSpecs") or []:
-        faults += _group(f"{key}.workerGroupSpecs.{mapping(group).get('groupName')}", mapping(group))
+    for group in groups:
+        faults += _group(f"{key}.workerGroupSpecs.{group.get('groupName')}", group)
+        faults += _replicas(f"{key}.workerGroupSpecs.{group.get('groupName')}", group)
+    names = [group.get("groupName") for group in groups]
+    for name in sorted({str(name) for name in names if names.count(name) > 1}):
+        faults.append(f"{key}.workerGroupSpecs.{name}: two groups have this name, and Ray takes the last; rename one")
     try:
         types = _node_types(spec)
     except (LookupError, TypeError, ValueError, ValidationError) as error:  # the file is of another shape
         return faults or [f"{key}: Ray cannot read it: {error!r}; compare it with deploy/kuberay/raycluster.yaml"]
     if types[0].resources["CPU"]:
         faults.append(f"{key}.headGroupSpec.rayStartParams.num-cpus: work on the head can end the cluster; write '0'")
+    if kind == "RayCluster":  # a job's own cluster goes with it
+        for node_type in types:
+            faults += kept_gpus(f"{key}.{node_type.name}.minReplicas", node_type)
     return [*faults, *unlabelled(key, types), *without_fallback(key, types)]
+
+
+def _replicas(key: str, group: dict[str, Any]) -> Iterator[str]:
+    least, most, hosts = group.get("minReplicas", 0), group.get("maxReplicas"), group.get("numOfHosts", 1)
+    if most is not None and not 0 <= least <= most:
+        yield f"{key}.minReplicas: {least}, where maxReplicas is {most}; write 0 to {most}"
+    elif most is not None and not least <= group.get("replicas", least) <= most:
+        yield f"{key}.replicas: {group['replicas']}; write {least} to {most}"
+    if hosts != 1:
+        yield f"{key}.numOfHosts: {hosts}, so many pods would come and go together, idle or not; write 1"
+    if "idleTimeoutSeconds" in group:
+        yield from idle_fault(f"{key}.idleTimeoutSeconds", group["idleTimeoutSeconds"], 1)
 
 
 def _settings(key: str, spec: dict[str, Any]) -> Iterator[str]:
@@ -70,7 +125,12 @@ def _settings(key: str, spec: dict[str, Any]) -> Iterator[str]:
         yield f"{key}.rayVersion: {spec.get('rayVersion')!r}, and here runs another; write {ray.__version__!r}"
     if spec.get("enableInTreeAutoscaling") is not True:
         yield f"{key}.enableInTreeAutoscaling: without it no group ever grows; write true"
-    if mapping(spec.get("autoscalerOptions")).get("version") != "v2":
+    options = mapping(spec.get("autoscalerOptions"))
+    if "idleTimeoutSeconds" not in options:
+        yield f"{key}.autoscalerOptions.idleTimeoutSeconds: missing, and the default is 60, hardly a pause; write 600"
+    else:
+        yield from idle_fault(f"{key}.autoscalerOptions.idleTimeoutSeconds", options["idleTimeoutSeconds"], 1)
+    if options.get("version") != "v2":
         yield f"{key}.autoscalerOptions.version: the first one knows neither labels nor priorities; write v2"
 
 
@@ -80,6 +140,8 @@ def _group(key: str, group: dict[str, Any]) -> Iterator[str]:
     if "labels" in params:
         yield f"{key}.rayStartParams.labels: KubeRay refuses it; write {key}.labels"
     for name, value in params.items():
+        if name not in start_options():
+            yield f"{key}.rayStartParams.{name}: `ray start` takes no such thing{meant(name, start_options())}"
         if not isinstance(value, str):
             yield f"{key}.rayStartParams.{name}: KubeRay takes strings alone; write '{value}'"
     pod = mapping(mapping(group.get("template")).get("spec"))
@@ -93,10 +155,41 @@ def _group(key: str, group: dict[str, Any]) -> Iterator[str]:
             f"write {LEAST_GRACE_SECONDS} or more"
         )
     for container in containers:
-        image = str(mapping(container).get("image"))
+        place, image = f"{key}.template.spec.containers", str(container.get("image"))
         tag = image.rpartition("/")[2].partition(":")[2]
-        if "@" not in image and tag in ("", "latest"):
-            yield f"{key}.template.spec.containers.image: {image!r} is another next week; write the tag of a version"
+        if "@" not in image and tag in ("", "latest", "nightly"):
+            yield f"{place}.image: {image!r} is another next week; write the tag of a version"
+        else:
+            yield from other_ray(f"{place}.image", image)
+        yield from _resources(f"{place}.resources", mapping(container.get("resources")))
+    if containers:
+        limits = mapping(mapping(containers[0].get("resources")).get("limits"))
+        given = {"num-gpus": str(sum(int(limits.get(name, 0)) for name in GPUS if str(limits.get(name, 0)).isdigit()))}
+        if "num-gpus" in params and params["num-gpus"] != given["num-gpus"]:
+            yield (
+                f"{key}.rayStartParams.num-gpus: {params['num-gpus']}, and the container's limits have "
+                f"{given['num-gpus']}; leave it out, KubeRay counts the limits"
+            )
+    for toleration in pod.get("tolerations") or []:
+        if toleration.get("operator") == "Exists" and toleration.get("value"):
+            yield f"{key}.template.spec.tolerations: Exists takes no value; leave {toleration['value']!r} out"
+
+
+def _resources(key: str, resources: dict[str, Any]) -> Iterator[str]:
+    """Quantities that Kubernetes refuses, and names of resources that no node has."""
+    limits, requests = mapping(resources.get("limits")), mapping(resources.get("requests"))
+    for part, named in (("limits", limits), ("requests", requests)):
+        for name, quantity in named.items():
+            if not QUANTITY.fullmatch(str(quantity)):
+                yield f"{key}.{part}.{name}: {quantity!r} is no quantity; write such as 4, 500m or 16Gi"
+            if "/" not in name and name not in NATIVE and not name.startswith("hugepages-"):
+                yield f"{key}.{part}.{name}: no resource of Kubernetes'{meant(name, NATIVE)}"
+            elif name not in GPUS and (slip := meant(name, GPUS, "", likeness=0.9)):
+                yield f"{key}.{part}.{name}: no node has it{slip}"
+    for name in GPUS:
+        if name in requests and str(requests[name]) != str(limits.get(name)):
+            most = limits.get(name, "nothing")
+            yield f"{key}.requests.{name}: {requests[name]}, and limits say {most}; GPUs must be alike in both"
 
 
 def _node_types(spec: dict[str, Any]) -> list[NodeType]:

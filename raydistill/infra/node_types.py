@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,8 @@ from raydistill.errors import ConfigError
 
 # What a dashboard may listen on: code can be run through it.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Between two stages a node idles for some seconds; after an hour nobody comes back to it.
+LEAST_IDLE_SECONDS, MOST_IDLE_SECONDS = 60, 3600
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,60 @@ def read_documents(path: str) -> list[dict[str, Any]]:
 def mapping(value: Any) -> dict[str, Any]:
     """What stands where keys are expected, or none where something else does."""
     return value if isinstance(value, dict) else {}
+
+
+def meant(key: object, known: Iterable[str], else_: str = "; leave it out", likeness: float = 0.6) -> str:
+    """The nearest of the known names, capitals aside, or what else to do."""
+    by_small = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(str(key).casefold(), by_small, n=1, cutoff=likeness)
+    return f"; did you mean {by_small[close[0]]}?" if close else else_
+
+
+def kept_gpus(key: str, node_type: NodeType) -> Iterator[str]:
+    """`key` is that of the number of nodes that are always there."""
+    if 0 < node_type.min_workers <= node_type.max_workers and node_type.resources.get("GPU"):
+        yield (
+            f"{key}: machines with GPUs are kept, and paid for, while no one works ({node_type.min_workers} of "
+            f"{node_type.name}); write 0, and cluster.grows_to in the job, by which it plans with what may be started"
+        )
+
+
+def idle_fault(key: str, value: float, unit: int) -> Iterator[str]:
+    """How long a node may idle before it is given back, in units of so many seconds."""
+    least, most = LEAST_IDLE_SECONDS / unit, MOST_IDLE_SECONDS / unit
+    if not least <= value <= most:
+        wrong = "goes before the next stage can use it" if value < least else "is paid for all that time"
+        yield f"{key}: {value:,g}, and a node that idles for so long {wrong}; write {least:g} to {most:g}"
+
+
+def other_ray(key: str, image: object) -> Iterator[str]:
+    """An image of Ray's own makers that holds another Ray than the one that runs here, or a Python that is too old."""
+    import ray
+
+    name, _, tag = str(image).rpartition("/")[2].partition("@")[0].partition(":")
+    if not re.fullmatch(r"ray(-[a-z]+)?", name):
+        return
+    place = str(image).rpartition(name)[0]
+    instead = f"write {place}{name}:{ray.__version__}-py312-gpu"
+    if tag.partition("-")[0] != ray.__version__:
+        yield f"{key}: {image!r} holds another Ray than {ray.__version__}; {instead}"
+    python = re.search(r"-py3(\d+)", tag)
+    if python and int(python[1]) < 11:
+        yield f"{key}: {image!r} holds Python 3.{python[1]}, and raydistill needs 3.11; {instead}"
+
+
+def start_options() -> set[str]:
+    """What `ray start` takes, without the dashes."""
+    from ray.scripts.scripts import start
+
+    return {option.lstrip("-") for parameter in start.params for option in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def wrong_flags(key: str, command: str) -> Iterator[str]:
+    for words in re.findall(r"\bray start\b([^;&|>\n]*)", command.replace("\\\n", " ")):
+        for flag in re.findall(r"(?<!\S)--([\w-]+)", words):
+            if flag not in start_options():
+                yield f"{key}: `ray start` takes no --{flag}{meant(flag, start_options())}"
 
 
 def unlabelled(prefix: str, types: list[NodeType]) -> Iterator[str]:
