@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from raydistill.errors import ConfigError, RaydistillError
+from raydistill.secrets import RedactedStream
 
 STARTED = time.time()
 _INTERRUPTED = 130
@@ -143,7 +144,7 @@ def show(words: Words = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from raydistill.config import load_config, to_yaml
+    from raydistill.config import load_config, shown_yaml
     from raydistill.data.images import list_images
     from raydistill.infra import artifacts
     from raydistill.infra.artifacts import StageDirectory
@@ -151,7 +152,7 @@ def show(words: Words = None) -> None:
 
     config = load_config(words or [])
     console = Console(highlight=False)
-    console.print(to_yaml(config), markup=False)
+    console.print(shown_yaml(config), markup=False)
     listing = list_images(config.images)
     prepared = artifacts.prepare_directory(config, listing)
     directories: list[StageDirectory | str] = [prepared]
@@ -441,6 +442,7 @@ def _run(words: list[str] | None, until: str, command: str | None = None) -> Non
 
 def main() -> None:
     """Entry point of `raydistill`."""
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("raydistill").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminated)

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raydistill.errors import ConfigError
+from raydistill.secrets import has_secret, redacted_tree, remember, texts
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -483,7 +484,8 @@ class RunConfig(Section):
     name: str = "raydistill"
     """The MLflow experiment and the title of the report."""
     workspace: str = "./workspace"
-    """Where stage directories go: any fsspec path that all nodes can see."""
+    """Where stage directories go: any fsspec path that all nodes can see. It holds no password: every stage writes down
+    where it lies."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     images: Images
     teacher: Teacher | None = Teacher()
@@ -503,6 +505,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        if has_secret(self.workspace):
+            raise ValueError(
+                f"workspace={self.workspace} holds a password or a key, which every stage would write down; leave it "
+                "out and give it by the environment (AWS_…, or FSSPEC_PROTOCOL_KEYWORD as in FSSPEC_SFTP_PASSWORD)"
+            )
         if self.teacher is None and self.loss.needs_teacher:
             with_teacher = ", ".join(f"loss.{term}_weight" for term in self.loss.terms if term != "task")
             raise ValueError(f"teacher is null, but {with_teacher} need one; name a teacher or set them to 0")
@@ -587,6 +594,7 @@ def fine_tuning(config: RunConfig) -> RunConfig:
 
 def overlay(config: RunConfig, tree: Mapping[str, Any]) -> RunConfig:
     """The config with `tree` laid over it. Raises ConfigError where the result is none."""
+    remember(texts(tree))
     try:
         return RunConfig.model_validate(merged(config.model_dump(mode="json"), dict(tree)))
     except ValidationError as error:
@@ -600,11 +608,13 @@ def load_config(words: Sequence[str]) -> RunConfig:
     Raises ConfigError: a file is missing or is not YAML, a key is unknown, a value is out of bounds.
     """
     tree: Any = {}
+    remember(word.partition("=")[2] for word in words)
     for word in words:
         try:
             tree = merged(tree, _read_word(word))
         except TypeError as error:
             raise ConfigError(f"{word}: does not fit what it is laid over: {error}") from None
+    remember(texts(tree))
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -613,7 +623,15 @@ def load_config(words: Sequence[str]) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to the same tree."""
-    tree = config.model_dump(mode="json")
+    return _yaml(config.model_dump(mode="json"))
+
+
+def shown_yaml(config: RunConfig) -> str:
+    """The resolved config for who reads it, without its passwords."""
+    return _yaml(redacted_tree(config.model_dump(mode="json")))
+
+
+def _yaml(tree: dict[str, Any]) -> str:
     try:
         return str(OmegaConf.to_yaml(OmegaConf.create(tree)))
     except OmegaConfBaseException:  # to it `${` begins a reference, and none that is whole follows
@@ -684,7 +702,8 @@ def read_mapping(path: str, advice: str) -> dict[str, Any]:
 def _not_yaml(word: str, error: Exception) -> Exception:
     """yaml's own errors are known by their module, since we do not depend on the package by name."""
     if type(error).__module__.startswith("yaml"):
-        return ConfigError(f"{word}: not YAML: {_one_line(error)}")
+        # Of a word yaml would show a piece, which may be half a password.
+        return ConfigError(f"{word}: not YAML: {getattr(error, 'problem', None) if '=' in word else _one_line(error)}")
     return error
 
 

@@ -1,13 +1,19 @@
 """What can go wrong, each as one sentence that names the thing and the way out.
 
 Every error takes a single message string, so that it survives the trip between Ray processes unchanged.
+Passwords in it are hidden: messages name settings and repeat what libraries say.
 """
+
+from raydistill.secrets import redacted
 
 
 class RaydistillError(Exception):
     """Base of everything raydistill raises on purpose. `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class ConfigError(RaydistillError):

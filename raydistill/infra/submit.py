@@ -29,6 +29,7 @@ import raydistill
 from raydistill.config import RunConfig, overlay, to_yaml
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra.preflight import PLACES
+from raydistill.secrets import has_secret, texts
 
 COMMANDS = ("run", "prepare", "adapt", "generate", "teach", "distill", "evaluate", "export", "compare", "tune")
 STOPPED = 3  # the exit code of a job that was stopped, beside 0 (done), 1 (the run failed) and 2 (config or data)
@@ -43,7 +44,6 @@ _CODE = (".py", ".html")  # of the package, with the pages that it fills in
 _SHIPPED = ("images.classes", "generate.names", "tune.space")
 # What the nodes were made with: the first is how they were joined, the others fit their GPUs.
 _OF_THE_NODE = ("ray", "torch", "torchvision")
-_SECRET = re.compile(r"^[a-z+0-9]+://[^/\s]*:[^/\s@]+@", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ def _refuse_secrets(tree: dict[str, Any], prefix: str = "") -> None:
     for key, value in tree.items():
         if isinstance(value, dict):
             _refuse_secrets(value, f"{prefix}{key}.")
-        elif isinstance(value, str) and _SECRET.match(value):
+        elif any(map(has_secret, texts(value))):
             raise ConfigError(
-                f"submit: {prefix}{key} holds a password, and a job's files can be read by all who reach the cluster; "
-                "leave it out and give it to the nodes' environment (MLFLOW_TRACKING_USERNAME and "
+                f"submit: {prefix}{key} holds a password or a key, and a job's files can be read by all who reach the "
+                "cluster; leave it out and give it to the nodes' environment (MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, AWS_… or an instance profile)"
             )
 

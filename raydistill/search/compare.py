@@ -24,6 +24,7 @@ from raydistill.infra.tracking import Tracker
 from raydistill.models.pipelines import inspect_pipeline
 from raydistill.search.figures import draw_comparison, draw_curve
 from raydistill.search.verdict import Arm, Comparison, arm_of, summarise
+from raydistill.secrets import redacted_tree, without_secrets
 from raydistill.stages.baselines import OVERLAYS
 from raydistill.stages.run import check_measurable, check_run, run_stages
 
@@ -179,7 +180,10 @@ def _curve_trials(config: RunConfig, progress: Progress) -> list[_Trial]:
 def _directory(config: RunConfig, trials: list[_Trial], learning_curve: bool) -> StageDirectory:
     left_out = {"workspace", "cluster", "tracking", "name", "export", "compare", "tune"}
     identity = {
-        "trials": [[t.arm, t.seed, t.config.model_dump(mode="json", exclude=left_out)] for t in trials],
+        "trials": [
+            [t.arm, t.seed, redacted_tree(t.config.model_dump(mode="json", exclude=left_out), without_secrets)]
+            for t in trials
+        ],
         "files": list_images(config.images).fingerprint,
         "learning_curve": list(config.compare.label_shares) if learning_curve else None,
     }

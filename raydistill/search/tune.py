@@ -41,6 +41,7 @@ from raydistill.search.study import (
 from raydistill.search.study_page import search_page
 from raydistill.search.trials import RESERVED, Layout, MakeJob, lay_out, run_trials, seconds_per_step
 from raydistill.search.verdict import mean_interval, paired_p_value
+from raydistill.secrets import redacted_tree, without_secrets
 from raydistill.stages.batches import DistillJob
 from raydistill.stages.run import Outcome, check_measurable, check_run, distill_job, run_stages
 
@@ -220,7 +221,7 @@ def _directory(config: RunConfig, space: Space, progress: Progress) -> StageDire
     left_out = {"workspace", "cluster", "tracking", "name", "export", "compare", "tune"}
     settings = config.tune.model_dump(include={"sampler", "pruner", "grace_epochs", "objectives"})
     identity = {
-        "config": config.model_dump(mode="json", exclude=left_out),
+        "config": redacted_tree(config.model_dump(mode="json", exclude=left_out), without_secrets),
         "files": list_images(config.images).fingerprint,
         "space": [[key, _identity(entry)] for key, entry in space.entries.items()],
         "tune": settings,

@@ -11,6 +11,7 @@ from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_bytes
 from raydistill.models.formats import INT8_FILE
+from raydistill.secrets import redacted
 from raydistill.stages.evaluate import Report
 from raydistill.stages.export import Exported
 from raydistill.stages.generate import GeneratedImages
@@ -33,7 +34,7 @@ def model_card(
         _origins(config, samples, generated),
         _how_to_load(about, exported),
     ]
-    return "\n\n".join(parts) + "\n"
+    return redacted("\n\n".join(parts)) + "\n"
 
 
 def _front_matter(about: dict[str, Any], report: Report) -> str:

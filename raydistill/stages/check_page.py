@@ -16,6 +16,7 @@ from raydistill.data.decode import decode
 from raydistill.data.images import Entry, list_images, read_bytes_of
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra.artifacts import write_bytes
+from raydistill.secrets import on_page, redacted_tree
 from raydistill.stages.check import Checkup
 from raydistill.stages.prepare import entry_name
 
@@ -40,7 +41,7 @@ def write_checkup(config: RunConfig, checkup: Checkup, path: str) -> None:
     """As JSON or HTML, by the path's ending. Raises ConfigError where it is another."""
     suffix = Path(path).suffix.lower()
     if suffix == ".json":
-        tree = {"is_sound": checkup.is_sound, **asdict(checkup)}
+        tree = redacted_tree({"is_sound": checkup.is_sound, **asdict(checkup)})
         write_bytes(path, json.dumps(tree, indent=2, ensure_ascii=False).encode())
     elif suffix in (".html", ".htm"):
         write_bytes(path, _page(config, checkup).encode())
@@ -50,7 +51,9 @@ def write_checkup(config: RunConfig, checkup: Checkup, path: str) -> None:
 
 def _page(config: RunConfig, checkup: Checkup) -> str:
     template = (Path(__file__).parent / "check.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=on_page
+    )
     entries = {entry_name(e): e for e in list_images(config.images).entries} if checkup.counts else {}
     pictures = [
         [(example, _pictures(example, entries, config.images)) for example in finding.examples]

@@ -37,6 +37,7 @@ from raydistill.infra.artifacts import (
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import new_tries, trying
+from raydistill.secrets import redacted_tree
 
 # Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
@@ -85,7 +86,7 @@ def prepare_samples(
     for what, names in lacking_classes(listing, splits).items():
         progress.line(f"prepare   {len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
     result = _write(config, listing, directory, splits, labelled, files, len(refused), plan)
-    directory.write_json("refused.json", refused)
+    directory.write_json("refused.json", redacted_tree(refused))
     directory.finish(dataclasses.asdict(result))
     return result
 

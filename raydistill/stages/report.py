@@ -18,13 +18,14 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 from scipy.special import softmax
 
-from raydistill.config import RunConfig, overlay, to_yaml
+from raydistill.config import RunConfig, overlay, shown_yaml
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_bytes, read_samples
 from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import evaluate_directory, exists, read_bill, write_bytes
 from raydistill.infra.node_hours import bill_words
 from raydistill.infra.versions import PACKAGES, installed
+from raydistill.secrets import on_page
 from raydistill.stages.baselines import OVERLAYS
 from raydistill.stages.evaluate import PREDICTIONS_FILE, Report
 from raydistill.stages.run import Outcome
@@ -50,7 +51,9 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
     assert report is not None
     assert samples is not None
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=on_page
+    )
     # Whoever looks at single test images chooses by them; only where there is nothing else they are shown.
     shown = "val" if "val" in report.student else "test"
     page = environment.from_string(template).render(
@@ -70,7 +73,7 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
         refused=_refused(samples),
         stages=_stages(config, outcome),
         exported=outcome.exported,
-        yaml=to_yaml(config),
+        yaml=shown_yaml(config),
         versions=installed((*PACKAGES, "optuna", "mlflow")) | {"python": platform.python_version()},
         other_versions=_other_versions(outcome),
         command=command,

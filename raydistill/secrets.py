@@ -1,0 +1,145 @@
+"""Passwords, keys and tokens, and how no text of ours shows them.
+
+They come in URIs that a job names (a tracking server, a database, signed links to images), and libraries repeat those
+in their errors. So texts are cleaned where they leave: what is printed, stored, logged or raised goes through
+`redacted`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TextIO
+from urllib.parse import quote, quote_plus, unquote
+
+HIDDEN = "***"
+_END = r"\s'\"<>`"  # what ends a URI in a text
+# A port is no password. A raw password may hold / ? # and @, so that it reaches to the last @.
+_USER_INFO = r"(?!\[[\d.:a-fA-F]+\])(?P<user>[^/?#@:{end}]*)(?P<password>:(?!\d{{1,5}}(?:[/?#{end}]|$))[^{end}]*)?@"
+_IN_TEXT = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9.+-]*://)" + _USER_INFO.format(end=_END))
+_WHOLE = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9.+-]*://)" + _USER_INFO.format(end=r"\0"))
+_CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")  # before their @ stands where data lies, and no user
+_NAMES = (
+    r"[\w.%-]*(?:token|secret|signature|credential|passw|passphrase|pwd|auth|jwt)[\w.%-]*"
+    r"|[\w.%-]*key(?:[-_]?id)?|sig|sas|pass|hmac|googleaccessid"
+)
+_QUERY = re.compile(rf"(?i)(?P<name>[?&;#](?:amp;)?(?:{_NAMES})=)(?P<value>[^&;#{_END}]+)")
+_ASSIGNED = re.compile(
+    r"(?i)(?P<name>\b[\w.-]*(?:password|passwd|secret|token|access_?key|api_?key)[\w-]*"
+    r"(?:\s?=\s?['\"]?|['\"]\s?:\s?['\"]))(?P<value>[^\s'\"&;,)}\]]+)"
+)
+_HEADER = re.compile(r"(?i)(?P<name>\bauthorization['\"]?\s?[:=]\s?['\"]?)(?P<value>(?:(?:basic|bearer) )?[^\s'\",}]+)")
+_SHAPES = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|(?:AKIA|ASIA)[0-9A-Z]{16})\b")
+_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)(?:_ID)?$")
+# Shorter ones are found by where they stand alone: a word of three letters would be hidden everywhere.
+_LEAST, _LEAST_OF_ENVIRONMENT = 4, 8
+_known: set[str] = set()
+
+
+def redacted(text: str) -> str:
+    """The text with *** for each password, key and token in it: by where it stands, by its shape, and wherever one
+    stands that `remember` or the environment knows."""
+    for secret in sorted(_known | _of_environment(), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return without_secrets(text)
+
+
+def without_secrets(text: str) -> str:
+    """As `redacted`, from the text alone: equal in every process."""
+    if "://" in text:
+        text = _IN_TEXT.sub(_hide_user, text)
+    for pattern in (_QUERY, _ASSIGNED, _HEADER):
+        text = pattern.sub(rf"\g<name>{HIDDEN}", text)
+    return _SHAPES.sub(HIDDEN, text)
+
+
+def redacted_tree(value: Any, hide: Callable[[str], str] = redacted) -> Any:
+    """Mappings and sequences with every text in them redacted, each as one whole URI where it is one."""
+    if isinstance(value, str):
+        return hide(_WHOLE.sub(_hide_user, value) if _is_uri(value) else value)
+    if isinstance(value, Mapping):
+        return {key: redacted_tree(item, hide) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted_tree(item, hide) for item in value]
+    return value
+
+
+def on_page(value: Any) -> Any:
+    """For Jinja's `finalize`: every text that a template shows, redacted. Pictures and finished markup are left."""
+    return redacted(value) if type(value) is str and not value.startswith("data:") else value
+
+
+def has_secret(value: str) -> bool:
+    """Whether a setting holds a password, a key or a token."""
+    return bool(set(_secrets_of(value))) or without_secrets(value) != value
+
+
+def remember(values: Iterable[str]) -> None:
+    """Have `redacted` hide the secrets in these settings from now on, also where a library shows them alone."""
+    for value in values:
+        for secret in _secrets_of(value):
+            forms = {secret, unquote(secret), quote(secret), quote(secret, safe=""), quote_plus(secret)}
+            forms |= {form for one in (secret, unquote(secret)) for form in (json.dumps(one)[1:-1], repr(one)[1:-1])}
+            _known.update(form for form in forms if len(form) >= _LEAST)
+
+
+def texts(tree: Any) -> Iterator[str]:
+    """Every text in mappings and sequences."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from texts(item)
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from texts(item)
+
+
+class RedactedStream:
+    """A text stream that writes `redacted` text: for what libraries print on their own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(redacted(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _is_uri(value: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9.+-]*://", value) is not None
+
+
+def _hide_user(found: re.Match[str]) -> str:
+    if found["password"] is None and found["scheme"].lower() in _CONTAINERS:
+        return found[0]
+    return f"{found['scheme']}{HIDDEN}@" if found["user"] or found["password"] else found[0]
+
+
+def _secrets_of(value: str) -> Iterator[str]:
+    for found in _WHOLE.finditer(value) if _is_uri(value) else _IN_TEXT.finditer(value):
+        if found["password"] is not None:
+            password = found["password"][1:]
+            yield password
+            if "@" in password:  # a library that reads to the first @ shows what is left as the host
+                yield from (part for part in password.split("@"))
+        elif found["scheme"].lower() not in _CONTAINERS and len(found["user"]) >= _LEAST_OF_ENVIRONMENT:
+            yield found["user"]
+    for pattern in (_QUERY, _ASSIGNED):
+        yield from (found["value"] for found in pattern.finditer(value))
+
+
+def _of_environment() -> set[str]:
+    """Of variables that are named as HF_TOKEN and AWS_SECRET_ACCESS_KEY are."""
+    found = {value for name, value in os.environ.items() if _VARIABLE.search(name)}
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        found.update(_secrets_of(os.environ.get(name, "")))
+    return {value for value in found if len(value) >= _LEAST_OF_ENVIRONMENT}
