@@ -32,7 +32,7 @@ from raydistill.infra.versions import PACKAGES, installed
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {
-    "decoded": 1, "prepare": 2, "features": 2, "adapt": 3, "generated": 1, "generate": 3, "teach": 2, "distill": 3,
+    "decoded": 1, "prepare": 2, "features": 2, "adapt": 3, "generated": 1, "generate": 3, "teach": 2, "distill": 4,
     "evaluate": 3, "export": 3, "compare": 1, "tune": 1,
 }  # fmt: skip
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")

@@ -9,7 +9,9 @@ from torch.nn import functional
 
 
 def feature_distance(adapted_BD: torch.Tensor, teacher_BD: torch.Tensor, distance: str) -> torch.Tensor:
-    """`mse`: mean squared difference over images and features; `cosine`: mean over images of 1 - cosine similarity."""
+    """`mse`: mean squared difference over images and features; `cosine`: mean over images of 1 - cosine similarity. A
+    length below the resolution of the dtype counts as that: the gradient is divided by it."""
     if distance == "mse":
         return functional.mse_loss(adapted_BD.float(), teacher_BD.float())
-    return 1 - torch.cosine_similarity(adapted_BD.float(), teacher_BD.float(), dim=1).mean()
+    resolution = torch.finfo(adapted_BD.dtype).eps
+    return 1 - torch.cosine_similarity(adapted_BD.float(), teacher_BD.float(), dim=1, eps=resolution).mean()

@@ -1,6 +1,9 @@
 """Relational knowledge distillation: distances and angles among the images of a batch. Park, Kim, Lu & Cho 2019, arXiv
 1904.05068.
 
+A distance below the resolution of the features' dtype (`torch.finfo(dtype).eps`) counts as that: gradients are divided
+by distances, and the dtype has to hold them.
+
 Shapes: B images, E and D features of student and teacher, which need not be equal.
 """
 
@@ -18,7 +21,7 @@ def rkd_distance(student_BE: torch.Tensor, teacher_BD: torch.Tensor) -> torch.Te
 
 def _relative_distances(features_BD: torch.Tensor) -> torch.Tensor:
     distances = torch.pdist(features_BD.float())
-    return distances / distances.mean().clamp(min=1e-12)
+    return distances / distances.mean().clamp(min=torch.finfo(features_BD.dtype).eps)
 
 
 def rkd_angle(student_BE: torch.Tensor, teacher_BD: torch.Tensor) -> torch.Tensor:
@@ -32,5 +35,6 @@ def _angles(features_BD: torch.Tensor) -> torch.Tensor:
     difference_BBD = features_BD.float()[None] - features_BD.float()[:, None]
     length_BB1 = difference_BBD.norm(dim=2, keepdim=True)
     # Two equal rows have no direction from one to the other: 0, without the gradient of 10^10 that a small floor gives.
-    direction_BBD = difference_BBD / length_BB1.masked_fill(length_BB1 == 0, torch.inf)
+    least = torch.finfo(features_BD.dtype).eps
+    direction_BBD = difference_BBD / length_BB1.clamp(min=least).masked_fill(length_BB1 == 0, torch.inf)
     return direction_BBD @ direction_BBD.transpose(1, 2)

@@ -15,15 +15,17 @@ def standardised_kl(
     """The soft-target KL divergence, times T^2, of logits that have mean 0 and standard deviation 1 in each image.
 
     Two logits have only one shape: with two classes the teacher's confidence is lost. Equal logits have none and stay
-    equal.
+    equal. A standard deviation below the resolution of their dtype (`torch.finfo(dtype).eps`) counts as that, so that
+    the gradient, which is divided by it, can be held by the dtype: at most T / eps for an image.
     """
     return soft_target_kl(_standardise(student_logits_BC), _standardise(teacher_logits_BC), temperature)
 
 
 def _standardise(logits_BC: torch.Tensor) -> torch.Tensor:
+    resolution = torch.finfo(logits_BC.dtype).eps
     logits_BC = logits_BC.float()
     centred_BC = logits_BC - logits_BC.mean(dim=1, keepdim=True)
     spread_B1 = logits_BC.std(dim=1, keepdim=True)
     # Equal logits have no shape: divided by next to nothing, their rounding would be one, with a gradient of 10^6.
     flat_B1 = spread_B1 <= 1e-6 * logits_BC.abs().amax(dim=1, keepdim=True)
-    return centred_BC / spread_B1.masked_fill(flat_B1, torch.inf)
+    return centred_BC / spread_B1.clamp(min=resolution).masked_fill(flat_B1, torch.inf)

@@ -131,7 +131,8 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features_BD: torch.Tensor) -> torch.Tensor:
         projected_BP = self.layers(features_BD)
-        return functional.normalize(projected_BP.float(), dim=1)
+        # The gradient is divided by the length, and the dtype has to hold it.
+        return functional.normalize(projected_BP.float(), dim=1, eps=torch.finfo(projected_BP.dtype).eps)
 
 
 class Adapter(nn.Sequential):

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
@@ -12,6 +12,7 @@ from raydistill.config import Loss
 from raydistill.losses.crd import Negatives
 from raydistill.losses.task import UNLABELLED
 from raydistill.losses.total import Outputs, distillation_loss
+from raydistill.models.student import ProjectionHead
 from tests import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -274,6 +275,64 @@ def test_half_precision_outputs_are_summed_in_fp32(dtype, images):
     expected = reference.total(weights, said(student), said(teacher), labels.tolist(), listed(negatives))
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(expected, rel=5e-6)
+
+
+DEGENERATE = ["equal", "nearly equal", "near zero", "images alike", "one number differs", "huge"]
+
+
+def degenerate(kind: str, scale: float, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """What collapsed, dead or exploding networks say."""
+    noise = torch.randn(*shape, generator=generator)
+    return {
+        "equal": torch.full(shape, scale),
+        "nearly equal": 0.3 + scale * noise,
+        "near zero": scale * noise,
+        "images alike": noise[:1] + scale * noise,
+        "one number differs": torch.zeros(shape).index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(scale)),
+        "huge": 6e4 * noise.sign(),
+    }[kind]
+
+
+@given(
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    kinds=st.tuples(*[st.sampled_from(DEGENERATE)] * 2),
+    exponents=st.tuples(*[st.one_of(st.integers(-8, 4), st.integers(-30, 4))] * 2),
+    seed=st.integers(0, 10**6),
+    settings=st.fixed_dictionaries({
+        "temperature": st.sampled_from([1.0, 4.0]), "alignment_alpha": st.sampled_from([1.0, 2.0]),
+        "feature_distance": st.sampled_from(["mse", "cosine"]),
+    }),
+)  # fmt: skip
+@example(torch.float16, ("near zero", "images alike"), (-7, 0), 0, {})
+@example(torch.float16, ("near zero", "images alike"), (-5, 0), 0, {"temperature": 4.0})
+@settings(max_examples=100)
+def test_degenerate_outputs_have_a_finite_loss_and_gradient_in_their_own_dtype(dtype, kinds, exponents, seed, settings):
+    """Every term that divides, takes a root or a logarithm, where what it divides by is next to nothing."""
+    student, teacher = random_outputs(0)
+    leaves, networks = [], []
+    for outputs, kind, exponent in zip((student, teacher), kinds, exponents, strict=True):
+        generator, said_of = torch.Generator().manual_seed(seed), {}
+        for field in fields(outputs):
+            if (like := getattr(outputs, field.name)) is not None:
+                leaf = degenerate(kind, 10.0**exponent, tuple(like.shape), generator).to(dtype).requires_grad_()
+                leaves.append(leaf)
+                said_of[field.name] = onto_the_sphere(leaf) if field.name == "projected_BP" else leaf
+        networks.append(Outputs(**said_of))
+    labels, negatives = random_labels(0, labelled=4), random_negatives(0)
+    loss = settings_of(dict.fromkeys(NAMES, 1.0), **settings)
+    total, terms = distillation_loss(loss, *networks, labels, negatives=negatives)
+    total.backward()
+    assert all(torch.isfinite(term) for term in terms.values()), terms
+    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves if leaf.grad is not None)
+
+
+def onto_the_sphere(features_BD: torch.Tensor) -> torch.Tensor:
+    """As training does it, by a head that changes nothing else."""
+    head = ProjectionHead("linear", features_BD.shape[1], features_BD.shape[1]).to(features_BD.dtype)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.eye(len(parameter)) if parameter.ndim == 2 else torch.zeros(len(parameter)))
+    return head(features_BD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
