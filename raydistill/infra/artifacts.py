@@ -29,10 +29,11 @@ from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.examples import weights_fingerprint
 from raydistill.infra.versions import PACKAGES, installed
+from raydistill.models.shards import weight_files
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {
-    "decoded": 1, "prepare": 2, "features": 2, "adapt": 3, "generated": 1, "generate": 3, "teach": 2, "distill": 4,
+    "decoded": 1, "prepare": 2, "features": 3, "adapt": 3, "generated": 1, "generate": 3, "teach": 2, "distill": 4,
     "evaluate": 3, "export": 3, "compare": 1, "tune": 1,
 }  # fmt: skip
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
@@ -449,12 +450,12 @@ def _backbone(config: RunConfig) -> dict[str, Any]:
 
 def _identity_of_model(section: Teacher | Student) -> dict[str, Any]:
     """A model's name and weights, by content where they are files."""
-    identity: dict[str, Any] = {"model": section.model, "weights": _weights(section.weights)}
+    identity: dict[str, Any] = {"model": section.model, "weights": _weights(section.weights, section)}
     folder = section.model.removeprefix("hf:").removeprefix("timm:local-dir:")
     if os.path.isdir(folder):
         identity["model"] = _folder(folder)
     elif section.model.startswith("example:"):
-        identity["model"] = _weights(section.model)
+        identity["model"] = _weights(section.model, section)
     return identity
 
 
@@ -484,13 +485,16 @@ def _folder(folder: str) -> str:
     return json.dumps({name: _content(path) for name, path in sorted(files.items()) if os.path.isfile(path)})
 
 
-def _weights(weights: str | None) -> str | None:
+def _weights(weights: str | None, section: Teacher | Student) -> str | None:
     """Weights are known by their content: another file under the same name is another teacher."""
     if weights is None:
         return None
     if weights.startswith("example:"):
         return weights_fingerprint(weights.removeprefix("example:"))
-    return _content(weights)
+    files = weight_files(weights, f"{type(section).__name__.lower()}.weights")
+    return (
+        _content(str(files[0])) if len(files) == 1 else json.dumps({file.name: _content(str(file)) for file in files})
+    )
 
 
 def _content(path: str) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError
+from raydistill.models.state_dicts import refuse_not_finite
 from raydistill.models.weights import known_interpolation
 
 
@@ -97,11 +98,14 @@ def new_classifier(folder: str, num_classes: int, pretrained: bool, size: int | 
 
 
 def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
-    """What `load` gives. Raises ConfigError with the library's own reason."""
+    """What `load` gives. Raises ConfigError with the library's own reason, or where weights are not finite."""
     try:
-        return load(folder, trust_remote_code=False, **options)
+        loaded = load(folder, trust_remote_code=False, **options)
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{what}: cannot be loaded ({' '.join(str(error).split())})") from None
+    if isinstance(loaded, tuple):  # a network, and what was missing
+        refuse_not_finite(loaded[0], what)
+    return loaded
 
 
 def refuse_missing(what: str, keys: set[str], mismatched: set[str]) -> None:

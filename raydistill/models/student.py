@@ -32,6 +32,7 @@ from raydistill.models.from_transformers import (
     new_classifier,
     transformers_preprocessing,
 )
+from raydistill.models.state_dicts import refuse_not_finite
 from raydistill.models.weights import (
     STUDENT_FILE,
     known_interpolation,
@@ -261,6 +262,7 @@ def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder} holds no whole student ({reason}); distil it again") from None
+    refuse_not_finite(student.network, folder)
     return student.eval(), classes
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
-import torch
 from fsspec.core import url_to_fs
-from safetensors.torch import load_file
 from torch import nn
 
 from raydistill.errors import ConfigError
 from raydistill.examples import weights_path
+from raydistill.models.state_dicts import fitting, load_strictly, read_weights, refuse_not_finite
 
 log = logging.getLogger(__name__)
 # Says what a folder of `distill` holds: the model's name, its classes, and how it wants its images.
@@ -90,25 +89,28 @@ def load_timm_weights(
             name = f"{name}@{revision}"
         options = extra if num_classes is None else {"num_classes": num_classes, **extra}
         try:
-            return timm.create_model(name, pretrained=True, **options)
+            network = timm.create_model(name, pretrained=True, **options)
         except Exception as error:  # hub, network and timm raise each their own kind
             raise ConfigError(
                 f"{section}: no weights for {name} could be had ({_first_line(error)}); "
                 f"set {section}.weights to a local .safetensors or .pth file"
             ) from None
-    state = read_state_dict(weights, f"{section}.weights")
+        refuse_not_finite(network, f"{section}.model=timm:{name}")
+        return network
+    tree, what = read_weights(weights, f"{section}.weights"), f"{section}.weights={weights}"
     template = timm.create_model(name, pretrained=False, num_classes=0, **extra)
     named = template.default_cfg.get("classifier", "classifier")
-    classifier = named if isinstance(named, str) else named[0]
-    bias = state.get(f"{classifier}.bias", state.get(f"{classifier}.weight"))
+    classifiers = [f"{one}." for one in ([named] if isinstance(named, str) else named)]
+    state = fitting(tree, template.state_dict(), classifiers, what)
+    bias = state.get(f"{classifiers[0]}bias", state.get(f"{classifiers[0]}weight"))
     if num_classes is None:
         network = timm.create_model(name, pretrained=False, num_classes=0 if bias is None else len(bias), **extra)
     else:
         network = timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
         fresh = network.state_dict()
-        state = {key: fresh[key] if key.startswith(f"{classifier}.") else value for key, value in state.items()}
-        state |= {key: value for key, value in fresh.items() if key.startswith(f"{classifier}.")}
-    _load_strictly(network, state, f"{section}.weights={weights}", name)
+        state = {key: fresh[key] if key.startswith(classifiers[0]) else value for key, value in state.items()}
+        state |= {key: value for key, value in fresh.items() if key.startswith(classifiers[0])}
+    load_strictly(network, state, tree, what, name)
     return network
 
 
@@ -120,23 +122,6 @@ def known_interpolation(name: str, what: str) -> Literal["bilinear", "bicubic"]:
     if name != "bicubic":
         log.warning("%s was trained on pictures resized by %s; here it sees them resized by bicubic", what, name)
     return "bicubic"
-
-
-def read_state_dict(weights: str, key: str) -> dict[str, torch.Tensor]:
-    """Tensors of a .safetensors file or of a torch file; a pickle that holds anything else is refused unopened."""
-    path = weights_path(weights.removeprefix("example:")) if weights.startswith("example:") else Path(weights)
-    if not path.is_file():
-        raise ConfigError(f"{key}={weights}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises nearly everything
-        raise ConfigError(f"{key}={weights}: not a plain file of tensors ({_first_line(error)})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ConfigError(f"{key}={weights}: not a state dict (a mapping from names to tensors)")
-    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
@@ -157,21 +142,6 @@ def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
             f"{section}.model=hf:{name}: could not be fetched ({_first_line(error)}); "
             "check the name, or give a local folder"
         ) from None
-
-
-def _load_strictly(network: nn.Module, state: dict[str, torch.Tensor], what: str, name: str) -> None:
-    expected = network.state_dict()
-    problems = []
-    for title, keys in (
-        ("missing", expected.keys() - state.keys()),
-        ("unexpected", state.keys() - expected.keys()),
-        ("of another shape", {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape}),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} {title} ({', '.join(sorted(keys)[:3])}{' …' if len(keys) > 3 else ''})")
-    if problems:
-        raise ConfigError(f"{what} does not fit timm:{name}: {'; '.join(problems)}")
-    network.load_state_dict(state, strict=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -687,6 +687,21 @@ def student_folder(folder: Path, model: str, size: int | None, classes: tuple[st
 COLOURS = ("red", "Light Green", "日本", "blue")
 
 
+@pytest.mark.parametrize("kind", ["transformers", "raydistill"])
+def test_no_folder_with_values_that_are_not_finite_loads(hf, tmp_path, kind):
+    folder, file = (hf(vit_classifier())[0], "model.safetensors") if kind == "transformers" else ("", "")
+    if kind == "raydistill":
+        student_folder(tmp_path / "student", "timm:test_resnet", 32, COLOURS)
+        folder, file = str(tmp_path / "student"), "student.safetensors"
+    state = load_file(Path(folder) / file)
+    key = max(state, key=lambda name: state[name].numel())
+    state[key].view(-1)[-1] = float("nan")
+    save_file(state, Path(folder) / file, {"format": "pt"})
+    message = refusal(load_teacher, Teacher(model=folder))
+    assert "NaN or infinite" in message
+    assert key.rpartition(".")[0].split(".")[-1] in message
+
+
 @pytest.mark.parametrize("model", ["timm:test_resnet", "timm:test_vit", "ViT", "ConvNext"])
 @pytest.mark.parametrize("head", ["native", "linear_probe"])
 def test_a_student_of_an_earlier_run_is_a_teacher(hf_folder, tmp_path, model, head):

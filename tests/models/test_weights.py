@@ -1,11 +1,14 @@
 """Finding models and weights: names that are wrong, files that do not fit, and pickles that run code (case C24)."""
 
+import argparse
 import json
 import pickle
 import re
 from collections import OrderedDict
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from raydistill.errors import ConfigError
+from raydistill.models.state_dicts import read_weights
 from raydistill.models.weights import (
     check_timm_name,
     load_timm_weights,
     model_kind,
-    read_state_dict,
     resolve_hf_folder,
 )
 
@@ -51,18 +54,125 @@ def state() -> dict[str, torch.Tensor]:
     return timm.create_model(NAME, num_classes=4).state_dict()
 
 
-@pytest.mark.parametrize("how", ["safetensors", "torch", "old torch", "under state_dict", "of DataParallel"])
-def test_state_dicts_are_read_in_every_usual_form(state, tmp_path, how):
-    path = tmp_path / ("weights.safetensors" if how == "safetensors" else "weights.pth")
-    if how == "safetensors":
-        save_file(state, path)
-    else:
-        content = {"module." + name: value for name, value in state.items()} if how == "of DataParallel" else state
-        content = {"state_dict": OrderedDict(content), "epoch": 3} if how == "under state_dict" else content
-        torch.save(content, path, _use_new_zipfile_serialization=how != "old torch")
-    found = read_state_dict(str(path), "teacher.weights")
+def loaded(path: Path, **options) -> dict[str, torch.Tensor]:
+    return load_timm_weights(NAME, str(path), None, "teacher", **options).state_dict()
+
+
+def assert_equal(found: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return OrderedDict((prefix + name, value) for name, value in state.items())
+
+
+# How a file wraps the weights, from a plain state dict.
+WRAPPED = {
+    "nothing": lambda s: s,
+    "DataParallel": lambda s: under("module.", s),
+    "torch.compile": lambda s: under("_orig_mod.", s),
+    "compile of DataParallel": lambda s: under("_orig_mod.module.", s),
+    "DataParallel of compile": lambda s: under("module._orig_mod.", s),
+    "compile of a part": lambda s: {re.sub(r"^layer1\.", "layer1._orig_mod.", k): v for k, v in s.items()},
+    "DataParallel of a part": lambda s: {re.sub(r"^layer1\.", "net.layer1.module.", under("net.", {k: v}).popitem()[0])
+                                         if k.startswith("layer1.") else "net." + k: v for k, v in s.items()},
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3},
+    "model": lambda s: {"model": s},
+    "model_ema": lambda s: {"model_ema": under("module.", s)},
+    "state_dict_ema": lambda s: {"state_dict_ema": s},
+    "two containers": lambda s: {"checkpoint": {"weights": {"net": s}}},
+    "Lightning": lambda s: {"state_dict": under("model.", s) | {"criterion.weight": torch.ones(3)}},
+    "DINO": lambda s: {"student": under("module.backbone.", s), "args": argparse.Namespace(lr=0.1)},
+    "mmpretrain": lambda s: {"meta": {"time": "now"}, "state_dict": under("backbone.", s)},
+    "SWA": lambda s: under("module.", s) | {"n_averaged": torch.tensor(7)},
+    "timm's train.py": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=0.1), "metric": np.float64(0.5),
+                                  "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1}]}},
+    "no counts": lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
+}  # fmt: skip
+
+
+HOLDS_MORE = {how for how, wrap in WRAPPED.items() if any(not isinstance(x, torch.Tensor) for x in wrap({}).values())}
+
+
+@pytest.mark.parametrize(
+    ("how", "file"),
+    [*product(WRAPPED, ["w.pth", "old.pth.tar"]), *product(sorted(WRAPPED.keys() - HOLDS_MORE), ["w.safetensors"])],
+)
+def test_weights_load_however_tools_wrap_them(state, tmp_path, how, file):
+    content = WRAPPED[how](dict(state))
+    expected = {
+        name: torch.zeros_like(x) if how == "no counts" and "num_batches" in name else x for name, x in state.items()
+    }
+    if file == "w.safetensors":
+        save_file(content, tmp_path / file)
+    else:
+        torch.save(content, tmp_path / file, _use_new_zipfile_serialization=file == "w.pth")
+    assert_equal(loaded(tmp_path / file), expected)
+    found = loaded(tmp_path / file, num_classes=2)
+    assert all(torch.equal(found[name], x) for name, x in expected.items() if not name.startswith("fc."))
+    assert found["fc.weight"].shape[0] == 2
+
+
+def test_safetensors_under_another_ending_load(state, tmp_path):
+    save_file(state, tmp_path / "pytorch_model.bin")
+    assert_equal(loaded(tmp_path / "pytorch_model.bin"), state)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("named", ["index", "a shard", "folder"])
+def test_shards_are_read_together(state, tmp_path, form, named):
+    stem = "model" if form == "safetensors" else "pytorch_model"
+    halves = {f"{stem}-0000{k + 1}-of-00002.{form}": dict(list(state.items())[k::2]) for k in range(2)}
+    for name, half in halves.items():
+        (save_file if form == "safetensors" else torch.save)(half, tmp_path / name)
+    index = tmp_path / f"{stem}.{form}.index.json"
+    index.write_text(json.dumps({"weight_map": {key: name for name, half in halves.items() for key in half}}))
+    assert_equal(loaded({"index": index, "a shard": tmp_path / next(iter(halves)), "folder": tmp_path}[named]), state)
+    index.write_text(json.dumps({"weight_map": {"a": f"../{tmp_path.name}/{next(iter(halves))}"}}))
+    assert "outside its folder" in refusal(loaded, index)
+    index.write_text(json.dumps({"weight_map": {"a": f"{stem}-00003-of-00003.{form}"}}))
+    assert f"{stem}-00003-of-00003.{form}" in refusal(loaded, index)
+    index.write_text("[]")
+    assert "not an index" in refusal(loaded, index)
+
+
+def test_of_several_that_fit_the_average_is_taken_and_said(state, tmp_path, caplog):
+    later = {name: value + 1 for name, value in state.items()}
+    wider = {**state, "layer9.weight": torch.ones(2)}  # of another model, whose names hold all of this one's
+    for content, name in (
+        ({"state_dict": state, "state_dict_ema": later}, "state_dict_ema"),
+        ({"model_ema": later, "model": state}, "model_ema"),
+        ({"state_dict": under("online_model.", state) | under("ema_model.", later)}, "ema_model"),
+        ({"teacher": wider, "student": later}, None),
+        ({"cinema": later, "other": state}, "cinema"),  # which has no ema in it: the first
+    ):
+        caplog.clear()
+        torch.save(content, tmp_path / "w.pth")
+        assert_equal(loaded(tmp_path / "w.pth"), later)
+        lines = [r.getMessage() for r in caplog.records if str(tmp_path) in r.getMessage()]
+        assert len(lines) == (name is not None)
+        if lines:
+            assert name in lines[0]
+            assert ("average" in lines[0]) == ("ema" in re.split("[_./']", lines[0].partition(" fits")[0]))
+
+
+def test_what_stands_beside_the_weights_is_said(state, tmp_path, caplog):
+    save_file(under("model.", state) | {"criterion.weight": torch.ones(3)}, tmp_path / "w.safetensors")
+    loaded(tmp_path / "w.safetensors")
+    assert any("criterion.weight" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("end", ["conv1.weight", "running_var"])
+def test_weights_that_are_not_finite_are_refused_by_name(state, tmp_path, value, end):
+    key = next(name for name in state if name.endswith(end))
+    bent = {**state, key: state[key].clone()}
+    bent[key].view(-1)[0] = value
+    save_file(bent, tmp_path / "w.safetensors")
+    message = refusal(loaded, tmp_path / "w.safetensors")
+    assert "NaN or infinite" in message
+    assert key in message
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
@@ -75,7 +185,9 @@ def test_a_pickle_that_runs_code_is_refused_unopened(state, tmp_path, suffix, wh
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=written_by == "torch")
-    assert str(path) in refusal(read_state_dict, str(path), "teacher.weights")
+    message = refusal(read_weights, str(path), "teacher.weights")
+    assert str(path) in message
+    assert "could run code" in message
     assert not marker.exists()
     pickle.loads(pickle.dumps(Malicious(marker)))
     assert marker.exists()  # so it would have run
@@ -83,17 +195,17 @@ def test_a_pickle_that_runs_code_is_refused_unopened(state, tmp_path, suffix, wh
 
 @pytest.mark.parametrize(
     "content",
-    [[torch.zeros(2)], 5, {}, {"a": 1.0}, {"model": {"a": torch.zeros(2)}}, {"state_dict": {}}, torch.zeros(3)],
+    [[torch.zeros(2)], 5, {}, {"a": 1.0}, {"state_dict": {}}, {"model": {"a": {"b": 1}}}, torch.zeros(3)],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "weights.pth")
-    assert "teacher.weights" in refusal(read_state_dict, str(tmp_path / "weights.pth"), "teacher.weights")
+    assert "teacher.weights" in refusal(read_weights, str(tmp_path / "weights.pth"), "teacher.weights")
 
 
 def test_a_missing_file_is_named(tmp_path):
     for name in ("weights.safetensors", "weights.pth"):
-        assert name in refusal(read_state_dict, str(tmp_path / name), "student.weights")
-    assert "student.weights" in refusal(read_state_dict, str(tmp_path), "student.weights")
+        assert name in refusal(read_weights, str(tmp_path / name), "student.weights")
+    assert "student.weights" in refusal(read_weights, str(tmp_path), "student.weights")
 
 
 @given(data=st.data(), kind=st.sampled_from(["safetensors", "torch", "old torch"]))
@@ -112,17 +224,17 @@ def test_a_damaged_file_is_a_config_error_or_a_state_dict(state, tmp_path_factor
             whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(bytes(whole))
     try:
-        found = read_state_dict(str(path), "teacher.weights")
+        found = read_weights(str(path), "teacher.weights")
     except ConfigError:
         return
-    assert all(isinstance(value, torch.Tensor) for value in found.values())
+    assert any(isinstance(value, torch.Tensor) for value in found.values())
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x80\x04.", b"\x00" * 100, b"PK\x03\x04" + b"x" * 50])
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 def test_what_is_no_weights_file_is_refused(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
-    assert f"teacher.weights={tmp_path / name}" in refusal(read_state_dict, str(tmp_path / name), "teacher.weights")
+    assert f"teacher.weights={tmp_path / name}" in refusal(read_weights, str(tmp_path / name), "teacher.weights")
 
 
 def test_the_classifier_has_as_many_outputs_as_the_file(state, tmp_path):

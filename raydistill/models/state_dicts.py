@@ -1,0 +1,182 @@
+"""Weights as tools save them: read without running code, unwrapped, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pathlib
+import pickle
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from raydistill.errors import ConfigError
+from raydistill.examples import weights_path
+from raydistill.models.shards import weight_files
+
+log = logging.getLogger(__name__)
+State = dict[str, torch.Tensor]
+# What torch.compile, FSDP and activation checkpoints put into the names of a module that they wrap.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_AVERAGED = re.compile(r"(?<![^\W_])(ema|swa|averaged?|shadow)(?![^\W_])", re.IGNORECASE)
+# Plain data that training scripts keep beside their weights; no more than these is made of a pickle.
+_PLAIN: list[Any] = [
+    argparse.Namespace, pathlib.PosixPath, np.dtype, *(type(np.dtype(c)) for c in "?bBhHiIlLqQefd"),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+]  # fmt: skip
+_SOME = 5
+
+
+class _Reading(NamedTuple):
+    """One way to read a file: the tensors below a place and a prefix, by the rest of their names."""
+
+    where: str
+    state: State
+    others: list[str]  # what stands beside them, without the prefix
+
+
+def read_weights(weights: str, key: str) -> Mapping[str, Any]:
+    """Of .safetensors, torch files, shards of either: a mapping, of which some values, at any depth, are tensors.
+
+    Raises ConfigError. A pickle that holds anything but tensors and plain data is refused and not run.
+    """
+    files = [weights_path(weights.removeprefix("example:"))] if weights.startswith("example:") else None
+    tree: dict[str, Any] = {}
+    for path in files or weight_files(weights, key):
+        found = _read(path, key)
+        if not isinstance(found, Mapping):
+            raise ConfigError(f"{key}={path}: not a state dict (a mapping from names to tensors)")
+        tree |= found
+    if not any(True for _ in _state_dicts(tree)):
+        raise ConfigError(f"{key}={weights}: not a state dict (a mapping from names to tensors)")
+    return tree
+
+
+def _read(path: Path, key: str) -> Any:
+    try:
+        with open(path, "rb") as file:
+            is_safetensors = path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+        if is_safetensors:
+            return load_file(path)
+        with torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that it may not read; whether it does is what matters
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises nearly everything
+        if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):  # torch advises to run it
+            held = re.search(r"(?<=GLOBAL )\S+|TorchScript", str(error))
+            raise ConfigError(
+                f"{key}={path}: a damaged file, or one that holds {held[0] if held else 'more than tensors'}, which "
+                "could run code, so it is not opened; where it was made, save model.state_dict() alone"
+            ) from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{key}={path}: not a plain file of tensors ({reason})") from None
+
+
+def fitting(tree: Mapping[str, Any], expected: Mapping[str, torch.Tensor], optional: Sequence[str], what: str) -> State:
+    """The tensors that a network with the `expected` state wants, by its names; those under `optional`, its
+    classifier's, come along where they are there. Whatever wraps them, as a container or a prefix, is taken away.
+
+    Of several that fit the averaged ones are taken, or else the first. What is not taken is said. What still does not
+    fit is left to `load_strictly`.
+    """
+    readings = [reading for place, state in _state_dicts(tree) for reading in _readings(place, state, expected)]
+
+    def faults(reading: _Reading) -> tuple[int, int]:
+        shapes = {name: tensor.shape for name, tensor in reading.state.items() if not name.startswith(tuple(optional))}
+        wrong = sum(shapes.get(name) != tensor.shape for name, tensor in expected.items() if not _is_count(name))
+        return wrong, len(shapes.keys() - expected.keys())
+
+    fewest = min(map(faults, readings))
+    best = [reading for reading in readings if faults(reading) == fewest]
+    averaged = [reading for reading in best if _AVERAGED.search(reading.where)]
+    chosen = (averaged or best)[0]
+    if fewest[0] > len(expected) / 2:  # another model's: names are told as they stand
+        return max((state for _, state in _state_dicts(tree)), key=len)
+    if others := [reading.where for reading in best if reading is not chosen]:
+        log.warning(
+            "%s: %s fits, and %s too; the %s is taken", what, chosen.where, " and ".join(others[:_SOME]),
+            "average over training" if averaged else "first",
+        )  # fmt: skip
+    elif chosen.others:
+        log.warning(
+            "%s: %d tensors beside %s are not read: %s", what, len(chosen.others), chosen.where, _some(chosen.others)
+        )
+    fresh = {name: tensor for name, tensor in expected.items() if _is_count(name)}  # torch before 0.4.1 had none
+    return {**fresh, **chosen.state}
+
+
+def _is_count(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
+
+
+def _state_dicts(tree: Mapping[Any, Any], place: str = "", depth: int = 4) -> Iterator[tuple[str, State]]:
+    """Every mapping with tensors in it, and where it stands."""
+    tensors = {name: x for name, x in tree.items() if isinstance(name, str) and isinstance(x, torch.Tensor)}
+    if tensors:
+        yield place, tensors
+    for name, inner in tree.items():
+        if isinstance(inner, Mapping) and isinstance(name, str) and depth:
+            yield from _state_dicts(inner, f"{place}{name}/", depth - 1)
+
+
+def _readings(place: str, state: State, expected: Mapping[str, Any]) -> Iterator[_Reading]:
+    """The tensors with each prefix that makes names match, those that match most first."""
+    state = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    if not any("module." in name for name in expected):
+        # DataParallel's, around the whole or around a part.
+        state = {re.sub(r"\.module\.", ".", name): tensor for name, tensor in state.items()}
+    prefixes = Counter({"": 0})
+    for name in state:
+        parts = name.split(".")
+        ends = [".".join(parts[at:]) for at in range(len(parts))]
+        prefixes.update(name.removesuffix(end) for end in ends if end in expected)
+    for prefix, _ in prefixes.most_common(_SOME):
+        inside = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        outside = [name for name in state if not name.startswith(prefix)]
+        where = f"{place}{prefix}".rstrip("/.")
+        yield _Reading(repr(where) if where else "the file's top", inside, outside)
+
+
+def load_strictly(network: nn.Module, state: State, tree: Mapping[str, Any], what: str, name: str) -> None:
+    """Raises ConfigError with some names of each kind that does not fit, and what was tried; so, too, where values are
+    not finite."""
+    expected = network.state_dict()
+    problems = []
+    for title, keys in (
+        ("missing", expected.keys() - state.keys()),
+        ("unexpected", state.keys() - expected.keys()),
+        ("of another shape", {k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape}),
+    ):
+        if keys:
+            problems.append(f"{len(keys)} {title} ({_some(sorted(keys))})")
+    if problems:
+        places = [place.rstrip("/") for place, _ in _state_dicts(tree) if place]
+        tried = f"in {_some(places)} and " if places else ""
+        raise ConfigError(
+            f"{what} does not fit timm:{name}: {'; '.join(problems)}; tried {tried}without any prefix of their names"
+        )
+    network.load_state_dict(state, strict=True)
+    refuse_not_finite(network, what)
+
+
+def refuse_not_finite(network: nn.Module, what: str) -> None:
+    """Raises ConfigError where a weight or a running statistic is NaN or infinite. Other buffers, masks, may be."""
+    named = [*network.named_parameters(), *((name, x) for name, x in network.named_buffers() if "running_" in name)]
+    if bad := [name for name, tensor in named if not torch.isfinite(tensor).all()]:
+        raise ConfigError(
+            f"{what}: NaN or infinite values in {len(bad)} of its tensors ({_some(bad)}); the training that wrote them "
+            "had diverged, so take an earlier checkpoint"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SOME]) + (" …" if len(names) > _SOME else "")
