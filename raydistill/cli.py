@@ -149,10 +149,12 @@ def show(words: Words = None) -> None:
     from raydistill.infra import artifacts
     from raydistill.infra.artifacts import StageDirectory
     from raydistill.infra.node_hours import bill_words
+    from raydistill.storage.filesystems import refuse_unreachable
 
     config = load_config(words or [])
     console = Console(highlight=False)
     console.print(shown_yaml(config), markup=False)
+    refuse_unreachable(artifacts.workspace_root(config), "workspace")
     listing = list_images(config.images)
     prepared = artifacts.prepare_directory(config, listing)
     directories: list[StageDirectory | str] = [prepared]

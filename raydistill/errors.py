@@ -36,5 +36,9 @@ class StageError(RaydistillError):
     """A stage failed while it ran: a worker died, a loss was not finite, a disk was full."""
 
 
+class StorageError(StageError):
+    """The place where results or images lie does not answer, or has no such bucket."""
+
+
 class DivergedError(StageError):
     """The loss or its gradient is not finite. Every worker sees it at the same step, and a retry cannot help."""

@@ -19,15 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-
 from raydistill.config import Images
 from raydistill.data.many import EXTENSIONS, SUFFIXES, list_rows
 from raydistill.data.sample import sample_id
-from raydistill.errors import DataError
+from raydistill.errors import ConfigError, DataError
 from raydistill.examples import images_path
+from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable
 
 SPLIT_FOLDERS = {
     "train": "train",
@@ -71,14 +68,16 @@ class Listing:
 
 
 def list_images(config: Images) -> Listing:
-    """Raises DataError: no images, one class, a class that a split lacks, a table without the columns it needs."""
+    """Raises DataError: no images, one class, a class that a split lacks, a table without the columns it needs; and
+    ConfigError where nothing answers at the path."""
     path = config.path
     if path.startswith("example:"):
         path = str(images_path(path.removeprefix("example:")))
     try:
-        fs, root = url_to_fs(path)
-    except (ValueError, ImportError) as error:  # no such protocol, or its package is not installed
-        raise DataError(f"images.path={config.path}: {error}") from None
+        fs, root = open_filesystem(path)
+    except ConfigError as error:
+        raise DataError(f"images.path={error}") from None
+    refuse_unreachable(path, "images.path")
     if not fs.exists(root):
         raise DataError(f"images.path={config.path}: there is nothing at this path")
     ignored: Counter[str] = Counter()
@@ -104,14 +103,14 @@ def list_images(config: Images) -> Listing:
     if config.max_per_class is not None:
         entries = _fewer(entries, config.max_per_class, ignored)
     fingerprint = _fingerprint(fs, root if is_folder else str(PurePosixPath(root).parent), files, entries)
-    if not isinstance(fs, LocalFileSystem):  # which drops the protocol from its paths
+    if not fs.is_local:  # which drops the protocol from its paths
         entries = [replace(e, path=_address(fs, e.path)) for e in entries]
     return Listing(tuple(entries), classes, dict(ignored), fingerprint)
 
 
 def first_of_table(path: str) -> str | None:
     """Where the first image of a table of paths lies; None of what is no table. Raises DataError as `list_images`."""
-    fs, table = url_to_fs(path)
+    fs, table = open_filesystem(path)
     suffix = _suffix(table)
     if suffix not in _TABLES or not fs.isfile(table):
         return None
@@ -122,7 +121,7 @@ def read_bytes_of(entry: Entry) -> bytes:
     if entry.path.startswith("/"):  # on this machine; fsspec would take as long again to find that out
         with open(entry.path, "rb") as file:
             return file.read()
-    fs, path = url_to_fs(entry.path)
+    fs, path = open_filesystem(entry.path)
     return bytes(fs.cat_file(path))
 
 
@@ -131,9 +130,9 @@ def is_hidden(parts: Sequence[str]) -> bool:
     return any(part.startswith(".") or part.casefold() in SYSTEM_NAMES for part in parts)
 
 
-def _find(fs: AbstractFileSystem, root: str, ignored: Counter[str]) -> dict[str, Any]:
+def _find(fs: FileSystem, root: str, ignored: Counter[str]) -> dict[str, Any]:
     """Every file below a folder, on this machine through links to folders as well."""
-    if not isinstance(fs, LocalFileSystem):
+    if not fs.is_local:
         return dict(fs.find(root, detail=True))
     files: dict[str, Any] = {}
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse_unreadable):
@@ -184,7 +183,7 @@ def _suffix(path: str) -> str:
     return posixpath.splitext(path)[1].lower()
 
 
-def _from_table(fs: AbstractFileSystem, table: str, suffix: str) -> Iterator[Entry]:
+def _from_table(fs: FileSystem, table: str, suffix: str) -> Iterator[Entry]:
     """Rows with `path` (absolute, or from the table's folder), `label` (empty: unlabelled) and maybe `split`."""
     try:
         text = fs.cat_file(table).decode("utf-8-sig")
@@ -222,7 +221,7 @@ def _json_rows(table: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _from_many(fs: AbstractFileSystem, path: str, split: str | None) -> Iterator[Entry]:
+def _from_many(fs: FileSystem, path: str, split: str | None) -> Iterator[Entry]:
     """The rows of one file, in the split that it names for them or, where it names none, in the given one."""
     for row in list_rows(_address(fs, path)):
         yield Entry(path, row.label, _split(row.split, f"{path}: row {row.number}") or split, row.number)
@@ -234,12 +233,12 @@ def _holds_many(files: Collection[str]) -> bool:
     return not suffixes.isdisjoint(SUFFIXES) and suffixes.isdisjoint(EXTENSIONS)
 
 
-def _address(fs: AbstractFileSystem, path: str) -> str:
+def _address(fs: FileSystem, path: str) -> str:
     """With its protocol, which file systems drop from their paths."""
-    return path if isinstance(fs, LocalFileSystem) or "://" in path else str(fs.unstrip_protocol(path))
+    return path if fs.is_local or "://" in path else str(fs.unstrip_protocol(path))
 
 
-def _folder_of_many(fs: AbstractFileSystem, root: str, files: dict[str, Any], ignored: Counter[str]) -> Iterator[Entry]:
+def _folder_of_many(fs: FileSystem, root: str, files: dict[str, Any], ignored: Counter[str]) -> Iterator[Entry]:
     """Files of many images, each in the split that its name begins with (`train-00000-of-00002.parquet`) or that its
     folder names; and whatever metadata lies beside them."""
     for path in sorted(files):
@@ -273,7 +272,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 def _classes(config: Images, entries: list[Entry]) -> tuple[str, ...]:
     if config.classes is not None:
-        fs, path = url_to_fs(config.classes)
+        fs, path = open_filesystem(config.classes)
         if not fs.isfile(path):
             raise DataError(f"images.classes={config.classes}: no such file")
         lines = [line.strip() for line in fs.cat_file(path).decode("utf-8-sig").splitlines() if line.strip()]
@@ -338,7 +337,7 @@ def _describe(ignored: Counter[str]) -> str:
     return ", ".join(f"{count} {what}" for what, count in ignored.most_common()) or "it is empty"
 
 
-def _fingerprint(fs: AbstractFileSystem, folder: str, files: dict[str, Any], entries: list[Entry]) -> str:
+def _fingerprint(fs: FileSystem, folder: str, files: dict[str, Any], entries: list[Entry]) -> str:
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(f"{entry.path.removeprefix(folder)}|{entry.label}|{entry.split}|{entry.row}\n".encode())
@@ -347,8 +346,8 @@ def _fingerprint(fs: AbstractFileSystem, folder: str, files: dict[str, Any], ent
     return digest.hexdigest()
 
 
-def _version(fs: AbstractFileSystem, path: str, files: dict[str, Any]) -> str:
-    if isinstance(fs, LocalFileSystem):
+def _version(fs: FileSystem, path: str, files: dict[str, Any]) -> str:
+    if fs.is_local:
         try:
             found = os.stat(path)  # of what a link points to
         except OSError:

@@ -16,10 +16,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-from fsspec.core import url_to_fs
 from pyarrow import parquet as pq
 
 from raydistill.errors import DataError
+from raydistill.storage.filesystems import open_filesystem
 
 SUFFIXES = (".parquet", ".arrow", ".tar")
 # Of pictures, in folders and in tar files; what is in them is decided by their content.
@@ -90,7 +90,7 @@ def count_rows(path: str) -> int:
 
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[Any]:
-    fs, place = url_to_fs(path)
+    fs, place = open_filesystem(path)
     with fs.open(place, "rb") as file:
         yield file
 

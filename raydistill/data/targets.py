@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -27,6 +26,7 @@ from raydistill.data.decode import pixels
 from raydistill.data.sample import WINDOW_SHARDS, SampleSet, Visits, decode_shard, shard_name
 from raydistill.data.views import view_parameters
 from raydistill.errors import CheckpointError
+from raydistill.storage.filesystems import open_filesystem, read_bytes
 
 UNLABELLED = -1
 
@@ -81,7 +81,7 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def read_sample_ids(path: str) -> bytes:
     """The ids of a file's rows, 16 bytes each, without its features. Raises CheckpointError where it is damaged."""
-    fs, place = url_to_fs(path)
+    fs, place = open_filesystem(path)
     try:
         # The layout of safetensors: the length of its JSON header, the header, the tensors at the header's offsets.
         start = 8 + int.from_bytes(fs.cat_file(place, 0, 8), "little")
@@ -92,11 +92,6 @@ def read_sample_ids(path: str) -> bytes:
         return data
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it and run the command again") from None
-
-
-def read_bytes(path: str) -> bytes:
-    with fsspec.open(path, "rb") as file:
-        return bytes(file.read())
 
 
 def read_samples(samples: SampleSet, split: str, shard: int) -> pa.Table:
@@ -110,15 +105,20 @@ def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str])
 
 def read_labels(samples: SampleSet, split: str, shard: int) -> np.ndarray:
     """The labels of a shard, UNLABELLED where there is none, without reading its images."""
-    with fsspec.open(f"{samples.path}/{shard_name(split, shard)}.parquet", "rb") as file:
+    with _open_shard(samples, split, shard) as file:
         return labels_of(pq.read_table(file, columns=["label"]))
 
 
 def read_ids(samples: SampleSet, split: str, shard: int) -> list[str]:
     """The ids of a shard's rows, without reading its images."""
-    with fsspec.open(f"{samples.path}/{shard_name(split, shard)}.parquet", "rb") as file:
+    with _open_shard(samples, split, shard) as file:
         ids: list[str] = pq.read_table(file, columns=["sample_id"])["sample_id"].to_pylist()
     return ids
+
+
+def _open_shard(samples: SampleSet, split: str, shard: int) -> Any:
+    fs, place = open_filesystem(f"{samples.path}/{shard_name(split, shard)}.parquet")
+    return fs.open(place, "rb")
 
 
 def labels_of(table: pa.Table) -> np.ndarray:

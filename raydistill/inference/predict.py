@@ -25,8 +25,8 @@ from raydistill.data.images import is_hidden
 from raydistill.data.many import EXTENSIONS, SUFFIXES, count_rows, read_rows
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, DataError
-from raydistill.infra.artifacts import write_file
 from raydistill.models.formats import ABOUT_FILE, load_from_library, network_inputs, onnx_run, torch_run
+from raydistill.storage.filesystems import write_file
 
 Engine = Literal["onnx", "torch"]
 Unit = tuple[str, int, int]  # a file; or, of a file of many images, the first of its rows and how many

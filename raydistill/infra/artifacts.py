@@ -10,18 +10,11 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
-
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-from safetensors import SafetensorError
 
 from raydistill.config import RunConfig, Student, Teacher, Views, fine_tuning
 from raydistill.data.images import Listing, list_images
@@ -30,6 +23,7 @@ from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.examples import weights_fingerprint
 from raydistill.infra.versions import PACKAGES, installed
 from raydistill.models.shards import weight_files
+from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable, write_bytes
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {
@@ -50,8 +44,13 @@ class StageDirectory:
     identity: str  # JSON of what the hash covers
 
     @cached_property
-    def fs(self) -> AbstractFileSystem:
-        return url_to_fs(self.path)[0]
+    def fs(self) -> FileSystem:
+        return open_filesystem(self.path)[0]
+
+    @cached_property
+    def place(self) -> str:
+        """The path as its file system writes it."""
+        return open_filesystem(self.path)[1]
 
     @property
     def name(self) -> str:
@@ -59,21 +58,23 @@ class StageDirectory:
 
     def done(self) -> dict[str, Any] | None:
         """The stage's result, or None where it has not finished."""
-        marker = f"{self.path}/DONE"
-        if not self.fs.exists(marker):
+        data = self.fs.read(f"{self.place}/DONE")
+        if data is None:
             return None
         try:
-            text = self.fs.cat_file(marker).decode()
+            text = data.decode()
             result: dict[str, Any] = json.loads(text)
         except ValueError:
-            raise CheckpointError(f"{marker} is not readable; delete {self.path} and run the command again") from None
+            raise CheckpointError(
+                f"{self.path}/DONE is not readable; delete {self.path} and run the command again"
+            ) from None
         written_as = result.get("path", self.path)
         if written_as != self.path:  # the workspace has moved since
             result = json.loads(text.replace(json.dumps(written_as)[1:-1], json.dumps(self.path)[1:-1]))
         return result
 
     def started(self) -> bool:
-        return bool(self.fs.exists(self.path))
+        return bool(self.fs.exists(self.place))
 
     def write(self, name: str, data: bytes) -> None:
         write_bytes(f"{self.path}/{name}", data)
@@ -82,7 +83,7 @@ class StageDirectory:
         self.write(name, json.dumps(value, indent=2, ensure_ascii=False).encode())
 
     def begin(self) -> None:
-        self.fs.makedirs(self.path, exist_ok=True)
+        self.fs.make_folder(self.place)
         self.write("identity.json", self.identity.encode())
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -91,54 +92,13 @@ class StageDirectory:
     def write_bill(self, bill: dict[str, Any]) -> None:
         """What the run that finished the stage paid, and with which versions it ran: `read_bill` gives it back."""
         self.write_json("seconds.json", bill | {"versions": installed(PACKAGES)})
-
-
-def write_bytes(path: str, data: bytes) -> None:
-    """Write a whole file or none, as `write_file` does."""
-    fs, target = url_to_fs(path)
-    if isinstance(fs, LocalFileSystem):
-        write_file(path, lambda temporary: Path(temporary).write_bytes(data))
-    else:
-        fs.pipe_file(target, data)
-
-
-def write_file(path: str, write: Callable[[str], object]) -> None:
-    """Let `write` write a whole file or none: to a temporary local file, then renamed or, to an object store, sent.
-
-    Raises StageError with the bytes that are free, where the disk is full.
-    """
-    fs, target = url_to_fs(path)
-    if not isinstance(fs, LocalFileSystem):
-        with tempfile.TemporaryDirectory() as folder:
-            write(f"{folder}/whole")
-            fs.put_file(f"{folder}/whole", target)
-        return
-    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-    try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())  # or a machine that loses power may keep the name and not the bytes
-        os.replace(temporary, target)
-    except BaseException as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        # The writers of torch and safetensors turn the system's error into their own.
-        if not isinstance(error, OSError | RuntimeError | SafetensorError):
-            raise
-        space = os.statvfs(next(parent for parent in Path(target).parents if parent.exists()))
-        free = space.f_bavail * space.f_frsize
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise StageError(
-            f"{target}: cannot be written ({reason}; {free:,} bytes are free there); "
-            "make room and run the same command again: what is finished stays"
-        ) from None
+        _bill.cache_clear()
 
 
 def free_bytes(config: RunConfig) -> float:
     """On the workspace's disk; infinite in an object store, of which nothing is known."""
-    fs, root = url_to_fs(workspace_root(config))
-    if not isinstance(fs, LocalFileSystem):
+    fs, root = open_filesystem(workspace_root(config))
+    if not fs.is_local:
         return math.inf
     return shutil.disk_usage(next(place for place in (Path(root), *Path(root).parents) if place.exists())).free
 
@@ -153,11 +113,6 @@ def refuse_small_disk(config: RunConfig, what: str, need: float, advice: str) ->
         )
 
 
-def exists(path: str) -> bool:
-    fs, place = url_to_fs(path)
-    return bool(fs.exists(place))
-
-
 def read_seconds(path: str) -> float:
     """How long the run that finished a stage took for it; 0 where nothing is said. What an interrupted run had spent
     on it before is not in it."""
@@ -167,9 +122,20 @@ def read_seconds(path: str) -> float:
 def read_bill(path: str) -> dict[str, Any]:
     """`seconds` of the run that finished a stage; on a cluster `node_seconds` by node type and `lost_nodes`; and, where
     a process or a node was lost, the `images_again` and `seconds_again` that this cost; `versions` by package."""
-    fs, folder = url_to_fs(path)
-    name = f"{folder}/seconds.json"
-    return dict(json.loads(fs.cat_file(name))) if fs.exists(name) else {}
+    try:
+        return dict(json.loads(_bill(path)))
+    except FileNotFoundError:
+        return {}
+
+
+@lru_cache(maxsize=1024)
+def _bill(path: str) -> bytes:
+    """A bill is written once, and table, report and page all ask for it."""
+    fs, folder = open_filesystem(path)
+    bill = fs.read(f"{folder}/seconds.json")
+    if bill is None:
+        raise FileNotFoundError(path)  # and not a value, which would be kept: it may be written yet
+    return bill
 
 
 def workspace_root(config: RunConfig) -> str:
@@ -182,11 +148,12 @@ def workspace_root(config: RunConfig) -> str:
 def check_writable(config: RunConfig) -> None:
     """Raises ConfigError where nothing can be written to the workspace."""
     root = workspace_root(config)
-    fs, path = url_to_fs(root)
+    fs, path = open_filesystem(root)
+    mark = f".writable-{uuid.uuid4().hex}"  # of this command alone: another may be asking the same
     try:
-        fs.makedirs(path, exist_ok=True)
-        write_bytes(f"{root}/.writable", b"")
-        fs.rm(f"{path}/.writable")
+        fs.make_folder(path)
+        write_bytes(f"{root}/{mark}", b"")
+        fs.remove(f"{path}/{mark}")
     except (OSError, StageError) as error:
         raise ConfigError(f"workspace={config.workspace}: cannot be written ({error}); choose another") from None
 
@@ -328,15 +295,16 @@ def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 def taught_before(directory: StageDirectory) -> list[str]:
     """Files of soft targets in other directories of `teach`, by the same teacher in the same views of other images."""
     own = _apart_from_images(json.loads(directory.identity))
-    root = directory.path.rpartition("/")[0]
+    root, place = directory.path.rpartition("/")[0], directory.place.rpartition("/")[0]
     files: list[str] = []
-    for marker in sorted(directory.fs.glob(f"{root}/teach-*/identity.json")):
-        folder = marker.removesuffix("/identity.json")
-        if folder.endswith(directory.name):
+    for name in directory.fs.names(place):
+        if not name.startswith("teach-") or name == directory.name:
             continue
-        if _apart_from_images(json.loads(directory.fs.cat_file(marker))) == own:
-            files += sorted(directory.fs.glob(f"{folder}/*.safetensors"))
-    return ["/".join([root, *file.split("/")[-2:]]) for file in files]
+        identity = directory.fs.read(f"{place}/{name}/identity.json")
+        if identity is not None and _apart_from_images(json.loads(identity)) == own:
+            found = directory.fs.names(f"{place}/{name}")
+            files += [f"{root}/{name}/{file}" for file in found if file.endswith(".safetensors")]
+    return files
 
 
 def _apart_from_images(identity: dict[str, Any]) -> dict[str, Any]:
@@ -398,6 +366,7 @@ class Work:
 
 def find_work(config: RunConfig, until: str) -> Work:
     """Look at the images' names and the workspace; everything after `prepare` is undone as long as that is."""
+    refuse_unreachable(workspace_root(config), "workspace")
     listing = list_images(config.images)
     prepared = prepare_directory(config, listing)
     streams = config.views.per_image == "fresh" and config.loss.needs_teacher

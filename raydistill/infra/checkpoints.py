@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fsspec.core import url_to_fs
 from safetensors.torch import load, save_file
 from torch import nn
 
 from raydistill.errors import CheckpointError
-from raydistill.infra.artifacts import write_bytes, write_file
 from raydistill.infra.versions import installed
+from raydistill.storage.filesystems import open_filesystem, write_bytes, write_file
 
 logger = logging.getLogger(__name__)
 _KEPT = 2
@@ -111,11 +110,11 @@ class CheckpointWriter:
         write("state.pt", lambda temporary: torch.save(state, temporary))
         meta = {**meta, "checksums": sums}
         write_file(f"{folder}/checkpoint.json", lambda temporary: Path(temporary).write_text(json.dumps(meta)))
-        fs, _ = url_to_fs(self._path)
+        fs, _ = open_filesystem(self._path)
         folders = _folders(self._path)
         whole = [f for f in folders if f.rpartition("/")[2] <= name and fs.exists(f"{f}/checkpoint.json")]
         for other in set(folders) - set(whole[-_KEPT:]):
-            fs.rm(other, recursive=True)
+            fs.remove(other)
 
 
 def _copied(value: Any, before: Any) -> Any:
@@ -135,7 +134,7 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
     Raises CheckpointError where one is as it was written and does not load.
     """
-    fs, _ = url_to_fs(path)
+    fs, _ = open_filesystem(path)
     for folder in reversed(_folders(path)):
         try:
             meta = json.loads(fs.cat_file(f"{folder}/checkpoint.json"))
@@ -183,8 +182,8 @@ def _checksum(path: str) -> int:
 
 
 def _folders(path: str) -> list[str]:
-    fs, root = url_to_fs(f"{path}/checkpoints")
-    return sorted(fs.ls(root, detail=False)) if fs.exists(root) else []
+    fs, root = open_filesystem(f"{path}/checkpoints")
+    return [f"{root}/{name}" for name in fs.names(root)]
 
 
 def write_progress(path: str, step: int, lost_steps: int) -> None:
@@ -194,9 +193,8 @@ def write_progress(path: str, step: int, lost_steps: int) -> None:
 
 def read_progress(path: str) -> tuple[int, int]:
     """What `write_progress` was given last; zeros where it was not called yet."""
-    fs, folder = url_to_fs(path)
-    name = f"{folder}/progress.json"
-    if not fs.exists(name):
+    fs, folder = open_filesystem(path)
+    written = json.loads(fs.read(f"{folder}/progress.json") or b"{}")
+    if not written:
         return 0, 0
-    written = json.loads(fs.cat_file(name))
     return int(written["step"]), int(written.get("lost_steps", 0))

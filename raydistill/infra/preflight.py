@@ -3,23 +3,20 @@ all of them see, a place for every actor. Each finding is a line with the way ou
 
 from __future__ import annotations
 
-import os
 import platform
 import uuid
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-
 from raydistill.config import RunConfig, overlay
 from raydistill.data.images import first_of_table
 from raydistill.errors import ConfigError
-from raydistill.infra.artifacts import workspace_root, write_bytes
+from raydistill.infra.artifacts import workspace_root
 from raydistill.infra.cluster import joined_cluster
 from raydistill.infra.plan import live_plan
 from raydistill.infra.versions import PACKAGES, installed
+from raydistill.storage.filesystems import open_filesystem, write_bytes
 
 # Keys that name places, or models that may lie in one, which every node must see under the same name.
 PLACES = (
@@ -75,15 +72,14 @@ def look_at(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
                     "raydistill has to be installed there: see its log, `ray logs cluster`",
                 )
             )
-    fs, folder = url_to_fs(root)
+    fs, folder = open_filesystem(root)
     try:
         findings += _versions(nodes, seen)
         findings += _workspace(config, nodes, seen, {node: fs.exists(f"{folder}/.seen-{mark}-{node}") for node in seen})
         findings += _unseen(nodes, seen, places)
     finally:
         for path in [f"{folder}/.seen-{mark}", *(f"{folder}/.seen-{mark}-{node}" for node in seen)]:
-            if fs.exists(path):
-                fs.rm(path)
+            fs.remove(path)
     return findings
 
 
@@ -117,13 +113,11 @@ def _places(config: RunConfig) -> dict[str, str]:
         place = "" if place is None else place.removeprefix("hf:").removeprefix("timm:local-dir:")
         if not place or place.startswith("example:") or not _sees(place):
             continue
-        fs, path = url_to_fs(place)
+        fs, path = open_filesystem(place)
         # The driver lists the images, and train workers go to its folder; other actors have folders of their own.
-        if isinstance(fs, LocalFileSystem) and not key.startswith(("teacher.", "generate.")):
+        if fs.is_local and not key.startswith(("teacher.", "generate.")):
             place = path
-        inside = (
-            sorted(os.path.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False)) if fs.isdir(path) else []
-        )
+        inside = fs.names(path) if fs.isdir(path) else []
         found[key] = "/".join([place.rstrip("/"), *inside[:1]])
         if key == "images.path" and (image := first_of_table(place)) and _sees(image):
             found["the first image of images.path"] = image
@@ -134,7 +128,7 @@ def _sees(place: str) -> str | None:
     """A folder, or a file by its size and the checksum of its beginning, which tells weights of one shape apart; None
     where nothing is."""
     try:
-        fs, path = url_to_fs(place)
+        fs, path = open_filesystem(place)
         if not fs.exists(path):
             return None
         if fs.isdir(path):
@@ -147,10 +141,10 @@ def _sees(place: str) -> str | None:
 def _look(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, Any]:
     """On a node: its versions, whether it reads what the driver wrote to the workspace and can write there too, and
     what it sees in the places."""
-    fs, folder = url_to_fs(root)
+    fs, folder = open_filesystem(root)
     path, error = f"{folder}/.seen-{mark}", ""
     try:
-        reads = bool(fs.exists(path)) and fs.cat_file(path) == mark.encode()
+        reads = fs.read(path) == mark.encode()
         if reads:
             write_bytes(f"{root}/.seen-{mark}-{node}", b"")
     except Exception as problem:  # every file system has its own errors

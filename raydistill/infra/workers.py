@@ -113,12 +113,12 @@ def run_workers(
 def _storage(path: str) -> dict[str, Any]:
     """Where Ray Train keeps what it notes of a run. Of places that are not local it knows a few by itself; it is given
     the file system that all else goes through."""
-    from fsspec.core import url_to_fs
-    from fsspec.implementations.local import LocalFileSystem
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    fs, folder = url_to_fs(path)
-    if isinstance(fs, LocalFileSystem):
+    from raydistill.storage.filesystems import open_filesystem
+
+    fs, folder = open_filesystem(path)
+    if fs.is_local:
         return {"storage_path": folder}
     return {"storage_path": folder, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 

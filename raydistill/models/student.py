@@ -23,7 +23,7 @@ from torch.nn import functional
 from raydistill.config import Student as StudentConfig
 from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet
-from raydistill.data.targets import labels_of, read_bytes, read_samples
+from raydistill.data.targets import labels_of, read_samples
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.models.from_transformers import (
@@ -40,6 +40,7 @@ from raydistill.models.weights import (
     model_kind,
     resolve_hf_folder,
 )
+from raydistill.storage.filesystems import read_bytes
 
 
 class TimmClassifier(nn.Module):

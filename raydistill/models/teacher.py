@@ -23,7 +23,6 @@ from torch.nn import functional
 
 from raydistill.config import Teacher as TeacherConfig
 from raydistill.data.prompts import class_words, reading, sentence, words_of
-from raydistill.data.targets import read_bytes
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError
 from raydistill.models.from_transformers import (
@@ -35,6 +34,7 @@ from raydistill.models.from_transformers import (
 )
 from raydistill.models.student import Student, read_student
 from raydistill.models.weights import known_interpolation, load_timm_weights, model_kind, resolve_hf_folder
+from raydistill.storage.filesystems import read_bytes
 
 HEAD_FILE = "head.safetensors"
 

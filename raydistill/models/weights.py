@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
-from fsspec.core import url_to_fs
 from torch import nn
 
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, StorageError
 from raydistill.examples import weights_path
 from raydistill.models.state_dicts import fitting, load_strictly, read_weights, refuse_not_finite
+from raydistill.storage.filesystems import exists
 
 log = logging.getLogger(__name__)
 # Says what a folder of `distill` holds: the model's name, its classes, and how it wants its images.
@@ -52,9 +52,8 @@ def _holds_student(folder: str, key: str) -> bool:
     if "://" not in folder:
         return (Path(folder) / STUDENT_FILE).is_file()
     try:
-        fs, path = url_to_fs(folder)
-        return bool(fs.exists(f"{path}/{STUDENT_FILE}"))
-    except (ImportError, OSError, ValueError) as error:
+        return exists(f"{folder}/{STUDENT_FILE}")
+    except (ConfigError, OSError, StorageError) as error:
         raise ConfigError(f"{key}={folder}: cannot be read ({_first_line(error)})") from None
 
 

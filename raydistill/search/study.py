@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import optuna
-from fsspec.core import url_to_fs
 from optuna.trial import TrialState
 
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.search.space import Choice, Space
+from raydistill.storage.filesystems import open_filesystem
 
 MAXIMISED = ("val_accuracy", "val_balanced_accuracy", "val_top5")
 
@@ -67,9 +67,9 @@ def read_trials(study: optuna.Study) -> list[Trial]:
 
 def read_epochs(directory: str, most: int) -> list[dict[str, float]]:
     """The records of a trial's epochs, up to the `most`-th, as far as they are there."""
-    fs, folder = url_to_fs(directory)
-    paths = [f"{folder}/epochs/{epoch:05d}.json" for epoch in range(1, most + 1)]
-    return [json.loads(fs.cat_file(path)) for path in paths if fs.exists(path)]
+    fs, folder = open_filesystem(directory)
+    records = (fs.read(f"{folder}/epochs/{epoch:05d}.json") for epoch in range(1, most + 1))
+    return [json.loads(record) for record in records if record is not None]
 
 
 def drop_checkpoints(trials: list[Trial]) -> None:
@@ -77,10 +77,9 @@ def drop_checkpoints(trials: list[Trial]) -> None:
     ended, since a trial writes its checkpoints while it is judged."""
     for trial in trials:
         if trial.state == "pruned" and trial.directory:
-            fs, folder = url_to_fs(f"{trial.directory}/checkpoints")
+            fs, folder = open_filesystem(f"{trial.directory}/checkpoints")
             with contextlib.suppress(OSError):  # of a joined cluster a process may still write; the next time, then
-                if fs.exists(folder):
-                    fs.rm(folder, recursive=True)
+                fs.remove(folder)
 
 
 def num_trials(config: RunConfig, space: Space) -> int:

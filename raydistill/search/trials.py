@@ -244,7 +244,7 @@ def _train(work: _Work, report: Callable[[dict[str, Any]], None]) -> dict[str, A
         student = StudentCheckpoint(**done)
         for record in read_epochs(directory.path, last):
             on_epoch({**record, "trained_before": True})
-    record = json.loads(directory.fs.cat_file(f"{directory.path}/epochs/{last:05d}.json"))
+    record = json.loads(directory.fs.cat_file(f"{directory.place}/epochs/{last:05d}.json"))
     result = {**record, **_measures(work, student, record), "finished": True}
     return result if done is None else {**result, "seconds": read_seconds(directory.path)}
 

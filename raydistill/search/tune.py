@@ -244,9 +244,10 @@ def _identity(entry: Distribution) -> dict[str, Any]:
 def _differences(config: RunConfig, directory: StageDirectory) -> list[str]:
     """What a new search of a job differs in from the latest one before it."""
     fs, mine = directory.fs, json.loads(directory.identity)
-    root = artifacts.workspace_root(config)
-    earlier = sorted(fs.glob(f"{root}/tune-*/identity.json"), key=fs.modified, reverse=True) if fs.exists(root) else []
-    for path in earlier:
+    root = directory.place.rpartition("/")[0]
+    names = [name for name in fs.names(root) if name.startswith("tune-")]
+    paths = [path for name in names if fs.exists(path := f"{root}/{name}/identity.json")]
+    for path in sorted(paths, key=fs.modified, reverse=True):
         other = json.loads(fs.cat_file(path))
         if (other["config"], other["files"]) == (mine["config"], mine["files"]):
             before, after = (json.dumps({k: t[k] for k in ("space", "tune")}, indent=1).splitlines()

@@ -19,13 +19,13 @@ import numpy as np
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet, Visits, batch_order
 from raydistill.data.targets import UNLABELLED, Batch, InMemory, Part, Streamed, TrainSplit
-from raydistill.infra.artifacts import write_bytes
 from raydistill.infra.checkpoints import latest_step
 from raydistill.infra.plan import Plan
 from raydistill.infra.restarts import new_tries, trying
 from raydistill.infra.workers import Worker
 from raydistill.models.teacher import load_head
 from raydistill.stages.teach import fresh_views
+from raydistill.storage.filesystems import write_bytes
 
 _BATCHES_AHEAD = 4
 # Steps whose images one Ray task gathers for the stream of fresh views.

@@ -9,12 +9,12 @@ import timm
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
-from raydistill.data.targets import read_bytes
 from raydistill.models.formats import INT8_FILE
 from raydistill.secrets import redacted
 from raydistill.stages.evaluate import Report
 from raydistill.stages.export import Exported
 from raydistill.stages.generate import GeneratedImages
+from raydistill.storage.filesystems import read_bytes
 
 
 def model_card(

@@ -15,10 +15,10 @@ from raydistill.config import Images, RunConfig
 from raydistill.data.decode import decode
 from raydistill.data.images import Entry, list_images, read_bytes_of
 from raydistill.errors import ConfigError, DataError
-from raydistill.infra.artifacts import write_bytes
 from raydistill.secrets import on_page, redacted_tree
 from raydistill.stages.check import Checkup
 from raydistill.stages.prepare import entry_name
+from raydistill.storage.filesystems import write_bytes
 
 _SIGNS = {"stop": "stops", "loses": "loses", "look": "look", "note": "note"}
 _THUMBNAIL = 128

@@ -18,10 +18,11 @@ from raydistill.data.decode import pixels
 from raydistill.data.likeness import difference_hash, hash_words
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import read_all_targets, read_samples
-from raydistill.infra.artifacts import backbone_name, exists
+from raydistill.infra.artifacts import backbone_name
 from raydistill.models.teacher import load_head
 from raydistill.stages.making import Key, Made
 from raydistill.stages.showing import FileTeacher, made_images, teacher_settings, whole_features, working_image
+from raydistill.storage.filesystems import exists
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from fsspec.core import url_to_fs
-
 from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import latest_checkpoint, latest_step, read_progress
@@ -19,6 +17,7 @@ from raydistill.infra.workers import run_workers
 from raydistill.models.student import build_student, has_batch_norm, write_student
 from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.loop import distill_loop
+from raydistill.storage.filesystems import open_filesystem
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -71,8 +70,7 @@ def distill_student(
     )
     directory.finish(asdict(result))
     for leftover in ("checkpoints", "ray"):
-        if directory.fs.exists(f"{directory.path}/{leftover}"):
-            directory.fs.rm(f"{directory.path}/{leftover}", recursive=True)
+        directory.fs.remove(f"{directory.place}/{leftover}")
     return result
 
 
@@ -133,9 +131,8 @@ def _following(
             at, epoch = start, start // job.steps_per_epoch
             while True:
                 last_look = ended.wait(_SECONDS_BETWEEN_LOOKS)
-                while directory.fs.exists(f"{job.path}/epochs/{epoch + 1:05d}.json"):
-                    epoch += 1
-                    record = json.loads(directory.fs.cat_file(f"{job.path}/epochs/{epoch:05d}.json"))
+                while written := directory.fs.read(f"{directory.place}/epochs/{epoch + 1:05d}.json"):
+                    epoch, record = epoch + 1, json.loads(written)
                     on_epoch(record)
                     advance(max(int(record["step"]) - at, 0), _note(record))
                     at = max(int(record["step"]), at)
@@ -161,6 +158,5 @@ def _note(record: dict[str, float]) -> str:
 
 def read_epochs(path: str) -> list[dict[str, float]]:
     """The records of all epochs of a student's directory, in order."""
-    fs, folder = url_to_fs(path)
-    names = fs.ls(f"{folder}/epochs", detail=False) if fs.exists(f"{folder}/epochs") else []
-    return [json.loads(fs.cat_file(name)) for name in sorted(names) if name.endswith(".json")]
+    fs, folder = open_filesystem(f"{path}/epochs")
+    return [json.loads(fs.cat_file(f"{folder}/{name}")) for name in fs.names(folder) if name.endswith(".json")]

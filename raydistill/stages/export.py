@@ -18,7 +18,7 @@ import torch
 from raydistill.config import RunConfig
 from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet
-from raydistill.data.targets import labels_of, read_bytes, read_samples
+from raydistill.data.targets import labels_of, read_samples
 from raydistill.errors import StageError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.progress import Progress
@@ -41,6 +41,7 @@ from raydistill.models.student import Student, TimmClassifier, read_student
 from raydistill.models.teacher import load_teacher
 from raydistill.models.weights import STUDENT_FILE
 from raydistill.stages.speed import measure_speed
+from raydistill.storage.filesystems import read_bytes
 
 # Each form is compared with the checkpoint at these batch sizes, on so many images of val, or of train where val has
 # none; the bound is on the largest difference of logits, as a share of the largest logit.

@@ -29,7 +29,7 @@ from raydistill.data.decode import encode, pixels
 from raydistill.data.images import list_images
 from raydistill.data.prompts import class_prompts, refuse_unknown
 from raydistill.data.sample import SampleSet, encode_shard, samples_from_json, seeded_rank, shard_name
-from raydistill.data.targets import labels_of, read_bytes, read_samples
+from raydistill.data.targets import labels_of, read_samples
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra.artifacts import StageDirectory, prepare_directory, refuse_small_disk
 from raydistill.infra.plan import Plan
@@ -40,6 +40,7 @@ from raydistill.stages.choosing import Chosen, HeldOut, Judge, choose
 from raydistill.stages.figures import contact_sheet
 from raydistill.stages.making import NO_CLASS, GeneratorActor, Key, Made, Recipe, make_recipes, plan_units, read_made
 from raydistill.stages.showing import show, working_image
+from raydistill.storage.filesystems import read_bytes
 
 # On one contact sheet, of kept and of rejected images each; and on all sheets together, where classes are many.
 _MOST_PICTURES, _FEWEST_PICTURES, _PICTURES_IN_ALL = 24, 4, 2400

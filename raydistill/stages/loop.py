@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raydistill.config import Distill
 from raydistill.data.views import render
 from raydistill.errors import DivergedError, StageError
-from raydistill.infra.artifacts import refuse_small_disk, write_bytes
+from raydistill.infra.artifacts import refuse_small_disk
 from raydistill.infra.checkpoints import (
     Checkpoint,
     CheckpointWriter,
@@ -36,6 +36,7 @@ from raydistill.models.from_transformers import TransformersClassifier
 from raydistill.models.student import Adapter, ProjectionHead, Student, build_student, split_logits
 from raydistill.models.teacher import load_head
 from raydistill.stages.batches import DistillJob, worker_batches
+from raydistill.storage.filesystems import write_bytes
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 _MOST_SKIPPED_STEPS = 20

@@ -29,10 +29,11 @@ from raydistill.data.prompts import ClassPrompts, class_prompts
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import labels_of, read_samples
 from raydistill.errors import StageError
-from raydistill.infra.artifacts import StageDirectory, class_directory, exists, write_bytes
+from raydistill.infra.artifacts import StageDirectory, class_directory
 from raydistill.infra.restarts import Restart, trying
 from raydistill.models.generator import Generator, Request
 from raydistill.models.pipelines import PipelineFacts, class_numbers
+from raydistill.storage.filesystems import exists, write_bytes
 
 # An unconditional pipeline makes images of no class; this stands for its name.
 NO_CLASS = ""
@@ -237,12 +238,10 @@ def read_made(recipe: Recipe) -> dict[tuple[int, int], Made]:
     if not directory.started():
         return found
     columns = [name for name in _MADE.names if name != "image"]
-    directory.fs.invalidate_cache(directory.path)  # object stores remember what they listed; actors have written since
-    names = {place.rpartition("/")[2] for place in directory.fs.ls(directory.path, detail=False)}
-    for name in sorted(name for name in names if name.endswith(".parquet")):
+    for name in (name for name in directory.fs.names(directory.place) if name.endswith(".parquet")):
         path = f"{directory.path}/{name}"
         try:
-            with directory.fs.open(path, "rb") as file:
+            with directory.fs.open(f"{directory.place}/{name}", "rb") as file:
                 table = pq.read_table(file, columns=columns)
         except (pa.ArrowException, OSError) as error:
             raise StageError(f"{path} is damaged ({error}); delete it and run the command again") from None

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from fsspec.core import url_to_fs
 from pyarrow import parquet as pq
 
 from raydistill.config import Images, RunConfig
@@ -26,18 +25,12 @@ from raydistill.data.images import Entry, Listing, read_bytes_of
 from raydistill.data.many import read_rows
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
 from raydistill.errors import DataError, StageError
-from raydistill.infra.artifacts import (
-    StageDirectory,
-    decoded_directory,
-    exists,
-    free_bytes,
-    refuse_small_disk,
-    write_bytes,
-)
+from raydistill.infra.artifacts import StageDirectory, decoded_directory, free_bytes, refuse_small_disk
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import new_tries, trying
 from raydistill.secrets import redacted_tree
+from raydistill.storage.filesystems import exists, open_filesystem, write_bytes
 
 # Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
@@ -363,7 +356,7 @@ def _write(
 
 
 def _read_decoded(file: str, columns: list[str]) -> pa.Table:
-    fs, path = url_to_fs(file)
+    fs, path = open_filesystem(file)
     try:
         with fs.open(path, "rb") as handle:
             return pq.read_table(handle, columns=columns)

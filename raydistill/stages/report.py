@@ -20,15 +20,16 @@ from scipy.special import softmax
 
 from raydistill.config import RunConfig, overlay, shown_yaml
 from raydistill.data.sample import SampleSet
-from raydistill.data.targets import read_bytes, read_samples
+from raydistill.data.targets import read_samples
 from raydistill.errors import ConfigError
-from raydistill.infra.artifacts import evaluate_directory, exists, read_bill, write_bytes
+from raydistill.infra.artifacts import evaluate_directory, read_bill
 from raydistill.infra.node_hours import bill_words
 from raydistill.infra.versions import PACKAGES, installed
 from raydistill.secrets import on_page
 from raydistill.stages.baselines import OVERLAYS
 from raydistill.stages.evaluate import PREDICTIONS_FILE, Report
 from raydistill.stages.run import Outcome
+from raydistill.storage.filesystems import exists, read_bytes, write_bytes
 
 _MOST_DISAGREEMENTS, _MOST_SHEETS, _MOST_REASONS, _EXAMPLES = 24, 12, 20, 3
 

@@ -21,13 +21,14 @@ from ray.data import ActorPoolStrategy
 from raydistill.config import Images, RunConfig, Teacher, Views
 from raydistill.data.decode import decode
 from raydistill.data.sample import SampleSet, sample_id, shard_name
-from raydistill.data.targets import all_targets, encode_targets, read_bytes, read_samples
+from raydistill.data.targets import encode_targets, read_all_targets, read_samples
 from raydistill.data.views import WHOLE_IMAGE, stored_views
-from raydistill.infra.artifacts import StageDirectory, backbone_name, exists, views_name, workspace_root, write_bytes
+from raydistill.infra.artifacts import StageDirectory, backbone_name, views_name, workspace_root
 from raydistill.infra.plan import LEAST_SHARE, Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import new_tries, trying
 from raydistill.stages.teach import SoftTargets, TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
+from raydistill.storage.filesystems import exists, read_bytes, write_bytes
 
 
 def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Dataset:
@@ -130,8 +131,8 @@ def teach_files(
         target = f"{directory.path}/{shard_name('train', shard)}.safetensors"
         ids = read_samples(generated, "train", shard)["sample_id"].to_pylist()
         features_KD: dict[str, np.ndarray] = {}
-        for at, stored in directory.fs.cat(sorted({place[file_of[i]] for i in ids})).items():
-            own, features_KND = all_targets(stored, at)
+        for file in sorted({place[file_of[i]] for i in ids}):
+            own, features_KND = read_all_targets(file)
             features_KD.update(zip(own, features_KND.swapaxes(0, 1), strict=True))
         features_KRD = np.stack([features_KD[i] for i in ids], axis=1)
         write_bytes(target, encode_targets(ids, features_KRD))

@@ -9,9 +9,10 @@ from rich.console import Group
 from rich.table import Table
 
 from raydistill.config import RunConfig
-from raydistill.infra.artifacts import read_bill, write_bytes
+from raydistill.infra.artifacts import read_bill
 from raydistill.infra.node_hours import bill_words
 from raydistill.stages.run import Outcome
+from raydistill.storage.filesystems import write_bytes
 
 
 def closing_table(config: RunConfig, outcome: Outcome) -> Group:

@@ -24,11 +24,12 @@ from raydistill.data.sample import SampleSet, shard_name
 from raydistill.data.targets import UNLABELLED, encode_targets, read_ids, read_labels, read_samples
 from raydistill.data.views import WHOLE_IMAGE, render, stored_views
 from raydistill.errors import StageError
-from raydistill.infra.artifacts import StageDirectory, exists, refuse_small_disk, taught_before, write_bytes
+from raydistill.infra.artifacts import StageDirectory, refuse_small_disk, taught_before
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import Restart, new_tries, trying
 from raydistill.models.teacher import load_head, load_teacher
+from raydistill.storage.filesystems import exists, read_bytes, write_bytes
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def write_features(
             copied += int(written["copied"])
     if copied:
         progress.line(f"{title:<9} {copied:,} of these images were known: their views were copied, not seen again")
-    width: int = load(directory.fs.cat_file(_file(directory.path, *next(iter(rows)))))["features"].shape[2]
+    width: int = load(read_bytes(_file(directory.path, *next(iter(rows)))))["features"].shape[2]
     return width
 
 

@@ -17,6 +17,7 @@ from raydistill.data.images import Entry, Listing
 from raydistill.data.sample import SampleSet
 from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.infra import artifacts
+from raydistill.storage.filesystems import write_bytes
 
 LISTING = Listing((Entry("/i/a/0.png", "a", None), Entry("/i/b/0.png", "b", None)), ("a", "b"), {}, "0123")
 SAMPLES = SampleSet(
@@ -486,8 +487,8 @@ def everything_below(folder: Path) -> list[str]:
 
 def test_bytes_are_written_and_written_over(tmp_path):
     path = tmp_path / "deep" / "er" / "file"
-    artifacts.write_bytes(str(path), b"first")
-    artifacts.write_bytes(str(path), b"second")
+    write_bytes(str(path), b"first")
+    write_bytes(str(path), b"second")
     assert path.read_bytes() == b"second"
     assert everything_below(tmp_path) == ["deep/er/file"]
 
@@ -497,7 +498,7 @@ import resource, sys
 import torch
 from safetensors.torch import save_file
 from raydistill.errors import StageError
-from raydistill.infra.artifacts import write_bytes, write_file
+from raydistill.storage.filesystems import write_bytes, write_file
 folder, limited, writer = sys.argv[1], sys.argv[2] == "limited", sys.argv[3]
 tensors = {"weights": torch.zeros(250_000)}
 write = {
@@ -520,7 +521,7 @@ def test_a_file_has_its_bytes_on_disk_before_it_has_its_name(tmp_path, monkeypat
     done, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_size), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda *places: (done.append("named"), replace(*places)))
-    artifacts.write_bytes(str(tmp_path / "file"), b"12345")
+    write_bytes(str(tmp_path / "file"), b"12345")
     assert done == [5, "named"]
 
 
@@ -551,21 +552,21 @@ def test_a_place_that_takes_no_files_is_a_stage_error(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "below", tmp_path / "file" / "deep" / "below"):
         with pytest.raises(StageError, match="below"):
-            artifacts.write_bytes(str(path), b"x")
+            write_bytes(str(path), b"x")
     (tmp_path / "folder").mkdir()
     with pytest.raises(StageError, match="folder"):
-        artifacts.write_bytes(str(tmp_path / "folder"), b"x")
+        write_bytes(str(tmp_path / "folder"), b"x")
     assert everything_below(tmp_path) == ["file"]
 
 
 def test_a_reader_sees_one_whole_version_while_others_write(tmp_path):
     path = tmp_path / "file"
     versions = [bytes([value]) * 300_000 for value in (1, 2)]
-    artifacts.write_bytes(str(path), versions[0])
+    write_bytes(str(path), versions[0])
 
     def write(data: bytes) -> None:
         for _ in range(40):
-            artifacts.write_bytes(str(path), data)
+            write_bytes(str(path), data)
 
     writers = [threading.Thread(target=write, args=(data,)) for data in versions]
     for writer in writers:

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from raydistill.config import load_config
@@ -23,6 +22,7 @@ from raydistill.infra.workers import Worker
 from raydistill.stages import prepare
 from raydistill.stages.loop import distill_loop
 from raydistill.stages.teach import refuse_large_targets, stream_soft_targets
+from raydistill.storage.filesystems import open_filesystem
 
 
 @pytest.fixture
@@ -88,9 +88,8 @@ def test_images_count_at_the_size_that_they_have_as_png_and_once_where_they_are_
 def test_teach_is_refused_where_the_shards_that_are_missing_do_not_fit(tiny_set, tmp_path, progress, free) -> None:
     config = tiny_set.job("job").config.model_copy(update={"workspace": str(tmp_path)})
     head, folder = str(tiny_set.root / "adapt"), tmp_path / "targets"
-    directory = SimpleNamespace(
-        path=str(folder), name="targets", identity="{}", fs=LocalFileSystem(), begin=lambda: None
-    )
+    fs, place = open_filesystem(str(folder))
+    directory = SimpleNamespace(path=place, place=place, name="targets", identity="{}", fs=fs, begin=lambda: None)
     plan = plan_resources(config, 2.0, 0.0, 2)
     free(500)
     with pytest.raises(ConfigError, match=r"teach: 6 features of 2 views.*lower views\.per_image") as refused:

@@ -1,0 +1,1 @@
+"""Where results and images lie: on this machine's disks, or on what fsspec reaches."""

@@ -1,0 +1,253 @@
+"""The one place that opens file systems: without caches of what they list, and with patience.
+
+fsspec keeps what a bucket listed for as long as a process lives, so a file that another process wrote is not there to
+this one. And storage that is far away does not always answer: a call is tried again for a while before a run ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import glob
+import logging
+import os
+import tempfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tenacity
+from fsspec.config import conf
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
+
+from raydistill.errors import ConfigError, StageError, StorageError
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+PATIENCE_SECONDS = 60.0
+# What to install for a protocol: `pip install 'raydistill[s3]'`.
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+# These have buckets, which their owner makes on purpose, and no folders.
+_WITH_BUCKETS = frozenset({*_EXTRAS, "adl", "oci", "oss", "hf"})
+# What a disk that is mounted from elsewhere says while it is away, and what no disk or bucket takes back.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EREMOTEIO}
+_FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM, errno.ENOSYS,
+          errno.EMSGSIZE, errno.ENOTEMPTY, errno.EREMCHG}  # fmt: skip
+_FINAL_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+# The clients of buckets have errors of their own. Of these the first say that there is no key, the others that the
+# client is not set up.
+_CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
+_NO_KEY = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
+           "DefaultCredentialsError", "UnauthorizedSSOTokenError"}  # fmt: skip
+_NOT_SET_UP = {"ProfileNotFound", "ParamValidationError", "NoRegionError", "InvalidRegionError", "ConfigParseError"}
+_ASK_AGAIN = {408, 425, 429}  # HTTP's codes below 500 that pass
+
+
+class FileSystem:
+    """A file system of fsspec's, each call of which is tried again for `patience` seconds while storage does not
+    answer. Then it raises StorageError; and PermissionError where the key is refused."""
+
+    def __init__(self, fs: Any, patience: float) -> None:
+        self._fs, self._patience = fs, patience
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._fs, name)
+        return functools.partial(patiently, value, self.is_local, self._patience) if callable(value) else value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileSystem, (self._fs, self._patience)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self._fs, LocalFileSystem)
+
+    @property
+    def has_buckets(self) -> bool:
+        protocol = self._fs.protocol
+        return not _WITH_BUCKETS.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
+
+    def make_folder(self, place: str) -> None:
+        """With all above it. A bucket has no folders, and is not made because a name was misspelt."""
+        if not self.has_buckets:
+            self.makedirs(place, exist_ok=True)
+
+    def names(self, place: str) -> list[str]:
+        """Of the files and folders in a folder, sorted; none where it is not there."""
+        try:
+            return sorted(entry.rstrip("/").rpartition("/")[2] for entry in self.ls(place, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def read(self, place: str) -> bytes | None:
+        """A small file's bytes, or None where it is not there, in one request. (To read in parts, s3fs asks for the
+        size first.)"""
+        whole = {"max_concurrency": 1} if "s3" in self._fs.protocol else {}
+        try:
+            return bytes(self.cat_file(place, **whole))
+        except FileNotFoundError:
+            return None
+
+    def remove(self, place: str) -> None:
+        """A file, or a folder with all that is in it, if it is still there."""
+        try:
+            # All but the local one take signs such as [ for those of a pattern.
+            self.rm(place if self.is_local else glob.escape(place), recursive=True)
+        except FileNotFoundError:
+            return
+
+
+def open_filesystem(path: str, patience: float = PATIENCE_SECONDS) -> tuple[FileSystem, str]:
+    """The file system of a path or URL, and the path as that file system writes it.
+
+    Raises ConfigError where no package that is installed knows the protocol.
+    """
+    protocol = path.partition("://")[0] if "://" in path else ""
+    options: dict[str, Any] = {"use_listings_cache": False} if protocol else {}
+    set_up = "AWS_MAX_ATTEMPTS" in os.environ or "config_kwargs" in conf.get("s3", {})
+    if _EXTRAS.get(protocol) == "s3" and not set_up:
+        # s3fs has a loop of retries around botocore's, and there is ours: with all three a wrong address took 14 s.
+        options["config_kwargs"] = {"retries": {"max_attempts": 1}, "connect_timeout": 10}
+    try:
+        fs, place = url_to_fs(path, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        advice = f"; pip install 'raydistill[{extra}]'" if extra else ""
+        raise ConfigError(f"{path}: what reads {protocol}:// is not installed ({error}){advice}") from None
+    except ValueError as error:  # no such protocol
+        raise ConfigError(f"{path}: {error}") from None
+    return FileSystem(fs, patience), place
+
+
+def patiently(call: Callable[..., Result], is_local: bool, patience: float, /, *args: Any, **kwargs: Any) -> Result:
+    """What a call on storage gives in the end. What is wrong with the request itself, as with a file that is not there,
+    is raised as it is."""
+    where = next((a for a in reversed(args) if isinstance(a, str)), "storage")
+
+    def passes(error: BaseException) -> bool:
+        return _passes(error, is_local)
+
+    def say(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            logger.warning("%s: storage does not answer (%s); trying again", where, _reason(state.outcome.exception()))
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(passes),
+        stop=tenacity.stop_after_delay(patience),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
+        before_sleep=say,
+        reraise=True,
+    )
+    try:
+        return retrying(call, *args, **kwargs)
+    except Exception as error:  # every client has its own
+        if type(error).__name__ in _NO_KEY or (isinstance(error, PermissionError) and not is_local):
+            raise PermissionError(
+                f"{where}: storage refuses access ({_reason(error)}); check this process's keys and what they allow"
+            ) from None
+        if not passes(error):
+            raise
+        raise StorageError(
+            f"{where}: storage does not answer ({_reason(error)}); check the address and the network, and run the same "
+            "command again: what is finished stays"
+        ) from None
+
+
+def _passes(error: BaseException, is_local: bool) -> bool:
+    """Whether it is storage or the way there that failed, rather than what was asked of it."""
+    if isinstance(error, _FINAL_ERRORS):
+        return False
+    response = getattr(error, "response", None)
+    status = getattr(error, "status", None) or getattr(response, "status_code", None)
+    if isinstance(status, int) and 400 <= status < 500 and status not in _ASK_AGAIN:
+        return False
+    if isinstance(error, OSError):
+        return error.errno in _PASSING if is_local else error.errno not in _FINAL
+    name = type(error).__name__
+    return type(error).__module__.partition(".")[0] in _CLIENTS and name not in _NO_KEY and name not in _NOT_SET_UP
+
+
+def _reason(error: BaseException | None) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole file. Raises FileNotFoundError."""
+    fs, place = open_filesystem(path)
+    return bytes(fs.cat_file(place))
+
+
+def exists(path: str) -> bool:
+    fs, place = open_filesystem(path)
+    return bool(fs.exists(place))
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write a whole file or none, as `write_file` does."""
+    fs, target = open_filesystem(path)
+    if fs.is_local:
+        write_file(path, lambda temporary: Path(temporary).write_bytes(data))
+    else:
+        _send(fs.pipe_file, target, data, path)
+
+
+def write_file(path: str, write: Callable[[str], object]) -> None:
+    """Let `write` write a whole file or none: to a temporary local file, then renamed or, to an object store, sent.
+
+    Raises StageError with the bytes that are free, where the disk is full.
+    """
+    fs, target = open_filesystem(path)
+    if not fs.is_local:
+        with tempfile.TemporaryDirectory() as folder:
+            write(f"{folder}/whole")
+            _send(lambda place, whole: fs.put_file(whole, place), target, f"{folder}/whole", path)
+        return
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())  # or a machine that loses power may keep the name and not the bytes
+        os.replace(temporary, target)
+    except BaseException as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        # The writers of torch and safetensors turn the system's error into their own.
+        if not isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise
+        space = os.statvfs(next(parent for parent in Path(target).parents if parent.exists()))
+        free = space.f_bavail * space.f_frsize
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StageError(
+            f"{target}: cannot be written ({reason}; {free:,} bytes are free there); "
+            "make room and run the same command again: what is finished stays"
+        ) from None
+
+
+def _send(call: Callable[[str, Any], object], place: str, what: Any, path: str) -> None:
+    try:
+        call(place, what)
+    except FileNotFoundError:
+        raise StorageError(f"{path}: {_no_bucket(place)}") from None
+
+
+def _no_bucket(place: str) -> str:
+    return f"there is no bucket {place.lstrip('/').partition('/')[0]!r}; make it, or put the name right"
+
+
+def refuse_unreachable(path: str, key: str) -> None:
+    """Ask a place that is not on this machine once, so that a wrong address, a refused key or a bucket that does not
+    exist is said in seconds. Raises ConfigError, which names the key of the config."""
+    if "://" not in path:
+        return
+    fs, place = open_filesystem(path, patience=0)
+    try:
+        fs.info(place)
+    except FileNotFoundError:
+        if fs.has_buckets and not fs.exists(place.lstrip("/").partition("/")[0]):
+            raise ConfigError(f"{key}={path}: {_no_bucket(place)}") from None
+    except (PermissionError, StorageError) as error:
+        raise ConfigError(f"{key}={path}: {error}") from None
