@@ -20,7 +20,7 @@ from rich.console import Console
 from raydistill.config import RunConfig, load_config
 from raydistill.infra.cluster import ray_cluster
 from raydistill.infra.progress import Progress
-from raydistill.search.verdict import mean_interval, paired_p_value
+from raydistill.search.significance import accuracy_interval, align, difference, read_answers
 from raydistill.stages.evaluate import Report
 from raydistill.stages.run import run_stages
 from raydistill.stages.summary import recall_deltas
@@ -73,21 +73,24 @@ def run_arms(options: argparse.Namespace, labels: int, progress: Progress) -> di
 
 
 def table(reports: dict[str, list[Report]]) -> Iterator[str]:
-    """Lines of Markdown: test accuracy of each arm and its gain over labelled images alone, paired by seed."""
+    """Lines of Markdown: test accuracy of each arm and its gain over labelled images alone, paired by seed and image;
+    images and seeds count in what is uncertain. The p-values are of one arm each, not corrected for their number."""
     yield "| beside the labelled images | test | 95% interval | gain in points | p |"
     yield "|---|---|---|---|---|"
-    base = [report.student["test"]["accuracy"] for report in reports[BASE]]
+    answers = [[read_answers(report.path, "test") for report in of_arm] for of_arm in reports.values()]
+    right = dict(zip(reports, align(answers), strict=True))
     for name, of_arm in reports.items():
-        test = [report.student["test"]["accuracy"] for report in of_arm]
-        gains = [100 * (one - other) for one, other in zip(test, base, strict=True)]
-        gain, p = f"{np.mean(gains):+.1f}{bounds(gains, '+.1f')}", paired_p_value(gains)
-        cells = ["", ""] if name == BASE else [gain, "" if p is None else f"{p:.3f}"]
-        yield f"| {name} | {np.mean(test):.3f} | {bounds(test, '.3f').strip()} | {cells[0]} | {cells[1]} |"
-
-
-def bounds(values: list[float], form: str) -> str:
-    low, high = mean_interval(values)
-    return "" if low is None else f" ({low:{form}} to {high:{form}})"
+        test = np.mean([report.student["test"]["accuracy"] for report in of_arm])
+        low, high = accuracy_interval(right[name])
+        cells = ["", ""]
+        if name != BASE:
+            gain = difference(right[name], right[BASE])
+            bounds, p = gain.interval(), gain.p_value()
+            cells = [
+                f"{100 * gain.mean:+.1f} ({100 * bounds[0]:+.1f} to {100 * bounds[1]:+.1f})",
+                "" if p is None else f"{p:.3f}",
+            ]
+        yield f"| {name} | {test:.3f} | ({low:.3f} to {high:.3f}) | {cells[0]} | {cells[1]} |"
 
 
 def deltas(reports: dict[str, list[Report]], name: str) -> str:

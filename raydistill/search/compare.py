@@ -151,7 +151,8 @@ def _run(trial: _Trial, progress: Progress, tracker: Tracker) -> Arm:
     with tracker.child(trial.name) as record:
         outcome = run_stages(trial.config, progress)
         arm = arm_of(trial.arm, trial.seed, trial.label_share, outcome)
-        record.log({key: float(v) for key, v in asdict(arm).items() if isinstance(v, int | float)})
+        numbers = {key: float(v) for key, v in vars(arm).items() if isinstance(v, int | float)}
+        record.log(numbers | {"test_accuracy": arm.test_accuracy})
         for epoch in arm.epochs:
             record.log(epoch, int(epoch["step"]))
     return arm

@@ -13,12 +13,13 @@ def draw_comparison(comparison: Comparison) -> bytes:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for row in comparison.rows:
-        error = None if row.test_low is None else [[row.test_mean - row.test_low], [row.test_high - row.test_mean]]  # type: ignore[operator]
+        error = [[row.test_mean - row.test_low], [row.test_high - row.test_mean]]
         marker = "s" if is_baseline(row.arm) else "o"
         axes.errorbar([row.seconds], [row.test_mean], yerr=error, marker=marker, capsize=4, label=row.arm)
     axes.set(
         xlabel="seconds: adapt + generate + teach + train", ylabel="test accuracy (mean over seeds)",
-        title=f"{comparison.num_seeds} seed(s); squares: baselines; bars: 95 % intervals of the mean",
+        title=f"{comparison.num_seeds} seed(s); squares: baselines; bars: 95 % intervals over "
+        + ("images, this seed's alone" if comparison.num_seeds == 1 else "images and seeds"),
     )  # fmt: skip
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
@@ -34,8 +35,7 @@ def draw_curve(comparison: Comparison) -> bytes:
         points = sorted((p for p in comparison.curve if p["arm"] == name), key=lambda p: p["num_labelled"])
         counts, means = [p["num_labelled"] for p in points], [p["test_mean"] for p in points]
         axes.plot(counts, means, marker="o", label=name)
-        if points[0]["test_low"] is not None:
-            axes.fill_between(counts, [p["test_low"] for p in points], [p["test_high"] for p in points], alpha=0.2)
+        axes.fill_between(counts, [p["test_low"] for p in points], [p["test_high"] for p in points], alpha=0.2)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set(xlabel="labelled train images", ylabel="test accuracy (mean over seeds)")

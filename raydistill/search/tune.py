@@ -28,6 +28,7 @@ from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import Tracker
 from raydistill.models.student import build_student
 from raydistill.search.display import Clock, SearchDisplay, minutes
+from raydistill.search.significance import LEVEL, Answers, align, difference, needed_words, p_words, read_answers
 from raydistill.search.space import Choice, Distribution, Space, read_space, shared_part
 from raydistill.search.study import (
     MAXIMISED,
@@ -40,7 +41,6 @@ from raydistill.search.study import (
 )
 from raydistill.search.study_page import search_page
 from raydistill.search.trials import RESERVED, Layout, MakeJob, lay_out, run_trials, seconds_per_step
-from raydistill.search.verdict import mean_interval, paired_p_value
 from raydistill.secrets import redacted_tree, without_secrets
 from raydistill.stages.batches import DistillJob
 from raydistill.stages.run import Outcome, check_measurable, check_run, distill_job, run_stages
@@ -48,15 +48,17 @@ from raydistill.stages.run import Outcome, check_measurable, check_run, distill_
 
 @dataclass(frozen=True)
 class Gain:
-    """The best settings against the job's own over new seeds, paired: means, and the gain with its 95 % interval."""
+    """The best settings against the job's own over new seeds, paired by seed and image: means, and the gain with its
+    95 % interval over seeds and images; with one seed over images alone, and without a p-value."""
 
     split: str
     own: float
     best: float
     gain: float
-    low: float | None
-    high: float | None
+    low: float
+    high: float
     p_value: float | None
+    needed: str  # in words: what would tell it from chance
 
 
 @dataclass(frozen=True)
@@ -324,7 +326,7 @@ def _confirm(
     """Train the best and the job's own settings with new seeds, which no trial has seen; val and, here alone, test."""
     if not settings or not config.tune.confirm_seeds:
         return [], 0.0
-    scores: dict[str, dict[str, list[float]]] = {"val": {"own": [], "best": []}, "test": {"own": [], "best": []}}
+    answers: dict[str, dict[str, list[Answers]]] = {"val": {"own": [], "best": []}, "test": {"own": [], "best": []}}
     stages: set[str] = set()  # both share some
     for number in range(1, config.tune.confirm_seeds + 1):
         for who, tree in (("own", {}), ("best", settings)):
@@ -334,18 +336,19 @@ def _confirm(
                 outcome = run_stages(again, progress)
                 report = outcome.report
                 assert report is not None
-                for split, of_split in scores.items():
+                for split, of_split in answers.items():
                     if split in report.student:
-                        of_split[who].append(float(report.student[split]["accuracy"]))
-                        record.log({f"{split}_accuracy": of_split[who][-1]})
+                        of_split[who].append(read_answers(report.path, split))
+                        record.log({f"{split}_accuracy": float(of_split[who][-1].right.mean())})
             stages |= set(outcome.directories.values())
     gains = []
-    for split, of_split in scores.items():
+    for split, of_split in answers.items():
         if of_split["own"]:
-            differences = [b - a for a, b in zip(of_split["own"], of_split["best"], strict=True)]
-            low, high = mean_interval(differences)
-            own, best = (float(np.mean(of_split[who])) for who in ("own", "best"))
-            gains.append(Gain(split, own, best, float(np.mean(differences)), low, high, paired_p_value(differences)))
+            own_SN, best_SN = align([of_split["own"], of_split["best"]])
+            gain = difference(best_SN, own_SN)
+            own, best = (float(np.mean([one.right.mean() for one in of_split[who]])) for who in ("own", "best"))
+            needed = needed_words(gain, LEVEL, "tune.confirm_seeds")
+            gains.append(Gain(split, own, best, gain.mean, *gain.interval(), gain.p_value(), needed))
     return gains, sum(artifacts.read_seconds(path) for path in stages)
 
 
@@ -361,20 +364,17 @@ def _verdict(config: RunConfig, best: Trial, trials: list[Trial], gains: list[Ga
     words += "" if own is None else f" against {own:.4g} with the job's own values"
     if not gains:
         return f"{words}. A search flatters what it finds: confirm it with tune.confirm_seeds=3."
-    shown = [f"{100 * gain.gain:+.1f} points on {gain.split}{_bounds(gain)}" for gain in gains]
+    shown = [f"{100 * g.gain:+.1f} points on {g.split} ({100 * g.low:+.1f} to {100 * g.high:+.1f})" for g in gains]
     words += f". With {config.tune.confirm_seeds} new seed(s) it gains {' and '.join(shown)}"
-    val = gains[0]  # test is told and decides nothing
-    if val.p_value is None:
-        return f"{words}; one seed says nothing of how sure that is."
-    if val.gain <= 0:
+    # The search chose by val, which flatters what it found there even with new seeds: test decides where there is one.
+    last = gains[-1]
+    if last.p_value is None:
+        return f"{words}; {last.needed}."
+    if last.gain <= 0:
         return f"{words}: keep the job's own values; the search found what suits one val split."
-    if val.p_value < 0.05:
-        return f"{words}; on val p = {val.p_value:.3f}: run the job with best.yaml."
-    return f"{words}; on val p = {val.p_value:.2f}: this may be chance; more seeds would tell."
-
-
-def _bounds(gain: Gain) -> str:
-    return "" if gain.low is None else f" ({100 * gain.low:+.1f} to {100 * (gain.high or 0):+.1f})"
+    if last.p_value < LEVEL:
+        return f"{words}; on {last.split} p {p_words(last.p_value, '= ')}: run the job with best.yaml."
+    return f"{words}; on {last.split} p = {last.p_value:.2f}, so this may be chance: {last.needed}."
 
 
 def _write(search: Search, study: optuna.Study, directory: StageDirectory, config: RunConfig) -> None:

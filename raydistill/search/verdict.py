@@ -1,6 +1,9 @@
-"""What a comparison says: means with intervals, paired tests, seconds, and one sentence to act on.
+"""What a comparison says: means with intervals, tests, seconds, and one sentence to act on.
 
-Arms are ranked and chosen by val accuracy; test accuracy is what is reported of the choice and chooses nothing.
+Arms are ranked by val accuracy. What is said to be better is so on test, with images and seeds counted, and is claimed
+of an arm against cheaper ones alone: k arms make k - 1 claims, "better than the cheapest" and, only where that holds,
+"better than every cheaper one". Each is made at 5 % / (k - 1), so that all of them together are wrong no more than one
+time in twenty (Bonferroni; that an arm beats *all* cheaper ones needs every one of its tests, and so no more shares).
 """
 
 from __future__ import annotations
@@ -9,26 +12,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from raydistill.infra.artifacts import read_seconds
+from raydistill.search.learning_curve import learning_curve
+from raydistill.search.significance import (
+    LEVEL,
+    Answers,
+    Spread,
+    accuracy_interval,
+    align,
+    difference,
+    gain_words,
+    needed_words,
+    p_words,
+    read_answers,
+)
 from raydistill.stages.distill import read_epochs
 from raydistill.stages.run import Outcome
 
 BASELINES = ("scratch", "linear_probe", "fine_tune")
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One run: shares of right answers, and seconds of each part of the work, shared or not."""
+    """One run: its answers, and seconds of each part of the work, shared or not."""
 
     arm: str
     seed: int
     label_share: float
     num_labelled: int
     val_accuracy: float
-    test_accuracy: float
+    test: Answers
     adapt_seconds: float
     generate_seconds: float
     teach_seconds: float
@@ -36,6 +50,10 @@ class Arm:
     steps: int
     epochs: list[dict[str, float]]
     seconds_by_epoch: list[float]  # of training, up to the end of each epoch
+
+    @property
+    def test_accuracy(self) -> float:
+        return float(self.test.right.mean())
 
     @property
     def seconds(self) -> float:
@@ -48,9 +66,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm over its seeds. `test_low` and `test_high` bound the mean with 95 % confidence (Student's t over seeds);
-    None with a single seed. `gain` is test accuracy above the best baseline's, paired by seed, and `p_value` that of
-    the paired t-test; None for that baseline itself and with a single seed."""
+    """One arm over its seeds. `test_low` and `test_high` bound the mean accuracy with 95 % confidence over images and
+    seeds; with a single seed over images alone. `gain` is test accuracy above the cheapest arm's, paired by seed and
+    image; its bounds hold for all arms at once, and `p_value` is corrected for their number; None for the cheapest
+    itself, and `p_value` with a single seed. `is_better`: shown to be better than every cheaper arm."""
 
     arm: str
     seeds: list[int]
@@ -58,12 +77,13 @@ class Row:
     test: list[float]
     val_mean: float
     test_mean: float
-    test_low: float | None
-    test_high: float | None
+    test_low: float
+    test_high: float
     gain: float | None
     gain_low: float | None
     gain_high: float | None
     p_value: float | None
+    is_better: bool
     adapt_seconds: float
     generate_seconds: float
     teach_seconds: float
@@ -77,25 +97,24 @@ class Row:
 class Comparison:
     rows: list[Row]
     curve: list[dict[str, Any]]
-    best_baseline: str | None
-    best: str
+    best_baseline: str | None  # by val
+    best: str  # by val
+    cheapest: str
+    ship: str | None  # None where the evidence names no arm
     verdict: str
     curve_verdict: str | None
     num_seeds: int
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Titles and cells, the best by val first."""
-        titles = ["arm", "val", "test", f"{_CONFIDENCE:.0%} interval", f"gain over {self.best_baseline or 'none'}", "p",
+        titles = ["arm", "val", "test", f"{1 - LEVEL:.0%} interval", f"gain over {self.cheapest}", "p",
                   "adapt s", "generate s", "teach s", "train s", "total s", "s to baseline", "steps"]  # fmt: skip
         cells = []
         for row in self.rows:
-            gain = (
-                "" if row.gain is None else f"{100 * row.gain:+.1f}" + _bounds(row.gain_low, row.gain_high, 100, "+.1f")
-            )
+            gain = "" if row.gain is None else f"{100 * row.gain:+.1f}{_points(row.gain_low, row.gain_high)}"
             cells.append([
-                row.arm, f"{row.val_mean:.3f}", f"{row.test_mean:.3f}",
-                _bounds(row.test_low, row.test_high, 1, ".3f").strip() or "one seed", gain,
-                "" if row.p_value is None else f"{row.p_value:.3f}",
+                row.arm, f"{row.val_mean:.3f}", f"{row.test_mean:.3f}", f"({row.test_low:.3f} to {row.test_high:.3f})",
+                gain, "" if row.gain is None else p_words(row.p_value),
                 f"{row.adapt_seconds:.0f}", f"{row.generate_seconds:.0f}", f"{row.teach_seconds:.0f}",
                 f"{row.train_seconds:.0f}", f"{row.seconds:.0f}",
                 "never" if row.seconds_to_baseline is None else f"{row.seconds_to_baseline:.0f}", f"{row.steps:,}",
@@ -114,10 +133,12 @@ class Comparison:
 
 NOTES = (
     "All arms take the same number of steps with the same batch size, and none was tuned for this data. Arms are "
-    "ranked by mean val accuracy; gains are test accuracies in points, paired by seed. Seconds are those of this "
-    "machine; a stage that arms share counts in full for each, and generating by the seconds of its actors. Seconds to "
-    "baseline: until the val accuracy first reaches what the best baseline ended with on the same seed, all that came "
-    "before training included; never: not with every seed."
+    "ranked by mean val accuracy; gains are test accuracies in points against the cheapest arm by seconds, paired by "
+    "seed and image. Intervals and p count that other test images and other seeds would give other figures; those of "
+    "gains hold for all arms at once. With one seed, intervals count images alone, and nothing is shown. Seconds are "
+    "those of this machine; a stage that arms share counts in full for each, and generating by the seconds of its "
+    "actors. Seconds to baseline: until the val accuracy first reaches what the best baseline by val ended with on the "
+    "same seed, all that came before training included; never: not with every seed."
 )
 
 
@@ -136,7 +157,7 @@ def arm_of(name: str, seed: int, label_share: float, outcome: Outcome) -> Arm:
         label_share=label_share,
         num_labelled=samples.num_labelled["train"],
         val_accuracy=report.student["val"]["accuracy"],
-        test_accuracy=report.student["test"]["accuracy"],
+        test=read_answers(report.path, "test"),
         adapt_seconds=sum(seconds.get(stage, 0.0) for stage in ("fine_tune", "features", "adapt")),
         generate_seconds=0.0 if outcome.generated is None else outcome.generated.actor_seconds,
         teach_seconds=seconds.get("teach", 0.0) + seconds.get("teach_generated", 0.0),
@@ -162,50 +183,89 @@ def summarise(arms: list[Arm], curve: list[Arm], num_seeds: int) -> Comparison:
     for arm in arms:
         by_arm.setdefault(arm.arm, []).append(arm)
     val = {name: float(np.mean([run.val_accuracy for run in runs])) for name, runs in by_arm.items()}
+    seconds = {name: float(np.mean([run.seconds for run in runs])) for name, runs in by_arm.items()}
     baselines = [name for name in by_arm if name in BASELINES]
     best_baseline = max(baselines, key=val.__getitem__) if baselines else None
-    rows = [_row(runs, by_arm.get(best_baseline or "")) for runs in by_arm.values()]
+    order = sorted(by_arm, key=lambda name: (seconds[name], name))
+    evidence = _Evidence(
+        order, dict(zip(by_arm, align([[r.test for r in runs] for runs in by_arm.values()]), strict=True))
+    )
+    rows = [_row(runs, by_arm.get(best_baseline or ""), evidence) for runs in by_arm.values()]
     rows.sort(key=lambda row: -row.val_mean)
-    points = _curve_points(curve)
+    ship, verdict = _verdict(rows, evidence)
+    points, curve_verdict = learning_curve(curve) if curve else ([], None)
     return Comparison(
         rows=rows,
         curve=points,
         best_baseline=best_baseline,
         best=rows[0].arm,
-        verdict=_verdict(rows, best_baseline),
-        curve_verdict=_curve_verdict(points) if points else None,
+        cheapest=order[0],
+        ship=ship,
+        verdict=verdict,
+        curve_verdict=curve_verdict,
         num_seeds=num_seeds,
     )
 
 
-def _row(runs: list[Arm], baseline: list[Arm] | None) -> Row:
-    test = [run.test_accuracy for run in runs]
-    low, high = mean_interval(test)
+@dataclass(frozen=True)
+class _Evidence:
+    """Answers on the test split of all arms, and what they show of one arm against another."""
+
+    order: list[str]  # the cheapest first
+    right: dict[str, np.ndarray]  # (seeds, images)
+
+    @property
+    def level(self) -> float:
+        return LEVEL / max(len(self.order) - 1, 1)
+
+    def gain(self, arm: str, other: str) -> Spread:
+        return difference(self.right[arm], self.right[other])
+
+    def shows(self, arm: str, other: str) -> bool:
+        """That `arm` is better than `other`. One seed shows nothing."""
+        gain = self.gain(arm, other)
+        return gain.seeds > 1 and gain.interval(self.level)[0] > 0
+
+    def words(self, arm: str, other: str) -> str:
+        return gain_words(self.gain(arm, other), self.level)
+
+    def cheaper(self, arm: str) -> list[str]:
+        return self.order[: self.order.index(arm)]
+
+    def is_better(self, arm: str) -> bool:
+        return bool(self.cheaper(arm)) and all(self.shows(arm, other) for other in self.cheaper(arm))
+
+
+def _row(runs: list[Arm], baseline: list[Arm] | None, evidence: _Evidence) -> Row:
+    name, cheapest = runs[0].arm, evidence.order[0]
+    low, high = accuracy_interval(evidence.right[name])
     gain = gain_low = gain_high = p_value = None
-    if baseline is not None and baseline is not runs:
-        gains = [run.test_accuracy - other.test_accuracy for run, other in zip(runs, baseline, strict=True)]
-        gain, (gain_low, gain_high) = float(np.mean(gains)), mean_interval(gains)
-        p_value = paired_p_value(gains)
+    if name != cheapest:
+        found = evidence.gain(name, cheapest)
+        gain, (gain_low, gain_high) = found.mean, found.interval(evidence.level)
+        p = found.p_value()
+        p_value = None if p is None else min(p * LEVEL / evidence.level, 1.0)
     # Each seed against itself: it draws its own val split, and some are easier than others.
     pairs = zip(runs, baseline, strict=True) if baseline is not None else ()
     reached = [_seconds_to(run, other.val_accuracy) for run, other in pairs]
     times = [seconds for seconds in reached if seconds is not None]
     mean = {key: float(np.mean([getattr(run, key) for run in runs]))
-            for key in ("val_accuracy", "adapt_seconds", "generate_seconds", "teach_seconds", "train_seconds",
-                        "seconds")}  # fmt: skip
+            for key in ("val_accuracy", "test_accuracy", "adapt_seconds", "generate_seconds", "teach_seconds",
+                        "train_seconds", "seconds")}  # fmt: skip
     return Row(
-        arm=runs[0].arm,
+        arm=name,
         seeds=[run.seed for run in runs],
         val=[run.val_accuracy for run in runs],
-        test=test,
+        test=[run.test_accuracy for run in runs],
         val_mean=mean["val_accuracy"],
-        test_mean=float(np.mean(test)),
+        test_mean=mean["test_accuracy"],
         test_low=low,
         test_high=high,
         gain=gain,
         gain_low=gain_low,
         gain_high=gain_high,
         p_value=p_value,
+        is_better=evidence.is_better(name),
         adapt_seconds=mean["adapt_seconds"],
         generate_seconds=mean["generate_seconds"],
         teach_seconds=mean["teach_seconds"],
@@ -216,23 +276,6 @@ def _row(runs: list[Arm], baseline: list[Arm] | None) -> Row:
     )
 
 
-def mean_interval(values: list[float]) -> tuple[float | None, float | None]:
-    """Student's t interval of the mean; (None, None) for a single value."""
-    if len(values) < 2:
-        return None, None
-    half = stats.sem(values) * stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1)
-    return float(np.mean(values) - half), float(np.mean(values) + half)
-
-
-def paired_p_value(differences: list[float]) -> float | None:
-    """Two-sided p-value of the paired t-test; None for a single pair; 1 where all are 0, 0 where all are equal."""
-    if len(differences) < 2:
-        return None
-    if np.ptp(differences) == 0:
-        return 1.0 if differences[0] == 0 else 0.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
-
-
 def _seconds_to(run: Arm, accuracy: float) -> float | None:
     """Until the val accuracy first reached `accuracy`; None where it never did."""
     for epoch, spent in zip(run.epochs, run.seconds_by_epoch, strict=True):
@@ -241,93 +284,54 @@ def _seconds_to(run: Arm, accuracy: float) -> float | None:
     return None
 
 
-def _verdict(rows: list[Row], best_baseline: str | None) -> str:
-    best = rows[0]
-    if best_baseline is None:
-        return f"Ship {best.arm}: it has the best val accuracy, {best.test_mean:.3f} on test; no baseline was trained."
-    base = next(row for row in rows if row.arm == best_baseline)
-    if best is base:
-        second = next((row for row in rows if not is_baseline(row.arm)), None)
-        words = f"Ship {base.arm} ({base.test_mean:.3f} on test, {base.seconds:.0f} s)"
-        if second is None:
-            return f"{words}: nothing else was trained but baselines."
-        return (
-            f"{words}: no distilled arm has a better val accuracy; the nearest, {second.arm}, is "
-            f"{_points(second)} on test at {second.seconds:.0f} s."
+def _verdict(rows: list[Row], evidence: _Evidence) -> tuple[str | None, str]:
+    """The arm to ship, if the evidence names one, and the sentence. Rows are ranked by val."""
+    row_of, order = {row.arm: row for row in rows}, evidence.order
+    cheapest = row_of[order[0]]
+    if len(rows) == 1:
+        return cheapest.arm, f"Ship {_what(cheapest)}: no other arm was trained, so nothing is known of any."
+    top = [name for name in order if name == cheapest.arm or row_of[name].is_better][-1]
+    if rivals := [name for name in order[order.index(top) + 1 :] if evidence.shows(name, top)]:
+        return None, _undecided(rivals[-1], top, evidence)
+    if top != cheapest.arm:
+        best = row_of[top]
+        every = ", and shown to be better than every cheaper arm" if len(evidence.cheaper(top)) > 1 else ""
+        longer = " No arm that takes longer is shown to be better." if top != order[-1] else ""
+        return top, (
+            f"Ship {_what(best)}: {evidence.words(top, cheapest.arm)} against {cheapest.arm}, the cheapest "
+            f"({cheapest.seconds:.0f} s), p {p_words(best.p_value, '= ')}{every}.{longer}"
         )
+    rival = next(row for row in rows if row is not cheapest)
+    gain = evidence.gain(rival.arm, cheapest.arm)
+    seen = f"{rival.arm}, is {evidence.words(rival.arm, cheapest.arm)} at {rival.seconds:.0f} s"
+    if gain.mean <= 0 and gain.seeds > 1:
+        return cheapest.arm, (
+            f"Ship {_what(cheapest)}, the cheapest: no other arm is shown to be better. The best other by val, {seen}."
+        )
+    return None, (
+        f"Nothing is proven: no arm is shown to be better than {_what(cheapest)}, the cheapest, so ship that one or "
+        f"look further. The best other by val, {seen}; {needed_words(gain, evidence.level, 'compare.seeds')}."
+    )
+
+
+def _undecided(arm: str, top: str, evidence: _Evidence) -> str:
+    """`arm` is better than `top`, and not than something that is cheaper than `arm`."""
+    other = next(name for name in evidence.cheaper(arm) if not evidence.shows(arm, name))
     return (
-        f"Ship {best.arm}: {best.test_mean:.3f} on test, {_points(best)} against {base.arm}, the best baseline, for "
-        f"{best.seconds:.0f} s against {base.seconds:.0f} s; {_how_sure(best)}."
+        f"Nothing to ship is proven: {arm} is shown to be better than {top} ({evidence.words(arm, top)}), and not than "
+        f"{other}, which is cheaper than {arm} ({evidence.words(arm, other)}); "
+        f"{needed_words(evidence.gain(arm, other), evidence.level, 'compare.seeds')}."
     )
 
 
 def is_baseline(arm: str) -> bool:
-    """An arm without a teacher, with generated images or without; gains are against those without."""
+    """An arm without a teacher, with generated images or without."""
     return arm.removesuffix("+generated") in BASELINES
 
 
-def _points(row: Row) -> str:
-    assert row.gain is not None
-    return f"{100 * row.gain:+.1f} points{_bounds(row.gain_low, row.gain_high, 100, '+.1f')}"
+def _what(row: Row) -> str:
+    return f"{row.arm} ({row.test_mean:.3f} on test, {row.seconds:.0f} s)"
 
 
-def _how_sure(row: Row) -> str:
-    if row.p_value is None:
-        return "one seed says nothing of how sure that is; use compare.seeds=3 or more"
-    count = len(row.seeds)
-    if row.p_value < 1 - _CONFIDENCE:
-        return f"this is unlikely to be chance (paired t-test over {count} seeds, p = {row.p_value:.3f})"
-    return f"this may be chance (paired t-test over {count} seeds, p = {row.p_value:.2f}); more seeds would tell"
-
-
-def _bounds(low: float | None, high: float | None, factor: float, form: str) -> str:
-    if low is None or high is None:
-        return ""
-    return f" ({factor * low:{form}} to {factor * high:{form}})"
-
-
-def _curve_points(curve: list[Arm]) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, float], list[Arm]] = {}
-    for arm in curve:
-        groups.setdefault((arm.arm, arm.label_share), []).append(arm)
-    points = []
-    for (name, share), runs in sorted(groups.items()):
-        test = [run.test_accuracy for run in runs]
-        low, high = mean_interval(test)
-        points.append(
-            {
-                "arm": name,
-                "label_share": share,
-                "num_labelled": round(np.mean([run.num_labelled for run in runs])),
-                "val_mean": float(np.mean([run.val_accuracy for run in runs])),
-                "test_mean": float(np.mean(test)),
-                "test_low": low,
-                "test_high": high,
-            }
-        )
-    return points
-
-
-def _curve_verdict(points: list[dict[str, Any]]) -> str:
-    """What the last doubling of the labels bought the distilled student, and what distilling buys at all labels."""
-    distilled = sorted((p for p in points if p["arm"] != "scratch"), key=lambda p: p["label_share"])
-    scratch = sorted((p for p in points if p["arm"] == "scratch"), key=lambda p: p["label_share"])
-    if len(distilled) < 2:
-        return "One share of the labels says nothing of a slope; give compare.label_shares two or more."
-    slope = distilled[-1]["val_mean"] - distilled[-2]["val_mean"]
-    ahead = distilled[-1]["val_mean"] - scratch[-1]["val_mean"]
-    ratio = distilled[-1]["num_labelled"] / max(distilled[-2]["num_labelled"], 1)
-    bought = (
-        f"the last {ratio:.1f}-fold of labels bought the distilled student {100 * slope:+.1f} points of val accuracy"
-    )
-    if slope > 0.02:
-        return f"More labels: {bought}, and the curve has not levelled off."
-    if ahead > 0.02:
-        return (
-            f"More unlabelled or generated images rather than labels: {bought}, while distilling is still "
-            f"{100 * ahead:+.1f} points ahead of scratch."
-        )
-    return (
-        f"Nothing more of this kind: {bought}, and distilling is {100 * ahead:+.1f} points from scratch with "
-        f"{distilled[-1]['num_labelled']} of them."
-    )
+def _points(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" ({100 * low:+.1f} to {100 * high:+.1f})"
