@@ -1,7 +1,8 @@
 """The command line: one command for each stage, `run` for all of them, `show` for what would happen.
 
 Imports that take time stand inside the commands, so that `--help` and config errors answer at once. This is the one
-place that turns failures into exit codes: 2 for the config or the data, 1 for the run, 130 for an interruption.
+place that turns failures into exit codes: 2 for the config or the data, 1 for the run; 130, 143 and 129 after SIGINT,
+SIGTERM and SIGHUP.
 """
 
 from __future__ import annotations
@@ -9,20 +10,20 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import signal
 import sys
 import time
 import traceback
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from raydistill.errors import ConfigError, RaydistillError
+from raydistill.infra import interrupts
+from raydistill.infra.environment import open_streams, prepare_environment
 from raydistill.secrets import RedactedStream
 
 STARTED = time.time()
-_INTERRUPTED = 130
+_GOES_ON = "the same command goes on from here"
 _ADDRESS = "http://127.0.0.1:8265"
 Words = Annotated[
     list[str] | None,
@@ -73,10 +74,13 @@ def generate(
     from rich.console import Console
 
     from raydistill.config import load_config
+
+    config = load_config(words or [])
+    _announce(f"generate: {config.images.path}, a forecast")
     from raydistill.stages.generate import forecast
 
     console = Console(highlight=False)
-    for line in forecast(load_config(words or [])):
+    for line in forecast(config):
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -116,6 +120,8 @@ def predict(
     ] = None,
 ) -> None:
     """The class of each picture by an exported student, from the same pixels as in training."""
+    interrupts.go_on_by("the same command begins anew")
+    _announce(f"predict: loading {folder}", sys.stderr)  # its answers may go to a pipe
     from raydistill.inference.command import predict_command
 
     predict_command(folder, pictures, out, top, engine, address)
@@ -133,6 +139,8 @@ def serve(
     engine: Annotated[str, typer.Option("--engine", help="onnx, or torch with the folder's safetensors.")] = "onnx",
 ) -> None:
     """Answer over HTTP on this machine: POST a picture to /predict, or drop one on the page at /."""
+    interrupts.go_on_by("the server has ended")
+    _announce(f"serve: loading {folder}")
     from raydistill.inference.command import serve_command
 
     serve_command(folder, engine, host, port, int(max_megabytes * 1e6), window / 1000)
@@ -205,10 +213,13 @@ def compare(
 
     from raydistill.config import load_config
     from raydistill.infra.progress import Progress
+
+    interrupts.go_on_by(_GOES_ON)
+    config, console = load_config(words or []), Console(highlight=False)
+    _announce(f"compare: {', '.join(config.compare.arms)} on {config.images.path}, into {config.workspace}")
     from raydistill.search.compare import compare_arms
 
-    console = Console(highlight=False)
-    comparison, path = compare_arms(load_config(words or []), Progress(console), learning_curve)
+    comparison, path = compare_arms(config, Progress(console), learning_curve)
     titles, rows = comparison.table()
     table = Table(*titles, box=None, pad_edge=False)
     for row in rows:
@@ -238,8 +249,10 @@ def tune(
     from raydistill.config import load_config
     from raydistill.infra.progress import Progress
 
+    interrupts.go_on_by(_GOES_ON)
     given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
     config, console = load_config([*(words or []), *given]), Console(highlight=False)
+    _announce(f"tune: {config.tune.space} on {config.images.path}, into {config.workspace}")
     from raydistill.search.tune import tune_job
 
     search = tune_job(config, Progress(console))
@@ -289,10 +302,12 @@ def check(
         _check_cluster(words, cluster, file, wide)
         return
     from raydistill.infra.progress import Progress
+
+    config, progress = load_config(words or []), Progress(console)
+    _announce(f"check: {config.images.path}")
     from raydistill.stages.check import check_images
     from raydistill.stages.check_page import findings_table, write_checkup
 
-    config, progress = load_config(words or []), Progress(console)
     checkup = check_images(config, progress, strict)
     wide.print("", findings_table(checkup), "")
     if out is not None:
@@ -319,6 +334,7 @@ def _check_cluster(words: list[str] | None, cluster: bool, file: str | None, con
     from raydistill.infra.preflight import check_cluster, check_offers
 
     config = load_config(words or []) if words or cluster else None
+    _announce(f"check: {file or (config and config.cluster.address) or 'this machine'}")
     findings = [] if file is None else check_offers(config, file)
     if cluster:
         assert config is not None
@@ -353,6 +369,8 @@ def submit(
 
     if install and python != "python":
         raise ConfigError("submit: --install makes an environment with an interpreter of its own; leave out --python")
+    interrupts.go_on_by("raydistill job status says whether the job was submitted; the same command submits it once")
+    _announce(f"submit: {command} to {address}")
     given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
     flags = ("--learning-curve",) if learning_curve else ()
     with tempfile.TemporaryDirectory() as folder:
@@ -370,6 +388,7 @@ def submit(
 @jobs.command()
 def status(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None, address: Address = _ADDRESS) -> None:
     """The state of one job, or of all."""
+    _announce(f"asking {address}", sys.stderr)
     from raydistill.infra import submit as jobs_api
 
     client = jobs_api.job_client(address)
@@ -382,6 +401,7 @@ def status(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
 @jobs.command()
 def logs(name: Name, address: Address = _ADDRESS) -> None:
     """Follow a job's log to its end; returns the job's exit code."""
+    _announce(f"asking {address}", sys.stderr)
     from raydistill.infra import submit as jobs_api
 
     client = jobs_api.job_client(address)
@@ -392,10 +412,12 @@ def logs(name: Name, address: Address = _ADDRESS) -> None:
 @jobs.command()
 def stop(name: Name, address: Address = _ADDRESS) -> None:
     """End a job; it has two minutes to write its last checkpoint."""
+    _announce(f"asking {address}", sys.stderr)
     from raydistill.infra import submit as jobs_api
 
     client = jobs_api.job_client(address)
     jobs_api.existing_job(client, name)
+    interrupts.go_on_by(f"{name} may still be ending; raydistill job status {name} tells")
     jobs_api.stop(client, name)
     print(f"{name} has ended; the same `raydistill submit` goes on from there")
 
@@ -407,13 +429,14 @@ def _follow(client: Any, name: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    try:
-        code = follow(client, name, write)
-    except KeyboardInterrupt:
-        print(f"\nthe job goes on; raydistill job logs {name} shows it, raydistill job stop {name} ends it")
-        raise
-    if code:
+    interrupts.go_on_by(f"the job goes on; raydistill job logs {name} shows it, raydistill job stop {name} ends it")
+    if code := follow(client, name, write):
         raise typer.Exit(code)
+
+
+def _announce(words: str, stream: Any = None) -> None:
+    """The first line, before anything that takes time to load."""
+    print(words, file=stream, flush=True)
 
 
 def _run(words: list[str] | None, until: str, command: str | None = None) -> None:
@@ -424,7 +447,9 @@ def _run(words: list[str] | None, until: str, command: str | None = None) -> Non
     from raydistill.infra.cluster import RayStart
     from raydistill.infra.progress import Progress
 
+    interrupts.go_on_by(_GOES_ON)
     config = load_config(words or [])
+    _announce(f"{command or until}: {config.images.path}, into {config.workspace}")
     console = Console(highlight=False)
     work, ray = find_work(config, until), RayStart(config)
     if work.needs_ray:
@@ -444,30 +469,33 @@ def _run(words: list[str] | None, until: str, command: str | None = None) -> Non
 
 def main() -> None:
     """Entry point of `raydistill`."""
+    open_streams()
     sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("raydistill").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _terminated)
-    # torch's threads spin while they wait for each other, for long by default. On 2 cores beside one busy process,
-    # 30,000 rounds trained at 88 images/s where the default gave 35 to 50, and on idle cores no slower; not spinning at
-    # all is better still beside others, and costs a sixth on idle cores. Read when torch loads, in Ray's processes too.
-    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-    code = 0
+    interrupts.begin()
+    code = 1
     try:
+        code = _exit_code()
+    finally:  # also of an interruption, at whatever moment it came
+        interrupts.leave(code)
+
+
+def _exit_code() -> int:
+    try:
+        prepare_environment()
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+        logging.getLogger("raydistill").setLevel(logging.INFO)
         app()
-    except SystemExit as stop:  # how Typer ends, also after an interruption
-        code = stop.code if isinstance(stop.code, int) else 1
-        if code == _INTERRUPTED:
-            _say("interrupted; the same command goes on from here")
+    except SystemExit as stop:  # how Typer ends
+        if isinstance(stop.__context__, OSError):  # a pipe or a socket, of which Typer says nothing
+            return _explain(stop.__context__)
+        return stop.code if isinstance(stop.code, int) else 1
     except RaydistillError as error:
-        _say(str(error))
-        code = error.exit_code
+        if not interrupts.pressed():
+            _say(str(error))
+        return error.exit_code
     except Exception as error:
-        code = _explain(error)
-    # Ray's and MLflow's threads have nothing left to write, and waiting for them costs seconds.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        return _explain(error)
+    return 0
 
 
 def _say(message: str) -> None:
@@ -475,12 +503,10 @@ def _say(message: str) -> None:
         print(f"error: {line}", file=sys.stderr)
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _explain(error: Exception) -> int:
     """Ray wraps what a task or an actor raised in its own classes; the raydistill error inside is what to say."""
+    if interrupts.pressed():
+        return 1  # what went wrong on the way out
     inner: BaseException | None = error
     while inner is not None:
         for candidate in (inner, getattr(inner, "cause", None)):

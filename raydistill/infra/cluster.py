@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from unittest.mock import patch
 
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError
@@ -50,30 +52,37 @@ def ray_cluster(config: RunConfig, reserved: float = 0.0, dashboard: bool = Fals
 def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]:
     """The cluster of `cluster.address`, or one of this machine, for the time of a `with` block.
 
-    A local one has its dashboard on the loopback interface only; Ray's other ports, which it opens on all interfaces,
-    ask for a token as that does. Without the `dashboard` Ray cannot free what an ended Tune trial's train workers held.
+    All ports of a local one are on the loopback interface, and ask for a token. Without the `dashboard` Ray cannot free
+    what an ended Tune trial's train workers held.
     """
     import ray
 
     if ray.is_initialized():  # a cluster of the caller's, which stays
         yield
         return
+    from ray._private import ray_constants
+
+    # Ray would take it that `uv run` stands for the project's folder, and send all of it to its workers.
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
-    with warnings.catch_warnings(), _quiet_native_log(), _own_handler_kept():
+    with warnings.catch_warnings(), _quiet_native_log(), _own_signals():
         warnings.simplefilter("ignore", FutureWarning)
         if config.cluster.address is None:
             # Else whoever asks, on any interface and without a token, is told Ray's metrics, tasks by name among them.
             for name, off in _NO_METRICS.items():
                 os.environ.setdefault(name, off)
-            ray.init(
-                address="local",
-                num_cpus=num_cores(),
-                dashboard_host="127.0.0.1",
-                include_dashboard=dashboard,
-                object_store_memory=OBJECT_STORE_BYTES,
-                object_spilling_directory=_spill_directory(config),
-                **quiet,
-            )
+            # Without clusters, as on macOS, Ray's servers listen on the loopback interface alone.
+            with patch.multiple(ray_constants, ENABLE_RAY_CLUSTER=False):
+                ray.init(
+                    address="local",
+                    num_cpus=num_cores(),
+                    dashboard_host="127.0.0.1",
+                    include_dashboard=dashboard,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    object_spilling_directory=_spill_directory(config),
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
         else:
             try:
                 ray.init(address=config.cluster.address, **quiet)
@@ -88,7 +97,8 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
     try:
         yield
     finally:
-        ray.shutdown()
+        with _own_signals():
+            ray.shutdown()
 
 
 def _spill_directory(config: RunConfig) -> str | None:
@@ -123,15 +133,37 @@ def _quiet_native_log() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_handler_kept() -> Iterator[None]:
-    """Where Ray starts, it puts a handler of SIGTERM of its own in Python's place, which exits with code 15, and a
-    native one, which would end the process on the spot; this puts back what was there. Only the main thread can."""
-    own = signal.getsignal(signal.SIGTERM)
+def _own_signals() -> Iterator[None]:
+    """Ray begins and ends without a say in how this process ends. Its Python handler of SIGTERM would exit with 15, and
+    is not installed; its native one, which ends the process on the spot, is taken out again at once, and so is the
+    system's, which Ray leaves behind. Its processes get a session of their own: Ctrl-C, a closed terminal and `timeout`
+    signal all of a group, and a Ray that goes first takes this process with it before anything is closed."""
+    from ray._private import utils
+
+    native, own, started = ctypes.CDLL(None), ctypes.create_string_buffer(1024), threading.Event()  # of any sigaction
+    native.sigaction(signal.SIGTERM, None, own)
+
+    def keep() -> None:
+        while not started.wait(0.01):
+            native.sigaction(signal.SIGTERM, own, None)
+
+    die_with_parent = utils.set_kill_on_parent_death_linux
+
+    def begin_process() -> None:  # between fork and exec
+        os.setsid()
+        die_with_parent()
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
     try:
-        yield
+        with patch.multiple(
+            utils, set_sigterm_handler=lambda handler: None, set_kill_on_parent_death_linux=begin_process
+        ):
+            yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, own or signal.SIG_DFL)
+        started.set()
+        keeper.join()
+        native.sigaction(signal.SIGTERM, own, None)
 
 
 class RayStart:
@@ -154,14 +186,15 @@ class RayStart:
         """The plan that fits the cluster, once it is there."""
         self.begin()
         assert self._starting is not None
-        with _own_handler_kept():  # its thread has touched the native one alone
-            return self._starting.result()
+        return self._starting.result()
 
     def __enter__(self) -> RayStart:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._starting is not None:
+            if kind is not None and issubclass(kind, KeyboardInterrupt) and not self._starting.done():
+                return  # the process is to end, and the half-started Ray ends with it
             wait([self._starting])
         self._stack.close()
         self._thread.shutdown()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from raydistill.config import RunConfig, to_yaml
+from raydistill.infra import interrupts
 from raydistill.infra.artifacts import workspace_root
 
 logger = logging.getLogger(__name__)
@@ -59,14 +60,14 @@ class Tracker:
         if not self._failed:
             self._mention_old_runs()
         self._submit(self._open)
+        interrupts.last_words.append(self._kill)
         threading.Thread(target=self._beat, name="mlflow-beat", daemon=True).start()
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        killed = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.close("FINISHED" if kind is None else "KILLED" if killed else "FAILED")
+        self.close("FINISHED" if kind is None else _how_it_ended(kind))
 
     @contextlib.contextmanager
     def child(self, name: str) -> Iterator[ChildRun]:
@@ -74,11 +75,8 @@ class Tracker:
         run = ChildRun(self, name)
         try:
             yield run
-        except KeyboardInterrupt:
-            run.end("KILLED")
-            raise
-        except BaseException:
-            run.end("FAILED")
+        except BaseException as error:
+            run.end(_how_it_ended(type(error)))
             raise
         run.end("FINISHED")
 
@@ -88,8 +86,14 @@ class Tracker:
         self._deadline = time.monotonic() + _GRACE_SECONDS
         self._closing.set()
         self._writer.shutdown(wait=True)
+        with contextlib.suppress(ValueError):  # it is what was called
+            interrupts.last_words.remove(self._kill)
         if self._lost:
             logger.warning("%d record(s) of this run are not in MLflow at %s", self._lost, self.uri)
+
+    def _kill(self) -> None:
+        self.end_orphans()
+        self.close("KILLED")
 
     def end_orphans(self) -> None:
         """Children that a killed command left open end as killed; one that is gone on with is opened again."""
@@ -267,6 +271,11 @@ def _is_gone(process: str, alive: str | None) -> bool:
     except psutil.NoSuchProcess:
         return True
     return abs(float(now) - float(began)) > _CLOCK_SECONDS
+
+
+def _how_it_ended(kind: type[BaseException]) -> str:
+    """Whatever goes wrong after a signal, it was the signal that ended the work."""
+    return "KILLED" if interrupts.pressed() or issubclass(kind, KeyboardInterrupt) else "FAILED"
 
 
 def _save_model(onnx_file: str, example: np.ndarray, about: dict[str, Any], folder: str) -> None:

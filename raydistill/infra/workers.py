@@ -79,7 +79,12 @@ def run_workers(
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     resources = {"CPU": plan.train_cpus} | ({"GPU": plan.train_gpus} if plan.train_gpus else {})
     datasets: dict[str, Any] = {} if stream is None else {"train": _StreamInController(stream)}
-    trainer = TorchTrainer(
+
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ray's would stay for as long as the process lives, and end it with code 1, or 0 at the third press."""
+
+    trainer = Trainer(
         _worker_loop,
         train_loop_config={
             # As bytes, so that Ray Train's controller need not load the models' libraries to pass it on.

@@ -292,7 +292,7 @@ def _stop_job(words: list[str], folder: Path, moment: str, count: int) -> None:
     job = subprocess.Popen([sys.executable, "-c", code, "run", *words], stdout=subprocess.DEVNULL)
     wait_for(lambda: _reached(folder, moment, count) or job.poll() is not None, 300)
     job.terminate()
-    if (ended := job.wait(60)) != 130:
+    if (ended := job.wait(60)) != 143:
         raise RuntimeError(f"a job that was stopped ended with {ended}")
 
 

@@ -1,0 +1,179 @@
+"""Signals that end a command: SIGINT (Ctrl-C), SIGTERM, and SIGHUP (its terminal was closed).
+
+The first is raised as `Interrupted` in the main thread, so that whatever runs closes behind itself. A thread, which
+Python's own C handler wakes whoever holds the interpreter, sees to the rest: a signal that somebody swallowed is raised
+again, a command that does not close in time is ended, and a second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SECONDS_OF_ONE_PRESS = 0.2  # `timeout` and others signal a process and then its group, so that it hears twice
+_SECONDS_TO_NOTICE = 8.0  # of C code that lets no Python run
+_TIMES_TO_RAISE = 3  # of code that keeps the signal to itself
+_SECONDS_TO_CLOSE = 30.0
+_SECONDS_OF_LAST_WORDS = 2.0
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the command."""
+
+
+_signal: int | None = None  # the first that came
+_raised, _again = False, 0  # has the handler run? How often was the signal raised anew, and not yet heard?
+_how_to_go_on = "nothing was written"
+# Called in threads, for no longer than a moment, where the process is ended by force.
+last_words: list[Callable[[], object]] = []
+_terminal = -1
+_leaving, _told, _all_heard = False, -1, threading.Event()
+_ending = threading.Lock()
+
+
+def begin() -> None:
+    """Handle the signals from now on. For the main thread of a command; a signal that whoever started it has set to be
+    ignored, as `nohup` does, stays so."""
+    global _terminal, _told
+    with contextlib.suppress(OSError):  # closed; else kept, since others may point the usual one elsewhere for a while
+        _terminal = os.dup(2)
+    heard, _told = os.pipe()
+    os.set_blocking(_told, False)
+    signal.set_wakeup_fd(_told, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _raise)
+    threading.Thread(target=_watch, args=(heard,), name="signals", daemon=True).start()
+
+
+def press(number: int) -> None:
+    """As if the signal had come, from any thread."""
+    global _signal
+    if _signal is None:
+        _signal = number
+        signal.pthread_kill(_main(), signal.SIGTERM)
+
+
+def pressed() -> bool:
+    """Whether a signal has come."""
+    return _signal is not None
+
+
+def go_on_by(words: str) -> None:
+    """What the message of an interruption says of how to go on."""
+    global _how_to_go_on
+    _how_to_go_on = words
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this code; after a signal, which may come at the last moment, as `end` does."""
+    global _leaving
+    _leaving = True
+    os.write(_told, b"\0")
+    _all_heard.wait(1)  # of a signal that another handler has just made an exit of
+    if _signal is not None:
+        end()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    # Ray's and MLflow's threads have nothing left to write, and waiting for them costs seconds.
+    os._exit(code)
+
+
+def end() -> NoReturn:
+    """Say the interruption, end all child processes, and exit with 128 and the signal's number, as shells do."""
+    assert _signal is not None, "a signal has come"
+    _ending.acquire()  # never given back: whoever else comes here waits for the end
+    shown = "\033[?25h" if sys.stdout is not None and sys.stdout.isatty() else ""  # a bar hides the cursor
+    with contextlib.suppress(OSError):
+        os.write(_terminal, f"{shown}interrupted ({signal.Signals(_signal).name}); {_how_to_go_on}\n".encode())
+    _kill_children()
+    os._exit(128 + _signal)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    global _signal, _raised
+    if _signal is None:
+        _signal = number
+    if _leaving:
+        end()
+    _raised = True
+    if not _unwinding():  # what is closing already is not to be closed halfway
+        raise Interrupted
+
+
+def _watch(heard: int) -> None:
+    global _signal, _again
+    first = 0.0
+    while True:
+        written = os.read(heard, 64)
+        numbers = [number for number in written if number in SIGNALS]
+        own = min(_again, numbers.count(signal.SIGTERM))
+        _again -= own
+        if len(numbers) == own:
+            pass
+        elif not first:
+            first, _signal = time.monotonic(), _signal or numbers[0]
+            threading.Thread(target=_see_it_through, name="interruption", daemon=True).start()
+        elif time.monotonic() - first > _SECONDS_OF_ONE_PRESS:
+            _end_by_force()
+        if 0 in written:
+            _all_heard.set()
+
+
+def _see_it_through() -> None:
+    """The handler waits for C code that lets no Python run; else the exception is on its way up, or somebody kept it,
+    or handled the signal in our place."""
+    global _again
+    began, closing, times = time.monotonic(), False, 0
+    while times < _TIMES_TO_RAISE and time.monotonic() - began < (_SECONDS_TO_CLOSE if closing else _SECONDS_TO_NOTICE):
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        closing = _unwinding()
+        reached = _raised or any(signal.getsignal(number) not in (_raise, signal.SIG_IGN) for number in SIGNALS)
+        if reached and not closing and signal.getsignal(signal.SIGTERM) is _raise:
+            _again, times = _again + 1, times + 1
+            signal.pthread_kill(_main(), signal.SIGTERM)
+    _end_by_force()
+
+
+def _main() -> int:
+    return threading.main_thread().ident or 0
+
+
+def _unwinding() -> bool:
+    """Whether the main thread handles an interruption, or what went wrong while it did."""
+    found = sys._current_exceptions().get(_main())
+    error = found[1] if isinstance(found, tuple) else found  # a triple before Python 3.12
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt | SystemExit):  # Ray raises its own in place of ours
+            return True
+        error = error.__context__
+    return False
+
+
+def _end_by_force() -> NoReturn:
+    threads = [threading.Thread(target=say, daemon=True) for say in list(last_words)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + _SECONDS_OF_LAST_WORDS
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    end()
+
+
+def _kill_children() -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
