@@ -1,33 +1,102 @@
-"""Progress that a person can follow: bars with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress that a person can follow: bars with speed and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from itertools import pairwise
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    ProgressColumn,
     Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from raydistill.infra.stillness import noticed
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class _Rate(TextColumn):
-    def render(self, task: Task):  # type: ignore[no-untyped-def]
-        speed = task.finished_speed or task.speed
-        self.text_format = f"{speed:,.0f} {task.fields['unit']}/s" if speed else ""
-        return super().render(task)
+# What a speed is measured over: the last minute, and the last marks where those lie further back. Marks closer
+# together than this many seconds are one.
+_WINDOW_SECONDS, _FEWEST_MARKS, _SECONDS_BETWEEN_MARKS = 60.0, 8, 0.25
+
+
+class SpeedMeter:
+    """How fast work goes that comes in lumps: a shard, a batch, an epoch at a time.
+
+    A lump is the work of the time since the one before it. Waiting for the next one changes nothing as long as it takes
+    no longer than the longest wait there was; what is beyond that counts, so that a speed falls while nothing moves.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._units, self._began = clock, 0.0, clock()
+        self._marks = deque([(self._began, 0.0)])  # when so many units were done
+
+    def add(self, units: float) -> None:
+        """So many were done since the last call. What a run before this one had done is not to be told."""
+        if not units:
+            return
+        now, self._units = self._clock(), self._units + units
+        if len(self._marks) > 1 and now - self._marks[-2][0] < _SECONDS_BETWEEN_MARKS:
+            self._marks.pop()
+        self._marks.append((now, self._units))
+        while len(self._marks) > _FEWEST_MARKS and self._marks[1][0] < now - _WINDOW_SECONDS:
+            self._marks.popleft()
+
+    def rate(self) -> float | None:
+        """Units a second; None before the first."""
+        (first, before), (last, after) = self._marks[0], self._marks[-1]
+        seconds = last - first + max(self._waiting() - self._longest_wait(), 0.0)
+        return (after - before) / seconds if after > before and seconds > 0 else None
+
+    def left(self, units: float) -> float | None:
+        """Seconds until so many more are done, at this speed. The time since the last lump is a part of the next."""
+        rate = self.rate()
+        return None if rate is None else max(units / rate - min(self._waiting(), self._longest_wait()), 0.0)
+
+    def mean(self) -> float | None:
+        """Units a second from the beginning to the last of them."""
+        seconds = self._marks[-1][0] - self._began
+        return self._units / seconds if self._units > 0 and seconds > 0 else None
+
+    def _waiting(self) -> float:
+        return self._clock() - self._marks[-1][0]
+
+    def _longest_wait(self) -> float:
+        times = [when for when, _ in self._marks]
+        return max((after - before for before, after in pairwise(times)), default=0.0)
+
+
+def speed_words(rate: float | None, unit: str) -> str:
+    """`1,234 images/s`, `2.5 steps/s` or, of what takes longer, `100 s/step`; empty where nothing is known."""
+    if rate is None:
+        return ""
+    value, per = (rate, f"{unit}/s") if rate >= 1 else (1 / rate, f"s/{unit.removesuffix('s')}")
+    return f"{value:,.0f} {per}" if value >= 10 else f"{value:.1f} {per}"
+
+
+class _Speed(ProgressColumn):
+    """Speed and time left of a bar. Drawn anew all the time, so both move while nothing else does."""
+
+    def render(self, task: Task) -> Text:
+        meter, unit = task.fields["meter"], task.fields["unit"]
+        if task.finished:
+            return Text(speed_words(meter.mean(), unit))
+        left = meter.left(task.remaining or 0.0)
+        return Text(
+            speed_words(meter.rate(), unit) + ("" if left is None else f", {timedelta(seconds=round(left))} left")
+        )
 
 
 class Progress:
@@ -52,30 +121,32 @@ class Progress:
 
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
-        show = self._bar if self.console.is_terminal else self._lines
+        """Gives `advance(count, note, worked)`. What was `done` before, and what is found done (`worked=False`), moves
+        the task and is no speed."""
+        show, meter = self._bar if self.console.is_terminal else self._lines, SpeedMeter(time.monotonic)
         still = noticed(lambda words: self.line(f"{name:<9} {words}"))
-        with show(name, total, unit, done) as advance, still as move:
+        with show(name, total, unit, done, meter) as advance, still as move:
 
-            def advance_and_note(count: int, note: str | None = None) -> None:
+            def advance_and_note(count: int, note: str | None = None, worked: bool = True) -> None:
                 move()
+                meter.add(count if worked else 0)
                 advance(count, note)
 
             yield advance_and_note
 
     @contextlib.contextmanager
-    def _bar(self, name: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
+    def _bar(self, name: str, total: int, unit: str, done: int, meter: SpeedMeter) -> Iterator[Callable[..., None]]:
         columns = (
             TextColumn("{task.description:<9}"),
             BarColumn(),
             TaskProgressColumn(),
             MofNCompleteColumn(),
-            _Rate(""),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            _Speed(),
             TextColumn("{task.fields[note]}"),
         )
         with Bars(*columns, console=self.console) as bars:
-            task = bars.add_task(name, total=total, completed=done, unit=unit, note="")
+            task = bars.add_task(name, total=total, completed=done, unit=unit, note="", meter=meter)
 
             def advance(count: int, note: str | None = None) -> None:
                 fields = {} if note is None else {"note": note}
@@ -84,17 +155,18 @@ class Progress:
             yield advance
 
     @contextlib.contextmanager
-    def _lines(self, name: str, total: int, unit: str, done: int) -> Iterator[Callable[..., None]]:
+    def _lines(self, name: str, total: int, unit: str, done: int, meter: SpeedMeter) -> Iterator[Callable[..., None]]:
         started, position, last, latest, said = time.monotonic(), done, time.monotonic(), "", (-1, "")
 
         def say() -> None:
             nonlocal said
             said = position, latest
-            elapsed = max(time.monotonic() - started, 1e-9)
-            rate = (position - done) / elapsed
-            left = f", {(total - position) / rate:.0f} s left" if rate and position < total else ""
-            shown = f"{position:,}/{total:,} {unit}, {rate:,.0f}/s, {elapsed:.0f} s{left}"
-            self.line(f"{name:<9} {shown}{f', {latest}' if latest else ''}")
+            goes_on, elapsed = position < total, time.monotonic() - started
+            speed = speed_words(meter.rate() if goes_on else meter.mean(), unit)
+            left = meter.left(total - position) if goes_on else None
+            parts = [f"{position:,}/{total:,} {unit}", speed, f"{elapsed:.0f} s"]
+            parts += ["" if left is None else f"{left:,.0f} s left", latest]
+            self.line(f"{name:<9} {', '.join(part for part in parts if part)}")
 
         def advance(count: int, note: str | None = None) -> None:
             nonlocal position, last, latest

@@ -91,7 +91,8 @@ def generate_images(
             leaked = held_out.shown_by(made) if held_out else set()
             chosen = choose(settings, wanted, made, leaked, judge.of(made) if judge else None)
             # What was made just now counts as it comes; the choice takes back what it rejects.
-            advance(len(chosen.kept) - shown, f"{sum(chosen.rejected.values())} rejected" if chosen.rejected else "")
+            rejected = f"{sum(chosen.rejected.values())} rejected" if chosen.rejected else ""
+            advance(len(chosen.kept) - shown, rejected, worked=False)
             shown = len(chosen.kept)
             if not chosen.needed:
                 break

@@ -97,13 +97,16 @@ def _decode_images(
         _DecodeChunk(config.images, new_tries()), batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
     )
     known, bad = list[Decoded](), list[Decoded]()
+    found = {index for part in parts if exists(part["file"]) for index, _, _ in together[part["file"]]}
     with progress.task("prepare", len(listing.entries), "images") as advance:
         for block in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             columns = (block[name].to_pylist() for name in ("index", "sample_id", "reason"))
             known += (new := [Decoded(listing.entries[index], i, why) for index, i, why in zip(*columns, strict=True)])
             bad += (d for d in new if d.reason)
             refuse_too_many_bad(config.images, bad, len(known), len(listing.entries))
-            advance(len(block))
+            read_again = sum(index in found for index in block["index"].to_pylist())
+            advance(read_again, worked=False)  # a killed run had decoded these
+            advance(len(block) - read_again)
     known.sort(key=lambda d: (d.entry.path, d.entry.row or 0))
     return [part["file"] for part in parts], known
 

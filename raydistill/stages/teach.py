@@ -98,7 +98,9 @@ def write_features(
     copied = 0
     with progress.task(title, total, "views", done=total - todo) as advance:
         for written in _pool(config, samples, missing, num_views, directory.path, plan, known) if missing else ():
-            advance(int(written["views"]))
+            found = int(written["copied"]) * each
+            advance(found, worked=False)
+            advance(int(written["views"]) - found)
             progress.again(title, int(written["images_again"]), float(written["seconds_again"]))
             copied += int(written["copied"])
     if copied:
