@@ -341,6 +341,11 @@ def _confirm(
                         of_split[who].append(read_answers(report.path, split))
                         record.log({f"{split}_accuracy": float(of_split[who][-1].right.mean())})
             stages |= set(outcome.directories.values())
+    return gains_of(answers), sum(artifacts.read_seconds(path) for path in stages)
+
+
+def gains_of(answers: dict[str, dict[str, list[Answers]]]) -> list[Gain]:
+    """By split, where there are answers of the `own` and the `best` settings; one a seed."""
     gains = []
     for split, of_split in answers.items():
         if of_split["own"]:
@@ -349,7 +354,7 @@ def _confirm(
             own, best = (float(np.mean([one.right.mean() for one in of_split[who]])) for who in ("own", "best"))
             needed = needed_words(gain, LEVEL, "tune.confirm_seeds")
             gains.append(Gain(split, own, best, gain.mean, *gain.interval(), gain.p_value(), needed))
-    return gains, sum(artifacts.read_seconds(path) for path in stages)
+    return gains
 
 
 def _verdict(config: RunConfig, best: Trial, trials: list[Trial], gains: list[Gain]) -> str:
@@ -373,7 +378,8 @@ def _verdict(config: RunConfig, best: Trial, trials: list[Trial], gains: list[Ga
     if last.gain <= 0:
         return f"{words}: keep the job's own values; the search found what suits one val split."
     if last.p_value < LEVEL:
-        return f"{words}; on {last.split} p {p_words(last.p_value, '= ')}: run the job with best.yaml."
+        flattered = ", by which the search chose" if last.split == "val" else ""
+        return f"{words}; on {last.split}{flattered}, p {p_words(last.p_value, '= ')}: run the job with best.yaml."
     return f"{words}; on {last.split} p = {last.p_value:.2f}, so this may be chance: {last.needed}."
 
 

@@ -35,11 +35,12 @@ from raydistill.search import study_page
 from raydistill.search import trials as trials_module
 from raydistill.search import tune as tune_module
 from raydistill.search.display import Clock, SearchDisplay
+from raydistill.search.significance import Answers
 from raydistill.search.space import read_space
 from raydistill.search.study import Trial, drawn_at_random, drop_checkpoints, num_trials, open_study, read_trials
 from raydistill.search.study_page import search_page
 from raydistill.search.trials import _run_trial, _Search, _Work, lay_out, seconds_per_step
-from raydistill.search.tune import forecast_lines, tune_job
+from raydistill.search.tune import forecast_lines, gains_of, tune_job
 from raydistill.stages.run import Outcome, run_stages
 
 SPACE = """
@@ -681,6 +682,35 @@ def test_what_cannot_work_is_refused_before_anything_starts(more, message, words
     with pytest.raises(ConfigError, match=message):
         tune_job(config, progress)
     assert not list((tmp_path / "workspace").glob("*-*/DONE"))
+
+
+@pytest.mark.parametrize(
+    ("gain", "seeds", "said"),
+    [
+        ({"val": 0.2, "test": 0.2}, 3, "on test, p "),
+        ({"val": 0.2, "test": 0.02}, 3, "so this may be chance: "),
+        ({"val": 0.2, "test": -0.02}, 3, "keep the job's own values"),
+        ({"val": 0.2}, 3, "on val, by which the search chose, p "),
+        (
+            {"val": 0.2, "test": 0.2},
+            1,
+            "one seed says nothing of what another would give: tune.confirm_seeds=3 or more.",
+        ),
+    ],
+)
+def test_what_the_search_did_not_choose_by_decides(words, gain, seeds, said) -> None:
+    """Half of 200 images are right with the job's own values; each seed errs on five others of them."""
+    ids = np.arange(200)
+    answers = {
+        split: {"own": [Answers(ids, (ids + 5 * seed) % 200 < 100) for seed in range(seeds)],
+                "best": [Answers(ids, (ids + 5 * seed) % 200 < 100 + 200 * points) for seed in range(seeds)]}
+        for split, points in gain.items()
+    }  # fmt: skip
+    trials = [Trial(n, "complete", {}, [0.5 + n / 10], n == 0, 1, 1.0, "", "") for n in range(2)]
+    gains = gains_of(answers)
+    assert {g.split: pytest.approx(g.gain) for g in gains} == gain
+    config = load_config([*words, f"tune.confirm_seeds={seeds}"])
+    assert said in tune_module._verdict(config, trials[1], trials, gains)
 
 
 def test_objectives_that_are_known_at_the_end_alone_cannot_prune(words):
