@@ -26,6 +26,9 @@ Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+SHARD_BYTES = 64 * 1024**2
+
+
 class Section(BaseModel):
     """A frozen part of the tree that refuses keys it does not know."""
 
@@ -58,7 +61,12 @@ class Images(Section):
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 178_956_970
     """A picture with more pixels is refused before it is decoded (Pillow's own limit for decompression bombs)."""
     shard_size: Count = 256
-    """Images in a shard: the unit of teaching, of loss to a dead node, and of streaming."""
+    """Images in a shard, of 64 MiB of pixels at most: the unit of teaching, of loss to a dead node, of streaming."""
+
+    @property
+    def rows_per_shard(self) -> int:
+        """What `shard_size` comes to at this `size`. A shard goes through a worker's memory in one piece."""
+        return max(1, min(self.shard_size, SHARD_BYTES // (3 * self.size**2)))
 
 
 class Teacher(Section):

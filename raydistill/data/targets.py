@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -206,17 +206,19 @@ class InMemory:
     """The whole split, decoded once: for sets that fit."""
 
     def __init__(self, split: TrainSplit, decode_threads: int) -> None:
-        shards = [split.shard(k) for k in range(len(split.shard_rows))]
         self._split = split
         self._first_row = np.cumsum([0, *split.shard_rows])
+        side = split.parts[0].samples.size
+        self._images = np.empty((sum(split.shard_rows), side, side, 3), np.uint8)
+        shards = []
+        with ThreadPoolExecutor(decode_threads) as pool:
+            for k, first in enumerate(self._first_row[:-1]):
+                shard = split.shard(k)
+                for row, image in enumerate(pool.map(pixels, shard.images), int(first)):
+                    self._images[row] = image
+                shards.append(replace(shard, images=[]))  # encoded they would take as much again
         self._ids = [i for shard in shards for i in shard.ids]
         self._labels = np.concatenate([shard.labels for shard in shards])
-        side = split.parts[0].samples.size
-        self._images = np.empty((len(self._ids), side, side, 3), np.uint8)
-        encoded = [image for shard in shards for image in shard.images]
-        with ThreadPoolExecutor(decode_threads) as pool:
-            for row, image in enumerate(pool.map(pixels, encoded, chunksize=64)):
-                self._images[row] = image
         features = [shard.features_KRD for shard in shards if shard.features_KRD is not None]
         self._features_KND = np.concatenate(features, axis=1) if features else None
         weights = [shard.weights_R for shard in shards if shard.weights_R is not None]

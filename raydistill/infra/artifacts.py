@@ -172,6 +172,7 @@ def decoded_directory(config: RunConfig, listing: Listing) -> StageDirectory:
 
 def prepare_directory(config: RunConfig, listing: Listing) -> StageDirectory:
     images = config.images.model_dump(exclude={"path", "classes", "allow_missing_val"})
+    images["shard_size"] = config.images.rows_per_shard
     return stage_directory(
         config,
         "prepare",
@@ -402,7 +403,7 @@ def _train_and_val(samples: SampleSet) -> dict[str, Any]:
 
 def _pixels(config: RunConfig) -> dict[str, Any]:
     """With equal sample ids, what decides the working images."""
-    return config.images.model_dump(include={"size", "fit", "shard_size"})
+    return {"size": config.images.size, "fit": config.images.fit, "shard_size": config.images.rows_per_shard}
 
 
 def _backbone(config: RunConfig) -> dict[str, Any]:

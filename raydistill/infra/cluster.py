@@ -19,11 +19,9 @@ from unittest.mock import patch
 
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError
+from raydistill.infra.memory import object_store_bytes
 from raydistill.infra.newcomers import watched
 from raydistill.infra.plan import Plan, live_plan, num_cores
-
-# Keeps a laptop's memory for the networks: blocks in flight are a few megabytes.
-OBJECT_STORE_BYTES = 512 * 1024**2
 
 # Ray has no other way to keep the servers of its dashboard and its autoscaler from starting.
 _NO_METRICS = {"DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1", "RAY_enable_metrics_collection": "0"}
@@ -78,7 +76,7 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
                     num_cpus=num_cores(),
                     dashboard_host="127.0.0.1",
                     include_dashboard=dashboard,
-                    object_store_memory=OBJECT_STORE_BYTES,
+                    object_store_memory=object_store_bytes(),
                     object_spilling_directory=_spill_directory(config),
                     _node_ip_address="127.0.0.1",
                     **quiet,

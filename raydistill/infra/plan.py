@@ -36,6 +36,7 @@ class Plan:
     train_cpus: float
     train_gpus: float
     train_threads: int
+    trainings: int = 1  # that may run at once, as the trials of a search do
 
     def describe(self) -> list[str]:
         """The plan in words, a line for each stage that uses Ray."""

@@ -28,6 +28,7 @@ class Worker:
     preempted: Callable[[int], bool]  # is a node about to be taken? All workers ask at the same steps
     stream: Any = None  # a Ray Data iterator, where the data comes through Ray
     on_epoch: Callable[[dict[str, float]], None] = lambda record: None  # in this process: what it raises ends the loop
+    beside: int = 1  # workers that share the node's memory, this one included: of this training, and of others
 
 
 # Numbers of glibc's malloc.h, and what they are set to.
@@ -71,7 +72,7 @@ def run_workers(
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         shard = None if stream is None else stream().iterator()
-        return loop(job, Worker(0, 1, device, plan.train_threads, lambda step: False, shard, on_epoch))
+        return loop(job, Worker(0, 1, device, plan.train_threads, lambda step: False, shard, on_epoch, plan.trainings))
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -92,6 +93,7 @@ def run_workers(
             "threads": plan.train_threads,
             "folder": os.getcwd(),
             "streams": stream is not None,
+            "trainings": plan.trainings,
         },
         scaling_config=ScalingConfig(
             num_workers=plan.train_workers, use_gpu=plan.train_gpus > 0, resources_per_worker=resources
@@ -165,7 +167,9 @@ def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
     device = str(ray.train.torch.get_device())
     shard = ray.train.get_dataset_shard("train") if config["streams"] else None
     size = context.get_world_size()
-    worker = Worker(context.get_world_rank(), size, device, config["threads"], preempted, shard)
+    beside = context.get_local_world_size() * config["trainings"]
+    rank = context.get_world_rank()
+    worker = Worker(rank, size, device, config["threads"], preempted, shard, beside=beside)
     torch.set_num_threads(config["threads"])
     with contextlib.suppress(OSError):  # another node may not have it, and sees no relative path in any case
         os.chdir(config["folder"])

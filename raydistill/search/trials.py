@@ -146,7 +146,8 @@ def lay_out(config: RunConfig, plan: Plan) -> Layout:
                 f"{f' and {asked * gpus:g} GPUs' if gpus else ''}, and there are {plan.cpus:g} and {plan.gpus:g}; "
                 "lower it or distill.num_workers"
             )
-        return Layout(asked or max(1, fits), {"CPU": _BESIDE_WORKERS}, plan)
+        together = asked or max(1, fits)
+        return Layout(together, {"CPU": _BESIDE_WORKERS}, dataclasses.replace(plan, trainings=together))
     cores = plan.train_threads  # of the largest node
     together = asked or max(1, int(plan.gpus or plan.cpus // min(_MOST_CPUS, cores)))
     share = int(100 * plan.cpus / together) / 100
@@ -159,7 +160,9 @@ def lay_out(config: RunConfig, plan: Plan) -> Layout:
     if plan.gpus:
         shares["GPU"] = min(1.0, int(100 * plan.gpus / together) / 100)
     threads = max(1, min(cores, int(plan.cpus / together)))
-    return Layout(together, shares, dataclasses.replace(plan, train_workers=0, train_threads=threads))
+    return Layout(
+        together, shares, dataclasses.replace(plan, train_workers=0, train_threads=threads, trainings=together)
+    )
 
 
 def seconds_per_step(job: DistillJob, threads: int) -> float | None:

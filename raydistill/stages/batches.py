@@ -20,6 +20,7 @@ from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet, Visits, batch_order
 from raydistill.data.targets import UNLABELLED, Batch, InMemory, Part, Streamed, TrainSplit
 from raydistill.infra.checkpoints import latest_step
+from raydistill.infra.memory import available_bytes
 from raydistill.infra.plan import Plan
 from raydistill.infra.restarts import new_tries, trying
 from raydistill.infra.workers import Worker
@@ -33,7 +34,7 @@ _STEPS_IN_UNIT = 8
 # With 100 labels in 10,000 images a batch of 64 would hold one or none of them, and the cross-entropy would be that of
 # single images: with this an EfficientNet-Lite0 reached 0.56 where it had reached 0.45.
 _LEAST_LABELLED_SHARE = 0.33
-# Share of the free memory that `cache: auto` lets the train split take.
+# Share of the free memory of a node that `cache: auto` lets the train split take in all its workers together.
 _MEMORY_SHARE = 0.25
 
 
@@ -129,7 +130,7 @@ def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[B
     """This worker's share of every global batch from `first_step` on, prepared a few batches ahead in a thread."""
     split = job.train_split
     labels = split.labels()
-    source = (InMemory if _fits_in_memory(job) else Streamed)(split, worker.threads)
+    source = (InMemory if _fits_in_memory(job, worker) else Streamed)(split, worker.threads)
     mine = (source.gather(visits[worker.rank :: worker.size]) for visits in job.order(labels, first_step))
     with ThreadPoolExecutor(1) as pool:
         ahead = deque(pool.submit(next, mine) for _ in range(_BATCHES_AHEAD))
@@ -143,16 +144,15 @@ def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[B
                 future.cancel()
 
 
-def _fits_in_memory(job: DistillJob) -> bool:
+def _fits_in_memory(job: DistillJob, worker: Worker) -> bool:
+    """Each worker of a node would hold the whole split, so they share what is free there."""
     cache = job.config.distill.cache
     if cache != "auto":
         return cache == "memory"
-    import psutil
-
     per_image = 0
     if job.targets is not None and job.head is not None and job.config.views.per_image != "fresh":
         per_image = 2 * job.config.views.per_image * load_head(job.head).weight_CD.shape[1]
-    return job.train_split.num_bytes(per_image) < _MEMORY_SHARE * psutil.virtual_memory().available
+    return job.train_split.num_bytes(per_image) * worker.beside < _MEMORY_SHARE * available_bytes()
 
 
 class FreshStream:

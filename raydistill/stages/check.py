@@ -114,7 +114,7 @@ def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
         pool = ProcessPoolExecutor(num_cores(), get_context("spawn"), _begin_process)
     waiting = deque[Future[list[_Seen]]]()
     try:
-        for chunk in chunks(entries):
+        for chunk in chunks(entries, images):
             waiting.append(pool.submit(_look_at_chunk, chunk, images))
             if len(waiting) > 2 * num_cores():
                 yield from _looks(waiting.popleft(), entries)

@@ -82,7 +82,7 @@ def _decode(config: RunConfig, entries: list[Entry], classes: Sequence[str]) -> 
     """(N, H, H, 3) uint8 and (N,) class numbers of those that can be read. Raises DataError where none can."""
     entries, images, labels = sorted(entries, key=lambda e: (e.path, e.row or 0)), [], []
     settings = config.images
-    for chunk in chunks(entries):
+    for chunk in chunks(entries, settings):
         for index, data, _ in read_chunk(chunk):
             label = entries[index].label
             try:

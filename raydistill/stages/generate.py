@@ -327,7 +327,7 @@ def _write_shards(
     """The rows of each shard and the ids of all rows, in an order that mixes the classes."""
     order = sorted(chosen.kept, key=lambda key: seeded_rank(config.seed, "order", made[key[0]][key[1:]].id))
     number = {name: k for k, name in enumerate(samples.classes)}
-    sizes, ids, size = [], [], config.images.shard_size
+    sizes, ids, size = [], [], config.images.rows_per_shard
     for first in range(0, len(order), size):
         keys = order[first : first + size]
         ids += (own := [made[key[0]][key[1:]].id for key in keys])

@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 from pyarrow import parquet as pq
 
-from raydistill.config import Images, RunConfig
+from raydistill.config import SHARD_BYTES, Images, RunConfig
 from raydistill.data.decode import decode, encode
 from raydistill.data.images import Entry, Listing, read_bytes_of
 from raydistill.data.many import read_rows
@@ -90,7 +90,9 @@ def _decode_images(
     """The files of decoded images, those that are there already left as they are, and what is known of each entry."""
     directory = decoded_directory(config, listing)
     directory.begin()
-    together = {f"{directory.path}/{k:05d}.parquet": chunk for k, chunk in enumerate(chunks(listing.entries))}
+    together = {
+        f"{directory.path}/{k:05d}.parquet": chunk for k, chunk in enumerate(chunks(listing.entries, config.images))
+    }
     _refuse_small_disk(config, listing, together)
     parts = [{"file": file, "chunk": json.dumps(chunk)} for file, chunk in together.items()]
     decoded = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
@@ -125,9 +127,9 @@ def _refuse_small_disk(config: RunConfig, listing: Listing, together: Mapping[st
     refuse_small_disk(config, what, count * sum(sizes) / len(sizes), "lower images.size, choose another workspace")
 
 
-def chunks(entries: Sequence[Entry]) -> Iterator[Chunk]:
+def chunks(entries: Sequence[Entry], images: Images) -> Iterator[Chunk]:
     """Index, path and row of entries that are read together: rows of one parquet file, or some files."""
-    together = min(max(len(entries) // _FILES, _FEWEST_TOGETHER), _MOST_TOGETHER)
+    together = min(max(len(entries) // _FILES, _FEWEST_TOGETHER), _MOST_TOGETHER, SHARD_BYTES // (3 * images.size**2))
     chunk: Chunk = []
     for index, entry in enumerate(entries):
         if len(chunk) == together or (chunk and entry.row is not None and chunk[0][1] != entry.path):
@@ -310,7 +312,7 @@ def _write(
     """Sort the decoded images into place with Ray Data and write them shard by shard."""
     index_of = {name: number for number, name in enumerate(listing.classes)}
     entry_index = {(e.path, e.row): number for number, e in enumerate(listing.entries)}
-    size = config.images.shard_size
+    size = config.images.rows_per_shard
     rows, names = [], []
     for split, members in splits.items():
         for first in range(0, len(members), size):

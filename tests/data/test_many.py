@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet as pq
 
-from raydistill.config import load_config
+from raydistill.config import Images, load_config
 from raydistill.data.images import list_images
 from raydistill.data.many import count_rows, list_rows, read_rows
 from raydistill.errors import DataError
@@ -59,7 +59,7 @@ def entries_of(path: str | Path):
 
 def bytes_of(listing) -> dict[tuple[str, int | None], bytes]:
     found = {}
-    for chunk in chunks(listing.entries):
+    for chunk in chunks(listing.entries, Images(path="x")):
         for index, data, reason in read_chunk(chunk):
             assert reason == ""
             entry = listing.entries[index]

@@ -182,6 +182,17 @@ def test_a_change_makes_those_stages_new_whose_result_it_changes(words):
     assert changed(names(), names(*words.split())) == EFFECTS[words]
 
 
+def test_shards_hold_so_many_rows_as_their_pixels_allow() -> None:
+    assert config_of().images.rows_per_shard == 256
+    assert config_of("images.size=2048", "images.shard_size=1").images.rows_per_shard == 1
+    large = "images.size=1024"
+    rows, image = config_of(large).images.rows_per_shard, 3 * 1024**2
+    assert rows * image <= 64 * 1024**2 < (rows + 1) * image
+    # What asks for more rows than that asks for the same.
+    assert names(large) == names(large, f"images.shard_size={rows}") == names(large, "images.shard_size=9999")
+    assert changed(names(large), names(large, f"images.shard_size={rows - 1}")) == {"prepare"} | TEACHER
+
+
 def test_the_table_above_has_every_key():
     sections = {*RunConfig.model_fields, "generate.filter"} - {"name", "workspace", "seed"}
     tabled = {words.partition("=")[0] for words in (*EFFECTS, *EFFECTS_OF_GENERATED)}

@@ -90,7 +90,7 @@ import numpy as np, ray
 from raydistill.config import load_config
 from raydistill.infra import cluster
 
-cluster.OBJECT_STORE_BYTES = 80 * 1024**2
+cluster.object_store_bytes = lambda: 80 * 1024**2
 with cluster.joined_cluster(load_config(["images.path=x", f"cluster.spill_directory={sys.argv[1]}"])):
     kept = [ray.put(np.full(20 * 1024**2, k, np.uint8)) for k in range(8)]
     assert all((ray.get(kept[k]) == k).all() for k in range(8))

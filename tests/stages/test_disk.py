@@ -73,7 +73,7 @@ def test_images_count_at_the_size_that_they_have_as_png_and_once_where_they_are_
     config = load_config([f"images.path={folder}", "images.size=64", f"workspace={tmp_path}/workspace"])
     listing = list_images(config.images)
     file = f"{decoded_directory(config, listing).path}/00000.parquet"
-    together = {file: next(prepare.chunks(listing.entries))}
+    together = {file: next(prepare.chunks(listing.entries, config.images))}
     assert 2 * total < 30 * 64 * 64 * 3
     free(2 * total + 1)
     prepare._refuse_small_disk(config, listing, together)

@@ -23,7 +23,7 @@ from raydistill.infra.checkpoints import latest_checkpoint, latest_step, read_pr
 from raydistill.infra.plan import plan_resources
 from raydistill.infra.workers import Worker
 from raydistill.models.student import read_student, split_logits
-from raydistill.stages import loop
+from raydistill.stages import batches, loop
 from raydistill.stages.batches import DistillJob, read_batches
 from raydistill.stages.distill import distill_student
 from raydistill.stages.loop import Trainee, distill_loop, learning_rate
@@ -187,6 +187,21 @@ def test_memory_and_stream_train_the_same_student(tiny_set) -> None:
     for job in jobs:
         distill_loop(job, here())
     assert_same(*jobs)
+
+
+def test_the_workers_of_a_node_share_its_memory(tiny_set, monkeypatch) -> None:
+    """Each would hold the whole split: where one may, two may not."""
+    job = tiny_set.job("cached", distill={"cache": "auto"})
+    split = sum(tiny_set.samples.shards["train"]) * 3 * tiny_set.samples.size**2
+    monkeypatch.setattr(batches, "available_bytes", lambda: 4 * split * 1.9)
+    chosen: list[str] = []
+    for name in ("InMemory", "Streamed"):
+        reader = getattr(batches, name)
+        monkeypatch.setattr(batches, name, lambda *given, n=name, r=reader: chosen.append(n) or r(*given))
+    job = replace(job, targets=None)
+    for beside in (1, 2):
+        next(read_batches(job, 0, Worker(0, 1, "cpu", 1, lambda step: False, beside=beside)))
+    assert chosen == ["InMemory", "Streamed"]
 
 
 def test_workers_together_see_the_global_batch(tiny_set) -> None:
