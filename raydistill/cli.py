@@ -377,6 +377,9 @@ def submit(
         package = jobs_api.pack(load_config([*(words or []), *given]), command, flags, folder, python)
         largest = ", ".join(f"{name} {size:,}" for name, size in package.files[:5])
         print(f"uploads {len(package.files)} files, {package.size:,} bytes; the largest: {largest}")
+        if package.left_out:
+            some = ", ".join(package.left_out[:5]) + (" …" if len(package.left_out) > 5 else "")
+            print(f"left out, as no code of the package: {len(package.left_out)} files ({some})")
         client = jobs_api.job_client(address)
         name, is_new = jobs_api.submit(client, package, install)
     print(f"job {name} {'is submitted' if is_new else 'was submitted before: an equal one is not started again'}")

@@ -29,6 +29,7 @@ import raydistill
 from raydistill.config import RunConfig, overlay, to_yaml
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra.preflight import PLACES
+from raydistill.infra.upload import code_of, refuse_private
 from raydistill.secrets import has_secret, texts
 
 COMMANDS = ("run", "prepare", "adapt", "generate", "teach", "distill", "evaluate", "export", "compare", "tune")
@@ -39,7 +40,6 @@ _MOST_BYTES = 16 * 1024**2
 _STOP_SECONDS = 120
 _HEAD_SECONDS = 60.0
 _JOB_FILE = "job.yaml"
-_CODE = (".py", ".html")  # of the package, with the pages that it fills in
 # Keys that name small text files, which travel with the job.
 _SHIPPED = ("images.classes", "generate.names", "tune.space")
 # What the nodes were made with: the first is how they were joined, the others fit their GPUs.
@@ -55,6 +55,7 @@ class Package:
     files: list[tuple[str, int]]
     entrypoint: str
     id: str
+    left_out: tuple[str, ...] = ()  # of the package's folder, what is no code of it
 
     @property
     def size(self) -> int:
@@ -72,10 +73,11 @@ def pack(config: RunConfig, command: str, flags: tuple[str, ...], folder: str, p
     config = _on_the_cluster(config, folder)
     Path(folder, _JOB_FILE).write_text(to_yaml(config))
     source = Path(raydistill.__file__).parent
-    for file in sorted(path for path in source.rglob("*") if path.suffix in _CODE):
-        target = Path(folder, "raydistill", file.relative_to(source))
+    code, left_out = code_of(source)
+    for name in code:
+        target = Path(folder, "raydistill", name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        shutil.copyfile(source / name, target)
     paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     files = [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
     digest = hashlib.sha256(" ".join([command, *flags]).encode())
@@ -86,6 +88,7 @@ def pack(config: RunConfig, command: str, flags: tuple[str, ...], folder: str, p
         sorted(files, key=lambda file: -file[1]),
         shlex.join([python, "-m", "raydistill", command, _JOB_FILE, *flags]),
         re.sub(r"[^A-Za-z0-9_.-]", "-", f"{config.name}-{command}-{digest.hexdigest()[:10]}"),
+        tuple(left_out),
     )
     if package.size > _MOST_BYTES:
         largest = ", ".join(f"{name} {size:,} bytes" for name, size in package.files[:3])
@@ -120,6 +123,7 @@ def _on_the_cluster(config: RunConfig, folder: str) -> RunConfig:
         if key in _SHIPPED:
             if not os.path.isfile(value):
                 raise ConfigError(f"{key}={value}: no such file")
+            refuse_private(key, value)
             new = f"files/{key}{Path(value).suffix}"
             Path(folder, "files").mkdir(exist_ok=True)
             shutil.copyfile(value, Path(folder, new))

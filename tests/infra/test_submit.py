@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -79,6 +80,84 @@ def test_the_package_and_the_job_travel_and_nothing_else(job, tmp_path, monkeypa
     assert Path(there.tune.space).read_text() == space.read_text()
     assert package.entrypoint == "python -m raydistill run job.yaml"
     assert package.size == sum(file.stat().st_size for file in (tmp_path / "upload").rglob("*") if file.is_file())
+
+
+@pytest.fixture
+def strange_package(tmp_path, monkeypatch) -> Path:
+    """A copy of the package as it may lie in somebody's repository, with what must not travel in it and beside it."""
+    source = tmp_path / "project" / "raydistill"
+    shutil.copytree(Path(cli.__file__).parent, source, ignore=shutil.ignore_patterns("__pycache__"))
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "key.py").write_text("hunter2")
+    planted = (
+        ".env", ".ipynb_checkpoints/loop.py", ".hidden.py", "server.pem", "id_rsa", ".ssh/id_ed25519",
+        ".aws/credentials", ".netrc", "credentials.json", "kubeconfig", ".pypirc", "notes.md", "workspace/teach-1/DONE",
+        "infra/local_settings.py", "infra/token.txt", "stages/backup.py~", "data.csv", ".vscode/settings.json",
+        "terraform.tfstate", "mlflow.db", ".npmrc", "infra/.htpasswd", ".git-credentials", "models/.git/hooks/x.py",
+    )  # fmt: skip
+    for name in planted:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("hunter2")
+    (source / "pasted.py").write_text('KEY = """-----BEGIN OPENSSH PRIVATE KEY-----\nhunter2"""')
+    (source / "linked.py").symlink_to(outside / "key.py")
+    (source / "linked_folder").symlink_to(outside)
+    (source.parent / ".gitignore").write_text("local_settings.py\n")
+    subprocess.run(["git", "init", "--quiet", str(source.parent)], check=True)
+    monkeypatch.setattr(sys.modules["raydistill"], "__file__", str(source / "__init__.py"))
+    return source
+
+
+def test_nothing_private_travels_with_the_package(strange_package, job, tmp_path) -> None:
+    package = packed(tmp_path / "upload", str(job()))
+    sent = {str(f.relative_to(tmp_path / "upload")): f for f in (tmp_path / "upload").rglob("*") if f.is_file()}
+    assert [name for name, file in sent.items() if b"hunter2" in file.read_bytes()] == []
+    assert not any(file.is_symlink() for file in sent.values())
+    left_out = set(package.left_out)
+    assert {"pasted.py", "linked.py", "linked_folder/", "infra/local_settings.py", ".env", ".ssh/"} <= left_out
+    code = {name for name in sent if name.startswith("raydistill/")}
+    source = Path(cli.__file__).parent
+    assert code == {str(p.relative_to(source.parent)) for p in source.rglob("*") if p.suffix in (".py", ".html")}
+
+
+NAMED = {
+    "a link out": ("classes.txt", "red\nblue\n", True),
+    "a key by its name": ("deploy.pem", "red", False),
+    "a hidden file": (".env", "red", False),
+    "credentials": ("gcp-credentials.json", "red", False),
+    "a kubeconfig": ("kubeconfig.yaml", "red", False),
+    "a key in the text": ("classes.txt", "red\n-----BEGIN RSA PRIVATE KEY-----\nMIIE\n", False),
+    "a password in the text": ("classes.txt", "red\nhttps://ann:hunter2@host/x\n", False),
+    "a file of ssh": (".ssh/config", "red", False),
+    "a file of aws": (".aws/config", "red", False),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_a_named_file_that_is_private_is_refused(job, tmp_path, monkeypatch, case) -> None:
+    name, text, linked = NAMED[case]
+    project = tmp_path / "project"
+    file = project / name
+    file.parent.mkdir(parents=True)
+    if linked:
+        (tmp_path / "elsewhere.txt").write_text(text)
+        file.symlink_to(tmp_path / "elsewhere.txt")
+    else:
+        file.write_text(text)
+    monkeypatch.chdir(project)
+    with pytest.raises(ConfigError, match=r"images\.classes=.*(by a link|keys or passwords)") as refused:
+        packed(tmp_path / "upload", str(job()), f"images.classes={name}")
+    assert "hunter2" not in str(refused.value)
+    assert not any("images.classes" in file.name for file in (tmp_path / "upload").rglob("*"))
+
+
+def test_a_link_within_the_project_is_followed(job, tmp_path, monkeypatch) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "two.txt").write_text("red\nblue\n")
+    (tmp_path / "classes.txt").symlink_to("lists/two.txt")
+    monkeypatch.chdir(tmp_path)
+    packed(tmp_path / "upload", str(job()), "images.classes=classes.txt")
+    assert (tmp_path / "upload/files/images.classes.txt").read_text() == "red\nblue\n"
 
 
 def test_an_id_follows_from_what_is_run(job, tmp_path) -> None:
