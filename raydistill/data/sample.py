@@ -14,11 +14,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import AfterValidator, NonNegativeInt
+
+from raydistill.data.manifests import result_of
 
 SCHEMA = pa.schema(
     [
@@ -34,6 +37,12 @@ SPLITS = ("train", "val", "test")
 WINDOW_SHARDS = 8
 
 
+def _with_train(by_split: dict[str, Any]) -> dict[str, Any]:
+    if "train" not in by_split:
+        raise ValueError("it lacks the split train")
+    return by_split
+
+
 @dataclass(frozen=True)
 class SampleSet:
     """What `prepare` leaves behind. `ids` and `labels` are hashes: equal ones mean equal images, or equal labels."""
@@ -41,11 +50,13 @@ class SampleSet:
     path: str
     classes: tuple[str, ...]
     size: int
-    shards: dict[str, tuple[int, ...]]  # split -> rows of each shard
-    num_labelled: dict[str, int]
-    num_refused: int
-    ids: dict[str, str]  # split -> hash of its sample ids in order
-    labels: dict[str, str]  # split -> hash of its classes and of every sample's label
+    shards: Annotated[dict[str, tuple[NonNegativeInt, ...]], AfterValidator(_with_train)]  # split -> rows of each shard
+    num_labelled: Annotated[dict[str, NonNegativeInt], AfterValidator(_with_train)]
+    num_refused: NonNegativeInt
+    ids: Annotated[dict[str, str], AfterValidator(_with_train)]  # split -> hash of its sample ids in order
+    labels: Annotated[
+        dict[str, str], AfterValidator(_with_train)
+    ]  # split -> hash of its classes and of all labels
 
     def num_rows(self, split: str) -> int:
         return sum(self.shards.get(split, ()))
@@ -53,8 +64,7 @@ class SampleSet:
 
 def samples_from_json(done: dict[str, Any]) -> SampleSet:
     """The result of a finished `prepare`, from its DONE marker."""
-    shards = {split: tuple(rows) for split, rows in done["shards"].items()}
-    return SampleSet(**{**done, "classes": tuple(done["classes"]), "shards": shards})
+    return result_of(done, str(done.get("path")), SampleSet)
 
 
 def sample_id(data: bytes) -> str:

@@ -16,10 +16,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from raydistill.config import RunConfig, Student, Teacher, Views, fine_tuning
 from raydistill.data.images import Listing, list_images
+from raydistill.data.manifests import from_json, of_another_form
 from raydistill.data.sample import SampleSet, samples_from_json
-from raydistill.errors import CheckpointError, ConfigError, StageError
+from raydistill.errors import ConfigError, StageError
 from raydistill.examples import weights_fingerprint
 from raydistill.infra.versions import PACKAGES, installed
 from raydistill.models.shards import weight_files
@@ -33,6 +36,17 @@ FORMATS = {
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
 # What `distill` leaves in its folder beside these is about its making; the last is there for transformers models.
 _STUDENT_FILES = ("student.json", "student.safetensors", "config.json")
+
+
+class Bill(BaseModel):
+    """What `seconds.json` says, as far as it is read."""
+
+    seconds: float = 0.0
+    node_seconds: dict[str, float] = {}
+    lost_nodes: int = 0
+    images_again: int = 0
+    seconds_again: float = 0.0
+    versions: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -61,17 +75,21 @@ class StageDirectory:
         data = self.fs.read(f"{self.place}/DONE")
         if data is None:
             return None
-        try:
-            text = data.decode()
-            result: dict[str, Any] = json.loads(text)
-        except ValueError:
-            raise CheckpointError(
-                f"{self.path}/DONE is not readable; delete {self.path} and run the command again"
-            ) from None
-        written_as = result.get("path", self.path)
-        if written_as != self.path:  # the workspace has moved since
-            result = json.loads(text.replace(json.dumps(written_as)[1:-1], json.dumps(self.path)[1:-1]))
-        return result
+        result = from_json(data, f"{self.path}/DONE", dict[str, Any])
+        self._refuse_other_places(result)
+        return result | {"path": self.path} if "path" in result else result  # the workspace may have moved since
+
+    def _refuse_other_places(self, result: dict[str, Any]) -> None:
+        """No place that a DONE names is used, but one that names others was not written by a stage."""
+        samples = result.get("samples")
+        own = [tree["path"] for tree in (result, samples) if isinstance(tree, dict) and "path" in tree]
+        odd = [place for place in own if not _is_place(place) or place.rpartition("/")[2] != self.name]
+        odd += [place for place in [result.get("features", self.path)] if not _is_place(place)]
+        files = result.get("files")
+        if isinstance(files, dict):  # by name
+            odd += [name for name in files if {"", ".", ".."}.intersection(name.replace("\\", "/").split("/"))]
+        if odd:
+            raise of_another_form(f"{self.path}/DONE", f"it names {odd[0]!r:.200}")
 
     def started(self) -> bool:
         return bool(self.fs.exists(self.place))
@@ -123,7 +141,7 @@ def read_bill(path: str) -> dict[str, Any]:
     """`seconds` of the run that finished a stage; on a cluster `node_seconds` by node type and `lost_nodes`; and, where
     a process or a node was lost, the `images_again` and `seconds_again` that this cost; `versions` by package."""
     try:
-        return dict(json.loads(_bill(path)))
+        return from_json(_bill(path), f"{path}/seconds.json", Bill).model_dump(exclude_unset=True)
     except FileNotFoundError:
         return {}
 
@@ -136,6 +154,11 @@ def _bill(path: str) -> bytes:
     if bill is None:
         raise FileNotFoundError(path)  # and not a value, which would be kept: it may be written yet
     return bill
+
+
+def _is_place(place: object) -> bool:
+    """A path or URL as stages write them: whole, and without a way back."""
+    return isinstance(place, str) and (place.startswith("/") or "://" in place) and ".." not in place.split("/")
 
 
 def workspace_root(config: RunConfig) -> str:
@@ -302,7 +325,10 @@ def taught_before(directory: StageDirectory) -> list[str]:
         if not name.startswith("teach-") or name == directory.name:
             continue
         identity = directory.fs.read(f"{place}/{name}/identity.json")
-        if identity is not None and _apart_from_images(json.loads(identity)) == own:
+        if identity is None:
+            continue
+        other = from_json(identity, f"{root}/{name}/identity.json", dict[str, Any])
+        if _apart_from_images(other) == own:
             found = directory.fs.names(f"{place}/{name}")
             files += [f"{root}/{name}/{file}" for file in found if file.endswith(".safetensors")]
     return files

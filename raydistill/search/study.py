@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import optuna
 from optuna.trial import TrialState
 
 from raydistill.config import RunConfig
+from raydistill.data.manifests import from_json
 from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.search.space import Choice, Space
@@ -68,8 +68,9 @@ def read_trials(study: optuna.Study) -> list[Trial]:
 def read_epochs(directory: str, most: int) -> list[dict[str, float]]:
     """The records of a trial's epochs, up to the `most`-th, as far as they are there."""
     fs, folder = open_filesystem(directory)
-    records = (fs.read(f"{folder}/epochs/{epoch:05d}.json") for epoch in range(1, most + 1))
-    return [json.loads(record) for record in records if record is not None]
+    names = [f"epochs/{epoch:05d}.json" for epoch in range(1, most + 1)]
+    records = [(name, fs.read(f"{folder}/{name}")) for name in names]
+    return [from_json(data, f"{directory}/{name}", dict[str, float]) for name, data in records if data is not None]
 
 
 def drop_checkpoints(trials: list[Trial]) -> None:

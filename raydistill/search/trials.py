@@ -33,6 +33,7 @@ from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
 from raydistill.config import Loss, RunConfig
+from raydistill.data.manifests import result_of
 from raydistill.errors import ConfigError, RaydistillError
 from raydistill.infra.artifacts import StageDirectory, read_seconds
 from raydistill.infra.checkpoints import latest_step
@@ -244,7 +245,7 @@ def _train(work: _Work, report: Callable[[dict[str, Any]], None]) -> dict[str, A
         student = distill_student(job, directory, work.plan, Progress(Console(quiet=True)), on_epoch)
         directory.write_bill({"seconds": time.monotonic() - started})
     else:
-        student = StudentCheckpoint(**done)
+        student = result_of(done, directory.path, StudentCheckpoint)
         for record in read_epochs(directory.path, last):
             on_epoch({**record, "trained_before": True})
     record = json.loads(directory.fs.cat_file(f"{directory.place}/epochs/{last:05d}.json"))

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+from raydistill.data.manifests import from_json
 from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import latest_checkpoint, latest_step, read_progress
@@ -159,4 +160,5 @@ def _note(record: dict[str, float]) -> str:
 def read_epochs(path: str) -> list[dict[str, float]]:
     """The records of all epochs of a student's directory, in order."""
     fs, folder = open_filesystem(f"{path}/epochs")
-    return [json.loads(fs.cat_file(f"{folder}/{name}")) for name in fs.names(folder) if name.endswith(".json")]
+    names = [name for name in fs.names(folder) if name.endswith(".json")]
+    return [from_json(fs.cat_file(f"{folder}/{n}"), f"{path}/epochs/{n}", dict[str, float]) for n in names]

@@ -27,6 +27,7 @@ from ray.data import ActorPoolStrategy
 from raydistill.config import Generate, RunConfig
 from raydistill.data.decode import encode, pixels
 from raydistill.data.images import list_images
+from raydistill.data.manifests import result_of
 from raydistill.data.prompts import class_prompts, refuse_unknown
 from raydistill.data.sample import SampleSet, encode_shard, samples_from_json, seeded_rank, shard_name
 from raydistill.data.targets import labels_of, read_samples
@@ -61,7 +62,9 @@ class GeneratedImages:
 
 def generated_from_json(done: Mapping[str, Any], path: str) -> GeneratedImages:
     """The result of a finished `generate` in the directory `path`, where it may have been moved to since."""
-    return GeneratedImages(**{**done, "samples": samples_from_json({**done["samples"], "path": path})})
+    samples = done.get("samples")
+    moved = {**samples, "path": path} if isinstance(samples, dict) else samples
+    return result_of({**done, "samples": moved}, path, GeneratedImages)
 
 
 def generate_images(

@@ -6,7 +6,6 @@ Shapes: N images, C classes.
 from __future__ import annotations
 
 import base64
-import json
 import platform
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pyarrow import parquet as pq
 from scipy.special import softmax
 
 from raydistill.config import RunConfig, overlay, shown_yaml
+from raydistill.data.manifests import read_json, result_of
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_samples
 from raydistill.errors import ConfigError
@@ -108,7 +108,7 @@ def _baselines(config: RunConfig, samples: SampleSet) -> dict[str, Report]:
         except ConfigError:
             continue  # this arm cannot be trained with this job
         if done is not None and done["path"] != evaluate_directory(config, samples).path:
-            found[name] = Report(**done)
+            found[name] = result_of(done, done["path"], Report)
     return found
 
 
@@ -157,7 +157,7 @@ def _sheets(outcome: Outcome) -> list[str]:
 
 def _refused(samples: SampleSet) -> list[tuple[str, int, list[str]]]:
     """Reasons why images were refused, how often, and some examples."""
-    refused: list[dict[str, str]] = json.loads(read_bytes(f"{samples.path}/refused.json"))
+    refused = read_json(f"{samples.path}/refused.json", list[dict[str, str]])
     reasons = Counter(_reason(one["reason"]) for one in refused)
     return [
         (reason, count, [_short(one["path"]) for one in refused if _reason(one["reason"]) == reason][:_EXAMPLES])

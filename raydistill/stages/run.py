@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydistill.config import RunConfig, fine_tuning
 from raydistill.data.images import Listing, list_images
+from raydistill.data.manifests import result_of
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra import artifacts
@@ -275,7 +276,7 @@ class _Run:
             self._infer(samples, features, ("val", "train"))
         self._outcome.directories["features"] = features.path
         done = self._stage(adapt, lambda _: adapt_teacher(config, samples, features, adapt))
-        adapted = self._outcome.adapted = AdaptedTeacher(**{**done, "features": features.path})
+        adapted = self._outcome.adapted = result_of({**done, "features": features.path}, adapt.path, AdaptedTeacher)
         if adapted.val_accuracy is not None:
             progress.line(
                 f"teacher:  val accuracy {adapted.val_accuracy:.3f} (always the commonest class: "
@@ -331,7 +332,7 @@ class _Run:
             plan = self._ray.plan() if self._work.needs_ray else local_plan(config)
             distill_student(job, directory, plan, self._progress, lambda m: record.log(m, int(m["step"])))
 
-        self._outcome.student = StudentCheckpoint(**self._stage(directory, work))
+        self._outcome.student = result_of(self._stage(directory, work), directory.path, StudentCheckpoint)
 
     def _evaluate(self, samples: SampleSet) -> None:
         # Its plots and metrics take a second to load, which no training should wait for.
@@ -344,10 +345,10 @@ class _Run:
             assert outcome.student is not None
             evaluate_student(config, samples, outcome.adapted, outcome.student, directory, self._progress)
 
-        outcome.report = Report(**self._stage(directory, work))
+        outcome.report = result_of(self._stage(directory, work), directory.path, Report)
         if config.generate is not None:
             without = artifacts.evaluate_directory(config.model_copy(update={"generate": None}), samples).done()
-            outcome.without_generated = None if without is None else Report(**without)
+            outcome.without_generated = None if without is None else result_of(without, without["path"], Report)
         self._record_report(outcome.report)
 
     def _export(self, samples: SampleSet) -> None:
@@ -367,7 +368,7 @@ class _Run:
 
             export_student(config, samples, outcome.student.path, card, directory, self._progress)
 
-        exported = outcome.exported = Exported(**self._stage(directory, work))
+        exported = outcome.exported = result_of(self._stage(directory, work), directory.path, Exported)
         self._progress.line(f"exported: {', '.join(exported.files)}")
         if exported.int8 is not None:
             self._progress.line(f"          {int8_words(exported.int8)}")

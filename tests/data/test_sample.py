@@ -244,7 +244,7 @@ def test_samples_survive_the_trip_through_json():
         "num_labelled": {"train": 5, "val": 2, "test": 0},
         "num_refused": 1,
         "ids": {"train": "a", "val": "b", "test": "c"},
-        "labels": "d",
+        "labels": {"train": "d", "val": "e", "test": "f"},
     }
     samples = samples_from_json(done)
     assert samples.classes == ("10", "2", "café", "a b")

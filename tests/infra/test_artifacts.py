@@ -14,7 +14,7 @@ import pytest
 
 from raydistill.config import RunConfig, known_keys, load_config
 from raydistill.data.images import Entry, Listing
-from raydistill.data.sample import SampleSet
+from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.infra import artifacts
 from raydistill.storage.filesystems import write_bytes
@@ -629,6 +629,76 @@ def test_a_marker_that_cannot_be_read_is_a_checkpoint_error(directory, content):
     directory.fs.pipe_file(f"{directory.path}/DONE", content)
     with pytest.raises(CheckpointError, match="DONE"):
         directory.done()
+
+
+PLACES = {
+    "up": {"path": "/elsewhere/../../etc"},
+    "a whole other one": {"path": "/etc"},
+    "another stage's": {"path": "/w/teach-0123456789ab"},
+    "relative": {"path": "NAME"},
+    "of another type": {"path": ["/w", "NAME"]},
+    "none": {"path": None},
+    "of the samples": {"samples": {"path": "/home/ann/.ssh"}},
+    "of the samples, up": {"samples": {"path": "/w/../NAME"}},
+    "of the features": {"features": "../features-0123456789ab"},
+    "of the features, a number": {"features": 3},
+    "of a file, up": {"files": {"../../.bashrc": 1}},
+    "of a file, whole": {"files": {"/etc/passwd": 1}},
+    "of a file, as on Windows": {"files": {"..\\up": 1}},
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_marker_that_names_other_places_is_refused_in_one_sentence(directory, case):
+    directory.begin()
+    directory.finish(json.loads(json.dumps(PLACES[case]).replace("NAME", directory.name)))
+    with pytest.raises(CheckpointError, match=r"DONE is not what raydistill writes \(it names .*delete .*") as refused:
+        directory.done()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_marker_says_where_it_was_and_is_where_it_is_now(directory):
+    directory.begin()
+    directory.finish({"path": f"/moved/since/{directory.name}", "steps": 3})
+    assert directory.done() == {"path": directory.path, "steps": 3}
+
+
+RESULTS = {
+    "a list": [1],
+    "a number": 3,
+    "a field that is missing": {"size": None},
+    "a field more": {"command": "rm"},
+    "text for a number": {"size": "64"},
+    "a number for text": {"classes": [1, 2]},
+    "text for a list": {"classes": "ab"},
+    "rows below none": {"shards": {"train": [-4]}},
+    "half a row": {"shards": {"train": [4.5]}},
+    "a list for a map": {"ids": ["t", "v", "e"]},
+    "no train split": {"shards": {"val": [2]}},
+    "deep": {"ids": {"train": [[[[]]]]}},
+}
+
+
+@pytest.mark.parametrize("case", RESULTS)
+def test_a_marker_of_another_form_is_refused_in_one_sentence(directory, case):
+    odd = RESULTS[case]
+    result = dataclasses.asdict(dataclasses.replace(SAMPLES, path=directory.path))
+    whole = {k: v for k, v in (result | odd).items() if v is not None} if isinstance(odd, dict) else odd
+    directory.begin()
+    directory.finish(whole)
+    with pytest.raises(CheckpointError, match="DONE is not what raydistill writes") as refused:
+        samples_from_json(directory.done())
+    assert "\n" not in str(refused.value)
+    directory.finish(result)
+    assert samples_from_json(directory.done()) == dataclasses.replace(SAMPLES, path=directory.path)
+
+
+@pytest.mark.parametrize("bill", ["[]", '{"seconds": "soon"}', '{"node_seconds": 3}', '{"versions": [1]}', "{", "\xff"])
+def test_a_bill_of_another_form_is_refused(directory, bill):
+    directory.begin()
+    directory.write("seconds.json", bill.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"seconds\.json is not what raydistill writes"):
+        artifacts.read_bill(directory.path)
 
 
 def test_beginning_again_keeps_what_is_there(directory):
