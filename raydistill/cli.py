@@ -21,6 +21,7 @@ from raydistill.errors import ConfigError, RaydistillError
 from raydistill.infra import interrupts
 from raydistill.infra.environment import open_streams, prepare_environment
 from raydistill.secrets import RedactedStream
+from raydistill.strangers import one_line, plain_console, printable
 
 STARTED = time.time()
 _GOES_ON = "the same command goes on from here"
@@ -71,7 +72,6 @@ def generate(
     if not dry_run:
         _run(words, "generate")
         return
-    from rich.console import Console
 
     from raydistill.config import load_config
 
@@ -79,7 +79,7 @@ def generate(
     _announce(f"generate: {config.images.path}, a forecast")
     from raydistill.stages.generate import forecast
 
-    console = Console(highlight=False)
+    console = plain_console()
     for line in forecast(config):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -149,7 +149,6 @@ def serve(
 @app.command()
 def show(words: Words = None) -> None:
     """The resolved config, the stage directories, what is done and what would run. Writes nothing."""
-    from rich.console import Console
     from rich.table import Table
 
     from raydistill.config import load_config, shown_yaml
@@ -160,7 +159,7 @@ def show(words: Words = None) -> None:
     from raydistill.storage.filesystems import refuse_unreachable
 
     config = load_config(words or [])
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(shown_yaml(config), markup=False)
     refuse_unreachable(artifacts.workspace_root(config), "workspace")
     listing = list_images(config.images)
@@ -208,14 +207,13 @@ def compare(
     ] = False,
 ) -> None:
     """Train the student in several ways over several seeds and say which to ship (compare.arms, compare.seeds)."""
-    from rich.console import Console
     from rich.table import Table
 
     from raydistill.config import load_config
     from raydistill.infra.progress import Progress
 
     interrupts.go_on_by(_GOES_ON)
-    config, console = load_config(words or []), Console(highlight=False)
+    config, console = load_config(words or []), plain_console()
     _announce(f"compare: {', '.join(config.compare.arms)} on {config.images.path}, into {config.workspace}")
     from raydistill.search.compare import compare_arms
 
@@ -224,7 +222,7 @@ def compare(
     table = Table(*titles, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    wide = Console(highlight=False, width=max(console.width, 160))  # a cell that is cut tells nothing
+    wide = plain_console(width=max(console.width, 160))  # a cell that is cut tells nothing
     wide.print("", table, "")
     console.print(comparison.verdict, soft_wrap=True)
     if comparison.curve_verdict:
@@ -244,14 +242,13 @@ def tune(
     ] = None,
 ) -> None:
     """Search settings with one student a trial and no pass of the teacher; ends with best.yaml."""
-    from rich.console import Console
 
     from raydistill.config import load_config
     from raydistill.infra.progress import Progress
 
     interrupts.go_on_by(_GOES_ON)
     given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
-    config, console = load_config([*(words or []), *given]), Console(highlight=False)
+    config, console = load_config([*(words or []), *given]), plain_console()
     _announce(f"tune: {config.tune.space} on {config.images.path}, into {config.workspace}")
     from raydistill.search.tune import tune_job
 
@@ -292,12 +289,11 @@ def check(
 
     With --cluster or --file: would this job run on the cluster?
     """
-    from rich.console import Console
 
     from raydistill.config import load_config
 
-    console = Console(highlight=False)
-    wide = Console(highlight=False, width=max(console.width, 160))
+    console = plain_console()
+    wide = plain_console(width=max(console.width, 160))
     if cluster or file is not None:
         _check_cluster(words, cluster, file, wide)
         return
@@ -439,11 +435,10 @@ def _follow(client: Any, name: str) -> None:
 
 def _announce(words: str, stream: Any = None) -> None:
     """The first line, before anything that takes time to load."""
-    print(words, file=stream, flush=True)
+    print(one_line(words), file=stream, flush=True)
 
 
 def _run(words: list[str] | None, until: str, command: str | None = None) -> None:
-    from rich.console import Console
 
     from raydistill.config import load_config
     from raydistill.infra.artifacts import find_work
@@ -453,7 +448,7 @@ def _run(words: list[str] | None, until: str, command: str | None = None) -> Non
     interrupts.go_on_by(_GOES_ON)
     config = load_config(words or [])
     _announce(f"{command or until}: {config.images.path}, into {config.workspace}")
-    console = Console(highlight=False)
+    console = plain_console()
     work, ray = find_work(config, until), RayStart(config)
     if work.needs_ray:
         ray.begin()  # it starts while torch and the models' libraries load, below
@@ -485,7 +480,9 @@ def main() -> None:
 def _exit_code() -> int:
     try:
         prepare_environment()
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+        logging.basicConfig(level=logging.WARNING)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_Plain("%(levelname)s %(message)s"))
         logging.getLogger("raydistill").setLevel(logging.INFO)
         app()
     except SystemExit as stop:  # how Typer ends
@@ -501,9 +498,14 @@ def _exit_code() -> int:
     return 0
 
 
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _say(message: str) -> None:
     for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
 
 
 def _explain(error: Exception) -> int:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 from urllib.parse import quote, quote_plus, unquote
 
+from raydistill.strangers import printable
+
 HIDDEN = "***"
 _END = r"\s'\"<>`"  # what ends a URI in a text
 # A port is no password. A raw password may hold / ? # and @, so that it reaches to the last @.
@@ -67,8 +69,8 @@ def redacted_tree(value: Any, hide: Callable[[str], str] = redacted) -> Any:
 
 
 def on_page(value: Any) -> Any:
-    """For Jinja's `finalize`: every text that a template shows, redacted. Pictures and finished markup are left."""
-    return redacted(value) if type(value) is str and not value.startswith("data:") else value
+    """For Jinja's `finalize`: each text of a template redacted and printable. Pictures and finished markup are left."""
+    return printable(redacted(value)) if type(value) is str and not value.startswith("data:") else value
 
 
 def has_secret(value: str) -> bool:

@@ -54,9 +54,7 @@ class SampleSet:
     num_labelled: Annotated[dict[str, NonNegativeInt], AfterValidator(_with_train)]
     num_refused: NonNegativeInt
     ids: Annotated[dict[str, str], AfterValidator(_with_train)]  # split -> hash of its sample ids in order
-    labels: Annotated[
-        dict[str, str], AfterValidator(_with_train)
-    ]  # split -> hash of its classes and of all labels
+    labels: Annotated[dict[str, str], AfterValidator(_with_train)]  # split -> hash of its classes and of all labels
 
     def num_rows(self, split: str) -> int:
         return sum(self.shards.get(split, ()))

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import cast, get_args
 
-from rich.console import Console
-
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError, DataError
 from raydistill.inference.predict import (
@@ -27,6 +25,7 @@ from raydistill.inference.predict import (
 )
 from raydistill.infra.cluster import joined_cluster
 from raydistill.infra.progress import Progress
+from raydistill.strangers import one_line, plain_console
 
 
 def predict_command(
@@ -36,7 +35,7 @@ def predict_command(
     with_engine = _engine(engine)
     classes, units = read_about(folder)["classes"], find_units(pictures)
     count = sum(number for _, _, number in units)
-    console = Console(highlight=False, stderr=True)
+    console = plain_console(stderr=True)
     failed: list[Answer] = []
     with contextlib.ExitStack() as stack:
         if address is None and count <= LARGE:
@@ -59,7 +58,7 @@ def predict_command(
         else:
             for answer in counted():
                 found = "  ".join(f"{name} {p:.3f}" for name, _, p in best(answer, classes, top))
-                print(f"{answer.name}  {found or f'error: {answer.error}'}")
+                print(one_line(f"{answer.name}  {found or f'error: {answer.error}'}"))
     console.print(f"{count - len(failed)} of {count} pictures answered" + (f", in {out}" if out else ""), markup=False)
     for answer in failed[:10]:
         console.print(f"not read: {answer.name}: {answer.error}", markup=False, soft_wrap=True)
@@ -81,7 +80,7 @@ def serve_command(folder: str, engine: str, host: str, port: int, most_bytes: in
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(f"--host {host} --port {port}: {error.strerror}; choose another --port") from None
-    Console(highlight=False).print(f"serving {folder} at http://{host}:{port}/ (Ctrl-C ends it)", soft_wrap=True)
+    plain_console().print(f"serving {folder} at http://{host}:{port}/ (Ctrl-C ends it)", soft_wrap=True)
     if not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
         print(f"warning: whoever reaches {host} may ask; there is no login and no encryption", file=sys.stderr)
     serve(app, host, port)

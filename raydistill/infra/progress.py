@@ -23,6 +23,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from raydistill.infra.stillness import noticed
+from raydistill.strangers import printable
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -117,7 +118,7 @@ class Progress:
             self.line(f"{name:<9} {images:,} image(s) begun again, {seconds:.0f} s: a process or its node was lost")
 
     def line(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
@@ -137,19 +138,19 @@ class Progress:
     @contextlib.contextmanager
     def _bar(self, name: str, total: int, unit: str, done: int, meter: SpeedMeter) -> Iterator[Callable[..., None]]:
         columns = (
-            TextColumn("{task.description:<9}"),
+            TextColumn("{task.description:<9}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             _Speed(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Bars(*columns, console=self.console) as bars:
             task = bars.add_task(name, total=total, completed=done, unit=unit, note="", meter=meter)
 
             def advance(count: int, note: str | None = None) -> None:
-                fields = {} if note is None else {"note": note}
+                fields = {} if note is None else {"note": printable(note)}
                 bars.update(task, advance=count, **fields)  # type: ignore[arg-type]
 
             yield advance

@@ -16,6 +16,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
+from raydistill.strangers import printable
+
 _MOST_KEYS_IN_CONTOUR = 3
 _INTERVAL = 110  # dots an inch
 
@@ -47,13 +49,13 @@ def search_page(study: optuna.Study, verdict: str, objectives: Sequence[str]) ->
             f"{objectives[0]}{when} by two settings at a time, those that matter most",
             lambda: _contour(whole, keys, objectives[0]),
         ))  # fmt: skip
-    parts = [f"<h2>{html.escape(title)}</h2>\n{_image(draw)}" for title, draw in pictures]
+    parts = [f"<h2>{html.escape(printable(title))}</h2>\n{_image(draw)}" for title, draw in pictures]
     head = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>raydistill tune</title><style>'
     head += (
         "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}</style></head>"
     )
     return "\n".join(
-        [f"{head}<body>", f"<h1>Search</h1>\n<p>{html.escape(verdict)}</p>", *parts, "</body></html>\n"]
+        [f"{head}<body>", f"<h1>Search</h1>\n<p>{html.escape(printable(verdict))}</p>", *parts, "</body></html>\n"]
     ).encode()
 
 

@@ -15,6 +15,7 @@ from raydistill.stages.evaluate import Report
 from raydistill.stages.export import Exported
 from raydistill.stages.generate import GeneratedImages
 from raydistill.storage.filesystems import read_bytes
+from raydistill.strangers import code_span, markdown, shorter
 
 
 def model_card(
@@ -28,7 +29,7 @@ def model_card(
     """Markdown with the front matter that model hubs read."""
     parts = [
         _front_matter(about, report),
-        f"# {about['model']} for {len(about['classes'])} classes",
+        f"# {markdown(about['model'])} for {len(about['classes'])} classes",
         _purpose(about),
         _measures(report, exported),
         _origins(config, samples, generated),
@@ -56,7 +57,7 @@ def _front_matter(about: dict[str, Any], report: Report) -> str:
 def _purpose(about: dict[str, Any]) -> str:
     classes, image = about["classes"], about["image"]
     shape = "cut to its central square" if image["fit"] == "crop" else "padded with white to a square"
-    names = ", ".join(classes[:50]) + (" …" if len(classes) > 50 else "")
+    names = ", ".join(markdown(shorter(name, 100)) for name in classes[:50]) + (" …" if len(classes) > 50 else "")
     return (
         f"Names one of {len(classes)} classes for a picture: {names}. "
         "It was distilled for pictures like those of its training data; for others its answers, and how sure it is of "
@@ -109,23 +110,27 @@ def _origins(config: RunConfig, samples: SampleSet, generated: GeneratedImages |
     lines = [
         "## What it was made from",
         "",
-        f"- images: `{config.images.path}`, {rows} for training ({labelled} with labels), set "
+        f"- images: {code_span(config.images.path)}, {rows} for training ({labelled} with labels), set "
         f"`{samples.ids['train']}`. The licence of this model is for you to state: mind those of the images, the "
         "teacher and the generator.",
     ]
     if config.teacher is not None and config.loss.needs_teacher:
         lines.append(
-            f"- teacher: `{config.teacher.model}`, weights `{config.teacher.weights or 'of its name'}`, head "
-            f"{config.teacher.head}; licence: {licence_of(config.teacher.model)}"
+            f"- teacher: {code_span(config.teacher.model)}, weights "
+            f"{code_span(config.teacher.weights or 'of its name')}, head {config.teacher.head}; "
+            f"licence: {licence_of(config.teacher.model)}"
         )
     begin = (
-        "random weights" if config.student.init == "random" else f"`{config.student.weights or config.student.model}`"
+        "random weights"
+        if config.student.init == "random"
+        else code_span(config.student.weights or config.student.model)
     )
-    lines.append(f"- student: `{config.student.model}`, from {begin}")
+    lines.append(f"- student: {code_span(config.student.model)}, from {begin}")
     if generated is not None and config.generate is not None:
         facts = json.loads(read_bytes(f"{generated.samples.path}/generate.json"))["pipeline"]
         lines.append(
-            f"- generated images: {sum(generated.kept.values())} by `{facts['pipeline']}`; licence: {facts['licence']}"
+            f"- generated images: {sum(generated.kept.values())} by {code_span(facts['pipeline'])}; licence: "
+            f"{markdown(str(facts['licence']))}"
         )
     return "\n".join(lines)
 

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
+from raydistill.strangers import one_line, shorter
+
 STUDENT, TEACHER, OTHERS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _COLOURS = {"student": STUDENT, "teacher": TEACHER}
 _MOST_NAMED_CLASSES = 40
@@ -47,7 +49,7 @@ def contact_sheet(name: str, kept: list[Image.Image], rejected: list[tuple[Image
     kept_rows, rejected_rows = -(-len(kept) // columns), -(-len(rejected) // columns)
     rows = max(kept_rows + rejected_rows, 1)
     figure = Figure(figsize=(1.4 * columns, 1.6 * rows + 0.5), layout="constrained")
-    title = f"{name}: {len(kept)} kept and {len(rejected)} rejected are shown"
+    title = f"{_shown(name)}: {len(kept)} kept and {len(rejected)} rejected are shown"
     figure.suptitle(title, fontsize=10, parse_math=False)  # names of classes are no formulas, here and below
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
@@ -64,6 +66,7 @@ def contact_sheet(name: str, kept: list[Image.Image], rejected: list[tuple[Image
 
 def confusion_figure(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ...], split: str) -> bytes:
     """Rows are the true classes; each row sums to 1."""
+    names = [_shown(name) for name in classes]
     counts = confusion_matrix(labels_N, logits_NC.argmax(1), labels=range(len(classes)))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = min(max(4.0, 0.45 * len(classes) + 2), 14)
@@ -72,8 +75,8 @@ def confusion_figure(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
     if len(classes) <= _MOST_NAMED_CLASSES:
-        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=8, parse_math=False)
-        axes.set_yticks(range(len(classes)), classes, fontsize=8, parse_math=False)
+        axes.set_xticks(range(len(classes)), names, rotation=60, ha="right", fontsize=8, parse_math=False)
+        axes.set_yticks(range(len(classes)), names, fontsize=8, parse_math=False)
     if len(classes) <= 15:
         for row, column in np.ndindex(*counts.shape):
             if counts[row, column]:
@@ -120,13 +123,18 @@ def per_class_figure(
     axes.barh(range(len(order)), recalls["student"][order], color=STUDENT, label="student")
     if "teacher" in recalls:
         axes.plot(recalls["teacher"][order], range(len(order)), "D", color=TEACHER, markersize=5, label="teacher")
-    names = [f"{classes[k]} ({int((labels_N == k).sum())})" for k in order]
+    names = [f"{_shown(classes[k])} ({int((labels_N == k).sum())})" for k in order]
     axes.set_yticks(range(len(order)), names, fontsize=8, parse_math=False)
     axes.invert_yaxis()
     more = f", worst {len(order)} of {len(classes)} classes" if len(order) < len(classes) else ""
     axes.set(xlim=(0, 1), xlabel="recall", title=f"By class on {split} (images){more}")
     axes.legend(fontsize=8, loc="lower right")
     return png(figure)
+
+
+def _shown(name: str) -> str:
+    """A name that leaves room for the picture."""
+    return shorter(one_line(name), 40)
 
 
 def png(figure: Figure) -> bytes:

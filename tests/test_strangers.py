@@ -1,0 +1,147 @@
+"""Names of strangers, as terminals, pages, pictures and cards show them."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import jinja2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from PIL import Image
+from rich.table import Table
+
+from raydistill.infra.progress import Progress
+from raydistill.secrets import on_page
+from raydistill.strangers import code_span, markdown, one_line, plain_console, printable, shorter
+
+HOSTILE = {
+    "clears the screen": "\x1b[2J\x1b[Hcat",
+    "a link of a terminal": "\x1b]8;;http://evil.example\x1b\\cat\x1b]8;;\x1b\\",
+    "a title": "\x1b]0;owned\x07cat",
+    "an 8-bit escape": "\x9b31mcat",
+    "writes over the line": "cat\rdog",
+    "back": "cat\b\b\bdog",
+    "other direction": "cat\u202egnp.exe",
+    "isolates": "\u2066cat\u2069",
+    "a mark": "\u200fcat\u200e\u061c",
+    "nothing to see": "c\u200bat\ufeff\u2060",
+    "tags": "cat\U000e0041\U000e007f",
+    "lines": "cat\u2028dog\u2029",
+    "bytes that are no text": "cat\udcff",
+    "zero": "cat\x00dog",
+    "markup of rich": "[bold]cat[/bold] [/] [link=http://evil.example]x[/link]",
+    "emoji of rich": ":smiley:",
+    "html": "<script>alert(1)</script><img src=x onerror=alert(1)>",
+    "quotes": "\"'><svg/onload=alert(1)>",
+}
+ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
+
+
+@given(st.text(st.characters(exclude_categories=()), max_size=400))
+def test_nothing_but_text_is_left(text: str) -> None:
+    shown = printable(text)
+    assert not ODD.search(shown)
+    assert {unicodedata.category(c) for c in shown} & {"Cs", "Zl", "Zp"} == set()
+    assert printable(shown) == shown
+    assert "\n" not in one_line(text)
+
+
+@pytest.mark.parametrize("name", ["café", "猫", "ネコ", "قطة", "👩‍🔬", "n̈", "red fox", "a-b_c.d", "می‌خواهم"])
+def test_names_of_all_languages_stay_as_they_are(name: str) -> None:
+    assert printable(name) == one_line(name) == shorter(name) == name
+
+
+def test_long_names_are_cut_and_long_paths_are_not() -> None:
+    shown = printable(f"class {'a' * 10_000} has one image")
+    assert len(shown) < 400
+    assert "10,000 characters" in shown
+    path = "/".join(["x" * 255] * 12)
+    assert printable(path) == path
+    assert len(shorter("words of a name " * 700)) < 90
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_terminal_gets_no_escape_of_a_stranger(case: str, terminal: bool) -> None:
+    name, sink = HOSTILE[case], io.StringIO()
+    console = plain_console(file=sink, force_terminal=terminal, width=200)
+    table = Table("class", "images", box=None, title=name)
+    table.add_row(name, "3")
+    console.print(table)
+    console.print(f"{name} is said")
+    progress = Progress(console)
+    progress.line(name)
+    with progress.task("check", 2, "images") as advance:
+        advance(1, name)
+        advance(1)
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", sink.getvalue())  # what rich itself colours and moves
+    assert not ODD.search(shown.replace("\r", ""))
+    assert shown.count(printable(name)) >= 3
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_page_shows_a_name_as_text(case: str) -> None:
+    environment = jinja2.Environment(autoescape=True, finalize=on_page)
+    page = environment.from_string('<p title="{{ name }}">{{ name }}</p>').render(name=HOSTILE[case])
+    assert not ODD.search(page)
+    assert re.findall(r"<\s*/?\s*(\w+)", page) == ["p", "p"]
+
+
+MARKS = [
+    *HOSTILE.values(), "a|b", "`code`", "a ``b", "[x](http://evil.example)", "![x](http://evil.example/pixel.png)",
+    "# heading", "---", "- item", "1. one", "> quote", "*bold* _so_", "a\n\n---\nlicense: mit\n---\n", "<b>", "&lt;",
+    "https://evil.example", "~~gone~~", "a\\|b", "$x$", "    code", "\tcode", "+ a", "|---|", "www.evil.example",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_markdown_shows_a_name_as_text(name: str) -> None:
+    """By a parser of CommonMark with tables: one paragraph of text, or one span of code, that reads like the name."""
+    parse = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse
+    opening, inline, closing = parse(f"Names {markdown(name)}.")
+    assert (opening.type, closing.type) == ("paragraph_open", "paragraph_close")
+    assert {token.type for token in inline.children} <= {"text", "text_special"}
+    assert "".join(token.content for token in inline.children) == f"Names {one_line(name)}."
+    _, inline, _ = parse(f"by {code_span(name)}.")
+    assert [token.type for token in inline.children] == ["text", "code_inline", "text"]
+    assert inline.children[1].content.strip() == one_line(name).replace("|", "\\|").strip()
+
+
+def test_what_is_logged_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    from raydistill.cli import _Plain
+
+    record = logging.LogRecord("raydistill", logging.WARNING, "", 0, "%s is damaged", ("\x1b[2Jx\u202e",), None)
+    assert _Plain("%(levelname)s %(message)s").format(record) == r"WARNING \x1b[2Jx\u202e is damaged"
+
+
+def test_a_command_shows_hostile_folders_as_text(tmp_path: Path) -> None:
+    """Names that a file system takes, through the dataset doctor: its table, its page and its errors."""
+    names = [name.replace("/", "_") for name in HOSTILE.values() if "\x00" not in name and "\udcff" not in name]
+    for number, name in enumerate(names):
+        folder = tmp_path / "set" / name
+        folder.mkdir(parents=True)
+        for k in range(2):
+            Image.new("RGB", (16, 16), (9 * number, 99 * k, 0)).save(folder / f"{k}.png")
+        (folder / f"broken{name}.png").write_bytes(b"\x89PNG")
+    page = tmp_path / "page.html"
+    words = ["check", f"images.path={tmp_path / 'set'}", "images.size=16", "--out", str(page)]
+    ended = subprocess.run([sys.executable, "-m", "raydistill", *words], capture_output=True, timeout=120)
+    shown = (ended.stdout + ended.stderr).decode()
+    assert r"\x1b[2J" in shown, shown
+    assert not ODD.search(shown)
+    html = page.read_text()
+    assert not ODD.search(html)
+    assert "<script>alert" not in html
+    assert "onerror=alert(1)>" not in html
+    wrong = [sys.executable, "-m", "raydistill", "check", "images.path=/nowhere/\x1b]0;owned\x07"]
+    ended = subprocess.run(wrong, capture_output=True, timeout=120)
+    assert ended.returncode == 2
+    assert not ODD.search(ended.stderr.decode())
