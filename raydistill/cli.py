@@ -156,12 +156,17 @@ def show(words: Words = None) -> None:
     from raydistill.infra import artifacts
     from raydistill.infra.artifacts import StageDirectory
     from raydistill.infra.node_hours import bill_words
+    from raydistill.infra.stores import experiment_name, tracking_uri
     from raydistill.storage.filesystems import refuse_unreachable
 
     config = load_config(words or [])
     console = plain_console()
     console.print(shown_yaml(config), markup=False)
     refuse_unreachable(artifacts.workspace_root(config), "workspace")
+    if config.tracking.enabled:
+        (uri, named), (experiment, named_too) = tracking_uri(config), experiment_name(config)
+        where = f"{uri} (by {named}), experiment {experiment} (by {named_too})" if uri else "nowhere: set tracking.uri"
+        console.print(f"MLflow: {where}", markup=False, soft_wrap=True)
     listing = list_images(config.images)
     prepared = artifacts.prepare_directory(config, listing)
     directories: list[StageDirectory | str] = [prepared]
@@ -454,14 +459,13 @@ def _run(words: list[str] | None, until: str, command: str | None = None) -> Non
         ray.begin()  # it starts while torch and the models' libraries load, below
     from raydistill.stages.run import run_stages
 
-    outcome = run_stages(config, Progress(console), until, work, ray)
+    again = shlex.join(["raydistill", *sys.argv[1:]])
+    outcome = run_stages(config, Progress(console), until, work, ray, again)
     if outcome.report is not None:
-        from raydistill.stages.report import write_report
         from raydistill.stages.summary import closing_table
 
         console.print(closing_table(config, outcome))
-        page = write_report(config, outcome, shlex.join(["raydistill", *sys.argv[1:]]))
-        console.print(f"report: {page}", soft_wrap=True, markup=False)
+        console.print(f"report: {outcome.page}", soft_wrap=True, markup=False)
     console.print(f"{command or until} is done after {time.time() - STARTED:.0f} s")
 
 

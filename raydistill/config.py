@@ -473,7 +473,7 @@ class Tracking(Section):
     enabled: bool = True
     """false: no MLflow run."""
     uri: str | None = None
-    """MLflow tracking URI; null: SQLite in the workspace."""
+    """MLflow tracking URI; null: MLFLOW_TRACKING_URI, or SQLite in the workspace."""
 
     @model_validator(mode="after")
     def _store(self) -> Tracking:
@@ -490,7 +490,7 @@ class RunConfig(Section):
     """One run: what it learns from, what it learns, and where things go."""
 
     name: str = "raydistill"
-    """The MLflow experiment and the title of the report."""
+    """The MLflow experiment and the title of the report; without it MLFLOW_EXPERIMENT_NAME names the first."""
     workspace: str = "./workspace"
     """Where stage directories go: any fsspec path that all nodes can see. It holds no password: every stage writes down
     where it lies."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -14,6 +16,26 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
+
+
+def together(program: str, *arguments: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Run a program in processes with these arguments, and give what each wrote, to stdout and stderr. Each has to
+    import what it needs and then to `print("ready", flush=True)` and to read a line: they go on in the same moment."""
+    commands = [
+        subprocess.Popen([sys.executable, "-c", program, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)
+        for words in arguments
+    ]  # fmt: skip
+    for command in commands:
+        assert command.stdout is not None
+        assert command.stdout.readline() == "ready\n"
+    for command in commands:
+        assert command.stdin is not None
+        command.stdin.write("go\n")
+        command.stdin.flush()
+    written = [command.communicate(timeout=200) for command in commands]
+    assert not any(command.returncode for command in commands), written
+    return written
 
 
 def ray_processes(title: str) -> list[psutil.Process]:

@@ -377,6 +377,32 @@ def export_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     return stage_directory(config, "export", identity)
 
 
+def student_key(config: RunConfig, prepared: StageDirectory) -> str:
+    """A short name of all that decides the student, its measures and its exports, while none of the stages that name
+    their directories by what they find has run."""
+    identity: dict[str, Any] = {
+        "prepare": prepared.name,
+        "student": config.student.model_dump(exclude={"weights"}) | _identity_of_model(config.student),
+        "loss": config.loss.model_dump() if config.loss.needs_teacher else {"task_weight": config.loss.task_weight},
+        "distill": config.distill.model_dump(exclude={"cache", "checkpoint_seconds", "max_failures"}),
+        "views": config.views.model_dump(),
+        "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
+        "export": config.export.model_dump(exclude={"hub", "register_as"}),
+        "seed": config.seed,
+    }
+    if config.loss.needs_teacher and config.teacher is not None:
+        tuning = {key for key in Teacher.model_fields if key.startswith("fine_tune_")}
+        of_heads = {"zero_shot": {"prompts"}, "fine_tune": tuning}
+        used = {"head", "class_balanced"} | of_heads.get(config.teacher.head, set())
+        identity["teacher"] = _backbone(config) | config.teacher.model_dump(include=used)
+    if config.generate is not None:
+        settings = config.generate.model_dump(exclude={"pipeline", "names", "batch_size"})
+        names = None if config.generate.names is None else _content(config.generate.names)
+        identity["generate"] = {**settings, **_pipeline(config), "names": names}
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 STAGES = ("prepare", "adapt", "generate", "teach", "distill", "evaluate", "export")
 
 

@@ -15,7 +15,9 @@ from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import workspace_root
 from raydistill.infra.cluster import joined_cluster
 from raydistill.infra.plan import live_plan
+from raydistill.infra.stores import tracking_uri
 from raydistill.infra.versions import PACKAGES, installed
+from raydistill.secrets import redacted
 from raydistill.storage.filesystems import open_filesystem, write_bytes
 
 # Keys that name places, or models that may lie in one, which every node must see under the same name.
@@ -212,10 +214,10 @@ def _unseen(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]], places
 
 
 def _tracking(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
-    uri = config.tracking.uri or f"sqlite:///{workspace_root(config)}/mlflow.db"
+    uri = redacted(tracking_uri(config)[0])
     if not config.tracking.enabled:
         return [Finding("tracking", "off")]
-    if uri.startswith("sqlite:") and len(nodes) > 1:
+    if uri.startswith("sqlite") and len(nodes) > 1:
         return [
             Finding(
                 "tracking",
@@ -223,7 +225,7 @@ def _tracking(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
                 "set tracking.uri to an MLflow server, or tracking.enabled=false",
             )
         ]
-    return [Finding("tracking", uri)]
+    return [Finding("tracking", uri or "off: SQLite needs a local workspace; set tracking.uri to an MLflow server")]
 
 
 def _labels(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:

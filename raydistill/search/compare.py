@@ -62,7 +62,7 @@ def compare_arms(config: RunConfig, progress: Progress, learning_curve: bool = F
         _check(config, [_trial(config, _curve_arm(config), config.seed)])
     artifacts.check_writable(config)
     directory = _directory(config, trials, learning_curve)
-    with Tracker(config, job=f"{directory.name}/{config.name}") as tracker:
+    with Tracker(config, directory.name, "compare") as tracker:
         needs_ray = learning_curve or any(find_work(t.config, "evaluate").needs_ray for t in trials)
         with ray_cluster(config) if needs_ray else contextlib.nullcontext():
             ran = [_run(trial, progress, tracker) for trial in _told(trials, progress)]
@@ -72,10 +72,10 @@ def compare_arms(config: RunConfig, progress: Progress, learning_curve: bool = F
                 curve = [_run(trial, progress, tracker) for trial in _told(shares, progress)]
         comparison = summarise(ran, curve, config.compare.seeds)
         _write(comparison, directory, config)
-        tracker.log_job(
-            {f"{row.arm}_test_accuracy": row.test_mean for row in comparison.rows},
-            [] if "://" in directory.path else [directory.path],
-        )
+        tracker.parent.log({f"{row.arm}_test_accuracy": row.test_mean for row in comparison.rows})
+        tracker.parent.note({"verdict": comparison.verdict})
+        if "://" not in directory.path:
+            tracker.parent.files([directory.path], "compare")
     return comparison, directory.path
 
 
@@ -149,13 +149,18 @@ def _told(trials: list[_Trial], progress: Progress) -> Iterator[_Trial]:
 
 
 def _run(trial: _Trial, progress: Progress, tracker: Tracker) -> Arm:
-    with tracker.child(trial.name) as record:
+    sections = {"student", "loss", "distill", "views", "seed"}
+    settings = {"arm": trial.arm, "label_share": trial.label_share}
+    with tracker.child(
+        trial.name, settings=settings | trial.config.model_dump(mode="json", include=sections)
+    ) as record:
         outcome = run_stages(trial.config, progress)
         arm = arm_of(trial.arm, trial.seed, trial.label_share, outcome)
+        assert outcome.samples is not None
+        record.data(trial.config, outcome.samples)
         numbers = {key: float(v) for key, v in vars(arm).items() if isinstance(v, int | float)}
         record.log(numbers | {"test_accuracy": arm.test_accuracy})
-        for epoch in arm.epochs:
-            record.log(epoch, int(epoch["step"]))
+        record.log_each(lambda: [(epoch, int(epoch["step"])) for epoch in arm.epochs])
     return arm
 
 

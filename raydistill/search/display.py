@@ -15,7 +15,8 @@ from rich.table import Table
 
 from raydistill.config import RunConfig
 from raydistill.infra.progress import Progress
-from raydistill.infra.tracking import ChildRun, Tracker
+from raydistill.infra.recording import ChildRun
+from raydistill.infra.tracking import Tracker
 from raydistill.search.space import Choice
 from raydistill.search.study import MAXIMISED, Trial, read_epochs
 from raydistill.search.trials import logged

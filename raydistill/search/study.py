@@ -15,6 +15,7 @@ from raydistill.config import RunConfig
 from raydistill.data.manifests import from_json
 from raydistill.errors import ConfigError
 from raydistill.infra.artifacts import StageDirectory
+from raydistill.infra.stores import UnusableError, database_alone, reason
 from raydistill.search.space import Choice, Space
 from raydistill.storage.filesystems import open_filesystem
 
@@ -45,18 +46,20 @@ def open_study(config: RunConfig, directory: StageDirectory, own: dict[str, Choi
             f"workspace={config.workspace}: a study's SQLite file needs a local one; set tune.storage to a database"
         )
     try:
-        study = optuna.create_study(
-            storage=optuna.storages.RDBStorage(url),
-            study_name=directory.name,
-            load_if_exists=True,
-            directions=["maximize" if name in MAXIMISED else "minimize" for name in config.tune.objectives],
-            pruner=_pruner(config),
-        )
+        with database_alone(url):  # others may come to a new database at the same moment
+            study = optuna.create_study(
+                storage=optuna.storages.RDBStorage(url),
+                study_name=directory.name,
+                load_if_exists=True,
+                directions=["maximize" if name in MAXIMISED else "minimize" for name in config.tune.objectives],
+                pruner=_pruner(config),
+            )
+            if not study.trials:
+                study.enqueue_trial(own, user_attrs={"own": True})
+    except UnusableError as error:
+        raise ConfigError(f"tune.storage={url} {error}") from None
     except Exception as error:  # sqlalchemy's and the database's own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"tune.storage={url}: cannot be opened ({first})") from None
-    if not study.trials:
-        study.enqueue_trial(own, user_attrs={"own": True})
+        raise ConfigError(f"tune.storage={url}: cannot be opened ({reason(error)})") from None
     return study
 
 

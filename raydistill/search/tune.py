@@ -94,7 +94,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
     if at_random := drawn_at_random(config, space):
         progress.line(f"tune: tune.sampler={config.tune.sampler} draws at random, and learns nothing of: "
                       f"{', '.join(at_random)}")  # fmt: skip
-    with Clock(study) as clock, Tracker(config, job=f"{directory.name}/{config.name}") as tracker:
+    with Clock(study) as clock, Tracker(config, directory.name, "tune") as tracker:
         watcher = SearchDisplay(config, progress, read_trials(study), num_trials(config, space), clock)
         tracker.end_orphans()
         watcher.record_ended(tracker)
@@ -121,10 +121,9 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
         )  # fmt: skip
         _write(search, study, directory, config)
         shown = {f"best_{name}": value for name, value in zip(config.tune.objectives, best.values or (), strict=True)}
-        tracker.log_job(
-            shown | {f"gain_{gain.split}": gain.gain for gain in gains},
-            [f"{directory.path}/{name}" for name in ("search.html", "search.json", "best.yaml")],
-        )
+        tracker.parent.log(shown | {f"gain_{gain.split}": gain.gain for gain in gains})
+        tracker.parent.note({"verdict": search.verdict})
+        tracker.parent.files([f"{directory.path}/{name}" for name in ("search.html", "search.json", "best.yaml")])
     return search
 
 
@@ -334,6 +333,7 @@ def _confirm(
             progress.line(f"tune: confirming, {who} settings with seed {again.seed}")
             with tracker.child(f"confirm {who}, seed {again.seed}") as record:
                 outcome = run_stages(again, progress)
+                record.data(again, _samples(outcome))
                 report = outcome.report
                 assert report is not None
                 for split, of_split in answers.items():

@@ -11,6 +11,7 @@ from raydistill.config import RunConfig, fine_tuning
 from raydistill.data.images import Listing, list_images
 from raydistill.data.manifests import result_of
 from raydistill.data.sample import SampleSet, samples_from_json
+from raydistill.data.targets import read_bytes
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra import artifacts
 from raydistill.infra.artifacts import StageDirectory, Work, find_work
@@ -39,6 +40,16 @@ if TYPE_CHECKING:
     from raydistill.stages.evaluate import Report
     from raydistill.stages.export import Exported
 
+_DECIDING = {
+    "prepare": ("images", "seed"),
+    "generate": ("generate", "seed"),
+    "teach": ("teacher", "views", "seed"),
+    "teach_generated": ("teacher", "views", "seed"),
+    "distill": ("student", "loss", "distill", "views", "seed"),
+    "evaluate": ("evaluate",),
+    "export": ("export",),
+}  # of the others it is the teacher
+
 
 @dataclass
 class Outcome:
@@ -53,6 +64,7 @@ class Outcome:
     without_generated: Report | None = None  # of the same job without generated images, where it was run
     seconds: dict[str, float] = field(default_factory=dict)  # of the stages that ran; 0 where one was done before
     directories: dict[str, str] = field(default_factory=dict)
+    page: str | None = None  # where report.html lies
 
 
 def run_stages(
@@ -61,10 +73,12 @@ def run_stages(
     until: str = "evaluate",
     work: Work | None = None,
     ray: RayStart | None = None,
+    command: str | None = None,
 ) -> Outcome:
     """Run the stages up to `until` and all that they need. Raises RaydistillError.
 
-    What cannot work is refused before anything is written. `work` and `ray` are for a caller that has begun already.
+    What cannot work is refused before anything is written. `work` and `ray` are for a caller that has begun already;
+    with the `command` that makes the run again, report.html is written too.
     """
     work = work or find_work(config, until)
     with ray or RayStart(config) as ray:
@@ -76,8 +90,15 @@ def run_stages(
             for line in plan.describe():
                 progress.line(line)
             check_run(config, work)
-        with Tracker(config, job=f"{work.prepared.name}/{config.name}") as tracker:
-            return _Run(config, progress, work, ray, tracker).stages()
+        title = f"{config.student.model.rpartition(':')[2].rpartition('/')[2]} · seed {config.seed}"
+        with Tracker(config, artifacts.student_key(config, work.prepared), title) as tracker:
+            outcome = _Run(config, progress, work, ray, tracker).stages()
+            if outcome.report is not None and command is not None:
+                from raydistill.stages.report import write_report
+
+                outcome.page = write_report(config, outcome, command)
+                tracker.parent.text(read_bytes(outcome.page).decode(), "report.html")
+            return outcome
 
 
 def check_run(config: RunConfig, work: Work) -> None:
@@ -195,7 +216,7 @@ class _Run:
             return done
         started, progress = time.monotonic(), self._progress
         images_again, seconds_again = progress.images_again, progress.seconds_again
-        with self._tracker.child(directory.name) as record:
+        with self._tracker.child(directory.stage, directory.name, _deciding(self._config, directory.stage)) as record:
             with NodeClock(self._config) as clock:
                 work(record)
             done = directory.done()
@@ -219,6 +240,7 @@ class _Run:
 
         samples = outcome.samples = samples_from_json(self._stage(work.prepared, prepare))
         self._say_samples(samples)
+        self._tracker.parent.data(config, samples)
         if "adapt" in work.wanted:
             self._adapt(samples)
         config = self._config  # adapt may have changed the teacher
@@ -307,7 +329,7 @@ class _Run:
         self._progress.line(f"generated: {kept} images kept, {rejected} rejected; see {directory.path}/sheet-*.png")
         # Where `evaluate` follows, it records them.
         if "evaluate" not in self._work.wanted and "://" not in directory.path:
-            self._tracker.log_job({}, self._generated_files())
+            self._tracker.parent.files(self._generated_files(), "generate")
 
     def _teach_generated(self, samples: SampleSet, generated: SampleSet) -> None:
         config, directory = self._config, artifacts.teach_generated_directory(self._config, samples)
@@ -386,12 +408,14 @@ class _Run:
             for split in values for name in ("accuracy", "top5", "ece")
         }  # fmt: skip
         metrics |= {f"agreement_{split}": share for split, share in (report.agreement or {}).items()}
-        artifacts_here = [] if "://" in report.path else [report.path]
-        student = self._outcome.directories["distill"]
-        if artifacts_here:
-            artifacts_here += [f"{student}/student.safetensors", f"{student}/student.json"]
-            artifacts_here += self._generated_files()
-        self._tracker.log_job(metrics, artifacts_here)
+        parent, student = self._tracker.parent, self._outcome.directories["distill"]
+        parent.log(metrics)
+        parent.note({stage: path.rpartition("/")[2] for stage, path in self._outcome.directories.items()})
+        if "://" in report.path:
+            return
+        parent.files([report.path], "evaluate")
+        parent.files([f"{student}/student.safetensors", f"{student}/student.json"], "student")
+        parent.files(self._generated_files(), "generate")
 
     def _generated_files(self) -> list[str]:
         """What shows the generated images, not they themselves."""
@@ -400,6 +424,11 @@ class _Run:
             return []
         folder = Path(generated.samples.path)
         return [str(p) for p in sorted(folder.glob("*")) if p.suffix in (".png", ".json") or p.name == "ledger.parquet"]
+
+
+def _deciding(config: RunConfig, stage: str) -> dict[str, Any]:
+    """The sections that decide a stage's result, beside what it takes from those before it."""
+    return config.model_dump(mode="json", include=set(_DECIDING.get(stage, ("teacher",))))
 
 
 def _is_number(value: object) -> bool:

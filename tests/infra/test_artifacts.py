@@ -193,6 +193,16 @@ def test_shards_hold_so_many_rows_as_their_pixels_allow() -> None:
     assert changed(names(large), names(large, f"images.shard_size={rows - 1}")) == {"prepare"} | TEACHER
 
 
+def student_key(*words: str) -> str:
+    config = config_of(*words)
+    return artifacts.student_key(config, artifacts.prepare_directory(config, LISTING))
+
+
+@pytest.mark.parametrize("words", EFFECTS)
+def test_a_change_that_makes_a_stage_new_makes_another_student_and_no_other_does(words):
+    assert (student_key() != student_key(*words.split())) == bool(EFFECTS[words])
+
+
 def test_the_table_above_has_every_key():
     sections = {*RunConfig.model_fields, "generate.filter"} - {"name", "workspace", "seed"}
     tabled = {words.partition("=")[0] for words in (*EFFECTS, *EFFECTS_OF_GENERATED)}
@@ -238,6 +248,7 @@ def test_a_change_of_the_generated_images_teaches_no_real_image_again(words):
     stages = (*STAGES, "generate", "teach_generated")
     before, after = ({s: n for s, n in _all_names(w).items() if s in stages} for w in (base, [*base, words]))
     assert {stage for stage in stages if before[stage] != after[stage]} == EFFECTS_OF_GENERATED[words]
+    assert (student_key(*base) != student_key(*base, words)) == bool(EFFECTS_OF_GENERATED[words])
 
 
 def _all_names(words: list[str]) -> dict[str, str]:

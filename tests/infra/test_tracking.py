@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -22,11 +24,26 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from raydistill.config import load_config
+from raydistill.data.sample import SampleSet
 from raydistill.errors import StageError
-from raydistill.infra import tracking
+from raydistill.infra import stores, tracking
+from raydistill.infra.recording import ChildRun, fingerprint
 from raydistill.infra.tracking import Tracker
 from raydistill.models.formats import to_onnx
-from tests.processes import wait_for
+from tests.processes import together, wait_for
+
+
+@pytest.fixture(scope="module")
+def new_store(tmp_path_factory) -> Path:
+    """A database that MLflow has just made: its migrations take seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    stores.connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def workspace_with_store(new_store, tmp_path) -> None:
+    shutil.copy(new_store, tmp_path / "mlflow.db")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -37,7 +54,7 @@ def test_no_name_ends_the_record(tmp_path, caplog) -> None:
         with Tracker(config, job="prepare-1/Ann's set") as tracker:
             with tracker.child("scratch+generated, seed 0") as record:
                 record.log({"recall of 'größe+1'": 0.5})
-            tracker.log_job({"kd+generated_test_accuracy": 0.25}, [])
+            tracker.parent.log({"kd+generated_test_accuracy": 0.25})
     assert not caplog.records
     client = mlflow.MlflowClient(tracking_uri=tracker.uri)
     experiment = client.get_experiment_by_name("Ann's set")
@@ -57,9 +74,9 @@ def test_files_lie_in_the_workspace_wherever_the_command_is_given(tmp_path, monk
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         with Tracker(load_config([f"workspace={tmp_path}/ein#ß 100%", "images.path=x"]), job=name) as tracker:
-            tracker.log_job({}, [])
+            pass
         client = mlflow.MlflowClient(tracking_uri=tracker.uri)
-        text = Path(client.download_artifacts(tracker._parent, "config.yaml", str(tmp_path))).read_text()
+        text = Path(client.download_artifacts(tracker.parent.id, "config.yaml", str(tmp_path))).read_text()
         assert "workspace" in text
     assert len(list((tmp_path / "ein#ß 100%" / "mlartifacts").rglob("config.yaml"))) == 2
     assert not any(path for name in ("here", "there") for path in (tmp_path / name).iterdir())
@@ -67,12 +84,12 @@ def test_files_lie_in_the_workspace_wherever_the_command_is_given(tmp_path, monk
 
 def runs_of(tracker: Tracker) -> dict[str, mlflow.entities.Run]:
     client = mlflow.MlflowClient(tracking_uri=tracker.uri)
-    return {run.info.run_name: run for run in client.search_runs([tracker._experiment])}
+    return {run.info.run_name: run for run in client.search_runs([tracker.experiment])}
 
 
 def test_long_values_are_in_the_config_alone_and_changed_ones_are_tags(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)  # MLflow puts a local store's artifacts there
-    words = [f"workspace={tmp_path}/w", "images.path=x", f"teacher.prompts=['{'a' * 500} {{class}}']", "name=n"]
+    words = [f"workspace={tmp_path}", "images.path=x", f"teacher.prompts=['{'a' * 500} {{class}}']", "name=n"]
     for epochs in (3, 4):
         config = load_config([*words, f"distill.epochs={epochs}"])
         with Tracker(config, job="j") as tracker:
@@ -106,9 +123,9 @@ def test_runs_whose_process_is_gone_end_as_killed(tmp_path) -> None:
     def left_open(job: str) -> str:
         """A run that was killed in its first stage. Gives its id."""
         tracker = Tracker(load_config([*words, f"name={job}"]), job)
-        tracking.ChildRun(tracker, f"stage of {job}")
+        ChildRun(tracker, f"stage of {job}")
         tracker._writer.shutdown()
-        return tracker._parent
+        return tracker.parent.id
 
     words = [f"workspace={tmp_path}", "images.path=x"]
     ended = subprocess.Popen(["true"])
@@ -137,7 +154,7 @@ def test_runs_whose_process_is_gone_end_as_killed(tmp_path) -> None:
             client.set_tag(parent, "raydistill.alive", alive)
         with Tracker(load_config([*words, f"name={job}"]), "another job") as tracker:
             pass
-        children = client.search_runs([tracker._experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+        children = client.search_runs([tracker.experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
         found[job] = {client.get_run(parent).info.status, *(child.info.status for child in children)}
     killed = {"dead", "reused", "silent"}
     assert found == {job: {"KILLED" if job in killed else "RUNNING"} for job in there}
@@ -146,24 +163,25 @@ def test_runs_whose_process_is_gone_end_as_killed(tmp_path) -> None:
 def test_a_run_gives_signs_of_life_until_it_ends(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tracking, "_SECONDS_BETWEEN_BEATS", 0.05)
     with Tracker(load_config([f"workspace={tmp_path}", "images.path=x"]), job="j") as tracker:
-        wait_for(lambda: bool(tracker._parent), 60)
+        wait_for(lambda: bool(tracker.parent.id), 60)
         client = mlflow.MlflowClient(tracking_uri=tracker.uri)
-        client.set_tag(tracker._parent, "raydistill.alive", "0")
-        wait_for(lambda: float(client.get_run(tracker._parent).data.tags["raydistill.alive"]) > 0, 60)
-    client.set_tag(tracker._parent, "raydistill.alive", "0")
+        client.set_tag(tracker.parent.id, "raydistill.alive", "0")
+        wait_for(lambda: float(client.get_run(tracker.parent.id).data.tags["raydistill.alive"]) > 0, 60)
+    client.set_tag(tracker.parent.id, "raydistill.alive", "0")
     time.sleep(0.3)
-    assert client.get_run(tracker._parent).data.tags["raydistill.alive"] == "0"
-    assert client.get_run(tracker._parent).info.status == "FINISHED"
+    assert client.get_run(tracker.parent.id).data.tags["raydistill.alive"] == "0"
+    assert client.get_run(tracker.parent.id).info.status == "FINISHED"
 
 
-def test_runs_in_a_folder_are_mentioned(tmp_path, caplog) -> None:
+def test_runs_in_a_folder_are_mentioned(tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mlruns" / "0").mkdir(parents=True)
     for name, lines in {"artifacts": 0, "meta.yaml": 1}.items():
         (tmp_path / "mlruns" / "0" / name).touch()
-        with Tracker(load_config([f"workspace={tmp_path}/w", "images.path=x"]), job="j"):
+        with Tracker(load_config([f"workspace={tmp_path}", "images.path=x"]), job="j"):
             pass
         assert len(caplog.records) == lines
-    assert f"{tmp_path}/mlruns has runs that are not in MLflow at sqlite:///{tmp_path}/w/mlflow.db" in caplog.text
+    assert f"{tmp_path}/mlruns has runs that are not in MLflow at sqlite:///{tmp_path}/mlflow.db" in caplog.text
 
 
 def recorded(folder: Path) -> mlflow.entities.Run:
@@ -177,7 +195,7 @@ def recorded(folder: Path) -> mlflow.entities.Run:
 
 def child_of(tracker: Tracker) -> mlflow.entities.Run:
     client = mlflow.MlflowClient(tracking_uri=tracker.uri)
-    (run,) = client.search_runs([tracker._experiment], "tags.`raydistill.stage` = 'distill-1'")
+    (run,) = client.search_runs([tracker.experiment], "tags.`raydistill.stage` = 'distill-1'")
     return run
 
 
@@ -192,7 +210,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], cal
     log_batch, number = mlflow.MlflowClient.log_batch, iter(range(10**6))
 
     def log_or_fail(self, *arguments, **options):
-        if next(number) in calls:
+        if options.get("metrics") and next(number) in calls:
             raise error()
         return log_batch(self, *arguments, **options)
 
@@ -217,7 +235,7 @@ def test_what_mlflow_refuses_is_left_out_alone(monkeypatch, tmp_path, caplog) ->
     run = recorded(tmp_path)
     assert epochs_of(run, f"sqlite:///{tmp_path}/mlflow.db") == [e for e in range(10) if e != 4]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
-    assert "refuses a record, which is left out (no)" in caplog.text
+    assert "refuses a record, which is left out: metrics of distill-1 (no)" in caplog.text
     assert "1 record(s) of this run are not in MLflow" in caplog.text
 
 
@@ -262,7 +280,7 @@ def test_a_server_that_was_down_has_all_metrics_in_the_end(monkeypatch, tmp_path
         config = load_config([f"workspace={tmp_path}", "images.path=x", f"tracking.uri={uri}"])
         with Tracker(config, "j") as tracker, tracker.child("distill-1") as record:
             record.log({"loss": 0.0}, 0)
-            wait_for(lambda: record._run and epochs_of(child_of(tracker), uri) == [0.0], 60)
+            wait_for(lambda: record.id and epochs_of(child_of(tracker), uri) == [0.0], 60)
             os.killpg(server.pid, 9)
             for epoch in range(1, 10):
                 record.log({"loss": float(epoch)}, epoch)
@@ -291,11 +309,109 @@ def test_the_student_is_a_model_that_mlflow_loads_and_registers_once(tmp_path) -
             tracker.log_model(str(file), np.zeros((1, 3, 4, 4), np.float32), about, "product")
     client = mlflow.MlflowClient(tracking_uri=tracker.uri)
     (version,) = client.search_model_versions("name = 'product'")
-    assert version.run_id == tracker._parent
-    folder = client.download_artifacts(tracker._parent, "model", str(tmp_path))
+    assert version.run_id == tracker.parent.id
+    folder = client.download_artifacts(tracker.parent.id, "model", str(tmp_path))
     model = mlflow.pyfunc.load_model(folder)
     images = np.random.default_rng(0).random((5, 3, 4, 4)).astype(np.float32)
     np.testing.assert_allclose(model.predict({"images": images})["logits"], images.sum((2, 3)), rtol=1e-5)
     assert model.metadata.metadata["classes"] == about["classes"]
     assert model.metadata.signature.inputs.input_dict()["images"].shape == (-1, 3, 4, 4)
     assert model.metadata.saved_input_example_info is not None
+
+
+TOGETHER = """
+import sys
+import mlflow
+from raydistill.config import load_config
+from raydistill.infra.tracking import Tracker
+
+_, folder, name = sys.argv
+print("ready", flush=True)
+sys.stdin.readline()
+with Tracker(load_config([f"workspace={folder}", "images.path=x", f"name={name}"]), job="j") as tracker:
+    with tracker.child("distill", "distill-1", {"epochs": 10}) as record:
+        for epoch in range(10):
+            record.log({"loss": 1 / (1 + epoch)}, epoch)
+    tracker.parent.log({"student_test_accuracy": 0.5})
+"""
+
+
+def test_processes_on_one_new_store_lose_nothing_and_record_equal_things_once(tmp_path) -> None:
+    folder = tmp_path / "new"
+    names = ("equal", "equal", "other")
+    assert together(TOGETHER, *((str(folder), name) for name in names)) == [("", "")] * 3
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    for name in set(names):
+        experiment = client.get_experiment_by_name(name)
+        runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+        assert sorted(run.info.run_name for run in client.search_runs([experiment.experiment_id])) == ["distill", name]
+        assert {run.info.status for run in runs.values()} == {"FINISHED"}
+        losses = client.get_metric_history(runs["distill"].info.run_id, "loss")
+        assert [metric.value for metric in losses] == [1 / (1 + epoch) for epoch in range(10)]
+        assert len(client.get_metric_history(runs[name].info.run_id, "student_test_accuracy")) == 1
+
+
+def test_a_finished_run_that_is_asked_for_again_stays_as_it_was(tmp_path) -> None:
+    samples = SampleSet(str(tmp_path), ("a", "b"), 8, {"train": (3,)}, {"train": 3}, 0, {"train": "i"}, {"train": "l"})
+    config = load_config([f"workspace={tmp_path}", "images.path=s3://bucket/set?sig=abcdef", "name=n"])
+    found = []
+    for _ in range(2):
+        with Tracker(config, "j", "net · seed 0") as tracker:
+            tracker.parent.data(config, samples)
+            for share in (0.25, float("nan"), float("inf")):
+                tracker.parent.log({"share": share, "other": 1.0})
+            with tracker.child("distill", "distill-1") as record:
+                if not found:
+                    record.log_each(lambda: [({"loss": 1.0}, 1), ({"loss": 0.5}, 2)])
+        found.append({name: run.to_dictionary() for name, run in runs_of(tracker).items()})
+        tracker.client.set_terminated(runs_of(tracker)["distill"].info.run_id, "FINISHED", 0)
+    parent, child = found[0]["n · net · seed 0"], found[0]["distill"]
+    assert child["data"]["params"] == {}
+    assert child["data"]["tags"]["raydistill.directory"] == "distill-1"
+    (data,) = parent["inputs"]["dataset_inputs"]
+    assert data["dataset"]["digest"] == fingerprint(samples)
+    assert "abcdef" not in str(found)
+    assert parent["data"]["tags"]["mlflow.source.type"] == "LOCAL"
+    assert parent["data"]["tags"]["mlflow.user"]
+    history = tracker.client.get_metric_history(tracker.parent.id, "other")
+    assert [metric.value for metric in history] == [1.0]
+    assert found[1]["n · net · seed 0"]["inputs"] == parent["inputs"]
+
+
+def test_where_nothing_is_new_a_run_ended_when_it_did(tmp_path) -> None:
+    config, ends = load_config([f"workspace={tmp_path}", "images.path=x", "name=n"]), []
+    for _ in range(2):
+        with Tracker(config, "j") as tracker:
+            tracker.parent.log({"accuracy": 0.5})
+        ends.append(runs_of(tracker)["n"].info.end_time)
+    assert ends[0] == ends[1]
+
+
+def test_no_password_of_the_job_is_in_the_store(tmp_path, caplog) -> None:
+    words = [f"workspace={tmp_path}", "images.path=https://me:q7Zw9x@h/set.parquet", "name=n"]
+    words += ["tune.storage=mysql://me:q7Zw9x@h/studies", "compare.student_weights=s3://b/w?token=q7Zw9x"]
+    with Tracker(load_config(words), "j") as tracker:
+        tracker.parent.note({"reason": "no host at mysql://me:q7Zw9x@h"})
+        with tracker.child("distill", "distill-1", {"path": "https://me:q7Zw9x@h"}):
+            pass
+    assert not caplog.records
+    folder = Path(tracker.client.download_artifacts(tracker.parent.id, "", str(tmp_path / "files")))
+    stored = "".join(path.read_text() for path in folder.rglob("*.yaml")) + str(runs_of(tracker))
+    assert "q7Zw9x" not in stored
+    assert "mysql://***@h/studies" in stored
+
+
+def test_a_run_goes_on_where_its_store_takes_none(tmp_path, caplog) -> None:
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("update alembic_version set version_num = 'ffffffffffff'")
+    started = time.monotonic()
+    with Tracker(load_config([f"workspace={tmp_path}", "images.path=x"]), "j") as tracker:
+        for epoch in range(10):
+            tracker.parent.log({"loss": 1.0}, epoch)
+    assert time.monotonic() - started < 20
+    assert [record.getMessage().partition("mlflow.db")[2] for record in caplog.records] == [
+        f" is of a newer MLflow than the {mlflow.__version__} here (its schema is ffffffffffff): install that one's "
+        "version, or name another store in tracking.uri",
+        "",
+    ]
+    assert caplog.records[1].getMessage().startswith("nothing of this run is in MLflow at")

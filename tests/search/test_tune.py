@@ -30,7 +30,8 @@ from raydistill.infra import artifacts, checkpoints
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.plan import plan_resources
 from raydistill.infra.progress import Progress
-from raydistill.infra.tracking import ChildRun, Tracker
+from raydistill.infra.recording import ChildRun
+from raydistill.infra.tracking import Tracker
 from raydistill.search import study_page
 from raydistill.search import trials as trials_module
 from raydistill.search import tune as tune_module
@@ -562,8 +563,8 @@ def test_runs_that_a_killed_command_did_not_come_to_are_written_by_the_next(
         with Tracker(config, job="x") as tracker:
             tracker.end_orphans()
             SearchDisplay(config, progress, read_trials(study), 4, Clock(study)).record_ended(tracker)
-        client = tracker._client
-        found = client.search_runs([tracker._experiment], "tags.`raydistill.stage` LIKE 'trial%'")
+        client = tracker.client
+        found = client.search_runs([tracker.experiment], "tags.`raydistill.stage` LIKE 'trial%'")
         return {run.info.run_name: run for run in found}
 
     with Tracker(config, job="x") as tracker:  # the first was being written, the others not yet

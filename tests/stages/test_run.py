@@ -57,6 +57,11 @@ def markers(workspace: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in workspace.glob("*/*") if p.is_file()}
 
 
+def metrics_of(workspace: Path) -> list[tuple[str, ...]]:
+    with sqlite3.connect(workspace / "mlflow.db") as database:
+        return database.execute("select run_uuid, key, step, value from metrics order by 1, 2, 3").fetchall()
+
+
 def test_a_run_and_the_same_again(words, progress, tmp_path, image_folder) -> None:
     config = load_config([*words, "tracking.enabled=true"])
     outcome = run_stages(config, progress)
@@ -90,8 +95,9 @@ def test_a_run_and_the_same_again(words, progress, tmp_path, image_folder) -> No
     assert {status for _, status in runs} == {"FINISHED"}
     assert (len(runs), children, epochs) == (8, 7, 3)
 
-    before = markers(workspace)
+    before, stored = markers(workspace), metrics_of(workspace)
     again = run_stages(config, progress)
+    assert metrics_of(workspace) == stored
     assert again.report == outcome.report
     assert set(again.seconds.values()) == {0.0}
     changed = {p for p, when in markers(workspace).items() if before.get(p) != when and not p.endswith("mlflow.db")}
