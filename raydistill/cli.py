@@ -215,11 +215,13 @@ def compare(
     from rich.table import Table
 
     from raydistill.config import load_config
+    from raydistill.infra.early import refuse_early
     from raydistill.infra.progress import Progress
 
     interrupts.go_on_by(_GOES_ON)
     config, console = load_config(words or []), plain_console()
     _announce(f"compare: {', '.join(config.compare.arms)} on {config.images.path}, into {config.workspace}")
+    refuse_early(config)
     from raydistill.search.compare import compare_arms
 
     comparison, path = compare_arms(config, Progress(console), learning_curve)
@@ -249,12 +251,14 @@ def tune(
     """Search settings with one student a trial and no pass of the teacher; ends with best.yaml."""
 
     from raydistill.config import load_config
+    from raydistill.infra.early import refuse_early
     from raydistill.infra.progress import Progress
 
     interrupts.go_on_by(_GOES_ON)
     given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
     config, console = load_config([*(words or []), *given]), plain_console()
     _announce(f"tune: {config.tune.space} on {config.images.path}, into {config.workspace}")
+    refuse_early(config)
     from raydistill.search.tune import tune_job
 
     search = tune_job(config, Progress(console))
@@ -446,15 +450,19 @@ def _announce(words: str, stream: Any = None) -> None:
 def _run(words: list[str] | None, until: str, command: str | None = None) -> None:
 
     from raydistill.config import load_config
-    from raydistill.infra.artifacts import find_work
+    from raydistill.infra.artifacts import check_writable, find_work
     from raydistill.infra.cluster import RayStart
+    from raydistill.infra.early import refuse_early
     from raydistill.infra.progress import Progress
 
     interrupts.go_on_by(_GOES_ON)
     config = load_config(words or [])
     _announce(f"{command or until}: {config.images.path}, into {config.workspace}")
     console = plain_console()
-    work, ray = find_work(config, until), RayStart(config)
+    refuse_early(config)
+    work, ray = find_work(config, until), RayStart(config, of_command=True)
+    if work.undone:
+        check_writable(config)
     if work.needs_ray:
         ray.begin()  # it starts while torch and the models' libraries load, below
     from raydistill.stages.run import run_stages

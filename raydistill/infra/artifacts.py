@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import time
 import uuid
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -34,6 +35,7 @@ FORMATS = {
     "evaluate": 3, "export": 3, "compare": 2, "tune": 1,
 }  # fmt: skip
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
+_SECONDS_OF_A_FRESH_FILE = 2.0
 # What `distill` leaves in its folder beside these is about its making; the last is there for transformers models.
 _STUDENT_FILES = ("student.json", "student.safetensors", "config.json")
 
@@ -488,14 +490,7 @@ def _pipeline(config: RunConfig) -> dict[str, Any]:
     if not os.path.isdir(name):
         return {"pipeline": name, "revision": revision}
     paths = sorted(str(p) for p in Path(name).rglob("*") if p.is_file() and p.name.endswith(_MODEL_FILES))
-    return {"pipeline": _contents(name, tuple((path, os.stat(path).st_mtime_ns) for path in paths))}
-
-
-@lru_cache(maxsize=8)
-def _contents(folder: str, files: tuple[tuple[str, int], ...]) -> dict[str, str]:
-    """Hashes by the name in the folder. `files` have their times of change: each is read once, though every class asks,
-    and a pipeline may have gigabytes."""
-    return {os.path.relpath(path, folder): _content(path) for path, _ in files}
+    return {"pipeline": {os.path.relpath(path, name): _content(path) for path in paths}}
 
 
 def _folder(folder: str) -> str:
@@ -521,7 +516,17 @@ def _weights(weights: str | None, section: Teacher | Student) -> str | None:
 
 def _content(path: str) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        found = os.stat(path)
+        # As git does: a file may change twice within one tick of the clock that its time of change is read from.
+        fresh = time.time_ns() if time.time() - found.st_mtime < _SECONDS_OF_A_FRESH_FILE else 0
+        return _hash_of(path, found.st_ino, found.st_size, found.st_mtime_ns, fresh)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); it is named as a model or its weights") from None
+
+
+@lru_cache(maxsize=1024)
+def _hash_of(path: str, inode: int, size: int, changed: int, fresh: int) -> str:
+    """Read once as long as it stays the same file: every stage, and every class of `generate`, asks, and a model may
+    have gigabytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

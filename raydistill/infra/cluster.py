@@ -79,6 +79,7 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
                     object_store_memory=object_store_bytes(),
                     object_spilling_directory=_spill_directory(config),
                     _node_ip_address="127.0.0.1",
+                    _temp_dir=_ray_folder(),
                     **quiet,
                 )
         else:
@@ -97,6 +98,23 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
     finally:
         with _own_signals():
             ray.shutdown()
+
+
+def _ray_folder() -> str:
+    """Where Ray's session goes: its own choice, where that can be written to and leaves room for the names of sockets,
+    of which Linux takes 107 bytes."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    own = get_default_ray_temp_dir()
+    room = 107 - len("/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
+    for folder in (own, f"{tempfile.gettempdir()}/ray", f"/tmp/ray-{os.getuid()}"):
+        there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
+        if len(os.fsencode(folder)) <= room and os.access(there, os.W_OK | os.X_OK):
+            return folder
+    raise ConfigError(
+        f"Ray keeps its sockets in {own}, which cannot be written to, or has a name of more than {room} bytes; set "
+        "RAY_TMPDIR to a folder with a short name"
+    )
 
 
 def _spill_directory(config: RunConfig) -> str | None:
@@ -167,11 +185,12 @@ def _own_signals() -> Iterator[None]:
 class RayStart:
     """Ray, started in a thread of its own while the main one loads torch and the models, or not at all.
 
-    The thread lives as long as Ray does: the system ends Ray's processes with the thread that started them.
+    The thread lives as long as Ray does: the system ends Ray's processes with the thread that started them. A Ray
+    `of_command` that is still starting when something goes wrong is not waited for: it ends with the process.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
+    def __init__(self, config: RunConfig, of_command: bool = False) -> None:
+        self._config, self._of_command = config, of_command
         self._stack = contextlib.ExitStack()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self._starting: Future[Plan] | None = None
@@ -191,8 +210,8 @@ class RayStart:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._starting is not None:
-            if kind is not None and issubclass(kind, KeyboardInterrupt) and not self._starting.done():
-                return  # the process is to end, and the half-started Ray ends with it
+            if kind is not None and self._of_command and not self._starting.done():
+                return
             wait([self._starting])
         self._stack.close()
         self._thread.shutdown()

@@ -85,6 +85,8 @@ def leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    if code:
+        _kill_children()  # a Ray that was still starting
     # Ray's and MLflow's threads have nothing left to write, and waiting for them costs seconds.
     os._exit(code)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from raydistill.config import Generate
 from raydistill.errors import ConfigError
+from raydistill.models.weights import ask_hub
 
 Kind = Literal["text", "image", "class", "none"]
 # In the folder of a class-conditional pipeline, which class each number stands for: {"classes": [...], "null": N}, N
@@ -269,6 +270,7 @@ def _side(folder: Path) -> int:
 def _fetch_index(settings: Generate) -> tuple[Path, str | None, str]:
     from huggingface_hub import model_info, snapshot_download
 
+    ask_hub()
     try:
         found = model_info(settings.pipeline, revision=settings.revision)
         folder = snapshot_download(

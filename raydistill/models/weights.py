@@ -5,9 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import timm
 from torch import nn
@@ -20,6 +25,7 @@ from raydistill.storage.filesystems import exists
 log = logging.getLogger(__name__)
 # Says what a folder of `distill` holds: the model's name, its classes, and how it wants its images.
 STUDENT_FILE = "student.json"
+_HUB_SECONDS = 4.0
 
 
 def model_kind(model: str, key: str) -> tuple[Literal["timm", "transformers", "raydistill"], str]:
@@ -87,6 +93,8 @@ def load_timm_weights(
         if revision is not None:
             name = f"{name}@{revision}"
         options = extra if num_classes is None else {"num_classes": num_classes, **extra}
+        if not name.startswith("local-dir:"):
+            ask_hub()
         try:
             network = timm.create_model(name, pretrained=True, **options)
         except Exception as error:  # hub, network and timm raise each their own kind
@@ -129,18 +137,51 @@ def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
         if not (Path(name) / "config.json").is_file():
             raise ConfigError(f"{section}.model={name}: the folder has no config.json, so it is no transformers model")
         return name
-    from huggingface_hub import snapshot_download  # brings half of requests along: only where a hub is asked
+    from huggingface_hub import is_offline_mode, snapshot_download  # brings half of requests along: only where a hub is asked
 
+    ask_hub()
     try:
         # The last two are the vocabularies of text towers.
         return snapshot_download(
             name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
         )
     except Exception as error:  # network, name and permission errors come from three libraries
+        reason = "the hub gives no answer and the cache has no copy" if is_offline_mode() else _first_line(error)
         raise ConfigError(
-            f"{section}.model=hf:{name}: could not be fetched ({_first_line(error)}); "
+            f"{section}.model=hf:{name}: could not be fetched ({reason}); "
             "check the name, or give a local folder"
         ) from None
+
+
+@cache
+def ask_hub() -> None:
+    """Whether the hub answers at all, asked once and not for long: its library tries again for minutes. Where it does
+    not, this process and those that it starts use what the cache holds."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    reasons = ["no answer"]
+
+    def ask() -> None:
+        try:
+            urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_HUB_SECONDS).close()
+            reasons.clear()
+        except HTTPError:  # an answer
+            reasons.clear()
+        except (OSError, HTTPException, ValueError) as error:
+            reasons[:] = [str(getattr(error, "reason", None) or error)]
+
+    asking = Thread(target=ask, daemon=True)  # looking up a name knows no time limit
+    asking.start()
+    asking.join(_HUB_SECONDS + 1)
+    if reasons:
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        log.warning(
+            "%s does not answer (%s): of its models, only those in the cache are there; HF_HUB_OFFLINE=1 says so at "
+            "once, `hf download NAME` fetches one, and a local folder needs no hub", constants.ENDPOINT, reasons[0],
+        )  # fmt: skip
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import fsspec
+import psutil
 import pytest
 
 from raydistill.config import RunConfig, known_keys, load_config
@@ -333,6 +334,27 @@ def test_weights_of_one_name_are_told_apart_by_their_content(tmp_path):
     assert names(word) == before
     (tmp_path / "again.safetensors").write_bytes(b"first")
     assert names(f"teacher.weights={tmp_path / 'again.safetensors'}") == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads what Linux counts of this process")
+def test_however_many_stages_ask_weights_are_read_once_and_again_when_they_change(tmp_path):
+    weights, size = tmp_path / "teacher.safetensors", 8_000_000
+    words = [f"teacher.weights={weights}", f"student.weights={weights}", "student.init=pretrained"]
+    seen = []
+    for content in (b"a", b"b"):
+        weights.write_bytes(content * size)
+        os.utime(weights, (1e9, 1e9 + ord(content)))
+        before = psutil.Process().io_counters().read_chars
+        seen.append(names(*words))
+        assert names(*words) == seen[-1]
+        assert size <= psutil.Process().io_counters().read_chars - before < 1.5 * size
+    weights.write_bytes(b"c" * size)  # a moment ago: its time alone does not tell it from what comes next
+    seen.append(names(*words))
+    status = weights.stat()
+    weights.write_bytes(b"d" * size)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    seen.append(names(*words))
+    assert len({tuple(sorted(found.items())) for found in seen}) == 4
 
 
 def test_weights_of_the_student_decide_the_student_alone(tmp_path):

@@ -4,10 +4,13 @@ import argparse
 import json
 import pickle
 import re
+import socket
+import time
 from collections import OrderedDict
 from itertools import product
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from raydistill.errors import ConfigError
+from raydistill.models import weights
 from raydistill.models.state_dicts import read_weights
 from raydistill.models.weights import (
     check_timm_name,
@@ -347,3 +351,31 @@ def test_folders_that_hold_no_model_are_refused(tmp_path):
     assert "config.json" in refusal(resolve_hf_folder, str(tmp_path), None, "teacher")
     (tmp_path / "config.json").write_text("{broken")
     assert "config.json" in refusal(model_kind, str(tmp_path), "teacher.model")
+
+
+@pytest.mark.parametrize("behaves", ["refuses", "is silent"])
+def test_a_hub_that_does_not_answer_is_not_waited_for(behaves, monkeypatch, caplog, tmp_path) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if behaves == "is silent":
+            server.listen()  # and never answers
+        place = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", place)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(weights, "_HUB_SECONDS", 0.5)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        weights.ask_hub.cache_clear()
+        began = time.monotonic()
+        for load in (
+            lambda: weights.resolve_hf_folder("somebody/something", None, "teacher"),
+            lambda: weights.load_timm_weights("test_resnet.r160_in1k", None, None, "student"),
+        ):
+            with pytest.raises(ConfigError) as said:
+                load()
+            assert len(str(said.value).splitlines()) == 1
+        assert time.monotonic() - began < 20  # its library tries again for a minute
+    weights.ask_hub.cache_clear()
+    (warning,) = [record.getMessage() for record in caplog.records if "does not answer" in record.getMessage()]
+    assert warning.startswith(f"{place} does not answer (")
+    assert "a local folder needs no hub" in warning
