@@ -137,7 +137,8 @@ def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
         if not (Path(name) / "config.json").is_file():
             raise ConfigError(f"{section}.model={name}: the folder has no config.json, so it is no transformers model")
         return name
-    from huggingface_hub import is_offline_mode, snapshot_download  # brings half of requests along: only where a hub is asked
+    # Brings half of requests along: only where a hub is asked.
+    from huggingface_hub import is_offline_mode, snapshot_download
 
     ask_hub()
     try:
