@@ -61,18 +61,21 @@ def read_answers(path: str, split: str) -> Answers:
 def align(answers: Sequence[Sequence[Answers]]) -> list[np.ndarray]:
     """For each arm its table of seeds and images (S, N), the columns being the same images for all arms."""
     columns: dict[object, int] = {}
-    places, before, place = [], None, np.array([])
-    for one in (one for arm in answers for one in arm):
-        if before is None or not np.array_equal(one.ids, before):
-            before, place = one.ids, np.array([columns.setdefault(i, len(columns)) for i in one.ids.tolist()])
-        places.append(place)
-    found, left = [], iter(places)
+
+    def places(ids: np.ndarray) -> np.ndarray:
+        return np.array([columns.setdefault(i, len(columns)) for i in ids.tolist()])
+
+    # The arms of one seed nearly always have one split, of which the first arm's columns will do.
+    first = [(one.ids, places(one.ids)) for one in answers[0]]
+    found = []
     for arm in answers:
-        right_SN = np.full((len(arm), len(columns)), np.nan)
-        for row, one in zip(right_SN, arm, strict=True):
-            row[next(left)] = one.right
-        found.append(right_SN)
-    return found
+        pairs = zip(arm, first, strict=True)
+        found.append([known if np.array_equal(one.ids, ids) else places(one.ids) for one, (ids, known) in pairs])
+    tables = [np.full((len(arm), len(columns)), np.nan) for arm in answers]
+    for right_SN, arm, of_arm in zip(tables, answers, found, strict=True):
+        for row, one, place in zip(right_SN, arm, of_arm, strict=True):
+            row[place] = one.right
+    return tables
 
 
 @dataclass(frozen=True)
