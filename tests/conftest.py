@@ -9,6 +9,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from tests.buckets import bucket, s3_server  # noqa: F401 - fixtures
+
 # The machine decides how long an example takes; a slow one is no fault.
 settings.register_profile("raydistill", deadline=None, derandomize=True, database=None, print_blob=True)
 settings.load_profile("raydistill")

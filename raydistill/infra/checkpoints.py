@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from raydistill.storage.filesystems import open_filesystem, write_bytes, write_f
 
 logger = logging.getLogger(__name__)
 _KEPT = 2
+_POINTER = "newest.json"
 _PACKAGES = ("torch", "timm", "transformers", "raydistill")  # they name what a checkpoint holds, and write it
 
 
@@ -49,7 +51,7 @@ def bytes_to_write(path: str, modules: dict[str, nn.Module], optimizer: torch.op
     moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     one = sum(t.nbytes for t in tensors) + moments * sum(p.nbytes for p in learning)
-    return max(_KEPT + 1 - len(_folders(path)), 0) * one
+    return max(_KEPT + 1 - len(_whole(path)), 0) * one
 
 
 class CheckpointWriter:
@@ -110,11 +112,12 @@ class CheckpointWriter:
         write("state.pt", lambda temporary: torch.save(state, temporary))
         meta = {**meta, "checksums": sums}
         write_file(f"{folder}/checkpoint.json", lambda temporary: Path(temporary).write_text(json.dumps(meta)))
-        fs, _ = open_filesystem(self._path)
-        folders = _folders(self._path)
-        whole = [f for f in folders if f.rpartition("/")[2] <= name and fs.exists(f"{f}/checkpoint.json")]
-        for other in set(folders) - set(whole[-_KEPT:]):
-            fs.remove(other)
+        # A pointer says which are whole and newest; to list them would be to trust what lies there.
+        kept = [name, *(other for other in _whole(self._path) if other < name)][:_KEPT]
+        write_bytes(f"{self._path}/checkpoints/{_POINTER}", json.dumps(kept).encode())
+        fs, place = open_filesystem(f"{self._path}/checkpoints")
+        for other in set(fs.names(place)) - {*kept, _POINTER}:
+            fs.remove(f"{place}/{other}")
 
 
 def _copied(value: Any, before: Any) -> Any:
@@ -134,8 +137,8 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
     Raises CheckpointError where one is as it was written and does not load.
     """
-    fs, _ = open_filesystem(path)
-    for folder in reversed(_folders(path)):
+    fs, place = open_filesystem(f"{path}/checkpoints")
+    for folder in (f"{place}/{name}" for name in _whole(path)):
         try:
             meta = json.loads(fs.cat_file(f"{folder}/checkpoint.json"))
             files = {name: fs.cat_file(f"{folder}/{name}") for name in ("weights.safetensors", "state.pt")}
@@ -181,9 +184,15 @@ def _checksum(path: str) -> int:
     return checksum
 
 
-def _folders(path: str) -> list[str]:
-    fs, root = open_filesystem(f"{path}/checkpoints")
-    return [f"{root}/{name}" for name in fs.names(root)]
+def _whole(path: str) -> list[str]:
+    """The names of the whole checkpoints, the newest first."""
+    fs, place = open_filesystem(f"{path}/checkpoints/{_POINTER}")
+    try:
+        names = json.loads(fs.read(place) or b"[]")
+        return [name for name in names if re.fullmatch(r"step-\d+", name)]
+    except (ValueError, TypeError):
+        logger.warning("%s/checkpoints/%s is damaged; training begins anew", path, _POINTER)
+        return []
 
 
 def write_progress(path: str, step: int, lost_steps: int) -> None:

@@ -149,8 +149,7 @@ def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
     except Exception as error:  # network, name and permission errors come from three libraries
         reason = "the hub gives no answer and the cache has no copy" if is_offline_mode() else _first_line(error)
         raise ConfigError(
-            f"{section}.model=hf:{name}: could not be fetched ({reason}); "
-            "check the name, or give a local folder"
+            f"{section}.model=hf:{name}: could not be fetched ({reason}); check the name, or give a local folder"
         ) from None
 
 

@@ -37,6 +37,7 @@ from raydistill.data.manifests import result_of
 from raydistill.errors import ConfigError, RaydistillError
 from raydistill.infra.artifacts import StageDirectory, read_seconds
 from raydistill.infra.checkpoints import latest_step
+from raydistill.infra.lease import held
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.workers import Worker
@@ -237,20 +238,21 @@ def _train(work: _Work, report: Callable[[dict[str, Any]], None]) -> dict[str, A
         if record["epoch"] < last:  # that of the last is the result's
             report(dict(record))
 
-    done = directory.done()
-    if done is None:
-        for record in read_epochs(directory.path, latest_step(directory.path) // job.steps_per_epoch):
-            on_epoch(record)
-        started = time.monotonic()
-        student = distill_student(job, directory, work.plan, Progress(Console(quiet=True)), on_epoch)
-        directory.write_bill({"seconds": time.monotonic() - started})
-    else:
-        student = result_of(done, directory.path, StudentCheckpoint)
+    quiet = Progress(Console(quiet=True))
+    with held(directory, quiet.line) as is_to_do:  # a run of the same settings may train it too
+        if is_to_do:
+            for record in read_epochs(directory.path, latest_step(directory.path) // job.steps_per_epoch):
+                on_epoch(record)
+            started = time.monotonic()
+            student = distill_student(job, directory, work.plan, quiet, on_epoch)
+            directory.write_bill({"seconds": time.monotonic() - started})
+    if not is_to_do:
+        student = result_of(directory.done() or {}, directory.path, StudentCheckpoint)
         for record in read_epochs(directory.path, last):
             on_epoch({**record, "trained_before": True})
     record = json.loads(directory.fs.cat_file(f"{directory.place}/epochs/{last:05d}.json"))
     result = {**record, **_measures(work, student, record), "finished": True}
-    return result if done is None else {**result, "seconds": read_seconds(directory.path)}
+    return result if is_to_do else {**result, "seconds": read_seconds(directory.path)}
 
 
 def _measures(work: _Work, student: StudentCheckpoint, record: dict[str, float]) -> dict[str, float]:

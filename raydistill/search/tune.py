@@ -23,6 +23,7 @@ from raydistill.errors import ConfigError, StageError
 from raydistill.infra import artifacts
 from raydistill.infra.artifacts import StageDirectory, find_work, stage_directory
 from raydistill.infra.cluster import ray_cluster
+from raydistill.infra.lease import held
 from raydistill.infra.plan import local_plan, plan_resources
 from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import Tracker
@@ -94,7 +95,12 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
     if at_random := drawn_at_random(config, space):
         progress.line(f"tune: tune.sampler={config.tune.sampler} draws at random, and learns nothing of: "
                       f"{', '.join(at_random)}")  # fmt: skip
-    with Clock(study) as clock, Tracker(config, directory.name, "tune") as tracker:
+    # Trials that another command has begun would look like those of a killed one.
+    with (
+        held(directory, progress.line),
+        Clock(study) as clock,
+        Tracker(config, directory.name, "tune") as tracker,
+    ):
         watcher = SearchDisplay(config, progress, read_trials(study), num_trials(config, space), clock)
         tracker.end_orphans()
         watcher.record_ended(tracker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.loop import distill_loop
 from raydistill.storage.filesystems import open_filesystem
 
+logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -124,22 +126,32 @@ def _following(
     title: str,
 ) -> Iterator[None]:
     """Shows and passes on what the loop writes, from wherever it runs, until the block ends."""
-    start = latest_step(job.path)
-    ended = threading.Event()
+    start = at = latest_step(job.path)
+    epoch, ended = start // job.steps_per_epoch, threading.Event()
     with progress.task(title, job.total_steps, "steps", done=start) as advance:
 
+        def look() -> None:
+            nonlocal at, epoch
+            while written := directory.fs.read(f"{directory.place}/epochs/{epoch + 1:05d}.json"):
+                record = json.loads(written)
+                epoch += 1
+                on_epoch(record)
+                advance(max(int(record["step"]) - at, 0), _note(record))
+                at = max(int(record["step"]), at)
+            step, _ = read_progress(job.path)
+            advance(max(step - at, 0))
+            at = max(step, at)
+
         def follow() -> None:
-            at, epoch = start, start // job.steps_per_epoch
+            trouble = ""
             while True:
                 last_look = ended.wait(_SECONDS_BETWEEN_LOOKS)
-                while written := directory.fs.read(f"{directory.place}/epochs/{epoch + 1:05d}.json"):
-                    epoch, record = epoch + 1, json.loads(written)
-                    on_epoch(record)
-                    advance(max(int(record["step"]) - at, 0), _note(record))
-                    at = max(int(record["step"]), at)
-                step, _ = read_progress(job.path)
-                advance(max(step - at, 0))
-                at = max(step, at)
+                try:
+                    look()
+                    trouble = ""
+                except Exception as error:  # storage is away; training may go on all the same, and is seen again later
+                    if str(error) != trouble:
+                        logger.warning("%s: cannot be followed for now (%s)", title, trouble := str(error))
                 if last_look:
                     return
 

@@ -16,6 +16,7 @@ from raydistill.errors import ConfigError, DataError
 from raydistill.infra import artifacts
 from raydistill.infra.artifacts import StageDirectory, Work, find_work
 from raydistill.infra.cluster import RayStart
+from raydistill.infra.lease import held
 from raydistill.infra.node_hours import NodeClock
 from raydistill.infra.plan import local_plan
 from raydistill.infra.progress import Progress
@@ -210,10 +211,17 @@ class _Run:
         """The stage's result: that of an earlier run, or of doing the work now."""
         self._outcome.directories[directory.stage] = directory.path
         done = directory.done()
-        if done is not None:
-            self._progress.line(f"{directory.stage:<9} done before: {directory.path}")
-            self._outcome.seconds[directory.stage] = 0.0
-            return done
+        if done is None:
+            with held(directory, self._progress.line) as is_to_do:  # another command may do it meanwhile
+                if is_to_do:
+                    return self._do(directory, work)
+            done = directory.done()
+            assert done is not None, "another command has finished it"
+        self._progress.line(f"{directory.stage:<9} done before: {directory.path}")
+        self._outcome.seconds[directory.stage] = 0.0
+        return done
+
+    def _do(self, directory: StageDirectory, work: Any) -> dict[str, Any]:
         started, progress = time.monotonic(), self._progress
         images_again, seconds_again = progress.images_again, progress.seconds_again
         with self._tracker.child(directory.stage, directory.name, _deciding(self._config, directory.stage)) as record:

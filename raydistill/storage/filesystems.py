@@ -194,6 +194,21 @@ def write_bytes(path: str, data: bytes) -> None:
         _send(fs.pipe_file, target, data, path)
 
 
+def create_file(path: str, data: bytes) -> None:
+    """Write a whole file where there is none. Raises FileExistsError, also where another process was first by a
+    moment: on disks and on S3, Google's and Azure's buckets."""
+    fs, target = open_filesystem(path)
+    if not fs.is_local:
+        fs.pipe_file(target, data, mode="create")
+        return
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        Path(temporary).write_bytes(data)
+        os.link(temporary, target)  # unlike a rename it replaces nothing
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
 def write_file(path: str, write: Callable[[str], object]) -> None:
     """Let `write` write a whole file or none: to a temporary local file, then renamed or, to an object store, sent.
 

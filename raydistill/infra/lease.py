@@ -1,0 +1,136 @@
+"""A lease on a stage directory: one command at a time makes what goes into it, on disks and in buckets alike.
+
+Leases are files with rising numbers, of which the last one counts. A file is created only where there is none, so of
+any number of commands one gets the next number. And none is written over by another command, so a holder that was
+thought dead and was only slow finds a later one there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from raydistill.errors import StageError
+from raydistill.infra.artifacts import StageDirectory
+from raydistill.infra.processes import is_running, process_name
+from raydistill.storage.filesystems import create_file
+
+logger = logging.getLogger(__name__)
+_SECONDS_BETWEEN_BEATS = 10.0
+_SECONDS_BETWEEN_LOOKS = 1.0
+# A holder on another machine that shows no sign of life for so long is gone; on this one its process is looked for.
+_SILENT_SECONDS = 120.0
+_PREFIX = "lease-"
+
+
+@contextlib.contextmanager
+def held(directory: StageDirectory, say: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the directory's lease for the time of the block; it is given whether the stage is still to be done.
+
+    While another command holds it, this one waits, and says for whom. Raises StageError after the block where another
+    command took the lease over meanwhile, since this process had shown no sign of life.
+    """
+    number, state = _acquire(directory, say)
+    lost, ended = threading.Event(), threading.Event()
+    beat = threading.Thread(target=_beat, args=(directory, number, state, lost, ended), name="lease", daemon=True)
+    beat.start()
+    try:
+        yield directory.done() is None
+    finally:
+        ended.set()
+        beat.join()
+        if not lost.is_set():
+            _release(directory, number, state)
+    if lost.is_set():
+        raise StageError(
+            f"{directory.path}: another command took this stage over, since this process had shown no sign of life for "
+            f"{_SILENT_SECONDS:.0f} s; run the same command again, and it waits for that one"
+        )
+
+
+def _acquire(directory: StageDirectory, say: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
+    mine = {"id": uuid.uuid4().hex, "process": process_name()}
+    seen, since, told = None, 0.0, ""
+    directory.fs.make_folder(directory.place)
+    while True:
+        latest = _latest(directory)
+        if latest != seen:  # by this machine's clock: those of others may be wrong
+            seen, since = latest, time.monotonic()
+        number, state = latest
+        if not number or _is_free(state, time.monotonic() - since):
+            if _create(directory, number + 1, mine):
+                return number + 1, mine
+        elif told != state.get("id", "?"):
+            told = state.get("id", "?")
+            host, _, pid, _ = state.get("process", "another-machine - ? -").split(" ")
+            say(f"{directory.stage:<9} waits for process {pid} on {host}, which is making {directory.path}")
+        threading.Event().wait(_SECONDS_BETWEEN_LOOKS)
+
+
+def _is_free(state: dict[str, Any], silent_for: float) -> bool:
+    running = is_running(state["process"]) if "process" in state else None
+    if running is None:
+        running = silent_for < _SILENT_SECONDS
+    return state.get("released", False) or not running
+
+
+def _latest(directory: StageDirectory) -> tuple[int, dict[str, Any]]:
+    """The number of the last lease and what is in it; 0 where there is none."""
+    number = max(_numbers(directory), default=0)
+    try:
+        state = json.loads(directory.fs.read(_place(directory, number)) or b"{}") if number else {}
+    except ValueError:  # cut off
+        state = {}
+    return number, state if isinstance(state, dict) else {}
+
+
+def _numbers(directory: StageDirectory) -> list[int]:
+    names = directory.fs.names(directory.place)
+    return [int(n.removeprefix(_PREFIX)) for n in names if n.startswith(_PREFIX) and n[len(_PREFIX) :].isdecimal()]
+
+
+def _place(directory: StageDirectory, number: int) -> str:
+    return f"{directory.place}/{_PREFIX}{number:06d}"
+
+
+def _create(directory: StageDirectory, number: int, state: dict[str, Any]) -> bool:
+    """Whether this command got the number. An answer that was lost on the way, and asked for again, says that the file
+    is there already; so whose it is counts."""
+    with contextlib.suppress(FileExistsError):
+        create_file(f"{directory.path}/{_PREFIX}{number:06d}", json.dumps(state).encode())
+    return _latest(directory) == (number, state)
+
+
+def _beat(
+    directory: StageDirectory, number: int, state: dict[str, Any], lost: threading.Event, ended: threading.Event
+) -> None:
+    """Signs of life, until the block has ended or another command holds the lease."""
+    beats = 0
+    while not ended.wait(_SECONDS_BETWEEN_BEATS):
+        try:
+            if max(_numbers(directory), default=0) != number:
+                lost.set()
+                return
+            beats += 1
+            directory.write(f"{_PREFIX}{number:06d}", json.dumps({**state, "beats": beats}).encode())
+        except (OSError, StageError) as error:
+            logger.warning("%s: its lease could not be renewed (%s)", directory.path, error)
+
+
+def _release(directory: StageDirectory, number: int, state: dict[str, Any]) -> None:
+    """Of a finished stage no lease is needed any more. Of another the number must stay, or a command that is about to
+    take the next one and a new one that begins at 1 would both hold it."""
+    try:
+        if directory.done() is None:
+            directory.write(f"{_PREFIX}{number:06d}", json.dumps({**state, "released": True}).encode())
+        else:
+            for old in _numbers(directory):
+                directory.fs.remove(_place(directory, old))
+    except (OSError, StageError) as error:
+        logger.warning("%s: its lease could not be given back (%s)", directory.path, error)

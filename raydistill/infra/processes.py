@@ -1,0 +1,32 @@
+"""A process by a name that no other has, and whether it is still there."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import psutil
+
+# When a process began follows from the clock, which may be put right meanwhile.
+_CLOCK_SECONDS = 60.0
+
+
+def process_name(pid: int | None = None) -> str:
+    """This process, or one beside it, as no other is called on any machine: numbers of processes come again, and
+    containers have their own."""
+    pid = os.getpid() if pid is None else pid
+    space = "/proc/self/ns/pid"
+    place = os.readlink(space) if os.path.exists(space) else "-"
+    return f"{platform.node()} {place} {pid} {psutil.Process(pid).create_time():.0f}"
+
+
+def is_running(name: str) -> bool | None:
+    """Whether the process of this name is there; None of one on another machine, of which nothing is known here."""
+    *place, pid, began = name.split(" ")
+    if place != process_name().split(" ")[:-2]:
+        return None
+    try:
+        now = process_name(int(pid)).rpartition(" ")[2]
+    except psutil.NoSuchProcess:
+        return False
+    return abs(float(now) - float(began)) <= _CLOCK_SECONDS
