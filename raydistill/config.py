@@ -27,6 +27,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 SHARD_BYTES = 64 * 1024**2
+_MOST_TEXT = 4 * 1024**2
 
 
 class Section(BaseModel):
@@ -691,10 +692,24 @@ def _takes_text(dotted: str, or_null: bool = False) -> bool:
     return all(is_text) and (NoneType in kinds or not or_null)
 
 
+def small_text(path: str, advice: str) -> str:
+    """The text of a file that people write. Raises ConfigError, with the advice where there is none."""
+    place = Path(path)
+    try:
+        if not place.exists():
+            raise ConfigError(f"{path}: no such file; {advice}")
+        if not place.is_file():
+            raise ConfigError(f"{path}: {'a folder' if place.is_dir() else 'no file'}; {advice}")
+        if (size := place.stat().st_size) > _MOST_TEXT:
+            raise ConfigError(f"{path}: {size:,} bytes, and {_MOST_TEXT:,} are the most; {advice}")
+        return place.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: other bytes than UTF-8's, or a zero in the name
+        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}; {advice}") from None
+
+
 def read_mapping(path: str, advice: str) -> dict[str, Any]:
     """A YAML file that is one mapping. Raises ConfigError, with the advice where there is no such file."""
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such file; {advice}")
+    small_text(path, advice)
     try:
         loaded = OmegaConf.load(path)
     except (OmegaConfBaseException, ValueError, OSError) as error:

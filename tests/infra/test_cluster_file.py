@@ -2,7 +2,9 @@
 
 import gzip
 import importlib.util
+import itertools
 import json
+import os
 import re
 import sys
 import tomllib
@@ -14,8 +16,10 @@ import pytest
 import ray
 import yaml
 
+from raydistill.config import load_config
 from raydistill.errors import ConfigError
 from raydistill.infra.cluster_file import NodeType, check_cluster_file, check_kuberay_file, offered
+from raydistill.infra.node_types import read_documents
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster.yaml"
@@ -588,6 +592,63 @@ def test_what_is_no_yaml_of_keys_is_an_error(tmp_path: Path, read: Callable[[str
         path.write_text(text)
     with pytest.raises(ConfigError, match=re.escape(str(path))):
         read(str(path))
+
+
+LAUGHS = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in itertools.pairwise("abcdefghij")
+)
+STRANGE = {
+    "a key twice": ("cluster_name: x\ncluster_name: y\n", "'cluster_name' stands twice"),
+    "a key twice, deep": ("a:\n  - {b: 1, c: 2, b: 3}\n", "'b' stands twice"),
+    "a tab": ("a:\n\tb: 1\n", "cannot start any token"),
+    "code": ("a: !!python/object/apply:os.system ['touch RAN']\n", "could not determine a constructor"),
+    "code of a module": ("a: !!python/name:os.system\n", "could not determine a constructor"),
+    "billions": (LAUGHS, "its aliases come to"),
+    "itself": ("a: &a [*a]\n", "part of"),
+    "itself, as keys": ("a: &a {b: *a}\n", "part of"),
+    "no anchor": ("a: *nowhere\n", "undefined alias"),
+    "a merge of nothing": ("<<: 3\n", "merging"),
+    "deep lists": ("a: " + "[" * 9000 + "]" * 9000, "nested too deeply"),
+    "deep keys": ("a: " + "{a: " * 3000 + "1" + "}" * 3000, "nested too deeply"),
+    "a list as a key": ("{[1]: 2}\n", "unhashable key"),
+    "no date": ("a: 2024-99-99\n", "month must be in 1..12"),
+    "a number of 5,000 digits": ("a: " + "9" * 5000, "Exceeds the limit"),
+    "a zero byte": ("a: \x00\n", "special characters are not allowed"),
+    "large": ("a: " + "x" * 5_000_000, "4,194,304 are the most"),
+}
+
+
+@pytest.mark.parametrize("read", [check_cluster_file, check_kuberay_file])
+@pytest.mark.parametrize("case", STRANGE)
+def test_strange_yaml_ends_with_one_sentence(tmp_path: Path, read: Callable[[str], Any], case: str) -> None:
+    text, said = STRANGE[case]
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+        read(str(path))
+    assert str(refused.value).startswith(str(path))
+    assert len(str(refused.value)) < len(str(path)) * 3 + 400
+    assert "\n" not in str(refused.value)
+    assert not Path("RAN").exists()
+
+
+def test_what_is_no_file_is_said(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    (tmp_path / "bytes.yaml").write_bytes(bytes(range(256)))
+    said = {".": "a folder", "pipe.yaml": "no file", "zero.yaml": "no file", "bytes.yaml": "codec can't decode byte"}
+    for name, words in said.items():
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            check_cluster_file(str(tmp_path / name))
+        if name != ".":
+            with pytest.raises(ConfigError, match=re.escape(words)):
+                load_config([str(tmp_path / name), "images.path=x"])
+
+
+def test_keys_that_are_merged_may_stand_twice(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: [*b, *a], y: 4}\n")
+    assert read_documents(str(path)) == [yaml.safe_load(path.read_text())]  # as Ray reads it
 
 
 def test_the_node_types_that_a_file_offers() -> None:
