@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import os
-import platform
 import threading
 import time
 from collections import Counter
@@ -20,6 +19,7 @@ import numpy as np
 from raydistill.config import RunConfig, shown_yaml
 from raydistill.infra import interrupts
 from raydistill.infra.artifacts import workspace_root
+from raydistill.infra.processes import is_running, process_name
 from raydistill.infra.recording import ChildRun, Run, named
 from raydistill.infra.stores import UnusableError, alone, connect, experiment_name, may_pass, reason, tracking_uri
 from raydistill.secrets import redacted
@@ -30,8 +30,6 @@ _GRACE_SECONDS = 30.0
 _GRACE_OF_STRANGERS = 5.0  # for a store that never answered
 _SECONDS_BETWEEN_BEATS = 60.0
 _SILENT_SECONDS = 15 * 60.0  # room for clocks that differ, and for a server that was away for a while
-# When a process began follows from the clock, which may be put right meanwhile.
-_CLOCK_SECONDS = 60.0
 
 
 class Tracker:
@@ -194,7 +192,7 @@ class Tracker:
     def _begin(self) -> None:
         """What the parent run is begun with, when it is found or made."""
         self._recording = True
-        before, mine = self.parent.before, _process(os.getpid())
+        before, mine = self.parent.before, process_name()
         others = before is not None and before.data.tags.get("raydistill.process") != mine
         # The runs of processes that are gone have just been ended.
         self._guest = others and before.info.status == "RUNNING"
@@ -286,32 +284,16 @@ class Tracker:
 
 
 def _signs_of_life() -> dict[str, str]:
-    return {"raydistill.process": _process(os.getpid()), "raydistill.alive": f"{time.time():.0f}"}
-
-
-def _process(pid: int) -> str:
-    """A process as no other is called, on any machine: numbers of processes come again, and containers have their
-    own."""
-    import psutil
-
-    space = "/proc/self/ns/pid"
-    place = os.readlink(space) if os.path.exists(space) else "-"
-    return f"{platform.node()} {place} {pid} {psutil.Process(pid).create_time():.0f}"
+    return {"raydistill.process": process_name(), "raydistill.alive": f"{time.time():.0f}"}
 
 
 def _is_gone(process: str, alive: str | None) -> bool:
     """Whether a process of this machine has ended, or one of another was silent since `alive`, in seconds of the epoch,
     for so long that it has, too. Without that sign nothing is known of it here."""
-    import psutil
-
-    *place, pid, began = process.split(" ")
-    if place != _process(os.getpid()).split(" ")[:-2]:
+    running = is_running(process)
+    if running is None:
         return alive is not None and time.time() - float(alive) > _SILENT_SECONDS
-    try:
-        now = _process(int(pid)).rpartition(" ")[2]
-    except psutil.NoSuchProcess:
-        return True
-    return abs(float(now) - float(began)) > _CLOCK_SECONDS
+    return not running
 
 
 def _how_it_ended(kind: type[BaseException]) -> str:

@@ -27,6 +27,7 @@ from raydistill.config import load_config
 from raydistill.data.sample import SampleSet
 from raydistill.errors import StageError
 from raydistill.infra import stores, tracking
+from raydistill.infra.processes import process_name
 from raydistill.infra.recording import ChildRun, fingerprint
 from raydistill.infra.tracking import Tracker
 from raydistill.models.formats import to_onnx
@@ -130,7 +131,7 @@ def test_runs_whose_process_is_gone_end_as_killed(tmp_path) -> None:
     words = [f"workspace={tmp_path}", "images.path=x"]
     ended = subprocess.Popen(["true"])
     ended.wait()
-    *place, _, began = tracking._process(os.getpid()).split(" ")
+    *place, _, began = process_name().split(" ")
     now, quarter = time.time(), 15 * 60
     there = {
         "dead": f"{' '.join(place)} {ended.pid} {began}",
@@ -138,7 +139,7 @@ def test_runs_whose_process_is_gone_end_as_killed(tmp_path) -> None:
         "elsewhere": f"other - {ended.pid} {began}",
         "silent": f"other - {ended.pid} {began}",
         "heard": f"other - {ended.pid} {began}",
-        "alive": tracking._process(os.getpid()),
+        "alive": process_name(),
     }
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     found = {}
