@@ -1,7 +1,8 @@
 """From a file's bytes to the square, upright RGB picture that every later stage reads. All pixel trouble ends here.
 
-Rules: content decides, not the extension; EXIF orientation is applied; CMYK, grey and palette become RGB; 16 bits
-become 8 by dropping the lower half; transparency is laid on white; of an animation the first frame counts.
+Rules: content decides, not the extension; EXIF orientation is applied; CMYK, grey and palette become RGB; values of
+more than 8 bits keep the upper 8 of the scale that the file states; transparency is laid on white; of an animation the
+first frame counts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import logging
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -68,14 +69,14 @@ def decode_with_facts(
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
                 raise DataError(f"{image.width}x{image.height} pixels, above images.max_pixels={max_pixels}")
-            facts = _facts(image)
+            facts, scale = _facts(image), _scale(image)
             image.draft("RGB", (2 * size, 2 * size))  # JPEG decodes at a fraction of its size where that is enough
             image.load()
-            return _square(_eight_bits(_upright(image)), size, fit), facts
+            return _square(_eight_bits(_upright(image), scale), size, fit), facts
     except DataError:
         raise
     except Image.UnidentifiedImageError:
-        raise DataError("not an image") from None
+        raise DataError(_no_image(data)) from None
     except Image.DecompressionBombError as error:
         raise DataError(str(error)) from None
     except MemoryError:
@@ -116,21 +117,98 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """What black and white are in a file's grey values, and which of both is the lower. `is_stated`: by a tag of its
+    own, and not by the values' type."""
+
+    low: float
+    high: float
+    is_inverted: bool = False
+    is_stated: bool = False
+    is_unsigned: bool = True
+
+
+def _scale(image: Image.Image) -> _Scale | None:
+    """Of an image with one channel of more than 8 bits, or of signed ones; None where Pillow's values are of 8 already.
+
+    Pillow brings PNG, PGM and JPEG 2000 to 16 bits and leaves TIFF's values as they are stored: their range is that of
+    BitsPerSample and SampleFormat, unless SMinSampleValue and SMaxSampleValue state another (TIFF 6.0, section 19).
+    Raises DataError: a range that is not known, or that Pillow would not keep.
+    """
+    if image.format != "TIFF":
+        return _Scale(0, 65535) if image.mode.startswith("I") else None
+    tags: Any = image.tag_v2  # type: ignore[attr-defined]
+    bits, form = int(np.ravel(tags.get(258, 1))[0]), int(np.ravel(tags.get(339, 1))[0])
+    stated = [float(np.ravel(tags[tag])[pick]) for tag, pick in ((340, 0), (341, -1)) if tag in tags]
+    is_stated = len(stated) == 2 and stated[0] < stated[1]
+    if image.mode in ("1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB"):
+        if bits > 8 and is_stated and tuple(stated) != (0, 2**bits - 1):
+            raise DataError("16 bits a channel on a scale of its own; save it with 8 bits a channel")
+        return _Scale(-128, 127, is_unsigned=False) if (bits, form) == (8, 2) else None
+    if form == 3 and not is_stated:
+        raise DataError("32-bit float pixels on no stated scale; save it with 8 or 16 bits a channel")
+    low: float
+    high: float
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if form == 2 else (0, 2**bits - 1)
+    if is_stated:
+        low, high = (value if form == 3 else int(value) for value in stated)
+    return _Scale(low, high, int(tags.get(262, 1)) == 0, is_stated, form == 1)
+
+
+def _eight_bits(image: Image.Image, scale: _Scale | None) -> Image.Image:
     """RGB, or RGBA where the file has any kind of transparency."""
-    if image.mode == "F":
-        raise DataError("32-bit float pixels; save it with 8 or 16 bits a channel")
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip to white
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise DataError("32-bit integer pixels; save it with 8 or 16 bits a channel")
+    if scale is not None:
         hidden = image.info.get("transparency")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        image, values = _levels(image, scale)
         if hidden is not None:
             image.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
     if _is_transparent(image):
         return image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _levels(image: Image.Image, scale: _Scale) -> tuple[Image.Image, np.ndarray]:
+    """The upper 8 bits of the scale, and the values as they were stored."""
+    values: np.ndarray
+    if image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise DataError("float pixels of which some are not finite")
+        levels = np.floor((values - scale.low) / (scale.high - scale.low) * 256)
+    else:
+        values = np.asarray(image).astype(np.int64)
+        if image.mode == "L":  # signed bytes, which Pillow takes for unsigned ones
+            values = values.astype(np.int8).astype(np.int64)
+        elif scale.is_unsigned:
+            values = values & 0xFFFFFFFF  # which Pillow takes for signed ones
+        levels = (values - int(scale.low)) * 256 // (int(scale.high) - int(scale.low) + 1)
+    levels = levels.clip(0, 255).astype(np.uint8)
+    if scale.high - scale.low >= 2**24 and not scale.is_stated and levels.min() == levels.max():
+        raise DataError(
+            f"32-bit integer pixels from {values.min()} to {values.max()}, one shade on the scale of their type; save "
+            "it with 8 or 16 bits a channel, or state its SMaxSampleValue"
+        )
+    return Image.fromarray(255 - levels if scale.is_inverted else levels), values
+
+
+_OTHERS = {
+    b"<": "a web page or another text", b"%PDF": "a PDF file", b"PK\x03\x04": "a ZIP archive", b"{": "JSON",
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches what it stands for",
+    b"\x1f\x8b": "compressed with gzip", b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "an array of NumPy",
+    b"8BPS": "a PSD file", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"%!PS": "PostScript",
+}  # fmt: skip
+
+
+def _no_image(data: bytes) -> str:
+    """Why, as far as the first bytes tell."""
+    if data[4:8] == b"ftyp":
+        kind = "HEIC" if data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc") else "a film"
+        return f"not an image: it is {kind}, which is not read; convert it to JPEG or PNG"
+    for start, what in _OTHERS.items():
+        if data.lstrip()[: len(start)] == start or data.startswith(start):
+            return f"not an image: it is {what}"
+    return "not an image"
 
 
 def _is_transparent(image: Image.Image) -> bool:

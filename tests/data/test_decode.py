@@ -58,7 +58,8 @@ def raw_png(depth: int, colour_type: int, row: bytes, transparent: bytes) -> byt
 
     header = struct.pack(">IIBBBBB", 64, 64, depth, colour_type, 0, 0, 0)
     body = zlib.compress(64 * (b"\0" + row))
-    chunks = chunk(b"IHDR", header) + chunk(b"tRNS", transparent) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    hidden = chunk(b"tRNS", transparent) if transparent else b""
+    chunks = chunk(b"IHDR", header) + hidden + chunk(b"IDAT", body) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
@@ -217,6 +218,108 @@ def test_sixteen_bits_keep_their_upper_eight(kind):
     values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     found = decoded(saved(Image.fromarray(values), kind), size=64)
     np.testing.assert_array_equal(found, (values >> 8)[..., None].repeat(3, axis=2))
+
+
+# The file's own scale
+
+
+def tiff(values: np.ndarray, bits: int, form: int = 1, photometric: int = 1, stated: tuple = ()) -> bytes:
+    """An uncompressed little-endian TIFF of grey values, or of colour for three dimensions, written by hand."""
+    height, width = values.shape[:2]
+    channels = values.shape[2] if values.ndim == 3 else 1
+    if bits == 12:
+        pairs = values.astype(np.uint16).reshape(-1, 2)
+        packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+        data = packed.astype(np.uint8).tobytes()
+    else:
+        data = values.astype(f"<{ {1: 'u', 2: 'i', 3: 'f'}[form] }{bits // 8}".replace(" ", "")).tobytes()
+    short, long, double = 3, 4, 12
+    tags = [(256, long, [width]), (257, long, [height]), (258, short, [bits] * channels), (259, short, [1]),
+            (262, short, [photometric]), (273, long, [8]), (277, short, [channels]), (278, long, [height]),
+            (279, long, [len(data)]), (339, short, [form] * channels)]  # fmt: skip
+    tags += [(340 + k, double, [value]) for k, value in enumerate(stated)]
+    directory, more, place = b"", b"", 8 + len(data)
+    for tag, kind, found in tags:
+        cell = struct.pack(f"<{len(found)}{ {short: 'H', long: 'I', double: 'd'}[kind] }".replace(" ", ""), *found)
+        if len(cell) > 4:
+            where = place + 2 + 12 * len(tags) + 4 + len(more)
+            more += cell
+            cell = struct.pack("<I", where)
+        directory += struct.pack("<HHI", tag, kind, len(found)) + cell.ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<I", place) + data + struct.pack("<H", len(tags)) + directory + bytes(4) + more
+
+
+RAMP = np.arange(64 * 64).reshape(64, 64) / (64 * 64)  # from 0 to just below 1
+EXPECTED = (RAMP * 256).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (tiff(RAMP * 2**8, 8), EXPECTED),
+        (tiff(RAMP * 2**12, 12), EXPECTED),
+        (tiff(RAMP * 2**16, 16), EXPECTED),
+        (tiff(RAMP * 2**32, 32), EXPECTED),
+        (tiff(RAMP * 2**8, 8, photometric=0), 255 - EXPECTED),
+        (tiff(RAMP * 2**16, 16, photometric=0), 255 - EXPECTED),
+        (tiff(np.floor(RAMP * 2**8) - 2**7, 8, 2), EXPECTED),
+        (tiff(np.floor(RAMP * 2**16) - 2**15, 16, 2), EXPECTED),
+        (tiff(np.floor(RAMP * 2**32) - 2**31, 32, 2), EXPECTED),
+        (tiff(RAMP * 2**10, 16, stated=(0, 2**10 - 1)), EXPECTED),
+        (tiff(RAMP * 2**8, 32, stated=(0, 255)), EXPECTED),
+        (tiff(np.floor(RAMP * 2**12) - 1024, 16, 2, stated=(-1024, 3071)), EXPECTED),
+        (tiff(RAMP, 32, 3, stated=(0, 1)), EXPECTED),
+        (tiff(RAMP * 300 - 100, 32, 3, photometric=0, stated=(-100, 200)), 255 - EXPECTED),
+        (tiff(np.stack([RAMP * 2**16] * 3, -1), 16, photometric=2), EXPECTED),
+        (b"P5 64 64 255\n" + (RAMP * 256).astype(np.uint8).tobytes(), EXPECTED),
+        (b"P5 64 64 65535\n" + (RAMP * 65536).astype(">u2").tobytes(), EXPECTED),
+        (raw_png(16, 4, b"\x80\x12\xff\xff" * 64, b""), np.full((64, 64), 128)),
+        (raw_png(16, 2, b"\x80\x12" * 192, b"\0\0\0\0\0\0"), np.full((64, 64), 128)),
+    ],
+)  # fmt: skip
+def test_values_are_read_on_the_scale_that_the_file_states(data, expected):
+    found = decoded(data, size=64)
+    np.testing.assert_array_equal(found, expected[..., None].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("most", [100, 1000, 1023, 4095])
+def test_a_pgm_states_its_white(most):
+    values = np.round(RAMP * most).astype(np.uint16)
+    data = f"P5 64 64 {most}\n".encode() + values.astype(">u2" if most > 255 else np.uint8).tobytes()
+    assert np.abs(decoded(data, size=64)[..., 0] - 255.0 * values / most).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (tiff(RAMP * 2**8, 32), "from 0 to 255, one shade on the scale of their type"),
+        (tiff(RAMP * 2**8, 32, 2), "one shade"),
+        (tiff(RAMP, 32, 3), "32-bit float pixels on no stated scale"),
+        (tiff(RAMP * np.nan, 32, 3, stated=(0, 1)), "not finite"),
+        (tiff(np.stack([RAMP * 2**12] * 3, -1), 16, photometric=2, stated=(0, 4095)), "a scale of its own"),
+        (tiff(np.stack([RAMP * 2**12] * 3, -1), 16, 2, photometric=2), "cannot be decoded|not an image"),
+        (tiff(RAMP, 64, 3, stated=(0, 1)), "cannot be decoded|not an image"),
+    ],
+)
+def test_what_would_be_bent_is_refused(data, reason):
+    with pytest.raises(DataError, match=reason):
+        decode(data, 64, "crop", LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"\0\0\0\x1cftypheic" + bytes(64), "HEIC, which is not read; convert it"),
+        (b"\0\0\0\x1cftypisom" + bytes(64), "a film"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"  <html>", "a web page"),
+        (b"%PDF-1.7", "a PDF file"),
+        (b"\xff\x0a" + bytes(20), "JPEG XL"),
+    ],
+)
+def test_what_is_no_image_is_called_what_it_is(data, what):
+    with pytest.raises(DataError, match=f"^not an image: it is .*{what}"):
+        decode(data, 64, "crop", LIMIT)
 
 
 def hidden_green(mode: str) -> Image.Image:
