@@ -115,16 +115,17 @@ def predict(
     out: Annotated[str | None, typer.Option("--out", help="A .csv, .json, .jsonl or .parquet file to write.")] = None,
     top: Annotated[int, typer.Option("--top", min=0, help="How many classes of each picture; 0: all.")] = 1,
     engine: Annotated[str, typer.Option("--engine", help="onnx, or torch with the folder's safetensors.")] = "onnx",
+    skip: Annotated[int, typer.Option("--skip", min=0, help="Leave out so many, the first: to go on.")] = 0,
     address: Annotated[
         str | None, typer.Option("--address", help="A Ray cluster to join; with very many pictures Ray runs here.")
     ] = None,
 ) -> None:
     """The class of each picture by an exported student, from the same pixels as in training."""
-    interrupts.go_on_by("the same command begins anew")
+    interrupts.go_on_by("what is answered is kept, and --skip goes on")
     _announce(f"predict: loading {folder}", sys.stderr)  # its answers may go to a pipe
     from raydistill.inference.command import predict_command
 
-    predict_command(folder, pictures, out, top, engine, address)
+    predict_command(folder, pictures, out, top, engine, address, skip)
 
 
 @app.command()
@@ -200,7 +201,9 @@ def show(words: Words = None) -> None:
             table.add_row(directory.stage, directory.path, state)
     console.print(f"images: {len(listing.entries)} in {len(listing.classes)} classes")
     for what, count in listing.ignored.items():
-        console.print(f"ignored: {count} {what}", markup=False)
+        console.print(f"ignored: {count} {what}", markup=False, soft_wrap=True)
+    for what, count in listing.notes.items():
+        console.print(f"mind: {count} {what}", markup=False, soft_wrap=True)
     console.print(table, soft_wrap=True)
 
 
@@ -318,6 +321,8 @@ def check(
     if out is not None:
         write_checkup(config, checkup, out)
         console.print(f"written: {out}", markup=False, soft_wrap=True)
+    if checkup.is_interrupted:
+        raise KeyboardInterrupt
     if teacher or teachers is not None:
         from raydistill.stages.check_teacher import check_teachers, teachers_table
 

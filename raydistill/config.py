@@ -746,6 +746,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
             head, tail = "images.path: ", "required; for instance: raydistill run images.path=./my_images"
         elif item["type"] == "value_error":  # a check of ours, whose sentence names its keys
             head, tail = "", str(item["ctx"]["error"])
+        elif item["type"] == "string_unicode":
+            head, tail = f"{dotted}={item['input']!r}: ", "not UTF-8; give it another name, or a link that has one"
         else:
             head, tail = f"{dotted}={item['input']!r}: ", item["msg"][:1].lower() + item["msg"][1:]
             if item["type"] == "string_type" and isinstance(item["input"], int | float):

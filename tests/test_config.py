@@ -346,6 +346,11 @@ def test_the_folder_that_is_named_is_the_one_that_is_read(path):
     assert (config.images.path, config.workspace, config.tune.storage) == (path, path, None if path == "null" else path)
 
 
+def test_a_folder_whose_name_is_no_text_is_refused_with_the_way_out():
+    (line,) = refusal("images.path=/data/caf\udce9")
+    assert line == r"images.path='/data/caf\udce9': not UTF-8; give it another name, or a link that has one"
+
+
 def test_null_is_for_keys_that_need_not_be_given():
     assert loaded("teacher.revision=null", "images.classes=null", "export.int8=null") == loaded()
     assert loaded("teacher.revision=2024").teacher.revision == "2024"

@@ -5,23 +5,24 @@ Everything that can be wrong with names, labels and counts is found here, before
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import io
-import json
 import os
 import posixpath
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 from raydistill.config import Images
-from raydistill.data.many import EXTENSIONS, SUFFIXES, list_rows
+from raydistill.data import path_tables
+from raydistill.data.labels import one_spelling
+from raydistill.data.many import EXTENSIONS, SUFFIXES, list_rows, saved_files
+from raydistill.data.names import written
 from raydistill.data.sample import sample_id
+from raydistill.data.walk import files_below, read_file
 from raydistill.errors import ConfigError, DataError
 from raydistill.examples import images_path
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable
@@ -36,7 +37,9 @@ SPLIT_FOLDERS = {
     "testing": "test",
 }
 UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
-_TABLES = (".csv", ".tsv", ".jsonl")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # what `datasets` keeps of its work beside its data
+_SAVED = ("state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 SYSTEM_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 
 
@@ -52,7 +55,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """All entries of a source, how many other files it holds by reason, and a fingerprint that changes with any file.
+    """All entries of a source, how many other files it holds by reason, what was read otherwise than it may seem, and a
+    fingerprint that changes with any file.
 
     The fingerprint covers names, sizes and times of change (which cannot be set back, unlike times of modification),
     not the folder's own place, so a moved folder stays the same set.
@@ -62,6 +66,7 @@ class Listing:
     classes: tuple[str, ...]
     ignored: dict[str, int]
     fingerprint: str
+    notes: dict[str, int] = field(default_factory=dict)
 
     def has_split(self, split: str) -> bool:
         return any(entry.split == split for entry in self.entries)
@@ -70,7 +75,7 @@ class Listing:
 def list_images(config: Images) -> Listing:
     """Raises DataError: no images, one class, a class that a split lacks, a table without the columns it needs; and
     ConfigError where nothing answers at the path."""
-    path = config.path
+    path, named = config.path, f"images.path={written(config.path)}"
     if path.startswith("example:"):
         path = str(images_path(path.removeprefix("example:")))
     try:
@@ -79,48 +84,52 @@ def list_images(config: Images) -> Listing:
         raise DataError(f"images.path={error}") from None
     refuse_unreachable(path, "images.path")
     if not fs.exists(root):
-        raise DataError(f"images.path={config.path}: there is nothing at this path")
-    ignored: Counter[str] = Counter()
+        raise DataError(f"{named}: there is nothing at this path")
+    ignored, notes = Counter[str](), Counter[str]()
     is_folder = not fs.isfile(root)
     files = _find(fs, root, ignored) if is_folder else {}
     suffix = _suffix(root)
-    if is_folder and _holds_many(files):
-        entries = list(_folder_of_many(fs, root, files, ignored))
+    if is_folder and _holds_many(root, files):
+        entries = list(_folder_of_many(fs, root, files, ignored, notes))
     elif is_folder:
-        entries = list(_from_folder(root, files, ignored))
+        entries = list(_from_folder(root, files, ignored, notes))
     elif suffix in SUFFIXES:
-        entries = list(_from_many(fs, root, None))
-    elif suffix in _TABLES:
-        entries = list(_from_table(fs, root, suffix))
+        entries = list(_from_many(fs, root, None, ignored, notes))
+    elif suffix in path_tables.SUFFIXES:
+        entries = list(_from_table(fs, root, notes))
     else:
         raise DataError(
-            f"images.path={config.path}: use a folder, or a .csv, .tsv, .jsonl, .parquet, .arrow or .tar file"
+            f"{named}: use a folder, or a .csv, .tsv, .jsonl, .parquet, .arrow, .feather or .tar file; unpack what is "
+            "compressed"
         )
     if not entries:
-        raise DataError(f"images.path={config.path}: no images found ({_describe(ignored)})")
-    classes = _classes(config, entries)
-    _check(config, entries, classes)
+        raise DataError(f"{named}: no images found ({_describe(ignored)})")
+    listed = _listed_classes(config)
+    spelt = one_spelling([e.label for e in entries if e.label], listed, notes)
+    entries = [e if e.label is None or spelt[e.label] == e.label else replace(e, label=spelt[e.label]) for e in entries]
+    classes = _classes(entries) if listed is None else tuple(spelt[name] for name in listed)
+    _check(config, entries, classes, ignored + notes)
     if config.max_per_class is not None:
         entries = _fewer(entries, config.max_per_class, ignored)
     fingerprint = _fingerprint(fs, root if is_folder else str(PurePosixPath(root).parent), files, entries)
     if not fs.is_local:  # which drops the protocol from its paths
         entries = [replace(e, path=_address(fs, e.path)) for e in entries]
-    return Listing(tuple(entries), classes, dict(ignored), fingerprint)
+    return Listing(tuple(entries), classes, dict(ignored), fingerprint, dict(notes))
 
 
 def first_of_table(path: str) -> str | None:
     """Where the first image of a table of paths lies; None of what is no table. Raises DataError as `list_images`."""
     fs, table = open_filesystem(path)
     suffix = _suffix(table)
-    if suffix not in _TABLES or not fs.isfile(table):
+    if suffix not in path_tables.SUFFIXES or not fs.isfile(table):
         return None
-    return next((_address(fs, entry.path) for entry in _from_table(fs, table, suffix)), None)
+    return next((_address(fs, entry.path) for entry in _from_table(fs, table, Counter())), None)
 
 
 def read_bytes_of(entry: Entry) -> bytes:
+    """Raises OSError, or ValueError for a name that no file can have."""
     if entry.path.startswith("/"):  # on this machine; fsspec would take as long again to find that out
-        with open(entry.path, "rb") as file:
-            return file.read()
+        return read_file(entry.path)
     fs, path = open_filesystem(entry.path)
     return bytes(fs.cat_file(path))
 
@@ -131,26 +140,15 @@ def is_hidden(parts: Sequence[str]) -> bool:
 
 
 def _find(fs: FileSystem, root: str, ignored: Counter[str]) -> dict[str, Any]:
-    """Every file below a folder, on this machine through links to folders as well."""
+    """Every file below a folder, on this machine through links to folders as well (`files_below`)."""
     if not fs.is_local:
         return dict(fs.find(root, detail=True))
-    files: dict[str, Any] = {}
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_refuse_unreadable):
-        here = os.path.realpath(folder) + os.sep
-        # A link back to a folder it lies in would be followed for ever.
-        folders[:] = [f for f in folders if not here.startswith(os.path.realpath(os.path.join(folder, f)) + os.sep)]
-        if not names and not folders and "/." not in folder.removeprefix(root):
-            ignored["empty folders"] += 1
-        files |= {f"{folder}/{name}": {} for name in names}
-    return files
+    return {path: {} for path in files_below(root, ignored)}
 
 
-def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise DataError(f"{error.filename}: cannot be listed ({error.strerror})") from None
-
-
-def _from_folder(root: str, files: dict[str, Any], ignored: Counter[str]) -> Iterator[Entry]:
+def _from_folder(root: str, files: Collection[str], ignored: Counter[str], notes: Counter[str]) -> Iterator[Entry]:
     """`[SPLIT/]CLASS/**/image`, `unlabelled/**/image`, `train/unlabelled/**/image`."""
+    read, unread = set[str](), defaultdict[str, Counter[str]](Counter)
     tops = {_parts(path, root)[0].casefold() for path in files}
     # Split folders count as such only if a train folder is among them: a class may be called "test".
     has_splits = any(SPLIT_FOLDERS.get(top) == "train" for top in tops)
@@ -159,19 +157,29 @@ def _from_folder(root: str, files: dict[str, Any], ignored: Counter[str]) -> Ite
         if is_hidden(parts):
             ignored["hidden and system files"] += 1
             continue
-        if suffix not in EXTENSIONS:
-            ignored[f"files ending in {suffix or 'nothing'}"] += 1
-            continue
         split = SPLIT_FOLDERS.get(parts[0].casefold()) if has_splits else None
         inner = parts[1:] if split else parts
+        if suffix not in EXTENSIONS:
+            ignored[f"files ending in {written(suffix) or 'nothing'}"] += 1
+            if len(inner) > 1:
+                unread[inner[0]][suffix] += 1
+            continue
         if inner[0].casefold() in UNLABELLED_FOLDERS and len(inner) > 1 and split in (None, "train"):
             yield Entry(path, None, "train")
         elif has_splits and split is None:
-            ignored[f"images outside train, val and test ({parts[0]}/)"] += 1
+            ignored[f"images outside train, val and test ({written(parts[0])}/)"] += 1
         elif len(inner) < 2:
             ignored["images outside a class folder"] += 1
         else:
+            read.add(inner[0])
             yield Entry(path, inner[0], split)
+    for name in sorted(unread.keys() - read):
+        endings = ", ".join(
+            f"{n} ending in {written(suffix) or 'nothing'}" for suffix, n in unread[name].most_common(3)
+        )
+        notes[
+            f"files of {written(name)!r}, which is no class, since none is read: {endings}; convert or rename them"
+        ] = unread[name].total()
 
 
 def _parts(path: str, root: str) -> list[str]:
@@ -183,54 +191,36 @@ def _suffix(path: str) -> str:
     return posixpath.splitext(path)[1].lower()
 
 
-def _from_table(fs: FileSystem, table: str, suffix: str) -> Iterator[Entry]:
+def _from_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator[Entry]:
     """Rows with `path` (absolute, or from the table's folder), `label` (empty: unlabelled) and maybe `split`."""
-    try:
-        text = fs.cat_file(table).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{table}: not UTF-8; save it as such") from None
     folder = str(PurePosixPath(table).parent)
-    for number, row in _json_rows(table, text) if suffix == ".jsonl" else _csv_rows(table, text, suffix):
-        if "path" not in row or "label" not in row:
-            raise DataError(f"{table}: line {number} lacks a column; `path` and `label` are needed, `split` is welcome")
-        if not row["path"]:
-            raise DataError(f"{table}: line {number} has no path")
-        path = str(row["path"])
-        absolute = path if path.startswith("/") or "://" in path else f"{folder}/{path}"
-        yield Entry(absolute, _label(row["label"]), _split(row.get("split"), f"{table}: line {number}"))
+    for row in path_tables.read_path_table(fs, table, notes):
+        path = row.path if row.path.startswith("/") or "://" in row.path else f"{folder}/{row.path}"
+        if "\\" in path and "://" not in path and not fs.exists(path) and fs.exists(path.replace("\\", "/")):
+            path = path.replace("\\", "/")
+            notes["paths with \\, read with /"] += 1
+        yield Entry(path, row.label, _split(row.split, row.where))
 
 
-def _csv_rows(table: str, text: str, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",")
-    try:
-        for row in rows:
-            yield rows.line_num, row
-    except csv.Error as error:
-        raise DataError(f"{table}: line {rows.line_num}: {error}") from None
-
-
-def _json_rows(table: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise DataError(f"{table}: line {number} is not a JSON object")
-            yield number, row
-
-
-def _from_many(fs: FileSystem, path: str, split: str | None) -> Iterator[Entry]:
+def _from_many(
+    fs: FileSystem, path: str, split: str | None, ignored: Counter[str], notes: Counter[str]
+) -> Iterator[Entry]:
     """The rows of one file, in the split that it names for them or, where it names none, in the given one."""
-    for row in list_rows(_address(fs, path)):
-        yield Entry(path, row.label, _split(row.split, f"{path}: row {row.number}") or split, row.number)
+    for row in list_rows(_address(fs, path), ignored, notes):
+        yield Entry(path, row.label, _split(row.split, f"{written(path)}: row {row.number}") or split, row.number)
 
 
-def _holds_many(files: Collection[str]) -> bool:
-    """Whether a folder's images lie in files of many: it has some, and no image of its own."""
-    suffixes = set(map(_suffix, files))
-    return not suffixes.isdisjoint(SUFFIXES) and suffixes.isdisjoint(EXTENSIONS)
+def _holds_many(root: str, files: Collection[str]) -> bool:
+    """Whether a folder's images lie in files of many: it has some, and pictures of its own make no two classes, or
+    these files are numbered or described as `datasets` does it, and the pictures are there to be looked at."""
+    seen = [path for path in files if not is_hidden(_parts(path, root))]
+    many = [path for path in seen if _suffix(path) in SUFFIXES]
+    if not many:
+        return False
+    if any(_SHARD.search(path) for path in many) or any(posixpath.basename(path) in _SAVED for path in seen):
+        return True
+    entries = _from_folder(root, [path for path in seen if _suffix(path) in EXTENSIONS], Counter(), Counter())
+    return len({entry.label for entry in entries if entry.label}) < 2
 
 
 def _address(fs: FileSystem, path: str) -> str:
@@ -238,24 +228,27 @@ def _address(fs: FileSystem, path: str) -> str:
     return path if fs.is_local or "://" in path else str(fs.unstrip_protocol(path))
 
 
-def _folder_of_many(fs: FileSystem, root: str, files: dict[str, Any], ignored: Counter[str]) -> Iterator[Entry]:
+def _folder_of_many(
+    fs: FileSystem, root: str, files: Collection[str], ignored: Counter[str], notes: Counter[str]
+) -> Iterator[Entry]:
     """Files of many images, each in the split that its name begins with (`train-00000-of-00002.parquet`) or that its
-    folder names; and whatever metadata lies beside them."""
+    folder names; and whatever lies beside them. Of a folder that `datasets` saved, what its state.json names."""
+    saved = {folder: saved_files(fs, folder) for folder in {posixpath.dirname(path) for path in files}}
     for path in sorted(files):
         parts, suffix = _parts(path, root), _suffix(path)
+        state = saved[posixpath.dirname(path)]
         if is_hidden(parts):
             ignored["hidden and system files"] += 1
+        elif suffix in EXTENSIONS:
+            ignored["pictures beside files of many images"] += 1
         elif suffix not in SUFFIXES:
-            ignored[f"files ending in {suffix or 'nothing'}"] += 1
+            ignored[f"files ending in {written(suffix) or 'nothing'}"] += 1
+        elif suffix == ".arrow" and (_CACHE.fullmatch(parts[-1]) or (state and parts[-1] not in state[0])):
+            ignored["files that `datasets` keeps beside its data (cache-….arrow)"] += 1
         else:
-            words = [re.split(r"[-_.]", parts[-1])[0], *reversed(parts[:-1])]
+            words = [re.split(r"[-_.]", parts[-1])[0], *reversed(parts[:-1]), (state and state[1]) or ""]
             named = [SPLIT_FOLDERS[word.casefold()] for word in words if word.casefold() in SPLIT_FOLDERS]
-            yield from _from_many(fs, path, named[0] if named else None)
-
-
-def _label(value: object) -> str | None:
-    text = "" if value is None else str(value).strip()
-    return text or None
+            yield from _from_many(fs, path, named[0] if named else None, ignored, notes)
 
 
 def _split(value: object, where: str) -> str | None:
@@ -270,22 +263,31 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def _classes(config: Images, entries: list[Entry]) -> tuple[str, ...]:
-    if config.classes is not None:
-        fs, path = open_filesystem(config.classes)
-        if not fs.isfile(path):
-            raise DataError(f"images.classes={config.classes}: no such file")
-        lines = [line.strip() for line in fs.cat_file(path).decode("utf-8-sig").splitlines() if line.strip()]
-        if len(set(lines)) < len(lines):
-            raise DataError(f"images.classes={config.classes}: a class is listed twice")
-        return tuple(lines)
+def _listed_classes(config: Images) -> list[str] | None:
+    if config.classes is None:
+        return None
+    fs, path = open_filesystem(config.classes)
+    named = f"images.classes={written(config.classes)}"
+    if not fs.isfile(path):
+        raise DataError(f"{named}: no such file")
+    try:
+        text = fs.cat_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{named}: not UTF-8; save it as such") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(set(one_spelling(lines, lines, Counter()).values())) < len(lines):
+        raise DataError(f"{named}: a class is listed twice")
+    return lines
+
+
+def _classes(entries: list[Entry]) -> tuple[str, ...]:
     names = {e.label for e in entries if e.label and e.split in (None, "train")}
     return tuple(sorted(names, key=lambda name: (natural(name), name)))  # `1` and `01` are equal to the first alone
 
 
 def _fewer(entries: list[Entry], most: int, ignored: Counter[str]) -> list[Entry]:
     """The first of each class and split in an order that has nothing to do with how files are named or sorted."""
-    ranked = sorted(entries, key=lambda e: sample_id(f"{PurePosixPath(e.path).name}/{e.row}".encode()))
+    ranked = sorted(entries, key=lambda e: sample_id(_bytes_of(f"{PurePosixPath(e.path).name}/{e.row}")))
     seen: Counter[tuple[str | None, str | None]] = Counter()
     kept = set()
     for entry in ranked:
@@ -297,12 +299,13 @@ def _fewer(entries: list[Entry], most: int, ignored: Counter[str]) -> list[Entry
     return [entry for entry in entries if entry in kept]
 
 
-def _check(config: Images, entries: list[Entry], classes: tuple[str, ...]) -> None:
-    where = f"images.path={config.path}"
+def _check(config: Images, entries: list[Entry], classes: tuple[str, ...], besides: Counter[str]) -> None:
+    where = f"images.path={written(config.path)}"
     if len(classes) < 2:
         found = f"only the class {classes[0]!r}" if classes else "no labelled class"
+        rest = f" (besides {_describe(besides)})" if besides else ""
         raise DataError(
-            f"{where}: {found} in the train split, and a classifier needs two; give a folder of class folders"
+            f"{where}: {found} in the train split{rest}, and a classifier needs two; give a folder of class folders"
         )
     for held_out in ("val", "test"):
         if blank := sum(entry.split == held_out and not entry.label for entry in entries):
@@ -340,10 +343,15 @@ def _describe(ignored: Counter[str]) -> str:
 def _fingerprint(fs: FileSystem, folder: str, files: dict[str, Any], entries: list[Entry]) -> str:
     digest = hashlib.sha256()
     for entry in entries:
-        digest.update(f"{entry.path.removeprefix(folder)}|{entry.label}|{entry.split}|{entry.row}\n".encode())
+        digest.update(_bytes_of(f"{entry.path.removeprefix(folder)}|{entry.label}|{entry.split}|{entry.row}\n"))
     for path in sorted({entry.path for entry in entries}):
-        digest.update(f"{path.removeprefix(folder)}|{_version(fs, path, files)}\n".encode())
+        digest.update(_bytes_of(f"{path.removeprefix(folder)}|{_version(fs, path, files)}\n"))
     return digest.hexdigest()
+
+
+def _bytes_of(name: str) -> bytes:
+    """Also of one that is no text."""
+    return name.encode(errors="surrogatepass")
 
 
 def _version(fs: FileSystem, path: str, files: dict[str, Any]) -> str:

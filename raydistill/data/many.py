@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import posixpath
 import tarfile
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import parquet as pq
 
+from raydistill.data import tables
+from raydistill.data.labels import label_of
+from raydistill.data.names import written
+from raydistill.data.tables import ArrowFile, open_table
+from raydistill.data.tars import EXTENSIONS, images_of, label_in, refuse_compressed
 from raydistill.errors import DataError
 from raydistill.storage.filesystems import open_filesystem
 
-SUFFIXES = (".parquet", ".arrow", ".tar")
-# Of pictures, in folders and in tar files; what is in them is decided by their content.
-EXTENSIONS = frozenset({
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
-    ".pnm", ".avif", ".jp2", ".tga", ".ico",
-})  # fmt: skip
+__all__ = ["EXTENSIONS", "NO_IMAGE", "SUFFIXES", "Row", "count_rows", "list_rows", "read_rows"]
+SUFFIXES = (*tables.SUFFIXES, ".tar")
+NO_IMAGE = "no image in this row: there are no bytes, and a path alone is not followed; save the set with its pictures"
 
 
 @dataclass(frozen=True)
@@ -38,155 +40,147 @@ class Row:
     split: str | None
 
 
-def list_rows(path: str) -> Iterator[Row]:
-    """Raises DataError: a damaged file, one without the columns it needs, a label that it has no name for."""
-    suffix = PurePosixPath(path).suffix.lower()
-    try:
-        if suffix == ".tar":
-            yield from _tar_rows(path)
-        else:
-            yield from _table_rows(path, suffix)
-    except (pa.ArrowException, tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: not a {suffix.lstrip('.')} file, or a damaged one ({error})") from None
+def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator[Row]:
+    """What the file holds besides images is counted in `ignored`, labels that are not as they may seem in `notes`.
+
+    Raises DataError: a damaged file, one without the columns it needs, a label that it has no name for.
+    """
+    if PurePosixPath(path).suffix.lower() == ".tar":
+        with _open_tar(path) as archive:
+            for number, (_, beside) in enumerate(images_of(archive, written(path), ignored)):
+                yield Row(number, label_in(archive, beside, written(path), notes), None)
+    else:
+        with open_table(path) as table:
+            yield from _table_rows(path, table, notes)
 
 
 def read_rows(path: str, numbers: Collection[int]) -> Iterator[tuple[int, Any]]:
     """Number and bytes, None where the row has none, of those rows, in the file's order."""
-    suffix = PurePosixPath(path).suffix.lower()
     wanted = sorted(numbers)
-    if suffix == ".tar":
-        with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            members = islice(enumerate(_members(archive, path)), wanted[-1] + 1 if wanted else 0)
-            for number, (member, _) in members:
-                if wanted[bisect_left(wanted, number)] == number:
-                    content = archive.extractfile(member)
-                    yield number, None if content is None else content.read()
+    if PurePosixPath(path).suffix.lower() == ".tar":
+        with _open_tar(path) as archive:
+            images = images_of(archive, written(path), Counter()) if wanted else []
+            for number in wanted:
+                content = archive.extractfile(images[number][0])
+                yield number, None if content is None else content.read()
         return
     first = 0
-    for length, read in _batches(path, suffix):
-        inside = wanted[bisect_left(wanted, first) : bisect_left(wanted, first + length)]
-        if inside:
-            column = read()
-            for number in inside:
-                value = column[number - first].as_py()
-                yield number, value.get("bytes") if isinstance(value, dict) else value
-        first += length
+    with open_table(path) as table:
+        _check_image_column(path, table)
+        for length, read in table.batches(["image"]):
+            inside = wanted[bisect_left(wanted, first) : bisect_left(wanted, first + length)]
+            if inside:
+                column = read()["image"]
+                for number in inside:
+                    value = column[number - first].as_py()
+                    yield number, value.get("bytes") if isinstance(value, dict) else value
+            first += length
 
 
 def count_rows(path: str) -> int:
     """How many images a file holds, whether it has labels or not. Raises DataError as `list_rows` does."""
-    suffix = PurePosixPath(path).suffix.lower()
-    try:
-        if suffix == ".tar":
-            return sum(1 for _ in _tar_rows(path))
-        with _open(path) as file:
-            schema = pq.read_schema(file) if suffix == ".parquet" else pa.ipc.open_stream(file).schema
-        if "image" not in schema.names:
-            raise DataError(f"{path}: no column image among {schema.names}")
-        return sum(length for length, _ in _batches(path, suffix))
-    except (pa.ArrowException, tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: not a {suffix.lstrip('.')} file, or a damaged one ({error})") from None
+    if PurePosixPath(path).suffix.lower() == ".tar":
+        with _open_tar(path) as archive:
+            return len(images_of(archive, written(path), Counter()))
+    with open_table(path) as table:
+        _check_image_column(path, table)
+        return sum(length for length, _ in table.batches(["image"]))
 
 
 @contextlib.contextmanager
-def _open(path: str) -> Iterator[Any]:
+def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
     fs, place = open_filesystem(path)
-    with fs.open(place, "rb") as file:
-        yield file
-
-
-def _table_rows(path: str, suffix: str) -> Iterator[Row]:
-    """Columns `image` (bytes, or the struct of bytes and path that `datasets` writes), `label`, and maybe `split`."""
-    with _open(path) as file:
-        schema = pq.read_schema(file) if suffix == ".parquet" else pa.ipc.open_stream(file).schema
-        lacking = {"image", "label"} - set(schema.names)
-        if lacking:
-            raise DataError(f"{path}: no column {' and no column '.join(sorted(lacking))} among {schema.names}")
-        file.seek(0)
-        columns = [name for name in ("label", "split") if name in schema.names]
-        table = (
-            pq.read_table(file, columns=columns)
-            if suffix == ".parquet"
-            else pa.Table.from_batches([batch.select(columns) for batch in pa.ipc.open_stream(file)])
-        )
-    names = _class_names(schema.metadata or {})
-    splits = table["split"].to_pylist() if "split" in columns else [None] * table.num_rows
-    for number, (label, split) in enumerate(zip(table["label"].to_pylist(), splits, strict=True)):
-        if names and isinstance(label, int):
-            if label >= len(names):
-                raise DataError(f"{path}: row {number} has label {label}, and the file names {len(names)} classes")
-            label = names[label] if label >= 0 else None
-        yield Row(number, _text(label), _text(split))
-
-
-def _class_names(metadata: dict[bytes, bytes]) -> list[str]:
-    """The names that Hugging Face `datasets` keeps beside integer labels."""
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return list(features.get("label", {}).get("names", []))
-
-
-def _batches(path: str, suffix: str) -> Iterator[tuple[int, Any]]:
-    """The length of each row group or record batch, and what reads its images."""
-    with _open(path) as handle:
-        if suffix == ".parquet":
-            file = pq.ParquetFile(handle)
-            for group in range(file.num_row_groups):
-
-                def read(group: int = group) -> Any:
-                    return file.read_row_group(group, columns=["image"])["image"]
-
-                yield file.metadata.row_group(group).num_rows, read
-        else:
-            for batch in pa.ipc.open_stream(handle):
-                yield len(batch), lambda batch=batch: batch.column("image")
-
-
-def _tar_rows(path: str) -> Iterator[Row]:
-    """A label is what stands in `KEY.cls` or `KEY.txt`, or under `label` or `class` in `KEY.json`."""
-    with _open(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        for number, (_, beside) in enumerate(_members(archive, path)):
-            label = None
-            for suffix in (".cls", ".json", ".txt"):
-                if suffix in beside and label is None:
-                    content = archive.extractfile(beside[suffix])
-                    label = _tar_label(content.read() if content else b"", suffix, f"{path}: {beside[suffix].name}")
-            yield Row(number, label, None)
-
-
-def _tar_label(data: bytes, suffix: str, where: str) -> str | None:
     try:
-        text = data.decode("utf-8-sig")
-        if suffix != ".json":
-            return _text(text)
-        tree = json.loads(text)
-        return _text(tree.get("label", tree.get("class"))) if isinstance(tree, dict) else None
-    except ValueError:
-        raise DataError(f"{where} cannot be read as text{' or JSON' if suffix == '.json' else ''}") from None
+        with fs.open(place, "rb") as file:
+            refuse_compressed(file.read(6), written(path))
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                yield archive
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"{written(path)}: not a tar file, or a damaged one ({error})") from None
 
 
-def _members(archive: tarfile.TarFile, path: str) -> Iterator[tuple[tarfile.TarInfo, dict[str, tarfile.TarInfo]]]:
-    """Each image, and what stands beside it under the same key: the name up to its first dot. Keys are consecutive."""
-    key, image, beside = None, None, dict[str, tarfile.TarInfo]()
-    for member in archive:
-        if not member.isfile() or PurePosixPath(member.name).name.startswith("."):
-            continue
-        folder, _, name = member.name.rpartition("/")
-        stem, _, rest = name.partition(".")
-        if (folder, stem) != key:
-            if image is not None:
-                yield image, beside
-            key, image, beside = (folder, stem), None, {}
-        suffix = f".{rest.lower()}"
-        if suffix not in EXTENSIONS:
-            beside[suffix] = member
-        elif image is not None:
-            raise DataError(f"{path}: {image.name} and {member.name} stand under one key; which is the image?")
-        else:
-            image = member
-    if image is not None:
-        yield image, beside
+def _table_rows(path: str, table: ArrowFile, notes: Counter[str]) -> Iterator[Row]:
+    """Columns `image` (bytes, or the struct of bytes and path that `datasets` writes), `label`, and maybe `split`."""
+    schema, shown = table.schema, written(path)
+    if lacking := {"image", "label"} - set(schema.names):
+        found = ", ".join(map(written, schema.names[:10]))
+        raise DataError(f"{shown}: no column {' and no column '.join(sorted(lacking))} among {found}; rename them")
+    _check_image_column(path, table)
+    names = _class_names(path, schema.metadata or {})
+    columns = [name for name in ("label", "split") if name in schema.names]
+    number = 0
+    for _, read in table.batches(columns):
+        part = read()
+        splits = part["split"].to_pylist() if "split" in columns else [None] * part.num_rows
+        for value, split in zip(part["label"].to_pylist(), splits, strict=True):
+            where = f"{shown}: row {number}"
+            if names and isinstance(value, int | float) and value >= 0:
+                if value >= len(names):
+                    raise DataError(f"{where} has label {value}, and the file names {len(names)} classes")
+                value = names[int(value)] if value == int(value) else value
+            text = split.decode(errors="replace") if isinstance(split, bytes) else split
+            yield Row(number, label_of(value, where, notes), None if text is None else str(text))
+            number += 1
 
 
-def _text(value: object) -> str | None:
-    text = "" if value is None else str(value).strip()
-    return text or None
+def _check_image_column(path: str, table: ArrowFile) -> None:
+    """Raises DataError where the column's type is none of bytes, or of the struct of bytes and path."""
+    if "image" not in table.schema.names:
+        found = ", ".join(map(written, table.schema.names[:10]))
+        raise DataError(f"{written(path)}: no column image among {found}; rename the one that holds the pictures")
+    kind: Any = table.schema.field("image").type
+    if pa.types.is_struct(kind) and "bytes" in [kind.field(k).name for k in range(kind.num_fields)]:
+        kind = kind.field("bytes").type
+    of_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    if pa.types.is_null(kind) or any(test(kind) for test in of_bytes):
+        return
+    is_text = any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+    advice = "for paths make a .csv with `path` and `label`" if is_text else "encode each picture as PNG or JPEG"
+    raise DataError(f"{written(path)}: the column image holds {kind}, not the bytes of image files; {advice}")
+
+
+def _class_names(path: str, metadata: dict[bytes, bytes]) -> list[str]:
+    """The names that Hugging Face `datasets` keeps beside integer labels: in the file, or in the folder it saved."""
+    trees = [_json(metadata.get(b"huggingface", b"{}")).get("info")]
+    fs, place = open_filesystem(path)
+    beside = posixpath.join(posixpath.dirname(place), "dataset_info.json")
+    if fs.isfile(beside):
+        trees.append(_json(fs.cat_file(beside)))
+    for tree in trees:
+        for key in ("features", "label"):
+            tree = tree.get(key) if isinstance(tree, dict) else None
+        names = tree.get("names") if isinstance(tree, dict) else None
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return names
+    return []
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    """Empty where it is no JSON object: what stands there is another program's."""
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def saved_files(fs: Any, folder: str) -> tuple[set[str], str | None] | None:
+    """The data files of a folder that `datasets` saved and its split, as its state.json says; None of another folder.
+
+    Raises DataError where rows of the files were chosen without writing them anew.
+    """
+    place = f"{folder}/state.json"
+    if not fs.isfile(place):
+        return None
+    state = _json(fs.cat_file(place))
+    if state.get("_indices_files"):
+        raise DataError(
+            f"{written(place)}: its rows were chosen or shuffled without being written anew; call `flatten_indices()` "
+            "and save it again"
+        )
+    files = state.get("_data_files")
+    if not isinstance(files, list):
+        return None
+    names = {str(file.get("filename")) for file in files if isinstance(file, dict)}
+    return names, state.get("_split") if isinstance(state.get("_split"), str) else None

@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import cast, get_args
 
@@ -17,10 +18,12 @@ from raydistill.inference.predict import (
     Engine,
     Predictor,
     best,
+    check_output,
     find_units,
     predict_locally,
     predict_on_ray,
     read_about,
+    without_first,
     write_answers,
 )
 from raydistill.infra.cluster import joined_cluster
@@ -29,14 +32,22 @@ from raydistill.strangers import one_line, plain_console
 
 
 def predict_command(
-    folder: str, pictures: Sequence[str], out: str | None, top: int, engine: str, address: str | None
+    folder: str, pictures: Sequence[str], out: str | None, top: int, engine: str, address: str | None, skip: int = 0
 ) -> None:
-    """Raises ConfigError, DataError; the latter also where not one picture could be read."""
+    """`skip`: leave out that many pictures, the first in order.
+
+    Raises ConfigError, DataError; the latter also where not one picture could be read.
+    """
     with_engine = _engine(engine)
-    classes, units = read_about(folder)["classes"], find_units(pictures)
+    if out is not None:
+        check_output(out)
+    classes, ignored = read_about(folder)["classes"], Counter[str]()
+    units = without_first(find_units(pictures, ignored), skip)
     count = sum(number for _, _, number in units)
     console = plain_console(stderr=True)
-    failed: list[Answer] = []
+    for what, number in ignored.items():
+        console.print(f"ignored: {number} {what}", markup=False, soft_wrap=True)
+    answered, failed = 0, list[Answer]()
     with contextlib.ExitStack() as stack:
         if address is None and count <= LARGE:
             answers = predict_locally(folder, with_engine, units)
@@ -47,18 +58,28 @@ def predict_command(
         advance = stack.enter_context(Progress(console).task("predict", count, "pictures"))
 
         def counted() -> Iterator[Answer]:
+            nonlocal answered
             for answer in answers:
                 if answer.error:
                     failed.append(answer)
                 advance(1)
                 yield answer
+                answered += 1
 
-        if out is not None:
-            write_answers(counted(), classes, top, out)
-        else:
-            for answer in counted():
-                found = "  ".join(f"{name} {p:.3f}" for name, _, p in best(answer, classes, top))
-                print(one_line(f"{answer.name}  {found or f'error: {answer.error}'}"))
+        try:
+            if out is not None:
+                write_answers(counted(), classes, top, out)
+            else:
+                for answer in counted():
+                    found = "  ".join(f"{name} {p:.3f}" for name, _, p in best(answer, classes, top))
+                    print(one_line(f"{answer.name}  {found or f'error: {answer.error}'}"))
+        except BaseException:
+            console.print(
+                f"predict ended early: {answered} of {count} pictures are answered{f', in {out}' if out else ''}; "
+                f"the same command with --skip {skip + answered}{' and another --out' if out else ''} goes on",
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
+            raise
     console.print(f"{count - len(failed)} of {count} pictures answered" + (f", in {out}" if out else ""), markup=False)
     for answer in failed[:10]:
         console.print(f"not read: {answer.name}: {answer.error}", markup=False, soft_wrap=True)

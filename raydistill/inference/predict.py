@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +24,10 @@ from scipy.special import softmax
 
 from raydistill.data.decode import decode
 from raydistill.data.images import is_hidden
-from raydistill.data.many import EXTENSIONS, SUFFIXES, count_rows, read_rows
+from raydistill.data.many import EXTENSIONS, NO_IMAGE, SUFFIXES, count_rows, read_rows
+from raydistill.data.names import written
 from raydistill.data.views import Preprocessing
+from raydistill.data.walk import files_below, read_file
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.formats import ABOUT_FILE, load_from_library, network_inputs, onnx_run, torch_run
 from raydistill.storage.filesystems import write_file
@@ -117,27 +121,54 @@ def read_about(folder: str) -> dict[str, Any]:
     return about
 
 
-def find_units(paths: Sequence[str]) -> list[Unit]:
-    """Files as they are named, and every picture below folders; hidden and system files are left out.
+def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> list[Unit]:
+    """Files as they are named, and every picture below folders; what else is there is counted by reason.
 
     Raises DataError where there is nothing at a path, or no picture, or a table without the column `image`.
     """
-    found: list[Unit] = []
-    for path in paths:
-        if Path(path).is_dir():
-            inside = (p for p in Path(path).rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-            pictures = sorted(str(p) for p in inside if not is_hidden(p.relative_to(path).parts))
+    found, ignored = list[Unit](), Counter[str]() if ignored is None else ignored
+    for path in map(str, map(Path, paths)):
+        if os.path.isdir(path):
+            pictures = list(_pictures_below(path, ignored))
             if not pictures:
-                raise DataError(f"{path}: no pictures found in this folder")
+                raise DataError(f"{written(path)}: no pictures found in this folder{_describe(ignored)}")
             found += [(picture, 0, 1) for picture in pictures]
-        elif not Path(path).exists():
-            raise DataError(f"{path}: there is nothing at this path")
+        elif not os.path.exists(path):
+            raise DataError(f"{written(path)}: there is nothing at this path")
         elif PurePosixPath(path).suffix.lower() in SUFFIXES:
             num_rows = count_rows(path)
             found += [(path, first, min(_TOGETHER, num_rows - first)) for first in range(0, num_rows, _TOGETHER)]
         else:
             found.append((path, 0, 1))
     return found
+
+
+def _pictures_below(folder: str, ignored: Counter[str]) -> Iterator[str]:
+    for path in files_below(folder, ignored):
+        suffix = PurePosixPath(path).suffix.lower()
+        if is_hidden(PurePosixPath(path).relative_to(folder).parts):
+            ignored["hidden and system files"] += 1
+        elif suffix in EXTENSIONS:
+            yield path
+        else:
+            ignored[f"files ending in {written(suffix) or 'nothing'}"] += 1
+
+
+def _describe(ignored: Counter[str]) -> str:
+    return f" ({', '.join(f'{count} {what}' for what, count in ignored.items())})" if ignored else ""
+
+
+def without_first(units: Sequence[Unit], count: int) -> list[Unit]:
+    """Without that many pictures. Raises ConfigError where none are left."""
+    left = []
+    for path, first, number in units:
+        passed = min(count, number)
+        count -= passed
+        if number > passed:
+            left.append((path, first + passed, number - passed))
+    if not left:
+        raise ConfigError("--skip leaves no picture to answer")
+    return left
 
 
 def predict_locally(folder: str, engine: Engine, units: Sequence[Unit]) -> Iterator[Answer]:
@@ -172,7 +203,7 @@ class _PredictActor:
         from raydistill.infra.restarts import trying
 
         units = [tuple(unit) for unit in json.loads(str(batch["units"][0]))]
-        with trying(self._tries, f"{len(units)} pictures, {units[0][0]} the first"):
+        with trying(self._tries, f"{len(units)} pictures, {written(units[0][0])} the first"):
             answers = list(self._predictor.answer(units))
         nothing: list[float] = []
         return pa.table(
@@ -196,23 +227,38 @@ def best(answer: Answer, classes: Sequence[str], top: int) -> list[tuple[str, in
     return [(classes[k], int(k), float(answer.probabilities_C[k])) for k in order]
 
 
-def write_answers(answers: Iterable[Answer], classes: Sequence[str], top: int, path: str) -> None:
-    """As CSV, JSON, JSON lines or parquet, by the path's ending, row by row, and whole or not at all.
-
-    Raises ConfigError where the ending is another.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in OUTPUTS:
+def check_output(path: str) -> None:
+    """Raises ConfigError where the ending is none that answers are written as."""
+    if Path(path).suffix.lower() not in OUTPUTS:
         raise ConfigError(f"--out {path}: use a name that ends in {', '.join(OUTPUTS)}")
-    rows = ((answer, best(answer, classes, top)) for answer in answers)
-    count = min(top, len(classes)) or len(classes)
+
+
+def write_answers(answers: Iterable[Answer], classes: Sequence[str], top: int, path: str) -> None:
+    """As CSV, JSON, JSON lines or parquet, by the path's ending, row by row. Where the answers end in an exception, an
+    interruption too, those before it are written all the same, and it is raised again.
+
+    Raises ConfigError where the ending is another, StageError where the file cannot be written.
+    """
+    check_output(path)
+    count, every, ends = min(top, len(classes)) or len(classes), iter(answers), list[BaseException]()
+    first = list(itertools.islice(every, 1))  # where not even one comes, there is no file
+
+    def rows() -> Rows:
+        try:
+            for answer in itertools.chain(first, every):
+                yield answer, best(answer, classes, top)
+        except BaseException as error:
+            ends.append(error)
+
     writers: dict[str, Callable[[str], None]] = {
-        ".csv": lambda file: _write_csv(rows, count, file),
-        ".json": lambda file: _write_json(rows, file),
-        ".jsonl": lambda file: _write_lines(rows, file),
-        ".parquet": lambda file: _write_parquet(rows, file),
+        ".csv": lambda file: _write_csv(rows(), count, file),
+        ".json": lambda file: _write_json(rows(), file),
+        ".jsonl": lambda file: _write_lines(rows(), file),
+        ".parquet": lambda file: _write_parquet(rows(), file),
     }
-    write_file(path, writers[suffix])
+    write_file(path, writers[Path(path).suffix.lower()])
+    if ends:
+        raise ends[0]
 
 
 Rows = Iterator[tuple[Answer, list[tuple[str, int, float]]]]
@@ -282,12 +328,12 @@ def _read(unit: Unit) -> Iterator[tuple[str, bytes | None, str]]:
     path, first, count = unit
     if PurePosixPath(path).suffix.lower() not in SUFFIXES:
         try:
-            yield path, Path(path).read_bytes(), ""
-        except OSError as error:
-            yield path, None, f"cannot be read: {error.strerror or error}"
+            yield written(path), read_file(path), ""
+        except (OSError, ValueError) as error:
+            yield written(path), None, f"cannot be read: {getattr(error, 'strerror', None) or error}"
         return
     for row, data in read_rows(path, range(first, first + count)):
-        yield f"{path} row {row}", data, "" if data is not None else "no image in this row"
+        yield f"{written(path)} row {row}", data, "" if data is not None else NO_IMAGE
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -70,6 +70,7 @@ class Finding:
 class Checkup:
     findings: list[Finding]
     counts: dict[str, dict[str, int]]  # split -> class, or "" for none -> images that a run would use
+    is_interrupted: bool = False
 
     @property
     def is_sound(self) -> bool:
@@ -87,22 +88,32 @@ class Look:
 
 
 def check_images(config: RunConfig, progress: Progress, strict: bool = False) -> Checkup:
-    """Look at every image. `strict`: the first that cannot be used ends the look."""
+    """Look at every image. `strict`: the first that cannot be used ends the look. An interruption ends it too: what was
+    seen by then is in the checkup, which says so."""
     try:
         listing = list_images(config.images)
     except DataError as error:
         return Checkup([Finding("stop", str(error), 1, (), "a run refuses to start", "see there")], {})
-    looks = []
-    with (
-        progress.task("check", len(listing.entries), "images") as advance,
-        closing(look_at(listing.entries, config.images)) as every,
-    ):
-        for look in every:
-            looks.append(look)
-            advance(1)
-            if strict and look.decoded.reason:
-                break
-    return Checkup(*_judge(config, listing, looks, strict))
+    looks, is_interrupted = [], False
+    try:
+        with (
+            progress.task("check", len(listing.entries), "images") as advance,
+            closing(look_at(listing.entries, config.images)) as every,
+        ):
+            for look in every:
+                looks.append(look)
+                advance(1)
+                if strict and look.decoded.reason:
+                    break
+    except KeyboardInterrupt:
+        is_interrupted = True
+    findings, counts = _judge(config, listing, looks, strict)
+    if is_interrupted:
+        total = len(listing.entries)
+        seen = Finding("stop", "interrupted: the rest is not looked at", total - len(looks), (),
+                       f"{len(looks):,} of {total:,} images are looked at", "run the command again")  # fmt: skip
+        return Checkup([seen, *findings], counts, is_interrupted)
+    return Checkup(findings, counts)
 
 
 def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
@@ -191,6 +202,10 @@ def _judge(
     findings += [
         Finding("note", what, count, (), "ignored", "rename or move them, if they are pictures to learn from")
         for what, count in listing.ignored.items()
+    ]
+    findings += [
+        Finding("look", what, count, (), "as it says", "write them as they are meant")
+        for what, count in listing.notes.items()
     ]
     counts = {s: dict(Counter(d.entry.label or "" for d in members)) for s, members in splits.items() if members}
     order = ("stop", "loses", "look", "note")

@@ -14,6 +14,7 @@ from rich.table import Table
 from raydistill.config import Images, RunConfig
 from raydistill.data.decode import decode
 from raydistill.data.images import Entry, list_images, read_bytes_of
+from raydistill.data.names import written
 from raydistill.errors import ConfigError, DataError
 from raydistill.secrets import on_page, redacted_tree
 from raydistill.stages.check import Checkup
@@ -60,7 +61,7 @@ def _page(config: RunConfig, checkup: Checkup) -> str:
         for finding in checkup.findings
     ]
     return environment.from_string(template).render(
-        path=config.images.path, checkup=checkup, pictures=pictures, signs=_SIGNS,
+        path=written(config.images.path), checkup=checkup, pictures=pictures, signs=_SIGNS,
         classes=sorted({name for of_split in checkup.counts.values() for name in of_split}),
     )  # fmt: skip
 
@@ -74,7 +75,7 @@ def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[s
             continue
         try:
             picture = decode(read_bytes_of(entry), _THUMBNAIL, "pad", images.max_pixels) if entry.row is None else None
-        except (DataError, OSError):
+        except (DataError, OSError, ValueError):
             continue
         if picture is not None:
             sink = io.BytesIO()

@@ -22,7 +22,8 @@ from pyarrow import parquet as pq
 from raydistill.config import SHARD_BYTES, Images, RunConfig
 from raydistill.data.decode import decode, encode
 from raydistill.data.images import Entry, Listing, read_bytes_of
-from raydistill.data.many import read_rows
+from raydistill.data.many import NO_IMAGE, read_rows
+from raydistill.data.names import written
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
 from raydistill.errors import DataError, StageError
 from raydistill.infra.artifacts import StageDirectory, decoded_directory, free_bytes, refuse_small_disk
@@ -153,7 +154,7 @@ class _DecodeChunk:
             is_whole = sorted(known["index"].to_pylist()) == [index for index, _, _ in chunk]
             if is_whole and not any(reason.startswith(_UNREADABLE) for reason in known["reason"].to_pylist()):
                 return known
-        with trying(self._tries, f"{len(chunk)} images, {chunk[0][1]} the first"):
+        with trying(self._tries, f"{len(chunk)} images, {written(chunk[0][1])} the first"):
             rows = [self.row(*item) for item in read_chunk(chunk)]
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         sink = pa.BufferOutputStream()
@@ -178,13 +179,13 @@ def read_chunk(chunk: Chunk) -> Iterator[tuple[int, bytes | None, str]]:
     if chunk[0][2] is not None:
         index_of = {row: index for index, _, row in chunk if row is not None}
         for number, data in read_rows(chunk[0][1], index_of):
-            yield index_of[number], data, "" if data is not None else "no image in this row"
+            yield index_of[number], data, "" if data is not None else NO_IMAGE
         return
     for index, path, row in chunk:
         try:
             yield index, read_bytes_of(Entry(path, None, None, row)), ""
-        except OSError as error:
-            yield index, None, f"{_UNREADABLE}: {error.strerror or error}"
+        except (OSError, ValueError) as error:  # the latter of a name with a NUL, or half a pair of surrogates
+            yield index, None, f"{_UNREADABLE}: {getattr(error, 'strerror', None) or error}"
 
 
 def refuse_too_many_bad(images: Images, bad: Sequence[Decoded], seen: int, total: int) -> None:
@@ -200,7 +201,7 @@ def refuse_too_many_bad(images: Images, bad: Sequence[Decoded], seen: int, total
 
 def entry_name(entry: Entry) -> str:
     """As people find it."""
-    return entry.path if entry.row is None else f"{entry.path} row {entry.row}"
+    return written(entry.path) if entry.row is None else f"{written(entry.path)} row {entry.row}"
 
 
 def without_duplicates(known: list[Decoded]) -> tuple[list[Decoded], list[dict[str, str]]]:

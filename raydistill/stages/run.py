@@ -281,6 +281,8 @@ class _Run:
             )
         for what, count in self._work.listing.ignored.items():
             self._progress.line(f"          {count} ignored: {what}")
+        for what, count in self._work.listing.notes.items():
+            self._progress.line(f"          mind: {count} {what}")
 
     def _fine_tune(self, samples: SampleSet) -> None:
         """Train the whole teacher on the task first; to what follows it is a teacher with a head of its own."""

@@ -163,6 +163,27 @@ def test_a_link_back_to_its_own_folder_ends(class_folders):
     assert len(listed(root).entries) == 2
 
 
+def test_folders_that_link_to_each_other_are_one_set_of_images(class_folders):
+    root = class_folders({"a": 3, "b": 2})
+    (root / "a" / "to_b").symlink_to(root / "b", target_is_directory=True)
+    (root / "b" / "to_a").symlink_to(root / "a", target_is_directory=True)
+    listing = listed(root)
+    assert Counter(entry.label for entry in listing.entries) == {"a": 3, "b": 2}
+    assert listing.ignored == {"links to folders that are read elsewhere (a/to_b is b, b/to_a is a)": 2}
+
+
+def test_a_name_that_is_no_text_is_an_image_and_a_class(class_folders):
+    root = class_folders({"a": 2, "b": 2, "caf": 2})
+    (root / "caf").rename(root / os.fsdecode(b"caf\xe9"))
+    (root / "a" / "0.png").rename(root / "a" / os.fsdecode(b"\xff\n.png"))
+    before = listed(root)
+    assert before.classes == (r"$'caf\xe9'", "a", "b")
+    assert all(read_bytes_of(entry).startswith(b"\x89PNG") for entry in before.entries)
+    (root / "a" / os.fsdecode(b"\xff\n.png")).rename(root / "a" / os.fsdecode(b"\xfe\n.png"))
+    assert listed(root).fingerprint != before.fingerprint
+    assert len(listed(root, max_per_class=1).entries) == 3
+
+
 def test_an_empty_folder_is_counted(class_folders):
     root = class_folders({"train/a": 1, "train/b": 1, "train/e": 0})
     listing = listed(root)
@@ -321,21 +342,35 @@ def test_a_jsonl_may_hold_every_line_separator_of_unicode(tmp_path):
     table = tmp_path / "table.jsonl"
     rows = [{"path": "1.png", "label": "a\u2028b"}, {"path": "2.png", "label": "c\x85d"}]
     table.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    assert set(listed(table).classes) == {"a\u2028b", "c\x85d"}
+    assert set(listed(table).classes) == {r"$'a\u2028b'", r"$'c\u0085d'"}  # as names are written that hold such signs
 
 
 @pytest.mark.parametrize(
     ("name", "content", "where"),
     [
-        ("t.csv", "file,label\na.png,x\n", "line 2"),
-        ("t.csv", "path,class\na.png,x\n", "line 2"),
+        ("t.csv", "file,label\na.png,x\n", "line 1 (file, label) does not name the columns"),
+        ("t.csv", "path,class\na.png,x\n", "line 1 (path, class) does not name the columns"),
+        ("t.csv", "Path,Label\na.png,x\n", "write Path as path, Label as label"),
+        ("t.csv", "a/0.png,x\nb.png,y\n", "line 1 (a/0.png, x) does not name the columns"),
+        ("t.csv", "path,label\na.png,x\nb.png,y, the second\n", "line 3 has 3 fields and the header 2"),
+        ("t.csv", "path,label\na.png,x\n\nb.png\n", "line 4 has 1 fields and the header 2"),
+        ("t.csv", "path,label,label\na.png,x,y\n", "line 1 has several columns label"),
+        ("t.csv", 'path,label\na.png,"x\nb.png,y\n', "is a quote not closed?"),
+        ("t.csv", 'path,label\na.png,x\nb.png,"y"z\n', "line 3"),
+        ("t.csv", "path,label\na\0.png,x\n", "line 2: the path holds a NUL"),
+        ("t.tsv", "path,label\na.png,x\n", "between commas; save it with tabs"),
+        ("t.csv", "path|label\na.png|x\n", "between bars; save it with commas"),
         ("t.csv", "path,label\na.png,x\n,y\n", "line 3"),
         ("t.csv", "path,label,split\na.png,x,train\nb.png,y,holdout\n", "line 3"),
-        ("t.csv", "path;label\na.png;x\n", "line 2"),
+        ("t.csv", "path;label\na.png;x\n", "line 1 (path;label): the fields stand between semicolons"),
         ("t.jsonl", '{"path": "a.png", "label": "x"}\n\n{broken\n', "line 3"),
         ("t.jsonl", '{"path": "a.png", "label": "x"}\n5\n', "line 2"),
         ("t.jsonl", '{"path": "a.png"}\n', "line 1"),
         ("t.jsonl", '{"path": null, "label": "x"}\n', "line 1"),
+        ("t.jsonl", '{"path": 5, "label": "x"}\n', "line 1: the path is no text but 5"),
+        ("t.jsonl", '{"Path": "a.png", "label": "x"}\n', "write Path as path"),
+        ("t.jsonl", '{"path": "a.png", "label": "x", "label": "y"}\n', "line 1 names a key twice"),
+        ("t.jsonl", "[" * 100_000 + "\n", "line 1 is not a JSON object"),
         ("t.csv", "", "no images"),
         ("t.csv", "path,label\n", "no images"),
         ("t.csv", "path,label\na.png,x\nb.png,x\n", "'x'"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import fsspec
@@ -91,17 +95,17 @@ def test_webdataset_shards_with_their_labels_and_splits(tmp_path):
 
 def test_an_image_without_a_label_beside_it_is_unlabelled(tmp_path):
     files = {"a.jpg": picture(0), "a.cls": b"0", "b.jpg": picture(1), "b.cls": b"1", "c.JPG": picture(2), "d.cls": b"1"}
-    rows = list(list_rows(str(tar(tmp_path / "t.tar", files))))
+    rows = list(list_rows(str(tar(tmp_path / "t.tar", files)), Counter(), Counter()))
     assert [(row.number, row.label) for row in rows] == [(0, "0"), (1, "1"), (2, None)]
 
 
 def test_two_images_under_one_key_are_refused(tmp_path):
     path = tar(tmp_path / "t.tar", {"a.jpg": picture(0), "a.png": picture(1), "a.cls": b"0"})
     with pytest.raises(DataError, match=r"a\.jpg and a\.png stand under one key"):
-        list(list_rows(str(path)))
+        list(list_rows(str(path), Counter(), Counter()))
     path = tar(tmp_path / "u.tar", {"a.jpg": picture(0), "a.json": b"{"})
     with pytest.raises(DataError, match=r"a\.json cannot be read as text or JSON"):
-        list(list_rows(str(path)))
+        list(list_rows(str(path), Counter(), Counter()))
 
 
 def test_a_data_set_saved_to_disk_by_datasets(tmp_path):
@@ -182,3 +186,131 @@ def test_a_folder_of_pictures_stays_one_whatever_lies_beside_them(tmp_path, clas
     listing = entries_of(root)
     assert len(listing.entries) == 6
     assert listing.ignored == {"files ending in .tar": 1}
+
+
+# WebDataset as tools write it
+
+
+def packed(path: Path, *names: str, ignored: Counter[str] | None = None) -> list[tuple[int, str | None]]:
+    """Rows of a tar whose members have these names; `NAME=TEXT` has that content, the others are pictures."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for number, name in enumerate(names):
+            name, _, text = name.partition("=")
+            data = text.encode() if text else picture(number)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            member.pax_headers = {"comment": "é" * 80}
+            archive.addfile(member, io.BytesIO(data))
+    return [
+        (row.number, row.label) for row in list_rows(str(path), Counter() if ignored is None else ignored, Counter())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["a.png", "b.png", "a.cls=0", "b.cls=1"], ["0", "1"]),  # the labels after the images, as --append does it
+        (["b.cls=1", "a.cls=0", "b.png", "a.png"], ["1", "0"]),
+        (["2024.05.01_1.png", "2024.05.01_1.cls=x", "2024.05.01_2.png", "2024.05.01_2.cls=y"], ["x", "y"]),
+        (["v1.001.png", "v1.001.cls=x", "v1.002.png", "v1.003.png"], ["x", None, None]),
+        (["1.input.png", "1.cls=x", "2.input.png", "2.target.cls=y", "2.cls=z"], ["x", "z"]),
+        (["1.png", "1.mask.png", "1.cls=x", "2.seg.png", "2.cls=y", "2.png"], ["x", "y"]),
+        (["1.left.jpg", "1.jpg", "1.cls=x"], ["x"]),
+        (["a.b/1.PNG", "a.b/1.CLS=x", "./c/1.Jpg", './c/1.json={"class": 3}'], ["x", "3"]),
+        (["1.png", "1.json={}", "1.txt=x"], ["x"]),
+        (["1.png", "1.cls=-1", "2.png", "2.cls= nan "], [None, None]),
+        (["../../1.png", "../../1.cls=x", "/abs/2.png", "/abs/2.cls=y"], ["x", "y"]),
+    ],
+)
+def test_labels_find_their_images_however_tools_name_and_order_them(tmp_path, names, labels):
+    assert [label for _, label in packed(tmp_path / "t.tar", *names)] == labels
+    assert count_rows(str(tmp_path / "t.tar")) == len(labels)
+    assert len(list(read_rows(str(tmp_path / "t.tar"), range(len(labels))))) == len(labels)
+    assert [path.name for path in tmp_path.rglob("*")] == ["t.tar"]
+    assert not (tmp_path.parent / "1.png").exists()
+
+
+def test_what_a_tar_holds_besides_is_counted(tmp_path):
+    ignored = Counter[str]()
+    packed(tmp_path / "t.tar", "1.png", "1.mask.png", "1.cls=x", "9.cls=y", "1.bbox=z", "._1.png", ignored=ignored)
+    assert ignored.total() == 4
+    assert ignored["images in tar files that stand beside the image of their key, as masks do"] == 1
+    assert ignored["labels in tar files without an image"] == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["1.left.jpg", "1.right.jpg", "1.cls=x"], ["1.png", "1.cls=x", "2.png", "1.png"], ["1.png", "1.cls=x", "1.cls=y"]],
+)
+def test_a_key_with_two_images_or_labels_is_refused_by_name(tmp_path, names):
+    with pytest.raises(DataError, match=r"1\..* is the (image|label)\?"):
+        packed(tmp_path / "t.tar", *names)
+
+
+def test_links_devices_and_sparse_files_in_a_tar_are_never_read(tmp_path):
+    (tmp_path / "secret.png").write_bytes(picture(99))
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for name, kind in (("1.png", tarfile.SYMTYPE), ("2.png", tarfile.LNKTYPE), ("3.png", tarfile.CHRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, str(tmp_path / "secret.png")
+            archive.addfile(member)
+        member = tarfile.TarInfo("4.png")
+        member.type = tarfile.GNUTYPE_SPARSE
+        archive.addfile(member)
+    ignored = Counter[str]()
+    assert list(list_rows(str(tmp_path / "t.tar"), ignored, Counter())) == []
+    assert ignored.total() == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "way_out"),
+    [
+        (gzip.compress(b"x" * 2000), "gunzip"),
+        (b"\x28\xb5\x2f\xfd" + bytes(600), "unzstd"),
+        (bz2.compress(b"x"), "bunzip2"),
+        (lzma.compress(b"x"), "unxz"),
+    ],
+)
+def test_a_compressed_tar_is_refused_with_the_way_out(tmp_path, data, way_out):
+    (tmp_path / "t.tar").write_bytes(data)
+    with pytest.raises(DataError, match=rf"t\.tar: compressed with .* \({way_out} unpacks it"):
+        entries_of(tmp_path / "t.tar")
+
+
+# Folders that `datasets` saved, and what lies beside data
+
+
+def test_what_datasets_keeps_of_its_work_is_not_read(tmp_path):
+    root = tmp_path / "saved"
+    for split, first in (("train", 0), ("test", 50)):
+        as_arrow(root / split / "data-00000-of-00001.arrow", 6, first)
+        as_arrow(root / split / "cache-0123456789abcdef.arrow", 6, first + 100)
+        as_arrow(root / split / "old.arrow", 6, first + 200)
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": split}
+        (root / split / "state.json").write_text(json.dumps(state))
+    (root / "train" / "cache-fedcba9876543210_00000_of_00002.arrow").write_bytes(b"junk")
+    listing = entries_of(root)
+    assert {Path(entry.path).name for entry in listing.entries} == {"data-00000-of-00001.arrow"}
+    assert len(listing.entries) == 12
+    assert listing.ignored["files that `datasets` keeps beside its data (cache-….arrow)"] == 5
+    (root / "train").rename(tmp_path / "alone")
+    assert {entry.split for entry in entries_of(tmp_path / "alone").entries} == {"train"}
+    (tmp_path / "alone" / "state.json").write_text(json.dumps({"_indices_files": [{"filename": "indices.arrow"}]}))
+    with pytest.raises(DataError, match="flatten_indices"):
+        entries_of(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("beside", ["assets/preview.png", "README_files/a.png", "data/preview.jpg"])
+def test_a_preview_beside_data_is_no_class(tmp_path, beside):
+    as_arrow(tmp_path / "set" / "data" / "train.arrow", 8)
+    (tmp_path / "set" / beside).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "set" / beside).write_bytes(picture(70))
+    listing = entries_of(tmp_path / "set")
+    assert listing.classes == ("cat", "dog")
+    assert listing.ignored == {"pictures beside files of many images": 1}
+
+
+def test_numbered_shards_are_data_whatever_pictures_lie_beside_them(tmp_path, class_folders):
+    root = class_folders({"images": 2, "docs/figures": 2})
+    as_arrow(root / "data" / "train-00000-of-00001.arrow", 8)
+    assert entries_of(root).classes == ("cat", "dog")

@@ -18,7 +18,15 @@ from raydistill.data.decode import decode, encode, pixels
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import ConfigError, DataError
 from raydistill.inference.command import predict_command
-from raydistill.inference.predict import Predictor, find_units, predict_locally, predict_on_ray, write_answers
+from raydistill.inference.predict import (
+    OUTPUTS,
+    Predictor,
+    find_units,
+    predict_locally,
+    predict_on_ray,
+    without_first,
+    write_answers,
+)
 from raydistill.models.formats import network_inputs
 from raydistill.models.student import read_student
 from tests.stages.conftest import CLASSES, SIZE, painted
@@ -147,6 +155,84 @@ def test_outputs_hold_every_picture_with_names_and_probabilities(exported, pictu
         assert [found["class"] for found in record["classes"]] == [first, second]
         assert float(row["probability"]) == pytest.approx(answer.probabilities_C[order[0]], abs=1e-6)
         assert "error" not in item
+
+
+def read_out(file: Path) -> list[str]:
+    """The pictures' names."""
+    if file.suffix == ".csv":
+        return [row["picture"] for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines())]
+    if file.suffix == ".jsonl":
+        return [json.loads(line)["picture"] for line in file.read_text(encoding="utf-8").splitlines()]
+    if file.suffix == ".json":
+        return [row["picture"] for row in json.loads(file.read_text(encoding="utf-8"))]
+    return pq.read_table(file)["picture"].to_pylist()
+
+
+def test_a_name_that_is_no_text_costs_no_answer(exported, pictures, tmp_path, capsys):
+    result, _ = exported(formats=["onnx"])
+    (pictures / "1.JPG").rename(pictures / os.fsdecode(b"caf\xe9.JPG"))
+    (pictures / "cut.jpg").rename(pictures / os.fsdecode(b"cut\x1b[2J.jpg"))
+    for suffix in OUTPUTS:
+        out = tmp_path / f"out{suffix}"
+        predict_command(result.path, [str(pictures)], str(out), 1, "onnx", None)
+        names = read_out(out)
+        assert len(names) == 11
+        assert rf"$'{pictures}/caf\xe9.JPG'" in names
+    predict_command(result.path, [str(pictures)], None, 1, "onnx", None)
+    printed = capsys.readouterr()
+    assert rf"$'{pictures}/caf\xe9.JPG'  " in printed.out
+    assert rf"$'{pictures}/cut\x1b[2J.jpg'" in printed.err
+    assert "\x1b" not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("suffix", OUTPUTS)
+@pytest.mark.parametrize("end", [KeyboardInterrupt, MemoryError])
+def test_what_was_answered_before_the_end_is_written_and_the_rest_can_follow(
+    exported, pictures, tmp_path, capsys, monkeypatch, suffix, end
+):
+    result, _ = exported(formats=["onnx"])
+    whole, part, rest = (tmp_path / f"{name}{suffix}" for name in ("whole", "part", "rest"))
+    predict_command(result.path, [str(pictures)], str(whole), 1, "onnx", None)
+    load = Predictor.working_image
+
+    def ends(predictor: Predictor, data: bytes) -> np.ndarray:
+        if data == (pictures / "hidden.png").read_bytes():
+            raise end
+        return load(predictor, data)
+
+    monkeypatch.setattr(Predictor, "working_image", ends)
+    monkeypatch.setattr("raydistill.inference.predict._TOGETHER", 4)
+    with pytest.raises(end):
+        predict_command(result.path, [str(pictures)], str(part), 1, "onnx", None)
+    said = capsys.readouterr().err
+    assert f"4 of 11 pictures are answered, in {part}" in said
+    skip = int(said.partition("--skip ")[2].split()[0])
+    monkeypatch.setattr(Predictor, "working_image", load)
+    predict_command(result.path, [str(pictures)], str(rest), 1, "onnx", None, skip)
+    assert read_out(part) + read_out(rest) == read_out(whole)
+    assert not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(ConfigError, match="--skip leaves no picture"):
+        predict_command(result.path, [str(pictures)], None, 1, "onnx", None, 11)
+
+
+def test_rows_are_skipped_inside_files_of_many():
+    units = [("a.png", 0, 1), ("t.tar", 0, 64), ("t.tar", 64, 10)]
+    assert without_first(units, 0) == units
+    assert without_first(units, 3) == [("t.tar", 2, 62), ("t.tar", 64, 10)]
+    assert without_first(units, 65) == [("t.tar", 64, 10)]
+    assert without_first(units, 74) == [("t.tar", 73, 1)]
+
+
+def test_predict_goes_round_links_once_and_names_what_it_leaves_out(exported, pictures, capsys):
+    result, _ = exported(formats=["onnx"])
+    (pictures / "more" / "up").symlink_to(pictures, target_is_directory=True)
+    os.mkfifo(pictures / "pipe.png")
+    predict_command(result.path, [str(pictures)], None, 1, "onnx", None)
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 11
+    for what in ("1 links to folders that are read elsewhere (more/up is .)", "1 no regular files (pipe.png)",
+                 "1 files ending in .txt", "1 hidden and system files"):  # fmt: skip
+        assert f"ignored: {what}" in printed.err
 
 
 def test_all_classes_sum_to_one(exported, pictures, tmp_path):

@@ -1,0 +1,94 @@
+"""What a label's value means, whatever kind of file it stands in, and which names are the same class."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from raydistill.data.names import written
+from raydistill.errors import DataError
+
+# What programs write where there is no value. `none`, `NA` and `null` as classes are for people to write otherwise.
+_NOTHING = frozenset({"nan", "NaN", "NAN", "-nan", "NaT", "<NA>", "null", "NULL", "None", "N/A", "n/a", "#N/A"})
+_WHOLE = re.compile(r"-?\d+\.0+")
+
+
+def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
+    """A class's name, or None for no label. What is not as it may seem is counted in `notes`.
+
+    Raises DataError, which begins with `where`: neither text nor a whole number.
+    """
+    match value:
+        case None:
+            return None
+        case bool():
+            return str(value).lower()
+        case float() if math.isnan(value):
+            return label_of("nan", where, notes)
+        case int() | float() if value == -1:
+            return label_of("-1", where, notes)
+        case float() if not value.is_integer():
+            raise DataError(f"{where}: the label is {value}, a fraction; a class has a name or a whole number")
+        case int() | float():
+            return str(int(value))
+        case bytes() | bytearray() | memoryview():
+            try:
+                return label_of(bytes(value).decode("utf-8-sig"), where, notes)
+            except UnicodeDecodeError:
+                raise DataError(f"{where}: the label is bytes that are no UTF-8; write a name") from None
+        case str():
+            text = value.strip()
+            if text in _NOTHING or text == "-1":
+                notes[f"labels {text}, read as no label"] += 1
+                return None
+            return text or None
+        case list() | tuple() | dict() | set():
+            kind = type(value).__name__
+            raise DataError(
+                f"{where}: the label is a {kind}; multi-label data is not supported, an image has one class"
+            )
+    raise DataError(f"{where}: the label is of type {type(value).__name__}; write a name or a whole number")
+
+
+def as_whole_numbers(labels: Sequence[str | None], notes: Counter[str]) -> list[str | None]:
+    """Labels of a table of text that are all `3.0` and the like, which pandas makes of whole numbers beside gaps."""
+    given = [label for label in labels if label]
+    if not given or not all(map(_WHOLE.fullmatch, given)):
+        return list(labels)
+    notes["labels such as 1.0, read as whole numbers"] += len(given)
+    return [label and label.partition(".")[0] for label in labels]
+
+
+def one_spelling(labels: Iterable[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:
+    """Each label to its class. Those that look alike (composed or decomposed letters, spaces, invisible signs) are one,
+    in the spelling of the class list or else the commonest, which `notes` tells.
+
+    Raises DataError: two that differ in case alone, unless both are in the class list.
+    """
+    counts, alike, folded = Counter(labels), defaultdict[str, list[str]](list), defaultdict[str, set[str]](set)
+    for name in {*counts, *(listed or ())}:
+        alike[_look(name)].append(name)
+    spelt = {}
+    for look, names in alike.items():
+        chosen = min(names, key=lambda name: (name not in (listed or ()), -counts[name], name))
+        folded[look.casefold()].add(chosen)
+        for name in names:
+            spelt[name] = written(chosen)
+            if name != chosen and counts[name]:
+                notes[f"labels {name!a}, read as {chosen!a}, which looks the same"] += counts[name]
+    for same in folded.values():
+        if len(same) > 1 and not same <= set(listed or ()):
+            both = " and ".join(repr(spelt[name]) for name in sorted(same))
+            raise DataError(
+                f"the classes {both} differ in case alone; give them one name or, where they are two, list both in "
+                "images.classes"
+            )
+    return spelt
+
+
+def _look(name: str) -> str:
+    shown = "".join(sign for sign in unicodedata.normalize("NFC", name) if unicodedata.category(sign) != "Cf")
+    return " ".join(shown.split())

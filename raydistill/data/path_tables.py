@@ -1,0 +1,130 @@
+"""Tables of paths: .csv, .tsv and .jsonl with the columns `path`, `label` and maybe `split`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from raydistill.data.labels import as_whole_numbers, label_of
+from raydistill.data.names import written
+from raydistill.errors import DataError
+from raydistill.storage.filesystems import FileSystem
+
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+_COLUMNS = ("path", "label", "split")
+_ADVICE = "`path` and `label` are needed, `split` is welcome"
+
+
+@dataclass(frozen=True)
+class PathRow:
+    """A row: the path as it is written, the label, the split as it is written, and where it stands."""
+
+    path: str
+    label: str | None
+    split: object
+    where: str
+
+
+def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> list[PathRow]:
+    """Raises DataError with the line: a row that does not fit, a column that is lacking or there twice, another
+    encoding or delimiter."""
+    shown, is_json = written(table), table.lower().endswith(".jsonl")
+    text = _text_of(fs.cat_file(table), shown)
+    rows = []
+    for number, row in _json_rows(shown, text) if is_json else _csv_rows(shown, text):
+        where = f"{shown}: line {number}"
+        if "path" not in row or "label" not in row:
+            raise DataError(f"{where} lacks a column{_near(row)}; {_ADVICE}")
+        path = row["path"]
+        if not path:
+            raise DataError(f"{where} has no path")
+        if not isinstance(path, str):
+            raise DataError(f"{where}: the path is no text but {path!r}")
+        if "\0" in path:
+            raise DataError(f"{where}: the path holds a NUL, which no file's name does")
+        rows.append(PathRow(path, label_of(row["label"], where, notes), row.get("split"), where))
+    if is_json:
+        return rows
+    labels = as_whole_numbers([row.label for row in rows], notes)
+    return [PathRow(row.path, label, row.split, row.where) for row, label in zip(rows, labels, strict=True)]
+
+
+def _text_of(data: bytes, shown: str) -> str:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{shown}: UTF-16, not UTF-8; save it as such")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{shown}: line {line} is not UTF-8; save the table as such") from None
+
+
+def _csv_rows(shown: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    delimiter = "\t" if shown.lower().rstrip("'").endswith(".tsv") else ","
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns: list[str] | None = None
+    try:
+        for cells in rows:
+            if not any(cells):
+                continue
+            if columns is None:
+                columns = [cell.strip() for cell in cells]
+                _check_header(columns, f"{shown}: line {rows.line_num}", delimiter)
+            elif len(cells) != len(columns):
+                raise DataError(
+                    f"{shown}: line {rows.line_num} has {len(cells)} fields and the header {len(columns)}; put a label "
+                    'with a comma in quotes ("a, b"), and write empty fields too'
+                )
+            else:
+                yield rows.line_num, dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{shown}: line {rows.line_num}: {error}; is a quote not closed?") from None
+
+
+def _check_header(columns: list[str], where: str, delimiter: str) -> None:
+    if twice := [name for name in _COLUMNS if columns.count(name) > 1]:
+        raise DataError(f"{where} has several columns {twice[0]}; keep one")
+    if {"path", "label"} <= set(columns):
+        return
+    found = ", ".join(written(name) for name in columns[:5])
+    other = next((sign for sign in (";", "\t", "|", ",") if sign != delimiter and sign in columns[0]), None)
+    if len(columns) == 1 and other is not None:
+        name = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}[other]
+        raise DataError(f"{where} ({found}): the fields stand between {name}; save it with "
+                        f"{'commas' if delimiter == ',' else 'tabs, or as .csv'}")  # fmt: skip
+    raise DataError(f"{where} ({found}) does not name the columns{_near(dict.fromkeys(columns))}; {_ADVICE}")
+
+
+def _near(row: dict[str, Any]) -> str:
+    """What was meant, where a name is right but for its case."""
+    near = [name for name in map(str, row) if name not in _COLUMNS and name.strip().casefold() in _COLUMNS]
+    return f": write {', '.join(f'{written(name)} as {name.strip().casefold()}' for name in near)}" if near else ""
+
+
+def _json_rows(shown: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line, object_pairs_hook=_no_key_twice)
+            except (ValueError, RecursionError) as error:
+                reason = str(error) if isinstance(error, _KeyTwice) else "is not a JSON object"
+                raise DataError(f"{shown}: line {number} {reason}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{shown}: line {number} is not a JSON object")
+            yield number, row
+
+
+class _KeyTwice(ValueError):
+    pass
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise _KeyTwice("names a key twice; keep one")
+    return row

@@ -1,0 +1,107 @@
+"""WebDataset tar files: which member is an image, and which label is its own."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter, defaultdict
+from pathlib import PurePosixPath
+
+from raydistill.data.labels import label_of
+from raydistill.data.names import written
+from raydistill.errors import DataError
+
+# Of pictures, in folders and in tar files; what is in them is decided by their content.
+EXTENSIONS = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".avif", ".jp2", ".tga", ".ico",
+})  # fmt: skip
+_LABELS = (".cls", ".json", ".txt")
+_MOST_BYTES = 65536  # of a label
+_COMPRESSED = {b"\x1f\x8b": "gzip (gunzip", b"\x28\xb5\x2f\xfd": "zstd (unzstd", b"BZh": "bzip2 (bunzip2",
+               b"\xfd7zXZ": "xz (unxz"}  # fmt: skip
+
+Image = tuple[tarfile.TarInfo, dict[str, tarfile.TarInfo]]  # and the files beside it that may tell its label
+
+
+def refuse_compressed(head: bytes, shown: str) -> None:
+    """Raises DataError with the way out: rows are read at random, which a compressed archive does not allow."""
+    for magic, name in _COMPRESSED.items():
+        if head.startswith(magic):
+            raise DataError(f"{shown}: compressed with {name} unpacks it once); only plain .tar files are read")
+
+
+def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> list[Image]:
+    """Every image in the archive's order, with the label files of its key wherever they stand.
+
+    An image's own key is its name without the last ending (`v1.2_001` of `v1.2_001.png`); where no label stands under
+    it, it is WebDataset's, the name up to its first dot (`001` of `001.input.png`). Beside the image of a key, others
+    that only begin like it (`001.mask.png`) are left out and counted. Raises DataError: two images of one key.
+    """
+    images = list[tuple[tarfile.TarInfo, str]]()
+    beside = defaultdict[str, dict[str, tarfile.TarInfo]](dict)
+    for member in archive:
+        name = PurePosixPath(member.name).name
+        if member.isdir():
+            continue
+        if name.startswith(".") or "__MACOSX" in member.name:
+            ignored["hidden and system files in tar files"] += 1
+        elif not member.isreg() or member.issparse():
+            ignored["links and other things than files in tar files"] += 1
+        elif (suffix := PurePosixPath(name).suffix.lower()) in EXTENSIONS:
+            images.append((member, member.name[: -len(suffix)]))
+        elif suffix in _LABELS:
+            key = member.name[: -len(suffix)]
+            if suffix in beside[key]:
+                raise DataError(f"{shown}: {written(member.name)} is there twice; which is the label?")
+            beside[key][suffix] = member
+        else:
+            ignored[f"files ending in {written(suffix) or 'nothing'} in tar files"] += 1
+    own = {stem for _, stem in images}
+    found = dict[str, tarfile.TarInfo]()
+    kept = list[Image]()
+    for member, stem in images:
+        key = stem
+        if stem not in beside and (first := _up_to_first_dot(stem)) != stem:
+            if first in own:
+                ignored["images in tar files that stand beside the image of their key, as masks do"] += 1
+                continue
+            key = first if first in beside else stem
+        if key in found:
+            both = f"{written(found[key].name)} and {written(member.name)}"
+            raise DataError(f"{shown}: {both} stand under one key; which is the image?")
+        found[key] = member
+        kept.append((member, beside.get(key, {})))
+    if alone := len(beside.keys() - found.keys()):
+        ignored["labels in tar files without an image"] += alone
+    return kept
+
+
+def _up_to_first_dot(stem: str) -> str:
+    folder, slash, name = stem.rpartition("/")
+    return f"{folder}{slash}{name.partition('.')[0]}"
+
+
+def label_in(
+    archive: tarfile.TarFile, beside: dict[str, tarfile.TarInfo], shown: str, notes: Counter[str]
+) -> str | None:
+    """What stands in `KEY.cls`, under `label` or `class` in `KEY.json`, or in `KEY.txt`, the first that tells one."""
+    for suffix in (suffix for suffix in _LABELS if suffix in beside):
+        member = beside[suffix]
+        where = f"{shown}: {written(member.name)}"
+        if member.size > _MOST_BYTES:
+            raise DataError(f"{where} has {member.size:,} bytes, too many for a label")
+        content = archive.extractfile(member)
+        data = content.read() if content else b""
+        try:
+            value: object = data.decode("utf-8-sig")
+            if suffix == ".json":
+                tree = json.loads(data)
+                value = tree.get("label", tree.get("class")) if isinstance(tree, dict) else tree
+                if isinstance(tree, dict) and not {"label", "class"} & set(tree):
+                    notes["JSON files in tar files without `label` and `class`"] += 1
+        except (ValueError, RecursionError):
+            raise DataError(f"{where} cannot be read as text{' or JSON' if suffix == '.json' else ''}") from None
+        if (label := label_of(value, where, notes)) is not None:
+            return label
+    return None

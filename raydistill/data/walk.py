@@ -1,0 +1,83 @@
+"""The one walk over a folder of this machine: what lies below it, for every command that reads folders."""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import stat
+from collections import Counter, deque
+from typing import NoReturn
+
+from raydistill.data.names import written
+from raydistill.errors import DataError
+
+_NAMED = 5
+
+
+def files_below(root: str, ignored: Counter[str]) -> list[str]:
+    """Paths of all files, sorted. Each folder is read once, by its real path, at its own place before those of links
+    to it; links that lead back or to what is read elsewhere are named in `ignored`, as are other things than files.
+
+    Raises DataError where a folder cannot be listed.
+    """
+    files, links, again, strange = list[str](), list[str](), list[str](), list[str]()
+    waiting, read = deque([root]), dict[str, str]()
+    while waiting or links:
+        folder = waiting.popleft() if waiting else links.pop(0)
+        real = os.path.realpath(folder)
+        above = os.path.realpath(posixpath.dirname(folder))
+        if real in read or (folder != root and f"{above}{os.sep}".startswith(f"{real.rstrip(os.sep)}{os.sep}")):
+            again.append(f"{_below(folder, root)} is {_below(read.get(real, real), root)}")
+            continue
+        read[real] = folder
+        here = _listed(folder)
+        if not here and "/." not in folder.removeprefix(root):
+            ignored["empty folders"] += 1
+        for entry in here:
+            if entry.is_dir():
+                (links if entry.is_symlink() else waiting).append(posixpath.join(folder, entry.name))
+            elif entry.is_file() or not os.path.exists(
+                entry.path
+            ):  # a broken link is refused when it is read, with the reason
+                files.append(posixpath.join(folder, entry.name))
+            else:
+                strange.append(_below(posixpath.join(folder, entry.name), root))
+        if not waiting:
+            links.sort()
+    for what, names in (("links to folders that are read elsewhere", again), ("no regular files", strange)):
+        if names:
+            some = ", ".join(sorted(names)[:_NAMED])
+            ignored[f"{what} ({some}{' …' if len(names) > _NAMED else ''})"] = len(names)
+    return sorted(files)
+
+
+def read_file(path: str) -> bytes:
+    """Raises OSError, also for what is no regular file: a pipe would be waited for, and a device has no end. ValueError
+    for a name that no file can have."""
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return file.read()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _listed(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        _refuse_unreadable(error)
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise DataError(f"{written(str(error.filename))}: cannot be listed ({error.strerror})") from None
+
+
+def _below(path: str, root: str) -> str:
+    """As people find it: from the root, or whole where it lies elsewhere."""
+    inside = path.removeprefix(root)
+    return written(path if inside == path else inside.lstrip("/") or ".")
