@@ -9,10 +9,12 @@ Shapes: K views, R rows of a shard, D features, V visits, N rows of the split, H
 from __future__ import annotations
 
 import json
+import logging
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from raydistill.data.views import view_parameters
 from raydistill.errors import CheckpointError
 from raydistill.storage.filesystems import open_filesystem, read_bytes
 
+logger = logging.getLogger(__name__)
 UNLABELLED = -1
 
 
@@ -201,6 +204,10 @@ class Shard:
     features_KRD: np.ndarray | None
     weights_R: np.ndarray | None
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(len, self.images)) + (0 if self.features_KRD is None else self.features_KRD.nbytes)
+
 
 class InMemory:
     """The whole split, decoded once: for sets that fit."""
@@ -239,13 +246,40 @@ def _decode_all(encoded: list[bytes]) -> np.ndarray:
 
 
 class Streamed:
-    """Shards are read when a visit needs them and forgotten two windows later; only visited rows are decoded."""
+    """Shards are read when a visit needs them and forgotten some windows later; only visited rows are decoded.
 
-    def __init__(self, split: TrainSplit, decode_threads: int) -> None:
+    Labelled and unlabelled rows of each part are visited in windows of their own, so a batch is of as many windows at
+    once as there are such pools. There is room for two of each, the one before and the one that is visited, in
+    `most_bytes` of memory: beyond those the shards that were not used for longest go, and this is said.
+    """
+
+    def __init__(self, split: TrainSplit, decode_threads: int, most_bytes: float = math.inf) -> None:
         self._split = split
         self._num_threads = decode_threads
         self._threads = ThreadPoolExecutor(decode_threads)
-        self._shard = lru_cache(maxsize=2 * WINDOW_SHARDS)(split.shard)
+        self._held: OrderedDict[int, Shard] = OrderedDict()  # the latest used last
+        self._in_windows = 2 * len(split.parts) * WINDOW_SHARDS
+        self._most_bytes, self._bytes, self._said = most_bytes, 0, False
+
+    def _shard(self, number: int) -> Shard:
+        shard = self._held.pop(number, None)
+        if shard is None:
+            shard = self._split.shard(number)
+            self._bytes += shard.num_bytes
+            while self._held and (len(self._held) >= 2 * self._in_windows or self._bytes > self._most_bytes):
+                self._say_if_too_little()
+                self._bytes -= self._held.popitem(last=False)[1].num_bytes
+        self._held[number] = shard
+        return shard
+
+    def _say_if_too_little(self) -> None:
+        if not self._said and len(self._held) < min(self._in_windows, len(self._split.shard_rows)):
+            self._said = True
+            logger.warning(
+                "%d shards of train images take %s bytes, more than the %s there are for them: they are read again and "
+                "again; lower images.shard_size, or give the workers more memory",
+                len(self._held) + 1, f"{self._bytes:,}", f"{self._most_bytes:,.0f}",
+            )  # fmt: skip
 
     def ids(self, visits: Visits) -> list[str]:
         return [self._shard(int(k)).ids[int(r)] for k, r in zip(visits.shard, visits.row, strict=True)]
@@ -264,7 +298,7 @@ class Streamed:
         weights = [shard.weights_R[r] for shard, r, _ in rows if shard.weights_R is not None]
         return self._split.batch(
             visits,
-            self.ids(visits),
+            [shard.ids[r] for shard, r, _ in rows],
             images,
             labels,
             np.stack(features) if features else None,

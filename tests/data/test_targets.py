@@ -14,11 +14,21 @@ from safetensors.numpy import save
 
 from raydistill.config import Views
 from raydistill.data.decode import encode
-from raydistill.data.sample import SCHEMA, SampleSet, Visits, batch_order, encode_shard, sample_id, shard_name
+from raydistill.data.sample import (
+    SCHEMA,
+    WINDOW_SHARDS,
+    SampleSet,
+    Visits,
+    batch_order,
+    encode_shard,
+    sample_id,
+    shard_name,
+)
 from raydistill.data.targets import (
     UNLABELLED,
     InMemory,
     Part,
+    Shard,
     Streamed,
     TrainSplit,
     decode_targets,
@@ -129,6 +139,60 @@ def test_memory_and_stream_give_the_same_batches(split, share, batch_size, seed,
             else:
                 np.testing.assert_array_equal(first, second)
                 assert first.dtype == second.dtype
+
+
+class CountingSplit(TrainSplit):
+    """Real and generated shards of one row's bytes, made as they are read, which is counted."""
+
+    reads = 0
+
+    def shard(self, index: int) -> Shard:
+        type(self).reads += 1
+        rows = self.shard_rows[index]
+        identities = [hashlib.md5(f"{index}/{row}".encode()).hexdigest() for row in range(rows)]
+        return Shard(identities, [bytes(99)] * rows, np.zeros(rows, int), None, None)
+
+
+ROWS_OF_SHARD, SHARDS = 64, 30
+
+
+@pytest.mark.parametrize(
+    ("pools", "share", "generated_share"), [(1, 1.0, 0.0), (2, 0.4, 0.0), (3, 0.33, 0.3), (3, 0.1, 0.03)]
+)
+def test_a_streamed_shard_is_read_once_in_each_pass_of_a_pool(pools, share, generated_share):
+    """However many pools are visited in windows of their own, and however seldom one of them is."""
+    samples = SampleSet("", ("a",), SIZE, {"train": (ROWS_OF_SHARD,) * SHARDS}, {"train": 0}, 0, {}, {})
+    parts = (Part(samples, None),) * (2 if pools == 3 else 1)
+    CountingSplit.reads = 0
+    source = Streamed(CountingSplit(parts, Views(per_image="fresh"), SEED), 1)
+    first = ROWS_OF_SHARD if pools == 1 else ROWS_OF_SHARD // 2  # of each real shard so many rows are labelled
+    none, rows = [np.arange(0)] * SHARDS, np.arange(ROWS_OF_SHARD)
+    labelled, others = [rows[:first]] * SHARDS, [rows[first:]] * SHARDS
+    generated = [*none, *[rows] * SHARDS] if pools == 3 else ()
+    steps, visited = 150, np.zeros(3)
+    order = batch_order(labelled, others, share, 64, SEED, 0, generated, generated_share)
+    for visits in itertools.islice(order, steps):
+        source.ids(visits)
+        real = visits.shard < SHARDS
+        visited += [(real & (visits.row < first)).sum(), (real & (visits.row >= first)).sum(), (~real).sum()]
+    rows_of_pool = [first, ROWS_OF_SHARD - first, ROWS_OF_SHARD]
+    ideal = sum(n / rows for n, rows in zip(visited, rows_of_pool, strict=True) if rows)
+    # A window that has begun has been read in full.
+    assert CountingSplit.reads <= ideal + pools * WINDOW_SHARDS
+    assert len(source._held) <= 4 * len(parts) * WINDOW_SHARDS
+
+
+def test_streamed_shards_stay_within_the_bytes_there_are_and_too_few_are_said_once(caplog):
+    samples = SampleSet("", ("a",), SIZE, {"train": (ROWS_OF_SHARD,) * SHARDS}, {"train": 0}, 0, {}, {})
+    split = CountingSplit((Part(samples, None),), Views(per_image="fresh"), SEED)
+    most = 5 * split.shard(0).num_bytes
+    source = Streamed(split, 1, most)
+    order = batch_order([np.arange(ROWS_OF_SHARD)] * SHARDS, [np.arange(0)] * SHARDS, 1.0, 16, SEED)
+    for visits in itertools.islice(order, 60):
+        source.ids(visits)
+        assert sum(shard.num_bytes for shard in source._held.values()) <= most
+    (said,) = caplog.messages
+    assert "images.shard_size" in said
 
 
 @pytest.mark.parametrize("reader", [InMemory, Streamed])
