@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.errors import ConfigError, RaydistillError
+from raydistill.errors import ConfigError, RaydistillError, UselessStudentError
 from raydistill.infra import interrupts
 from raydistill.infra.environment import open_streams, prepare_environment
 from raydistill.secrets import RedactedStream
@@ -472,13 +472,18 @@ def _run(words: list[str] | None, until: str, command: str | None = None) -> Non
         ray.begin()  # it starts while torch and the models' libraries load, below
     from raydistill.stages.run import run_stages
 
-    again = shlex.join(["raydistill", *sys.argv[1:]])
-    outcome = run_stages(config, Progress(console), until, work, ray, again)
+    again, refusal = shlex.join(["raydistill", *sys.argv[1:]]), None
+    try:
+        outcome = run_stages(config, Progress(console), until, work, ray, again)
+    except UselessStudentError as error:
+        outcome, refusal = error.outcome, error
     if outcome.report is not None:
         from raydistill.stages.summary import closing_table
 
         console.print(closing_table(config, outcome))
         console.print(f"report: {outcome.page}", soft_wrap=True, markup=False)
+    if refusal is not None:
+        raise refusal
     console.print(f"{command or until} is done after {time.time() - STARTED:.0f} s")
 
 

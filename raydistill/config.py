@@ -370,6 +370,8 @@ class Export(Section):
     int8_max_drop: Share = 0.05
     """The accuracy on val that INT8 may lose, 0.05 being five points; without labels, the share of answers that it may
     change. A file that loses more is left out. 1: any."""
+    allow_useless: bool = False
+    """Export a student that is no better than always naming the commonest class, too."""
     hub: str | None = None
     """A repository on the Hugging Face hub to push the folder to; private, if it is new."""
     register_as: str | None = None

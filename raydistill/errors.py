@@ -4,6 +4,8 @@ Every error takes a single message string, so that it survives the trip between 
 Passwords in it are hidden: messages name settings and repeat what libraries say.
 """
 
+from typing import Any
+
 from raydistill.secrets import redacted
 
 
@@ -38,6 +40,12 @@ class StageError(RaydistillError):
 
 class StorageError(StageError):
     """The place where results or images lie does not answer, or has no such bucket."""
+
+
+class UselessStudentError(StageError):
+    """The student is at chance, so `export` wrote nothing. `outcome` is what the run came to before it."""
+
+    outcome: Any = None
 
 
 class DivergedError(StageError):

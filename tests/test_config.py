@@ -150,6 +150,7 @@ OTHER_VALUES = {
     "export.formats": ("onnx",),
     "export.preprocessing": True,
     "export.int8": "static",
+    "export.allow_useless": True,
     "export.int8_max_drop": 0.1,
     "export.hub": "me/student",
     "export.register_as": "student",

@@ -374,7 +374,7 @@ def export_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     """The measures that its card tells are those of `evaluate`."""
     identity = {
         "evaluate": evaluate_directory(config, samples).name,
-        "export": config.export.model_dump(exclude={"hub", "register_as"}),
+        "export": config.export.model_dump(exclude={"allow_useless", "hub", "register_as"}),
     }
     return stage_directory(config, "export", identity)
 

@@ -5,6 +5,7 @@ Shapes: B images, H working pixels on a side, S pixels on a side of what the net
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import warnings
@@ -19,11 +20,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from raydistill.data import decode
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render, view_filters
+from raydistill.models import preprocess
 from raydistill.models.from_transformers import load_or_refuse
 from raydistill.models.student import Student, TimmClassifier
 
 ABOUT_FILE = "raydistill.json"  # beside the exported files: what a program has to know to use them
+PREPROCESS_FILE = "preprocess.py"  # and what reads pictures for them
 INT8_FILE = "model_int8.onnx"
 Run = Callable[[np.ndarray], np.ndarray]  # inputs to logits (B, C)
 
@@ -60,9 +64,26 @@ def network_inputs(images_BHH3: np.ndarray, preprocessing: Preprocessing, from_p
     return render(torch.from_numpy(images_BHH3), whole, preprocessing).numpy()
 
 
+def preprocess_source() -> str:
+    """A module that reads pictures as `predict` does, and needs no raydistill: `decode`'s own code, so that the two
+    cannot differ, and `preprocess`'s."""
+    lines = [
+        '"""How a picture becomes what the files beside this one take. Written by raydistill."""', "",
+        "from __future__ import annotations", "", "", "class DataError(ValueError):",
+        '    """A file that is no picture, and why."""', "", "",
+    ]  # fmt: skip
+    for module in (decode, preprocess):
+        source = inspect.getsource(module)
+        lines += [line for line in source.splitlines() if not line.startswith(("from raydistill.", "from __future__"))]
+    return "\n".join(lines) + "\n"
+
+
 def save_for_library(student: Student, classes: Sequence[str], fit: str, folder: Path) -> None:
     """`model.safetensors` and `config.json` as timm's `local-dir:` and `hf-hub:` names read them; for a transformers
-    model as `from_pretrained` does, with its image processor."""
+    model as `from_pretrained` does, with its image processor.
+
+    The transforms of either library come as near to ours as they can be told to: they know no white behind
+    transparency, and pad with the mean colour. Only `preprocess_source` is the same."""
     wanted, network = student.preprocessing, student.network
     if isinstance(student.body, TimmClassifier):
         seen = {
@@ -84,8 +105,10 @@ def save_for_library(student: Student, classes: Sequence[str], fit: str, folder:
     network.config.label2id = {name: number for number, name in enumerate(classes)}
     network.save_pretrained(folder, safe_serialization=True)
     processor = {
-        "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True,
-        "size": {"height": wanted.size, "width": wanted.size}, "rescale_factor": 1 / 255,
+        "image_processor_type": "CLIPImageProcessor" if fit == "crop" else "LlavaImageProcessor",
+        "do_convert_rgb": True, "do_pad": fit == "pad", "do_resize": True, "size": {"shortest_edge": wanted.size},
+        "do_center_crop": True, "crop_size": {"height": wanted.size, "width": wanted.size},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "resample": Image.Resampling[wanted.interpolation.upper()].value,
         "image_mean": list(wanted.mean), "image_std": list(wanted.std),
     }  # fmt: skip

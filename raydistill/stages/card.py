@@ -11,6 +11,7 @@ from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.models.formats import INT8_FILE
 from raydistill.secrets import redacted
+from raydistill.stages.chance import usefulness
 from raydistill.stages.evaluate import Report
 from raydistill.stages.export import Exported
 from raydistill.stages.generate import GeneratedImages
@@ -30,6 +31,7 @@ def model_card(
     parts = [
         _front_matter(about, report),
         f"# {markdown(about['model'])} for {len(about['classes'])} classes",
+        *(f"> **Warning.** {markdown(words)}" for words in usefulness(report.student).warnings),
         _purpose(about),
         _measures(report, exported),
         _origins(config, samples, generated),
@@ -143,65 +145,50 @@ def licence_of(model: str) -> str:
 
 
 def _how_to_load(about: dict[str, Any], exported: Exported) -> str:
-    if about["library"] == "timm":
-        code = 'import timm\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
-    else:
-        code = (
-            "from transformers import AutoModelForImageClassification\n"
-            'model = AutoModelForImageClassification.from_pretrained("FOLDER").eval()'
-        )
-    lines = ["## How to use it", "", "    raydistill predict FOLDER pictures/", "", "or", "", "```python", code, "```"]
-    if "model.onnx" in exported.files:
-        lines += ["", "or without torch:", "", "```python", onnx_code(about), "```"]
-    return "\n".join(lines)
-
-
-def onnx_code(about: dict[str, Any]) -> str:
-    """For ONNX Runtime and Pillow alone. It reads a picture to the same pixels as `decode` does."""
-    image, wanted = about["image"], about["preprocessing"]
-    side = image["size"]
-    if image["fit"] == "crop":
-        square = [
-            "width, height, short = *picture.size, min(picture.size)",
-            "left, top = (width - short) / 2, (height - short) / 2",
-            "box, shape = (left, top, left + short, top + short), (side, side)",
-        ]
-    else:
-        square = [
-            "box, long = (0, 0, *picture.size), max(picture.size)",
-            "shape = tuple(max(1, round(side * n / long)) for n in picture.size)",
-        ]
     lines = [
-        "import json, numpy as np, onnxruntime",
-        "from PIL import Image, ImageOps",
-        "",
-        'session = onnxruntime.InferenceSession("FOLDER/model.onnx")',
-        'classes = json.load(open("FOLDER/raydistill.json", encoding="utf-8"))["classes"]',
-        f"side = {side}",
-        'picture = Image.open("picture.jpg")',
-        'picture.draft("RGB", (2 * side, 2 * side))',
-        "picture = ImageOps.exif_transpose(picture)",
-        'if picture.mode.startswith("I"):  # 16 bits, of which the upper 8 count',
-        '    values, hidden = np.asarray(picture), picture.info.get("transparency")',
-        "    picture = Image.fromarray((values >> 8).astype(np.uint8))",
-        "    if hidden is not None:",
-        "        picture.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))",
-        'picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")',
-        *square,
-        "picture = picture.resize(shape, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)",
-        'white = Image.new("RGB", (side, side), "white")',
-        "corner = ((side - shape[0]) // 2, (side - shape[1]) // 2)",
-        'white.paste(picture, corner, picture if picture.mode == "RGBA" else None)',
-    ]
-    if about["input"] == "pixels":
-        lines += ["images = np.asarray(white)[None]"]
-    else:
-        small = f"({wanted['size']}, {wanted['size']}), Image.Resampling.{wanted['interpolation'].upper()}"
-        lines += [
-            f'bands = [band.convert("F").resize({small}) for band in white.split()]',
-            "images = np.stack([np.asarray(band) for band in bands], axis=-1).clip(0, 255) / 255",
-            f"images = (images - {list(wanted['mean'])}) / {list(wanted['std'])}",
-            "images = images.transpose(2, 0, 1)[None].astype(np.float32)",
-        ]
-    lines += ['logits = session.run(["logits"], {"images": images})[0]', "print(classes[logits[0].argmax()])"]
+        "## How to use it", "", "    raydistill predict FOLDER pictures/", "",
+        "or without raydistill, by any of the following, where FOLDER is this folder. `preprocess.py` in it reads a "
+        "picture as in training, with Pillow and NumPy alone. The transforms of timm and transformers do not: they "
+        "give other answers for pictures with transparency, turned by EXIF, of 16 bits"
+        + (", or that are not square." if about["image"]["fit"] == "pad" else "."),
+    ]  # fmt: skip
+    for title, code in snippets(about, exported).items():
+        lines += ["", f"With {title}:", "", "```python", code, "```"]
     return "\n".join(lines)
+
+
+def snippets(about: dict[str, Any], exported: Exported) -> dict[str, str]:
+    """By library, code that names the class of `picture.jpg` as `predict` does."""
+    in_graph = "pixels" if about["input"] == "pixels" else "normalised"
+    found = {}
+    if "model.onnx" in exported.files:
+        found["ONNX Runtime"] = _snippet(
+            ["onnxruntime"], [], 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")',
+            [f'logits = session.run(["logits"], {{"images": preprocess.{in_graph}("picture.jpg")}})[0]'],
+        )  # fmt: skip
+    if about["library"] == "timm":
+        found["timm"] = _snippet(
+            ["timm", "torch"], [], 'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
+            _in_torch('model(torch.from_numpy(preprocess.normalised("picture.jpg")))'),
+        )  # fmt: skip
+    found["transformers" + (" and timm" if about["library"] == "timm" else "")] = _snippet(
+        ["torch"], ["from transformers import AutoModelForImageClassification"],
+        'model = AutoModelForImageClassification.from_pretrained("FOLDER").eval()',
+        _in_torch('model(pixel_values=torch.from_numpy(preprocess.normalised("picture.jpg"))).logits'),
+    )  # fmt: skip
+    if "model.pt2" in exported.files:
+        found["torch.export"] = _snippet(
+            ["torch"], [], 'model = torch.export.load("FOLDER/model.pt2").module()',
+            _in_torch(f'model(torch.from_numpy(preprocess.{in_graph}("picture.jpg")))'),
+        )  # fmt: skip
+    return found
+
+
+def _in_torch(call: str) -> list[str]:
+    return ["with torch.inference_mode():", f"    logits = {call}"]
+
+
+def _snippet(modules: list[str], names: list[str], load: str, run: list[str]) -> str:
+    lines = ["import sys", "", *(f"import {module}" for module in modules), *names, "", 'sys.path.append("FOLDER")']
+    lines += ["from preprocess import Preprocess", "", load, 'preprocess = Preprocess("FOLDER")', *run]
+    return "\n".join([*lines, "print(preprocess.classes[int(logits[0].argmax())])"])

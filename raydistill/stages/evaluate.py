@@ -1,6 +1,6 @@
 """evaluate: what the student can do, beside its teacher, in numbers and pictures.
 
-Shapes: N images, C classes.
+Shapes: N images, C classes, K classes of which something is kept, P images of a part.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from pyarrow import parquet as pq
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import precision_recall_fscore_support
 from torch import nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
@@ -27,10 +27,21 @@ from raydistill.models.student import read_student, split_logits
 from raydistill.models.teacher import load_head, load_teacher
 from raydistill.stages.adapt import AdaptedTeacher, split_features
 from raydistill.stages.distill import StudentCheckpoint, read_epochs
-from raydistill.stages.figures import confusion_figure, curves_figure, per_class_figure, reliability_figure
+from raydistill.stages.figures import (
+    Answers,
+    confused_pairs,
+    confusion_figure,
+    curves_figure,
+    per_class_figure,
+    reliability_figure,
+)
 from raydistill.stages.speed import images_per_second
 
 PREDICTIONS_FILE = "predictions.parquet"
+# What is kept grows with the images and with the classes, never with their product or the classes' square: so many
+# pairs of classes that are confused, and above so many classes the logits of the likeliest alone.
+_MOST_PAIRS, _MOST_WHOLE, _LIKELIEST = 1000, 1000, 100
+_PART = 512
 
 
 @dataclass(frozen=True)
@@ -61,39 +72,37 @@ def evaluate_student(
     directory.begin()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = read_student(student.path)[0].to(device)
-    logits: dict[str, dict[str, np.ndarray]] = {"student": {}, "teacher": {}}
-    labels: dict[str, np.ndarray] = {}
     splits = [split for split in ("val", "test") if samples.num_rows(split)]
-    where = {}
-    if adapted is not None:
-        where = {"val": adapted.features, "test": held_out_directory(config, samples).path}
+    measured: dict[str, dict[str, Any]] = {"student": {}, "teacher": {}}
+    agreements, temperature, predictions = {}, None, []
     with progress.task("evaluate", sum(map(samples.num_rows, splits)), "images") as advance:
-        for split in splits:
+        for split in splits:  # one after the other, since with many classes the logits are large
             all_logits, all_labels = split_logits(network, samples, split, device, config.evaluate.batch_size)
-            labelled = all_labels >= 0
-            logits["student"][split], labels[split] = all_logits[labelled], all_labels[labelled]
+            labels_N = all_labels[all_labels >= 0]
+            logits = {"student": all_logits[all_labels >= 0]}
             if adapted is not None:
-                features, _ = split_features(samples, where[split], split)
-                logits["teacher"][split] = load_head(adapted.path).logits(features)
+                where = adapted.features if split == "val" else held_out_directory(config, samples).path
+                logits["teacher"] = load_head(adapted.path).logits(split_features(samples, where, split)[0])
+                agreements[split] = agreement(logits["student"], logits["teacher"])
+            for who, logits_NC in logits.items():
+                measured[who][split] = measures(logits_NC, labels_N, samples.classes, config.evaluate.calibration_bins)
+            if split == "val":
+                temperature = fitted_temperature(logits["student"], labels_N)
+            if temperature is not None:
+                measured["student"][split]["ece_calibrated"] = _calibration_error(
+                    logits["student"] / temperature, labels_N, config.evaluate.calibration_bins
+                )
+            _draw(config, samples, directory, split, {who: Answers.of(v) for who, v in logits.items()}, labels_N)
+            predictions.append(_predictions(samples, split, logits))
             advance(len(all_labels))
     teacher_network = None
     if adapted is not None and config.teacher is not None:
         teacher_network = load_teacher(config.teacher)[0].to(device)
-    bins = config.evaluate.calibration_bins
-    measured = {
-        who: {s: measures(values, labels[s], samples.classes, bins) for s, values in of_split.items()}
-        for who, of_split in logits.items()
-    }
-    temperature = fitted_temperature(logits["student"]["val"], labels["val"]) if "val" in labels else None
-    if temperature is not None:
-        for split, of_split in measured["student"].items():
-            calibrated_NC = logits["student"][split] / temperature
-            of_split["ece_calibrated"] = measures(calibrated_NC, labels[split], samples.classes, bins)["ece"]
     report = Report(
         path=directory.path,
         student=measured["student"],
         teacher=measured["teacher"] or None,
-        agreement={s: agreement(logits["student"][s], v) for s, v in logits["teacher"].items()} or None,
+        agreement=agreements or None,
         temperature=temperature,
         student_parameters=student.num_parameters,
         teacher_parameters=None if teacher_network is None else _count(teacher_network),
@@ -103,38 +112,49 @@ def evaluate_student(
         else images_per_second(teacher_network, teacher_network.preprocessing.size, device),
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
     )
-    _draw(config, samples, directory, student, logits, labels)
-    directory.write(PREDICTIONS_FILE, _predictions(samples, splits, logits))
+    directory.write("curves.png", curves_figure(read_epochs(student.path)))
+    directory.write(PREDICTIONS_FILE, _parquet(predictions))
     directory.write_json("report.json", asdict(report))
     directory.finish(asdict(report))
     return report
 
 
 def measures(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ...], bins: int) -> dict[str, Any]:
-    """Accuracy with its 95 % Wilson interval, top-5, expected calibration error, and precision and recall by class."""
-    scores, truth = torch.from_numpy(logits_NC).softmax(dim=1), torch.from_numpy(labels_N)
-    num_classes, predicted = len(classes), logits_NC.argmax(1)
-    correct = int((predicted == labels_N).sum())
+    """Accuracy with its 95 % Wilson interval, top-5, expected calibration error; images, answers, precision and recall
+    by class; and which classes are taken for which others, the most frequent pairs first."""
+    num_classes, predicted_N = len(classes), logits_NC.argmax(1)
+    correct = int((predicted_N == labels_N).sum())
     interval = binomtest(correct, len(labels_N)).proportion_ci(method="wilson")
-    top5 = multiclass_accuracy(scores, truth, num_classes, top_k=min(5, num_classes), average="micro")
-    ece = multiclass_calibration_error(scores, truth, num_classes, n_bins=bins, norm="l1")
+    best_NK = torch.from_numpy(logits_NC).topk(min(5, num_classes), dim=1).indices.numpy()
     precision, recall, _, support = precision_recall_fscore_support(
-        labels_N, predicted, labels=range(num_classes), zero_division=0.0
+        labels_N, predicted_N, labels=range(num_classes), zero_division=0.0
     )
+    answers = np.bincount(predicted_N, minlength=num_classes)
     table = {
-        name: {"images": int(support[k]), "recall": _of_any(recall[k], support[k]), "precision": float(precision[k])}
+        name: {
+            "images": int(support[k]), "answers": int(answers[k]), "recall": _of_any(recall[k], support[k]),
+            "precision": float(precision[k]),
+        }
         for k, name in enumerate(classes)
-    }
+    }  # fmt: skip
     return {
         "images": len(labels_N),
         "accuracy": correct / len(labels_N),
         "interval": [float(interval.low), float(interval.high)],
-        "top5": float(top5),
-        "ece": float(ece),
-        "balanced_accuracy": float(np.mean([recall[k] for k in range(num_classes) if support[k]])),
+        "top5": float((best_NK == labels_N[:, None]).any(axis=1).mean()),
+        "ece": _calibration_error(logits_NC, labels_N, bins),
+        "balanced_accuracy": float(recall[support > 0].mean()),
         "per_class": table,
-        "confusion": confusion_matrix(labels_N, predicted, labels=range(num_classes)).tolist(),
+        "confused": [
+            {"true": classes[k], "taken_for": classes[j], "images": count}
+            for k, j, count in confused_pairs(predicted_N, labels_N)[:_MOST_PAIRS]
+        ],
     }
+
+
+def _calibration_error(logits_NC: np.ndarray, labels_N: np.ndarray, bins: int) -> float:
+    scores_NC, truth_N = torch.from_numpy(logits_NC).softmax(dim=1), torch.from_numpy(labels_N)
+    return float(multiclass_calibration_error(scores_NC, truth_N, logits_NC.shape[1], n_bins=bins, norm="l1"))
 
 
 def _of_any(value: float, count: int) -> float | None:
@@ -146,28 +166,50 @@ def fitted_temperature(logits_NC: np.ndarray, labels_N: np.ndarray) -> float:
     """The divisor of the logits at which the labels are likeliest (temperature scaling, Guo et al. 2017, section 4.2);
     within a hundredth and a hundred, since where every answer is right no logit is sure enough."""
 
-    def mean_loss(exponent: float) -> float:
-        scaled_NC = torch.from_numpy(logits_NC).double() / 10**exponent
-        return float(torch.nn.functional.cross_entropy(scaled_NC, torch.from_numpy(labels_N)))
+    parts = [
+        (torch.from_numpy(logits_NC[n : n + _PART]), torch.from_numpy(labels_N[n : n + _PART]))
+        for n in range(0, len(labels_N), _PART)
+    ]
 
-    return float(10 ** minimize_scalar(mean_loss, bounds=(-2, 2), method="bounded").x)
+    def loss(exponent: float) -> float:
+        scaled = ((part_PC.double() / 10**exponent, truth_P) for part_PC, truth_P in parts)
+        return sum(float(torch.nn.functional.cross_entropy(*part, reduction="sum")) for part in scaled)
+
+    return float(10 ** minimize_scalar(loss, bounds=(-2, 2), method="bounded").x)
 
 
-def _predictions(samples: SampleSet, splits: list[str], logits: dict[str, dict[str, np.ndarray]]) -> bytes:
-    """Parquet bytes: each labelled val and test image with its class and both networks' logits."""
-    tables = []
-    for split in splits:
-        rows = pa.concat_tables(
-            read_samples(samples, split, shard).select(["sample_id", "label", "split"])
-            for shard in range(len(samples.shards[split]))
-        )
-        rows = rows.filter(rows["label"].is_valid())
-        for who in ("student", "teacher"):
-            values = list(logits[who][split]) if split in logits[who] else [None] * rows.num_rows
-            rows = rows.append_column(f"{who}_logits", pa.array(values, pa.list_(pa.float32())))
-        tables.append(rows)
+def _predictions(samples: SampleSet, split: str, logits: dict[str, np.ndarray]) -> pa.Table:
+    """Each labelled image of a split with its class, and of both networks the class they name, how sure they are of it
+    and their logits, null where there is no teacher. With very many classes the logits are those of the likeliest, from
+    the likeliest down, and another column has their classes."""
+    rows = pa.concat_tables(
+        read_samples(samples, split, shard).select(["sample_id", "label", "split"])
+        for shard in range(len(samples.shards[split]))
+    )
+    rows = rows.filter(rows["label"].is_valid())
+    for who in ("student", "teacher"):
+        for name, values in _columns(logits.get(who), rows.num_rows, len(samples.classes)).items():
+            rows = rows.append_column(f"{who}_{name}", values)
+    return rows
+
+
+def _columns(logits_NC: np.ndarray | None, num_rows: int, num_classes: int) -> dict[str, pa.Array]:
+    kinds = {"class": pa.int32(), "probability": pa.float32(), "logits": pa.list_(pa.float32())}
+    if num_classes > _MOST_WHOLE:
+        kinds["classes"] = pa.list_(pa.int32())
+    if logits_NC is None:
+        return {name: pa.nulls(num_rows, kind) for name, kind in kinds.items()}
+    class_N, sure_N = Answers.of(logits_NC)
+    found = {"class": class_N, "probability": sure_N, "logits": logits_NC}
+    if "classes" in kinds:
+        kept = torch.from_numpy(logits_NC).topk(_LIKELIEST, dim=1)
+        found |= {"logits": kept.values.numpy(), "classes": kept.indices.numpy()}
+    return {name: pa.array(list(found[name]), kind) for name, kind in kinds.items()}
+
+
+def _parquet(tables: list[pa.Table]) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.concat_tables(tables), sink)
+    pq.write_table(pa.concat_tables(tables) if tables else pa.table({}), sink)
     return bytes(sink.getvalue().to_pybytes())
 
 
@@ -184,15 +226,11 @@ def _draw(
     config: RunConfig,
     samples: SampleSet,
     directory: StageDirectory,
-    student: StudentCheckpoint,
-    logits: dict[str, dict[str, np.ndarray]],
-    labels: dict[str, np.ndarray],
+    split: str,
+    answers: dict[str, Answers],
+    labels_N: np.ndarray,
 ) -> None:
-    directory.write("curves.png", curves_figure(read_epochs(student.path)))
-    for split, truth in labels.items():
-        of_split = {who: values[split] for who, values in logits.items() if split in values}
-        directory.write(f"confusion_{split}.png", confusion_figure(of_split["student"], truth, samples.classes, split))
-        directory.write(
-            f"reliability_{split}.png", reliability_figure(of_split, truth, config.evaluate.calibration_bins, split)
-        )
-        directory.write(f"per_class_{split}.png", per_class_figure(of_split, truth, samples.classes, split))
+    student_N, bins = answers["student"].class_N, config.evaluate.calibration_bins
+    directory.write(f"confusion_{split}.png", confusion_figure(student_N, labels_N, samples.classes, split))
+    directory.write(f"reliability_{split}.png", reliability_figure(answers, labels_N, bins, split))
+    directory.write(f"per_class_{split}.png", per_class_figure(answers, labels_N, samples.classes, split))

@@ -26,11 +26,13 @@ from raydistill.infra.tracking import Tracker
 from raydistill.models.formats import (
     ABOUT_FILE,
     INT8_FILE,
+    PREPROCESS_FILE,
     Run,
     Shipped,
     load_from_library,
     network_inputs,
     onnx_run,
+    preprocess_source,
     quantise,
     save_for_library,
     to_onnx,
@@ -110,6 +112,7 @@ def export_student(
         speed = _speeds(config, runs, inputs_N[:1])
         advance(1)
         (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
+        (folder / PREPROCESS_FILE).write_text(preprocess_source(), encoding="utf-8")
         sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         exported = Exported(directory.path, sizes, differences, int8, speed)
         (folder / "README.md").write_text(card(about, exported), encoding="utf-8")

@@ -8,18 +8,30 @@ from __future__ import annotations
 import io
 import itertools
 import textwrap
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.metrics import confusion_matrix
 
 from raydistill.strangers import one_line, shorter
 
 STUDENT, TEACHER, OTHERS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _COLOURS = {"student": STUDENT, "teacher": TEACHER}
 _MOST_NAMED_CLASSES = 40
+
+
+class Answers(NamedTuple):
+    """The class (N,) that a network names first for each image, and the probability (N,) that it gives it."""
+
+    class_N: np.ndarray
+    sure_N: np.ndarray
+
+    @classmethod
+    def of(cls, logits_NC: np.ndarray) -> Answers:
+        class_N = logits_NC.argmax(1)
+        highest_N1 = np.take_along_axis(logits_NC, class_N[:, None], axis=1)
+        return cls(class_N, 1 / np.exp(logits_NC - highest_N1).sum(axis=1))
 
 
 def curves_figure(epochs: list[dict[str, float]]) -> bytes:
@@ -64,38 +76,61 @@ def contact_sheet(name: str, kept: list[Image.Image], rejected: list[tuple[Image
     return png(figure)
 
 
-def confusion_figure(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ...], split: str) -> bytes:
-    """Rows are the true classes; each row sums to 1."""
-    names = [_shown(name) for name in classes]
-    counts = confusion_matrix(labels_N, logits_NC.argmax(1), labels=range(len(classes)))
+def confused_pairs(answers_N: np.ndarray, labels_N: np.ndarray) -> list[tuple[int, int, int]]:
+    """(true class, the class it is taken for, images), the most frequent first."""
+    wrong_N = answers_N != labels_N
+    pairs, counts = np.unique(np.stack([labels_N, answers_N])[:, wrong_N], axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [(int(pairs[0, n]), int(pairs[1, n]), int(counts[n])) for n in order]
+
+
+def _shown_classes(answers_N: np.ndarray, labels_N: np.ndarray, num_classes: int) -> list[int]:
+    """All, or where they are too many those that are confused most, else those with most images."""
+    if num_classes <= _MOST_NAMED_CLASSES:
+        return list(range(num_classes))
+    confused = (k for true, other, _ in confused_pairs(answers_N, labels_N) for k in (true, other))
+    largest = np.argsort(-np.bincount(labels_N, minlength=num_classes), kind="stable").tolist()
+    return list(dict.fromkeys([*confused, *largest]))[:_MOST_NAMED_CLASSES]
+
+
+def confusion_figure(answers_N: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ...], split: str) -> bytes:
+    """Rows are the true classes; each row sums to 1. Of very many classes those that are confused most are shown, and
+    the last column is all others."""
+    shown = _shown_classes(answers_N, labels_N, len(classes))
+    place = dict(zip(shown, range(len(shown)), strict=True))
+    some = len(shown) < len(classes)
+    names = [_shown(classes[k]) for k in shown]
+    counts = np.zeros((len(shown), len(shown) + some), int)
+    for label, answer in zip(labels_N.tolist(), answers_N.tolist(), strict=True):
+        if label in place:
+            counts[place[label], place.get(answer, -1)] += 1
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = min(max(4.0, 0.45 * len(classes) + 2), 14)
+    side = min(max(4.0, 0.45 * len(shown) + 2), 14)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
-    if len(classes) <= _MOST_NAMED_CLASSES:
-        axes.set_xticks(range(len(classes)), names, rotation=60, ha="right", fontsize=8, parse_math=False)
-        axes.set_yticks(range(len(classes)), names, fontsize=8, parse_math=False)
-    if len(classes) <= 15:
+    columns = [*names, "all others"] if some else names
+    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    if len(shown) <= 15:
         for row, column in np.ndindex(*counts.shape):
             if counts[row, column]:
                 dark = shares[row, column] > 0.5
-                axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8,
+                axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=8,
                           color="white" if dark else "black")  # fmt: skip
-    axes.set(xlabel="predicted", ylabel="true", title=f"Student on {split}: {len(labels_N)} images")
+    more = f", the {len(shown)} of {len(classes)} classes confused most" if some else ""
+    axes.set(xlabel="predicted", ylabel="true", title=f"Student on {split}: {len(labels_N)} images{more}")
     return png(figure)
 
 
-def reliability_figure(logits: dict[str, np.ndarray], labels_N: np.ndarray, bins: int, split: str) -> bytes:
+def reliability_figure(answers: dict[str, Answers], labels_N: np.ndarray, bins: int, split: str) -> bytes:
     """How often each network is right when it says how sure it is. Bins with fewer than 5 images are left out."""
     figure = Figure(figsize=(4.6, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--", label="perfectly calibrated")
-    for who, logits_NC in logits.items():
-        shifted = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
-        sure_N = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
-        right_N = logits_NC.argmax(1) == labels_N
+    for who, (class_N, sure_N) in answers.items():
+        right_N = class_N == labels_N
         bin_N = np.minimum((sure_N * bins).astype(int), bins - 1)
         points = [
             (sure_N[bin_N == b].mean(), right_N[bin_N == b].mean()) for b in range(bins) if (bin_N == b).sum() >= 5
@@ -108,22 +143,20 @@ def reliability_figure(logits: dict[str, np.ndarray], labels_N: np.ndarray, bins
     return png(figure)
 
 
-def per_class_figure(
-    logits: dict[str, np.ndarray], labels_N: np.ndarray, classes: tuple[str, ...], split: str
-) -> bytes:
+def per_class_figure(answers: dict[str, Answers], labels_N: np.ndarray, classes: tuple[str, ...], split: str) -> bytes:
     """Recall of each class, the student's worst first, the teacher's as a mark beside it."""
-    recalls: dict[str, Any] = {
-        who: np.array([(v.argmax(1)[labels_N == k] == k).mean() if (labels_N == k).any() else np.nan
-                       for k in range(len(classes))])
-        for who, v in logits.items()
-    }  # fmt: skip
-    order = np.argsort(recalls["student"])[:_MOST_NAMED_CLASSES]
+    images_C = np.bincount(labels_N, minlength=len(classes))
+    recalls = {}
+    for who, (class_N, _) in answers.items():
+        right_C = np.bincount(labels_N[class_N == labels_N], minlength=len(classes))
+        recalls[who] = np.where(images_C > 0, right_C / np.maximum(images_C, 1), np.nan)
+    order = np.lexsort((-images_C, recalls["student"]))[:_MOST_NAMED_CLASSES]
     figure = Figure(figsize=(6.4, min(max(2.4, 0.3 * len(order) + 1.2), 14)), layout="constrained")
     axes = figure.subplots()
     axes.barh(range(len(order)), recalls["student"][order], color=STUDENT, label="student")
     if "teacher" in recalls:
         axes.plot(recalls["teacher"][order], range(len(order)), "D", color=TEACHER, markersize=5, label="teacher")
-    names = [f"{_shown(classes[k])} ({int((labels_N == k).sum())})" for k in order]
+    names = [f"{_shown(classes[k])} ({images_C[k]})" for k in order]
     axes.set_yticks(range(len(order)), names, fontsize=8, parse_math=False)
     axes.invert_yaxis()
     more = f", worst {len(order)} of {len(classes)} classes" if len(order) < len(classes) else ""

@@ -1,7 +1,4 @@
-"""report.html: what came of a run, on one page that needs no network, for people who decide whether to ship it.
-
-Shapes: N images, C classes.
-"""
+"""report.html: what came of a run, on one page that needs no network, for people who decide whether to ship it."""
 
 from __future__ import annotations
 
@@ -12,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import pyarrow as pa
+from pyarrow import compute as pc
 from pyarrow import parquet as pq
-from scipy.special import softmax
 
 from raydistill.config import RunConfig, overlay, shown_yaml
 from raydistill.data.manifests import read_json, result_of
@@ -27,11 +23,13 @@ from raydistill.infra.node_hours import bill_words
 from raydistill.infra.versions import PACKAGES, installed
 from raydistill.secrets import on_page
 from raydistill.stages.baselines import OVERLAYS
+from raydistill.stages.chance import usefulness
 from raydistill.stages.evaluate import PREDICTIONS_FILE, Report
 from raydistill.stages.run import Outcome
 from raydistill.storage.filesystems import exists, read_bytes, write_bytes
 
 _MOST_DISAGREEMENTS, _MOST_SHEETS, _MOST_REASONS, _EXAMPLES = 24, 12, 20, 3
+_BOTH = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
         name=config.name,
         config=config,
         report=report,
+        warnings=usefulness(report.student).warnings,
         main="test" if "test" in report.student else "val",
         baselines=_baselines(config, samples),
         without_generated=outcome.without_generated,
@@ -114,23 +113,23 @@ def _baselines(config: RunConfig, samples: SampleSet) -> dict[str, Report]:
 
 def _disagreements(report: Report, samples: SampleSet, split: str) -> list[Disagreement]:
     """Those on which the two are surest together, the surest first."""
-    table = pq.read_table(pa.BufferReader(read_bytes(f"{report.path}/{PREDICTIONS_FILE}")))
-    rows = [row for row in table.to_pylist() if row["split"] == split and row["teacher_logits"] is not None]
-    if not rows:
+    if report.agreement is None:
         return []
-    student_NC, teacher_NC = (softmax([row[f"{who}_logits"] for row in rows], axis=1) for who in ("student", "teacher"))
-    differ_N = np.flatnonzero(student_NC.argmax(1) != teacher_NC.argmax(1))
-    surest = differ_N[np.argsort(-(student_NC.max(1) + teacher_NC.max(1))[differ_N], kind="stable")]
-    wanted = [int(n) for n in surest[:_MOST_DISAGREEMENTS]]
-    images = _images(samples, split, {rows[n]["sample_id"] for n in wanted})
+    columns = ["sample_id", "label", "split", *(f"{who}_{what}" for who in _BOTH for what in ("class", "probability"))]
+    table = pq.read_table(pa.BufferReader(read_bytes(f"{report.path}/{PREDICTIONS_FILE}")), columns=columns)
+    differ = pc.and_(pc.equal(table["split"], split), pc.not_equal(table["student_class"], table["teacher_class"]))
+    rows = table.filter(differ).to_pylist()
+    rows.sort(key=lambda row: -(row["student_probability"] + row["teacher_probability"]))
+    rows = rows[:_MOST_DISAGREEMENTS]
+    images = _images(samples, split, {row["sample_id"] for row in rows})
     names = samples.classes
     return [
         Disagreement(
-            images[rows[n]["sample_id"]], names[rows[n]["label"]],
-            names[student_NC[n].argmax()], float(student_NC[n].max()),
-            names[teacher_NC[n].argmax()], float(teacher_NC[n].max()),
+            images[row["sample_id"]], names[row["label"]],
+            names[row["student_class"]], row["student_probability"],
+            names[row["teacher_class"]], row["teacher_probability"],
         )
-        for n in wanted
+        for row in rows
     ]  # fmt: skip
 
 

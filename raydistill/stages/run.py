@@ -12,7 +12,7 @@ from raydistill.data.images import Listing, list_images
 from raydistill.data.manifests import result_of
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.data.targets import read_bytes
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import ConfigError, DataError, UselessStudentError
 from raydistill.infra import artifacts
 from raydistill.infra.artifacts import StageDirectory, Work, find_work
 from raydistill.infra.cluster import RayStart
@@ -62,6 +62,7 @@ class Outcome:
     student: StudentCheckpoint | None = None
     report: Report | None = None
     exported: Exported | None = None
+    refused: str | None = None  # why the student is not exported
     without_generated: Report | None = None  # of the same job without generated images, where it was run
     seconds: dict[str, float] = field(default_factory=dict)  # of the stages that ran; 0 where one was done before
     directories: dict[str, str] = field(default_factory=dict)
@@ -99,6 +100,10 @@ def run_stages(
 
                 outcome.page = write_report(config, outcome, command)
                 tracker.parent.text(read_bytes(outcome.page).decode(), "report.html")
+            if outcome.refused is not None:
+                error = UselessStudentError(outcome.refused)
+                error.outcome = outcome
+                raise error
             return outcome
 
 
@@ -385,9 +390,18 @@ class _Run:
 
     def _export(self, samples: SampleSet) -> None:
         from raydistill.stages.card import int8_words, model_card
+        from raydistill.stages.chance import usefulness
         from raydistill.stages.export import Exported, export_student, push_to_hub, record_model
 
         config, outcome = self._config, self._outcome
+        assert outcome.report is not None
+        useful = usefulness(outcome.report.student)
+        if useful.state == "at chance" and not config.export.allow_useless:
+            outcome.refused = (
+                f"{useful.warnings[0].rstrip('.')}; so it is not exported. Train it longer or in another way (the "
+                "report shows how it went), or set export.allow_useless=true to export it all the same"
+            )
+            return
         directory = artifacts.export_directory(config, samples)
 
         def work(_: Any) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 from raydistill.config import RunConfig
 from raydistill.infra.artifacts import read_bill
 from raydistill.infra.node_hours import bill_words
+from raydistill.stages.chance import usefulness
 from raydistill.stages.run import Outcome
 from raydistill.storage.filesystems import write_bytes
 
@@ -37,7 +38,8 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
         seconds = outcome.seconds.get(stage)
         more = [bill_words(bills[stage], config.cluster.prices)] if on_nodes else []
         stages.add_row(stage, f"{seconds:.0f}" if seconds else "done", directory, *more)
-    return Group("", results, "", stages, "")
+    warnings = [f"warning: {words}" for words in usefulness(report.student).warnings]
+    return Group("", *warnings, *([""] if warnings else []), results, "", stages, "")
 
 
 def _generated_rows(config: RunConfig, outcome: Outcome) -> list[tuple[str, str, str]]:

@@ -164,6 +164,7 @@ EFFECTS = {
     "export.preprocessing=true": {"export"},
     "export.int8=static": {"export"},
     "export.int8_max_drop=0.1": {"export"},
+    "export.allow_useless=true": NOTHING,
     "export.hub=me/student": NOTHING,
     "export.register_as=student": NOTHING,
     "cluster.address=ray://head:10001": NOTHING,

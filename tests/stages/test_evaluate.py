@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.metrics import confusion_matrix
 
 from raydistill.models.student import build_student, split_logits
+from raydistill.stages import evaluate
 from raydistill.stages.evaluate import agreement, fitted_temperature, measures
+from raydistill.stages.figures import Answers, confusion_figure, per_class_figure
 
 
 def slow_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> float:
@@ -28,10 +35,12 @@ def test_measures_of_a_case_done_by_hand() -> None:
     labels = np.array([0, 1, 1, 1, 0])
     result = measures(logits, labels, ("a", "b", "c"), bins=10)
     assert result["accuracy"] == 2 / 5
-    assert result["confusion"] == [[1, 1, 0], [1, 1, 1], [0, 0, 0]]
-    assert result["per_class"]["a"] == {"images": 2, "recall": 0.5, "precision": 0.5}
+    assert {(p["true"], p["taken_for"], p["images"]) for p in result["confused"]} == {
+        ("a", "b", 1), ("b", "a", 1), ("b", "c", 1),
+    }  # fmt: skip
+    assert result["per_class"]["a"] == {"images": 2, "answers": 2, "recall": 0.5, "precision": 0.5}
     assert result["per_class"]["b"]["recall"] == pytest.approx(1 / 3)
-    assert result["per_class"]["c"] == {"images": 0, "recall": None, "precision": 0.0}
+    assert result["per_class"]["c"] == {"images": 0, "answers": 1, "recall": None, "precision": 0.0}
     assert result["balanced_accuracy"] == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert result["top5"] == 1.0
 
@@ -86,3 +95,52 @@ def test_the_fitted_temperature_undoes_a_scaling() -> None:
 
 def test_the_fitted_temperature_is_finite_where_every_answer_is_right() -> None:
     assert 0.009 < fitted_temperature(np.eye(4, dtype=np.float32) * 9, np.arange(4)) < 0.1
+
+
+def test_confused_pairs_are_the_confusion_matrix_without_its_diagonal() -> None:
+    rng = np.random.default_rng(4)
+    logits, labels = rng.normal(0, 1, (300, 6)).astype(np.float32), rng.integers(0, 6, 300)
+    expected = confusion_matrix(labels, logits.argmax(1))
+    np.fill_diagonal(expected, 0)
+    pairs = measures(logits, labels, tuple("abcdef"), 15)["confused"]
+    assert [pair["images"] for pair in pairs] == sorted(expected[expected > 0], reverse=True)
+    for pair in pairs:
+        assert expected["abcdef".index(pair["true"]), "abcdef".index(pair["taken_for"])] == pair["images"]
+
+
+@pytest.mark.parametrize("num_classes", [2, 5000])
+def test_nothing_grows_with_the_square_of_the_classes(num_classes) -> None:
+    rng = np.random.default_rng(5)
+    logits, labels = rng.normal(0, 1, (60, num_classes)).astype(np.float32), rng.integers(0, num_classes, 60)
+    names = tuple(f"kind {k}" for k in range(num_classes))
+    tracemalloc.start()
+    found = measures(logits, labels, names, 15)
+    assert 0 < fitted_temperature(logits, labels) < 1000
+    answers = Answers.of(logits)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20e6  # a table of all pairs has 25 million entries
+    assert len(json.dumps(found)) < 130 * num_classes + 10_000
+    for picture in (
+        confusion_figure(answers.class_N, labels, names, "val"),
+        per_class_figure({"student": answers, "teacher": answers}, labels, names, "val"),
+    ):
+        width, height = Image.open(io.BytesIO(picture)).size
+        assert 300 < min(width, height) < max(width, height) < 2200
+        assert len(picture) < 300_000
+
+
+def test_predictions_keep_the_likeliest_of_very_many_classes(monkeypatch) -> None:
+    logits = np.random.default_rng(6).normal(0, 1, (7, 300)).astype(np.float32)
+    whole = evaluate._columns(logits, 7, 300)
+    monkeypatch.setattr(evaluate, "_MOST_WHOLE", 299)
+    kept, without = evaluate._columns(logits, 7, 300), evaluate._columns(None, 7, 300)
+    np.testing.assert_array_equal(np.stack(whole["logits"].to_numpy(zero_copy_only=False)), logits)
+    for n, (values, classes) in enumerate(zip(kept["logits"].to_pylist(), kept["classes"].to_pylist(), strict=True)):
+        assert classes == np.argsort(-logits[n], kind="stable")[:100].tolist()
+        np.testing.assert_array_equal(values, logits[n][classes])
+        assert kept["class"][n].as_py() == whole["class"][n].as_py() == classes[0]
+        expected = np.exp(logits[n].max()) / np.exp(logits[n]).sum()
+        assert kept["probability"][n].as_py() == pytest.approx(expected, rel=1e-5)
+    assert {name: column.type for name, column in without.items()} == {n: c.type for n, c in kept.items()}
+    assert all(column.null_count == 7 for column in without.values())

@@ -20,23 +20,25 @@ from PIL import Image
 from pyarrow import parquet as pq
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
+from typer.testing import CliRunner
 
+from raydistill.cli import app
 from raydistill.config import RunConfig, load_config, overlay
 from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import UNLABELLED, read_samples
-from raydistill.errors import ConfigError, StageError
-from raydistill.inference.predict import Predictor, find_units, predict_locally
+from raydistill.errors import ConfigError, StageError, UselessStudentError
+from raydistill.inference.predict import find_units, predict_locally
 from raydistill.infra.progress import Progress
 from raydistill.models.formats import network_inputs
 from raydistill.models.student import Student, read_student, split_logits
 from raydistill.stages import export
 from raydistill.stages.baselines import OVERLAYS
-from raydistill.stages.card import int8_words, onnx_code
+from raydistill.stages.card import int8_words, snippets
 from raydistill.stages.report import write_report
 from raydistill.stages.run import Outcome, run_stages
 from tests.models.conftest import classifier
-from tests.stages.conftest import CLASSES, painted, small_job
+from tests.stages.conftest import CLASSES, small_job
 
 CLASSES_BY_NAME = sorted(CLASSES)  # as a folder gives them
 
@@ -210,15 +212,30 @@ def test_a_run_ends_in_a_folder_with_a_card(finished, progress):
     assert f"| test, {test['images']} images: accuracy | {test['accuracy']:.3f} |" in card
     for name in (*CLASSES, "timm:test_resnet", "teacher", "model.onnx"):
         assert name in card
-    code = card.rpartition("```python\n")[2].partition("```")[0]  # what is said there works as it stands
-    picture = next(Path(config.images.path).glob("red/*.png"))
-    code = code.replace("FOLDER", outcome.exported.path).replace("picture.jpg", str(picture))
-    answers: list[str] = []
-    exec(code, {"print": answers.append})
-    assert answers[0] in CLASSES
+    about = json.loads(Path(outcome.exported.path, "raydistill.json").read_text())
+    for code in snippets(about, outcome.exported).values():
+        assert f"```python\n{code}\n```" in card
     again = run_stages(config, progress, "export")
     assert again.exported == outcome.exported
     assert again.seconds["export"] == 0.0
+
+
+@pytest.mark.usefixtures("taught")
+def test_a_student_at_chance_is_reported_and_exported_only_when_told_to(words, tmp_path):
+    words = [*words, "distill.learning_rate=1e-9", "distill.epochs=1", "export.formats=[]"]
+    refused = CliRunner().invoke(app, ["run", *words])
+    assert isinstance(refused.exception, UselessStudentError)
+    assert "so it is not exported" in str(refused.exception)
+    assert "export.allow_useless=true" in str(refused.exception)
+    first = next(line for line in refused.stdout.splitlines() if line.startswith("warning:"))
+    assert "The student is of no use as it is: it is right on" in first
+    assert "It never names" in refused.stdout
+    page = next(tmp_path.glob("workspace/evaluate-*/report.html")).read_text()
+    assert "The student is of no use as it is" in page
+    assert not list(tmp_path.glob("workspace/export-*"))
+    told = CliRunner().invoke(app, ["run", *words, "export.allow_useless=true"])
+    assert told.exit_code == 0
+    assert "> **Warning.** The student is of no use" in next(tmp_path.glob("workspace/export-*/README.md")).read_text()
 
 
 def test_predict_is_as_accurate_on_the_files_as_was_reported(finished):
@@ -232,48 +249,6 @@ def test_predict_is_as_accurate_on_the_files_as_was_reported(finished):
         right = [samples.classes[a.probabilities_C.argmax()] == Path(a.name).parent.name for a in answers]
         assert len(right) == outcome.report.student[split]["images"] > 5
         assert np.mean(right) == pytest.approx(outcome.report.student[split]["accuracy"])
-
-
-def pictures_of_many_kinds() -> dict[str, bytes]:
-    def saved(image: Image.Image, form: str, **options: object) -> bytes:
-        sink = io.BytesIO()
-        image.save(sink, form, **options)
-        return sink.getvalue()
-
-    rng, exif = np.random.default_rng(0), Image.Exif()
-    exif[0x0112] = 6
-    photo, deep = painted(0, rng, 400).crop((0, 0, 400, 210)), np.arange(90 * 120).reshape(90, 120).astype(np.uint16)
-    clear = photo.convert("RGBA")
-    clear.putalpha(Image.fromarray(np.resize(np.arange(256, dtype=np.uint8), (210, 400))))
-    return {
-        "16 bits, PNG": saved(Image.fromarray(deep * 6), "PNG"), "16 bits, TIFF": saved(Image.fromarray(deep), "TIFF"),
-        "16 bits, clear": saved(Image.fromarray(deep // 900 * 5000), "PNG", transparency=20000),
-        "large": saved(photo, "PNG"), "JPEG, turned": saved(photo, "JPEG", exif=exif), "small": saved(
-            painted(1, rng, 9), "PNG"), "CMYK": saved(photo.convert("CMYK"), "JPEG"), "clear": saved(clear, "PNG"),
-        "grey, clear": saved(clear.convert("LA"), "PNG"), "grey": saved(photo.convert("L"), "WEBP"),
-        "palette": saved(photo.quantize(50), "PNG", transparency=3), "one bit": saved(photo.convert("1"), "PNG"),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("from_pixels", [False, True])
-def test_the_cards_code_reads_every_picture_as_predict_does(exported, tmp_path, from_pixels):
-    result, checkpoint = exported(formats=["onnx"], preprocessing=from_pixels)
-    wanted, file = read_student(checkpoint)[0].preprocessing, Path(result.path, "raydistill.json")
-    about = json.loads(file.read_text())
-    for fit in ("crop", "pad"):
-        about["image"]["fit"] = fit
-        file.write_text(json.dumps(about))
-        predictor = Predictor(result.path)
-        for name, data in pictures_of_many_kinds().items():
-            (tmp_path / "picture").write_bytes(data)
-            names: dict = {"print": lambda answer: None}
-            code = onnx_code(about).replace("FOLDER", result.path).replace("picture.jpg", str(tmp_path / "picture"))
-            exec(code, names)
-            seen = predictor.working_image(data)
-            np.testing.assert_array_equal(np.asarray(names["white"]), seen, name)
-            inputs = network_inputs(np.stack([seen]), wanted, from_pixels)
-            np.testing.assert_allclose(names["images"], inputs, atol=0 if from_pixels else 1e-4, err_msg=name)
-            assert names["images"].dtype == inputs.dtype
 
 
 def test_unknown_formats_are_refused():

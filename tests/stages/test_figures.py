@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from raydistill.stages.figures import confusion_figure, contact_sheet, per_class_figure
+from raydistill.stages.figures import Answers, confusion_figure, contact_sheet, per_class_figure
 
 NAMES = ("a_$x_$", r"$\foo$", "100 % {x}")
 
@@ -18,8 +18,8 @@ def assert_picture(data: bytes) -> None:
 
 def test_a_name_with_the_signs_of_a_formula_is_drawn_as_it_is() -> None:
     rng, picture = np.random.default_rng(0), Image.new("RGB", (8, 8))
-    labels_N, logits_NC = np.arange(30) % 3, rng.normal(size=(30, 3))
+    labels_N, answers = np.arange(30) % 3, Answers.of(rng.normal(size=(30, 3)))
     for name in NAMES:
         assert_picture(contact_sheet(name, [picture], [(picture, "near duplicate"), (None, "not finite")]))
-    assert_picture(confusion_figure(logits_NC, labels_N, NAMES, "test"))
-    assert_picture(per_class_figure({"student": logits_NC, "teacher": logits_NC}, labels_N, NAMES, "test"))
+    assert_picture(confusion_figure(answers.class_N, labels_N, NAMES, "test"))
+    assert_picture(per_class_figure({"student": answers, "teacher": answers}, labels_N, NAMES, "test"))

@@ -1,0 +1,96 @@
+"""Is a student of use: is it better than always naming the commonest class?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from scipy.stats import binom, hypergeom
+
+LEVEL = 0.05
+# Of some use is a student at this share of the way from the commonest class's share to perfect. One that names a single
+# class is at chance where it would name another for some image if it knew this share of the other classes' images.
+_SOME_USE, _KNOWN = 1 / 3, 1 / 2
+_MOST_NAMES = 8
+State = Literal["better", "at chance", "unknown"]
+# By class the images, the answers, and the answers that are right.
+Counts = dict[str, tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Usefulness:
+    """`state` is `unknown` where the images are too few to tell. `warnings` are whole sentences, none where all is
+    well."""
+
+    state: State
+    warnings: tuple[str, ...]
+
+
+def usefulness(measured: Mapping[str, Mapping[str, Any]]) -> Usefulness:
+    """Of a student's measures by split, as in `Report.student`: by the test images, which nothing was chosen by; where
+    there are too few of them, by those of val and test together."""
+    counts = {split: _counts(of_split["per_class"]) for split, of_split in measured.items()}
+    both: Counts = {}
+    for of_split in counts.values():
+        for name, numbers in of_split.items():
+            images, answers, right = (a + b for a, b in zip(both.get(name, (0, 0, 0)), numbers, strict=True))
+            both[name] = (images, answers, right)
+    if not any(images for images, _, _ in both.values()):
+        nothing = "There are neither val nor test images with labels, so nothing tells if the student is of use."
+        return Usefulness("unknown", (nothing,))
+    what, decides = " and ".join(counts), both
+    if "test" in counts and _state(counts["test"]) != "unknown":
+        what, decides = "test", counts["test"]
+    state, warnings = _state(decides), []
+    if state == "at chance":
+        warnings.append(f"The student is of no use as it is: {_beside_chance(decides, what)}.")
+    elif state == "unknown":
+        warnings.append(f"The {what} images cannot tell if the student is of use: {_beside_chance(decides, what)}.")
+    if never := [(name, images) for name, (images, answers, _) in both.items() if images and not answers]:
+        warnings.append(_unnamed(never, both, " and ".join(counts)))
+    return Usefulness(state, tuple(warnings))
+
+
+def _counts(per_class: Mapping[str, Mapping[str, Any]]) -> Counts:
+    return {
+        name: (one["images"], one["answers"], round((one["recall"] or 0) * one["images"]))
+        for name, one in per_class.items()
+    }
+
+
+def _state(counts: Counts) -> State:
+    """One-sided exact tests. A student is better than chance where one that always names the commonest class would
+    hardly ever be right as often; or, which accuracy does not show where one class has nearly all images, where it
+    tells that class from the others (Fisher's test) and is halfway to perfect class by class. If it is neither, it is
+    at chance where a student of some use would hardly ever be right so rarely."""
+    there = [numbers for numbers in counts.values() if numbers[0]]
+    total, right = sum(images for images, _, _ in there), sum(right for _, _, right in there)
+    most, named, named_rightly = max(there, default=(0, 0, 0))
+    if len(there) < 2:
+        return "unknown"
+    if any(answers == total for _, answers, _ in counts.values()):
+        return "at chance" if (1 - _KNOWN) ** (total - most) <= LEVEL else "unknown"
+    chance, recall = most / total, sum(right / images for images, _, right in there) / len(there)
+    tells_apart = hypergeom.sf(named_rightly - 1, total, most, named) <= LEVEL
+    if binom.sf(right - 1, total, chance) <= LEVEL or (tells_apart and recall >= (1 + 1 / len(there)) / 2):
+        return "better"
+    return "at chance" if binom.cdf(right, total, chance + _SOME_USE * (1 - chance)) <= LEVEL else "unknown"
+
+
+def _beside_chance(counts: Counts, what: str) -> str:
+    total, right = sum(images for images, _, _ in counts.values()), sum(right for _, _, right in counts.values())
+    commonest = max(counts, key=lambda name: counts[name][0])
+    most = counts[commonest][0]
+    return (
+        f"it is right on {right:,} of {total:,} {what} images ({right / total:.3f}), and always naming {commonest} "
+        f"would be right on {most:,} ({most / total:.3f})"
+    )
+
+
+def _unnamed(never: list[tuple[str, int]], both: Counts, what: str) -> str:
+    never = sorted(never, key=lambda one: -one[1])
+    names = ", ".join(f"{name} ({images:,} image{'s' * (images > 1)})" for name, images in never[:_MOST_NAMES])
+    more = f" and {len(never) - _MOST_NAMES:,} more" if len(never) > _MOST_NAMES else ""
+    there = sum(images > 0 for images, _, _ in both.values())
+    return f"It never names {len(never):,} of the {there:,} classes of the {what} images: {names}{more}."
