@@ -314,8 +314,9 @@ def _check(config: Images, entries: list[Entry], classes: tuple[str, ...], besid
                 "take them out (for a pool of unlabelled images leave their split empty)"
             )
     counts = Counter((entry.split, entry.label) for entry in entries if entry.label)
+    known = set(classes)
     for split, label in sorted(counts, key=str):
-        if label not in classes:
+        if label not in known:
             near = difflib.get_close_matches(label, classes, n=1)
             raise DataError(
                 f"{where}: {counts[split, label]} {split or 'train'} images of class {label!r}, which is not in the "

@@ -37,6 +37,7 @@ from raydistill.models.weights import known_interpolation, load_timm_weights, mo
 from raydistill.storage.filesystems import read_bytes
 
 HEAD_FILE = "head.safetensors"
+_MOST_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
@@ -204,12 +205,13 @@ def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], cla
             rows.setdefault(synonym, []).append(index)
         for synonym in set(synonyms):
             exact.setdefault(synonym, []).append(index)
-    problems, picked, taken = [], [], dict[int, str]()
+    problems: list[str] = []
+    picked, taken = [], dict[int, str]()
     for name in classes:
         found = exact.get(name) or rows.get(_plain(name), [])
         picked += found[:1]
-        if not found:
-            near = difflib.get_close_matches(_plain(name), rows, n=2)
+        if not found:  # looking for names that are near takes long among many
+            near = difflib.get_close_matches(_plain(name), rows, n=2) if len(problems) < _MOST_PROBLEMS else []
             problems.append(f"{name!r} (nearest: {', '.join(near)})" if near else repr(name))
         elif len(found) > 1:
             problems.append(f"{name!r} (stands for outputs {found})")
@@ -217,11 +219,13 @@ def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], cla
             problems.append(f"{name!r} (stands for the same output as {taken[found[0]]!r})")
         taken.update(dict.fromkeys(found[:1], name))
     if problems:
-        spare = [synonyms[0] for index, synonyms in enumerate(names) if index not in picked]
+        used, more = set(picked), len(problems) - _MOST_PROBLEMS
+        spare = [synonyms[0] for index, synonyms in enumerate(names) if index not in used]
         others = f" (others: {', '.join(map(repr, spare))})" if 0 < len(spare) <= 10 else ""
         raise ConfigError(
             f"teacher.head=native: of {len(classes)} classes, these have no single output among the teacher's "
-            f"{len(names)}{others}: {'; '.join(problems)}. Rename the classes, or use teacher.head=linear_probe"
+            f"{len(names)}{others}: {'; '.join(problems[:_MOST_PROBLEMS])}"
+            f"{f' and {more:,} more' if more > 0 else ''}. Rename the classes, or use teacher.head=linear_probe"
         )
     return LinearHead(head.weight_CD[picked], head.bias_C[picked])
 

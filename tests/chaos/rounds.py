@@ -122,6 +122,7 @@ def make_inputs(folder: Path) -> list[str]:
             "checkpoint_seconds": 0,
         },
         "cluster": {"teacher_actors": [1, 2], "generator_actors": [1, 2]},
+        "export": {"allow_useless": True},
         "tracking": {"enabled": False},
     }
     (folder / "job.yaml").write_text(json.dumps(job))

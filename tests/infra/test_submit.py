@@ -333,7 +333,8 @@ def test_jobs_on_a_head_with_a_token(head, job, tmp_path) -> None:
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, tmp_path / "teacher.safetensors")
     teacher = ["teacher.model=timm:test_resnet", f"teacher.weights={tmp_path}/teacher.safetensors", "teacher.size=32",
                "teacher.allow_near_chance=true", "views.per_image=2"]  # fmt: skip
-    student = ["student.model=timm:test_resnet", "student.size=16", "distill.epochs=2", "distill.num_workers=1"]
+    student = ["student.model=timm:test_resnet", "student.size=16", "distill.epochs=2", "distill.num_workers=1",
+               "export.allow_useless=true"]  # fmt: skip
     whole = raydistill(head, "submit", *here, "run", path, *teacher, *student)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     assert {p.parent.name.partition("-")[0] for p in (tmp_path / "workspace").glob("*-*/DONE")} >= {

@@ -630,6 +630,16 @@ def test_two_classes_of_one_output_are_refused():
     assert "'great white shark' (stands for the same output as 'white shark')" in message
 
 
+def test_of_thousands_of_unknown_names_some_are_named_and_the_rest_counted():
+    """To look for the nearest of each would take an hour."""
+    outputs = [(f"output number {k:04d}",) for k in range(3000)]
+    message = refusal(match_native_head, head_of(outputs), outputs, [f"kind number {k:05d}" for k in range(3000)])
+    assert "'kind number 00000' (nearest: output number" in message
+    assert "'kind number 00009'" in message
+    assert " and 2,990 more. Rename" in message
+    assert len(message) < 1500
+
+
 def test_a_name_that_no_output_has_comes_with_the_nearest():
     message = refusal(match_native_head, head_of(ANIMALS), ANIMALS, ["tree frgo", "tree frog", "zzz"])
     assert "of 3 classes, " in message

@@ -128,9 +128,8 @@ def test_images_are_matched_by_id_and_not_by_place() -> None:
 
 
 def test_answers_come_from_the_predictions_of_labelled_images(tmp_path) -> None:
-    logits = [[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]
     columns = {"sample_id": ["a", "b", "c"], "label": pa.array([0, 0, 1], pa.int32()), "split": ["test", "test", "val"],
-               "student_logits": pa.array(logits, pa.list_(pa.float32()))}  # fmt: skip
+               "student_class": pa.array([0, 1, 0], pa.int32())}  # fmt: skip
     pq.write_table(pa.table(columns), tmp_path / "predictions.parquet")
     found = read_answers(str(tmp_path), "test")
     assert (found.ids.tolist(), found.right.tolist()) == (["a", "b"], [True, False])
