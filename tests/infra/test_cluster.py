@@ -24,9 +24,16 @@ from ipaddress import ip_address
 from urllib.error import HTTPError
 from urllib.request import urlopen
 from pathlib import Path
-import psutil, ray
+import grpc, psutil, ray
 from raydistill.config import load_config
 from raydistill.infra.cluster import joined_cluster
+
+CALLS = {
+    "gcs_server": ["NodeInfoGcsService/GetAllNodeInfo", "InternalKVGcsService/InternalKVGet"],
+    "raylet/raylet": ["NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"],  # a port each
+    "ray::IDLE": ["CoreWorkerService/GetCoreWorkerStats"],
+    "DashboardAgent": ["ReporterService/GetTraceback"],
+}
 
 with joined_cluster(load_config(["images.path=x"]), dashboard=True):
     assert ray.get(ray.remote(lambda: 1).remote()) == 1
@@ -47,6 +54,14 @@ with joined_cluster(load_config(["images.path=x"]), dashboard=True):
                 assert error.code == 401 or ip_address(address).is_loopback, (command, page, error.code)
             except (HTTPException, OSError):
                 pass  # no HTTP: Ray's own protocol
+    asked = []
+    for command, _, port in heard:
+        for call in next((calls for part, calls in CALLS.items() if part in command[:200]), []):
+            try:
+                grpc.insecure_channel(f"127.0.0.1:{port}").unary_unary("/ray.rpc." + call)(b"", timeout=20)
+                asked.append([call, "OK"])
+            except grpc.RpcError as error:
+                asked.append([call, error.code().name])
     stranger = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print('LET IN')"
     address = ray.get_runtime_context().gcs_address
     entered = []
@@ -56,7 +71,7 @@ with joined_cluster(load_config(["images.path=x"]), dashboard=True):
         entered.append(b"LET IN" in tried.stdout)
     token = Path.home() / ".ray" / "auth_token"
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (token, token.parent)]
-    print("ANSWERS" + json.dumps([heard, told, entered, modes, len(token.read_text().strip())]))
+    print("ANSWERS" + json.dumps([heard, asked, entered, modes, len(token.read_text().strip())]))
 """
 
 
@@ -71,7 +86,7 @@ def test_a_local_ray_lets_in_nobody_without_its_token_which_is_closed_to_others(
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
     ended = subprocess.run([sys.executable, "-c", _LOCAL], env=environment, capture_output=True, text=True, timeout=280)
     assert "ANSWERS" in ended.stdout, ended.stdout + ended.stderr
-    heard, _, entered, modes, length = json.loads(ended.stdout.partition("ANSWERS")[2])
+    heard, asked, entered, modes, length = json.loads(ended.stdout.partition("ANSWERS")[2])
     for part in ("gcs_server", "raylet", "dashboard/dashboard.py", "DashboardAgent", "RuntimeEnvAgent", "ray::"):
         assert any(part in command for command, _, _ in heard), part
     # An IPv4 address of a socket for both kinds is loopback where the address is.
@@ -79,6 +94,9 @@ def test_a_local_ray_lets_in_nobody_without_its_token_which_is_closed_to_others(
         (c, a) for c, a, _ in heard if not (getattr(ip_address(a), "ipv4_mapped", None) or ip_address(a)).is_loopback
     ]
     assert off == []
+    # Of each service, the one port that has it asks for the token; an HTTP port takes no such call.
+    assert {code for _, code in asked} <= {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE", "INTERNAL"}
+    assert len({call for call, code in asked if code == "UNAUTHENTICATED"}) == 6
     assert entered == [False, False]
     assert modes == [0o600, 0o700]
     assert length >= 32
