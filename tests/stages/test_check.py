@@ -358,3 +358,21 @@ def test_examples_of_near_copies_are_of_different_pictures(check, folder):
     near = [f for f in check("images.val_share=0", "images.test_share=0").findings if "one split" in f.what]
     assert near[0].count > 10
     assert {f"{name}/00.png" in " ".join(near[0].examples) for name in ("cat", "dog")} == {True}
+
+
+def test_an_interrupted_look_keeps_what_was_seen(check, folder, tmp_path, monkeypatch):
+    (folder / "cat" / "00.png").write_bytes(b"<html>")
+    whole = checks.look_at
+
+    def ends(*arguments):
+        for number, look in enumerate(whole(*arguments)):
+            if number == 30:
+                raise KeyboardInterrupt
+            yield look
+
+    monkeypatch.setattr(checks, "look_at", ends)
+    checkup = check("images.max_bad_share=0.1")
+    assert checkup.is_interrupted
+    assert not checkup.is_sound
+    assert found(checkup)["interrupted: the rest is not looked at"].count == 30
+    assert "00.png" in found(checkup)["not an image"].examples[0]
