@@ -135,7 +135,10 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Another address opens it to others, without any login.")] = (
         "127.0.0.1"
     ),
-    max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.001, help="Of one picture.")] = 16,
+    max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.001, help="Of one request.")] = 16,
+    max_megapixels: Annotated[
+        float, typer.Option("--max-megapixels", min=0.001, help="Of one picture; a larger one is refused.")
+    ] = 50,
     window: Annotated[float, typer.Option("--window", min=0, help="Milliseconds in which requests gather.")] = 2,
     engine: Annotated[str, typer.Option("--engine", help="onnx, or torch with the folder's safetensors.")] = "onnx",
 ) -> None:
@@ -144,7 +147,7 @@ def serve(
     _announce(f"serve: loading {folder}")
     from raydistill.inference.command import serve_command
 
-    serve_command(folder, engine, host, port, int(max_megabytes * 1e6), window / 1000)
+    serve_command(folder, engine, host, port, int(max_megabytes * 1e6), int(max_megapixels * 1e6), window / 1000)
 
 
 @app.command()

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import io
 import logging
+import struct
+import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,8 +24,12 @@ from PIL import Image, ImageOps
 
 from raydistill.errors import DataError
 
-_ORIENTATION = 0x0112  # EXIF's tag
+_ORIENTATION, _ROWS_PER_STRIP = 0x0112, 278  # EXIF's tag, and TIFF's
 BACKGROUND = (255, 255, 255)
+# Pixels above which a picture is worked on in strips, and those that a byte may stand for in one so large: a blank page
+# in black and white has 8,256, as PNG.
+_LARGE, _PIXELS_PER_BYTE = 1 << 24, 10_000
+_MOST_BYTES = 1 << 30
 # What Pillow may try. Of its other formats some start a program (Ghostscript for EPS), which no image file may do here.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
@@ -66,13 +74,17 @@ def decode_with_facts(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's notes on odd metadata; what matters is whether it decodes
+            _refuse_large_icon(data, max_pixels)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > max_pixels:
                 raise DataError(f"{image.width}x{image.height} pixels, above images.max_pixels={max_pixels}")
             facts, scale = _facts(image), _scale(image)
             image.draft("RGB", (2 * size, 2 * size))  # JPEG decodes at a fraction of its size where that is enough
-            image.load()
-            return _square(_eight_bits(_upright(image), scale), size, fit), facts
+            if image.format == "JPEG2000" and image.width * image.height > _LARGE:
+                image.reduce = _wavelet_levels(image, data, 2 * size)  # type: ignore[assignment,method-assign]
+            with _memory.of(_bytes_to_decode(image, facts, len(data))):
+                image.load()
+                return _square(_rgb(image, scale, size, fit), size, fit), facts
     except DataError:
         raise
     except Image.UnidentifiedImageError:
@@ -83,6 +95,104 @@ def decode_with_facts(
         raise DataError("too large to decode in the memory there is") from None
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files; the reason is kept
         raise DataError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+class _Memory:
+    """What the decoders of this process may hold together; one that wants more than all of it goes alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held, self._changed = most, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def of(self, size: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._most)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size
+                self._changed.notify_all()
+            if size > 1 << 26:  # glibc keeps what threads have freed, for ever where nobody asks
+                with contextlib.suppress(AttributeError, OSError):
+                    ctypes.CDLL(None).malloc_trim(0)
+
+
+_memory = _Memory(_MOST_BYTES)
+
+
+def _bytes_to_decode(image: Image.Image, facts: Facts, length: int) -> int:
+    """An upper estimate, from the header alone. Raises DataError where it is more than a picture may take, or where so
+    many pixels come from next to nothing."""
+    pixels = image.width * image.height
+    each = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}.get(image.mode, 4)
+    total = pixels * each
+    if image.format in ("WEBP", "AVIF"):  # the canvas, the last frame, planes of colour, and what is handed over
+        total = pixels * 16
+    elif image.format == "JPEG2000":
+        total += pixels * 4 * len(image.getbands())
+    elif image.format == "JPEG" and image.info.get("progressive"):  # all coefficients, however small a draft is asked
+        parts = [across * down for _, across, down, _ in image.layer]  # type: ignore[attr-defined]
+        total += 2 * facts.width * facts.height * sum(parts) // max(parts)
+    elif image.format == "TIFF":  # beside it one strip, which may be all of it
+        rows = int(image.tag_v2.get(_ROWS_PER_STRIP, image.height))  # type: ignore[attr-defined]
+        total += min(max(rows, 1), image.height) * image.width * each
+    size = f"{facts.width}x{facts.height} pixels"
+    if pixels > _LARGE and pixels > _PIXELS_PER_BYTE * length * (8 if image.mode == "1" else 1):
+        raise DataError(f"{size} from {length} bytes: a decompression bomb")
+    if total > _MOST_BYTES:
+        raise DataError(f"{size} would take {total / 2**30:.1f} GiB to decode, above 1 GiB")
+    # What follows works on a strip of a large picture, and on copies of a small one.
+    return total + 16 * min(pixels, _LARGE)
+
+
+def _refuse_large_icon(data: bytes, max_pixels: int) -> None:
+    """Pillow decodes an ICO as it opens it, and its directory has one byte for a side; each picture in it says more."""
+    if data[:4] != b"\0\0\1\0":
+        return
+    for number in range(int.from_bytes(data[4:6], "little")):
+        at = int.from_bytes(data[18 + 16 * number : 22 + 16 * number], "little")
+        form = ">8x8xII" if data[at : at + 4] == b"\x89PNG" else "<4xii"
+        if len(data) < at + struct.calcsize(form):
+            return  # cut off, which Pillow says
+        width, height = struct.unpack_from(form, data, at)
+        if abs(width * height) // (1 if form[0] == ">" else 2) > max_pixels:  # a bitmap's height counts its mask
+            raise DataError(f"{width}x{abs(height)} pixels, above images.max_pixels={max_pixels}")
+
+
+def _wavelet_levels(image: Image.Image, data: bytes, side: int) -> int:
+    """How often a JPEG 2000 may be halved down to `side`: its COD segment says how many levels it has. Pillow rounds
+    sizes in a way of its own, and fails where the decoder's way gives another."""
+    at = data.find(b"\xff\x52", max(0, data.find(b"\xff\x4f\xff\x51")))
+    most = data[at + 9] if 0 <= at < len(data) - 9 else 0
+    fits = [
+        k for k in range(1, min(most, 10) + 1)
+        if min(image.size) >> k >= side and all((x + (1 << k >> 1)) >> k == -(-x >> k) for x in image.size)
+    ]  # fmt: skip
+    return max(fits, default=0)
+
+
+def _rgb(image: Image.Image, scale: _Scale | None, size: int, fit: Literal["crop", "pad"]) -> Image.Image:
+    """Upright, 8 bits a channel. A large picture is first shrunk by a whole number, in strips, for which no copy of it
+    is made; `_square` does that to others by the same rule."""
+    side = min(image.size) if fit == "crop" else max(image.size)
+    factor = side // (3 * size)
+    if image.width * image.height <= _LARGE or factor < 2:
+        return _eight_bits(_upright(image), scale)
+    rows = factor * max(1, _LARGE // 4 // (factor * image.width))
+    tops = range(0, image.height, rows)
+    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in tops]
+    if scale is not None and image.mode == "I":  # whether it is of one shade the whole says, and no strip
+        _levels(Image.fromarray(np.array([image.getextrema()], np.int32)), scale)
+        scale = dataclasses.replace(scale, is_stated=True)
+    strips = [_eight_bits(image.crop(box), scale).reduce(factor) for box in boxes]
+    whole = Image.new(strips[0].mode, (strips[0].width, sum(strip.height for strip in strips)))
+    for top, strip in zip(tops, strips, strict=True):
+        whole.paste(strip, (0, top // factor))
+    with contextlib.suppress(Exception):  # a broken EXIF block, which turns nothing
+        whole.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+    return _upright(whole)
 
 
 def _facts(image: Image.Image) -> Facts:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
-import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -89,22 +87,23 @@ def predict_command(
         raise DataError("not one of the pictures could be read")
 
 
-def serve_command(folder: str, engine: str, host: str, port: int, most_bytes: int, window_seconds: float) -> None:
+def serve_command(
+    folder: str, engine: str, host: str, port: int, most_bytes: int, most_pixels: int, window_seconds: float
+) -> None:
     """Until it is interrupted. Raises ConfigError where the folder is no exported student, or the port is taken."""
-    from raydistill.inference.serve import make_app, serve
+    from raydistill.inference.listening import addresses, listen, run
+    from raydistill.inference.serve import make_app
 
+    sockets = listen(host, port)
     about, predictor = read_about(folder), Predictor(folder, _engine(engine))
-    app = make_app(predictor, f"{about['model']}, {len(predictor.classes)} classes", most_bytes, window_seconds)
-    with socket.socket() as probe:
-        try:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"--host {host} --port {port}: {error.strerror}; choose another --port") from None
-    plain_console().print(f"serving {folder} at http://{host}:{port}/ (Ctrl-C ends it)", soft_wrap=True)
-    if not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+    app = make_app(
+        predictor, f"{about['model']}, {len(predictor.classes)} classes", most_bytes, most_pixels, window_seconds
+    )
+    urls, is_open = addresses(sockets)
+    plain_console().print(f"serving {folder} at {' and '.join(urls)} (Ctrl-C ends it)", soft_wrap=True)
+    if is_open:
         print(f"warning: whoever reaches {host} may ask; there is no login and no encryption", file=sys.stderr)
-    serve(app, host, port)
+    run(app, sockets)
 
 
 def _engine(name: str) -> Engine:

@@ -73,10 +73,11 @@ class Predictor:
         else:
             raise ConfigError(f"{folder} has no model.onnx; use --engine torch, or export with onnx in export.formats")
 
-    def working_image(self, data: bytes) -> np.ndarray:
-        """(H, H, 3) uint8, as `prepare` makes it. Raises DataError."""
+    def working_image(self, data: bytes, most_pixels: int | None = None) -> np.ndarray:
+        """(H, H, 3) uint8, as `prepare` makes it, of no more pixels than training allowed. Raises DataError."""
         image = self._image
-        return np.asarray(decode(data, image["size"], image["fit"], image["max_pixels"]))
+        limit = min(image["max_pixels"], most_pixels or image["max_pixels"])
+        return np.asarray(decode(data, image["size"], image["fit"], limit))
 
     def probabilities(self, images_BHH3: np.ndarray) -> np.ndarray:
         """(B, C) float32 of working images."""

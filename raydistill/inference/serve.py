@@ -1,7 +1,7 @@
 """serve: an exported student behind HTTP on this machine, for trying it out and for products that live beside it.
 
-`GET /` is a page to drop a picture on, `GET /health` says what is served, `POST /predict` takes a picture's bytes as
-the body and answers with classes, their numbers and probabilities. Requests that come within a few milliseconds go
+`GET /` is a page to drop a picture on, `GET /health` says what is served, `POST /predict` takes pictures (intake.py)
+and answers with classes, their numbers and probabilities. Requests that come within a few milliseconds go
 through the network together.
 """
 
@@ -9,21 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raydistill.errors import DataError
+from raydistill.inference.intake import WANTED, Intake
 from raydistill.inference.predict import Answer, Predictor, best
 
 _LARGEST_BATCH = 64
 _TOP = 5
+_GONE = 499  # nginx's number for a client that left before its answer
+_ADVICE = {404: "there are /, /health and /predict", 405: f"POST to /predict: {WANTED}"}
 _PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
 
@@ -61,9 +71,11 @@ class Batcher:
                     answer.set_result(probabilities_C)
 
 
-def make_app(predictor: Predictor, title: str, most_bytes: int, window_seconds: float) -> Starlette:
-    """The ASGI application."""
-    batcher = Batcher(predictor, window_seconds)
+def make_app(predictor: Predictor, title: str, most_bytes: int, most_pixels: int, window_seconds: float) -> ASGIApp:
+    """The ASGI application, which logs each request."""
+    batcher, intake = Batcher(predictor, window_seconds), Intake(most_bytes)
+    # Apart from the network's thread, so that pictures which wait for memory keep no answer waiting.
+    decoders = CapacityLimiter(max(2, os.cpu_count() or 2))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -77,44 +89,67 @@ def make_app(predictor: Predictor, title: str, most_bytes: int, window_seconds: 
     async def health(request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok", "model": title, "classes": list(predictor.classes)})
 
-    async def predict(request: Request) -> JSONResponse:
-        data = await _body(request, most_bytes)
-        if data is None:
-            return _error(413, f"the picture has more than {most_bytes:,} bytes, which --max-megabytes allows")
-        try:
-            image = await run_in_threadpool(predictor.working_image, data)
-        except DataError as error:
-            return _error(422, str(error))
-        try:
-            top = int(request.query_params.get("top", _TOP))
-        except ValueError:
-            return _error(400, "top is a number of classes; 0: all")
-        answer = Answer("", await batcher.probabilities(image))
-        guesses = best(answer, predictor.classes, max(top, 0))
-        found = [{"class": name, "number": k, "probability": p} for name, k, p in guesses]
-        return JSONResponse({"class": found[0]["class"], "number": found[0]["number"], "classes": found})
+    async def predict(request: Request) -> Response:
+        top = _top(request)
+        pictures, is_list = await intake.pictures(request)
+        found = []
+        for number, data in enumerate(pictures):
+            try:
+                image = await to_thread.run_sync(predictor.working_image, data, most_pixels, limiter=decoders)
+            except DataError as error:
+                where = f"picture {number}: " if is_list else ""
+                allowed = f"the {most_pixels / 1e6:g} million that --max-megapixels allows"
+                reason = str(error).replace(f"images.max_pixels={most_pixels}", allowed)
+                raise HTTPException(422, f"{where}{reason}") from None
+            guesses = best(Answer("", await batcher.probabilities(image)), predictor.classes, top)
+            classes = [{"class": name, "number": k, "probability": p} for name, k, p in guesses]
+            found.append({"class": classes[0]["class"], "number": classes[0]["number"], "classes": classes})
+        return JSONResponse({"predictions": found} if is_list else found[0])
+
+    async def say(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        advice = f"; {_ADVICE[error.status_code]}" if error.status_code in _ADVICE else ""
+        return JSONResponse({"error": f"{error.detail}{advice}"}, error.status_code, error.headers)
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=_GONE)  # which nobody reads
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": f"the student could not answer: {error}"}, 500)
 
     routes = [Route("/", page), Route("/health", health), Route("/predict", predict, methods=["POST"])]
-    return Starlette(routes=routes, lifespan=lifespan)
+    handlers: dict[Any, Any] = {HTTPException: say, ClientDisconnect: gone, RuntimeError: failed}
+    return _logged(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers))
 
 
-async def _body(request: Request, most_bytes: int) -> bytes | None:
-    """None where it is longer than allowed, of which no more than that is read."""
-    if int(request.headers.get("content-length", 0)) > most_bytes:
-        return None
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > most_bytes:
-            return None
-    return bytes(data)
+def _top(request: Request) -> int:
+    given = request.query_params.get("top", str(_TOP))
+    if not (given.isascii() and given.isdigit() and len(given) < 10):
+        raise HTTPException(400, f"top={given[:20]!r} is not a number of classes, such as 5, or 0 for all")
+    return int(given)
 
 
-def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": message}, status_code=status)
+def _logged(app: ASGIApp) -> ASGIApp:
+    """A line for each request on stderr: who, what, the answer's status and the time; nothing of bodies or queries."""
 
+    async def logged(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        began, status = time.perf_counter(), _GONE
 
-def serve(app: Starlette, host: str, port: int) -> None:
-    import uvicorn
+        async def noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
 
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+        try:
+            await app(scope, receive, noted)
+        finally:
+            path = (
+                scope.get("raw_path", b"").decode("ascii", "replace")[:200].split("?")[0]
+            )  # as sent: no control signs
+            client, took = (scope.get("client") or ["-"])[0], 1000 * (time.perf_counter() - began)
+            when = time.strftime("%Y-%m-%d %H:%M:%S")
+            print(f"{when} {client} {scope['method']} {path} {status} {took:.0f} ms", file=sys.stderr, flush=True)
+
+    return logged

@@ -3,8 +3,11 @@ transparency come out right (case C04), and the square is cut or padded where it
 
 import contextlib
 import io
+import json
 import stat
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -443,3 +446,87 @@ def test_a_working_image_is_stored_without_loss(values):
 def test_equal_files_give_equal_bytes():
     data = saved(noise(), "JPEG")
     assert encode(decode(data, 40, "crop", LIMIT)) == encode(decode(data, 40, "crop", LIMIT))
+
+
+def blank_png(width: int, height: int, depth: int) -> bytes:
+    """Grey, made row by row."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer, row = zlib.compressobj(1), bytes(1 + (width * depth + 7) // 8)
+    packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+def bombs() -> dict[str, tuple[bytes, int, int, str]]:
+    """File, the most pixels that are allowed, the most memory in MB that it may take, and what is said of it."""
+    huge = blank_png(13_370, 13_370, 1)
+    canvas = b"GIF89a" + struct.pack("<HH", 13_370, 13_370) + b"\x80\0\0" + bytes(6) + b","
+    canvas += struct.pack("<HHHH", 0, 0, 1, 1) + b"\0\2\2D\1\0;"
+    webp = bytes.fromhex("524946461c000000574542505650384c0f0000002ffeffa40a0710fd8ffe0722a2ff0100")
+    entry = struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(huge), 22)
+    notes = zlib.compress(bytes(200 << 20))
+    note = (
+        struct.pack(">I", len(notes) + 3) + b"zTXtk\0\0" + notes + struct.pack(">I", zlib.crc32(b"zTXtk\0\0" + notes))
+    )
+    small = blank_png(64, 64, 8)
+    return {
+        "178 million pixels of one bit": (huge, LIMIT, 400, ""),
+        "the same where a service allows less": (huge, 50_000_000, 20, "above images.max_pixels"),
+        "16 bits": (blank_png(5_000, 5_000, 16), LIMIT, 300, ""),
+        "a GIF's canvas": (canvas, LIMIT, 50, "bomb"),
+        "a WebP's canvas": (webp, LIMIT, 50, "bomb"),
+        "in an icon": (entry + huge, 50_000_000, 50, "above images.max_pixels"),
+        "a JPEG 2000": (saved(Image.new("L", (4_200, 4_200)), "JPEG2000"), LIMIT, 50, "bomb"),
+        "a progressive JPEG": (saved(Image.new("L", (5_000, 5_000)), "JPEG", progressive=True), LIMIT, 150, ""),
+        "a note of 100 MB": (small[:33] + note + small[33:], LIMIT, 50, "too large"),
+        "one strip": (saved(Image.new("1", (9_000, 9_000)), "TIFF", compression="group4"), LIMIT, 400, ""),
+    }
+
+
+def test_no_bomb_takes_gigabytes_and_none_keeps_them(tmp_path):
+    """Each in one process, whose peak is set back before it."""
+    cases = bombs()
+    for number, (data, *_) in enumerate(cases.values()):
+        (tmp_path / str(number)).write_bytes(data)
+    rows = [[number, *rest] for number, (_, *rest) in enumerate(cases.values())]
+    script = f"""if True:
+        import json, re, sys
+        from pathlib import Path
+        from raydistill.data.decode import decode
+        from raydistill.errors import DataError
+        def megabytes(what):
+            return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1000
+        for number, most_pixels, *_ in {rows!r}:
+            data, said = Path({str(tmp_path)!r}, str(number)).read_bytes(), ""
+            before = megabytes("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            try:
+                decode(data, 64, "pad", most_pixels)
+            except DataError as error:
+                said = str(error)
+            print(json.dumps([megabytes("VmHWM") - before, megabytes("VmRSS") - before, said]))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for (name, (_, _, most, words)), line in zip(cases.items(), done.stdout.splitlines(), strict=True):
+        peak, kept, said = json.loads(line)
+        assert words in said, name
+        assert bool(said) == bool(words), (name, said)
+        assert peak < most, name
+        assert kept < 40, name
+
+
+def test_a_large_picture_is_what_pillow_makes_of_the_whole():
+    """It is shrunk in strips, and turned after that."""
+    whole = scene(440, 412).resize((4_400, 4_120), Image.Resampling.NEAREST)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    data = saved(whole, compress_level=0, exif=exif)
+    flat = whole.transpose(Image.Transpose.ROTATE_270)
+    for fit, expected in (("crop", ImageOps.fit(flat, (32, 32))), ("pad", ImageOps.pad(flat, (32, 32), color=WHITE))):
+        difference = np.abs(decoded(data, 32, fit) - np.asarray(expected).astype(int))
+        assert difference.max() < 20, fit
+        assert difference.mean() < 1, fit

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from raydistill.errors import ConfigError
 from raydistill.inference.command import serve_command
+from raydistill.inference.listening import addresses, listen
 from raydistill.inference.predict import Predictor
+from tests.data.test_decode import blank_png
 from tests.stages.conftest import CLASSES, painted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,22 +37,24 @@ def picture(label: int, seed: int = 0, form: str = "PNG") -> bytes:
     return sink.getvalue()
 
 
-def ask(url: str, data: bytes | None = None) -> tuple[int, dict]:
+def ask(url: str, data: bytes | None = None, method: str | None = None, **headers: str) -> tuple[int, dict]:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data=data), timeout=60) as reply:
+        with urllib.request.urlopen(urllib.request.Request(url, data, named, method=method), timeout=60) as reply:
             return reply.status, json.loads(reply.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())
 
 
 @pytest.fixture
-def server(exported) -> Iterator[tuple[str, str]]:
-    """The address of one in a process of its own, and the exported folder."""
+def server(exported) -> Iterator[tuple[str, str, subprocess.Popen]]:
+    """The address of one in a process of its own, the exported folder, and the process."""
     result, _ = exported(formats=["onnx"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "raydistill", "serve", result.path, "--port", str(port), "--max-megabytes", "0.05"]
+    words += ["--max-megapixels", "1"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
@@ -55,13 +64,13 @@ def server(exported) -> Iterator[tuple[str, str]]:
             break
         except OSError:
             time.sleep(0.1)
-    yield url, result.path
+    yield url, result.path, process
     process.terminate()
     process.wait(timeout=30)
 
 
 def test_answers_are_those_of_predict_whatever_comes_at_once(server):
-    url, folder = server
+    url, folder, _ = server
     pictures = [picture(k % 3, seed=k, form="JPEG" if k % 2 else "PNG") for k in range(24)]
     predictor = Predictor(folder)
     with ThreadPoolExecutor(12) as pool:
@@ -78,7 +87,7 @@ def test_answers_are_those_of_predict_whatever_comes_at_once(server):
     with urllib.request.urlopen(url) as page:
         assert "Drop a picture here" in page.read().decode()
     status, said = ask(f"{url}/predict", b"<html>no picture</html>")
-    assert (status, said["error"]) == (422, "not an image")
+    assert (status, said["error"]) == (422, "not an image: it is a web page or another text")
     status, said = ask(f"{url}/predict", b"\0" * 60_000)
     assert status == 413
     assert "50,000 bytes" in said["error"]
@@ -92,4 +101,165 @@ def test_a_port_in_use_is_refused(exported):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ConfigError, match="choose another --port"):
-            serve_command(result.path, "onnx", "127.0.0.1", taken.getsockname()[1], 10**6, 0.0)
+            serve_command(result.path, "onnx", "127.0.0.1", taken.getsockname()[1], 10**6, 10**6, 0.0)
+
+
+def form(name: str, data: bytes, more: str = "") -> bytes:
+    return b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n--b--\r\n' % (
+        name.encode(), more.encode(), data,
+    )  # fmt: skip
+
+
+def test_what_clients_of_other_servers_send_is_understood_or_explained(server):
+    url, _, process = server
+    data = picture(1)
+    expected = ask(f"{url}/predict", data)[1]
+    text = base64.b64encode(data).decode()
+    is_form = "multipart/form-data; boundary=b"
+    for body, kind in (
+        (data, "image/png"),
+        (data, "application/octet-stream"),
+        (form("file", data, '; filename="x.png"'), is_form),
+        (form("upload", data, '; filename="y"\r\nContent-Type: image/png'), is_form),
+        (form("image", text.encode()), is_form),
+        (json.dumps({"image": text}).encode(), "application/json"),
+        (json.dumps({"image": f"data:image/png;base64,{text}"}).encode(), "application/json; charset=utf-8"),
+        (json.dumps({"inputs": text.rstrip("=")}).encode(), "application/x-www-form-urlencoded"),  # curl's, if not told
+        (json.dumps({"image": base64.urlsafe_b64encode(data).decode()}, indent=1).encode(), "application/json"),
+    ):
+        assert ask(f"{url}/predict", body, Content_Type=kind) == (200, expected), kind
+    for several in (
+        {"instances": [{"b64": text}, {"image_bytes": {"b64": text}}]},
+        {"inputs": [{"name": "image", "shape": [2], "datatype": "BYTES", "data": [text, text]}]},
+    ):
+        status, said = ask(f"{url}/predict", json.dumps(several).encode(), Content_Type="application/json")
+        assert (status, said) == (200, {"predictions": [expected, expected]})
+    for status, words, body, headers in (
+        (400, "no body", b"", {}),
+        (400, "not JSON", b"{", {"Content_Type": "application/json"}),
+        (400, "'picture_url'", b'{"picture_url": 1}', {"Content_Type": "application/json"}),
+        (400, "not fetched", b'{"image": "http://127.0.0.1/x.png"}', {"Content_Type": "application/json"}),
+        (400, "not base64", '{"image": "ä"}'.encode(), {"Content_Type": "application/json"}),
+        (400, "int", b'{"instances": [[1, 2]]}', {"Content_Type": "application/json"}),
+        (400, "no file", form("a", b"b"), {"Content_Type": is_form}),
+        (400, "boundary", form("a", b"b"), {"Content_Type": "multipart/form-data"}),
+        (415, "text/html", b"<html>", {"Content_Type": "text/html"}),
+        (415, "gzip", data, {"Content_Encoding": "gzip"}),
+        (422, "not an image", json.dumps({"image": "aGk="}).encode(), {"Content_Type": "application/json"}),
+    ):
+        found, said = ask(f"{url}/predict", body, "POST", **headers)
+        assert found == status, said
+        assert words in said["error"]
+    for top in ("-3", "2.0", "many"):
+        assert ask(f"{url}/predict?top={top}", data)[0] == 400
+    status, said = ask(f"{url}/predict", data, "PUT")
+    assert status == 405
+    assert "POST to /predict" in said["error"]
+    status, said = ask(f"{url}/nowhere%1b%5b2J", data)
+    assert status == 404
+    bomb = blank_png(5_000, 5_000, 1)
+    before = peak_megabytes(process)
+    with ThreadPoolExecutor(9) as pool:
+        refused = [pool.submit(ask, f"{url}/predict", bomb) for _ in range(8)]
+        assert ask(f"{url}/health")[0] == 200
+        for one in refused:
+            status, said = one.result()
+            assert status == 422
+            assert "--max-megapixels" in said["error"]
+    assert peak_megabytes(process) - before < 100
+    process.terminate()
+    log = process.communicate(timeout=30)[0]
+    assert "POST /predict 200 " in log
+    assert "POST /nowhere%1b%5b2J 404 " in log
+    assert "Traceback" not in log
+    assert text[:20] not in log
+
+
+def peak_megabytes(process: subprocess.Popen) -> float:
+    return int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1000
+
+
+# A server as `serve` runs it, but for the student and for limits that a test can wait for.
+IMPATIENT = """if True:
+    import numpy as np
+    from raydistill.inference import intake, listening
+    from raydistill.inference.serve import make_app
+    class Student:
+        classes = ("cat", "dog")
+        def working_image(self, data, most_pixels):
+            return np.zeros((2, 2, 3), np.uint8)
+        def probabilities(self, images):
+            return np.full((len(images), 2), 0.5, np.float32)
+    listening.HEAD_SECONDS, listening.GOODBYE_SECONDS, listening.MOST_CONNECTIONS = 1.0, 0.5, 80
+    intake.BODY_SECONDS = 2.0
+    sockets = listening.listen("127.0.0.1", 0)
+    print(*listening.addresses(sockets)[0], flush=True)
+    listening.run(make_app(Student(), "a student", 10**6, 10**6, 0.0), sockets)
+"""
+
+
+def test_slow_clients_are_let_go_and_keep_nobody_waiting():
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    url = process.stdout.readline().strip().rstrip("/")
+    port = int(url.rpartition(":")[2])
+
+    def half(sent: bytes) -> socket.socket:
+        one = socket.create_connection(("127.0.0.1", port), timeout=20)
+        one.sendall(sent)
+        return one
+
+    body = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\nabc"
+    assert ask(f"{url}/health")[0] == 200
+    heads = [half(b"POST /predict HTTP/1.1\r\nHost") for _ in range(200)]  # more than may be open at once
+    bodies = [half(body) for _ in range(20)]
+    assert ask(f"{url}/predict", b"x")[0] == 200
+    second = half(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea")  # one whole request, and half of one
+    for one in bodies[:10]:
+        one.close()
+    for one in heads:
+        with contextlib.suppress(ConnectionResetError):
+            assert one.recv(100) == b""
+    for one in bodies[10:]:
+        assert b"408" in one.recv(1000)
+    with contextlib.suppress(ConnectionResetError):
+        while second.recv(1000):
+            pass
+    # So much of a body has come that half a minute is left for the rest of it.
+    held = half(body.replace(b"9000", b"900000") + bytes(600_000))
+    assert ask(f"{url}/health")[0] == 200
+    began = time.monotonic()
+    process.terminate()
+    log = process.communicate(timeout=20)[1]
+    assert time.monotonic() - began < 15
+    held.close()
+    assert "Traceback" not in log
+    assert " 499 " in log
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "[::1]", "localhost", "0.0.0.0", "::"])
+def test_every_form_of_address_listens_and_is_told_as_it_is_typed(host):
+    if ":" in host and not socket.has_ipv6:
+        pytest.skip("this machine has no IPv6")
+    sockets = listen(host, 0)
+    try:
+        urls, is_open = addresses(sockets)
+        assert is_open == (host in ("0.0.0.0", "::"))
+        assert not any("0.0.0.0" in url or "[::]" in url for url in urls)
+        where = urllib.parse.urlsplit(urls[0])
+        with socket.create_connection((where.hostname, where.port), timeout=5):
+            pass
+        taken = sockets[0].getsockname()[1]
+        with pytest.raises(ConfigError, match="choose another --port"):
+            listen(host, taken)
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def test_a_host_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="no address of this name"):
+        listen("no-such-host.invalid", 0)
+    with pytest.raises(ConfigError, match="--host of this machine"):
+        listen("192.0.2.1", 0)

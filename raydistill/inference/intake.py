@@ -1,0 +1,136 @@
+"""What clients send to `serve`, as pictures: raw bytes, a form with files, or JSON with base64."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncGenerator
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+WANTED = "send a picture's bytes as the body, a form with a file, or JSON with base64 under `image`"
+MOST_PICTURES = 64
+# Where the usual servers' clients put a picture, or a list of them.
+_KEYS = (
+    "instances", "inputs", "images", "image", "b64", "base64", "data", "file", "picture", "image_bytes", "image_base64",
+    "content", "body",
+)  # fmt: skip
+_RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded", "binary/octet-stream")  # the third: curl's
+# A body may take this long, and a second more for each so many bytes that came.
+BODY_SECONDS, BYTES_A_SECOND = 20, 20_000
+
+
+class Intake:
+    """Reads bodies. Those that are being read and answered hold no more than `most_held` bytes together."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes, self._most_held, self._held = most_bytes, max(256_000_000, 4 * most_bytes), 0
+
+    async def pictures(self, request: Request) -> tuple[list[bytes], bool]:
+        """At least one, and whether they came as a list. Raises HTTPException, which says what is wrong, and
+        ClientDisconnect."""
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise HTTPException(415, f"Content-Encoding {encoding!r} is not understood; send the body as it is")
+        data = await self._body(request)
+        if not data:
+            raise HTTPException(400, f"the request has no body; {WANTED}")
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            return await _from_form(request, data)
+        if kind == "application/json" or kind.endswith("+json") or (kind in _RAW and data[:1] in b'{["'):
+            return _from_json(data)
+        if kind.startswith(("text/", "audio/", "video/", "multipart/")) or kind.endswith(("xml", "yaml")):
+            raise HTTPException(415, f"Content-Type {kind!r} is not understood; {WANTED}")
+        return [data], False
+
+    async def _body(self, request: Request) -> bytes:
+        too_long = HTTPException(
+            413,
+            f"the body has more than {self._most_bytes:,} bytes, which --max-megabytes allows",
+            {"Connection": "close"},
+        )
+        if int(request.headers.get("content-length", 0)) > self._most_bytes:
+            raise too_long
+        data, loop = bytearray(), asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            async with asyncio.timeout(BODY_SECONDS) as limit:
+                async for part in request.stream():
+                    self._held += len(part)
+                    data += part
+                    if len(data) > self._most_bytes:
+                        raise too_long
+                    if self._held > self._most_held:
+                        raise HTTPException(503, "too many pictures at once; ask again later", {"Retry-After": "1"})
+                    limit.reschedule(began + BODY_SECONDS + len(data) / BYTES_A_SECOND)
+        except TimeoutError:
+            raise HTTPException(408, "the body came too slowly; send it again", {"Connection": "close"}) from None
+        finally:
+            self._held -= len(data)
+        return bytes(data)
+
+
+async def _from_form(request: Request, data: bytes) -> tuple[list[bytes], bool]:
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield data
+
+    try:
+        parser = MultiPartParser(request.headers, stream(), max_files=MOST_PICTURES, max_part_size=len(data))
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise HTTPException(400, f"the form cannot be read: {getattr(error, 'message', error)}") from None
+    found = [await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)]
+    texts = [value for name, value in form.multi_items() if isinstance(value, str) and name in _KEYS]
+    await form.close()
+    found += [_from_base64(text) for text in texts]
+    if not found:
+        names = ", ".join(repr(name) for name in form) or "none"
+        raise HTTPException(400, f"the form has no file (its fields: {names}); {WANTED}")
+    return found, len(found) > 1
+
+
+def _from_json(data: bytes) -> tuple[list[bytes], bool]:
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        raise HTTPException(400, f"the body is not JSON; {WANTED}") from None
+    texts, is_list = _texts(tree)
+    if not texts:
+        raise HTTPException(400, f"the JSON holds no picture; {WANTED}")
+    if len(texts) > MOST_PICTURES:
+        raise HTTPException(413, f"{len(texts)} pictures in one request; send at most {MOST_PICTURES}")
+    return [_from_base64(text) for text in texts], is_list
+
+
+def _texts(tree: object, depth: int = 6) -> tuple[list[str], bool]:
+    """Every text where a picture may be, and whether a list holds them."""
+    if isinstance(tree, str):
+        return [tree], False
+    if isinstance(tree, list) and depth:
+        return [text for one in tree for text in _texts(one, depth - 1)[0]], True
+    if isinstance(tree, dict) and depth:
+        for key in _KEYS:
+            if key in tree:
+                return _texts(tree[key], depth - 1)
+        names = ", ".join(map(repr, list(tree)[:5]))
+        raise HTTPException(400, f"the JSON has none of the keys that hold pictures (it has {names}); {WANTED}")
+    raise HTTPException(400, f"the JSON holds {type(tree).__name__} where base64 of a picture belongs; {WANTED}")
+
+
+def _from_base64(text: str) -> bytes:
+    if text.startswith(("http://", "https://", "file:", "s3://", "gs://")):
+        raise HTTPException(400, f"addresses are not fetched; {WANTED}")
+    if text.startswith("data:"):
+        head, _, text = text.partition(",")
+        if not head.endswith(";base64"):
+            raise HTTPException(400, "the data: URL is not base64; write data:image/png;base64,…")
+    plain = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    except ValueError:
+        raise HTTPException(400, f"not base64: {text[:20]!r}; {WANTED}") from None

@@ -1,0 +1,115 @@
+"""Sockets and connections of `serve`: where it listens, and how long a slow client is borne."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import socket
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from raydistill.errors import ConfigError
+
+MOST_CONNECTIONS = 512
+# For a request's head; for all of a request, its body and answer; for open requests once the server is told to end.
+HEAD_SECONDS, EXCHANGE_SECONDS, GOODBYE_SECONDS = 10, 600, 3
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 that ends connections which wait for nothing: uvicorn has no limit for the head, nor for an answer that
+    nobody reads. Of too many the one whose request has taken longest to begin goes."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._end_in(HEAD_SECONDS)
+        if len(self.connections) > MOST_CONNECTIONS:
+            waiting = [one for one in self.connections if isinstance(one, _Protocol) and not one._is_busy()]
+            min(waiting, key=lambda one: one._deadline.when() if one._deadline else 0.0, default=self)._end()
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before and self._is_busy():
+            self._end_in(EXCHANGE_SECONDS)
+
+    def on_response_complete(self) -> None:
+        self._end_in(HEAD_SECONDS)
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def _is_busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _end_in(self, seconds: float) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self.loop.call_later(seconds, self._end)
+
+    def _end(self) -> None:
+        self.transport.abort()
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address that the host's name stands for, on this machine. Raises ConfigError."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"--host {host}: no address of this name ({reason}); use 127.0.0.1 for this machine, 0.0.0.0 for all"
+        ) from None
+    sockets, failure = [], OSError(errno.EADDRNOTAVAIL, "no address")
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        try:
+            one = socket.socket(family, kind, protocol)
+            sockets.append(one)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                # `::` alone means every address of both kinds.
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
+            one.bind(address)
+            one.listen(2048)
+        except OSError as error:
+            sockets.pop().close()
+            failure = error
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                break
+    else:
+        if sockets:
+            return sockets
+    for one in sockets:
+        one.close()
+    advice = "another --port" if failure.errno in (errno.EADDRINUSE, errno.EACCES) else "a --host of this machine"
+    raise ConfigError(f"--host {host} --port {port}: {failure.strerror}; choose {advice}")
+
+
+def addresses(sockets: list[socket.socket]) -> tuple[list[str], bool]:
+    """What to type into a browser, and whether other machines reach it."""
+    urls, is_open = [], False
+    for one in sockets:
+        host, port = one.getsockname()[:2]
+        address = ipaddress.ip_address(host.partition("%")[0])
+        is_open |= not address.is_loopback
+        if address.is_unspecified:
+            urls += [f"http://127.0.0.1:{port}/", f"http://{socket.gethostname()}:{port}/"]
+        else:
+            urls.append(f"http://[{host}]:{port}/" if address.version == 6 else f"http://{host}:{port}/")
+    return list(dict.fromkeys(urls)), is_open
+
+
+def run(app: ASGIApp, sockets: list[socket.socket]) -> None:
+    """Until it is told to end; open requests have a few seconds then."""
+    config = uvicorn.Config(
+        app, log_level="critical", http=_Protocol, ws="none", timeout_graceful_shutdown=GOODBYE_SECONDS,
+        server_header=False, timeout_keep_alive=5,
+    )  # fmt: skip
+    uvicorn.Server(config).run(sockets)
