@@ -389,7 +389,7 @@ def student_key(config: RunConfig, prepared: StageDirectory) -> str:
         "distill": config.distill.model_dump(exclude={"cache", "checkpoint_seconds", "max_failures"}),
         "views": config.views.model_dump(),
         "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
-        "export": config.export.model_dump(exclude={"hub", "register_as"}),
+        "export": config.export.model_dump(exclude={"allow_useless", "hub", "register_as"}),
         "seed": config.seed,
     }
     if config.loss.needs_teacher and config.teacher is not None:
