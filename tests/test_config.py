@@ -140,6 +140,7 @@ OTHER_VALUES = {
     "distill.channels_last": False,
     "distill.clip_norm": 1.0,
     "distill.val_every": 1,
+    "distill.keep": "best",
     "distill.num_workers": (1, 4),
     "distill.cache": "stream",
     "distill.checkpoint_seconds": 0.5,

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import re
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +35,7 @@ _PACKAGES = ("torch", "timm", "transformers", "raydistill")  # they name what a 
 @dataclass(frozen=True)
 class Checkpoint:
     """A moment of training: the states of `modules` under their names, of the optimizer and of the scaler. `sums` are
-    the loss terms summed since the epoch began, `record` is the last epoch's."""
+    of the steps since the epoch began, `record` is the last whole epoch's."""
 
     step: int
     modules: dict[str, nn.Module]
@@ -67,6 +68,7 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
         self._weights: Any = None
         self._state: Any = None
+        self.seconds = 0.0  # that the last one took
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -80,6 +82,7 @@ class CheckpointWriter:
     def save(self, checkpoint: Checkpoint) -> None:
         """Copy the moment and begin to write it. Raises what the write before this one raised."""
         self.wait()
+        self._began = time.monotonic()
         weights = {f"{part}.{k}": v for part, m in checkpoint.modules.items() for k, v in m.state_dict().items()}
         state = {"optimizer": checkpoint.optimizer.state_dict(), "scaler": checkpoint.scaler.state_dict()}
         # Into the same memory each time: fresh pages would cost more than the copying.
@@ -112,6 +115,7 @@ class CheckpointWriter:
         write("state.pt", lambda temporary: torch.save(state, temporary))
         meta = {**meta, "checksums": sums}
         write_file(f"{folder}/checkpoint.json", lambda temporary: Path(temporary).write_text(json.dumps(meta)))
+        self.seconds = time.monotonic() - self._began
         # A pointer says which are whole and newest; to list them would be to trust what lies there.
         kept = [name, *(other for other in _whole(self._path) if other < name)][:_KEPT]
         write_bytes(f"{self._path}/checkpoints/{_POINTER}", json.dumps(kept).encode())
@@ -198,6 +202,16 @@ def _whole(path: str) -> list[str]:
 def write_progress(path: str, step: int, lost_steps: int) -> None:
     """How far training has come since the last checkpoint, and how many steps were taken again in all."""
     write_bytes(f"{path}/progress.json", json.dumps({"step": step, "lost_steps": lost_steps}).encode())
+
+
+def note_lost_steps(path: str, step: int) -> int:
+    """Count as lost what a process had done after the checkpoint of `step`, from which another goes on, and give the
+    number of all that were lost so far."""
+    came_to, lost_steps = read_progress(path)
+    if came_to > step:
+        lost_steps += came_to - step
+        write_progress(path, step, lost_steps)
+    return lost_steps
 
 
 def read_progress(path: str) -> tuple[int, int]:

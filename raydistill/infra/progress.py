@@ -131,7 +131,8 @@ class Progress:
             def advance_and_note(count: int, note: str | None = None, worked: bool = True) -> None:
                 move()
                 meter.add(count if worked else 0)
-                advance(count, note)
+                if count or note is not None:
+                    advance(count, note)
 
             yield advance_and_note
 

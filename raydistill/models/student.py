@@ -226,16 +226,21 @@ def _build_transformers(config: StudentConfig, name: str, num_classes: int) -> S
 
 
 def write_student(
-    student: Student, config: StudentConfig, classes: Sequence[str], image: dict[str, Any]
+    student: Student,
+    config: StudentConfig,
+    classes: Sequence[str],
+    image: dict[str, Any],
+    training: dict[str, Any] | None = None,
 ) -> dict[str, bytes]:
     """The files of a student's folder by name, from which `read_student` makes it again. `image` says how a picture
-    becomes a working image."""
+    becomes a working image, `training` which epoch of how many this is, and why."""
     about = {
         "model": config.model,
         "library": "timm" if isinstance(student.body, TimmClassifier) else "transformers",
         "classes": list(classes),
         "preprocessing": {key: getattr(student.preprocessing, key) for key in ("size", "mean", "std", "interpolation")},
         "image": image,
+        **({} if training is None else {"training": training}),
     }
     weights = {name: value.detach().cpu().contiguous() for name, value in student.network.state_dict().items()}
     files = {"student.safetensors": save(weights), STUDENT_FILE: json.dumps(about, indent=2).encode()}

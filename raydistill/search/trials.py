@@ -230,13 +230,21 @@ def _reason(error: Exception) -> str:
 def _train(work: _Work, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Train a trial's student, or find it trained, and tell of its epochs; the last one's record and all objectives.
 
-    What was done before is told again, since the search may have been killed before it heard of it.
+    With each record come the objectives of the epoch that would ship if training ended there: `shipped`. What was done
+    before is told again, since the search may have been killed before it heard of it.
     """
     job, directory, last = work.job, work.directory, work.job.config.distill.epochs
+    records: dict[int, dict[str, float]] = {}
+
+    def shipped(record: dict[str, float]) -> dict[str, float]:
+        records[int(record["epoch"])] = record
+        ships = records[int(record.get("kept_epoch", record["epoch"]))]
+        return {name: ships[name] for name in work.objectives if name in record}
 
     def on_epoch(record: dict[str, float]) -> None:
+        of_shipped = shipped(record)
         if record["epoch"] < last:  # that of the last is the result's
-            report(dict(record))
+            report({**record, "shipped": of_shipped})
 
     quiet = Progress(Console(quiet=True))
     with held(directory, quiet.line) as is_to_do:  # a run of the same settings may train it too
@@ -251,7 +259,8 @@ def _train(work: _Work, report: Callable[[dict[str, Any]], None]) -> dict[str, A
         for record in read_epochs(directory.path, last):
             on_epoch({**record, "trained_before": True})
     record = json.loads(directory.fs.cat_file(f"{directory.place}/epochs/{last:05d}.json"))
-    result = {**record, **_measures(work, student, record), "finished": True}
+    of_shipped = shipped(record) | _measures(work, student, record)
+    result = {**record, "shipped": of_shipped, "finished": True}
     return result if is_to_do else {**result, "seconds": read_seconds(directory.path)}
 
 
@@ -315,7 +324,7 @@ class _Search(OptunaSearch):
             lost = "its process was lost, as when the machine runs out of memory"
             self._end(trial, TrialState.FAIL, seconds=seconds, reason=result.get("failed", lost))
         elif "finished" in result:
-            values = [float(result[name]) for name in self._objectives]
+            values = [float(_of_shipped(result, name)) for name in self._objectives]
             if np.isfinite(values).all():
                 self._end(trial, TrialState.COMPLETE, values, seconds, int(result["epoch"]))
             else:
@@ -329,7 +338,7 @@ class _Search(OptunaSearch):
         if "failed" in record:
             return False
         self._watcher.measured(trial.number, logged(record))
-        value = record.get(self._objectives[0])
+        value = _of_shipped(record, self._objectives[0])
         if "finished" in record or value is None or self._config.tune.pruner == "none":
             return False
         with warnings.catch_warnings():
@@ -401,6 +410,11 @@ class _Search(OptunaSearch):
         # A grid's sampler ends a study that it has walked through, which only `optimize` may; ours ends by itself.
         self._ot_study.sampler = optuna.samplers.RandomSampler()
         self._watcher.ended(read_trial(self._ot_study.tell(trial, values, state)))
+
+
+def _of_shipped(record: dict[str, Any], objective: str) -> Any:
+    """An objective of the epoch that ships, which may be one before the record's; None where it was not measured."""
+    return record.get("shipped", record).get(objective)
 
 
 _TERMS = [key.removesuffix("_weight") for key in Loss.model_fields if key.endswith("_weight")]

@@ -34,7 +34,10 @@ _STEPS_IN_UNIT = 8
 # With 100 labels in 10,000 images a batch of 64 would hold one or none of them, and the cross-entropy would be that of
 # single images: with this an EfficientNet-Lite0 reached 0.56 where it had reached 0.45.
 _LEAST_LABELLED_SHARE = 0.33
-# Share of the free memory of a node that `cache: auto` lets the train split take in all its workers together.
+# Labelled val images from which on `distill.keep: auto` chooses by them.
+LEAST_VAL_IMAGES = 100
+# Share of the free memory of a node that `cache: auto` lets the train split take in all its workers together, and that
+# shards take that are streamed.
 _MEMORY_SHARE = 0.25
 
 
@@ -59,13 +62,20 @@ class DistillJob:
 
     @property
     def steps_per_epoch(self) -> int:
-        """From the number of real train images alone, so all workers agree on it, and so do runs with and without a
-        teacher, and with and without generated images."""
-        return max(1, self.samples.num_rows("train") // self.batch_size)
+        """As many as it takes for every real train image to come once, where all are drawn equally often: the last
+        step is filled up with images of the next pass. From their number alone, so all workers agree on it, and so do
+        runs with and without a teacher, and with and without generated images."""
+        return -(-self.samples.num_rows("train") // self.batch_size)
 
     @property
     def total_steps(self) -> int:
         return self.config.distill.epochs * self.steps_per_epoch
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the epoch of the best val accuracy ships, and not the last."""
+        keep = self.config.distill.keep
+        return keep == "best" or (keep == "auto" and self.samples.num_labelled["val"] >= LEAST_VAL_IMAGES)
 
     @property
     def train_split(self) -> TrainSplit:
@@ -130,7 +140,8 @@ def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[B
     """This worker's share of every global batch from `first_step` on, prepared a few batches ahead in a thread."""
     split = job.train_split
     labels = split.labels()
-    source = (InMemory if _fits_in_memory(job, worker) else Streamed)(split, worker.threads)
+    most_bytes, threads = _MEMORY_SHARE * available_bytes() / worker.beside, worker.threads
+    source = InMemory(split, threads) if _fits_in_memory(job, worker) else Streamed(split, threads, most_bytes)
     mine = (source.gather(visits[worker.rank :: worker.size]) for visits in job.order(labels, first_step))
     with ThreadPoolExecutor(1) as pool:
         ahead = deque(pool.submit(next, mine) for _ in range(_BATCHES_AHEAD))

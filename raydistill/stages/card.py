@@ -34,7 +34,7 @@ def model_card(
         *(f"> **Warning.** {markdown(words)}" for words in usefulness(report.student).warnings),
         _purpose(about),
         _measures(report, exported),
-        _origins(config, samples, generated),
+        _origins(config, samples, report, generated),
         _how_to_load(about, exported),
     ]
     return redacted("\n\n".join(parts)) + "\n"
@@ -107,7 +107,7 @@ def int8_words(int8: dict[str, float | None]) -> str:
     return f"{words}."
 
 
-def _origins(config: RunConfig, samples: SampleSet, generated: GeneratedImages | None) -> str:
+def _origins(config: RunConfig, samples: SampleSet, report: Report, generated: GeneratedImages | None) -> str:
     rows, labelled = samples.num_rows("train"), samples.num_labelled["train"]
     lines = [
         "## What it was made from",
@@ -127,7 +127,7 @@ def _origins(config: RunConfig, samples: SampleSet, generated: GeneratedImages |
         if config.student.init == "random"
         else code_span(config.student.weights or config.student.model)
     )
-    lines.append(f"- student: {code_span(config.student.model)}, from {begin}")
+    lines.append(f"- student: {code_span(config.student.model)}, from {begin}; {report.kept}")
     if generated is not None and config.generate is not None:
         facts = json.loads(read_bytes(f"{generated.samples.path}/generate.json"))["pipeline"]
         lines.append(

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from raydistill.data.manifests import from_json
 from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.checkpoints import latest_checkpoint, latest_step, read_progress
+from raydistill.infra.checkpoints import latest_checkpoint, latest_step, note_lost_steps, read_progress
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.workers import run_workers
 from raydistill.models.student import build_student, has_batch_norm, write_student
-from raydistill.stages.batches import DistillJob, FreshStream
+from raydistill.stages.batches import LEAST_VAL_IMAGES, DistillJob, FreshStream
 from raydistill.stages.loop import distill_loop
 from raydistill.storage.filesystems import open_filesystem
 
@@ -27,13 +27,16 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 
 @dataclass(frozen=True)
 class StudentCheckpoint:
-    """What `distill` leaves behind: `student.safetensors` (timm's keys), `student.json`, and each epoch's record."""
+    """What `distill` leaves behind: `student.safetensors` (timm's keys), `student.json`, and each epoch's record.
+    `val_accuracy` is that of `kept_epoch`, which ships; `kept` says in a sentence why that one."""
 
     path: str
     val_accuracy: float | None
     num_parameters: int
     steps: int
     batch_size: int
+    kept_epoch: int
+    kept: str
 
 
 def distill_student(
@@ -51,7 +54,12 @@ def distill_student(
     Raises DataError where too few images take part.
     """
     _refuse_too_few_images(job)
+    if job.config.distill.keep == "best" and not job.samples.num_labelled["val"]:
+        raise DataError(
+            "distill.keep=best chooses by val, and there is no labelled val image; add some, or keep the last"
+        )
     directory.begin()
+    _forget_what_was_lost(job, directory)
     stream = FreshStream(job, plan) if job.config.views.per_image == "fresh" and job.head is not None else None
     in_process = plan.train_workers == 0
     with _following(job, directory, progress, _nothing if in_process else on_epoch, title):
@@ -67,10 +75,15 @@ def distill_student(
     _, lost_steps = read_progress(job.path)
     again = lost_steps * job.batch_size
     progress.again(title, again, again / record["images_per_second"])
-    num_parameters = _write_student(job, directory)
+    epochs = read_epochs(job.path)
+    kept_epoch = int(record.get("kept_epoch", job.config.distill.epochs))
+    kept = kept_words(job, epochs, kept_epoch)
+    num_parameters = _write_student(job, directory, {"kept_epoch": kept_epoch, "epochs": len(epochs), "kept": kept})
+    val_accuracy = epochs[kept_epoch - 1].get("val_accuracy")
     result = StudentCheckpoint(
-        directory.path, record.get("val_accuracy"), num_parameters, job.total_steps, job.batch_size
+        directory.path, val_accuracy, num_parameters, job.total_steps, job.batch_size, kept_epoch, kept
     )
+    progress.line(f"{title:<9} {kept}")
     directory.finish(asdict(result))
     for leftover in ("checkpoints", "ray"):
         directory.fs.remove(f"{directory.place}/{leftover}")
@@ -103,16 +116,48 @@ def _refuse_too_few_images(job: DistillJob) -> None:
     )
 
 
-def _write_student(job: DistillJob, directory: StageDirectory) -> int:
+def kept_words(job: DistillJob, epochs: list[dict[str, float]], kept_epoch: int) -> str:
+    """Which epoch ships, why, and what that changed."""
+    accuracies = {int(e["epoch"]): e["val_accuracy"] for e in epochs if "val_accuracy" in e}
+    last, images = job.config.distill.epochs, job.samples.num_labelled["val"]
+    words = f"epoch {kept_epoch} of {last} ships"
+    if not accuracies:
+        return f"{words}: nothing was measured on val"
+    words += f": {accuracies[kept_epoch]:.3f} on val"
+    if job.keeps_best:
+        behind = "" if kept_epoch == last else f"; the last epoch had {accuracies[last]:.3f}"
+        return f"{words}, the best of {len(accuracies)} measured epochs{behind}"
+    best = max(accuracies, key=lambda epoch: (accuracies[epoch], epoch))
+    if accuracies[best] <= accuracies[kept_epoch]:
+        return f"{words}, and no measured epoch was better"
+    if job.config.distill.keep == "last":
+        return f"{words}, although epoch {best} had {accuracies[best]:.3f} (distill.keep=last)"
+    return (
+        f"{words}, although epoch {best} had {accuracies[best]:.3f}: {images} val images are too few to choose by "
+        f"(distill.keep=auto needs {LEAST_VAL_IMAGES}; distill.keep=best does so all the same)"
+    )
+
+
+def _forget_what_was_lost(job: DistillJob, directory: StageDirectory) -> None:
+    """Steps and epochs after the checkpoint are still to come: whoever follows may not take them for done."""
+    step = latest_step(job.path)
+    note_lost_steps(job.path, step)
+    for record in read_epochs(job.path):
+        if record["step"] > step:
+            directory.fs.remove(f"{directory.place}/epochs/{int(record['epoch']):05d}.json")
+
+
+def _write_student(job: DistillJob, directory: StageDirectory, training: dict[str, object]) -> int:
     checkpoint = latest_checkpoint(job.path)
     assert checkpoint is not None, "the loop ends with a checkpoint"
-    prefix = "ema.body.network." if job.config.distill.ema_decay else "model.student.body.network."
+    now = "ema." if job.config.distill.ema_decay else "model.student."
+    prefix = ("kept.student." if job.keeps_best else now) + "body.network."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint[0].items() if k.startswith(prefix)}
     # Built as it was for training: with random weights it may have other positions for another size.
     student = build_student(job.config.student, len(job.samples.classes))
     student.network.load_state_dict(weights)
     image = {"size": job.config.images.size, "fit": job.config.images.fit}
-    for name, data in write_student(student, job.config.student, job.samples.classes, image).items():
+    for name, data in write_student(student, job.config.student, job.samples.classes, image, training).items():
         directory.write(name, data)
     return sum(p.numel() for p in student.parameters())
 

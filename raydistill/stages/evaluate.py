@@ -58,6 +58,7 @@ class Report:
     student_images_per_second: float
     teacher_images_per_second: float | None  # where evaluate.time_teacher asks for it
     device: str
+    kept: str = ""  # which epoch of the student ships, and why
 
 
 def evaluate_student(
@@ -111,8 +112,9 @@ def evaluate_student(
         if teacher_network is None or not config.evaluate.time_teacher
         else images_per_second(teacher_network, teacher_network.preprocessing.size, device),
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        kept=student.kept,
     )
-    directory.write("curves.png", curves_figure(read_epochs(student.path)))
+    directory.write("curves.png", curves_figure(read_epochs(student.path), student.kept_epoch))
     directory.write(PREDICTIONS_FILE, _parquet(predictions))
     directory.write_json("report.json", asdict(report))
     directory.finish(asdict(report))

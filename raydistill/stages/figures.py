@@ -34,12 +34,14 @@ class Answers(NamedTuple):
         return cls(class_N, 1 / np.exp(logits_NC - highest_N1).sum(axis=1))
 
 
-def curves_figure(epochs: list[dict[str, float]]) -> bytes:
-    """Every loss term and the val accuracy by epoch."""
+def curves_figure(epochs: list[dict[str, float]], kept_epoch: int) -> bytes:
+    """Every loss term and the val accuracy by epoch, with the epoch that ships."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     at = [e["epoch"] for e in epochs]
-    plain = {"epoch", "step", "images", "images_per_second", "learning_rate", "val_accuracy", "loss"}
+    plain = {
+        "epoch", "step", "images", "images_per_second", "learning_rate", "val_accuracy", "kept_epoch", "loss",
+    }  # fmt: skip
     terms = sorted({name for e in epochs for name in e} - plain)
     for colour, name in zip(itertools.cycle((STUDENT, *OTHERS)), ["loss", *terms], strict=False):
         left.plot(at, [e.get(name, np.nan) for e in epochs], label=name, color=colour)
@@ -48,6 +50,8 @@ def curves_figure(epochs: list[dict[str, float]]) -> bytes:
     measured = [(e["epoch"], e["val_accuracy"]) for e in epochs if "val_accuracy" in e]
     if measured:
         right.plot(*zip(*measured, strict=True), marker="o", markersize=3, color=STUDENT)
+    right.axvline(kept_epoch, color=TEACHER, linewidth=1, linestyle="--", label=f"epoch {kept_epoch} ships")
+    right.legend(fontsize=8)
     right.set(xlabel="epoch", ylabel="accuracy", title="Student on val")
     for axes in (left, right):
         axes.grid(alpha=0.3)

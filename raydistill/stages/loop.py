@@ -5,6 +5,7 @@ Shapes: V images of this worker's share of a batch, D features, C classes.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -26,7 +27,7 @@ from raydistill.infra.checkpoints import (
     bytes_to_write,
     does_not_fit,
     latest_checkpoint,
-    read_progress,
+    note_lost_steps,
     write_progress,
 )
 from raydistill.infra.workers import Worker, keep_freed_memory
@@ -40,6 +41,8 @@ from raydistill.storage.filesystems import write_bytes
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 _MOST_SKIPPED_STEPS = 20
+# Seconds between two checkpoints for each second that one takes to be written, however short `checkpoint_seconds` is.
+_LEAST_GAP = 4.0
 
 
 class Trainee(nn.Module):
@@ -81,8 +84,28 @@ class Trainee(nn.Module):
         return nn.functional.linear(features_VD, self.head_weight, self.head_bias)
 
 
+class Kept(nn.Module):
+    """The student of the epoch that ships, as far as training has come. It is a part of each checkpoint, so it is
+    always of the same moment as what training goes on with."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = copy.deepcopy(student).requires_grad_(False)
+        self.register_buffer("epoch", torch.tensor(0))
+        self.register_buffer("val_accuracy", torch.tensor(-1.0, dtype=torch.float64))
+
+    def offer(self, student: nn.Module, epoch: int, val_accuracy: float) -> None:
+        """Keep it if it is the best so far. Of equals the latest is kept: it has learnt longest, at the lowest rate."""
+        if val_accuracy >= float(self.val_accuracy):
+            self.student.load_state_dict(student.state_dict())
+            self.epoch.fill_(epoch)
+            self.val_accuracy.fill_(val_accuracy)
+
+
 def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     """Train from the last checkpoint to the last epoch, and return that epoch's record.
+
+    A record's `kept_epoch` is the epoch that would ship if training ended with it, once one was measured.
 
     Everything random is a function of the seed and the step, so a resumed run equals an unbroken one.
     """
@@ -96,10 +119,12 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     ema = ModelEmaV3(trainee.student, decay=settings.ema_decay) if settings.ema_decay else None
     remembers = "crd" in config.loss.terms
     memory = ContrastiveMemory(config.loss.crd_memory, config.loss.projection_dim).to(device) if remembers else None
-    modules = _present(model=trainee, ema=None if ema is None else ema.module, memory=memory)
+    student_now = trainee.student if ema is None else ema.module
+    kept = Kept(student_now) if job.keeps_best and worker.rank == 0 else None  # rank 0 alone measures val
+    modules = _present(model=trainee, ema=None if ema is None else ema.module, memory=memory, kept=kept)
     optimizer = _optimizer(settings, trainee)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-    step, sums, record = _resume(job, modules, optimizer, scaler)
+    step, partial, record = _resume(job, modules, optimizer, scaler)
     # Models of transformers may hold a token for masked pictures, which never gets a gradient.
     idle = isinstance(trainee.student.body, TransformersClassifier)
     network = DistributedDataParallel(trainee, find_unused_parameters=idle) if worker.size > 1 else trainee
@@ -107,7 +132,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     if worker.rank == 0:
         need = bytes_to_write(job.path, modules, optimizer)
         refuse_small_disk(config, "distill: its checkpoints", need, "choose another workspace")
-    reporter = _Reporter(job, worker, step)
+    reporter = _Reporter(job, worker, step, partial)
     trainee.train()
     with CheckpointWriter(job.path) as checkpoints:
         for batch in worker_batches(job, worker, step):
@@ -131,14 +156,12 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             if ema is not None:
                 ema.update(trainee.student)
             step += 1
-            reporter.saw(len(labels))
-            for name, value in {"loss": loss, **terms}.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            reporter.saw(len(labels), {"loss": loss, **terms})
             ended, preempted = step % job.steps_per_epoch == 0, worker.preempted(step)
             if ended:
-                record, sums = reporter.end_epoch(step, sums, ema.module if ema else trainee.student, optimizer), {}
-            if worker.rank == 0 and (preempted or (ended and reporter.checkpoint_due(step))):
-                checkpoints.save(Checkpoint(step, modules, optimizer, scaler, sums, record))
+                record = reporter.end_epoch(step, student_now, kept, optimizer)
+            if worker.rank == 0 and (preempted or reporter.checkpoint_due(step, ended, checkpoints.seconds)):
+                checkpoints.save(Checkpoint(step, modules, optimizer, scaler, reporter.partial_epoch(), record))
                 if preempted:
                     checkpoints.wait()  # the node may be gone a moment later
             if ended and record is not None:
@@ -253,16 +276,22 @@ def _to(device: torch.device, array: np.ndarray | None) -> Any:
 class _Reporter:
     """Writes how training goes into the stage directory, where whoever waits for it looks."""
 
-    def __init__(self, job: DistillJob, worker: Worker, first_step: int) -> None:
-        self._job, self._worker, self._first_step = job, worker, first_step
-        self._skipped = self._images = 0
-        self._epoch_started = self._written = self._saved = time.monotonic()
+    def __init__(self, job: DistillJob, worker: Worker, first_step: int, partial: dict[str, float]) -> None:
+        self._job, self._worker = job, worker
+        self._skipped = 0
+        self._written = self._saved = time.monotonic()
+        self._begin_epoch(partial)
         if worker.rank == 0:
-            # Those that a process, lost since, had taken after the checkpoint from which this one goes on.
-            came_to, self._lost_steps = read_progress(job.path)
-            if came_to > first_step:
-                self._lost_steps += came_to - first_step
-                write_progress(job.path, first_step, self._lost_steps)
+            self._lost_steps = note_lost_steps(job.path, first_step)
+
+    def _begin_epoch(self, partial: dict[str, float]) -> None:
+        """`partial` is of the epoch's steps before the checkpoint that is gone on from."""
+        self._sums = dict(partial)
+        self._started = time.monotonic() - self._sums.pop("seconds", 0.0)
+
+    def partial_epoch(self) -> dict[str, float]:
+        """Sums over the steps of the epoch so far, and over all workers: `images`, `seconds`, the terms' means."""
+        return self._sums and {**self._sums, "seconds": time.monotonic() - self._started}
 
     def refuse_not_finite(self, step: int, norm: torch.Tensor, scaler: Any, terms: dict[str, torch.Tensor]) -> None:
         """The gradient is averaged over workers, so all of them see a bad one, and at the same step. The scaler of fp16
@@ -280,44 +309,50 @@ class _Reporter:
             f"use distill.precision=fp32. The last good checkpoint stays in {self._job.path}/checkpoints"
         )
 
-    def saw(self, images: int) -> None:
-        """So many images in a step of this worker."""
-        self._images += images
+    def saw(self, images: int, terms: dict[str, torch.Tensor]) -> None:
+        """A step of this worker. The sums are those of all workers at once, so that a checkpoint may come at any."""
+        values = torch.tensor([float(value.detach()) for value in terms.values()] + [images], dtype=torch.float64)
+        if self._worker.size > 1:
+            on_device = values.to(self._worker.device)
+            torch.distributed.all_reduce(on_device)
+            values = on_device.cpu()
+            values[:-1] /= self._worker.size
+        for name, value in zip([*terms, "images"], values.tolist(), strict=True):
+            self._sums[name] = self._sums.get(name, 0.0) + value
 
     def end_epoch(
-        self, step: int, sums: dict[str, float], student: nn.Module, optimizer: torch.optim.Optimizer
+        self, step: int, student: nn.Module, kept: Kept | None, optimizer: torch.optim.Optimizer
     ) -> dict[str, float]:
         """The epoch's record: the images that all workers saw, the mean of each term over them, and the val accuracy
         where it is due."""
-        job, worker = self._job, self._worker
-        steps, epoch = job.steps_per_epoch, step // job.steps_per_epoch
-        values = torch.tensor([sums[name] for name in sorted(sums)], device=worker.device)
-        images = torch.tensor(self._images, device=worker.device)
-        if worker.size > 1:
-            torch.distributed.all_reduce(values)
-            torch.distributed.all_reduce(images)
-            values /= worker.size
-        seconds = time.monotonic() - self._epoch_started
-        timed = min(steps, step - self._first_step)  # an epoch that was gone on with is timed from there
-        record = {"epoch": float(epoch), "step": float(step), "images_per_second": job.batch_size * timed / seconds}
-        record["images"] = float(images) + job.batch_size * (steps - timed)  # the others were seen before
-        record |= {name: float(value) / steps for name, value in zip(sorted(sums), values, strict=True)}
+        job, worker, sums = self._job, self._worker, self.partial_epoch()
+        epoch, images, seconds = step // job.steps_per_epoch, sums.pop("images"), sums.pop("seconds")
+        record = {"epoch": float(epoch), "step": float(step), "images_per_second": images / max(seconds, 1e-9)}
+        record["images"] = images
+        record |= {name: sums[name] / job.steps_per_epoch for name in sorted(sums)}
         record["learning_rate"] = optimizer.param_groups[0]["lr"]
         due = epoch % job.config.distill.val_every == 0 or step == job.total_steps
         if due and worker.rank == 0 and job.samples.num_rows("val"):
             device, size = torch.device(worker.device), job.config.evaluate.batch_size
             logits, labels = split_logits(student, job.samples, "val", device, size)
             record["val_accuracy"] = float((logits.argmax(1) == labels).mean())
+            if kept is not None:
+                kept.offer(student, epoch, record["val_accuracy"])
+        if kept is not None and int(kept.epoch):
+            record["kept_epoch"] = float(kept.epoch)
         if worker.rank == 0:
             write_bytes(f"{job.path}/epochs/{epoch:05d}.json", json.dumps(record).encode())
             write_progress(job.path, step, self._lost_steps)
-        self._images, self._epoch_started = 0, time.monotonic()  # measuring val is not training
+        self._begin_epoch({})  # measuring val is not training
         return record
 
-    def checkpoint_due(self, step: int) -> bool:
-        """Of a few images an epoch is a step or two, and writing them all would take longer than training."""
+    def checkpoint_due(self, step: int, ended: bool, took: float) -> bool:
+        """After the last step, and by time; `took` are the seconds in which the last one was written, which may not
+        take most of the time."""
         now, job = time.monotonic(), self._job
-        due = now - self._saved >= job.config.distill.checkpoint_seconds or step == job.total_steps
+        seconds = job.config.distill.checkpoint_seconds
+        due = ended if seconds == 0 else now - self._saved >= max(seconds, _LEAST_GAP * took)
+        due = due or step == job.total_steps
         self._saved = now if due else self._saved
         return due
 

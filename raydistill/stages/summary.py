@@ -39,7 +39,8 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
         more = [bill_words(bills[stage], config.cluster.prices)] if on_nodes else []
         stages.add_row(stage, f"{seconds:.0f}" if seconds else "done", directory, *more)
     warnings = [f"warning: {words}" for words in usefulness(report.student).warnings]
-    return Group("", *warnings, *([""] if warnings else []), results, "", stages, "")
+    kept = f"{report.kept[:1].upper()}{report.kept[1:]}."
+    return Group("", *warnings, *([""] if warnings else []), results, "", kept, "", stages, "")
 
 
 def _generated_rows(config: RunConfig, outcome: Outcome) -> list[tuple[str, str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -55,6 +57,14 @@ def killed_at(step: int):
         return False
 
     return here(preempted)
+
+
+def epochs_of(job: DistillJob) -> list[dict[str, float]]:
+    return [json.loads(path.read_text()) for path in sorted(Path(job.path, "epochs").iterdir())]
+
+
+def untimed(records: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in records]
 
 
 def test_it_learns(tiny_set) -> None:
@@ -146,7 +156,8 @@ def test_steps_that_are_taken_again_are_counted_over_all_losses(tiny_set, progre
     assert 0 < progress.seconds_again < 60
 
 
-def test_epochs_after_the_last_checkpoint_count_as_lost(tiny_set) -> None:
+def test_epochs_after_the_last_checkpoint_count_as_lost(tiny_set, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "_SECONDS_BETWEEN_REPORTS", 3600)  # at the end of epochs alone
     job = tiny_set.job("broken", distill={"checkpoint_seconds": 3600})
     with pytest.raises(KeyboardInterrupt):
         distill_loop(job, killed_at(12))
@@ -218,26 +229,41 @@ def test_workers_together_see_the_global_batch(tiny_set) -> None:
         assert [len(split[rank][step].labels_V) for rank in range(3)] == [3, 3, 2]
 
 
-def test_an_epochs_record_counts_the_images_of_all_workers(make_set, monkeypatch) -> None:
-    """Of two workers, that have batches of three and of two."""
-    job = make_set("odd", num_train=10).job("counts", distill={"batch_size": 5})
-    workers = [Worker(rank, 2, "cpu", 1, lambda step: False) for rank in range(2)]
-    reporters = [loop._Reporter(job, worker, first_step=0) for worker in workers]
-    seen: list[list[int]] = []
-    for reporter, worker in zip(reporters, workers, strict=True):
-        batches = read_batches(job, 0, worker)
-        seen.append([len(next(batches).labels_V) for _ in range(job.steps_per_epoch)])
-        for images in seen[-1]:
-            reporter.saw(images)
-    assert seen == [[3, 3], [2, 2]]
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(sum(seen[0])))
-    student = torch.nn.Identity()
-    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
-    assert reporters[1].end_epoch(job.steps_per_epoch, {"loss": 1.0}, student, optimizer)["images"] == 10
-    resumed = loop._Reporter(job, workers[1], first_step=1)
-    resumed.saw(2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(3))
-    assert resumed.end_epoch(job.steps_per_epoch, {"loss": 1.0}, student, optimizer)["images"] == 10
+def in_two_processes(job: DistillJob, kill_at: int | None = None) -> None:
+    """The loop as Ray Train runs it: two workers that average their gradients. The machine may end after a step."""
+    torch.multiprocessing.start_processes(
+        _as_rank, (job, kill_at, f"{job.path}/rendezvous-{kill_at}"), 2, start_method="fork"
+    )
+
+
+def _as_rank(rank: int, job: DistillJob, kill_at: int | None, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    worker = Worker(rank, 2, "cpu", 1, killed_at(kill_at).preempted if kill_at else lambda step: False)
+    with contextlib.suppress(KeyboardInterrupt):
+        distill_loop(job, worker)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def after_every_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Settings with which each step ends in a checkpoint, although writing then takes most of the time."""
+    monkeypatch.setattr(loop, "_LEAST_GAP", 0.0)
+    return {"checkpoint_seconds": 1e-9}
+
+
+def test_two_workers_resume_within_an_epoch_and_count_the_images_and_terms_of_both(make_set, after_every_step) -> None:
+    """Their shares of a batch are three images and two."""
+    settings = {"batch_size": 5, "epochs": 2, "keep": "best", "val_every": 1, **after_every_step}
+    unbroken, broken = (make_set(name, num_train=23).job("job", distill=settings) for name in ("unbroken", "broken"))
+    in_two_processes(unbroken)
+    in_two_processes(broken, kill_at=8)
+    assert latest_step(broken.path) == 7
+    assert latest_checkpoint(broken.path)[2]["sums"]["images"] == 2 * 5
+    in_two_processes(broken)
+    assert_same(unbroken, broken)
+    assert untimed(epochs_of(broken)) == untimed(epochs_of(unbroken))
+    assert [record["images"] for record in epochs_of(broken)] == [25, 25]
 
 
 def test_unlabelled_images_take_part_through_soft_targets_alone(make_set) -> None:
@@ -278,13 +304,15 @@ def test_few_labels_shrink_no_batch_of_an_arm_without_a_teacher(make_set) -> Non
     assert len(seen) == 20
 
 
-@pytest.mark.parametrize(("num_train", "batch_size", "expected"), [(33, 32, 1), (5, 32, 1), (40, 16, 2), (3, 2, 1)])
-def test_every_epoch_has_a_step_and_no_short_batch(make_set, num_train, batch_size, expected) -> None:
+@pytest.mark.parametrize(("num_train", "batch_size", "expected"), [(33, 32, 2), (5, 32, 1), (40, 16, 3), (3, 2, 2)])
+def test_every_epoch_shows_every_image_in_full_batches(make_set, num_train, batch_size, expected) -> None:
     job = make_set(f"n{num_train}", num_train=num_train).job("job", distill={"epochs": 2, "batch_size": batch_size})
     assert job.steps_per_epoch == expected
     assert job.batch_size == min(batch_size, num_train)
     record = distill_loop(job, here())
     assert (record["step"], record["images"]) == (2 * expected, expected * job.batch_size)
+    epoch = list(itertools.islice(read_batches(job, 0, here()), expected))
+    assert set(np.concatenate([batch.rows_V for batch in epoch])) == set(range(num_train))
 
 
 def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_checkpoint(tiny_set) -> None:
@@ -341,6 +369,123 @@ def test_loaded_weights_are_the_ones_that_ship(tiny_set, progress) -> None:
     assert (logits.argmax(1) == labels).mean() == result.val_accuracy
     assert load_file(Path(result.path) / "student.safetensors").keys() == student.network.state_dict().keys()
     assert not Path(result.path, "checkpoints").exists()
+
+
+# Within an epoch
+
+
+@pytest.mark.parametrize("kept", ["best", "last"])
+def test_a_long_epoch_is_gone_on_with_at_its_last_checkpoint_and_ends_as_an_unbroken_one(
+    tiny_set, kept, after_every_step
+) -> None:
+    """However often, and with all that an epoch adds up: terms, images, and the seconds of the steps that count."""
+    settings = {"epochs": 2, "batch_size": 4, "keep": kept, "ema_decay": 0.9, **after_every_step}
+    unbroken, broken = (tiny_set.job(name, distill=settings, loss=CRD) for name in ("unbroken", "broken"))
+    distill_loop(unbroken, here())
+    seconds = [0.0]
+    for step in (6, 9, 16):
+        with pytest.raises(KeyboardInterrupt):
+            distill_loop(broken, killed_at(step))
+        sums = latest_checkpoint(broken.path)[2]["sums"]
+        assert latest_step(broken.path) == step - 1
+        assert sums["images"] == (step - 1) % 10 * 4
+        seconds.append(sums["seconds"])
+    assert 0 < seconds[1] < seconds[2]
+    distill_loop(broken, here())
+    assert_same(unbroken, broken)
+    assert untimed(epochs_of(broken)) == untimed(epochs_of(unbroken))
+
+
+def test_checkpoints_take_no_more_than_a_quarter_of_the_time(tiny_set) -> None:
+    """However often they are asked for: one that takes a second comes no sooner than four seconds after the last."""
+    job = tiny_set.job("job", distill={"checkpoint_seconds": 1e-9})
+    reporter = loop._Reporter(job, here(), 0, {})
+    assert reporter.checkpoint_due(1, False, 0.0)
+    assert not reporter.checkpoint_due(2, False, 3600.0)
+    assert reporter.checkpoint_due(job.total_steps, True, 3600.0)
+
+
+# Which epoch ships
+
+
+def scripted_val(monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
+    """Val accuracies, epoch by epoch, of what is else a real training. A resumed one is told the same again."""
+
+    def logits(student, samples, split, device, size):
+        epoch = round(learnt_steps(student) / 5)
+        labels = np.zeros(100, int)
+        right = np.arange(100) < 100 * accuracies[epoch - 1]
+        return np.stack([right, ~right], axis=1).astype(np.float32), labels
+
+    monkeypatch.setattr(loop, "split_logits", logits)
+
+
+def learnt_steps(student: torch.nn.Module) -> int:
+    """Batch norm counts the batches that it has seen."""
+    return int(next(value for name, value in student.state_dict().items() if name.endswith("num_batches_tracked")))
+
+
+@pytest.mark.parametrize(
+    ("keep", "accuracies", "ships", "killed", "ema"),
+    [
+        ("best", [0.2, 0.9, 0.5, 0.8], 2, None, None),
+        ("best", [0.2, 0.9, 0.5, 0.8], 2, None, 0.9),
+        ("best", [0.2, 0.9, 0.5, 0.8], 2, 8, None),
+        ("best", [0.2, 0.9, 0.5, 0.8], 2, 12, 0.9),
+        ("best", [0.2, 0.9, 0.9, 0.8], 3, 19, None),  # of equals the latest
+        ("best", [0.0, 0.0, 0.0, 0.0], 4, None, None),
+        ("last", [0.2, 0.9, 0.5, 0.8], 4, None, None),
+        ("auto", [0.2, 0.9, 0.5, 0.8], 4, None, None),  # of 12 val images nothing can be told
+    ],
+)
+def test_the_epoch_that_ships(tiny_set, progress, monkeypatch, keep, accuracies, ships, killed, ema) -> None:
+    """Also where training was killed before or after it: the weights of that epoch, bit for bit."""
+    scripted_val(monkeypatch, accuracies)
+    settings = {"keep": keep, "val_every": 1, "ema_decay": ema}
+    job = tiny_set.job("job", distill=settings)
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            distill_loop(job, killed_at(killed))
+    plan = plan_resources(job.config, 2, 0, 1)
+    result = distill_student(job, StageDirectory(job.path, "distill", "{}"), plan, progress, lambda record: None)
+    student, _ = read_student(result.path)
+    assert learnt_steps(student) == 5 * ships
+    assert (result.kept_epoch, result.val_accuracy) == (ships, accuracies[ships - 1])
+    assert f"epoch {ships} of 4 ships: {accuracies[ships - 1]:.3f} on val" in result.kept
+    assert json.loads(Path(result.path, "student.json").read_text())["training"]["kept_epoch"] == ships
+    if keep == "auto":
+        assert "epoch 2 had 0.900: 12 val images are too few" in result.kept
+    whole = tiny_set.job("whole", distill={**settings, "keep": "last"})
+    stop_after = killed_at(5 * ships + 1) if ships < 4 else here()
+    with contextlib.suppress(KeyboardInterrupt):
+        distill_loop(whole, stop_after)
+    prefix = "ema.body.network." if ema else "model.student.body.network."
+    expected = {k.removeprefix(prefix): v for k, v in weights(whole).items() if k.startswith(prefix)}
+    for name, value in student.network.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_hundred_val_images_are_enough_to_choose_by(tiny_set) -> None:
+    job = tiny_set.job("job")
+    for images, best in ((99, False), (100, True)):
+        samples = replace(job.samples, num_labelled={**job.samples.num_labelled, "val": images})
+        assert replace(job, samples=samples).keeps_best is best
+
+
+def test_epochs_that_were_lost_are_not_taken_for_done(tiny_set, progress) -> None:
+    """Whoever follows a training that goes on hears of each epoch when it is there."""
+    job = tiny_set.job("job", distill={"checkpoint_seconds": 3600})
+    with pytest.raises(KeyboardInterrupt):
+        distill_loop(job, killed_at(17))
+    assert len(epochs_of(job)) == 3
+    steps = []
+    plan = plan_resources(job.config, 2, 0, 1)
+    distill_student(
+        job, StageDirectory(job.path, "distill", "{}"), plan, progress,
+        lambda record: steps.append((record["epoch"], len(epochs_of(job)))),
+    )  # fmt: skip
+    assert steps == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    assert progress.images_again == 15 * job.batch_size
 
 
 # Terms of the loss
