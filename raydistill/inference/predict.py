@@ -77,7 +77,7 @@ class Predictor:
         """(H, H, 3) uint8, as `prepare` makes it, of no more pixels than training allowed. Raises DataError."""
         image = self._image
         limit = min(image["max_pixels"], most_pixels or image["max_pixels"])
-        return np.asarray(decode(data, image["size"], image["fit"], limit))
+        return np.array(decode(data, image["size"], image["fit"], limit))  # torch asks for one that may be written to
 
     def probabilities(self, images_BHH3: np.ndarray) -> np.ndarray:
         """(B, C) float32 of working images."""
