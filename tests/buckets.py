@@ -71,11 +71,12 @@ class CutConnections:
             if cut:
                 self.requests.append(begin.partition(b"\r\n")[0].decode())
             if cut and not answered:
-                return
+                return  # which closes it
             server.sendall(begin)
             up = threading.Thread(target=_pass_on, args=(client, server), daemon=True)
             up.start()
             _pass_on(server, client, drop=cut)
+            client.shutdown(socket.SHUT_RDWR)  # to close it is not enough while another thread waits for it
 
 
 def _pass_on(source: socket.socket, target: socket.socket, drop: bool = False) -> None:

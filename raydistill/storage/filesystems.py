@@ -110,7 +110,11 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS) -> tuple[File
     set_up = "AWS_MAX_ATTEMPTS" in os.environ or "config_kwargs" in conf.get("s3", {})
     if _EXTRAS.get(protocol) == "s3" and not set_up:
         # s3fs has a loop of retries around botocore's, and there is ours: with all three a wrong address took 14 s.
-        options["config_kwargs"] = {"retries": {"max_attempts": 1}, "connect_timeout": 10}
+        # And a line that takes what is sent and says nothing held each of its calls for five minutes.
+        seconds = (
+            {"connect_timeout": 10, "read_timeout": 30} if patience else {"connect_timeout": 4, "read_timeout": 10}
+        )
+        options["config_kwargs"] = {"retries": {"max_attempts": 1}, **seconds}
     try:
         fs, place = url_to_fs(path, **options)
     except ImportError as error:
@@ -119,6 +123,8 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS) -> tuple[File
         raise ConfigError(f"{path}: what reads {protocol}:// is not installed ({error}){advice}") from None
     except ValueError as error:  # no such protocol
         raise ConfigError(f"{path}: {error}") from None
+    if not patience and hasattr(fs, "retries"):  # another one than that of patient calls, since its options differ
+        fs.retries = min(fs.retries, 2)
     return FileSystem(fs, patience), place
 
 
