@@ -126,7 +126,7 @@ def test_fresh_views_stream_in_the_loop_order_with_their_own_features(words, pro
     outcome = run_stages(config, progress, until="adapt")
     job = DistillJob(config, outcome.samples, outcome.directories["adapt"], outcome.adapted.path, None)
     stream = FreshStream(job, plan_resources(config, 2, 0, 2))().materialize()
-    assert stream.num_blocks() == 3  # 24 steps in units of 8: it flows in pieces, not as one
+    assert stream.num_blocks() == 4  # 30 steps in units of 8: it flows in pieces, not as one
     backbone, _, _ = load_teacher(config.teacher)
     seen = []
     for rows_ in stream.iter_batches(batch_size=job.batch_size, batch_format="numpy"):
