@@ -11,14 +11,14 @@ import os
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from raydistill.config import Images
 from raydistill.data import path_tables
-from raydistill.data.labels import one_spelling
+from raydistill.data.labels import one_spelling, whole_numbers
 from raydistill.data.many import EXTENSIONS, SUFFIXES, list_rows, saved_files
 from raydistill.data.names import written
 from raydistill.data.sample import sample_id
@@ -89,9 +89,10 @@ def list_images(config: Images) -> Listing:
     is_folder = not fs.isfile(root)
     files = _find(fs, root, ignored) if is_folder else {}
     suffix = _suffix(root)
-    if is_folder and _holds_many(root, files):
+    by_folder = is_folder and not _holds_many(root, files)
+    if is_folder and not by_folder:
         entries = list(_folder_of_many(fs, root, files, ignored, notes))
-    elif is_folder:
+    elif by_folder:
         entries = list(_from_folder(root, files, ignored, notes))
     elif suffix in SUFFIXES:
         entries = list(_from_many(fs, root, None, ignored, notes))
@@ -105,8 +106,9 @@ def list_images(config: Images) -> Listing:
     if not entries:
         raise DataError(f"{named}: no images found ({_describe(ignored)})")
     listed = _listed_classes(config)
-    spelt = one_spelling([e.label for e in entries if e.label], listed, notes)
-    entries = [e if e.label is None or spelt[e.label] == e.label else replace(e, label=spelt[e.label]) for e in entries]
+    entries = _with_labels(entries, {} if by_folder else whole_numbers(_labels(entries), listed, notes))
+    spelt = one_spelling(_labels(entries), listed, notes)
+    entries = _with_labels(entries, spelt)
     classes = _classes(entries) if listed is None else tuple(spelt[name] for name in listed)
     _check(config, entries, classes, ignored + notes)
     if config.max_per_class is not None:
@@ -115,6 +117,17 @@ def list_images(config: Images) -> Listing:
     if not fs.is_local:  # which drops the protocol from its paths
         entries = [replace(e, path=_address(fs, e.path)) for e in entries]
     return Listing(tuple(entries), classes, dict(ignored), fingerprint, dict(notes))
+
+
+def _labels(entries: Sequence[Entry]) -> list[str]:
+    return [entry.label for entry in entries if entry.label]
+
+
+def _with_labels(entries: list[Entry], names: Mapping[str, str]) -> list[Entry]:
+    return [
+        replace(entry, label=names[entry.label]) if entry.label and names.get(entry.label, entry.label) != entry.label
+        else entry for entry in entries
+    ]  # fmt: skip
 
 
 def first_of_table(path: str) -> str | None:
@@ -149,7 +162,7 @@ def _find(fs: FileSystem, root: str, ignored: Counter[str]) -> dict[str, Any]:
 def _from_folder(root: str, files: Collection[str], ignored: Counter[str], notes: Counter[str]) -> Iterator[Entry]:
     """`[SPLIT/]CLASS/**/image`, `unlabelled/**/image`, `train/unlabelled/**/image`."""
     read, unread = set[str](), defaultdict[str, Counter[str]](Counter)
-    tops = {_parts(path, root)[0].casefold() for path in files}
+    tops = {_parts(path, root)[0].strip().casefold() for path in files}
     # Split folders count as such only if a train folder is among them: a class may be called "test".
     has_splits = any(SPLIT_FOLDERS.get(top) == "train" for top in tops)
     for path in sorted(files):
@@ -157,14 +170,14 @@ def _from_folder(root: str, files: Collection[str], ignored: Counter[str], notes
         if is_hidden(parts):
             ignored["hidden and system files"] += 1
             continue
-        split = SPLIT_FOLDERS.get(parts[0].casefold()) if has_splits else None
+        split = SPLIT_FOLDERS.get(parts[0].strip().casefold()) if has_splits else None
         inner = parts[1:] if split else parts
         if suffix not in EXTENSIONS:
             ignored[f"files ending in {written(suffix) or 'nothing'}"] += 1
             if len(inner) > 1:
                 unread[inner[0]][suffix] += 1
             continue
-        if inner[0].casefold() in UNLABELLED_FOLDERS and len(inner) > 1 and split in (None, "train"):
+        if inner[0].strip().casefold() in UNLABELLED_FOLDERS and len(inner) > 1 and split in (None, "train"):
             yield Entry(path, None, "train")
         elif has_splits and split is None:
             ignored[f"images outside train, val and test ({written(parts[0])}/)"] += 1

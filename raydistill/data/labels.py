@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 import unicodedata
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 
 from raydistill.data.names import written
 from raydistill.errors import DataError
 
 # What programs write where there is no value. `none`, `NA` and `null` as classes are for people to write otherwise.
 _NOTHING = frozenset({"nan", "NaN", "NAN", "-nan", "NaT", "<NA>", "null", "NULL", "None", "N/A", "n/a", "#N/A"})
-_WHOLE = re.compile(r"-?\d+\.0+")
+_MINUS_ONE = re.compile(r"-1(\.0+)?")
+_WHOLE = re.compile(r"-?\d+(\.0+)?")
+# How programs write bytes and lists as text: b'cat', ['cat', 'dog'], [0 1].
+_REPR = re.compile(r"""b(['"]).*\1|[\[{].*[\]}]""", re.DOTALL)
+_ARRAY = re.compile(r"\[[-+.\d\s]+\]")
 
 
 def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
@@ -30,8 +37,13 @@ def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
             return label_of("nan", where, notes)
         case int() | float() if value == -1:
             return label_of("-1", where, notes)
+        case Decimal() if value % 1 == 0:
+            return label_of(int(value), where, notes)
+        case Decimal():
+            return label_of(float(value), where, notes)
         case float() if not value.is_integer():
-            raise DataError(f"{where}: the label is {value}, a fraction; a class has a name or a whole number")
+            kind = "a fraction" if math.isfinite(value) else "no number"
+            raise DataError(f"{where}: the label is {value}, {kind}; a class has a name or a whole number")
         case int() | float():
             return str(int(value))
         case bytes() | bytearray() | memoryview():
@@ -40,12 +52,17 @@ def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
             except UnicodeDecodeError:
                 raise DataError(f"{where}: the label is bytes that are no UTF-8; write a name") from None
         case str():
-            text = value.strip()
-            if text in _NOTHING or text == "-1":
+            text = value.rstrip("\0").strip()  # numpy and h5py fill up bytes of a fixed length with NULs
+            if text in _NOTHING or _MINUS_ONE.fullmatch(text):
                 notes[f"labels {text}, read as no label"] += 1
                 return None
-            return text or None
-        case list() | tuple() | dict() | set():
+            meant = _literal(text)
+            if isinstance(meant, bytes):
+                notes["labels such as b'cat', read as the text in them"] += 1
+            return (text or None) if meant is None else label_of(meant, where, notes)
+        case dict():
+            raise DataError(f"{where}: the label is a mapping; write the name of the class alone")
+        case list() | tuple() | set():
             kind = type(value).__name__
             raise DataError(
                 f"{where}: the label is a {kind}; multi-label data is not supported, an image has one class"
@@ -53,13 +70,30 @@ def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
     raise DataError(f"{where}: the label is of type {type(value).__name__}; write a name or a whole number")
 
 
-def as_whole_numbers(labels: Sequence[str | None], notes: Counter[str]) -> list[str | None]:
-    """Labels of a table of text that are all `3.0` and the like, which pandas makes of whole numbers beside gaps."""
-    given = [label for label in labels if label]
-    if not given or not all(map(_WHOLE.fullmatch, given)):
-        return list(labels)
-    notes["labels such as 1.0, read as whole numbers"] += len(given)
-    return [label and label.partition(".")[0] for label in labels]
+def _literal(text: str) -> object:
+    """The bytes, list or mapping that a program wrote as text; None of other text."""
+    if not _REPR.fullmatch(text):
+        return None
+    if _ARRAY.fullmatch(text):
+        return text.strip("[]").split()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def whole_numbers(labels: Iterable[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:
+    """`3.0` and the like, which pandas makes of whole numbers beside gaps, to `3`, where no label is anything else
+    than a whole number and the class list does not have them as they stand."""
+    counts = Counter(labels)
+    if not all(map(_WHOLE.fullmatch, counts)) or counts.keys() <= set(listed or ()):
+        return {}
+    found = {label: label.partition(".")[0] for label in counts if "." in label}
+    if found:
+        notes["labels such as 1.0, read as whole numbers"] += sum(counts[label] for label in found)
+    return found
 
 
 def one_spelling(labels: Iterable[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:

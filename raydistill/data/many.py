@@ -105,7 +105,9 @@ def _table_rows(path: str, table: ArrowFile, notes: Counter[str]) -> Iterator[Ro
     schema, shown = table.schema, written(path)
     if lacking := {"image", "label"} - set(schema.names):
         found = ", ".join(map(written, schema.names[:10]))
-        raise DataError(f"{shown}: no column {' and no column '.join(sorted(lacking))} among {found}; rename them")
+        in_folder = any(part.startswith("label=") for part in PurePosixPath(path).parts)
+        advice = "that its folder's name tells one is not read, so write it as a column" if in_folder else "rename them"
+        raise DataError(f"{shown}: no column {' and no column '.join(sorted(lacking))} among {found}; {advice}")
     _check_image_column(path, table)
     names = _class_names(path, schema.metadata or {})
     columns = [name for name in ("label", "split") if name in schema.names]

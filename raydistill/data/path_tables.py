@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from raydistill.data.labels import as_whole_numbers, label_of
+from raydistill.data.labels import label_of
 from raydistill.data.names import written
 from raydistill.errors import DataError
 from raydistill.storage.filesystems import FileSystem
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _COLUMNS = ("path", "label", "split")
+_NO_OBJECT = "is not a JSON object; write one on each line, and no comma or list around them"
 _ADVICE = "`path` and `label` are needed, `split` is welcome"
 
 
@@ -39,7 +40,8 @@ def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> list[Pat
     for number, row in _json_rows(shown, text) if is_json else _csv_rows(shown, text):
         where = f"{shown}: line {number}"
         if "path" not in row or "label" not in row:
-            raise DataError(f"{where} lacks a column{_near(row)}; {_ADVICE}")
+            found = ", ".join(written(str(name)) for name in list(row)[:5])
+            raise DataError(f"{where} ({found}) lacks a column{_near(row)}; {_ADVICE}")
         path = row["path"]
         if not path:
             raise DataError(f"{where} has no path")
@@ -48,15 +50,12 @@ def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> list[Pat
         if "\0" in path:
             raise DataError(f"{where}: the path holds a NUL, which no file's name does")
         rows.append(PathRow(path, label_of(row["label"], where, notes), row.get("split"), where))
-    if is_json:
-        return rows
-    labels = as_whole_numbers([row.label for row in rows], notes)
-    return [PathRow(row.path, label, row.split, row.where) for row, label in zip(rows, labels, strict=True)]
+    return rows
 
 
 def _text_of(data: bytes, shown: str) -> str:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{shown}: UTF-16, not UTF-8; save it as such")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:  # of a UTF-16 or UTF-32 without a mark
+        raise DataError(f"{shown}: UTF-16 or UTF-32, if it is text, not UTF-8; save it as such")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -75,7 +74,7 @@ def _csv_rows(shown: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             if columns is None:
                 columns = [cell.strip() for cell in cells]
                 _check_header(columns, f"{shown}: line {rows.line_num}", delimiter)
-            elif len(cells) != len(columns):
+            elif len(cells := _fitted(cells, columns)) != len(columns):
                 raise DataError(
                     f"{shown}: line {rows.line_num} has {len(cells)} fields and the header {len(columns)}; put a label "
                     'with a comma in quotes ("a, b"), and write empty fields too'
@@ -86,12 +85,19 @@ def _csv_rows(shown: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{shown}: line {rows.line_num}: {error}; is a quote not closed?") from None
 
 
+def _fitted(cells: list[str], columns: list[str]) -> list[str]:
+    """Without empty cells beyond the header, and with those of columns without a name: a comma ends each line."""
+    if not any(columns[len(cells) :]):
+        cells = cells + [""] * (len(columns) - len(cells))
+    return cells if any(cells[len(columns) :]) else cells[: len(columns)]
+
+
 def _check_header(columns: list[str], where: str, delimiter: str) -> None:
     if twice := [name for name in _COLUMNS if columns.count(name) > 1]:
         raise DataError(f"{where} has several columns {twice[0]}; keep one")
     if {"path", "label"} <= set(columns):
         return
-    found = ", ".join(written(name) for name in columns[:5])
+    found = ", ".join(written(name[:40]) for name in columns[:5])
     other = next((sign for sign in (";", "\t", "|", ",") if sign != delimiter and sign in columns[0]), None)
     if len(columns) == 1 and other is not None:
         name = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}[other]
@@ -101,9 +107,10 @@ def _check_header(columns: list[str], where: str, delimiter: str) -> None:
 
 
 def _near(row: dict[str, Any]) -> str:
-    """What was meant, where a name is right but for its case."""
-    near = [name for name in map(str, row) if name not in _COLUMNS and name.strip().casefold() in _COLUMNS]
-    return f": write {', '.join(f'{written(name)} as {name.strip().casefold()}' for name in near)}" if near else ""
+    """What was meant, where a name is right but for its case, and quotes or invisible signs around it."""
+    meant = {name: name.strip(" \t\xa0\u200b\ufeff'\"").casefold() for name in map(str, row) if name not in _COLUMNS}
+    near = [f"{written(name)} as {right}" for name, right in meant.items() if right in _COLUMNS]
+    return f": write {', '.join(near)}" if near else ""
 
 
 def _json_rows(shown: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -112,10 +119,10 @@ def _json_rows(shown: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line, object_pairs_hook=_no_key_twice)
             except (ValueError, RecursionError) as error:
-                reason = str(error) if isinstance(error, _KeyTwice) else "is not a JSON object"
+                reason = str(error) if isinstance(error, _KeyTwice) else _NO_OBJECT
                 raise DataError(f"{shown}: line {number} {reason}") from None
             if not isinstance(row, dict):
-                raise DataError(f"{shown}: line {number} is not a JSON object")
+                raise DataError(f"{shown}: line {number} {_NO_OBJECT}")
             yield number, row
 
 

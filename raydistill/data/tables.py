@@ -48,10 +48,11 @@ def open_table(path: str) -> Iterator[ArrowFile]:
             if twice:
                 raise DataError(f"{shown}: there are several columns {written(sorted(twice)[0])}; keep one")
             yield table
-    except (pa.ArrowException, OSError, ValueError) as error:  # the last of text that is no UTF-8
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:  # the last of text that is no UTF-8
         suffix = PurePosixPath(path).suffix.lower().lstrip(".")
         reason = " ".join(str(error).split())
-        raise DataError(f"{shown}: not a {suffix} file, or a damaged one ({reason})") from None
+        article = "an" if suffix == "arrow" else "a"
+        raise DataError(f"{shown}: not {article} {suffix} file, or a damaged one ({reason})") from None
 
 
 def _parquet(file: Any, shown: str) -> ArrowFile:

@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
+from typing import Any
 
 from raydistill.data.labels import label_of
 from raydistill.data.names import written
@@ -35,8 +36,9 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
     """Every image in the archive's order, with the label files of its key wherever they stand.
 
     An image's own key is its name without the last ending (`v1.2_001` of `v1.2_001.png`); where no label stands under
-    it, it is WebDataset's, the name up to its first dot (`001` of `001.input.png`). Beside the image of a key, others
-    that only begin like it (`001.mask.png`) are left out and counted. Raises DataError: two images of one key.
+    it, it is its whole name (`001.png.json`) or WebDataset's, the name up to its first dot (`001` of `001.input.png`).
+    Beside the image of a key, others that only begin like it (`001.mask.png`) are left out and counted. Raises
+    DataError: two images of one key, an archive that is cut off or holds another behind its end.
     """
     images = list[tuple[tarfile.TarInfo, str]]()
     beside = defaultdict[str, dict[str, tarfile.TarInfo]](dict)
@@ -57,12 +59,13 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
             beside[key][suffix] = member
         else:
             ignored[f"files ending in {written(suffix) or 'nothing'} in tar files"] += 1
+    _refuse_cut(archive, shown)
     own = {stem for _, stem in images}
     found = dict[str, tarfile.TarInfo]()
     kept = list[Image]()
     for member, stem in images:
-        key = stem
-        if stem not in beside and (first := _up_to_first_dot(stem)) != stem:
+        key = stem if stem in beside or member.name not in beside else member.name
+        if key not in beside and (first := _up_to_first_dot(stem)) != stem:
             if first in own:
                 ignored["images in tar files that stand beside the image of their key, as masks do"] += 1
                 continue
@@ -75,6 +78,21 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
     if alone := len(beside.keys() - found.keys()):
         ignored["labels in tar files without an image"] += alone
     return kept
+
+
+def _refuse_cut(archive: tarfile.TarFile, shown: str) -> None:
+    """Of an archive that was read to its end, where tarfile stops without a word at half a header, at what is none, and
+    before a second archive."""
+    file: Any = archive.fileobj
+    file.seek(archive.offset)
+    if any(head := file.read(tarfile.BLOCKSIZE)) or 0 < len(head) < tarfile.BLOCKSIZE:
+        raise DataError(f"{shown}: cut off or damaged at byte {archive.offset:,}; fetch it or pack it again")
+    while block := file.read(1 << 20):
+        if any(block):
+            raise DataError(
+                f"{shown}: more follows behind its end, as in tar files joined by `cat`, and would not be read; keep "
+                "them apart, or join them with `tar --concatenate`"
+            )
 
 
 def _up_to_first_dot(stem: str) -> str:

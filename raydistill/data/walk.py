@@ -35,11 +35,10 @@ def files_below(root: str, ignored: Counter[str]) -> list[str]:
         if not here and "/." not in folder.removeprefix(root):
             ignored["empty folders"] += 1
         for entry in here:
-            if entry.is_dir():
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 (links if entry.is_symlink() else waiting).append(posixpath.join(folder, entry.name))
-            elif entry.is_file() or not os.path.exists(
-                entry.path
-            ):  # a broken link is refused when it is read, with the reason
+            elif not os.path.exists(entry.path) or entry.is_file():
+                # A link that leads nowhere, to itself or to what is shut is refused when it is read, with the reason.
                 files.append(posixpath.join(folder, entry.name))
             else:
                 strange.append(_below(posixpath.join(folder, entry.name), root))

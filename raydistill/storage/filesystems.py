@@ -121,7 +121,7 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS) -> tuple[File
         extra = _EXTRAS.get(protocol)
         advice = f"; pip install 'raydistill[{extra}]'" if extra else ""
         raise ConfigError(f"{path}: what reads {protocol}:// is not installed ({error}){advice}") from None
-    except ValueError as error:  # no such protocol
+    except (ValueError, OSError) as error:  # no such protocol, or one that calls its server, or opens its file, at once
         raise ConfigError(f"{path}: {error}") from None
     if not patience and hasattr(fs, "retries"):  # another one than that of patient calls, since its options differ
         fs.retries = min(fs.retries, 2)

@@ -371,6 +371,9 @@ def test_a_jsonl_may_hold_every_line_separator_of_unicode(tmp_path):
         ("t.jsonl", '{"Path": "a.png", "label": "x"}\n', "write Path as path"),
         ("t.jsonl", '{"path": "a.png", "label": "x", "label": "y"}\n', "line 1 names a key twice"),
         ("t.jsonl", "[" * 100_000 + "\n", "line 1 is not a JSON object"),
+        ("t.jsonl", '[{"path": "a.png", "label": "x"},\n', "write one on each line"),
+        ("t.jsonl", '{"file_name": "a.png", "label": "x"}\n', "line 1 (file_name, label) lacks a column"),
+        ("t.csv", "'path', \"label\"\n'a.png','x'\n", """write 'path' as path, "label" as label"""),
         ("t.csv", "", "no images"),
         ("t.csv", "path,label\n", "no images"),
         ("t.csv", "path,label\na.png,x\nb.png,x\n", "'x'"),
@@ -381,7 +384,18 @@ def test_tables_that_cannot_be_used_are_refused_where_they_fail(tmp_path, name, 
     assert where in refusal(tmp_path / name)
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize(
+    ("header", "end"), [("path,label", ","), ("path,label,", ""), ("path,label,,", ",,"), ("path,label,", ",,")]
+)
+def test_commas_that_end_lines_are_no_fields(tmp_path, header, end):
+    (tmp_path / "t.csv").write_text(f"{header}\na.png,x{end}\nb.png,y{end}\n")
+    assert {(entry.path, entry.label) for entry in listed(tmp_path / "t.csv").entries} == {
+        (str(tmp_path / "a.png"), "x"),
+        (str(tmp_path / "b.png"), "y"),
+    }
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_a_table_in_another_encoding_is_refused(tmp_path, encoding):
     (tmp_path / "t.csv").write_bytes("path,label\na.png,é\nb.png,y\n".encode(encoding))
     assert "UTF-8" in refusal(tmp_path / "t.csv")

@@ -88,12 +88,55 @@ def test_whole_numbers_that_pandas_wrote_beside_gaps(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", TYPED)
-@pytest.mark.parametrize("label", [["cat"], ["cat", "dog"], {"name": "cat"}, []])
+@pytest.mark.parametrize("label", [["cat"], ["cat", "dog"], []])
 def test_several_labels_are_refused_in_one_sentence(tmp_path, suffix, label):
     with pytest.raises(DataError, match="multi-label data is not supported") as refused:
         listed(write(tmp_path / f"t{suffix}", [label, label]))
     assert "\n" not in str(refused.value)
     assert f"t{suffix}: " in str(refused.value)
+
+
+@pytest.mark.parametrize("suffix", TYPED)
+def test_a_mapping_is_refused_and_not_called_several_labels(tmp_path, suffix):
+    with pytest.raises(DataError, match="the label is a mapping; write the name of the class alone"):
+        listed(write(tmp_path / f"t{suffix}", [{"name": "cat"}, {"name": "dog"}]))
+
+
+@pytest.mark.parametrize("suffix", [*TEXT, *TYPED])
+def test_whole_numbers_as_text_are_the_same_everywhere(tmp_path, suffix):
+    """-1.0 is no label and 0 beside 0.0 is one class; a class list may have them as they stand."""
+    path = write(tmp_path / f"t{suffix}", ["0.0", "0", "1.0", "-1.0", None, "10"])
+    listing = listed(path)
+    assert [entry.label for entry in listing.entries] == ["0", "0", "1", None, None, "10"]
+    assert listing.notes == {"labels -1.0, read as no label": 1, "labels such as 1.0, read as whole numbers": 2}
+    (tmp_path / "classes.txt").write_text("1.0\n2.0\n")
+    path = write(tmp_path / f"u{suffix}", ["1.0", "2.0"])
+    assert listed(path, classes=str(tmp_path / "classes.txt")).classes == ("1.0", "2.0")
+
+
+def test_folders_named_as_versions_keep_their_names(class_folders):
+    assert listed(class_folders({"1.0": 1, "2.0": 1, "-1.0": 1})).classes == ("-1.0", "1.0", "2.0")
+
+
+@pytest.mark.parametrize("suffix", [*TEXT, *TYPED])
+def test_what_programs_write_of_bytes_and_lists_as_text(tmp_path, suffix):
+    listing = listed(write(tmp_path / f"t{suffix}", ["b'cat'", "b'dog'", "b'caf\\xc3\\xa9'", "[other]", "b'"]))
+    assert [entry.label for entry in listing.entries] == ["cat", "dog", "café", "[other]", "b'"]
+    assert listing.notes == {"labels such as b'cat', read as the text in them": 3}
+    for text in ("['cat']", "[0 1]", "[0. 1. 0.]"):
+        with pytest.raises(DataError, match="multi-label data is not supported"):
+            listed(write(tmp_path / f"u{suffix}", [text, text]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (pa.array([1, 2], pa.int64()).cast(pa.decimal128(30, 2)), ("1", "2")),
+        (pa.array([b"cat\0\0", b"horse"], pa.binary(5)), ("cat", "horse")),
+    ],
+)
+def test_decimals_and_padded_bytes(tmp_path, labels, classes):
+    assert listed(write(tmp_path / "t.parquet", labels)).classes == classes
 
 
 @pytest.mark.parametrize("suffix", TYPED)

@@ -173,11 +173,11 @@ def test_any_rows_are_read_in_the_files_order(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["tar", "arrow", "parquet"])
 def test_a_damaged_file_is_named(tmp_path, kind):
     path = tmp_path / f"t.{kind}"
-    path.write_bytes(b"no such thing" * 100)
-    with pytest.raises(DataError, match=rf"t\.{kind}: not a {kind} file, or a damaged one"):
-        entries_of(path)
-    with pytest.raises(DataError, match=rf"t\.{kind}: not a {kind} file, or a damaged one"):
-        count_rows(str(path))
+    for content in (b"no such thing" * 100, b""):
+        path.write_bytes(content)
+        for read in (entries_of, lambda path: count_rows(str(path))):
+            with pytest.raises(DataError, match=rf"t\.{kind}: not an? {kind} file, or a damaged one"):
+                read(path)
 
 
 def test_a_folder_of_pictures_stays_one_whatever_lies_beside_them(tmp_path, class_folders):
@@ -228,6 +228,38 @@ def test_labels_find_their_images_however_tools_name_and_order_them(tmp_path, na
     assert len(list(read_rows(str(tmp_path / "t.tar"), range(len(labels))))) == len(labels)
     assert [path.name for path in tmp_path.rglob("*")] == ["t.tar"]
     assert not (tmp_path.parent / "1.png").exists()
+
+
+def test_a_label_may_carry_the_whole_name_of_its_image(tmp_path):
+    names = ["1.png", "1.png.json=3", "v1.2.png", "v1.2.png.cls=4", "1.mask.png", "2.png", "2.cls=5", "2.png.cls=6"]
+    ignored = Counter[str]()
+    assert [label for _, label in packed(tmp_path / "t.tar", *names, ignored=ignored)] == ["3", "4", "5"]
+    assert sum(ignored.values()) == 2  # the mask, and the second label of 2
+
+
+@pytest.mark.parametrize("size", [3 * 512 + 100, 4 * 512 + 1, 5 * 512 - 1])
+def test_a_tar_that_is_cut_off_is_refused_wherever_it_is_cut(tmp_path, size):
+    """Each member here has a block for its head and one for its content."""
+    path = tar(tmp_path / "t.tar", {f"{k}.png": b"x" * 512 for k in range(4)})
+    path.write_bytes(path.read_bytes()[:size])
+    for read in (entries_of, lambda path: count_rows(str(path))):
+        with pytest.raises(DataError, match=r"t\.tar: (cut off or damaged|not a tar file, or a damaged one)"):
+            read(path)
+
+
+def test_a_second_tar_behind_the_end_of_the_first_is_refused(tmp_path):
+    one, other = (tar(tmp_path / f"{k}.tar", {f"{k}.png": picture(k), f"{k}.cls": b"%d" % k}) for k in range(2))
+    one.write_bytes(one.read_bytes() + other.read_bytes())
+    with pytest.raises(DataError, match=r"0\.tar: more follows behind its end"):
+        entries_of(one)
+
+
+def test_labels_in_names_of_folders_of_tables_are_named(tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / f"label={label}").mkdir()
+        pq.write_table(pa.table({"image": [picture(0)]}), tmp_path / f"label={label}" / "part-0.parquet")
+    with pytest.raises(DataError, match="no column label among image; that its folder's name tells one is not read"):
+        entries_of(tmp_path)
 
 
 def test_what_a_tar_holds_besides_is_counted(tmp_path):

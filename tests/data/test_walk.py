@@ -49,6 +49,16 @@ def test_a_link_to_a_folder_outside_is_followed_once_and_its_second_place_is_nam
     assert "d is a/pictures/deep" in what
 
 
+def test_links_that_lead_to_themselves_are_files_that_cannot_be_read(tmp_path):
+    root = tree(tmp_path / "set", "a/0.png")
+    link(root / "a" / "self.png", root / "a" / "self.png")
+    link(root / "one", root / "two")
+    link(root / "two", root / "one")
+    assert walked(root) == (["a/0.png", "a/self.png", "one", "two"], {})
+    with pytest.raises(OSError, match="symbolic links"):
+        read_file(f"{root}/a/self.png")
+
+
 def test_links_that_lead_round_outside_and_above_end(tmp_path):
     root = tree(tmp_path / "up" / "set", "a/0.png")
     other = tree(tmp_path / "other", "1.png")

@@ -85,6 +85,11 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         open_filesystem("abfs://a/b")
     with pytest.raises(ConfigError, match=r"s4://a/b: .*s4"):
         open_filesystem("s4://a/b")
+    # Two that open a connection or a file at once.
+    with pytest.raises(ConfigError, match=r"^ftp://127\.0\.0\.1:9/a: .*refused"):
+        open_filesystem("ftp://127.0.0.1:9/a")
+    with pytest.raises(ConfigError, match=r"^zip://a::/nowhere\.zip: .*No such file"):
+        open_filesystem("zip://a::/nowhere.zip")
 
 
 class Hiccups(MemoryFileSystem):
