@@ -23,6 +23,7 @@ from raydistill.errors import DataError
 from raydistill.storage.filesystems import open_filesystem
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
+_LEAST_BOMB = 64 << 20
 _EXTENSION = b"ARROW:extension:name"
 _BASE64 = re.compile(rb"[A-Za-z0-9+/]{24,}={0,2}")
 
@@ -68,12 +69,26 @@ def _parquet(file: Any, shown: str) -> ArrowFile:
                 raise _refusal(shown)
     file.seek(0)
     parquet = pq.ParquetFile(file)
+    _refuse_bomb(parquet.metadata, shown)
 
     def batches(columns: Sequence[str]) -> Iterator[tuple[int, Callable[[], Any]]]:
         for group in range(parquet.num_row_groups):
             yield parquet.metadata.row_group(group).num_rows, partial(parquet.read_row_group, group, list(columns))
 
     return ArrowFile(_plain(parquet.schema_arrow, shown), batches)
+
+
+def _refuse_bomb(metadata: Any, shown: str) -> None:
+    """Of columns that a few bytes blow up: pictures are compressed already, and labels are short."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            size, name = column.total_uncompressed_size, column.path_in_schema.partition(".")[0]
+            most = 1000 * group.num_rows if name in ("label", "split") else 200 * column.total_compressed_size
+            if name in ("image", "label", "split") and size > max(_LEAST_BOMB, most):
+                raise DataError(
+                    f"{shown}: {group.num_rows} rows of the column {name} unpack to {size:,} bytes from "
+                    f"{column.total_compressed_size:,}: a decompression bomb"
+                )
 
 
 def _arrow(file: Any, shown: str) -> ArrowFile:

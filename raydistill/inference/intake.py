@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from collections.abc import AsyncGenerator
+from urllib.parse import parse_qsl
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -20,6 +22,7 @@ _KEYS = (
     "content", "body",
 )  # fmt: skip
 _RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded", "binary/octet-stream")  # the third: curl's
+_FIELDS = re.compile(rb"[\w.%\[\]-]{1,64}=[!-~\r\n]*")
 # A body may take this long, and a second more for each so many bytes that came.
 BODY_SECONDS, BYTES_A_SECOND = 20, 20_000
 
@@ -44,6 +47,8 @@ class Intake:
             return await _from_form(request, data)
         if kind == "application/json" or kind.endswith("+json") or (kind in _RAW and data[:1] in b'{["'):
             return _from_json(data)
+        if kind == "application/x-www-form-urlencoded" and _FIELDS.fullmatch(data):  # curl's name for pictures too
+            return _from_fields(data)
         if kind.startswith(("text/", "audio/", "video/", "multipart/")) or kind.endswith(("xml", "yaml")):
             raise HTTPException(415, f"Content-Type {kind!r} is not understood; {WANTED}")
         return [data], False
@@ -94,6 +99,15 @@ async def _from_form(request: Request, data: bytes) -> tuple[list[bytes], bool]:
     return found, len(found) > 1
 
 
+def _from_fields(data: bytes) -> tuple[list[bytes], bool]:
+    fields = parse_qsl(data.decode("ascii"))
+    found = [_from_base64(text.replace(" ", "+")) for name, text in fields if name in _KEYS]  # a + that was not escaped
+    if not found:
+        names = ", ".join(repr(name) for name, _ in fields[:5]) or "none"
+        raise HTTPException(400, f"the form has no picture (its fields: {names}); {WANTED}")
+    return found, len(found) > 1
+
+
 def _from_json(data: bytes) -> tuple[list[bytes], bool]:
     try:
         tree = json.loads(data)
@@ -117,7 +131,7 @@ def _texts(tree: object, depth: int = 6) -> tuple[list[str], bool]:
         for key in _KEYS:
             if key in tree:
                 return _texts(tree[key], depth - 1)
-        names = ", ".join(map(repr, list(tree)[:5]))
+        names = ", ".join(map(repr, list(tree)[:5])) or "none"
         raise HTTPException(400, f"the JSON has none of the keys that hold pictures (it has {names}); {WANTED}")
     raise HTTPException(400, f"the JSON holds {type(tree).__name__} where base64 of a picture belongs; {WANTED}")
 

@@ -128,6 +128,8 @@ def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> lis
     Raises DataError where there is nothing at a path, or no picture, or a table without the column `image`.
     """
     found, ignored = list[Unit](), Counter[str]() if ignored is None else ignored
+    if away := next((path for path in paths if "://" in path), None):
+        raise DataError(f"{written(away)}: pictures are read from this machine; copy them here and name their folder")
     for path in map(str, map(Path, paths)):
         if os.path.isdir(path):
             pictures = list(_pictures_below(path, ignored))

@@ -100,7 +100,8 @@ def make_app(predictor: Predictor, title: str, most_bytes: int, most_pixels: int
                 where = f"picture {number}: " if is_list else ""
                 allowed = f"the {most_pixels / 1e6:g} million that --max-megapixels allows"
                 reason = str(error).replace(f"images.max_pixels={most_pixels}", allowed)
-                raise HTTPException(422, f"{where}{reason}") from None
+                advice = f"; {WANTED}" if reason == "not an image" else ""
+                raise HTTPException(422, f"{where}{reason}{advice}") from None
             guesses = best(Answer("", await batcher.probabilities(image)), predictor.classes, top)
             classes = [{"class": name, "number": k, "probability": p} for name, k, p in guesses]
             found.append({"class": classes[0]["class"], "number": classes[0]["number"], "classes": classes})

@@ -11,6 +11,7 @@ import functools
 import glob
 import logging
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -31,6 +32,7 @@ Result = TypeVar("Result")
 PATIENCE_SECONDS = 60.0
 # What to install for a protocol: `pip install 'raydistill[s3]'`.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+_KEYS_IN_ADDRESS = re.compile(r"\w+://(?!arn:)[^/@:]*:[^@]*@")
 # These have buckets, which their owner makes on purpose, and no folders.
 _WITH_BUCKETS = frozenset({*_EXTRAS, "adl", "oci", "oss", "hf"})
 # What a disk that is mounted from elsewhere says while it is away, and what no disk or bucket takes back.
@@ -106,6 +108,10 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS) -> tuple[File
     Raises ConfigError where no package that is installed knows the protocol.
     """
     protocol = path.partition("://")[0] if "://" in path else ""
+    if protocol in _EXTRAS and _KEYS_IN_ADDRESS.match(path):
+        raise ConfigError(
+            f"{path}: a bucket's address holds no keys; give them by the environment, as AWS_… or a profile"
+        )
     options: dict[str, Any] = {"use_listings_cache": False} if protocol else {}
     set_up = "AWS_MAX_ATTEMPTS" in os.environ or "config_kwargs" in conf.get("s3", {})
     if _EXTRAS.get(protocol) == "s3" and not set_up:

@@ -143,3 +143,14 @@ def test_columns_of_one_name_and_old_feather_are_refused(tmp_path):
         count_rows(str(tmp_path / "t.feather"))
     feather.write_feather(pa.table({"image": [b"1", b"2"]}), tmp_path / "t.feather", compression="zstd")
     assert count_rows(str(tmp_path / "t.feather")) == 2
+
+
+@pytest.mark.parametrize("column", ["image", "label", "split"])
+def test_a_column_of_a_few_bytes_that_unpacks_to_many_is_refused_by_the_files_footer(tmp_path, column):
+    few = {"image": pa.array([b"x"] * 20), "label": pa.array(["a", "b"] * 10), "split": pa.array(["train"] * 20)}
+    few[column] = pa.array([b"x" * (4 << 20)] * 20, pa.binary()).cast(pa.binary() if column == "image" else pa.string())
+    pq.write_table(pa.table(few), tmp_path / "t.parquet", compression="zstd", use_dictionary=False)
+    assert (tmp_path / "t.parquet").stat().st_size < 100_000
+    for read in (lambda path: list(list_rows(path, Counter(), Counter())), count_rows):
+        with pytest.raises(DataError, match=f"t.parquet: 20 rows of the column {column} unpack to .*: a decompression"):
+            read(str(tmp_path / "t.parquet"))

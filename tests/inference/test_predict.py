@@ -306,6 +306,8 @@ def test_what_cannot_be_answered_is_refused_with_the_way_out(exported, pictures,
     assert not (tmp_path / "out.txt").exists()
     with pytest.raises(DataError, match="there is nothing at this path"):
         predict_command(result.path, [str(tmp_path / "nothing.png")], None, 1, "torch", None)
+    with pytest.raises(DataError, match=r"^s3://\*\*\*@b/x: pictures are read from this machine"):
+        predict_command(result.path, [picture, "s3://k:hidden@b/x"], None, 1, "torch", None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no pictures found"):
         predict_command(result.path, [str(tmp_path / "empty")], None, 1, "torch", None)

@@ -125,6 +125,8 @@ def test_what_clients_of_other_servers_send_is_understood_or_explained(server):
         (json.dumps({"image": text}).encode(), "application/json"),
         (json.dumps({"image": f"data:image/png;base64,{text}"}).encode(), "application/json; charset=utf-8"),
         (json.dumps({"inputs": text.rstrip("=")}).encode(), "application/x-www-form-urlencoded"),  # curl's, if not told
+        (urllib.parse.urlencode({"top": 1, "image": text}).encode(), "application/x-www-form-urlencoded"),
+        (b"image=" + text.encode(), "application/x-www-form-urlencoded"),  # `+` as it is
         (json.dumps({"image": base64.urlsafe_b64encode(data).decode()}, indent=1).encode(), "application/json"),
     ):
         assert ask(f"{url}/predict", body, Content_Type=kind) == (200, expected), kind
@@ -145,7 +147,14 @@ def test_what_clients_of_other_servers_send_is_understood_or_explained(server):
         (400, "boundary", form("a", b"b"), {"Content_Type": "multipart/form-data"}),
         (415, "text/html", b"<html>", {"Content_Type": "text/html"}),
         (415, "gzip", data, {"Content_Encoding": "gzip"}),
-        (422, "not an image", json.dumps({"image": "aGk="}).encode(), {"Content_Type": "application/json"}),
+        (400, "no picture (its fields: 'url')", b"url=x", {"Content_Type": "application/x-www-form-urlencoded"}),
+        (422, "send a picture's bytes", b"GIF8\0", {"Content_Type": "application/x-www-form-urlencoded"}),
+        (
+            422,
+            "not an image; send a picture's bytes",
+            json.dumps({"image": "aGk="}).encode(),
+            {"Content_Type": "application/json"},
+        ),
     ):
         found, said = ask(f"{url}/predict", body, "POST", **headers)
         assert found == status, said

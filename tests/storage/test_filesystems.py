@@ -85,6 +85,9 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         open_filesystem("abfs://a/b")
     with pytest.raises(ConfigError, match=r"s4://a/b: .*s4"):
         open_filesystem("s4://a/b")
+    for address in ("s3://key:se/cret@bucket/x", "gs://key:secret@bucket", "s3://:secret@bucket"):
+        with pytest.raises(ConfigError, match=r"^\w+://\*\*\*@bucket\S*: a bucket's address holds no keys"):
+            open_filesystem(address)
     # Two that open a connection or a file at once.
     with pytest.raises(ConfigError, match=r"^ftp://127\.0\.0\.1:9/a: .*refused"):
         open_filesystem("ftp://127.0.0.1:9/a")
