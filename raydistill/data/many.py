@@ -17,12 +17,13 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+from pyarrow import compute as pc
 
 from raydistill.data import tables
 from raydistill.data.labels import label_of
 from raydistill.data.names import written
 from raydistill.data.tables import ArrowFile, open_table
-from raydistill.data.tars import EXTENSIONS, images_of, label_in, refuse_compressed
+from raydistill.data.tars import EXTENSIONS, MOST_BYTES, images_of, label_in, refuse_compressed
 from raydistill.errors import DataError
 from raydistill.storage.filesystems import open_filesystem
 
@@ -114,6 +115,8 @@ def _table_rows(path: str, table: ArrowFile, notes: Counter[str]) -> Iterator[Ro
     number = 0
     for _, read in table.batches(columns):
         part = read()
+        for name in columns:
+            _refuse_long(part[name], name, shown)
         splits = part["split"].to_pylist() if "split" in columns else [None] * part.num_rows
         for value, split in zip(part["label"].to_pylist(), splits, strict=True):
             where = f"{shown}: row {number}"
@@ -124,6 +127,20 @@ def _table_rows(path: str, table: ArrowFile, notes: Counter[str]) -> Iterator[Ro
             text = split.decode(errors="replace") if isinstance(split, bytes) else split
             yield Row(number, label_of(value, where, notes), None if text is None else str(text))
             number += 1
+
+
+def _refuse_long(column: Any, name: str, shown: str) -> None:
+    """Before each row gets a copy of its text."""
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        values = chunk.dictionary if isinstance(chunk, pa.DictionaryArray) else chunk
+        if (
+            pa.types.is_large_string(values.type)
+            or pa.types.is_large_binary(values.type)
+            or (pa.types.is_string(values.type) or pa.types.is_binary(values.type))
+        ):
+            longest = pc.max(pc.binary_length(values)).as_py() or 0
+            if longest > MOST_BYTES:
+                raise DataError(f"{shown}: the column {name} holds {longest:,} bytes in one row, too many for a {name}")
 
 
 def _check_image_column(path: str, table: ArrowFile) -> None:

@@ -68,8 +68,12 @@ def _parquet(file: Any, shown: str) -> ArrowFile:
             if any(_EXTENSION in base64.b64decode(run[k : len(run) - (len(run) - k) % 4]) for k in range(4)):
                 raise _refusal(shown)
     file.seek(0)
-    parquet = pq.ParquetFile(file)
-    _refuse_bomb(parquet.metadata, shown)
+    metadata = pq.read_metadata(file)
+    _refuse_bomb(metadata, shown)
+    columns = {metadata.schema.column(k).path for k in range(metadata.num_columns)}
+    file.seek(0)
+    # So one text that many rows share is in memory once.
+    parquet = pq.ParquetFile(file, read_dictionary=[name for name in ("label", "split") if name in columns])
 
     def batches(columns: Sequence[str]) -> Iterator[tuple[int, Callable[[], Any]]]:
         for group in range(parquet.num_row_groups):

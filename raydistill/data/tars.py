@@ -18,7 +18,7 @@ EXTENSIONS = frozenset({
     ".pnm", ".avif", ".jp2", ".tga", ".ico",
 })  # fmt: skip
 _LABELS = (".cls", ".json", ".txt")
-_MOST_BYTES = 65536  # of a label
+MOST_BYTES = 65536  # of a label
 _COMPRESSED = {b"\x1f\x8b": "gzip (gunzip", b"\x28\xb5\x2f\xfd": "zstd (unzstd", b"BZh": "bzip2 (bunzip2",
                b"\xfd7zXZ": "xz (unxz"}  # fmt: skip
 
@@ -107,7 +107,7 @@ def label_in(
     for suffix in (suffix for suffix in _LABELS if suffix in beside):
         member = beside[suffix]
         where = f"{shown}: {written(member.name)}"
-        if member.size > _MOST_BYTES:
+        if member.size > MOST_BYTES:
             raise DataError(f"{where} has {member.size:,} bytes, too many for a label")
         content = archive.extractfile(member)
         data = content.read() if content else b""

@@ -154,3 +154,12 @@ def test_a_column_of_a_few_bytes_that_unpacks_to_many_is_refused_by_the_files_fo
     for read in (lambda path: list(list_rows(path, Counter(), Counter())), count_rows):
         with pytest.raises(DataError, match=f"t.parquet: 20 rows of the column {column} unpack to .*: a decompression"):
             read(str(tmp_path / "t.parquet"))
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow", "file.arrow"])
+def test_one_long_label_that_many_rows_share_is_refused_before_they_have_it(tmp_path, name):
+    label = pa.array(["x" * (4 << 20)]).dictionary_encode()
+    labels = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), label.dictionary)
+    path = save(tmp_path / name, pa.table({"image": pa.array([b""] * 5000), "label": labels}))
+    with pytest.raises(DataError, match=rf"{name}: the column label holds 4,194,304 bytes in one row"):
+        list(list_rows(str(path), Counter(), Counter()))  # 20 GB, if each had its own
