@@ -63,7 +63,6 @@ def alone(uri: str, folder: str = "") -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if path is not None:
             with contextlib.suppress(OSError):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context(open(f"{path}.lock", "w"))
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -292,6 +292,7 @@ def _write(
             "stays and is not made again"
         )
     sizes, ids = _write_shards(config, samples, made, chosen, pictures, directory)
+    digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
     generated = SampleSet(
         path=directory.path,
         classes=samples.classes,
@@ -299,8 +300,8 @@ def _write(
         shards={"train": tuple(sizes)},
         num_labelled={"train": 0 if facts.kind == "none" else len(ids)},
         num_refused=sum(chosen.rejected.values()),
-        ids={"train": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]},
-        labels={},
+        ids={"train": digest},
+        labels={"train": digest},  # an image was made for its class
     )
     result = GeneratedImages(
         generated,
