@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raydistill.data.decode import pixels
 from raydistill.examples import images_path
-from raydistill.infra.artifacts import write_file
+from raydistill.storage.filesystems import write_file
 
 SEEN_BY_THE_TASK = 10_000
 NO_CLASS_SHARE = 0.1  # of the images whose class is hidden, so that guidance has something to move away from

@@ -112,7 +112,6 @@ class StageDirectory:
     def write_bill(self, bill: dict[str, Any]) -> None:
         """What the run that finished the stage paid, and with which versions it ran: `read_bill` gives it back."""
         self.write_json("seconds.json", bill | {"versions": installed(PACKAGES)})
-        _bill.cache_clear()
 
 
 def free_bytes(config: RunConfig) -> float:
@@ -142,20 +141,9 @@ def read_seconds(path: str) -> float:
 def read_bill(path: str) -> dict[str, Any]:
     """`seconds` of the run that finished a stage; on a cluster `node_seconds` by node type and `lost_nodes`; and, where
     a process or a node was lost, the `images_again` and `seconds_again` that this cost; `versions` by package."""
-    try:
-        return from_json(_bill(path), f"{path}/seconds.json", Bill).model_dump(exclude_unset=True)
-    except FileNotFoundError:
-        return {}
-
-
-@lru_cache(maxsize=1024)
-def _bill(path: str) -> bytes:
-    """A bill is written once, and table, report and page all ask for it."""
     fs, folder = open_filesystem(path)
     bill = fs.read(f"{folder}/seconds.json")
-    if bill is None:
-        raise FileNotFoundError(path)  # and not a value, which would be kept: it may be written yet
-    return bill
+    return {} if bill is None else from_json(bill, f"{path}/seconds.json", Bill).model_dump(exclude_unset=True)
 
 
 def _is_place(place: object) -> bool:

@@ -111,14 +111,16 @@ class Run:
         """Short values as params; one that changed since the run began becomes a tag, since params cannot change."""
         from mlflow.entities import Param, RunTag
 
-        client, there = self._tracker.client, self._tracker.client.get_run(self.id).data.params
+        client = self._tracker.client
         flat = {named(key): str(value) for key, value in _flat(redacted_tree(values))}
         flat = {key: value for key, value in flat.items() if len(value) <= _MOST_CHARACTERS}
-        new = [Param(key, value) for key, value in flat.items() if key not in there]
-        for k in range(0, len(new), _MOST_PARAMS):
-            client.log_batch(self.id, params=new[k : k + _MOST_PARAMS])
-        if other := [RunTag(f"changed.{k}", v) for k, v in flat.items() if there.get(k, v) != v]:
-            client.log_batch(self.id, tags=other)
+        with self._tracker.alone():  # an equal command may write the same at this moment
+            there = client.get_run(self.id).data.params
+            new = [Param(key, value) for key, value in flat.items() if key not in there]
+            for k in range(0, len(new), _MOST_PARAMS):
+                client.log_batch(self.id, params=new[k : k + _MOST_PARAMS])
+            if other := [RunTag(f"changed.{k}", v) for k, v in flat.items() if there.get(k, v) != v]:
+                client.log_batch(self.id, tags=other)
 
     def note(self, tags: dict[str, str]) -> None:
         def write() -> None:
@@ -144,9 +146,9 @@ class Run:
                 source=json.dumps({"uri": path}),
                 profile=json.dumps({**counts, "classes": len(samples.classes)}),
             )
-            self._tracker.client.log_inputs(
-                self.id, datasets=[DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-            )
+            used = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+            with self._tracker.alone():
+                self._tracker.client.log_inputs(self.id, datasets=used)
 
         self._submit("the data set", write)
 

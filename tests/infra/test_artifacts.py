@@ -155,6 +155,7 @@ EFFECTS = {
     "distill.val_every=1": STUDENT,
     "distill.num_workers=2": STUDENT,
     "distill.cache=stream": NOTHING,
+    "distill.keep=last": STUDENT,
     "distill.checkpoint_seconds=0": NOTHING,
     "distill.max_failures=0": NOTHING,
     "evaluate.batch_size=5": NOTHING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def test_closed_streams(closed, job, tmp_path) -> None:
 def test_a_reader_that_goes_ends_the_command_without_a_traceback(job, tmp_path) -> None:
     """More than a pipe holds, into one that nobody reads any more."""
     job_file = tmp_path / "job.yaml"
-    job_file.write_text(f"name: {'x' * 200_000}\n")
+    prompts = [f"a photo of a {{class}}, number {number}" for number in range(6000)]
+    job_file.write_text(json.dumps({"teacher": {"prompts": prompts}}))
     ended = sh('"$@" | head -c 10', *SHOW, str(job_file), job)
     assert ended.returncode == 141
     assert ended.stderr == "interrupted (SIGPIPE); nothing was written\n"

@@ -580,7 +580,8 @@ def test_where_generate_ends_the_command_its_sheets_are_recorded(
 def measured(*recalls: float | None) -> dict[str, dict[str, object]]:
     """Of a split in which a class without a recall has no images."""
     per_class = {
-        f"class {k}": {"images": 0 if recall is None else 10, "recall": recall} for k, recall in enumerate(recalls)
+        f"class {k}": {"images": 0 if recall is None else 10, "answers": 9, "recall": recall}
+        for k, recall in enumerate(recalls)
     }
     accuracy = float(np.mean([recall for recall in recalls if recall is not None]))
     return {"test": {"accuracy": accuracy, "interval": [0.0, 1.0], "per_class": per_class}}
