@@ -202,7 +202,7 @@ def _work(folder: Path) -> tuple[int, int]:
         if what == "write" and path.endswith("/identity.json"):
             drivers.add(pid)
     for pid, what, path in notes:
-        is_unit = ("/generated/" in path and path.endswith(".parquet")) or path.split("/")[1].startswith("teach")
+        is_unit = ("/generated/" in path and path.endswith(".parquet")) or path.partition("/")[2].startswith("teach")
         if what == "look" and pid not in drivers and is_unit and path.endswith((".parquet", ".safetensors")):
             looks[path] += 1
         if what == "write" and "/epochs/" in path:

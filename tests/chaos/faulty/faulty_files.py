@@ -43,9 +43,11 @@ class FaultyFiles(DirFileSystem):
         self._asked("read", path)
         return bytes(super().cat_file(path, *arguments, **options))
 
-    def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
         self._asked("write", path)
         target = self.folder / "store" / self._strip_protocol(path)
+        if mode == "create" and target.exists():
+            raise FileExistsError(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"part-{uuid.uuid4().hex}"
         part.write_bytes(value)
