@@ -135,6 +135,10 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Another address opens it to others, without any login.")] = (
         "127.0.0.1"
     ),
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", help="A further name by which it is reached, as a proxy's; may be repeated."),
+    ] = None,
     max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.001, help="Of one request.")] = 16,
     max_megapixels: Annotated[
         float, typer.Option("--max-megapixels", min=0.001, help="Of one picture; a larger one is refused.")
@@ -145,9 +149,13 @@ def serve(
     """Answer over HTTP on this machine: POST a picture to /predict, or drop one on the page at /."""
     interrupts.go_on_by("the server has ended")
     _announce(f"serve: loading {folder}")
-    from raydistill.inference.command import serve_command
+    from raydistill.inference.listening import check_name, listen
 
-    serve_command(folder, engine, host, port, int(max_megabytes * 1e6), int(max_megapixels * 1e6), window / 1000)
+    allowed, sockets = [check_name(name) for name in allow_host or []], listen(host, port)
+    from raydistill.inference.command import serve_command  # with torch, which takes seconds
+
+    most_bytes, most_pixels = int(max_megabytes * 1e6), int(max_megapixels * 1e6)
+    serve_command(folder, engine, host, sockets, allowed, most_bytes, most_pixels, window / 1000)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -88,21 +89,25 @@ def predict_command(
 
 
 def serve_command(
-    folder: str, engine: str, host: str, port: int, most_bytes: int, most_pixels: int, window_seconds: float
-) -> None:
-    """Until it is interrupted. Raises ConfigError where the folder is no exported student, or the port is taken."""
-    from raydistill.inference.listening import addresses, listen, run
+    folder: str, engine: str, host: str, sockets: list[socket.socket], allowed: Sequence[str],
+    most_bytes: int, most_pixels: int, window_seconds: float,
+) -> None:  # fmt: skip
+    """Until it is interrupted. Raises ConfigError where the folder is no exported student."""
+    from raydistill.inference.listening import addresses, own_names, run
     from raydistill.inference.serve import make_app
 
-    sockets = listen(host, port)
-    about, predictor = read_about(folder), Predictor(folder, _engine(engine))
-    app = make_app(
-        predictor, f"{about['model']}, {len(predictor.classes)} classes", most_bytes, most_pixels, window_seconds
-    )
+    about, predictor, own = read_about(folder), Predictor(folder, _engine(engine)), own_names(sockets, host)
+    title = f"{about['model']}, {len(predictor.classes)} classes"
+    app = make_app(predictor, title, most_bytes, most_pixels, window_seconds, own, allowed)
     urls, is_open = addresses(sockets)
     plain_console().print(f"serving {folder} at {' and '.join(urls)} (Ctrl-C ends it)", soft_wrap=True)
     if is_open:
-        print(f"warning: whoever reaches {host} may ask; there is no login and no encryption", file=sys.stderr)
+        print(
+            f"warning: whoever reaches {host} may ask; there is no login and no encryption\n"
+            f"it answers to {', '.join(sorted({*own, *allowed}))}; every further name, "
+            "as a proxy's or a service's, needs --allow-host NAME",
+            file=sys.stderr,
+        )
     run(app, sockets)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
+import re
 import socket
 from typing import Any
+from urllib.parse import urlsplit
 
+import psutil
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -90,6 +94,36 @@ def listen(host: str, port: int) -> list[socket.socket]:
         one.close()
     advice = "another --port" if failure.errno in (errno.EADDRINUSE, errno.EACCES) else "a --host of this machine"
     raise ConfigError(f"--host {host} --port {port}: {failure.strerror}; choose {advice}")
+
+
+def host_name(uri: str) -> str:
+    """The name or address in a URI, in small letters and without a port; empty where there is none."""
+    try:
+        return urlsplit(uri).hostname or ""
+    except ValueError:  # half of an IPv6 address
+        return ""
+
+
+def check_name(name: str) -> str:
+    """A name that `--allow-host` gives, as browsers send it. Raises ConfigError where more than a name stands there."""
+    with contextlib.suppress(ValueError):  # no address, or no name that DNS could know
+        plain = name.strip("[]").lower()
+        if ":" in plain:
+            return str(ipaddress.ip_address(plain))
+        if re.fullmatch(r"[a-z0-9_.-]+", plain := plain.encode("idna").decode()):
+            return plain
+    raise ConfigError(f"--allow-host {name}: give a name or an address alone, as models.example.org")
+
+
+def own_names(sockets: list[socket.socket], host: str) -> set[str]:
+    """What clients may call this server: the addresses where it listens, this machine's names, and `host`. A page of
+    another site cannot have a browser ask under any of these, but for that site's own."""
+    bound = {one.getsockname()[0].partition("%")[0] for one in sockets}
+    names = {"localhost", "127.0.0.1", "::1", host.lower().strip("[]"), *bound}
+    if any(ipaddress.ip_address(address).is_unspecified for address in bound):
+        names |= {one.address.partition("%")[0] for of_card in psutil.net_if_addrs().values() for one in of_card}
+        names.add(socket.gethostname().lower())
+    return names - {""}
 
 
 def addresses(sockets: list[socket.socket]) -> tuple[list[str], bool]:

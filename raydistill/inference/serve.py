@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -28,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raydistill.errors import DataError
 from raydistill.inference.intake import WANTED, Intake
+from raydistill.inference.listening import host_name
 from raydistill.inference.predict import Answer, Predictor, best
 
 _LARGEST_BATCH = 64
@@ -71,8 +73,12 @@ class Batcher:
                     answer.set_result(probabilities_C)
 
 
-def make_app(predictor: Predictor, title: str, most_bytes: int, most_pixels: int, window_seconds: float) -> ASGIApp:
-    """The ASGI application, which logs each request."""
+def make_app(
+    predictor: Predictor, title: str, most_bytes: int, most_pixels: int, window_seconds: float,
+    own: Collection[str], allowed: Collection[str] = (),
+) -> ASGIApp:  # fmt: skip
+    """The ASGI application, which logs each request. It answers to its `own` names and addresses, and to those that its
+    owner `allowed`, from whose pages it may be asked too."""
     batcher, intake = Batcher(predictor, window_seconds), Intake(most_bytes)
     # Apart from the network's thread, so that pictures which wait for memory keep no answer waiting.
     decoders = CapacityLimiter(max(2, os.cpu_count() or 2))
@@ -120,7 +126,7 @@ def make_app(predictor: Predictor, title: str, most_bytes: int, most_pixels: int
 
     routes = [Route("/", page), Route("/health", health), Route("/predict", predict, methods=["POST"])]
     handlers: dict[Any, Any] = {HTTPException: say, ClientDisconnect: gone, RuntimeError: failed}
-    return _logged(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers))
+    return _logged(_guarded(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), own, allowed))
 
 
 def _top(request: Request) -> int:
@@ -128,6 +134,30 @@ def _top(request: Request) -> int:
     if not (given.isascii() and given.isdigit() and len(given) < 10):
         raise HTTPException(400, f"top={given[:20]!r} is not a number of classes, such as 5, or 0 for all")
     return int(given)
+
+
+def _guarded(app: ASGIApp, own: Collection[str], allowed: Collection[str]) -> ASGIApp:
+    """Without what other sites have a browser ask: under a name of theirs that they point at this machine (DNS
+    rebinding), or from a page of theirs. Starlette's TrustedHostMiddleware looks at no Origin, and its answer names
+    neither the host nor the way out."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
+        from_here = not origin or origin.partition("://")[2] == host or host_name(origin) in allowed
+        if host_name(f"//{host}") not in {*own, *allowed}:
+            wrong, status = f"the request's Host {host[:100]!r} is no name of this server", 421
+        elif not from_here:
+            wrong, status = f"the request's Origin {origin[:100]!r} is another site", 403
+        else:
+            return await app(scope, receive, send)
+        return await JSONResponse({"error": f"{wrong}; to allow it, start serve with --allow-host NAME"}, status)(
+            scope, receive, send
+        )
+
+    return guarded
 
 
 def _logged(app: ASGIApp) -> ASGIApp:

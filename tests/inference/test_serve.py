@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
 from raydistill.errors import ConfigError
-from raydistill.inference.command import serve_command
-from raydistill.inference.listening import addresses, listen
+from raydistill.inference.listening import addresses, check_name, listen, own_names
 from raydistill.inference.predict import Predictor
+from raydistill.inference.serve import make_app
 from tests.data.test_decode import blank_png
 from tests.stages.conftest import CLASSES, painted
 
@@ -93,15 +94,6 @@ def test_answers_are_those_of_predict_whatever_comes_at_once(server):
     assert "50,000 bytes" in said["error"]
     assert ask(f"{url}/predict?top=many", pictures[0])[0] == 400
     assert ask(f"{url}/predict", pictures[0])[0] == 200  # none of that took it down
-
-
-def test_a_port_in_use_is_refused(exported):
-    result, _ = exported(formats=["onnx"])
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(ConfigError, match="choose another --port"):
-            serve_command(result.path, "onnx", "127.0.0.1", taken.getsockname()[1], 10**6, 10**6, 0.0)
 
 
 def form(name: str, data: bytes, more: str = "") -> bytes:
@@ -203,7 +195,7 @@ IMPATIENT = """if True:
     intake.BODY_SECONDS = 2.0
     sockets = listening.listen("127.0.0.1", 0)
     print(*listening.addresses(sockets)[0], flush=True)
-    listening.run(make_app(Student(), "a student", 10**6, 10**6, 0.0), sockets)
+    listening.run(make_app(Student(), "a student", 10**6, 10**6, 0.0, {"127.0.0.1"}), sockets)
 """
 
 
@@ -219,12 +211,12 @@ def test_slow_clients_are_let_go_and_keep_nobody_waiting():
         one.sendall(sent)
         return one
 
-    body = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n\r\nabc"
+    body = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9000\r\n\r\nabc"
     assert ask(f"{url}/health")[0] == 200
     heads = [half(b"POST /predict HTTP/1.1\r\nHost") for _ in range(200)]  # more than may be open at once
     bodies = [half(body) for _ in range(20)]
     assert ask(f"{url}/predict", b"x")[0] == 200
-    second = half(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea")  # one whole request, and half of one
+    second = half(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /hea")  # one whole request, and half of one
     for one in bodies[:10]:
         one.close()
     for one in heads:
@@ -265,6 +257,78 @@ def test_every_form_of_address_listens_and_is_told_as_it_is_typed(host):
     finally:
         for one in sockets:
             one.close()
+
+
+class Student:
+    classes = ("cat", "dog")
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        return np.full((len(images), 2), 0.5, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("127.0.0.1:8000", None, 200),
+        ("localhost:9000", "http://localhost:9000", 200),  # by ssh -L
+        ("[::1]:8000", "http://[::1]:8000", 200),
+        ("LocalHost", None, 200),
+        ("models.example.org", "https://models.example.org", 200),
+        ("127.0.0.1:8000", "https://models.example.org", 200),  # a proxy that names the place behind it
+        ("", None, 421),
+        ("evil.example:8000", "http://evil.example:8000", 421),  # a name of theirs that leads here
+        ("evil.example", None, 421),
+        ("localhost.evil.example", None, 421),
+        ("evil-models.example.org", None, 421),
+        ("sub.models.example.org", None, 421),
+        ("127.0.0.1.evil.example", None, 421),
+        ("127.0.0.1@evil.example", None, 421),
+        ("evil.example#localhost", None, 421),
+        ("[::1", None, 421),
+        ("10.9.8.7", None, 421),
+        ("localhost:8000", "http://evil.example", 403),
+        ("localhost:8000", "http://localhost:3000", 403),
+        ("localhost:8000", "http://localhost.evil.example:8000", 403),
+        ("localhost:8000", "https://models.example.org.evil.example", 403),
+        ("localhost:8000", "null", 403),
+        ("localhost:8000", "file://", 403),
+        ("localhost:8000", "http://[", 403),
+    ],
+)
+def test_only_its_own_names_and_pages_are_answered(host, origin, status):
+    sockets = listen("127.0.0.1", 0)
+    app = make_app(Student(), "a student", 10**6, 10**6, 0.0, own_names(sockets, "127.0.0.1"), ["models.example.org"])
+    sockets[0].close()
+    headers = {"host": host} | ({} if origin is None else {"origin": origin})
+    with TestClient(app) as client:
+        reply = client.get("/health", headers=headers)
+        assert reply.status_code == status
+        assert status == 200 or "--allow-host" in reply.json()["error"]
+        before = client.options("/predict", headers=headers | {"access-control-request-method": "POST"})
+        assert before.status_code == (405 if status == 200 else status)
+        assert not any(name.startswith("access-control") for name in (*reply.headers, *before.headers))
+
+
+def test_a_server_for_all_knows_the_machines_addresses():
+    """Those that Kubernetes' probes ask for: a pod's own address."""
+    sockets = listen("0.0.0.0", 0)
+    names = own_names(sockets, "0.0.0.0")
+    sockets[0].close()
+    assert {"127.0.0.1", "localhost", socket.gethostname().lower()} <= names
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward, contextlib.suppress(OSError):
+        outward.connect(("192.0.2.1", 9))  # nothing is sent
+        assert outward.getsockname()[0] in names
+    assert "" not in own_names([], "")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "http://a.example", "a.example:80", "a.example/", "*", "a b", "me@a.example", "b:80"]
+)
+def test_what_is_no_name_is_not_allowed(name):
+    with pytest.raises(ConfigError, match="--allow-host"):
+        check_name(name)
+    fine = {"A.example": "a.example", "[::1]": "::1", "0:0::1": "::1", "10.0.0.1": "10.0.0.1", "bü.de": "xn--b-eha.de"}
+    assert {given: check_name(given) for given in fine} == fine
 
 
 def test_a_host_that_is_none_is_refused():
