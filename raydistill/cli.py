@@ -121,7 +121,7 @@ def predict(
     ] = None,
 ) -> None:
     """The class of each picture by an exported student, from the same pixels as in training."""
-    interrupts.go_on_by("what is answered is kept, and --skip goes on")
+    interrupts.go_on_by("no picture was answered")
     _announce(f"predict: loading {folder}", sys.stderr)  # its answers may go to a pipe
     from raydistill.inference.command import predict_command
 
@@ -322,6 +322,7 @@ def check(
         return
     from raydistill.infra.progress import Progress
 
+    interrupts.go_on_by("the same command looks at all images again")
     config, progress = load_config(words or []), Progress(console)
     _announce(f"check: {config.images.path}")
     from raydistill.stages.check import check_images

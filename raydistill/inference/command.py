@@ -25,6 +25,7 @@ from raydistill.inference.predict import (
     without_first,
     write_answers,
 )
+from raydistill.infra import interrupts
 from raydistill.infra.cluster import joined_cluster
 from raydistill.infra.progress import Progress
 from raydistill.strangers import one_line, plain_console
@@ -65,6 +66,7 @@ def predict_command(
                 yield answer
                 answered += 1
 
+        interrupts.go_on_by("what is answered is kept, and --skip goes on")
         try:
             if out is not None:
                 write_answers(counted(), classes, top, out)
@@ -73,11 +75,11 @@ def predict_command(
                     found = "  ".join(f"{name} {p:.3f}" for name, _, p in best(answer, classes, top))
                     print(one_line(f"{answer.name}  {found or f'error: {answer.error}'}"))
         except BaseException:
-            console.print(
-                f"predict ended early: {answered} of {count} pictures are answered{f', in {out}' if out else ''}; "
-                f"the same command with --skip {skip + answered}{' and another --out' if out else ''} goes on",
-                markup=False, soft_wrap=True,
-            )  # fmt: skip
+            how = f"{answered} of {count} pictures are answered{f', in {out}' if out else ''}; the same command with "
+            how += f"--skip {skip + answered}{' and another --out' if out else ''} goes on"
+            interrupts.go_on_by(one_line(how))
+            if not interrupts.pressed():
+                console.print(f"predict ended early: {how}", markup=False, soft_wrap=True)
             raise
     console.print(f"{count - len(failed)} of {count} pictures answered" + (f", in {out}" if out else ""), markup=False)
     for answer in failed[:10]:

@@ -153,7 +153,8 @@ def _own_signals() -> Iterator[None]:
     """Ray begins and ends without a say in how this process ends. Its Python handler of SIGTERM would exit with 15, and
     is not installed; its native one, which ends the process on the spot, is taken out again at once, and so is the
     system's, which Ray leaves behind. Its processes get a session of their own: Ctrl-C, a closed terminal and `timeout`
-    signal all of a group, and a Ray that goes first takes this process with it before anything is closed."""
+    signal all of a group, and a Ray that goes first takes this process with it before anything is closed. They do not
+    inherit that SIGINT is ignored, as of a command that a script began with `&`: by it Ray cancels their tasks."""
     from ray._private import utils
 
     native, own, started = ctypes.CDLL(None), ctypes.create_string_buffer(1024), threading.Event()  # of any sigaction
@@ -167,6 +168,7 @@ def _own_signals() -> Iterator[None]:
 
     def begin_process() -> None:  # between fork and exec
         os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         die_with_parent()
 
     keeper = threading.Thread(target=keep, daemon=True)

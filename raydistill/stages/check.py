@@ -6,7 +6,6 @@ The same functions decide that decide in `prepare`: what they refuse is refused 
 from __future__ import annotations
 
 import os
-import signal
 from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -27,6 +26,7 @@ from raydistill.data.images import Entry, Listing, list_images
 from raydistill.data.likeness import contrast, difference_hash, near_pairs
 from raydistill.data.sample import sample_id
 from raydistill.errors import DataError
+from raydistill.infra import interrupts
 from raydistill.infra.plan import num_cores
 from raydistill.infra.progress import Progress
 from raydistill.stages.prepare import (
@@ -126,7 +126,8 @@ def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
     waiting = deque[Future[list[_Seen]]]()
     try:
         for chunk in chunks(entries, images):
-            waiting.append(pool.submit(_look_at_chunk, chunk, images))
+            with interrupts.kept_from_children():  # the first one starts the processes
+                waiting.append(pool.submit(_look_at_chunk, chunk, images))
             if len(waiting) > 2 * num_cores():
                 yield from _looks(waiting.popleft(), entries)
         while waiting:
@@ -141,8 +142,7 @@ def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
 
 
 def _begin_process() -> None:
-    """An interrupt is for the command to say, and a command that was killed leaves no process behind."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A command that was killed leaves no process behind."""
     Thread(target=_end_with_parent, daemon=True).start()
 
 

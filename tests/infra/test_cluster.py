@@ -126,6 +126,32 @@ def test_what_memory_does_not_hold_is_written_where_one_says(tmp_path: Path) -> 
     assert int(ended.stdout.partition("SPILLED ")[2]) >= 4 * 20 * 1024**2
 
 
+_CANCELS = """
+import signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for a command behind which stands `&`
+import ray
+from raydistill.config import load_config
+from raydistill.infra.cluster import joined_cluster
+
+with joined_cluster(load_config(["images.path=x"])):
+    ray.get(ray.remote(lambda: 1).remote())  # or it would be cancelled before it starts
+    sleeps = ray.remote(max_retries=0)(lambda: [time.sleep(0.1) for _ in range(600)]).remote()
+    time.sleep(1)
+    ray.cancel(sleeps)
+    try:
+        ray.get(sleeps, timeout=30)
+    except ray.exceptions.TaskCancelledError:
+        print("CANCELLED")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_work_is_cancelled_where_the_command_ignores_ctrl_c() -> None:
+    ended = subprocess.run([sys.executable, "-c", _CANCELS], capture_output=True, text=True, timeout=200)
+    assert "CANCELLED" in ended.stdout, ended.stdout + ended.stderr
+
+
 def test_a_place_that_cannot_be_written_to_is_named_before_ray_starts(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test's Ray may run in this process
     (tmp_path / "file").touch()
