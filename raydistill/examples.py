@@ -212,7 +212,7 @@ def _once(name: str, fetch: Callable[[Path], None]) -> Path:
     """The cached file or folder of that name; without it, `fetch` leaves one in a scratch folder, as `made`."""
     final = _cached(name)
     if not final.exists():
-        final.parent.mkdir(parents=True, exist_ok=True)
+        final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{name}-") as scratch:
             fetch(Path(scratch))
             try:

@@ -27,7 +27,14 @@ from raydistill.errors import ConfigError, StageError
 from raydistill.examples import weights_fingerprint
 from raydistill.infra.versions import PACKAGES, installed
 from raydistill.models.shards import weight_files
-from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable, write_bytes
+from raydistill.storage.filesystems import (
+    FileSystem,
+    make_private,
+    open_filesystem,
+    refuse_links,
+    refuse_unreachable,
+    write_bytes,
+)
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {
@@ -35,6 +42,7 @@ FORMATS = {
     "evaluate": 4, "export": 4, "compare": 2, "tune": 1,
 }  # fmt: skip
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
+_GENERATED = "generated"  # where the classes' own directories lie
 _SECONDS_OF_A_FRESH_FILE = 2.0
 # What `distill` leaves in its folder beside these is about its making; the last is there for transformers models.
 _STUDENT_FILES = ("student.json", "student.safetensors", "config.json")
@@ -73,7 +81,8 @@ class StageDirectory:
         return self.path.rpartition("/")[2]
 
     def done(self) -> dict[str, Any] | None:
-        """The stage's result, or None where it has not finished."""
+        """The stage's result, or None where it has not finished. Raises CheckpointError where a link lies in it."""
+        self._refuse_links()
         data = self.fs.read(f"{self.place}/DONE")
         if data is None:
             return None
@@ -93,7 +102,19 @@ class StageDirectory:
         if odd:
             raise of_another_form(f"{self.path}/DONE", f"it names {odd[0]!r:.200}")
 
+    def _refuse_links(self) -> None:
+        if self.fs.is_local:
+            between = self.place.rpartition("/")[0]  # the workspace, which may be a link, or what is in it
+            if between != self._root and os.path.islink(between):
+                refuse_links(between)
+            refuse_links(self.place)
+
+    @property
+    def _root(self) -> str:
+        return self.place.rpartition("/")[0].removesuffix(f"/{_GENERATED}")
+
     def started(self) -> bool:
+        self._refuse_links()
         return bool(self.fs.exists(self.place))
 
     def write(self, name: str, data: bytes) -> None:
@@ -102,8 +123,15 @@ class StageDirectory:
     def write_json(self, name: str, value: object) -> None:
         self.write(name, json.dumps(value, indent=2, ensure_ascii=False).encode())
 
-    def begin(self) -> None:
+    def make(self) -> None:
+        """The folder. A workspace that is not there yet is this user's alone; in one that is, `umask` counts."""
+        self._refuse_links()
+        if self.fs.is_local:
+            make_private(self._root)
         self.fs.make_folder(self.place)
+
+    def begin(self) -> None:
+        self.make()
         self.write("identity.json", self.identity.encode())
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -164,6 +192,8 @@ def check_writable(config: RunConfig) -> None:
     fs, path = open_filesystem(root)
     mark = f".writable-{uuid.uuid4().hex}"  # of this command alone: another may be asking the same
     try:
+        if fs.is_local:
+            make_private(path)
         fs.make_folder(path)
         write_bytes(f"{root}/{mark}", b"")
         fs.remove(f"{path}/{mark}")
@@ -266,7 +296,7 @@ def class_directory(config: RunConfig, recipe: dict[str, Any]) -> StageDirectory
     identity = {"pipeline": _pipeline(config), "seed": config.seed, **recipe}
     directory = stage_directory(config, "generated", identity)
     digest = directory.name.removeprefix("generated-")
-    return replace(directory, path=f"{workspace_root(config)}/generated/{digest}")
+    return replace(directory, path=f"{workspace_root(config)}/{_GENERATED}/{digest}")
 
 
 def teach_generated_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:

@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,13 @@ from torch import nn
 
 from raydistill.errors import CheckpointError
 from raydistill.infra.versions import installed
-from raydistill.storage.filesystems import open_filesystem, write_bytes, write_file
+from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_links, write_bytes, write_file
 
 logger = logging.getLogger(__name__)
 _KEPT = 2
 _POINTER = "newest.json"
+_STEP = re.compile(r"step-[0-9]{9,}")
+_FILE = re.compile(r"(checkpoint\.json|weights\.safetensors|state\.pt)(\.[0-9a-f]{32}\.tmp)?")
 _PACKAGES = ("torch", "timm", "transformers", "raydistill")  # they name what a checkpoint holds, and write it
 
 
@@ -59,7 +61,8 @@ class CheckpointWriter:
     """Writes checkpoints in a thread of its own while training goes on; the `with` block ends when all are written.
 
     Each is a whole one, after which all but it and the one before it are dropped: what a killed run left half-written,
-    and damaged ones of later steps that this run did not start from, among them.
+    and damaged ones of later steps that this run did not start from, among them. Raises CheckpointError where a link
+    stands in the way.
     """
 
     def __init__(self, path: str) -> None:
@@ -104,6 +107,7 @@ class CheckpointWriter:
     def _write(self, weights: dict[str, torch.Tensor], state: dict[str, Any], meta: dict[str, Any]) -> None:
         name = f"step-{meta['step']:09d}"
         folder = f"{self._path}/checkpoints/{name}"
+        _open(self._path)
         sums: dict[str, int] = {}
 
         def write(file: str, save: Callable[[str], object]) -> None:
@@ -119,9 +123,31 @@ class CheckpointWriter:
         # A pointer says which are whole and newest; to list them would be to trust what lies there.
         kept = [name, *(other for other in _whole(self._path) if other < name)][:_KEPT]
         write_bytes(f"{self._path}/checkpoints/{_POINTER}", json.dumps(kept).encode())
-        fs, place = open_filesystem(f"{self._path}/checkpoints")
-        for other in set(fs.names(place)) - {*kept, _POINTER}:
-            fs.remove(f"{place}/{other}")
+        drop_checkpoints(self._path, kept)
+
+
+def drop_checkpoints(path: str, kept: Collection[str] = ()) -> None:
+    """Those of a stage directory but for the `kept` ones, and without any the pointer to them, too: file by file, for
+    what else lies among them is not raydistill's."""
+    fs, place = _open(path)
+    for name in fs.names(place):
+        if _STEP.fullmatch(name) and name not in kept:
+            for file in filter(
+                _FILE.fullmatch, fs.names(f"{place}/{name}")
+            ):  # checkpoint.json first, which says it is whole
+                fs.remove(f"{place}/{name}/{file}")
+            fs.remove_if_empty(f"{place}/{name}")
+    if not kept:
+        fs.remove(f"{place}/{_POINTER}")
+        fs.remove_if_empty(place)
+
+
+def _open(path: str) -> tuple[FileSystem, str]:
+    """Where a stage's checkpoints lie."""
+    fs, place = open_filesystem(f"{path}/checkpoints")
+    if fs.is_local:
+        refuse_links(place)
+    return fs, place
 
 
 def _copied(value: Any, before: Any) -> Any:
@@ -141,7 +167,7 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
     Raises CheckpointError where one is as it was written and does not load.
     """
-    fs, place = open_filesystem(f"{path}/checkpoints")
+    fs, place = _open(path)
     for folder in (f"{place}/{name}" for name in _whole(path)):
         try:
             meta = json.loads(fs.cat_file(f"{folder}/checkpoint.json"))
@@ -190,10 +216,10 @@ def _checksum(path: str) -> int:
 
 def _whole(path: str) -> list[str]:
     """The names of the whole checkpoints, the newest first."""
-    fs, place = open_filesystem(f"{path}/checkpoints/{_POINTER}")
+    fs, place = _open(path)
     try:
-        names = json.loads(fs.read(place) or b"[]")
-        return [name for name in names if re.fullmatch(r"step-\d+", name)]
+        names = json.loads(fs.read(f"{place}/{_POINTER}") or b"[]")
+        return [name for name in names if _STEP.fullmatch(name)]
     except (ValueError, TypeError):
         logger.warning("%s/checkpoints/%s is damaged; training begins anew", path, _POINTER)
         return []

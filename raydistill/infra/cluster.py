@@ -22,6 +22,7 @@ from raydistill.errors import ConfigError
 from raydistill.infra.memory import object_store_bytes
 from raydistill.infra.newcomers import watched
 from raydistill.infra.plan import Plan, live_plan, num_cores
+from raydistill.storage.filesystems import make_private
 
 # Ray has no other way to keep the servers of its dashboard and its autoscaler from starting.
 _NO_METRICS = {"DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1", "RAY_enable_metrics_collection": "0"}
@@ -123,7 +124,7 @@ def _spill_directory(config: RunConfig) -> str | None:
         return None
     folder = Path(config.cluster.spill_directory).expanduser().absolute()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(str(folder))
         with tempfile.TemporaryFile(dir=folder):
             return str(folder)
     except OSError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import threading
 import time
 import uuid
@@ -57,7 +58,7 @@ def held(directory: StageDirectory, say: Callable[[str], None]) -> Iterator[bool
 def _acquire(directory: StageDirectory, say: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
     mine = {"id": uuid.uuid4().hex, "process": process_name()}
     seen, since, told = None, 0.0, ""
-    directory.fs.make_folder(directory.place)
+    directory.make()
     while True:
         latest = _latest(directory)
         if latest != seen:  # by this machine's clock: those of others may be wrong
@@ -91,8 +92,8 @@ def _latest(directory: StageDirectory) -> tuple[int, dict[str, Any]]:
 
 
 def _numbers(directory: StageDirectory) -> list[int]:
-    names = directory.fs.names(directory.place)
-    return [int(n.removeprefix(_PREFIX)) for n in names if n.startswith(_PREFIX) and n[len(_PREFIX) :].isdecimal()]
+    found = map(re.compile(rf"{_PREFIX}([0-9]{{6,9}})").fullmatch, directory.fs.names(directory.place))
+    return [int(number[1]) for number in found if number]
 
 
 def _place(directory: StageDirectory, number: int) -> str:

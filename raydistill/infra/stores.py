@@ -16,6 +16,7 @@ from typing import Any
 from raydistill.config import RunConfig
 from raydistill.infra.artifacts import workspace_root
 from raydistill.secrets import redacted
+from raydistill.storage.filesystems import make_private
 
 _ANSWER_SECONDS, _CONNECT_SECONDS = 5, 10
 _REQUEST_SECONDS = "30"  # MLflow's own are 120, twice, which a command's end would wait for
@@ -63,9 +64,13 @@ def alone(uri: str, folder: str = "") -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if path is not None:
             with contextlib.suppress(OSError):
-                file = stack.enter_context(open(f"{path}.lock", "w"))
+                file = stack.enter_context(open(f"{path}.lock", "wb", opener=_without_links))
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 @contextlib.contextmanager
@@ -184,7 +189,7 @@ def _ready(uri: str) -> None:
     path = _sqlite_file(uri)
     try:
         if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            make_private(str(Path(path).parent))
         if not _has_tables(uri):
             with database_alone(uri):
                 if not _has_tables(uri):

@@ -14,11 +14,12 @@ from rich.live import Live
 from rich.table import Table
 
 from raydistill.config import RunConfig
+from raydistill.infra.artifacts import workspace_root
 from raydistill.infra.progress import Progress
 from raydistill.infra.recording import ChildRun
 from raydistill.infra.tracking import Tracker
 from raydistill.search.space import Choice
-from raydistill.search.study import MAXIMISED, Trial, read_epochs
+from raydistill.search.study import MAXIMISED, Trial, directory_of, read_epochs
 from raydistill.search.trials import logged
 
 _SECONDS_BETWEEN_NOTES = 10.0
@@ -84,8 +85,8 @@ class SearchDisplay:
         for trial in self._ended.values():
             run = ChildRun(tracker, _run_name(trial.number), ended=_status(trial))
             run.params({**trial.choices, "own values": trial.own})
-            if trial.directory:
-                run.log_each(functools.partial(_epochs, trial, self._config.distill.epochs))
+            if directory := directory_of(trial, workspace_root(self._config)):
+                run.log_each(functools.partial(_epochs, directory, self._config.distill.epochs))
             self._close(run, trial)
 
     @contextlib.contextmanager
@@ -178,8 +179,8 @@ class SearchDisplay:
         return table
 
 
-def _epochs(trial: Trial, most: int) -> list[tuple[dict[str, float], int]]:
-    return [(logged(record), int(record["step"])) for record in read_epochs(trial.directory, most)]
+def _epochs(directory: str, most: int) -> list[tuple[dict[str, float], int]]:
+    return [(logged(record), int(record["step"])) for record in read_epochs(directory, most)]
 
 
 def _run_name(number: int) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
+import pickle
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
 from raydistill.config import RunConfig
 from raydistill.data.manifests import from_json
-from raydistill.errors import ConfigError
+from raydistill.errors import CheckpointError, ConfigError
 from raydistill.infra.artifacts import StageDirectory
+from raydistill.infra.checkpoints import drop_checkpoints
 from raydistill.infra.stores import UnusableError, database_alone, reason
 from raydistill.search.space import Choice, Space
 from raydistill.storage.filesystems import open_filesystem
@@ -76,14 +81,20 @@ def read_epochs(directory: str, most: int) -> list[dict[str, float]]:
     return [from_json(data, f"{directory}/{name}", dict[str, float]) for name, data in records if data is not None]
 
 
-def drop_checkpoints(trials: list[Trial]) -> None:
-    """Of trials that ended early: nobody goes on with them, and they are large. Only once all processes of trials have
-    ended, since a trial writes its checkpoints while it is judged."""
+def drop_pruned(trials: list[Trial], root: str) -> None:
+    """The checkpoints of trials that ended early: nobody goes on with them, and they are large. Only once all processes
+    of trials have ended, since a trial writes its checkpoints while it is judged."""
     for trial in trials:
-        if trial.state == "pruned" and trial.directory:
-            fs, folder = open_filesystem(f"{trial.directory}/checkpoints")
+        if trial.state == "pruned" and (directory := directory_of(trial, root)):
             with contextlib.suppress(OSError):  # of a joined cluster a process may still write; the next time, then
-                fs.remove(folder)
+                drop_checkpoints(directory)
+
+
+def directory_of(trial: Trial, root: str) -> str | None:
+    """Where a trial was trained, in the workspace at `root`, if it was: of the place that the study tells the name
+    counts, for the study may be a stranger's, or have moved here."""
+    name = trial.directory.rpartition("/")[2]
+    return f"{root}/{name}" if re.fullmatch(r"distill-[0-9a-f]{12}", name) else None
 
 
 def num_trials(config: RunConfig, space: Space) -> int:
@@ -144,6 +155,35 @@ def _pruner(config: RunConfig) -> optuna.pruners.BasePruner:
     return optuna.pruners.NopPruner()
 
 
+class CmaEsSampler(optuna.samplers.CmaEsSampler):
+    """Optuna keeps the state of CMA-ES in the study as a pickle, and a study may be a stranger's: what is no such
+    state is refused."""
+
+    def _restore_optimizer(self, completed_trials: list[optuna.trial.FrozenTrial]) -> Any:
+        for trial in reversed(completed_trials):
+            if parts := [key for key in trial.system_attrs if key.startswith(self._attr_key_optimizer)]:
+                text = "".join(str(trial.system_attrs[f"{self._attr_key_optimizer}:{k}"]) for k in range(len(parts)))
+                return _StateOfCma(io.BytesIO(bytes.fromhex(text))).load()
+        return None
+
+
+class _StateOfCma(pickle.Unpickler):
+    _CLASSES = frozenset({
+        ("cmaes._cma", "CMA"), ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.random._mt19937", "MT19937"),
+        ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"),
+        ("numpy._core.numeric", "_frombuffer"), ("numpy.random._pickle", "__randomstate_ctor"),
+        ("numpy.random._pickle", "__bit_generator_ctor"),
+    })  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._CLASSES:
+            raise CheckpointError(
+                f"the study holds {module}.{name} as state of CMA-ES, which could run code and is not loaded; begin "
+                "another search in another workspace or tune.storage"
+            )
+        return super().find_class(module, name)
+
+
 def make_sampler(config: RunConfig, space: Space, number: int) -> optuna.samplers.BaseSampler:
     """A fresh one for each trial, so that what it draws does not depend on when the search was begun."""
     seed = config.seed + number
@@ -153,7 +193,7 @@ def make_sampler(config: RunConfig, space: Space, number: int) -> optuna.sampler
             # In groups: with a key that not every trial has, each set of keys that go together has its model.
             "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
             "gp": lambda: optuna.samplers.GPSampler(seed=seed),
-            "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
+            "cmaes": lambda: CmaEsSampler(seed=seed),
             # These two walk through one sequence, and the study holds how far.
             "qmc": lambda: optuna.samplers.QMCSampler(seed=config.seed, scramble=True),
             "grid": lambda: optuna.samplers.GridSampler(space.grid(), seed=config.seed),

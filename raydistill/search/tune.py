@@ -35,7 +35,7 @@ from raydistill.search.study import (
     MAXIMISED,
     Trial,
     drawn_at_random,
-    drop_checkpoints,
+    drop_pruned,
     num_trials,
     open_study,
     read_trials,
@@ -113,7 +113,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
                 with watcher.shown(tracker):
                     run_trials(config, space, study, _job_maker(config, space, prepared), layout, watcher)
         trials = read_trials(study)
-        drop_checkpoints(trials)
+        drop_pruned(trials, artifacts.workspace_root(config))
         best, front = _best(config, study, trials)
         settings = {} if best.own else space.settings(best.choices)
         gains, retrained = _confirm(config, settings, progress, tracker)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -12,7 +13,13 @@ from dataclasses import asdict, dataclass
 from raydistill.data.manifests import from_json
 from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.checkpoints import latest_checkpoint, latest_step, note_lost_steps, read_progress
+from raydistill.infra.checkpoints import (
+    drop_checkpoints,
+    latest_checkpoint,
+    latest_step,
+    note_lost_steps,
+    read_progress,
+)
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.workers import run_workers
@@ -85,8 +92,11 @@ def distill_student(
     )
     progress.line(f"{title:<9} {kept}")
     directory.finish(asdict(result))
-    for leftover in ("checkpoints", "ray"):
-        directory.fs.remove(f"{directory.place}/{leftover}")
+    drop_checkpoints(job.path)
+    for run in directory.fs.names(f"{directory.place}/ray"):
+        if re.fullmatch(r"[0-9a-f]{32}", run):  # as `run_workers` calls Ray Train's own
+            directory.fs.remove(f"{directory.place}/ray/{run}")
+    directory.fs.remove_if_empty(f"{directory.place}/ray")
     return result
 
 

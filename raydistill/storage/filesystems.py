@@ -6,6 +6,7 @@ this one. And storage that is far away does not always answer: a call is tried a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import glob
@@ -24,7 +25,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
-from raydistill.errors import ConfigError, StageError, StorageError
+from raydistill.errors import CheckpointError, ConfigError, StageError, StorageError
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -93,6 +94,12 @@ class FileSystem:
         except FileNotFoundError:
             return None
 
+    def remove_if_empty(self, folder: str) -> None:
+        """A folder of a disk. In a bucket one is gone with the last file in it."""
+        with contextlib.suppress(OSError):
+            if self.is_local:
+                self.rmdir(folder)
+
     def remove(self, place: str) -> None:
         """A file, or a folder with all that is in it, if it is still there."""
         try:
@@ -100,6 +107,27 @@ class FileSystem:
             self.rm(place if self.is_local else glob.escape(place), recursive=True)
         except FileNotFoundError:
             return
+
+
+def make_private(folder: str) -> None:
+    """A folder of this machine, for this user alone where it is new, with what is missing above it."""
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(folder, mode=0o700)
+
+
+def refuse_links(place: str) -> None:
+    """Raises CheckpointError where a path of this machine, or anything below it, is a link: a workspace may be a
+    stranger's, and nothing is read, written or deleted where its links lead."""
+    waiting = [place]
+    while waiting:
+        folder = waiting.pop()
+        if os.path.islink(folder):
+            raise CheckpointError(
+                f"{folder} is a link to {os.readlink(folder)}, and nothing in a workspace leads out of it: delete the "
+                "link, or put in its place what it leads to"
+            )
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            waiting += [entry.path for entry in entries if entry.is_symlink() or entry.is_dir()]
 
 
 def open_filesystem(path: str, patience: float = PATIENCE_SECONDS) -> tuple[FileSystem, str]:

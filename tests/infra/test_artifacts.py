@@ -4,6 +4,7 @@ C20)."""
 import dataclasses
 import json
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from raydistill.data.images import Entry, Listing
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.infra import artifacts
+from raydistill.infra.artifacts import StageDirectory
 from raydistill.storage.filesystems import write_bytes
 
 LISTING = Listing((Entry("/i/a/0.png", "a", None), Entry("/i/b/0.png", "b", None)), ("a", "b"), {}, "0123")
@@ -734,6 +736,47 @@ def test_a_bill_of_another_form_is_refused(directory, bill):
     directory.write("seconds.json", bill.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"seconds\.json is not what raydistill writes"):
         artifacts.read_bill(directory.path)
+
+
+@pytest.mark.parametrize("place", [".", "report.html", "checkpoints", "epochs/00001.json", "DONE", "nowhere"])
+@pytest.mark.parametrize("call", ["done", "begin", "started"])
+def test_a_link_in_a_stage_directory_is_refused_by_name(tmp_path, place, call):
+    directory = StageDirectory(f"{tmp_path}/w/distill-0123456789ab", "distill", "{}")
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/keys").write_text("secret")
+    target = tmp_path / ("victim" if place in (".", "checkpoints") else "gone" if place == "nowhere" else "victim/keys")
+    link = Path(directory.path, place)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    with pytest.raises(CheckpointError, match=f"{link} is a link to {target}, .*delete the link"):
+        getattr(directory, call)()
+    assert (tmp_path / "victim/keys").read_text() == "secret"
+    assert len(list((tmp_path / "victim").iterdir())) == 1
+
+
+def test_the_folder_of_generated_classes_is_no_link_either(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "generated").symlink_to(tmp_path / "victim")
+    with pytest.raises(CheckpointError, match="generated is a link"):
+        StageDirectory(f"{tmp_path}/generated/0123456789ab", "generated", "{}").begin()
+    assert not list((tmp_path / "victim").iterdir())
+
+
+def test_a_workspace_may_be_a_link_and_is_private_where_it_is_new(tmp_path, monkeypatch):
+    old = os.umask(0o002)
+    try:
+        (tmp_path / "disk").mkdir(mode=0o775)
+        (tmp_path / "w").symlink_to(tmp_path / "disk")
+        for root, mode in (("w", 0o775), ("new", 0o700)):
+            artifacts.check_writable(config_of(f"workspace={tmp_path / root}"))
+            directory = StageDirectory(f"{tmp_path / root}/prepare-0123456789ab", "prepare", "{}")
+            directory.begin()
+            directory.finish({"a": 1})
+            assert directory.done()["a"] == 1
+            assert stat.S_IMODE((tmp_path / root).stat().st_mode) == mode
+            assert stat.S_IMODE(Path(directory.path).stat().st_mode) == 0o775  # what is in it, as the umask says
+    finally:
+        os.umask(old)
 
 
 def test_beginning_again_keeps_what_is_there(directory):

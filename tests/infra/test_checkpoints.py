@@ -99,6 +99,38 @@ def folder(path: Path, step: int) -> Path:
     return path / "checkpoints" / f"step-{step:09d}"
 
 
+def test_what_else_lies_among_checkpoints_stays(tmp_path, saved):
+    names = ["step-000000001/notes.txt", "step-000000001/weights.safetensors.bak", "step-1/state.pt", "photos/state.pt",
+             "step-00000000a/state.pt", "step-٠٠٠٠٠٠٠٠٠/state.pt"]  # fmt: skip
+    others = [tmp_path / "checkpoints" / name for name in names]
+    for other in others:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("mine")
+    saved(1, 2, 3)
+    assert not (folder(tmp_path, 1) / "state.pt").exists()
+    assert latest_step(str(tmp_path)) == 3
+    checkpoints.drop_checkpoints(str(tmp_path))
+    left = {path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    assert left == set(others)
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-000000001", "checkpoints/step-000000007"])
+def test_no_link_leads_what_is_written_or_dropped_elsewhere(tmp_path, saved, place):
+    victim, workspace = tmp_path / "victim", tmp_path / "w"
+    (victim / "step-000000001").mkdir(parents=True)
+    for file in (victim / "state.pt", victim / "step-000000001/state.pt", victim / "newest.json"):
+        file.write_text("[]")
+    before = sorted(victim.rglob("*"))
+    (workspace / place).parent.mkdir(parents=True)
+    (workspace / place).symlink_to(victim, target_is_directory=True)
+    trainer = Trainer()
+    for act in (lambda: trainer.save(workspace), lambda: checkpoints.drop_checkpoints(str(workspace))):
+        with pytest.raises(CheckpointError, match=rf"{place} is a link to .*victim"):
+            act()
+    assert sorted(victim.rglob("*")) == before
+    assert (victim / "state.pt").read_text() == "[]"
+
+
 @pytest.mark.parametrize("with_ema", [True, False])
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path, with_ema):
     unbroken = Trainer(with_ema)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -25,7 +26,7 @@ from ray import tune
 from rich.console import Console
 
 from raydistill.config import RunConfig, load_config
-from raydistill.errors import ConfigError, StageError
+from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.infra import artifacts, checkpoints
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.plan import plan_resources
@@ -38,7 +39,7 @@ from raydistill.search import tune as tune_module
 from raydistill.search.display import Clock, SearchDisplay
 from raydistill.search.significance import Answers
 from raydistill.search.space import read_space
-from raydistill.search.study import Trial, drawn_at_random, drop_checkpoints, num_trials, open_study, read_trials
+from raydistill.search.study import Trial, drawn_at_random, drop_pruned, num_trials, open_study, read_trials
 from raydistill.search.study_page import search_page
 from raydistill.search.trials import _run_trial, _Search, _Work, lay_out, seconds_per_step
 from raydistill.search.tune import forecast_lines, gains_of, tune_job
@@ -78,7 +79,8 @@ def engine(config: RunConfig, folder: Path) -> tuple[_Search, optuna.Study]:
     study = open_study(config, directory, space.own(config))
 
     def make_job(choices):
-        return None, StageDirectory(f"{folder}/{json.dumps(choices)}", "distill", "{}")
+        name = f"distill-{hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:12]}"
+        return None, StageDirectory(f"{artifacts.workspace_root(config)}/{name}", "distill", "{}")
 
     return _Search(config, space, study, make_job, None, Silent()), study
 
@@ -427,14 +429,49 @@ def test_whatever_a_trial_fails_of_is_told_with_its_kind(run_trial, monkeypatch)
 
 
 def test_checkpoints_of_trials_that_ended_early_are_dropped_and_no_others(tmp_path) -> None:
-    def trial(number: int, state: str) -> Trial:
-        (tmp_path / state / "checkpoints" / "step-1").mkdir(parents=True)
-        return Trial(number, state, {}, None, False, 1, 1.0, str(tmp_path / state), "")
+    root = tmp_path / "w"
+
+    def trial(place: Path, state: str) -> Trial:
+        (place / "checkpoints/step-000000001").mkdir(parents=True)
+        (place / "checkpoints/step-000000001/state.pt").touch()
+        (place / "checkpoints/newest.json").write_text('["step-000000001"]')
+        return Trial(0, state, {}, None, False, 1, 1.0, str(place), "")
 
     states = ["complete", "pruned", "failed", "running"]
-    lost = Trial(9, "pruned", {}, None, False, 1, 1.0, str(tmp_path / "nowhere"), "")
-    drop_checkpoints([*(trial(k, state) for k, state in enumerate(states)), lost])
-    assert [(tmp_path / state / "checkpoints").exists() for state in states] == [True, False, True, True]
+    places = [root / f"distill-00000000000{number}" for number in range(len(states))]
+    # A study is in a database that somebody else may have filled: of what it names, places in the workspace count.
+    others = [tmp_path / "victim", root / "photos", root / "..", root / "teach-000000000000"]
+    moved = trial(tmp_path / "before/distill-00000000000a", "pruned")
+    trial(root / "distill-00000000000a", "pruned")
+    lost = Trial(9, "pruned", {}, None, False, 1, 1.0, str(tmp_path / "nowhere/distill-0123456789ab"), "")
+    drop_pruned([*map(trial, places, states), *(trial(o, "pruned") for o in others), moved, lost], str(root))
+    assert [(place / "checkpoints").exists() for place in places] == [True, False, True, True]
+    assert all((place / "checkpoints/step-000000001/state.pt").exists() for place in others)
+    assert not (root / "distill-00000000000a/checkpoints").exists()
+    assert (tmp_path / "before/distill-00000000000a/checkpoints").exists()
+
+
+def test_a_study_of_a_stranger_runs_no_code(words, space_file, tmp_path) -> None:
+    """Optuna keeps the state of CMA-ES in the study, as a pickle."""
+
+    class Payload:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "RAN",)
+
+    text = "loss.temperature: {log: [1, 20]}\nloss.projection_dim: {int: [4, 16]}\n"
+    config = load_config([*words, space_file(text), "tune.sampler=cmaes", "tune.trials=14"])
+    search, study = engine(config, tmp_path / "study")
+    list(play(search, study, 10))
+    with contextlib.closing(sqlite3.connect(tmp_path / "study/study.db")) as database, database:
+        of_cma = "trial_system_attributes where key like 'cma:optimizer:%'"
+        assert database.execute(f"select count(*) from {of_cma}").fetchone()[0] > 0
+        database.execute(f"delete from {of_cma} and key != 'cma:optimizer:0'")
+        payload = json.dumps(pickle.dumps(Payload()).hex())
+        database.execute("update trial_system_attributes set value_json = ? where key = 'cma:optimizer:0'", [payload])
+    search, study = engine(config, tmp_path / "study")
+    with pytest.raises(CheckpointError, match="which could run code"):
+        list(play(search, study, 2))
+    assert not (tmp_path / "RAN").exists()
 
 
 PAIR = ["distill.num_workers=2"]
