@@ -336,8 +336,8 @@ class Distill(Section):
     """Epochs between measurements on the val split; the last epoch is always measured."""
     keep: Literal["auto", "best", "last"] = "auto"
     """Which epoch ships: the `last`, or, of those measured, the `best` on val (of equals the latest). `auto`: the best
-    where val has 400 labelled images or more, else the last, and a better epoch is named. The accuracy of 400 has a
-    standard error of 2.5 points at most; of fewer the best of many epochs is mostly luck."""
+    where the val images tell that it is better than the last (McNemar's test at 5 %, divided by the epochs that it is
+    the best of), else the last, and a better epoch is named."""
     num_workers: Annotated[int, Field(ge=0)] | tuple[Count, Count] = 1
     """Ray Train workers; 0: in this process; (min, max): as many as the cluster has at the moment."""
     cache: Literal["auto", "memory", "stream"] = "auto"

@@ -24,7 +24,7 @@ from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.workers import run_workers
 from raydistill.models.student import build_student, has_batch_norm, write_student
-from raydistill.stages.batches import LEAST_VAL_IMAGES, DistillJob, FreshStream
+from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.loop import distill_loop
 from raydistill.storage.filesystems import open_filesystem
 
@@ -134,18 +134,14 @@ def kept_words(job: DistillJob, epochs: list[dict[str, float]], kept_epoch: int)
     if not accuracies:
         return f"{words}: nothing was measured on val"
     words += f": {accuracies[kept_epoch]:.3f} on val"
-    if job.keeps_best:
+    best = max(accuracies, key=lambda epoch: (accuracies[epoch], epoch))
+    if kept_epoch == best:
         behind = "" if kept_epoch == last else f"; the last epoch had {accuracies[last]:.3f}"
         return f"{words}, the best of {len(accuracies)} measured epochs{behind}"
-    best = max(accuracies, key=lambda epoch: (accuracies[epoch], epoch))
-    if accuracies[best] <= accuracies[kept_epoch]:
-        return f"{words}, and no measured epoch was better"
+    words += f", although epoch {best} had {accuracies[best]:.3f}"
     if job.config.distill.keep == "last":
-        return f"{words}, although epoch {best} had {accuracies[best]:.3f} (distill.keep=last)"
-    return (
-        f"{words}, although epoch {best} had {accuracies[best]:.3f}: {images} val images are too few to choose by "
-        f"(distill.keep=auto needs {LEAST_VAL_IMAGES}; distill.keep=best does so all the same)"
-    )
+        return f"{words} (distill.keep=last)"
+    return f"{words}: {images} val images do not tell that it is better (distill.keep=best ships it all the same)"
 
 
 def _forget_what_was_lost(job: DistillJob, directory: StageDirectory) -> None:
@@ -161,7 +157,7 @@ def _write_student(job: DistillJob, directory: StageDirectory, training: dict[st
     checkpoint = latest_checkpoint(job.path)
     assert checkpoint is not None, "the loop ends with a checkpoint"
     now = "ema." if job.config.distill.ema_decay else "model.student."
-    prefix = ("kept.student." if job.keeps_best else now) + "body.network."
+    prefix = ("kept.student." if job.looks_at_val else now) + "body.network."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint[0].items() if k.startswith(prefix)}
     # Built as it was for training: with random weights it may have other positions for another size.
     student = build_student(job.config.student, len(job.samples.classes))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binom
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +42,8 @@ from raydistill.storage.filesystems import write_bytes
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 _MOST_SKIPPED_STEPS = 20
+# Of shipping another epoch than the last, though it is no better.
+_LEVEL = 0.05
 # Seconds between two checkpoints for each second that one takes to be written, however short `checkpoint_seconds` is.
 _LEAST_GAP = 4.0
 
@@ -85,21 +88,30 @@ class Trainee(nn.Module):
 
 
 class Kept(nn.Module):
-    """The student of the epoch that ships, as far as training has come. It is a part of each checkpoint, so it is
-    always of the same moment as what training goes on with."""
+    """The student of the best epoch on val so far. It is a part of each checkpoint, so it is always of the same moment
+    as what training goes on with. `right` is which of the V labelled val images it knows."""
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, num_val: int) -> None:
         super().__init__()
         self.student = copy.deepcopy(student).requires_grad_(False)
         self.register_buffer("epoch", torch.tensor(0))
-        self.register_buffer("val_accuracy", torch.tensor(-1.0, dtype=torch.float64))
+        self.register_buffer("right", torch.zeros(num_val, dtype=torch.bool))
 
-    def offer(self, student: nn.Module, epoch: int, val_accuracy: float) -> None:
+    def offer(self, student: nn.Module, epoch: int, right_V: torch.Tensor) -> None:
         """Keep it if it is the best so far. Of equals the latest is kept: it has learnt longest, at the lowest rate."""
-        if val_accuracy >= float(self.val_accuracy):
-            self.student.load_state_dict(student.state_dict())
-            self.epoch.fill_(epoch)
-            self.val_accuracy.fill_(val_accuracy)
+        if right_V.sum() >= self.right.sum():
+            self.take(student, epoch, right_V)
+
+    def take(self, student: nn.Module, epoch: int, right_V: torch.Tensor) -> None:
+        self.student.load_state_dict(student.state_dict())
+        self.epoch.fill_(epoch)
+        self.right.copy_(right_V)
+
+    def told_from(self, right_V: torch.Tensor, looks: int) -> bool:
+        """Whether the images tell that it is better than what is right on `right_V`, though it is the best of so many:
+        McNemar's exact test of one side, by Bonferroni."""
+        only_kept, only_other = int((self.right & ~right_V).sum()), int((right_V & ~self.right).sum())
+        return bool(binom.sf(only_kept - 1, only_kept + only_other, 0.5) <= _LEVEL / looks)
 
 
 def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
@@ -120,7 +132,8 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     remembers = "crd" in config.loss.terms
     memory = ContrastiveMemory(config.loss.crd_memory, config.loss.projection_dim).to(device) if remembers else None
     student_now = trainee.student if ema is None else ema.module
-    kept = Kept(student_now) if job.keeps_best and worker.rank == 0 else None  # rank 0 alone measures val
+    # Rank 0 alone measures val.
+    kept = Kept(student_now, job.samples.num_rows("val")) if job.looks_at_val and worker.rank == 0 else None
     modules = _present(model=trainee, ema=None if ema is None else ema.module, memory=memory, kept=kept)
     optimizer = _optimizer(settings, trainee)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
@@ -335,11 +348,15 @@ class _Reporter:
         if due and worker.rank == 0 and job.samples.num_rows("val"):
             device, size = torch.device(worker.device), job.config.evaluate.batch_size
             logits, labels = split_logits(student, job.samples, "val", device, size)
-            record["val_accuracy"] = float((logits.argmax(1) == labels).mean())
+            right = torch.from_numpy(logits.argmax(1) == labels)
+            record["val_accuracy"] = float(right.double().mean())
             if kept is not None:
-                kept.offer(student, epoch, record["val_accuracy"])
-        if kept is not None and int(kept.epoch):
-            record["kept_epoch"] = float(kept.epoch)
+                kept.offer(student, epoch, right)
+                looks = -(-epoch // job.config.distill.val_every)
+                is_told = job.config.distill.keep == "best" or kept.told_from(right, looks)
+                if not is_told and step == job.total_steps:
+                    kept.take(student, epoch, right)
+                record["kept_epoch"] = float(kept.epoch if is_told else epoch)
         if worker.rank == 0:
             write_bytes(f"{job.path}/epochs/{epoch:05d}.json", json.dumps(record).encode())
             write_progress(job.path, step, self._lost_steps)
