@@ -17,15 +17,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import compute as pc
 
-from raydistill.data import tables
 from raydistill.data.labels import label_of
 from raydistill.data.names import written
-from raydistill.data.tables import ArrowFile, open_table
 from raydistill.data.tars import EXTENSIONS, MOST_BYTES, images_of, label_in, refuse_compressed
 from raydistill.errors import DataError
+from raydistill.storage import tables
 from raydistill.storage.filesystems import open_filesystem
+from raydistill.storage.tables import ArrowFile, ParquetFile, longest, open_table, values
 
 __all__ = ["EXTENSIONS", "NO_IMAGE", "SUFFIXES", "Row", "count_rows", "list_rows", "read_rows"]
 SUFFIXES = (*tables.SUFFIXES, ".tar")
@@ -51,7 +50,7 @@ def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator
             for number, (_, beside) in enumerate(images_of(archive, written(path), ignored)):
                 yield Row(number, label_in(archive, beside, written(path), notes), None)
     else:
-        with open_table(path) as table:
+        with open_table(path, written(path)) as table:
             yield from _table_rows(path, table, notes)
 
 
@@ -65,17 +64,12 @@ def read_rows(path: str, numbers: Collection[int]) -> Iterator[tuple[int, Any]]:
                 content = archive.extractfile(images[number][0])
                 yield number, None if content is None else content.read()
         return
-    first = 0
-    with open_table(path) as table:
+    with open_table(path, written(path)) as table:
         _check_image_column(path, table)
-        for length, read in table.batches(["image"]):
-            inside = wanted[bisect_left(wanted, first) : bisect_left(wanted, first + length)]
-            if inside:
-                column = read()["image"]
-                for number in inside:
-                    value = column[number - first].as_py()
-                    yield number, value.get("bytes") if isinstance(value, dict) else value
-            first += length
+        for first, part in table.read(["image"], wanted):
+            for number in wanted[bisect_left(wanted, first) : bisect_left(wanted, first + len(part))]:
+                (value,) = values(part["image"][number - first : number - first + 1])
+                yield number, value.get("bytes") if isinstance(value, dict) else value
 
 
 def count_rows(path: str) -> int:
@@ -83,9 +77,10 @@ def count_rows(path: str) -> int:
     if PurePosixPath(path).suffix.lower() == ".tar":
         with _open_tar(path) as archive:
             return len(images_of(archive, written(path), Counter()))
-    with open_table(path) as table:
+    with open_table(path, written(path)) as table:
         _check_image_column(path, table)
-        return sum(length for length, _ in table.batches(["image"]))
+        table.refuse_bombs(["image"])
+        return table.num_rows
 
 
 @contextlib.contextmanager
@@ -101,7 +96,7 @@ def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
         raise DataError(f"{written(path)}: not a tar file, or a damaged one ({error})") from None
 
 
-def _table_rows(path: str, table: ArrowFile, notes: Counter[str]) -> Iterator[Row]:
+def _table_rows(path: str, table: ParquetFile | ArrowFile, notes: Counter[str]) -> Iterator[Row]:
     """Columns `image` (bytes, or the struct of bytes and path that `datasets` writes), `label`, and maybe `split`."""
     schema, shown = table.schema, written(path)
     if lacking := {"image", "label"} - set(schema.names):
@@ -110,15 +105,15 @@ def _table_rows(path: str, table: ArrowFile, notes: Counter[str]) -> Iterator[Ro
         advice = "that its folder's name tells one is not read, so write it as a column" if in_folder else "rename them"
         raise DataError(f"{shown}: no column {' and no column '.join(sorted(lacking))} among {found}; {advice}")
     _check_image_column(path, table)
+    table.refuse_bombs(["image"])
     names = _class_names(path, schema.metadata or {})
     columns = [name for name in ("label", "split") if name in schema.names]
-    number = 0
-    for _, read in table.batches(columns):
-        part = read()
+    for first, part in table.read(columns):
         for name in columns:
-            _refuse_long(part[name], name, shown)
-        splits = part["split"].to_pylist() if "split" in columns else [None] * part.num_rows
-        for value, split in zip(part["label"].to_pylist(), splits, strict=True):
+            if (most := longest(part[name])) > MOST_BYTES:  # before each row has its copy
+                raise DataError(f"{shown}: the column {name} holds {most:,} bytes in one row, too many for a {name}")
+        splits = values(part["split"]) if "split" in columns else [None] * part.num_rows
+        for number, (value, split) in enumerate(zip(values(part["label"]), splits, strict=True), first):
             where = f"{shown}: row {number}"
             if names and isinstance(value, int | float) and value >= 0:
                 if value >= len(names):
@@ -126,24 +121,9 @@ def _table_rows(path: str, table: ArrowFile, notes: Counter[str]) -> Iterator[Ro
                 value = names[int(value)] if value == int(value) else value
             text = split.decode(errors="replace") if isinstance(split, bytes) else split
             yield Row(number, label_of(value, where, notes), None if text is None else str(text))
-            number += 1
 
 
-def _refuse_long(column: Any, name: str, shown: str) -> None:
-    """Before each row gets a copy of its text."""
-    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-        values = chunk.dictionary if isinstance(chunk, pa.DictionaryArray) else chunk
-        if (
-            pa.types.is_large_string(values.type)
-            or pa.types.is_large_binary(values.type)
-            or (pa.types.is_string(values.type) or pa.types.is_binary(values.type))
-        ):
-            longest = pc.max(pc.binary_length(values)).as_py() or 0
-            if longest > MOST_BYTES:
-                raise DataError(f"{shown}: the column {name} holds {longest:,} bytes in one row, too many for a {name}")
-
-
-def _check_image_column(path: str, table: ArrowFile) -> None:
+def _check_image_column(path: str, table: ParquetFile | ArrowFile) -> None:
     """Raises DataError where the column's type is none of bytes, or of the struct of bytes and path."""
     if "image" not in table.schema.names:
         found = ", ".join(map(written, table.schema.names[:10]))

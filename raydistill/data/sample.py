@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import AfterValidator, NonNegativeInt
 
 from raydistill.data.manifests import result_of
+from raydistill.storage.tables import read_table
 
 SCHEMA = pa.schema(
     [
@@ -86,8 +87,9 @@ def encode_shard(rows: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def decode_shard(data: bytes) -> pa.Table:
-    return pq.read_table(pa.BufferReader(data), schema=SCHEMA)
+def decode_shard(data: bytes, path: str = "a shard") -> pa.Table:
+    """Raises CheckpointError, which names the path."""
+    return read_table(path, SCHEMA, data)
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,19 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from raydistill.config import Views
 from raydistill.data.decode import pixels
-from raydistill.data.sample import WINDOW_SHARDS, SampleSet, Visits, decode_shard, shard_name
+from raydistill.data.sample import SCHEMA, WINDOW_SHARDS, SampleSet, Visits, decode_shard, shard_name
 from raydistill.data.views import view_parameters
 from raydistill.errors import CheckpointError
 from raydistill.storage.filesystems import open_filesystem, read_bytes
+from raydistill.storage.tables import read_table, values
 
 logger = logging.getLogger(__name__)
 UNLABELLED = -1
@@ -98,7 +97,8 @@ def read_sample_ids(path: str) -> bytes:
 
 
 def read_samples(samples: SampleSet, split: str, shard: int) -> pa.Table:
-    return decode_shard(read_bytes(f"{samples.path}/{shard_name(split, shard)}.parquet"))
+    path = _shard_path(samples, split, shard)
+    return decode_shard(read_bytes(path), path)
 
 
 def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str]) -> np.ndarray:
@@ -108,20 +108,20 @@ def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str])
 
 def read_labels(samples: SampleSet, split: str, shard: int) -> np.ndarray:
     """The labels of a shard, UNLABELLED where there is none, without reading its images."""
-    with _open_shard(samples, split, shard) as file:
-        return labels_of(pq.read_table(file, columns=["label"]))
+    return labels_of(_column(samples, split, shard, "label"))
 
 
 def read_ids(samples: SampleSet, split: str, shard: int) -> list[str]:
     """The ids of a shard's rows, without reading its images."""
-    with _open_shard(samples, split, shard) as file:
-        ids: list[str] = pq.read_table(file, columns=["sample_id"])["sample_id"].to_pylist()
-    return ids
+    return values(_column(samples, split, shard, "sample_id")["sample_id"])
 
 
-def _open_shard(samples: SampleSet, split: str, shard: int) -> Any:
-    fs, place = open_filesystem(f"{samples.path}/{shard_name(split, shard)}.parquet")
-    return fs.open(place, "rb")
+def _column(samples: SampleSet, split: str, shard: int, name: str) -> pa.Table:
+    return read_table(_shard_path(samples, split, shard), pa.schema([SCHEMA.field(name)]))
+
+
+def _shard_path(samples: SampleSet, split: str, shard: int) -> str:
+    return f"{samples.path}/{shard_name(split, shard)}.parquet"
 
 
 def labels_of(table: pa.Table) -> np.ndarray:
@@ -165,13 +165,13 @@ class TrainSplit:
     def shard(self, index: int) -> Shard:
         part, own = self._place(index)
         table = read_samples(part.samples, "train", own)
-        ids = table["sample_id"].to_pylist()
+        ids = values(table["sample_id"])
         weights = None
         if any(p.weights is not None for p in self.parts):
             weights = np.array([1.0 if part.weights is None else part.weights[i] for i in ids], np.float32)
         features = None if part.targets is None else read_targets(part.targets, "train", own, ids)
         labels = labels_of(table) if part.hard_labels else np.full(len(ids), UNLABELLED)
-        return Shard(ids, table["image"].to_pylist(), labels, features, weights)
+        return Shard(ids, values(table["image"]), labels, features, weights)
 
     def labels(self) -> list[np.ndarray]:
         """The labels of every shard: all that the order of visits needs to know."""

@@ -173,7 +173,7 @@ def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config["threads"])
     with contextlib.suppress(OSError):  # another node may not have it, and sees no relative path in any case
         os.chdir(config["folder"])
-    loop, job = pickle.loads(config["work"])
+    loop, job = pickle.loads(config["work"])  # noqa: TID251 - what this command sent
     try:
         return dict(loop(job, worker))
     except DivergedError as error:

@@ -41,6 +41,7 @@ from raydistill.models.weights import (
     resolve_hf_folder,
 )
 from raydistill.storage.filesystems import read_bytes
+from raydistill.storage.tables import values
 
 
 class TimmClassifier(nn.Module):
@@ -322,7 +323,7 @@ def split_logits(
     whole = torch.from_numpy(WHOLE_IMAGE)
     for shard in range(len(samples.shards[split])):
         table = read_samples(samples, split, shard)
-        images = torch.from_numpy(np.stack([pixels(image) for image in table["image"].to_pylist()]))
+        images = torch.from_numpy(np.stack([pixels(image) for image in values(table["image"])]))
         for part in images.split(batch_size):
             views = render(part.to(device), whole.expand(len(part), -1), student.preprocessing)
             logits.append(student(views)[0].float().cpu().numpy())

@@ -29,12 +29,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
-from pyarrow import parquet as pq
 from scipy import special
 from scipy.optimize import brentq
 
-from raydistill.stages.evaluate import PREDICTIONS_FILE
-from raydistill.storage.filesystems import read_bytes
+from raydistill.stages.evaluate import PREDICTIONS, PREDICTIONS_FILE
+from raydistill.storage.tables import read_table
 
 LEVEL, POWER = 0.05, 0.8
 _MOST_SEEDS, _MOST_TIMES_IMAGES = 100, 100.0
@@ -51,8 +50,8 @@ class Answers:
 
 def read_answers(path: str, split: str) -> Answers:
     """From the `evaluate` directory `path`."""
-    columns = ["sample_id", "label", "split", "student_class"]
-    table = pq.read_table(pa.BufferReader(read_bytes(f"{path}/{PREDICTIONS_FILE}")), columns=columns)
+    columns = ("sample_id", "label", "split", "student_class")
+    table = read_table(f"{path}/{PREDICTIONS_FILE}", pa.schema(PREDICTIONS.field(name) for name in columns))
     table = table.filter(pc.equal(table["split"], split)).combine_chunks()
     return Answers(table["sample_id"].to_numpy(), pc.equal(table["student_class"], table["label"]).to_numpy())
 

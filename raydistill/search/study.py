@@ -167,7 +167,7 @@ class CmaEsSampler(optuna.samplers.CmaEsSampler):
         return None
 
 
-class _StateOfCma(pickle.Unpickler):
+class _StateOfCma(pickle.Unpickler):  # noqa: TID251 - knows only the classes below
     _CLASSES = frozenset({
         ("cmaes._cma", "CMA"), ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.random._mt19937", "MT19937"),
         ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"),

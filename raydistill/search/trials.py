@@ -212,7 +212,7 @@ def _run_trial(config: dict[str, Any]) -> None:
             raise
 
     try:
-        result = _train(pickle.loads(config["work"]), report)
+        result = _train(pickle.loads(config["work"]), report)  # noqa: TID251 - what this command sent
     except Exception as error:
         result = {"failed": _reason(error)}
     if stopped:  # Tune listens no more; what went wrong on the way out took the place of its SystemExit

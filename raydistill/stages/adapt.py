@@ -32,6 +32,7 @@ from raydistill.models.teacher import (
     zero_shot_head,
 )
 from raydistill.stages.teach import write_features
+from raydistill.storage.tables import values
 
 # Inverse strengths of the L2 penalty that are tried, from a prior that outweighs the data to hardly any.
 INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
@@ -120,7 +121,7 @@ def split_features(samples: SampleSet, path: str, split: str) -> tuple[np.ndarra
         table = read_samples(samples, split, shard)
         table = table.filter(table["label"].is_valid())
         if table.num_rows:
-            features_1RD = read_targets(path, split, shard, table["sample_id"].to_pylist())
+            features_1RD = read_targets(path, split, shard, values(table["sample_id"]))
             features.append(features_1RD[0].astype(np.float32))
             labels.append(labels_of(table))
     if not features:

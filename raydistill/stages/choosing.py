@@ -23,6 +23,7 @@ from raydistill.models.teacher import load_head
 from raydistill.stages.making import Key, Made
 from raydistill.stages.showing import FileTeacher, made_images, teacher_settings, whole_features, working_image
 from raydistill.storage.filesystems import exists
+from raydistill.storage.tables import values
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class HeldOut:
         hashes = []
         for split in ("val", "test"):
             for shard in range(len(samples.shards.get(split, ()))):
-                rows = read_samples(samples, split, shard)["image"].to_pylist()
+                rows = values(read_samples(samples, split, shard)["image"])
                 hashes += [difference_hash(Image.fromarray(pixels(row))) for row in rows]
         self._real = hash_words(hashes)
         self._read: set[str] = set()

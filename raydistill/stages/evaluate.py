@@ -38,6 +38,12 @@ from raydistill.stages.figures import (
 from raydistill.stages.speed import images_per_second
 
 PREDICTIONS_FILE = "predictions.parquet"
+# Those of its columns that others read, besides what the networks said in full.
+PREDICTIONS = pa.schema([
+    ("sample_id", pa.string()), ("label", pa.int32()), ("split", pa.string()),
+    ("student_class", pa.int32()), ("student_probability", pa.float32()),
+    ("teacher_class", pa.int32()), ("teacher_probability", pa.float32()),
+])  # fmt: skip
 # What is kept grows with the images and with the classes, never with their product or the classes' square: so many
 # pairs of classes that are confused, and above so many classes the logits of the likeliest alone.
 _MOST_PAIRS, _MOST_WHOLE, _LIKELIEST = 1000, 1000, 100

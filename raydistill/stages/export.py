@@ -44,6 +44,7 @@ from raydistill.models.teacher import load_teacher
 from raydistill.models.weights import STUDENT_FILE
 from raydistill.stages.speed import measure_speed
 from raydistill.storage.filesystems import read_bytes
+from raydistill.storage.tables import values
 
 # Each form is compared with the checkpoint at these batch sizes, on so many images of val, or of train where val has
 # none; the bound is on the largest difference of logits, as a share of the largest logit.
@@ -178,7 +179,7 @@ def _some_images(samples: SampleSet, split: str, most: int) -> tuple[np.ndarray,
         if len(images) >= most:
             break
         table = read_samples(samples, split, shard)
-        images += [pixels(image) for image in table["image"].to_pylist()]
+        images += [pixels(image) for image in values(table["image"])]
         labels.append(labels_of(table))
     return np.stack(images[:most]), np.concatenate(labels)[:most]
 

@@ -39,9 +39,19 @@ from raydistill.infra.restarts import new_tries
 from raydistill.models.pipelines import PipelineFacts, check_steps, class_numbers, inspect_pipeline, new_scheduler
 from raydistill.stages.choosing import Chosen, HeldOut, Judge, choose
 from raydistill.stages.figures import contact_sheet
-from raydistill.stages.making import NO_CLASS, GeneratorActor, Key, Made, Recipe, make_recipes, plan_units, read_made
+from raydistill.stages.making import (
+    MADE,
+    NO_CLASS,
+    GeneratorActor,
+    Key,
+    Made,
+    Recipe,
+    make_recipes,
+    plan_units,
+    read_made,
+)
 from raydistill.stages.showing import show, working_image
-from raydistill.storage.filesystems import read_bytes
+from raydistill.storage.tables import read_table, rows_of, values
 
 # On one contact sheet, of kept and of rejected images each; and on all sheets together, where classes are many.
 _MOST_PICTURES, _FEWEST_PICTURES, _PICTURES_IN_ALL = 24, 4, 2400
@@ -202,8 +212,8 @@ def label_weights(config: RunConfig, generated: GeneratedImages) -> dict[str, fl
     assert settings is not None
     if (settings.task_weight == 1 and not settings.filter.weigh) or not generated.samples.num_rows("train"):
         return None
-    data = read_bytes(f"{generated.samples.path}/ledger.parquet")
-    ledger = pq.read_table(pa.BufferReader(data), columns=["id", "verdict", "weight"]).to_pylist()
+    schema = pa.schema([("id", pa.string()), ("verdict", pa.string()), ("weight", pa.float64())])
+    ledger = rows_of(read_table(f"{generated.samples.path}/ledger.parquet", schema))
     return {r["id"]: settings.task_weight * r["weight"] for r in ledger if r["verdict"] == "kept"}
 
 
@@ -358,9 +368,9 @@ def _pictures(
         by_file[made[key[0]][key[1:]].file].append(key)
     found = {}
     for file, keys in by_file.items():
-        images = pq.read_table(pa.BufferReader(read_bytes(file)), columns=["image"])["image"]
+        images = _images_in(file)
         for key in keys:
-            found[key] = encode(working_image(images[made[key[0]][key[1:]].row].as_py(), config.images))
+            found[key] = encode(working_image(images[made[key[0]][key[1:]].row], config.images))
     return found
 
 
@@ -389,8 +399,10 @@ def _draw_sheets(
 
 def _raw_images(wanted: Sequence[Made]) -> list[Image.Image | None]:
     """As the pipeline made them; None where it made none. Each file is read once."""
-    tables = {
-        file: pq.read_table(pa.BufferReader(read_bytes(file)), columns=["image"])["image"]
-        for file in {one.file for one in wanted if one.id}
-    }
-    return [Image.open(io.BytesIO(tables[one.file][one.row].as_py())) if one.id else None for one in wanted]
+    images = {file: _images_in(file) for file in {one.file for one in wanted if one.id}}
+    return [Image.open(io.BytesIO(images[one.file][one.row])) if one.id else None for one in wanted]
+
+
+def _images_in(file: str) -> list[Any]:
+    """The picture in each row of a file of what was made, None where there is none."""
+    return values(read_table(file, pa.schema([MADE.field("image")]))["image"])

@@ -28,16 +28,16 @@ from raydistill.data.likeness import contrast, difference_hash
 from raydistill.data.prompts import ClassPrompts, class_prompts
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import labels_of, read_samples
-from raydistill.errors import StageError
 from raydistill.infra.artifacts import StageDirectory, class_directory
 from raydistill.infra.restarts import Restart, trying
 from raydistill.models.generator import Generator, Request
 from raydistill.models.pipelines import PipelineFacts, class_numbers
 from raydistill.storage.filesystems import exists, write_bytes
+from raydistill.storage.tables import read_table, rows_of, values
 
 # An unconditional pipeline makes images of no class; this stands for its name.
 NO_CLASS = ""
-_MADE = pa.schema(
+MADE = pa.schema(
     [
         pa.field("index", pa.int32()),
         pa.field("attempt", pa.int32()),
@@ -125,7 +125,7 @@ def _sources(samples: SampleSet) -> dict[str, tuple[tuple[str, int, int], ...]]:
     found: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
     for shard in range(len(samples.shards["train"])):
         table = read_samples(samples, "train", shard)
-        for row, (i, label) in enumerate(zip(table["sample_id"].to_pylist(), labels_of(table), strict=True)):
+        for row, (i, label) in enumerate(zip(values(table["sample_id"]), labels_of(table), strict=True)):
             if label >= 0:
                 found[samples.classes[label]].append((i, shard, row))
     return {name: tuple(sorted(rows)) for name, rows in found.items()}
@@ -185,7 +185,7 @@ class GeneratorActor:
         self._least_contrast = settings.filter.contrast
         with trying(tries, self._restart.starts(settings.pipeline)):
             self._generator = Generator(settings, facts, torch.device("cuda" if on_gpu else "cpu"))
-        self._shard = lru_cache(maxsize=16)(lambda shard: read_samples(samples, "train", shard)["image"].to_pylist())
+        self._shard = lru_cache(maxsize=16)(lambda shard: values(read_samples(samples, "train", shard)["image"]))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         unit = json.loads(str(batch["unit"][0]))
@@ -207,7 +207,7 @@ class GeneratorActor:
             faulty = [row["image"] is None or row["contrast"] < self._least_contrast for row in made]
             pending = [a[1:] for a, bad in zip(pending, faulty, strict=True) if bad and len(a) > 1]
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=_MADE), sink, compression="none")
+        pq.write_table(pa.Table.from_pylist(rows, schema=MADE), sink, compression="none")
         write_bytes(unit["file"], sink.getvalue().to_pybytes())
 
     def _make(self, unit: dict[str, Any], wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -237,15 +237,10 @@ def read_made(recipe: Recipe) -> dict[tuple[int, int], Made]:
     directory, found = recipe.directory, dict[tuple[int, int], Made]()
     if not directory.started():
         return found
-    columns = [name for name in _MADE.names if name != "image"]
+    schema = pa.schema([field for field in MADE if field.name != "image"])
     for name in (name for name in directory.fs.names(directory.place) if name.endswith(".parquet")):
         path = f"{directory.path}/{name}"
-        try:
-            with directory.fs.open(f"{directory.place}/{name}", "rb") as file:
-                table = pq.read_table(file, columns=columns)
-        except (pa.ArrowException, OSError) as error:
-            raise StageError(f"{path} is damaged ({error}); delete it and run the command again") from None
-        for row, r in enumerate(table.to_pylist()):
+        for row, r in enumerate(rows_of(read_table(path, schema))):
             key = (r.pop("index"), r.pop("attempt"))
             found[key] = Made(file=path, row=row, **r)
     return found

@@ -25,13 +25,14 @@ from raydistill.data.images import Entry, Listing, read_bytes_of
 from raydistill.data.many import NO_IMAGE, read_rows
 from raydistill.data.names import written
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
-from raydistill.errors import DataError, StageError
+from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory, decoded_directory, free_bytes, refuse_small_disk
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import new_tries, trying
 from raydistill.secrets import redacted_tree
-from raydistill.storage.filesystems import exists, open_filesystem, write_bytes
+from raydistill.storage.filesystems import exists, write_bytes
+from raydistill.storage.tables import read_table, values
 
 # Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
@@ -103,11 +104,11 @@ def _decode_images(
     found = {index for part in parts if exists(part["file"]) for index, _, _ in together[part["file"]]}
     with progress.task("prepare", len(listing.entries), "images") as advance:
         for block in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            columns = (block[name].to_pylist() for name in ("index", "sample_id", "reason"))
+            columns = (values(block[name]) for name in ("index", "sample_id", "reason"))
             known += (new := [Decoded(listing.entries[index], i, why) for index, i, why in zip(*columns, strict=True)])
             bad += (d for d in new if d.reason)
             refuse_too_many_bad(config.images, bad, len(known), len(listing.entries))
-            read_again = sum(index in found for index in block["index"].to_pylist())
+            read_again = sum(index in found for index in values(block["index"]))
             advance(read_again, worked=False)  # a killed run had decoded these
             advance(len(block) - read_again)
     known.sort(key=lambda d: (d.entry.path, d.entry.row or 0))
@@ -151,8 +152,8 @@ class _DecodeChunk:
         file, chunk = str(batch["file"][0]), json.loads(str(batch["chunk"][0]))
         if exists(file):
             known = _read_decoded(file, ["index", "sample_id", "reason"])
-            is_whole = sorted(known["index"].to_pylist()) == [index for index, _, _ in chunk]
-            if is_whole and not any(reason.startswith(_UNREADABLE) for reason in known["reason"].to_pylist()):
+            is_whole = sorted(values(known["index"])) == [index for index, _, _ in chunk]
+            if is_whole and not any(reason.startswith(_UNREADABLE) for reason in values(known["reason"])):
                 return known
         with trying(self._tries, f"{len(chunk)} images, {written(chunk[0][1])} the first"):
             rows = [self.row(*item) for item in read_chunk(chunk)]
@@ -362,12 +363,7 @@ def _write(
 
 
 def _read_decoded(file: str, columns: list[str]) -> pa.Table:
-    fs, path = open_filesystem(file)
-    try:
-        with fs.open(path, "rb") as handle:
-            return pq.read_table(handle, columns=columns)
-    except pa.ArrowException as error:
-        raise StageError(f"{file} is damaged ({error}); delete it and run the command again") from None
+    return read_table(file, pa.schema([_DECODED.field(name) for name in columns]))
 
 
 def _digest(values: Sequence[object]) -> str:

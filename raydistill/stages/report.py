@@ -11,7 +11,6 @@ from pathlib import Path
 import jinja2
 import pyarrow as pa
 from pyarrow import compute as pc
-from pyarrow import parquet as pq
 
 from raydistill.config import RunConfig, overlay, shown_yaml
 from raydistill.data.manifests import read_json, result_of
@@ -24,12 +23,12 @@ from raydistill.infra.versions import PACKAGES, installed
 from raydistill.secrets import on_page
 from raydistill.stages.baselines import OVERLAYS
 from raydistill.stages.chance import usefulness
-from raydistill.stages.evaluate import PREDICTIONS_FILE, Report
+from raydistill.stages.evaluate import PREDICTIONS, PREDICTIONS_FILE, Report
 from raydistill.stages.run import Outcome
 from raydistill.storage.filesystems import exists, read_bytes, write_bytes
+from raydistill.storage.tables import read_table, rows_of, values
 
 _MOST_DISAGREEMENTS, _MOST_SHEETS, _MOST_REASONS, _EXAMPLES = 24, 12, 20, 3
-_BOTH = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,9 @@ def _disagreements(report: Report, samples: SampleSet, split: str) -> list[Disag
     """Those on which the two are surest together, the surest first."""
     if report.agreement is None:
         return []
-    columns = ["sample_id", "label", "split", *(f"{who}_{what}" for who in _BOTH for what in ("class", "probability"))]
-    table = pq.read_table(pa.BufferReader(read_bytes(f"{report.path}/{PREDICTIONS_FILE}")), columns=columns)
+    table = read_table(f"{report.path}/{PREDICTIONS_FILE}", PREDICTIONS)
     differ = pc.and_(pc.equal(table["split"], split), pc.not_equal(table["student_class"], table["teacher_class"]))
-    rows = table.filter(differ).to_pylist()
+    rows = rows_of(table.filter(differ))
     rows.sort(key=lambda row: -(row["student_probability"] + row["teacher_probability"]))
     rows = rows[:_MOST_DISAGREEMENTS]
     images = _images(samples, split, {row["sample_id"] for row in rows})
@@ -140,9 +138,9 @@ def _images(samples: SampleSet, split: str, wanted: set[str]) -> dict[str, str]:
         if wanted <= found.keys():
             break
         table = read_samples(samples, split, shard)
-        for number, sample in enumerate(table["sample_id"].to_pylist()):
-            if sample in wanted:
-                found[sample] = "data:image/png;base64," + base64.b64encode(table["image"][number].as_py()).decode()
+        table = table.filter(pc.is_in(table["sample_id"], pa.array(wanted, pa.string())))
+        for sample, image in zip(values(table["sample_id"]), values(table["image"]), strict=True):
+            found[sample] = "data:image/png;base64," + base64.b64encode(image).decode()
     return found
 
 

@@ -15,20 +15,21 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from PIL import Image
-from pyarrow import parquet as pq
 from ray.data import ActorPoolStrategy
 
 from raydistill.config import Images, RunConfig, Teacher, Views
 from raydistill.data.decode import decode
 from raydistill.data.sample import SampleSet, sample_id, shard_name
-from raydistill.data.targets import encode_targets, read_all_targets, read_samples
+from raydistill.data.targets import encode_targets, read_all_targets, read_ids
 from raydistill.data.views import WHOLE_IMAGE, stored_views
 from raydistill.infra.artifacts import StageDirectory, backbone_name, views_name, workspace_root
 from raydistill.infra.plan import LEAST_SHARE, Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import new_tries, trying
+from raydistill.stages.making import MADE
 from raydistill.stages.teach import SoftTargets, TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
-from raydistill.storage.filesystems import exists, read_bytes, write_bytes
+from raydistill.storage.filesystems import exists, write_bytes
+from raydistill.storage.tables import read_table, rows_of, values
 
 
 def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Dataset:
@@ -111,8 +112,8 @@ def teach_files(
     directory of `adapt`. Raises ConfigError where the disk may be too small.
     """
     directory.begin()
-    data = read_bytes(f"{generated.path}/ledger.parquet")
-    ledger = pq.read_table(pa.BufferReader(data), columns=["id", "file", "verdict"]).to_pylist()
+    schema = pa.schema([(name, pa.string()) for name in ("id", "file", "verdict")])
+    ledger = rows_of(read_table(f"{generated.path}/ledger.parquet", schema))
     # The workspace may have been moved since.
     root = f"{workspace_root(config)}/generated"
     file_of = {r["id"]: "/".join([root, *r["file"].split("/")[-2:]]) for r in ledger if r["verdict"] == "kept"}
@@ -129,7 +130,7 @@ def teach_files(
     width = 0
     for shard in range(len(generated.shards["train"])):
         target = f"{directory.path}/{shard_name('train', shard)}.safetensors"
-        ids = read_samples(generated, "train", shard)["sample_id"].to_pylist()
+        ids = read_ids(generated, "train", shard)
         features_KD: dict[str, np.ndarray] = {}
         for file in sorted({place[file_of[i]] for i in ids}):
             own, features_KND = read_all_targets(file)
@@ -159,8 +160,8 @@ def _teach_missing(config: RunConfig, files: list[str], plan: Plan) -> Iterator[
 
 def made_images(file: str) -> list[bytes]:
     """The pictures in one file of what was made, those left out that came to nothing."""
-    table = pq.read_table(pa.BufferReader(read_bytes(file)), columns=["image"])
-    return [image for image in table["image"].to_pylist() if image]
+    table = read_table(file, pa.schema([MADE.field("image")]))
+    return [image for image in values(table["image"]) if image]
 
 
 def whole_features(file: str, teacher: str) -> str:

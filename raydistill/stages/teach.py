@@ -30,6 +30,7 @@ from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import Restart, new_tries, trying
 from raydistill.models.teacher import load_head, load_teacher
 from raydistill.storage.filesystems import exists, read_bytes, write_bytes
+from raydistill.storage.tables import values
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class _LoadShard:
         table = read_samples(self._samples, split, shard)
         if not self._num_views:
             table = table.filter(table["label"].is_valid())
-        ids = table["sample_id"].to_pylist()
+        ids = values(table["sample_id"])
         if self._num_views:
             parameters_KRP = stored_views(self._views, self._seed, ids)
         else:
@@ -187,7 +188,7 @@ class _LoadShard:
         is_known_R, known_KRD = read_known(json.loads(str(batch["known"][0])), len(ids))
         new_R = np.flatnonzero(~is_known_R)
         with trying(self._tries, f"shard {shard_name(split, shard)} ({len(new_R)} images to decode)"):
-            images = [pixels(image) for image in table["image"].take(new_R).to_pylist()]
+            images = [pixels(image) for image in values(table["image"].take(new_R))]
         side = self._samples.size
         return {
             "shard": np.array([shard_name(split, shard)]),

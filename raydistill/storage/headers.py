@@ -1,0 +1,201 @@
+"""What parquet's and Arrow's own headers say of sizes, before anything is unpacked; no library of Python's tells it.
+
+Sources: parquet-format's parquet.thrift and Thrift's compact protocol; Arrow's Message.fbs, File.fbs and FlatBuffers'
+internals. Damage is an EOFError, a ValueError or a LookupError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_LONGEST_HEADERS = (1 << 12, 1 << 20)  # of a page: most, and all
+_BOOL, _BYTE, _INTEGERS, _DOUBLE, _BYTES, _LIST, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
+
+
+def pages(file: Any, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The bytes of each page of a column chunk as it is and unpacked."""
+    while start < end:
+        for longest in _LONGEST_HEADERS:
+            file.seek(start)
+            stream = io.BytesIO(file.read(min(longest, end - start)))
+            with contextlib.suppress(EOFError):
+                header = {number: _value(stream, kind) for number, kind in _fields(stream)}
+                break
+        else:
+            raise EOFError("a page without a header")
+        unpacked, packed = header[2], header[3]
+        if min(unpacked, packed) < 0:
+            raise ValueError("a page of less than no bytes")
+        yield packed, unpacked
+        start += stream.tell() + packed
+
+
+def levels(footer: bytes) -> int:
+    """How deep the columns are nested in a parquet file."""
+    stream, deepest = io.BytesIO(footer), 0
+    for number, kind in _fields(stream):
+        if (number, kind) != (2, _LIST[0]):
+            _value(stream, kind)
+            continue
+        left = [1]  # in each group from the root down, the children that are still to come
+        for _ in range(_length(stream)[0]):
+            while len(left) > 1 and not left[-1]:
+                left.pop()
+            left[-1] -= 1
+            deepest = max(deepest, len(left))
+            element = {number: _value(stream, kind) for number, kind in _fields(stream)}
+            if element.get(5):
+                left.append(element[5])
+    return deepest
+
+
+def _fields(stream: io.BytesIO) -> Iterator[tuple[int, int]]:
+    """Number and kind of a struct's fields, each of whose values is read before the next."""
+    number = 0
+    while head := _bytes(stream, 1)[0]:
+        number = number + (head >> 4) if head >> 4 else _integer(stream)
+        yield number, head & 15
+
+
+def _value(stream: io.BytesIO, kind: int) -> Any:
+    """A whole number; of anything else nothing is kept."""
+    if kind in _INTEGERS:
+        return _integer(stream)
+    if kind == _BYTE:
+        return _bytes(stream, 1)[0]
+    if kind == _BYTES:
+        stream.seek(_varint(stream), 1)
+    elif kind == _DOUBLE:
+        stream.seek(8, 1)
+    elif kind in _LIST:
+        count, kind = _length(stream)
+        for _ in range(count):
+            _value(stream, _BYTE if kind in _BOOL else kind)
+    elif kind == _STRUCT:
+        for _, own in _fields(stream):
+            _value(stream, own)
+    elif kind not in _BOOL:
+        raise ValueError("a header of another kind")
+    return None
+
+
+def _length(stream: io.BytesIO) -> tuple[int, int]:
+    """Of a list, and its elements' kind."""
+    head = _bytes(stream, 1)[0]
+    return head >> 4 if head >> 4 < 15 else _varint(stream), head & 15
+
+
+def _integer(stream: io.BytesIO) -> int:
+    value = _varint(stream)
+    return value >> 1 ^ -(value & 1)
+
+
+def _varint(stream: io.BytesIO) -> int:
+    value = shift = 0
+    while True:
+        byte = _bytes(stream, 1)[0]
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value
+        if (shift := shift + 7) > 63:
+            raise ValueError("a number that is too long")
+
+
+def _bytes(stream: Any, count: int) -> bytes:
+    data: bytes = stream.read(count)
+    if len(data) < count:
+        raise EOFError("it ends too early")
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Of Arrow's stream: where it begins and ends, its rows, and the bytes of its body as they are and unpacked."""
+
+    is_batch: bool  # or a dictionary, or a schema
+    start: int
+    end: int
+    rows: int = 0
+    packed: int = 0
+    unpacked: int = 0
+
+
+def stream(file: Any, start: int, size: int) -> Iterator[Message]:
+    """The messages from `start` on, up to the end of the stream."""
+    while start + 8 <= size and (found := message(file, start, size)) is not None:
+        yield found
+        start = found.end
+
+
+def blocks(file: Any, footer: bytes, size: int) -> Iterator[Message]:
+    """The messages that an Arrow file's footer names: the dictionaries, then the batches."""
+    root = _indirect(footer, 0)
+    for slot in (2, 3):
+        for at in _vector(footer, root, slot, 24):
+            start, metadata = struct.unpack_from("<qi", footer, at)
+            found = message(file, start, size, start + metadata)
+            if found is None:
+                raise ValueError("a block without a message")
+            yield found
+
+
+def message(file: Any, start: int, size: int, body: int = 0) -> Message | None:
+    """None at the end of the stream."""
+    file.seek(start)
+    marker, length = struct.unpack("<Ii", _bytes(file, 8))
+    before = 8 if marker == 0xFFFFFFFF else 4  # as it was until 2019
+    length = length if before == 8 else marker
+    if not length:
+        return None
+    if not 0 < length <= size - start:
+        raise EOFError("it ends too early")
+    file.seek(start + before)
+    data, body = _bytes(file, length), body or start + before + length
+    root = _indirect(data, 0)
+    kind, header, packed = (_field(data, root, slot) for slot in (1, 2, 3))
+    packed = struct.unpack_from("<q", data, packed)[0] if packed else 0
+    if not 0 <= packed <= size - body:
+        raise EOFError("it ends too early")
+    kind, table = data[kind] if kind else 0, _indirect(data, header)
+    if kind not in (2, 3):
+        return Message(False, start, body + packed)
+    if kind == 2:
+        table = _indirect(data, _field(data, table, 1))
+    rows, compression = _field(data, table, 0), _field(data, table, 3)
+    unpacked = 0
+    for at in _vector(data, table, 2, 16):
+        offset, own = struct.unpack_from("<qq", data, at)
+        if compression and own:
+            file.seek(body + offset)
+            stated = struct.unpack("<q", _bytes(file, 8))[0]
+            own = own if stated == -1 else stated
+        unpacked += max(own, 0)
+    num_rows = struct.unpack_from("<q", data, rows)[0] if rows else 0
+    return Message(kind == 3, start, body + packed, num_rows, packed, unpacked)
+
+
+def _indirect(data: bytes, at: int) -> int:
+    return at + int(struct.unpack_from("<I", data, at)[0])
+
+
+def _field(data: bytes, table: int, slot: int) -> int:
+    """Where a table's field lies; 0 where it has none."""
+    entries = table - struct.unpack_from("<i", data, table)[0]
+    place = 4 + 2 * slot
+    if place >= struct.unpack_from("<H", data, entries)[0]:
+        return 0
+    offset = struct.unpack_from("<H", data, entries + place)[0]
+    return table + offset if offset else 0
+
+
+def _vector(data: bytes, table: int, slot: int, width: int) -> Iterator[int]:
+    """Where each of its structs lies."""
+    if at := _field(data, table, slot):
+        at = _indirect(data, at)
+        for k in range(struct.unpack_from("<I", data, at)[0]):
+            yield at + 4 + width * k

@@ -1,0 +1,337 @@
+"""The one opener of parquet, feather and Arrow files, strangers' and our own: plain values, and nothing that runs.
+
+Arrow lets a file name extension types, and libraries register such types whose values are pickles: reading one runs
+what the file says. So Arrow never sees the names of those types: they are looked for in a schema that is read without
+them, and refused. And few bytes may unpack to very many: pages and buffers tell their size before they are unpacked
+(`storage/headers.py`), and what is too large is not.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import struct
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import compute as pc
+from pyarrow import parquet as pq
+
+from raydistill.errors import CheckpointError, DataError
+from raydistill.storage import headers
+from raydistill.storage.filesystems import open_filesystem
+from raydistill.strangers import one_line, shorter
+
+SUFFIXES = (".parquet", ".arrow", ".feather")
+# Bytes that a page of parquet, a batch of Arrow, or the rows that are read together may always unpack to. Pictures are
+# compressed already, so larger ones come from no fewer than an eighth.
+_MOST_BYTES, _MOST_TIMES, _MOST_TIMES_IN_ALL = 128 << 20, 8, 200
+_MOST_ROWS, _MOST_LEVELS = 16384, 64  # that are read together; of types in each other
+# Under other names, of the same length, neither means anything to Arrow.
+_EXTENSION, _NO_EXTENSION = b"ARROW:extension:name", b"arrow.extension.name"
+_SCHEMA, _NO_SCHEMA = b"ARROW:schema", b"arrow.schema"
+_DAMAGES = (pa.ArrowException, OSError, EOFError, LookupError, ValueError, MemoryError, OverflowError, RecursionError,
+            struct.error)  # fmt: skip
+Batches = Iterator[tuple[int, pa.RecordBatch]]
+
+
+@contextlib.contextmanager
+def open_table(path: str, shown: str) -> Iterator[ParquetFile | ArrowFile]:
+    """A stranger's file. Raises DataError with its name as it is `shown`: damaged, of another kind, a bomb, or with
+    columns that would not be plain."""
+    suffix = PurePosixPath(path).suffix.lower().lstrip(".")
+    try:
+        with _opened(path) as file:
+            table = ParquetFile(file, shown) if suffix == "parquet" else ArrowFile(file, shown)
+            if twice := {name for name in table.schema.names if table.schema.names.count(name) > 1}:
+                raise DataError(f"{shown}: there are several columns {_name(min(twice))}; keep one")
+            yield table
+    except _DAMAGES as error:
+        article = "an" if suffix == "arrow" else "a"
+        raise DataError(f"{shown}: not {article} {suffix} file, or a damaged one ({_reason(error)})") from None
+
+
+def read_table(path: str, schema: pa.Schema, data: bytes | None = None) -> pa.Table:
+    """The columns of the schema, in exactly its types, of a parquet file of ours, or of its bytes. Raises
+    CheckpointError with its path where it has others or is damaged (workspaces are shared), and FileNotFoundError."""
+    try:
+        with io.BytesIO(data) if data is not None else _opened(path) as file:
+            table, batches, total = ParquetFile(file, path), [], 0
+            if not table.schema.names:  # of what came to nothing
+                return schema.empty_table()
+            for field in schema:
+                if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
+                    raise ValueError(f"it has no column {field.name} of the type {field.type}")
+            for _, batch in table.read(schema.names):
+                batches.append(batch.select(schema.names))
+                total += batch.nbytes
+                if total > max(_MOST_BYTES, _MOST_TIMES * table.size):
+                    raise ValueError(f"its {table.size:,} bytes unpack to more than {total:,}")
+            own = pa.schema([table.schema.field(name) for name in schema.names])
+            return pa.Table.from_batches(batches, own).cast(schema)
+    except (DataError, *_DAMAGES) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, and not Arrow's of the content
+            raise
+        reason = _reason(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path} is damaged ({reason}); delete it and run the command again") from None
+
+
+def _opened(path: str) -> Any:
+    fs, place = open_filesystem(path)
+    return fs.open(place, "rb")
+
+
+def values(column: Any) -> list[Any]:
+    """Those of an array or a table's column. Raises DataError where to read them may run code."""
+    if found := _extension(pa.field("", column.type)):
+        raise DataError(f"a column is of the extension type {found[1]}, whose values may be code")
+    return list(column.to_pylist())
+
+
+def longest(column: Any) -> int:
+    """Bytes of the longest text in an array; 0 of other values."""
+    types, texts = pa.types, column.dictionary if isinstance(column, pa.DictionaryArray) else column
+    if types.is_string_view(texts.type) or types.is_binary_view(texts.type):  # whose lengths no function tells
+        return max((len(text.as_buffer()) for text in texts if text.is_valid), default=0)
+    tests = (types.is_string, types.is_binary, types.is_large_string, types.is_large_binary)
+    return (pc.max(pc.binary_length(texts)).as_py() or 0) if any(test(texts.type) for test in tests) else 0
+
+
+def rows_of(table: Any) -> list[dict[str, Any]]:
+    """Each with the values of its columns by name."""
+    columns = [values(table[name]) for name in table.schema.names]
+    return [dict(zip(table.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+class ParquetFile:
+    """An open parquet file without extension types."""
+
+    def __init__(self, file: Any, shown: str) -> None:
+        self._file, self._shown, self.size = file, shown, file.seek(0, 2)
+        file.seek(max(self.size - 8, 0))
+        end = file.read(8)
+        length = int.from_bytes(end[:4], "little")
+        if end[4:] != b"PAR1" or length > self.size - 8:
+            raise ValueError("it does not end as one")
+        file.seek(self.size - 8 - length)
+        footer = file.read(length)
+        if headers.levels(footer) > _MOST_LEVELS:  # for each of which Arrow calls itself
+            raise DataError(f"{shown}: columns are nested more than {_MOST_LEVELS} levels deep")
+        # As soon as it reads a footer Arrow makes types of what that key holds.
+        metadata = pq.read_metadata(io.BytesIO(b"PAR1" + footer.replace(_SCHEMA, _NO_SCHEMA) + end))
+        if stated := (metadata.metadata or {}).get(_NO_SCHEMA):
+            _refuse_extensions(_schema(base64.b64decode(stated)), shown)
+        _refuse_many_rows(metadata.num_rows, self.size, shown)
+        file.seek(0)
+        # Through a buffer, or the whole column of a row group would be held.
+        self._parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=1 << 22, arrow_extensions_enabled=False)
+        self.schema, self.num_rows = self._parquet.schema_arrow, metadata.num_rows
+
+    def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None) -> Batches:
+        """Batches of these columns, each with the number of its first row; where rows are `wanted`, in their order,
+        only of those that hold some. Raises DataError: a column that is not plain, or a bomb."""
+        _refuse_other(self.schema, columns, self._shown)
+        number = 0
+        for g, group in enumerate(self._groups()):
+            first, number = number, number + group.num_rows
+            if not _any_of(wanted, first, number):
+                continue
+            largest = max(map(self._largest_page, self._chunks(group, columns)), default=0)
+            # Each row may repeat what stands once in a page.
+            together = max(1, min(_MOST_ROWS, _MOST_BYTES // max(largest, 1)))
+            for batch in self._parquet.iter_batches(together, row_groups=[g], columns=list(columns)):
+                if _any_of(wanted, first, first + len(batch)):
+                    batch.validate(full=True)
+                    yield first, batch
+                first += len(batch)
+                if not _any_of(wanted, first, number):
+                    break
+
+    def refuse_bombs(self, columns: Sequence[str]) -> None:
+        """By what the footer says: rows that are read later are known to be no bomb now, and their pages then."""
+        for chunk in (chunk for group in self._groups() for chunk in self._chunks(group, columns)):
+            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+            if unpacked > max(_MOST_BYTES, _MOST_TIMES_IN_ALL * packed):
+                raise _bomb(self._shown, f"the column {_name(chunk.path_in_schema)}", packed, unpacked)
+
+    def _groups(self) -> Iterator[Any]:
+        return map(self._parquet.metadata.row_group, range(self._parquet.metadata.num_row_groups))
+
+    def _chunks(self, group: Any, columns: Sequence[str]) -> list[Any]:
+        chunks = map(group.column, range(group.num_columns))
+        return [c for c in chunks if c.path_in_schema in columns or c.path_in_schema.partition(".")[0] in columns]
+
+    def _largest_page(self, chunk: Any) -> int:
+        """The bytes that it unpacks to."""
+        start, largest = min(filter(None, (chunk.data_page_offset, chunk.dictionary_page_offset))), 0
+        for packed, unpacked in headers.pages(self._file, start, start + chunk.total_compressed_size):
+            if unpacked > max(_MOST_BYTES, _MOST_TIMES * packed):
+                raise _bomb(self._shown, f"a page of the column {_name(chunk.path_in_schema)}", packed, unpacked)
+            largest = max(largest, unpacked)
+        return largest
+
+
+class ArrowFile:
+    """An open Arrow file without extension types: a stream, as `datasets` saves it, or an IPC file, which is feather's
+    second version too."""
+
+    def __init__(self, file: Any, shown: str) -> None:
+        self._file, self._shown, self.size = file, shown, file.seek(0, 2)
+        file.seek(0)
+        magic = file.read(8)
+        if magic.startswith(b"FEA1"):
+            raise DataError(f"{shown}: feather's first version, which is read no more; write it again as the second")
+        self._is_file = magic.startswith(b"ARROW1")
+        if self._is_file:
+            file.seek(max(self.size - 10, 0))
+            end = file.read(10)
+            length = int.from_bytes(end[:4], "little")
+            file.seek(max(self.size - 10 - length, 0))
+            self._footer = stated = file.read(length)
+            self.schema = pa.ipc.open_file(pa.py_buffer(magic + _neutral(stated) + end)).schema
+        else:
+            if (first := headers.message(file, 0, self.size)) is None:
+                raise ValueError("it holds nothing")
+            self._begin = first.end
+            file.seek(0)
+            stated = file.read(self._begin)
+            self.schema = _schema(stated)
+        _refuse_extensions(self.schema, shown)
+        if _EXTENSION in stated:  # where only another reader than ours would look for it
+            raise _refusal(shown, "a column", "")
+
+    def refuse_bombs(self, columns: Sequence[str]) -> None:
+        """By what all messages say, of whichever columns."""
+        for _ in self._messages():
+            pass
+
+    @property
+    def num_rows(self) -> int:
+        return sum(message.rows for message in self._messages() if message.is_batch)
+
+    def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None) -> Batches:
+        """As that of parquet."""
+        _refuse_other(self.schema, columns, self._shown)
+        options = pa.ipc.IpcReadOptions(included_fields=[self.schema.get_field_index(name) for name in columns])
+        self._file.seek(0)
+        reader = (pa.ipc.open_file if self._is_file else pa.ipc.open_stream)(self._file, options=options)
+        number = count = 0
+        at = None if self._is_file else self._begin  # where the stream's reader goes on
+        for message in self._messages():
+            if not message.is_batch:
+                continue
+            first, number, count = number, number + message.rows, count + 1
+            is_wanted = _any_of(wanted, first, number)
+            if at == message.start and not is_wanted:  # no dictionary is left out
+                at = message.end
+            elif at is not None:
+                self._file.seek(at)
+                batch, at = reader.read_next_batch(), message.end
+            elif is_wanted:
+                batch = reader.get_batch(count - 1)
+            if is_wanted:
+                batch.validate(full=True)  # offsets that point elsewhere would show what else is in memory
+                yield first, batch.select(list(columns))
+
+    def _messages(self) -> Iterator[headers.Message]:
+        """Those that batches and their dictionaries are in, each a plausible one."""
+        packed = unpacked = rows = 0
+        found = (
+            headers.blocks(self._file, self._footer, self.size)
+            if self._is_file
+            else (headers.stream(self._file, self._begin, self.size))
+        )
+        for message in found:
+            if not message.is_batch:  # they stay
+                packed, unpacked = packed + message.packed, unpacked + message.unpacked
+            own = (message.packed, message.unpacked) if message.is_batch else (packed, unpacked)
+            if own[1] > max(_MOST_BYTES, _MOST_TIMES * own[0]):
+                raise _bomb(self._shown, "a batch" if message.is_batch else "its dictionaries", *own)
+            rows += message.rows if message.is_batch else 0
+            _refuse_many_rows(rows, self.size, self._shown)
+            yield message
+
+
+def _schema(message: bytes) -> pa.Schema:
+    return pa.ipc.read_schema(pa.py_buffer(_neutral(message)))
+
+
+def _neutral(stated: bytes) -> bytes:
+    return stated.replace(_EXTENSION, _NO_EXTENSION)
+
+
+def _any_of(wanted: Sequence[int] | None, first: int, end: int) -> bool:
+    """Whether a row from `first` to before `end` is wanted."""
+    return wanted is None or bisect_left(wanted, first) < bisect_left(wanted, end)
+
+
+def _extension(field: pa.Field, path: str = "") -> tuple[str, str] | None:
+    """Where in a column an extension type is, and its name."""
+    kind, path = field.type, f"{path}.{field.name}" if path else field.name
+    named = (field.metadata or {}).get(_NO_EXTENSION)
+    if named is not None or isinstance(kind, pa.BaseExtensionType):
+        return _name(path), _name(kind.extension_name if named is None else named.decode(errors="replace"))
+    inner = [pa.field("", kind.value_type)] if pa.types.is_dictionary(kind) else map(kind.field, range(kind.num_fields))
+    return next(filter(None, (_extension(one, path) for one in inner)), None)
+
+
+def _refuse_extensions(schema: pa.Schema, shown: str) -> None:
+    for field in schema:
+        if found := _extension(field):
+            raise _refusal(shown, f"the column {found[0]}", f" {found[1]}")
+
+
+def _refusal(shown: str, column: str, name: str) -> DataError:
+    return DataError(
+        f"{shown}: {column} is of the extension type{name}, whose values may be code and are not read; write the "
+        "pictures as bytes and the labels as text"
+    )
+
+
+def _refuse_other(schema: pa.Schema, columns: Sequence[str], shown: str) -> None:
+    """Than plain columns."""
+    for name in columns:
+        if not _is_plain(kind := schema.field(name).type):
+            is_list = pa.types.is_nested(kind) and not pa.types.is_struct(kind)
+            advice = (
+                "multi-label data is not supported, an image has one class"
+                if is_list
+                else ("write the pictures as bytes and the labels as text or whole numbers")
+            )
+            raise DataError(f"{shown}: the column {_name(name)} holds {_name(str(kind))}, which is not read; {advice}")
+
+
+def _is_plain(kind: Any, is_inner: bool = False) -> bool:
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _is_plain(kind.value_type, is_inner=True)
+    if types.is_struct(kind) and not is_inner:
+        return all(_is_plain(kind.field(k).type, is_inner=True) for k in range(kind.num_fields))
+    tests = (
+        types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary, types.is_string,
+        types.is_large_string, types.is_string_view, types.is_integer, types.is_floating, types.is_boolean,
+        types.is_null, types.is_decimal,
+    )  # fmt: skip
+    return any(test(kind) for test in tests)
+
+
+def _refuse_many_rows(num_rows: int, size: int, shown: str) -> None:
+    """No picture has less than a byte."""
+    if num_rows > size:
+        raise DataError(f"{shown}: {num_rows:,} rows from {size:,} bytes: a decompression bomb")
+
+
+def _bomb(shown: str, what: str, packed: int, unpacked: int) -> DataError:
+    return DataError(f"{shown}: {what} unpacks to {unpacked:,} bytes from {packed:,}: a decompression bomb")
+
+
+def _name(name: str) -> str:
+    return shorter(one_line(name))
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
