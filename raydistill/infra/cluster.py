@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -15,14 +16,18 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError
+from raydistill.infra.environment import private_folder
 from raydistill.infra.memory import object_store_bytes
 from raydistill.infra.newcomers import watched
 from raydistill.infra.plan import Plan, live_plan, num_cores
 from raydistill.storage.filesystems import make_private
+
+logger = logging.getLogger(__name__)
 
 # Ray has no other way to keep the servers of its dashboard and its autoscaler from starting.
 _NO_METRICS = {"DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1", "RAY_enable_metrics_collection": "0"}
@@ -94,28 +99,43 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
                 ) from None
     _protect_token()
     configure_ray_data()
+    session = ray._private.worker._global_node.get_session_dir_path()
     try:
         yield
     finally:
         with _own_signals():
             ray.shutdown()
+    if config.cluster.address is None:  # sessions would pile up; where something went wrong, Ray's logs stay
+        shutil.rmtree(session, ignore_errors=True)
 
 
 def _ray_folder() -> str:
-    """Where Ray's session goes: its own choice, where that can be written to and leaves room for the names of sockets,
-    of which Linux takes 107 bytes."""
-    from ray._common.utils import get_default_ray_temp_dir
+    """Where Ray's sessions go. Ray opens its folders to all, and whoever else may write to them can lead this user's
+    writing elsewhere by links; so they lie in one that is this user's alone, in RAY_TMPDIR, TMPDIR or /tmp. (Not in
+    XDG_RUNTIME_DIR, which is in memory, of which what Ray spills has to get out.) Linux takes names of sockets of up to
+    107 bytes."""
+    from ray._common.utils import get_default_system_temp_dir
 
-    own = get_default_ray_temp_dir()
-    room = 107 - len("/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
-    for folder in (own, f"{tempfile.gettempdir()}/ray", f"/tmp/ray-{os.getuid()}"):
-        there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
-        if len(os.fsencode(folder)) <= room and os.access(there, os.W_OK | os.X_OK):
-            return folder
+    room = 107 - len(f"/raydistill-{os.getuid()}/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
+    own, trouble = get_default_system_temp_dir(), ""
+    for above in dict.fromkeys((own, tempfile.gettempdir(), "/tmp")):
+        for make in (private_folder, _new_folder) if len(os.fsencode(above)) <= room else ():
+            try:
+                folder = make(above)
+            except OSError as error:
+                trouble = trouble or f"{error.filename}: {error.strerror}"
+                continue
+            if trouble:
+                logger.warning("Ray's session goes to %s (%s)", folder, trouble)
+            return str(folder / "ray")
     raise ConfigError(
         f"Ray keeps its sockets in {own}, which cannot be written to, or has a name of more than {room} bytes; set "
         "RAY_TMPDIR to a folder with a short name"
     )
+
+
+def _new_folder(above: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix="raydist-", dir=above))  # of mode 0700
 
 
 def _spill_directory(config: RunConfig) -> str | None:
@@ -211,12 +231,12 @@ class RayStart:
     def __enter__(self) -> RayStart:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self._starting is not None:
             if kind is not None and self._of_command and not self._starting.done():
                 return
             wait([self._starting])
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
         self._thread.shutdown()
 
 

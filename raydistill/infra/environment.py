@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -68,17 +69,31 @@ def _name_the_user() -> None:
         os.environ["USER"] = f"user{os.getuid()}"
 
 
+def private_folder(above: str) -> Path:
+    """A folder of this user's alone in one that others may write to; the same one each time.
+
+    Raises OSError, also where somebody else made it, or a link, or may look into it.
+    """
+    own = Path(above) / f"raydistill-{os.getuid()}"
+    own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = own.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PermissionError(errno.EPERM, "it is not this user's alone", str(own))
+    return own
+
+
 def _find_a_home(temporary: str) -> None:
     """Ray's token and the libraries' caches lie in the home. Where none can be written to, a private folder is one for
     now; models that the read-only one holds are still found."""
     home = Path(os.path.expanduser("~"))
     if home.is_absolute() and os.access(home, os.W_OK | os.X_OK):
         return
-    own = Path(temporary) / f"raydistill-{os.getuid()}"
-    own.mkdir(mode=0o700, exist_ok=True)
-    found = own.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ConfigError(f"HOME={home} cannot be written to, and {own} is not this user's alone; set HOME to a folder")
+    try:
+        own = private_folder(temporary)
+    except OSError as error:
+        raise ConfigError(
+            f"HOME={home} cannot be written to, nor {error.filename} used: {error.strerror}; set HOME to a folder"
+        ) from None
     for name, cache in (("HF_HOME", "huggingface"), ("TORCH_HOME", "torch")):
         if (home / ".cache" / cache).is_dir():
             os.environ.setdefault(name, str(home / ".cache" / cache))

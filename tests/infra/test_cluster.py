@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
+import tempfile
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import ray
 
 from raydistill.config import load_config
 from raydistill.errors import ConfigError
+from raydistill.infra import cluster
 from raydistill.infra.cluster import joined_cluster
 
 # In a process of its own, with a home of its own for the token.
@@ -69,6 +72,8 @@ with joined_cluster(load_config(["images.path=x"]), dashboard=True):
         mode |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # or Ray takes 127.0.0.1 for the machine's other address
         tried = subprocess.run([sys.executable, "-c", stranger, address], env=os.environ | mode, capture_output=True)
         entered.append(b"LET IN" in tried.stdout)
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    assert stat.S_IMODE(session.parent.parent.stat().st_mode) == 0o700, session
     token = Path.home() / ".ray" / "auth_token"
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (token, token.parent)]
     print("ANSWERS" + json.dumps([heard, asked, entered, modes, len(token.read_text().strip())]))
@@ -114,6 +119,34 @@ with cluster.joined_cluster(load_config(["images.path=x", f"cluster.spill_direct
     assert all((ray.get(kept[k]) == k).all() for k in range(8))
     print("SPILLED", sum(file.stat().st_size for file in cluster.Path(sys.argv[1]).rglob("*") if file.is_file()))
 """
+
+
+@pytest.mark.parametrize("planted", ["nothing", "a link", "a file", "open to all", "another user's", "a long name"])
+def test_sessions_of_ray_lie_in_a_folder_of_this_user_alone(tmp_path: Path, monkeypatch, planted: str) -> None:
+    """Whoever may write to Ray's session has this user's files written over, by links among its logs."""
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as above:  # tmp_path is longer than sockets allow
+        mine, victim = Path(above, f"raydistill-{os.getuid()}"), tmp_path / "victim"
+        victim.mkdir()
+        if planted == "a link":
+            mine.symlink_to(victim)
+        elif planted == "a file":
+            mine.touch()
+        elif planted in ("open to all", "another user's"):
+            mine.mkdir()
+            mine.chmod(0o777 if planted == "open to all" else 0o700)
+            if planted == "another user's":
+                if os.getuid() != 0:
+                    pytest.skip("gives a folder away")
+                os.chown(mine, 65534, 65534)
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 100)) if planted == "a long name" else above)
+        monkeypatch.setattr(tempfile, "tempdir", above)
+        folder = Path(cluster._ray_folder())
+        private = folder.parent
+        assert private.parent == Path(above)
+        assert (private == mine) == (planted in ("nothing", "a long name"))
+        found = private.lstat()
+        assert (stat.S_ISDIR(found.st_mode), stat.S_IMODE(found.st_mode), found.st_uid) == (True, 0o700, os.getuid())
+        assert not list(victim.iterdir())
 
 
 @pytest.mark.slow
