@@ -61,6 +61,8 @@ class Images(Section):
     """Above this share of unreadable files the run stops."""
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 178_956_970
     """A picture with more pixels is refused before it is decoded (Pillow's own limit for decompression bombs)."""
+    max_bytes: Count = 256 * 1024**2
+    """A picture whose file, row or tar member has more bytes is refused before it is read."""
     shard_size: Count = 256
     """Images in a shard, of 64 MiB of pixels at most: the unit of teaching, of loss to a dead node, of streaming."""
 

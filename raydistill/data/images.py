@@ -19,10 +19,10 @@ from typing import Any
 from raydistill.config import Images
 from raydistill.data import path_tables
 from raydistill.data.labels import one_spelling, whole_numbers
-from raydistill.data.many import EXTENSIONS, SUFFIXES, list_rows, saved_files
+from raydistill.data.many import EXTENSIONS, MOST_BESIDE, SUFFIXES, list_rows, saved_files
 from raydistill.data.names import written
 from raydistill.data.sample import sample_id
-from raydistill.data.walk import files_below, read_file
+from raydistill.data.walk import files_below
 from raydistill.errors import ConfigError, DataError
 from raydistill.examples import images_path
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable
@@ -137,14 +137,6 @@ def first_of_table(path: str) -> str | None:
     if suffix not in path_tables.SUFFIXES or not fs.isfile(table):
         return None
     return next((_address(fs, entry.path) for entry in _from_table(fs, table, Counter())), None)
-
-
-def read_bytes_of(entry: Entry) -> bytes:
-    """Raises OSError, or ValueError for a name that no file can have."""
-    if entry.path.startswith("/"):  # on this machine; fsspec would take as long again to find that out
-        return read_file(entry.path)
-    fs, path = open_filesystem(entry.path)
-    return bytes(fs.cat_file(path))
 
 
 def is_hidden(parts: Sequence[str]) -> bool:
@@ -284,9 +276,11 @@ def _listed_classes(config: Images) -> list[str] | None:
     if not fs.isfile(path):
         raise DataError(f"{named}: no such file")
     try:
-        text = fs.cat_file(path).decode("utf-8-sig")
+        text = fs.read_at_most(path, MOST_BESIDE).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{named}: not UTF-8; save it as such") from None
+    except OSError as error:
+        raise DataError(f"{named}: cannot be read: {error.strerror}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(set(one_spelling(lines, lines, Counter()).values())) < len(lines):
         raise DataError(f"{named}: a class is listed twice")

@@ -6,6 +6,7 @@ Rows are numbered in the file's own order; only those that are asked for are rea
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import posixpath
 import tarfile
@@ -23,12 +24,12 @@ from raydistill.data.names import written
 from raydistill.data.tars import EXTENSIONS, MOST_BYTES, images_of, label_in, refuse_compressed
 from raydistill.errors import DataError
 from raydistill.storage import tables
-from raydistill.storage.filesystems import open_filesystem
+from raydistill.storage.filesystems import FileSystem, open_filesystem
 from raydistill.storage.tables import ArrowFile, ParquetFile, longest, open_table, values
 
-__all__ = ["EXTENSIONS", "NO_IMAGE", "SUFFIXES", "Row", "count_rows", "list_rows", "read_rows"]
+__all__ = ["EXTENSIONS", "MOST_BESIDE", "SUFFIXES", "Row", "count_rows", "list_rows", "read_rows"]
 SUFFIXES = (*tables.SUFFIXES, ".tar")
-NO_IMAGE = "no image in this row: there are no bytes, and a path alone is not followed; save the set with its pictures"
+MOST_BESIDE = 16 << 20  # bytes of a file that tells of others, such as a list of classes
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator
 
 
 def read_rows(path: str, numbers: Collection[int]) -> Iterator[tuple[int, Any]]:
-    """Number and bytes, None where the row has none, of those rows, in the file's order."""
+    """Number and bytes, None where the row has none, of those rows, in the file's order. Raises DataError."""
     wanted = sorted(numbers)
     if PurePosixPath(path).suffix.lower() == ".tar":
         with _open_tar(path) as archive:
@@ -70,6 +71,14 @@ def read_rows(path: str, numbers: Collection[int]) -> Iterator[tuple[int, Any]]:
             for number in wanted[bisect_left(wanted, first) : bisect_left(wanted, first + len(part))]:
                 (value,) = values(part["image"][number - first : number - first + 1])
                 yield number, value.get("bytes") if isinstance(value, dict) else value
+
+
+def next_part(path: str, row: int) -> int:
+    """The first row behind those that are read together with `row`, as a row group is. Raises DataError."""
+    if PurePosixPath(path).suffix.lower() == ".tar":
+        return row + 1
+    with open_table(path, written(path)) as table:
+        return next(end for end in itertools.accumulate(table.parts) if end > row)
 
 
 def count_rows(path: str) -> int:
@@ -145,7 +154,7 @@ def _class_names(path: str, metadata: dict[bytes, bytes]) -> list[str]:
     fs, place = open_filesystem(path)
     beside = posixpath.join(posixpath.dirname(place), "dataset_info.json")
     if fs.isfile(beside):
-        trees.append(_json(fs.cat_file(beside)))
+        trees.append(_json(_beside(fs, beside)))
     for tree in trees:
         for key in ("features", "label"):
             tree = tree.get(key) if isinstance(tree, dict) else None
@@ -153,6 +162,13 @@ def _class_names(path: str, metadata: dict[bytes, bytes]) -> list[str]:
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return names
     return []
+
+
+def _beside(fs: FileSystem, place: str) -> bytes:
+    try:
+        return fs.read_at_most(place, MOST_BESIDE)
+    except OSError as error:
+        raise DataError(f"{written(place)}: cannot be read: {error.strerror}") from None
 
 
 def _json(data: bytes) -> dict[str, Any]:
@@ -164,7 +180,7 @@ def _json(data: bytes) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def saved_files(fs: Any, folder: str) -> tuple[set[str], str | None] | None:
+def saved_files(fs: FileSystem, folder: str) -> tuple[set[str], str | None] | None:
     """The data files of a folder that `datasets` saved and its split, as its state.json says; None of another folder.
 
     Raises DataError where rows of the files were chosen without writing them anew.
@@ -172,7 +188,7 @@ def saved_files(fs: Any, folder: str) -> tuple[set[str], str | None] | None:
     place = f"{folder}/state.json"
     if not fs.isfile(place):
         return None
-    state = _json(fs.cat_file(place))
+    state = _json(_beside(fs, place))
     if state.get("_indices_files"):
         raise DataError(
             f"{written(place)}: its rows were chosen or shuffled without being written anew; call `flatten_indices()` "

@@ -16,6 +16,7 @@ from raydistill.errors import DataError
 from raydistill.storage.filesystems import FileSystem
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
+_MOST_BYTES = 1 << 30
 _COLUMNS = ("path", "label", "split")
 _NO_OBJECT = "is not a JSON object; write one on each line, and no comma or list around them"
 _ADVICE = "`path` and `label` are needed, `split` is welcome"
@@ -35,7 +36,10 @@ def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> list[Pat
     """Raises DataError with the line: a row that does not fit, a column that is lacking or there twice, another
     encoding or delimiter."""
     shown, is_json = written(table), table.lower().endswith(".jsonl")
-    text = _text_of(fs.cat_file(table), shown)
+    try:
+        text = _text_of(fs.read_at_most(table, _MOST_BYTES), shown)
+    except OSError as error:
+        raise DataError(f"{shown}: cannot be read: {error.strerror}") from None
     rows = []
     for number, row in _json_rows(shown, text) if is_json else _csv_rows(shown, text):
         where = f"{shown}: line {number}"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import posixpath
-import stat
 from collections import Counter, deque
 from typing import NoReturn
 
@@ -17,11 +15,11 @@ _NAMED = 5
 
 def files_below(root: str, ignored: Counter[str]) -> list[str]:
     """Paths of all files, sorted. Each folder is read once, by its real path, at its own place before those of links
-    to it; links that lead back or to what is read elsewhere are named in `ignored`, as are other things than files.
+    to it; links that lead back or to what is read elsewhere are named in `ignored`.
 
     Raises DataError where a folder cannot be listed.
     """
-    files, links, again, strange = list[str](), list[str](), list[str](), list[str]()
+    files, links, again = list[str](), list[str](), list[str]()
     waiting, read = deque([root]), dict[str, str]()
     while waiting or links:
         folder = waiting.popleft() if waiting else links.pop(0)
@@ -37,31 +35,14 @@ def files_below(root: str, ignored: Counter[str]) -> list[str]:
         for entry in here:
             if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 (links if entry.is_symlink() else waiting).append(posixpath.join(folder, entry.name))
-            elif not os.path.exists(entry.path) or entry.is_file():
-                # A link that leads nowhere, to itself or to what is shut is refused when it is read, with the reason.
+            else:  # pipes, devices and links that lead nowhere too, which are refused when they are read
                 files.append(posixpath.join(folder, entry.name))
-            else:
-                strange.append(_below(posixpath.join(folder, entry.name), root))
         if not waiting:
             links.sort()
-    for what, names in (("links to folders that are read elsewhere", again), ("no regular files", strange)):
-        if names:
-            some = ", ".join(sorted(names)[:_NAMED])
-            ignored[f"{what} ({some}{' …' if len(names) > _NAMED else ''})"] = len(names)
+    if again:
+        some = ", ".join(sorted(again)[:_NAMED])
+        ignored[f"links to folders that are read elsewhere ({some}{' …' if len(again) > _NAMED else ''})"] = len(again)
     return sorted(files)
-
-
-def read_file(path: str) -> bytes:
-    """Raises OSError, also for what is no regular file: a pipe would be waited for, and a device has no end. ValueError
-    for a name that no file can have."""
-    with open(path, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        return file.read()
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _listed(folder: str) -> list[os.DirEntry[str]]:

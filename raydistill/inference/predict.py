@@ -22,12 +22,14 @@ import torch
 from pyarrow import parquet as pq
 from scipy.special import softmax
 
+from raydistill.config import Images
 from raydistill.data.decode import decode
 from raydistill.data.images import is_hidden
-from raydistill.data.many import EXTENSIONS, NO_IMAGE, SUFFIXES, count_rows, read_rows
+from raydistill.data.many import EXTENSIONS, SUFFIXES, count_rows
 from raydistill.data.names import written
+from raydistill.data.reading import read_pictures
 from raydistill.data.views import Preprocessing
-from raydistill.data.walk import files_below, read_file
+from raydistill.data.walk import files_below
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.formats import ABOUT_FILE, load_from_library, network_inputs, onnx_run, torch_run
 from raydistill.storage.filesystems import write_file
@@ -87,8 +89,9 @@ class Predictor:
 
     def answer(self, units: Sequence[Unit]) -> Iterator[Answer]:
         """One for each picture, in order; one that cannot be read takes no other along."""
+        most = self._image.get("max_bytes", Images.model_fields["max_bytes"].default)
         with ThreadPoolExecutor() as pool:
-            for part in _chunks((picture for unit in _merged(units) for picture in _read(unit)), _TOGETHER):
+            for part in _chunks((picture for unit in _merged(units) for picture in _read(unit, most)), _TOGETHER):
                 decoded = list(pool.map(self._decoded, part))
                 images = [image for _, image, _ in decoded if image is not None]
                 found = iter(self.probabilities(np.stack(images)) if images else ())
@@ -326,17 +329,13 @@ def _merged(units: Sequence[Unit]) -> list[Unit]:
     return merged
 
 
-def _read(unit: Unit) -> Iterator[tuple[str, bytes | None, str]]:
+def _read(unit: Unit, most_bytes: int) -> Iterator[tuple[str, bytes | None, str]]:
     """(name, bytes, "") or (name, None, why)."""
     path, first, count = unit
-    if PurePosixPath(path).suffix.lower() not in SUFFIXES:
-        try:
-            yield written(path), read_file(path), ""
-        except (OSError, ValueError) as error:
-            yield written(path), None, f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        return
-    for row, data in read_rows(path, range(first, first + count)):
-        yield f"{written(path)} row {row}", data, "" if data is not None else NO_IMAGE
+    is_many = PurePosixPath(path).suffix.lower() in SUFFIXES
+    rows = range(first, first + count) if is_many else [None]
+    for number, data, reason in read_pictures([(path, row) for row in rows], most_bytes):
+        yield f"{written(path)} row {first + number}" if is_many else written(path), data, reason
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

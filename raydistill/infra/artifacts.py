@@ -209,7 +209,7 @@ def stage_directory(config: RunConfig, stage: str, identity: dict[str, Any]) -> 
 
 def decoded_directory(config: RunConfig, listing: Listing) -> StageDirectory:
     """All images at the working size, which no seed and no label has a say in; `prepare` sorts them into place."""
-    images = config.images.model_dump(include={"size", "fit", "max_pixels"})
+    images = config.images.model_dump(include={"size", "fit", "max_pixels", "max_bytes"})
     return stage_directory(config, "decoded", {"images": images, "files": listing.fingerprint})
 
 

@@ -163,7 +163,7 @@ def _looks(seen: Future[list[_Seen]], entries: Sequence[Entry]) -> Iterator[Look
 
 
 def _look_at_chunk(chunk: Chunk, images: Images) -> list[_Seen]:
-    return [_look(index, data, reason, images) for index, data, reason in read_chunk(chunk)]
+    return [_look(index, data, reason, images) for index, data, reason in read_chunk(chunk, images)]
 
 
 def _look(index: int, data: bytes | None, reason: str, images: Images) -> _Seen:

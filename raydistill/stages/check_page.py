@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 from dataclasses import asdict
@@ -13,8 +14,9 @@ from rich.table import Table
 
 from raydistill.config import Images, RunConfig
 from raydistill.data.decode import decode
-from raydistill.data.images import Entry, list_images, read_bytes_of
+from raydistill.data.images import Entry, list_images
 from raydistill.data.names import written
+from raydistill.data.reading import read_pictures
 from raydistill.errors import ConfigError, DataError
 from raydistill.secrets import on_page, redacted_tree
 from raydistill.stages.check import Checkup
@@ -73,14 +75,11 @@ def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[s
         entry = entries.get(name) or entries.get(name.rpartition(" is ")[0])
         if entry is None:
             continue
-        try:
-            picture = decode(read_bytes_of(entry), _THUMBNAIL, "pad", images.max_pixels) if entry.row is None else None
-        except (DataError, OSError, ValueError):
-            continue
-        if picture is not None:
-            sink = io.BytesIO()
-            picture.save(sink, "JPEG", quality=80)
-            found.append("data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode())
+        for _, data, _ in read_pictures([(entry.path, entry.row)], images.max_bytes):
+            with contextlib.suppress(DataError):
+                picture, sink = decode(data or b"", _THUMBNAIL, "pad", images.max_pixels), io.BytesIO()
+                picture.save(sink, "JPEG", quality=80)
+                found.append("data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode())
     return found
 
 

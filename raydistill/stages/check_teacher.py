@@ -83,7 +83,7 @@ def _decode(config: RunConfig, entries: list[Entry], classes: Sequence[str]) -> 
     entries, images, labels = sorted(entries, key=lambda e: (e.path, e.row or 0)), [], []
     settings = config.images
     for chunk in chunks(entries, settings):
-        for index, data, _ in read_chunk(chunk):
+        for index, data, _ in read_chunk(chunk, settings):
             label = entries[index].label
             try:
                 picture = decode(data or b"", settings.size, settings.fit, settings.max_pixels)

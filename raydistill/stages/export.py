@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydistill.config import RunConfig
+from raydistill.config import Images, RunConfig
 from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import labels_of, read_samples
@@ -80,7 +80,7 @@ def export_student(
     settings = config.export
     directory.begin()
     student, classes = read_student(student_path)
-    about = about_student(student_path, settings.preprocessing, config.images.max_pixels)
+    about = about_student(student_path, settings.preprocessing, config.images)
     images_NHH3, labels_N = _some_images(samples, "val" if samples.num_rows("val") else "train", _MOST_IMAGES)
     plain_N = network_inputs(images_NHH3, student.preprocessing, from_pixels=False)
     inputs_N = network_inputs(images_NHH3, student.preprocessing, settings.preprocessing)
@@ -150,11 +150,11 @@ def push_to_hub(folder: str, repository: str) -> None:
         ) from None
 
 
-def about_student(path: str, from_pixels: bool, max_pixels: int) -> dict[str, Any]:
+def about_student(path: str, from_pixels: bool, images: Images) -> dict[str, Any]:
     """What a program has to know to use the exported files: classes, how a picture becomes a working image, and what
     the graphs take: `pixels`, working images (B, H, H, 3) uint8, or `normalised` ones, (B, 3, S, S) float32."""
     about: dict[str, Any] = json.loads(read_bytes(f"{path}/{STUDENT_FILE}"))
-    image = about["image"] | {"max_pixels": max_pixels}
+    image = about["image"] | images.model_dump(include={"max_pixels", "max_bytes"})
     return about | {"image": image, "input": "pixels" if from_pixels else "normalised"}
 
 

@@ -21,9 +21,9 @@ from pyarrow import parquet as pq
 
 from raydistill.config import SHARD_BYTES, Images, RunConfig
 from raydistill.data.decode import decode, encode
-from raydistill.data.images import Entry, Listing, read_bytes_of
-from raydistill.data.many import NO_IMAGE, read_rows
+from raydistill.data.images import Entry, Listing
 from raydistill.data.names import written
+from raydistill.data.reading import UNREADABLE, read_pictures
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
 from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory, decoded_directory, free_bytes, refuse_small_disk
@@ -36,7 +36,6 @@ from raydistill.storage.tables import read_table, values
 
 # Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
-_UNREADABLE = "cannot be read"
 _TRIED = 32  # decoded to tell how large all will be
 Chunk = list[tuple[int, str, int | None]]  # of entries the index, path and row
 
@@ -123,7 +122,7 @@ def _refuse_small_disk(config: RunConfig, listing: Listing, together: Mapping[st
         return
     decoder, step = _DecodeChunk(images), max(len(entries) // _TRIED, 1)
     some = [(number, entry.path, entry.row) for number, entry in enumerate(entries)][::step]
-    sizes = [len(decoder.row(*read)["image"]) for one in some for read in read_chunk([one])]
+    sizes = [len(decoder.row(*read)["image"]) for one in some for read in read_chunk([one], images)]
     count = len(entries) + sum(len(chunk) for file, chunk in together.items() if not exists(file))
     what = f"prepare: {len(entries):,} images of {images.size} pixels, decoded and then in shards,"
     refuse_small_disk(config, what, count * sum(sizes) / len(sizes), "lower images.size, choose another workspace")
@@ -153,10 +152,10 @@ class _DecodeChunk:
         if exists(file):
             known = _read_decoded(file, ["index", "sample_id", "reason"])
             is_whole = sorted(values(known["index"])) == [index for index, _, _ in chunk]
-            if is_whole and not any(reason.startswith(_UNREADABLE) for reason in values(known["reason"])):
+            if is_whole and not any(reason.startswith(UNREADABLE) for reason in values(known["reason"])):
                 return known
         with trying(self._tries, f"{len(chunk)} images, {written(chunk[0][1])} the first"):
-            rows = [self.row(*item) for item in read_chunk(chunk)]
+            rows = [self.row(*item) for item in read_chunk(chunk, self._images)]
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="none")  # PNGs are compressed
@@ -175,18 +174,10 @@ class _DecodeChunk:
         return {"index": index, "sample_id": identity, "image": image, "reason": reason}
 
 
-def read_chunk(chunk: Chunk) -> Iterator[tuple[int, bytes | None, str]]:
+def read_chunk(chunk: Chunk, images: Images) -> Iterator[tuple[int, bytes | None, str]]:
     """Index and bytes of each, or None and the reason."""
-    if chunk[0][2] is not None:
-        index_of = {row: index for index, _, row in chunk if row is not None}
-        for number, data in read_rows(chunk[0][1], index_of):
-            yield index_of[number], data, "" if data is not None else NO_IMAGE
-        return
-    for index, path, row in chunk:
-        try:
-            yield index, read_bytes_of(Entry(path, None, None, row)), ""
-        except (OSError, ValueError) as error:  # the latter of a name with a NUL, or half a pair of surrogates
-            yield index, None, f"{_UNREADABLE}: {getattr(error, 'strerror', None) or error}"
+    for number, data, reason in read_pictures([(path, row) for _, path, row in chunk], images.max_bytes):
+        yield chunk[number][0], data, reason
 
 
 def refuse_too_many_bad(images: Images, bad: Sequence[Decoded], seen: int, total: int) -> None:

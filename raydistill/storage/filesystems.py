@@ -13,11 +13,12 @@ import glob
 import logging
 import os
 import re
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import tenacity
 from fsspec.config import conf
@@ -72,6 +73,24 @@ class FileSystem:
     def has_buckets(self) -> bool:
         protocol = self._fs.protocol
         return not _WITH_BUCKETS.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
+
+    def open(self, place: str, mode: str = "rb", **options: Any) -> Any:
+        if self.is_local and mode == "rb":
+            return patiently(open_file, True, self._patience, place)
+        return patiently(self._fs.open, self.is_local, self._patience, place, mode, **options)
+
+    def cat_file(self, place: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        if self.is_local:
+            open_file(place).close()
+        return bytes(patiently(self._fs.cat_file, self.is_local, self._patience, place, start, end, **options))
+
+    def read_at_most(self, place: str, most: int) -> bytes:
+        """A whole file of a stranger. Raises OSError, also where it has more bytes."""
+        if self.is_local:
+            return read_file(place, most)
+        if (size := self.size(place) or 0) > most:
+            raise too_large(size, most, place)
+        return self.cat_file(place)
 
     def make_folder(self, place: str) -> None:
         """With all above it. A bucket has no folders, and is not made because a name was misspelt."""
@@ -212,6 +231,33 @@ def _passes(error: BaseException, is_local: bool) -> bool:
 
 def _reason(error: BaseException | None) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def open_file(path: str) -> BinaryIO:
+    """A file of this machine, to read. Raises OSError, also for what is no regular file: a pipe would be waited for,
+    and a device has no end. ValueError for a name that no file can have."""
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return file
+
+
+def read_file(path: str, most: int) -> bytes:
+    """A whole file of this machine, no further than it says it goes. Raises as `open_file` does, and OSError where it
+    has more bytes."""
+    with open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise too_large(size, most, path)
+        return file.read(size)
+
+
+def too_large(size: int, most: int, path: str) -> OSError:
+    return OSError(errno.EFBIG, f"it has {size:,} bytes, above {most:,}", path)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def read_bytes(path: str) -> bytes:

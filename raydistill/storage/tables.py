@@ -158,6 +158,11 @@ class ParquetFile:
             if unpacked > max(_MOST_BYTES, _MOST_TIMES_IN_ALL * packed):
                 raise _bomb(self._shown, f"the column {_name(chunk.path_in_schema)}", packed, unpacked)
 
+    @property
+    def parts(self) -> Iterator[int]:
+        """The rows of each row group."""
+        return (group.num_rows for group in self._groups())
+
     def _groups(self) -> Iterator[Any]:
         return map(self._parquet.metadata.row_group, range(self._parquet.metadata.num_row_groups))
 
@@ -210,8 +215,13 @@ class ArrowFile:
             pass
 
     @property
+    def parts(self) -> Iterator[int]:
+        """The rows of each batch."""
+        return (message.rows for message in self._messages() if message.is_batch)
+
+    @property
     def num_rows(self) -> int:
-        return sum(message.rows for message in self._messages() if message.is_batch)
+        return sum(self.parts)
 
     def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None) -> Batches:
         """As that of parquet."""

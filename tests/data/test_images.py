@@ -18,7 +18,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from raydistill.config import Images
-from raydistill.data.images import Listing, list_images, natural, read_bytes_of
+from raydistill.data.images import Listing, list_images, natural
+from raydistill.data.reading import read_bytes_of
 from raydistill.errors import ConfigError, DataError
 
 
@@ -153,7 +154,7 @@ def test_links_to_folders_and_files_are_followed(class_folders, tmp_path):
     (root / "b" / "one.png").symlink_to(real / "b" / "0.png")
     listing = listed(root)
     assert [fact[:2] for fact in facts(listing, root)] == [("a/0.png", "a"), ("a/1.png", "a"), ("b/one.png", "b")]
-    assert read_bytes_of(listing.entries[0]) == (real / "a" / "0.png").read_bytes()
+    assert read_bytes_of(listing.entries[0].path, 10**6) == (real / "a" / "0.png").read_bytes()
 
 
 def test_a_link_back_to_its_own_folder_ends(class_folders):
@@ -178,7 +179,7 @@ def test_a_name_that_is_no_text_is_an_image_and_a_class(class_folders):
     (root / "a" / "0.png").rename(root / "a" / os.fsdecode(b"\xff\n.png"))
     before = listed(root)
     assert before.classes == (r"$'caf\xe9'", "a", "b")
-    assert all(read_bytes_of(entry).startswith(b"\x89PNG") for entry in before.entries)
+    assert all(read_bytes_of(entry.path, 10**6).startswith(b"\x89PNG") for entry in before.entries)
     (root / "a" / os.fsdecode(b"\xff\n.png")).rename(root / "a" / os.fsdecode(b"\xfe\n.png"))
     assert listed(root).fingerprint != before.fingerprint
     assert len(listed(root, max_per_class=1).entries) == 3
@@ -329,7 +330,7 @@ def test_tables_of_paths(class_folders, tmp_path, suffix, bom):
         ("pictures/3.png", "dog", "train"),
         ("pictures/3.png", "cat", "val"),
     ]
-    assert all(read_bytes_of(entry).startswith(b"\x89PNG") for entry in listing.entries)
+    assert all(read_bytes_of(entry.path, 10**6).startswith(b"\x89PNG") for entry in listing.entries)
 
 
 def test_labels_that_are_numbers_are_names(tmp_path):
@@ -564,7 +565,8 @@ def test_a_remote_folder_is_read_like_a_local_one(class_folders):
         assert listing.classes == ("a", "b")
         local = listed(root)
         assert [(e.label, e.split) for e in listing.entries] == [(e.label, e.split) for e in local.entries]
-        assert [read_bytes_of(e) for e in listing.entries] == [read_bytes_of(e) for e in local.entries]
+        remote, here = ([read_bytes_of(e.path, 10**6) for e in of.entries] for of in (listing, local))
+        assert remote == here
         memory.pipe_file("/bucket/train/a/0.png", Image.new("RGB", (1, 1)).tobytes())
         assert listed("memory://bucket").fingerprint != listing.fingerprint
     finally:

@@ -64,7 +64,7 @@ def entries_of(path: str | Path):
 def bytes_of(listing) -> dict[tuple[str, int | None], bytes]:
     found = {}
     for chunk in chunks(listing.entries, Images(path="x")):
-        for index, data, reason in read_chunk(chunk):
+        for index, data, reason in read_chunk(chunk, Images(path="-")):
             assert reason == ""
             entry = listing.entries[index]
             found[entry.path, entry.row] = data

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.data.walk import files_below, read_file
+from raydistill.data.walk import files_below
+from raydistill.storage.filesystems import read_file
 
 
 def walked(root: Path) -> tuple[list[str], dict[str, int]]:
@@ -56,7 +57,7 @@ def test_links_that_lead_to_themselves_are_files_that_cannot_be_read(tmp_path):
     link(root / "two", root / "one")
     assert walked(root) == (["a/0.png", "a/self.png", "one", "two"], {})
     with pytest.raises(OSError, match="symbolic links"):
-        read_file(f"{root}/a/self.png")
+        read_file(f"{root}/a/self.png", 100)
 
 
 def test_links_that_lead_round_outside_and_above_end(tmp_path):
@@ -83,19 +84,19 @@ def test_links_to_files_are_files_and_broken_ones_are_kept_to_be_refused(tmp_pat
     link(root / "a" / "linked.png", outside)
     (root / "a" / "broken.png").symlink_to(tmp_path / "nowhere.png")
     assert walked(root) == (["a/0.png", "a/broken.png", "a/linked.png"], {})
-    assert read_file(str(root / "a" / "linked.png")) == b"x.png"
+    assert read_file(str(root / "a" / "linked.png"), 100) == b"x.png"
     with pytest.raises(OSError, match="No such file"):
-        read_file(str(root / "a" / "broken.png"))
+        read_file(str(root / "a" / "broken.png"), 100)
 
 
-def test_pipes_and_devices_are_named_and_never_read(tmp_path):
+def test_pipes_and_devices_are_files_that_cannot_be_read(tmp_path):
     root = tree(tmp_path / "set", "a/0.png")
     os.mkfifo(root / "a" / "pipe.png")
     (root / "a" / "zero.png").symlink_to("/dev/zero")
-    assert walked(root) == (["a/0.png"], {"no regular files (a/pipe.png, a/zero.png)": 2})
+    assert walked(root) == (["a/0.png", "a/pipe.png", "a/zero.png"], {})
     for name in ("pipe.png", "zero.png"):
         with pytest.raises(OSError, match="regular file"):
-            read_file(str(root / "a" / name))
+            read_file(str(root / "a" / name), 100)
 
 
 def test_names_that_are_no_text_are_found_and_written(tmp_path):

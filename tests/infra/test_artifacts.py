@@ -74,6 +74,7 @@ EFFECTS = {
     "images.allow_missing_val=true": NOTHING,
     "images.max_bad_share=0.5": {"prepare"},
     "images.max_pixels=1000": {"decoded", "prepare"},
+    "images.max_bytes=1000": {"decoded", "prepare"},
     "teacher.model=timm:resnet18": TEACHER,
     "teacher.weights=example:efficientnet-lite2": TEACHER,
     "teacher.revision=abc": TEACHER,
