@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from raydistill.documents import parse, read_mapping, written
 from raydistill.errors import ConfigError
 from raydistill.secrets import has_secret, redacted_tree, remember, texts
 
@@ -27,7 +24,6 @@ Count = Annotated[int, Field(ge=1)]
 
 
 SHARD_BYTES = 64 * 1024**2
-_MOST_TEXT = 4 * 1024**2
 
 
 class Section(BaseModel):
@@ -641,19 +637,12 @@ def load_config(words: Sequence[str]) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to the same tree."""
-    return _yaml(config.model_dump(mode="json"))
+    return written(config.model_dump(mode="json"))
 
 
 def shown_yaml(config: RunConfig) -> str:
     """The resolved config for who reads it, without its passwords."""
-    return _yaml(redacted_tree(config.model_dump(mode="json")))
-
-
-def _yaml(tree: dict[str, Any]) -> str:
-    try:
-        return str(OmegaConf.to_yaml(OmegaConf.create(tree)))
-    except OmegaConfBaseException:  # to it `${` begins a reference, and none that is whole follows
-        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return written(redacted_tree(config.model_dump(mode="json")))
 
 
 def merged(under: Any, over: Any) -> Any:
@@ -670,17 +659,14 @@ def _read_word(word: str) -> Any:
     key, equals, value = word.partition("=")
     if not equals or "/" in key:
         return read_mapping(word, "give a job file, an overlay, or key=value")
+    tree: Any
     if _takes_text(key):  # as it was typed: to YAML `set #2`, `day: one`, `2024` and `no` are other things than words
-        tree: Any = None if not value or (value == "null" and _takes_text(key, or_null=True)) else value
-        for part in reversed(key.split(".")):
-            tree = {part: tree}
-        return tree
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=False)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{word}: cannot be read: {_one_line(error)}") from None
-    except Exception as error:
-        raise _not_yaml(word, error) from None
+        tree = None if not value or (value == "null" and _takes_text(key, or_null=True)) else value
+    else:
+        tree = next(iter(parse(value, word)), None)
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree
 
 
 def _takes_text(dotted: str, or_null: bool = False) -> bool:
@@ -699,48 +685,6 @@ def _takes_text(dotted: str, or_null: bool = False) -> bool:
         if kind is not NoneType
     ]
     return all(is_text) and (NoneType in kinds or not or_null)
-
-
-def small_text(path: str, advice: str) -> str:
-    """The text of a file that people write. Raises ConfigError, with the advice where there is none."""
-    place = Path(path)
-    try:
-        if not place.exists():
-            raise ConfigError(f"{path}: no such file; {advice}")
-        if not place.is_file():
-            raise ConfigError(f"{path}: {'a folder' if place.is_dir() else 'no file'}; {advice}")
-        if (size := place.stat().st_size) > _MOST_TEXT:
-            raise ConfigError(f"{path}: {size:,} bytes, and {_MOST_TEXT:,} are the most; {advice}")
-        return place.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: other bytes than UTF-8's, or a zero in the name
-        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}; {advice}") from None
-
-
-def read_mapping(path: str, advice: str) -> dict[str, Any]:
-    """A YAML file that is one mapping. Raises ConfigError, with the advice where there is no such file."""
-    small_text(path, advice)
-    try:
-        loaded = OmegaConf.load(path)
-    except (OmegaConfBaseException, ValueError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
-    except Exception as error:
-        raise _not_yaml(path, error) from None
-    if not OmegaConf.is_dict(loaded):
-        raise ConfigError(f"{path}: the file has to be a mapping, this one is not")
-    tree: dict[str, Any] = OmegaConf.to_container(loaded, resolve=False)
-    return tree
-
-
-def _not_yaml(word: str, error: Exception) -> Exception:
-    """yaml's own errors are known by their module, since we do not depend on the package by name."""
-    if type(error).__module__.startswith("yaml"):
-        # Of a word yaml would show a piece, which may be half a password.
-        return ConfigError(f"{word}: not YAML: {getattr(error, 'problem', None) if '=' in word else _one_line(error)}")
-    return error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _explain(error: ValidationError) -> Iterator[str]:

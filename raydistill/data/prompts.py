@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from raydistill.config import Generate
+from raydistill.documents import TextLoader, read_mapping
 from raydistill.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -176,20 +173,9 @@ def _names(file: str | None, classes: Sequence[str]) -> dict[str, tuple[tuple[st
     """Class name -> (its words and synonyms, its description)."""
     if file is None:
         return {}
-    if not Path(file).is_file():
-        raise ConfigError(f"generate.names={file}: no such file")
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-        tree = json.loads(text) if file.endswith(".json") else OmegaConf.to_container(OmegaConf.create(text))
-    except (ValueError, OmegaConfBaseException) as error:
-        raise ConfigError(f"generate.names={file}: cannot be read: {' '.join(str(error).split())}") from None
-    except Exception as error:  # yaml's own errors, whose package we do not depend on by name
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"generate.names={file}: not YAML: {' '.join(str(error).split())}") from None
-        raise
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"generate.names={file}: must be a mapping from class names to words")
-    entries = {str(key): value for key, value in tree.items()}
+    entries = read_mapping(
+        file, "give a YAML or JSON file of class names and their words", TextLoader, "generate.names"
+    )
     refuse_unknown(entries, classes, f"generate.names={file}")
     if lacking := [name for name in classes if name not in entries]:
         raise ConfigError(f"generate.names={file}: says nothing of {_some(lacking)}")
@@ -214,7 +200,8 @@ def _entry(file: str, name: str, value: object) -> tuple[tuple[str, ...], str]:
 
 def refuse_unknown(given: Mapping[str, object], classes: Sequence[str], what: str) -> None:
     """Raises ConfigError where `what`, a key or a file, names a class that the data has not."""
-    if unknown := [name for name in given if name not in classes]:
+    known = set(classes)
+    if unknown := [name for name in given if name not in known]:
         raise ConfigError(f"{what}: the data has no class {_some(unknown)}; it has {_some(list(classes))}")
 
 

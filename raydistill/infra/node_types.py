@@ -8,14 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from raydistill.config import small_text
+from raydistill import documents
 from raydistill.errors import ConfigError
 
 # What a dashboard may listen on: code can be run through it.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_MOST_NODES = 100_000
 # Between two stages a node idles for some seconds; after an hour nobody comes back to it.
 LEAST_IDLE_SECONDS, MOST_IDLE_SECONDS = 60, 3600
 
@@ -38,44 +35,10 @@ class NodeType:
 
 def read_documents(path: str) -> list[dict[str, Any]]:
     """The YAML documents of a file. Raises ConfigError where it cannot be read or is no YAML of keys and values."""
-    text = small_text(path, "give a cluster.yaml, or KubeRay's")
-    try:
-        documents = [document for document in yaml.load_all(text, _Loader) if document is not None]
-        nodes = sum(_count(document, {}) for document in documents)
-    except (yaml.YAMLError, ValueError) as error:  # a date, or a number, that is none
-        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    except RecursionError:
-        raise ConfigError(f"{path} is no YAML of a cluster: it is nested too deeply") from None
-    if nodes > _MOST_NODES:
-        raise ConfigError(f"{path} is no YAML of a cluster: its aliases come to {nodes:,} values")
-    if not documents or not all(isinstance(document, dict) for document in documents):
+    found = documents.read_documents(path, "give a cluster.yaml, or KubeRay's")
+    if not found or not all(isinstance(document, dict) for document in found):
         raise ConfigError(f"{path} is no YAML of keys and values")
-    return documents
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, and without a key that stands twice, of which YAML takes the last. Looked for before keys are merged."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set[str]()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
-            seen.add(str(key.value))
-        return node
-
-
-def _count(value: Any, counts: dict[int, int]) -> int:
-    """The values that a document comes to, each alias once more. Raises ValueError where one holds itself."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if id(value) in counts and inner:
-        if not counts[id(value)]:
-            raise ValueError("an alias stands for what it is a part of")
-        return counts[id(value)]
-    counts[id(value)] = 0
-    counts[id(value)] = count = 1 + sum(_count(one, counts) for one in inner)
-    return count
+    return found
 
 
 def mapping(value: Any) -> dict[str, Any]:

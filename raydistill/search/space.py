@@ -23,7 +23,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from raydistill.config import RunConfig, Section, known_keys, overlay, read_mapping, suggest_key
+from raydistill.config import RunConfig, Section, known_keys, overlay, suggest_key
+from raydistill.documents import read_mapping
 from raydistill.errors import ConfigError
 
 # What a trial may differ in. Another split, seed or measure would make the trials' results incomparable.

@@ -1,0 +1,198 @@
+"""YAML and JSON files that people write, or get from others: job files, overlays, spaces, names, clusters.
+
+Each loads, or is refused by a sentence with its name and line before it costs much time or memory: by its size, by how
+many values it comes to, each alias counted as often as it stands, by its depth, by a key that stands twice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raydistill.errors import ConfigError
+from raydistill.strangers import one_line, shorter
+
+_MOST_DEPTH = 100
+_STR, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_FLOAT = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+_Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is of C, and many times as fast
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class Loader(_Safe):
+    """YAML as PyYAML's safe loader reads it, and so Ray: numbers, dates, no objects."""
+
+    most_bytes, most_values = 4 * 1024**2, 100_000
+    keys_are_text = False
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._values = 0
+
+    def descend_resolver(self, parent: Any, index: Any) -> None:  # which is called at each value
+        self._values += 1
+        if self._values > self.most_values:
+            raise _refusal(f"more than {self.most_values:,} values", parent)
+
+    def ascend_resolver(self) -> None: ...
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        self._weigh(node, {})  # before keys are merged, of which a few lines can make billions
+        return super().construct_document(node)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, OverflowError):  # of `!!int x`, `!!bool x`, `!!timestamp x`
+            raise _refusal(f"{node.value!r} is no {node.tag.rpartition(':')[2]}", node) from None
+
+    def _weigh(self, node: yaml.Node, known: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:
+        """How many values a node comes to, and how deep they lie."""
+        if isinstance(node, yaml.ScalarNode):
+            return 1, 0
+        if node in known:
+            if not known[node][0]:
+                raise _refusal("an alias stands for what it is a part of", node)
+            return known[node]
+        known[node] = 0, 0
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            self._look_at_keys([key for key, _ in node.value])
+        count, depth = 1, 0
+        for part in parts:
+            inner, below = self._weigh(part, known)
+            count, depth = count + inner, max(depth, below + 1)
+        if count > self.most_values:
+            raise _refusal(f"its aliases come to {count:,} values, and {self.most_values:,} are the most", node)
+        if depth > _MOST_DEPTH:
+            raise _refusal("nested too deeply", node)
+        known[node] = count, depth
+        return count, depth
+
+    def _look_at_keys(self, keys: Sequence[yaml.Node]) -> None:
+        seen = set[str]()
+        for key in keys:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:  # of which YAML would take the last
+                    raise _refusal(f"{key.value!r} stands twice", key)
+                seen.add(key.value)
+                if self.keys_are_text and key.tag != _MERGE:
+                    key.tag = _STR
+
+
+class JobLoader(Loader):
+    """Keys are text, `1e-3` is a number as everywhere but in YAML 1.1, and a date is text."""
+
+    keys_are_text = True
+
+
+class TextLoader(Loader):
+    """Whatever is written is text, as names are: `NO`, `017`, `2024-01-01`. For as many as a set has classes."""
+
+    most_bytes, most_values = 32 * 1024**2, 1_000_000
+    keys_are_text = True
+
+
+def _resolvers(keep: Callable[[str], bool]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Those of PyYAML, by the first sign, for some kinds of values."""
+    return {
+        first: [(tag, pattern) for tag, pattern in found if keep(tag.rpartition(":")[2])]
+        for first, found in _Safe.yaml_implicit_resolvers.items()
+    }
+
+
+JobLoader.yaml_implicit_resolvers = _resolvers(lambda kind: kind != "timestamp")
+TextLoader.yaml_implicit_resolvers = _resolvers(lambda kind: kind in ("merge", "null"))
+JobLoader.add_implicit_resolver(*_FLOAT)
+
+
+def read_documents(path: str, advice: str, loader: type[Loader] = Loader, key: str = "") -> list[Any]:
+    """What a file says, document by document, but for empty ones. Raises ConfigError, with the `advice` where there is
+    no such file and with the `key` of the config that names it."""
+    shown = f"{key}={path}" if key else path
+    text = _text(path, shown, advice, loader.most_bytes)
+    return parse(text, shown, loader, "JSON" if loader is TextLoader and path.lower().endswith(".json") else "YAML")
+
+
+def parse(text: str, shown: str, loader: type[Loader] = JobLoader, form: str = "YAML") -> list[Any]:
+    """The documents of a text, but for empty ones. Raises ConfigError, which names it as it is to be `shown`."""
+    line = 0
+    try:
+        found = [json.loads(text, object_pairs_hook=_once)] if form == "JSON" else list(yaml.load_all(text, loader))
+    except RecursionError:
+        reason = "nested too deeply"
+    except json.JSONDecodeError as error:
+        reason, line = error.msg, error.lineno
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason, line = error.problem or error.context or "", mark.line + 1 if mark else 0
+        reason = "nested too deeply" if "nesting depth" in reason else reason
+    except yaml.reader.ReaderError as error:
+        reason, line = f"{error.reason} (U+{int(error.character):04X})", 1 + text[: error.position].count("\n")
+    except ValueError as error:  # JSON's numbers of 5,000 digits, and keys that stand twice
+        reason = str(error)
+    else:
+        return [document for document in found if document is not None]
+    where = f"{shown}: line {line}" if line and text.count("\n") else shown
+    raise ConfigError(f"{where}: not {form}: {shorter(one_line(reason), 300)}")
+
+
+def written(tree: dict[str, Any]) -> str:
+    """As YAML that `JobLoader` reads back to the same tree."""
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+class _Dumper(_SafeDumper):
+    """Quotes what any reader would take for a number or a date."""
+
+
+_Dumper.add_implicit_resolver(*_FLOAT)
+
+
+def read_mapping(path: str, advice: str, loader: type[Loader] = JobLoader, key: str = "") -> dict[str, Any]:
+    """A file that is one mapping, or empty. Raises ConfigError."""
+    documents = read_documents(path, advice, loader, key)
+    if len(documents) > 1 or not all(isinstance(document, dict) for document in documents):
+        found = f"{len(documents)} documents" if len(documents) > 1 else f"a {type(documents[0]).__name__}"
+        raise ConfigError(f"{f'{key}=' if key else ''}{path}: the file has to be a mapping, this one is {found}")
+    return documents[0] if documents else {}
+
+
+def _text(path: str, shown: str, advice: str, most: int) -> str:
+    place = Path(path)
+    try:
+        if not place.exists():
+            raise ConfigError(f"{shown}: no such file; {advice}")
+        if not place.is_file():
+            raise ConfigError(f"{shown}: {'a folder' if place.is_dir() else 'no file'}; {advice}")
+        with place.open("rb") as file:  # a file of the system itself may be longer than it says
+            data = file.read(most + 1)
+        if (size := max(len(data), place.stat().st_size)) > most:
+            raise ConfigError(f"{shown}: {size:,} bytes, and {most:,} are the most; {advice}")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown}: not UTF-8 (byte {error.start:,}); save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero in the name
+        raise ConfigError(f"{shown}: cannot be read: {one_line(str(error))}; {advice}") from None
+
+
+def _refusal(reason: str, node: yaml.Node | None) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, reason, node.start_mark if node is not None else None)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict[str, Any]()
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} stands twice")
+        found[key] = value
+    return found
