@@ -61,6 +61,8 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
     """
     import ray
 
+    from raydistill.infra.first_worker import refuse_dying_workers
+
     if ray.is_initialized():  # a cluster of the caller's, which stays
         yield
         return
@@ -75,6 +77,8 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
             # Else whoever asks, on any interface and without a token, is told Ray's metrics, tasks by name among them.
             for name, off in _NO_METRICS.items():
                 os.environ.setdefault(name, off)
+            # Else ray.init waits for worker processes, for ever where they die as they start.
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             # Without clusters, as on macOS, Ray's servers listen on the loopback interface alone.
             with patch.multiple(ray_constants, ENABLE_RAY_CLUSTER=False):
                 ray.init(
@@ -101,6 +105,8 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
     configure_ray_data()
     session = ray._private.worker._global_node.get_session_dir_path()
     try:
+        if config.cluster.address is None:
+            refuse_dying_workers()
         yield
     finally:
         with _own_signals():

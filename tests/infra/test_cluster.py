@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -183,6 +184,41 @@ with joined_cluster(load_config(["images.path=x"])):
 def test_work_is_cancelled_where_the_command_ignores_ctrl_c() -> None:
     ended = subprocess.run([sys.executable, "-c", _CANCELS], capture_output=True, text=True, timeout=200)
     assert "CANCELLED" in ended.stdout, ended.stdout + ended.stderr
+
+
+_IN_WORKERS = """
+import os, sys
+if any("default_worker.py" in word for word in sys.orig_argv):
+    {}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        (
+            "os.write(2, b'ImportError: libgone.so.1: no such file\\n'); os._exit(1)",
+            "start: ImportError: libgone.so.1: no s",
+        ),
+        ("os.kill(os.getpid(), 9)", "start: without a word, as where memory runs out"),
+        ("sys.modules['raydistill'] = None", "cannot run raydistill: ModuleNotFoundError: .*raydistill"),
+    ],
+    ids=["with a reason", "killed", "another environment"],
+)
+def test_workers_that_die_as_they_start_are_named(does: str, said: str, class_folders, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_IN_WORKERS.format(does))
+    there = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    words = [f"images.path={class_folders({'a': 8, 'b': 8})}", f"workspace={tmp_path}/runs", "tracking.enabled=false"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "raydistill", "prepare", *words],
+        env=os.environ | {"PYTHONPATH": there}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert len(errors) == 1
+    assert re.search(said + r".*; their logs are in /\S+/logs$", errors[0])
 
 
 def test_a_place_that_cannot_be_written_to_is_named_before_ray_starts(tmp_path: Path, monkeypatch) -> None:

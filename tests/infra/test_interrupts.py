@@ -168,6 +168,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 @pytest.mark.slow
 @pytest.mark.cluster
+@pytest.mark.timeout(800)
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("number", CODES)
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -178,7 +179,7 @@ def test_every_signal_in_every_stage(moment, number, workers, image_folder, teac
     command, workspace = Command("-m", "raydistill", "run", *words, *more), tmp_path / "workspace"
     if moment == "imports":
         command.wait_for_line("")
-    wait_for(lambda: MOMENTS[moment](workspace) or command.process.poll() is not None)
+    wait_for(lambda: MOMENTS[moment](workspace) or command.process.poll() is not None, 600)
     command.press(number)
     code, said = command.end(60)  # seconds on an idle machine, of which MLflow takes most to make its tables
     assert code == CODES[number], said

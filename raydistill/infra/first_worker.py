@@ -1,0 +1,59 @@
+"""The first worker process of a Ray that was just started here: Ray replaces one that dies as it starts for ever."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import ray
+
+from raydistill.errors import StageError
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_WITHOUT_ANY = 20.0
+_SECONDS_OF_A_START = 40.0  # Ray itself ends one that has not reported after a minute, as on a machine that is too busy
+
+
+def refuse_dying_workers() -> None:
+    """Wait for a worker process, which later work is given too. Raises StageError with what it died of, or could not
+    load, and where its log is."""
+    from ray._private.worker import _global_node
+
+    raylet = psutil.Process(_global_node.all_processes["raylet"][0].process.pid)
+    logs = Path(_global_node.get_logs_dir_path())
+    born, began = dict[int, float](), time.monotonic()
+    asked = ray.remote(num_cpus=0, max_retries=0)(_answer).remote()
+    while not ray.wait([asked], timeout=_SECONDS_BETWEEN_LOOKS)[0]:
+        now, alive = time.monotonic(), {child.pid: words for child in raylet.children() if (words := _words(child))}
+        dead = [pid for pid, since in born.items() if pid not in alive and now - since < _SECONDS_OF_A_START]
+        if dead or (not born and now - began > _SECONDS_WITHOUT_ANY):
+            said = _last_line(logs, dead) or "without a word, as where memory runs out"
+            raise StageError(f"Ray's worker processes die as they start: {said}; their logs are in {logs}")
+        begin = {pid: now for pid, words in alive.items() if "default_worker.py" in words}  # until it has a title
+        born = begin | {pid: since for pid, since in born.items() if pid in alive}
+    try:
+        ray.get(asked)
+    except ray.exceptions.RayError as error:
+        said = str(error).strip().splitlines()[-1]
+        raise StageError(f"Ray's worker processes cannot run raydistill: {said}; their logs are in {logs}") from error
+
+
+def _answer() -> None:
+    """What a worker does first: to load raydistill."""
+
+
+def _words(process: psutil.Process) -> str:
+    """Its command line; empty where it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _last_line(logs: Path, dead: list[int]) -> str:
+    """Of the processes' own logs or, where they did not come to open them, of what they wrote to the raylet's."""
+    own = [log for pid in dead for log in logs.glob(f"worker-*-{pid}.err")]
+    lines = [line for log in (logs / "raylet.err", *own) for line in log.read_text(errors="replace").splitlines()]
+    told = [line for line in lines if line.strip() and not line.startswith((":", "[", "Extension modules:"))]
+    return told[-1].strip()[:300] if told else ""
