@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from raydistill.documents import parse, read_mapping, written
+from raydistill.documents import as_yaml, parse, read_mapping
 from raydistill.errors import ConfigError
 from raydistill.secrets import has_secret, redacted_tree, remember, texts
 
@@ -637,12 +637,12 @@ def load_config(words: Sequence[str]) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to the same tree."""
-    return written(config.model_dump(mode="json"))
+    return as_yaml(config.model_dump(mode="json"))
 
 
 def shown_yaml(config: RunConfig) -> str:
     """The resolved config for who reads it, without its passwords."""
-    return written(redacted_tree(config.model_dump(mode="json")))
+    return as_yaml(redacted_tree(config.model_dump(mode="json")))
 
 
 def merged(under: Any, over: Any) -> Any:

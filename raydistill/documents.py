@@ -146,7 +146,7 @@ def parse(text: str, shown: str, loader: type[Loader] = JobLoader, form: str = "
     raise ConfigError(f"{where}: not {form}: {shorter(one_line(reason), 300)}")
 
 
-def written(tree: dict[str, Any]) -> str:
+def as_yaml(tree: dict[str, Any]) -> str:
     """As YAML that `JobLoader` reads back to the same tree."""
     return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 

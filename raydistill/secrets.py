@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 from urllib.parse import quote, quote_plus, unquote
 
-from raydistill.strangers import printable
+from raydistill.strangers import on_terminal, printable
 
 HIDDEN = "***"
 _END = r"\s'\"<>`"  # what ends a URI in a text
@@ -100,13 +100,13 @@ def texts(tree: Any) -> Iterator[str]:
 
 
 class RedactedStream:
-    """A text stream that writes `redacted` text: for what libraries print on their own."""
+    """A text stream that writes `redacted` text without escapes of strangers: for what libraries print on their own."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._stream.write(redacted(text))
+        return self._stream.write(on_terminal(redacted(text)))
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:

@@ -1,8 +1,8 @@
-"""Names that strangers gave to files and classes, and how our texts, pages and pictures show them.
+"""Names and words of strangers, and how terminals, pages, cards and pictures show them.
 
-A name may hold what a terminal, a browser or a reader takes for something else than text: escapes that clear the
-screen or set a link, marks that turn the direction of writing, lines of its own. What is shown goes through
-`printable`, in a card through `markdown`; what is stored and compared stays as it is.
+They may hold what is taken for something else than text: escapes that clear the screen or set a link, marks that turn
+the direction of writing, lines of their own, markup. What is stored and compared stays as it is. A file is named by
+`written`, which tells any two names apart; `on_terminal` is the last look at all that is printed.
 """
 
 from __future__ import annotations
@@ -14,21 +14,65 @@ from typing import Any
 
 # No name of a file system is longer than 255 bytes; a label in a table may be.
 _LONGEST_NAME = 300
-_KEPT = "\n\t\u200c\u200d"  # the last two join and part letters in scripts that need them, and emoji
+_JOINERS = "\u200c\u200d"  # which Persian, Indian scripts and emoji are written with; between Latin letters they hide
+_SIGNS = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd]")  # formats, and yet seen
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats (marks of direction, tags), half characters, separators
+_LINKED = re.compile(r"(?i)://|www\.|@|mailto:|xmpp:")  # which hubs make links of, escaped or not, but in code
+# What progress bars and colours of libraries need: none of it clears a screen, sets a title, or makes a link.
+_OF_BARS = re.compile(r"(\r|\x1b\[[\d;]*[mKAB]|\x1b\[\?25[hl])")
+
+
+def _escaped(text: str, kept: str = "") -> str:
+    """Each character that is no text as Python and bash write it: `\\x1b`, `\\u202e`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c in kept or (c in _JOINERS and not before.isascii()) or not _is_hidden(c) else _escape(ord(c))
+        for before, c in zip(" " + text, text, strict=False)
+    )
+
+
+def _is_hidden(character: str) -> bool:
+    return unicodedata.category(character) in _HIDDEN and not _SIGNS.match(character)
+
+
+def _escape(code: int) -> str:
+    if code < 0x80 or 0xDC80 <= code <= 0xDCFF:  # the latter: bytes that are no UTF-8, as Python holds them
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def written(name: str) -> str:
+    r"""The name itself or, where it holds what cannot be shown, the form of `ls` and bash, which can be pasted back:
+    `$'caf\xe9.png'`. No two names are written alike, and what comes out is always UTF-8 on one line."""
+    if _escaped(name) == name and not name.startswith("$'"):
+        return name
+    return "$'" + _escaped(re.sub(r"[\\']", r"\\\g<0>", name)) + "'"
 
 
 def printable(text: str) -> str:
-    """The text with each character that is no text as an escape: `\\x1b`, `\\u202e`; longer names than any file has cut
-    in their middle. Line ends stay: a name of one line is for `one_line`."""
-    if not text.isprintable():
-        text = "".join(_escaped(c) if c not in _KEPT and unicodedata.category(c) in _HIDDEN else c for c in text)
-    return re.sub(rf"[^\s/]{{{_LONGEST_NAME + 1},}}", lambda found: shorter(found[0], _LONGEST_NAME), text)
+    """The text with each character that is no text as an escape; longer names than any file has cut in their middle.
+    Line ends stay: a name of one line is for `one_line`."""
+    return re.sub(
+        rf"[^\s/]{{{_LONGEST_NAME + 1},}}", lambda found: shorter(found[0], _LONGEST_NAME), _escaped(text, "\n\t")
+    )
 
 
 def one_line(text: str) -> str:
     """The same of what stands in a line of its own, whose line ends are escapes too."""
     return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def on_terminal(text: str) -> str:
+    """What a terminal may get of libraries and of other machines: text, lines, colours and bars."""
+    if text.isprintable():
+        return text
+    return "".join(part if k % 2 else _escaped(part, "\n\t") for k, part in enumerate(_OF_BARS.split(text)))
+
+
+def in_figure(name: str) -> str:
+    """For matplotlib, to which what stands between dollars is a formula; it leaves room for the picture."""
+    return shorter(one_line(name), 40).replace("$", r"\$")
 
 
 def shorter(text: str, most: int = 60) -> str:
@@ -41,6 +85,8 @@ def shorter(text: str, most: int = 60) -> str:
 
 def markdown(text: str) -> str:
     """The text as it is, in Markdown: no link, picture, table, heading or HTML begins in it."""
+    if _LINKED.search(text):
+        return code_span(text)
     return re.sub(r"([\\`*_{}\[\]()#+!|~$:<-])", r"\\\1", html.escape(one_line(text), quote=False))
 
 
@@ -62,7 +108,3 @@ def plain_console(**options: Any) -> Any:
             return super().render_str(printable(text), **options)
 
     return Plain(highlight=False, markup=False, emoji=False, **options)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistill.documents import JobLoader, Loader, TextLoader, parse, read_mapping, written
+from raydistill.documents import JobLoader, Loader, TextLoader, as_yaml, parse, read_mapping
 from raydistill.errors import ConfigError
 
 # A file of these few lines that is asked of each loader in a process of its own, which may take 500 MB and a second.
@@ -117,7 +117,7 @@ def test_json_is_held_to_the_same(tmp_path: Path, text: str, said: str) -> None:
     )
 )
 def test_what_is_written_is_read_back(tree: object) -> None:
-    assert parse(written({"a": tree}), "it") == [{"a": tree}]
+    assert parse(as_yaml({"a": tree}), "it") == [{"a": tree}]
 
 
 @given(st.text(st.sampled_from("ab01:-,[]{}&*!<>|?'\"#%@`\n \t.~eE_="), max_size=40))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -20,7 +21,17 @@ from rich.table import Table
 
 from raydistill.infra.progress import Progress
 from raydistill.secrets import on_page
-from raydistill.strangers import code_span, markdown, one_line, plain_console, printable, shorter
+from raydistill.strangers import (
+    code_span,
+    in_figure,
+    markdown,
+    on_terminal,
+    one_line,
+    plain_console,
+    printable,
+    shorter,
+    written,
+)
 
 HOSTILE = {
     "clears the screen": "\x1b[2J\x1b[Hcat",
@@ -54,9 +65,47 @@ def test_nothing_but_text_is_left(text: str) -> None:
     assert "\n" not in one_line(text)
 
 
-@pytest.mark.parametrize("name", ["café", "猫", "ネコ", "قطة", "👩‍🔬", "n̈", "red fox", "a-b_c.d", "می‌خواهم"])
+@pytest.mark.parametrize(
+    "name", ["café", "猫", "ネコ", "قطة", "👩‍🔬", "n̈", "red fox", "a-b_c.d", "می‌خواهم", "क्‍ष", "٪؀١", "❤️"]
+)
 def test_names_of_all_languages_stay_as_they_are(name: str) -> None:
-    assert printable(name) == one_line(name) == shorter(name) == name
+    assert printable(name) == one_line(name) == shorter(name) == written(name) == on_terminal(name) == name
+
+
+def test_joiners_that_join_nothing_are_shown() -> None:
+    assert printable("c\u200dat \u200c") == "c\\u200dat \\u200c"
+
+
+BARS = ["\x1b[31m", "\x1b[0m", "\x1b[2K", "\x1b[1A", "\r", "\x1b[?25l", "\n", "\t", "50% ━━"]
+ORDERS = [
+    "\x1b[2J",
+    "\x1b[H",
+    "\x1b]0;t\x07",
+    "\x1bc",
+    "\x9b2J",
+    "\x1b[?1049h",
+    "\x1bP",
+    "\x1b[6n",
+    "\x07",
+    "\x1b",
+    "[2J",
+]
+
+
+@given(st.lists(st.sampled_from([*BARS, *ORDERS, "\u202e"]) | st.text(max_size=3), max_size=12))
+def test_what_libraries_print_orders_a_terminal_nothing_but_colours_and_bars(parts: list[str]) -> None:
+    shown = on_terminal("".join(parts))
+    left = re.sub(r"\x1b\[[\d;]*[mKAB]|\x1b\[\?25[hl]|[\r\n\t]", "", shown)
+    assert not ODD.search(left)
+    assert "\x1b" not in left
+    assert on_terminal("".join(BARS)) == "".join(BARS)
+
+
+def test_a_name_is_no_formula() -> None:
+    from matplotlib.text import Text
+
+    for name in ("$x$", r"$\frac{1}{2}$", "a$b", "$$", r"\$x$", "cat"):
+        assert Text(text=in_figure(name))._preprocess_math(in_figure(name)) == (name.replace(r"\$", r"\$"), False)
 
 
 def test_long_names_are_cut_and_long_paths_are_not() -> None:
@@ -95,10 +144,12 @@ def test_a_page_shows_a_name_as_text(case: str) -> None:
     assert re.findall(r"<\s*/?\s*(\w+)", page) == ["p", "p"]
 
 
+LINKED = re.compile("http|www|@")
 MARKS = [
     *HOSTILE.values(), "a|b", "`code`", "a ``b", "[x](http://evil.example)", "![x](http://evil.example/pixel.png)",
     "# heading", "---", "- item", "1. one", "> quote", "*bold* _so_", "a\n\n---\nlicense: mit\n---\n", "<b>", "&lt;",
     "https://evil.example", "~~gone~~", "a\\|b", "$x$", "    code", "\tcode", "+ a", "|---|", "www.evil.example",
+    "ann@evil.example",
 ]  # fmt: skip
 
 
@@ -108,11 +159,52 @@ def test_markdown_shows_a_name_as_text(name: str) -> None:
     parse = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse
     opening, inline, closing = parse(f"Names {markdown(name)}.")
     assert (opening.type, closing.type) == ("paragraph_open", "paragraph_close")
-    assert {token.type for token in inline.children} <= {"text", "text_special"}
+    kinds = {token.type for token in inline.children}
+    # Hubs make links of addresses, too, wherever they stand but in code.
+    assert kinds == {"text", "code_inline"} if LINKED.search(name) else kinds <= {"text", "text_special"}
     assert "".join(token.content for token in inline.children) == f"Names {one_line(name)}."
     _, inline, _ = parse(f"by {code_span(name)}.")
     assert [token.type for token in inline.children] == ["text", "code_inline", "text"]
     assert inline.children[1].content.strip() == one_line(name).replace("|", "\\|").strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"a/plain name.png", "a/plain name.png"),
+        ("猫/naïve '\"\\ %$HOME.png".encode(), "猫/naïve '\"\\ %$HOME.png"),
+        ("می\u200cخواهم 👩\u200d🔬.png".encode(), "می\u200cخواهم 👩\u200d🔬.png"),
+        (b"caf\xe9.png", r"$'caf\xe9.png'"),
+        (b"it's \xff\\", r"$'it\'s \xff\\'"),
+        (b"a\x1b]0;title\x07b", r"$'a\x1b]0;title\x07b'"),
+        (b"two\nlines\r\t", r"$'two\x0alines\x0d\x09'"),
+        ("gpj.\u202eexe".encode(), r"$'gpj.\u202eexe'"),
+        ("a\u2028b\x85c\ufeff".encode(), r"$'a\u2028b\u0085c\ufeff'"),
+        (b"$'caf\\xe9.png'", r"$'$\'caf\\xe9.png\''"),
+    ],
+)
+def test_names_are_written_as_the_shell_reads_them(name, shown):
+    assert written(name.decode(errors="surrogateescape")) == shown
+
+
+@given(st.lists(st.binary(min_size=1, max_size=12) | st.sampled_from([b"$'", "\u202e".encode(), b"\x9b", b"\\x41"])))
+def test_every_name_is_safe_and_no_two_are_written_alike(parts):
+    names = {part.decode(errors="surrogateescape") for part in (*parts, b"".join(parts))}
+    shown = {written(name) for name in names}
+    assert len(shown) == len(names)
+    assert all(text.encode().decode() == text for text in shown)
+    assert not any(sign in text for text in shown for sign in "\0\n\r\x1b\x9b\u202e")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is the reference")
+def test_bash_gives_the_names_bytes_back():
+    names = [bytes([k]) * 2 + b"x" for k in range(1, 256)] + ["é\u202e\u200b".encode(), b"$'a'", b"\\'\xe9'\\n"]
+    shown = [written(name.decode(errors="surrogateescape")) for name in names]
+    words = " ".join(text if text.startswith("$'") else "'" + text.replace("'", "'\\''") + "'" for text in shown)
+    done = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {words}"], env={"LC_ALL": "C.UTF-8"}, capture_output=True, check=True
+    )
+    assert done.stdout.split(b"\0")[:-1] == names
 
 
 def test_what_is_logged_is_plain(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,12 +20,12 @@ from raydistill.config import Images
 from raydistill.data import path_tables
 from raydistill.data.labels import one_spelling, whole_numbers
 from raydistill.data.many import EXTENSIONS, MOST_BESIDE, SUFFIXES, list_rows, saved_files
-from raydistill.data.names import written
 from raydistill.data.sample import sample_id
 from raydistill.data.walk import files_below
 from raydistill.errors import ConfigError, DataError
 from raydistill.examples import images_path
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable
+from raydistill.strangers import written
 
 SPLIT_FOLDERS = {
     "train": "train",

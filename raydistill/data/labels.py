@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 
-from raydistill.data.names import written
 from raydistill.errors import DataError
+from raydistill.strangers import written
 
 # What programs write where there is no value. `none`, `NA` and `null` as classes are for people to write otherwise.
 _NOTHING = frozenset({"nan", "NaN", "NAN", "-nan", "NaT", "<NA>", "null", "NULL", "None", "N/A", "n/a", "#N/A"})

@@ -20,12 +20,12 @@ from typing import Any
 import pyarrow as pa
 
 from raydistill.data.labels import label_of
-from raydistill.data.names import written
 from raydistill.data.tars import EXTENSIONS, MOST_BYTES, images_of, label_in, refuse_compressed
 from raydistill.errors import DataError
 from raydistill.storage import tables
 from raydistill.storage.filesystems import FileSystem, open_filesystem
 from raydistill.storage.tables import ArrowFile, ParquetFile, longest, open_table, values
+from raydistill.strangers import written
 
 __all__ = ["EXTENSIONS", "MOST_BESIDE", "SUFFIXES", "Row", "count_rows", "list_rows", "read_rows"]
 SUFFIXES = (*tables.SUFFIXES, ".tar")

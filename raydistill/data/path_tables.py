@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydistill.data.labels import label_of
-from raydistill.data.names import written
 from raydistill.errors import DataError
 from raydistill.storage.filesystems import FileSystem
+from raydistill.strangers import written
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _MOST_BYTES = 1 << 30

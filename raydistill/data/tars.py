@@ -9,8 +9,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from raydistill.data.labels import label_of
-from raydistill.data.names import written
 from raydistill.errors import DataError
+from raydistill.strangers import written
 
 # Of pictures, in folders and in tar files; what is in them is decided by their content.
 EXTENSIONS = frozenset({

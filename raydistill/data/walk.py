@@ -7,8 +7,8 @@ import posixpath
 from collections import Counter, deque
 from typing import NoReturn
 
-from raydistill.data.names import written
 from raydistill.errors import DataError
+from raydistill.strangers import written
 
 _NAMED = 5
 

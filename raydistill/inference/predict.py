@@ -26,13 +26,13 @@ from raydistill.config import Images
 from raydistill.data.decode import decode
 from raydistill.data.images import is_hidden
 from raydistill.data.many import EXTENSIONS, SUFFIXES, count_rows
-from raydistill.data.names import written
 from raydistill.data.reading import read_pictures
 from raydistill.data.views import Preprocessing
 from raydistill.data.walk import files_below
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.formats import ABOUT_FILE, load_from_library, network_inputs, onnx_run, torch_run
 from raydistill.storage.filesystems import write_file
+from raydistill.strangers import written
 
 Engine = Literal["onnx", "torch"]
 Unit = tuple[str, int, int]  # a file; or, of a file of many images, the first of its rows and how many

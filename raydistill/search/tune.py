@@ -18,7 +18,7 @@ import optuna
 
 from raydistill.config import RunConfig, overlay
 from raydistill.data.images import list_images
-from raydistill.documents import written
+from raydistill.documents import as_yaml
 from raydistill.errors import ConfigError, StageError
 from raydistill.infra import artifacts
 from raydistill.infra.artifacts import StageDirectory, find_work, stage_directory
@@ -390,7 +390,7 @@ def _verdict(config: RunConfig, best: Trial, trials: list[Trial], gains: list[Ga
 
 
 def _write(search: Search, study: optuna.Study, directory: StageDirectory, config: RunConfig) -> None:
-    directory.write("best.yaml", written(search.best).encode())
+    directory.write("best.yaml", as_yaml(search.best).encode())
     directory.write_json("search.json", {**asdict(search), "objectives": config.tune.objectives})
     directory.write("search.html", search_page(study, search.verdict, config.tune.objectives))
     directory.finish({"path": directory.path, "verdict": search.verdict, "trials": len(search.trials)})

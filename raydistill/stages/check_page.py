@@ -15,13 +15,13 @@ from rich.table import Table
 from raydistill.config import Images, RunConfig
 from raydistill.data.decode import decode
 from raydistill.data.images import Entry, list_images
-from raydistill.data.names import written
 from raydistill.data.reading import read_pictures
 from raydistill.errors import ConfigError, DataError
 from raydistill.secrets import on_page, redacted_tree
 from raydistill.stages.check import Checkup
 from raydistill.stages.prepare import entry_name
 from raydistill.storage.filesystems import write_bytes
+from raydistill.strangers import written
 
 _SIGNS = {"stop": "stops", "loses": "loses", "look": "look", "note": "note"}
 _THUMBNAIL = 128

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from raydistill.strangers import one_line, shorter
+from raydistill.strangers import in_figure
 
 STUDENT, TEACHER, OTHERS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _COLOURS = {"student": STUDENT, "teacher": TEACHER}
@@ -65,8 +65,8 @@ def contact_sheet(name: str, kept: list[Image.Image], rejected: list[tuple[Image
     kept_rows, rejected_rows = -(-len(kept) // columns), -(-len(rejected) // columns)
     rows = max(kept_rows + rejected_rows, 1)
     figure = Figure(figsize=(1.4 * columns, 1.6 * rows + 0.5), layout="constrained")
-    title = f"{_shown(name)}: {len(kept)} kept and {len(rejected)} rejected are shown"
-    figure.suptitle(title, fontsize=10, parse_math=False)  # names of classes are no formulas, here and below
+    title = f"{in_figure(name)}: {len(kept)} kept and {len(rejected)} rejected are shown"
+    figure.suptitle(title, fontsize=10)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -103,7 +103,7 @@ def confusion_figure(answers_N: np.ndarray, labels_N: np.ndarray, classes: tuple
     shown = _shown_classes(answers_N, labels_N, len(classes))
     place = dict(zip(shown, range(len(shown)), strict=True))
     some = len(shown) < len(classes)
-    names = [_shown(classes[k]) for k in shown]
+    names = [in_figure(classes[k]) for k in shown]
     counts = np.zeros((len(shown), len(shown) + some), int)
     for label, answer in zip(labels_N.tolist(), answers_N.tolist(), strict=True):
         if label in place:
@@ -115,8 +115,8 @@ def confusion_figure(answers_N: np.ndarray, labels_N: np.ndarray, classes: tuple
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
     columns = [*names, "all others"] if some else names
-    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8, parse_math=False)
-    axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
     if len(shown) <= 15:
         for row, column in np.ndindex(*counts.shape):
             if counts[row, column]:
@@ -160,18 +160,13 @@ def per_class_figure(answers: dict[str, Answers], labels_N: np.ndarray, classes:
     axes.barh(range(len(order)), recalls["student"][order], color=STUDENT, label="student")
     if "teacher" in recalls:
         axes.plot(recalls["teacher"][order], range(len(order)), "D", color=TEACHER, markersize=5, label="teacher")
-    names = [f"{_shown(classes[k])} ({images_C[k]})" for k in order]
-    axes.set_yticks(range(len(order)), names, fontsize=8, parse_math=False)
+    names = [f"{in_figure(classes[k])} ({images_C[k]})" for k in order]
+    axes.set_yticks(range(len(order)), names, fontsize=8)
     axes.invert_yaxis()
     more = f", worst {len(order)} of {len(classes)} classes" if len(order) < len(classes) else ""
     axes.set(xlim=(0, 1), xlabel="recall", title=f"By class on {split} (images){more}")
     axes.legend(fontsize=8, loc="lower right")
     return png(figure)
-
-
-def _shown(name: str) -> str:
-    """A name that leaves room for the picture."""
-    return shorter(one_line(name), 40)
 
 
 def png(figure: Figure) -> bytes:

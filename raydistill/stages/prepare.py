@@ -22,7 +22,6 @@ from pyarrow import parquet as pq
 from raydistill.config import SHARD_BYTES, Images, RunConfig
 from raydistill.data.decode import decode, encode
 from raydistill.data.images import Entry, Listing
-from raydistill.data.names import written
 from raydistill.data.reading import UNREADABLE, read_pictures
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
 from raydistill.errors import DataError
@@ -33,6 +32,7 @@ from raydistill.infra.restarts import new_tries, trying
 from raydistill.secrets import redacted_tree
 from raydistill.storage.filesystems import exists, write_bytes
 from raydistill.storage.tables import read_table, values
+from raydistill.strangers import written
 
 # Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
