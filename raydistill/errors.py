@@ -33,6 +33,8 @@ class DataError(RaydistillError):
 class CheckpointError(RaydistillError):
     """Something an earlier run left in the workspace is damaged or belongs to other inputs."""
 
+    exit_code = 2
+
 
 class StageError(RaydistillError):
     """A stage failed while it ran: a worker died, a loss was not finite, a disk was full."""

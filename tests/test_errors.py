@@ -12,7 +12,7 @@ from raydistill import errors
     [
         (errors.ConfigError, 2),
         (errors.DataError, 2),
-        (errors.CheckpointError, 1),
+        (errors.CheckpointError, 2),
         (errors.StageError, 1),
         (errors.DivergedError, 1),
     ],

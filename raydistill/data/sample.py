@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator, NonNegativeInt
 
-from raydistill.data.manifests import result_of
+from raydistill.storage.state import result_of
 from raydistill.storage.tables import read_table
 
 SCHEMA = pa.schema(

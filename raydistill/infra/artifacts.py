@@ -17,11 +17,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, NonNegativeFloat, NonNegativeInt
 
 from raydistill.config import RunConfig, Student, Teacher, Views, fine_tuning
 from raydistill.data.images import Listing, list_images
-from raydistill.data.manifests import from_json, of_another_form
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.errors import ConfigError, StageError
 from raydistill.examples import weights_fingerprint
@@ -35,6 +34,7 @@ from raydistill.storage.filesystems import (
     refuse_unreachable,
     write_bytes,
 )
+from raydistill.storage.state import read_state
 
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {
@@ -51,11 +51,11 @@ _STUDENT_FILES = ("student.json", "student.safetensors", "config.json")
 class Bill(BaseModel):
     """What `seconds.json` says, as far as it is read."""
 
-    seconds: float = 0.0
-    node_seconds: dict[str, float] = {}
-    lost_nodes: int = 0
-    images_again: int = 0
-    seconds_again: float = 0.0
+    seconds: NonNegativeFloat = 0.0
+    node_seconds: dict[str, NonNegativeFloat] = {}
+    lost_nodes: NonNegativeInt = 0
+    images_again: NonNegativeInt = 0
+    seconds_again: NonNegativeFloat = 0.0
     versions: dict[str, str] = {}
 
 
@@ -81,26 +81,11 @@ class StageDirectory:
         return self.path.rpartition("/")[2]
 
     def done(self) -> dict[str, Any] | None:
-        """The stage's result, or None where it has not finished. Raises CheckpointError where a link lies in it."""
+        """The stage's result, or None where it has not finished. It lies here, whatever the marker says of places, and
+        wherever the workspace was before. Raises CheckpointError where a link lies in it, or a marker is damaged."""
         self._refuse_links()
-        data = self.fs.read(f"{self.place}/DONE")
-        if data is None:
-            return None
-        result = from_json(data, f"{self.path}/DONE", dict[str, Any])
-        self._refuse_other_places(result)
-        return result | {"path": self.path} if "path" in result else result  # the workspace may have moved since
-
-    def _refuse_other_places(self, result: dict[str, Any]) -> None:
-        """No place that a DONE names is used, but one that names others was not written by a stage."""
-        samples = result.get("samples")
-        own = [tree["path"] for tree in (result, samples) if isinstance(tree, dict) and "path" in tree]
-        odd = [place for place in own if not _is_place(place) or place.rpartition("/")[2] != self.name]
-        odd += [place for place in [result.get("features", self.path)] if not _is_place(place)]
-        files = result.get("files")
-        if isinstance(files, dict):  # by name
-            odd += [name for name in files if {"", ".", ".."}.intersection(name.replace("\\", "/").split("/"))]
-        if odd:
-            raise of_another_form(f"{self.path}/DONE", f"it names {odd[0]!r:.200}")
+        result = read_state(f"{self.path}/DONE", dict[str, Any])
+        return None if result is None else result | {"path": self.path}
 
     def _refuse_links(self) -> None:
         if self.fs.is_local:
@@ -135,7 +120,7 @@ class StageDirectory:
         self.write("identity.json", self.identity.encode())
 
     def finish(self, result: dict[str, Any]) -> None:
-        self.write_json("DONE", result)
+        self.write_json("DONE", {name: value for name, value in result.items() if name != "path"})
 
     def write_bill(self, bill: dict[str, Any]) -> None:
         """What the run that finished the stage paid, and with which versions it ran: `read_bill` gives it back."""
@@ -169,14 +154,8 @@ def read_seconds(path: str) -> float:
 def read_bill(path: str) -> dict[str, Any]:
     """`seconds` of the run that finished a stage; on a cluster `node_seconds` by node type and `lost_nodes`; and, where
     a process or a node was lost, the `images_again` and `seconds_again` that this cost; `versions` by package."""
-    fs, folder = open_filesystem(path)
-    bill = fs.read(f"{folder}/seconds.json")
-    return {} if bill is None else from_json(bill, f"{path}/seconds.json", Bill).model_dump(exclude_unset=True)
-
-
-def _is_place(place: object) -> bool:
-    """A path or URL as stages write them: whole, and without a way back."""
-    return isinstance(place, str) and (place.startswith("/") or "://" in place) and ".." not in place.split("/")
+    bill = read_state(f"{path}/seconds.json", Bill)
+    return {} if bill is None else bill.model_dump(exclude_unset=True)
 
 
 def workspace_root(config: RunConfig) -> str:
@@ -344,11 +323,10 @@ def taught_before(directory: StageDirectory) -> list[str]:
     for name in directory.fs.names(place):
         if not name.startswith("teach-") or name == directory.name:
             continue
-        identity = directory.fs.read(f"{place}/{name}/identity.json")
-        if identity is None:
+        if directory.fs.is_local and os.path.islink(f"{place}/{name}"):
             continue
-        other = from_json(identity, f"{root}/{name}/identity.json", dict[str, Any])
-        if _apart_from_images(other) == own:
+        other = read_state(f"{root}/{name}/identity.json", dict[str, Any])
+        if other is not None and _apart_from_images(other) == own:
             found = directory.fs.names(f"{place}/{name}")
             files += [f"{root}/{name}/{file}" for file in found if file.endswith(".safetensors")]
     return files

@@ -16,15 +16,17 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, NonNegativeInt
 from safetensors.torch import load, save_file
 from torch import nn
 
 from raydistill.errors import CheckpointError
 from raydistill.infra.versions import installed
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_links, write_bytes, write_file
+from raydistill.storage.state import read_state
 
 logger = logging.getLogger(__name__)
 _KEPT = 2
@@ -55,6 +57,20 @@ def bytes_to_write(path: str, modules: dict[str, nn.Module], optimizer: torch.op
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     one = sum(t.nbytes for t in tensors) + moments * sum(p.nbytes for p in learning)
     return max(_KEPT + 1 - len(_whole(path)), 0) * one
+
+
+class _Meta(BaseModel, extra="allow"):  # the packages' versions beside it
+    """`checkpoint.json`."""
+
+    step: NonNegativeInt
+    sums: dict[str, float]
+    record: dict[str, float] | None
+    checksums: dict[Literal["weights.safetensors", "state.pt"], int] = {}
+
+
+class _Progress(BaseModel):
+    step: NonNegativeInt
+    lost_steps: NonNegativeInt = 0
 
 
 class CheckpointWriter:
@@ -168,11 +184,15 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
     Raises CheckpointError where one is as it was written and does not load.
     """
     fs, place = _open(path)
-    for folder in (f"{place}/{name}" for name in _whole(path)):
+    for name in _whole(path):
+        folder = f"{place}/{name}"
         try:
-            meta = json.loads(fs.cat_file(f"{folder}/checkpoint.json"))
+            found = read_state(f"{path}/checkpoints/{name}/checkpoint.json", _Meta, any_float=True)
+            if found is None:
+                continue  # the run was killed while it wrote this one
+            meta = found.model_dump()
             files = {name: fs.cat_file(f"{folder}/{name}") for name in ("weights.safetensors", "state.pt")}
-            for name, checksum in meta.get("checksums", {}).items():
+            for name, checksum in found.checksums.items():
                 if zlib.crc32(files[name]) != checksum:
                     raise ValueError(f"the checksum of {name} is another")
         except FileNotFoundError:
@@ -216,11 +236,11 @@ def _checksum(path: str) -> int:
 
 def _whole(path: str) -> list[str]:
     """The names of the whole checkpoints, the newest first."""
-    fs, place = _open(path)
+    _open(path)
     try:
-        names = json.loads(fs.read(f"{place}/{_POINTER}") or b"[]")
+        names = read_state(f"{path}/checkpoints/{_POINTER}", list[str]) or []
         return [name for name in names if _STEP.fullmatch(name)]
-    except (ValueError, TypeError):
+    except CheckpointError:
         logger.warning("%s/checkpoints/%s is damaged; training begins anew", path, _POINTER)
         return []
 
@@ -242,8 +262,5 @@ def note_lost_steps(path: str, step: int) -> int:
 
 def read_progress(path: str) -> tuple[int, int]:
     """What `write_progress` was given last; zeros where it was not called yet."""
-    fs, folder = open_filesystem(path)
-    written = json.loads(fs.read(f"{folder}/progress.json") or b"{}")
-    if not written:
-        return 0, 0
-    return int(written["step"]), int(written.get("lost_steps", 0))
+    written = read_state(f"{path}/progress.json", _Progress) or _Progress(step=0)
+    return written.step, written.lost_steps

@@ -17,10 +17,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from raydistill.errors import StageError
+from pydantic import BaseModel, Field
+
+from raydistill.errors import CheckpointError, StageError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.processes import is_running, process_name
 from raydistill.storage.filesystems import create_file
+from raydistill.storage.state import read_state
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_BEATS = 10.0
@@ -28,6 +31,15 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 # A holder on another machine that shows no sign of life for so long is gone; on this one its process is looked for.
 _SILENT_SECONDS = 120.0
 _PREFIX = "lease-"
+
+
+class _State(BaseModel):
+    """A lease's file."""
+
+    id: str = ""
+    process: str = Field("", pattern=r"^\S* \S+ [0-9]{1,9} [0-9]{1,12}$")
+    beats: int = 0
+    released: bool = False
 
 
 @contextlib.contextmanager
@@ -85,10 +97,10 @@ def _latest(directory: StageDirectory) -> tuple[int, dict[str, Any]]:
     """The number of the last lease and what is in it; 0 where there is none."""
     number = max(_numbers(directory), default=0)
     try:
-        state = json.loads(directory.fs.read(_place(directory, number)) or b"{}") if number else {}
-    except ValueError:  # cut off
-        state = {}
-    return number, state if isinstance(state, dict) else {}
+        state = read_state(f"{directory.path}/{_PREFIX}{number:06d}", _State) if number else None
+    except CheckpointError:  # cut off, or a stranger's: its holder is waited for as one of which nothing is known
+        state = None
+    return number, {} if state is None else state.model_dump(exclude_unset=True)
 
 
 def _numbers(directory: StageDirectory) -> list[int]:

@@ -16,13 +16,12 @@ import optuna
 from optuna.trial import TrialState
 
 from raydistill.config import RunConfig
-from raydistill.data.manifests import from_json
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import drop_checkpoints
 from raydistill.infra.stores import UnusableError, database_alone, reason
 from raydistill.search.space import Choice, Space
-from raydistill.storage.filesystems import open_filesystem
+from raydistill.storage.state import EpochRecord, read_state
 
 MAXIMISED = ("val_accuracy", "val_balanced_accuracy", "val_top5")
 
@@ -75,10 +74,9 @@ def read_trials(study: optuna.Study) -> list[Trial]:
 
 def read_epochs(directory: str, most: int) -> list[dict[str, float]]:
     """The records of a trial's epochs, up to the `most`-th, as far as they are there."""
-    fs, folder = open_filesystem(directory)
-    names = [f"epochs/{epoch:05d}.json" for epoch in range(1, most + 1)]
-    records = [(name, fs.read(f"{folder}/{name}")) for name in names]
-    return [from_json(data, f"{directory}/{name}", dict[str, float]) for name, data in records if data is not None]
+    paths = (f"{directory}/epochs/{epoch:05d}.json" for epoch in range(1, most + 1))
+    records = (read_state(path, EpochRecord, any_float=True) for path in paths)
+    return [record for record in records if record is not None]
 
 
 def drop_pruned(trials: list[Trial], root: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -33,7 +32,6 @@ from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
 from raydistill.config import Loss, RunConfig
-from raydistill.data.manifests import result_of
 from raydistill.errors import ConfigError, RaydistillError
 from raydistill.infra.artifacts import StageDirectory, read_seconds
 from raydistill.infra.checkpoints import latest_step
@@ -47,6 +45,7 @@ from raydistill.search.study import Trial, make_sampler, num_trials, read_epochs
 from raydistill.stages.batches import DistillJob
 from raydistill.stages.distill import StudentCheckpoint, distill_student
 from raydistill.stages.loop import distill_loop
+from raydistill.storage.state import EpochRecord, needed_state, result_of
 
 _MEASURED_STEPS, _WARM_UP_STEPS, _MOST_SECONDS = 8, 2, 20.0
 _RETRIES = 1  # of a trial whose process is lost: once may be a spot node, twice is the trial
@@ -258,7 +257,7 @@ def _train(work: _Work, report: Callable[[dict[str, Any]], None]) -> dict[str, A
         student = result_of(directory.done() or {}, directory.path, StudentCheckpoint)
         for record in read_epochs(directory.path, last):
             on_epoch({**record, "trained_before": True})
-    record = json.loads(directory.fs.cat_file(f"{directory.place}/epochs/{last:05d}.json"))
+    record = needed_state(f"{directory.path}/epochs/{last:05d}.json", EpochRecord, any_float=True)
     of_shipped = shipped(record) | _measures(work, student, record)
     result = {**record, "shipped": of_shipped, "finished": True}
     return result if is_to_do else {**result, "seconds": read_seconds(directory.path)}

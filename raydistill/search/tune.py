@@ -45,6 +45,7 @@ from raydistill.search.trials import RESERVED, Layout, MakeJob, lay_out, run_tri
 from raydistill.secrets import redacted_tree, without_secrets
 from raydistill.stages.batches import DistillJob
 from raydistill.stages.run import Outcome, check_measurable, check_run, distill_job, run_stages
+from raydistill.storage.state import needed_state
 
 
 @dataclass(frozen=True)
@@ -255,9 +256,9 @@ def _differences(config: RunConfig, directory: StageDirectory) -> list[str]:
     names = [name for name in fs.names(root) if name.startswith("tune-")]
     paths = [path for name in names if fs.exists(path := f"{root}/{name}/identity.json")]
     for path in sorted(paths, key=fs.modified, reverse=True):
-        other = json.loads(fs.cat_file(path))
-        if (other["config"], other["files"]) == (mine["config"], mine["files"]):
-            before, after = (json.dumps({k: t[k] for k in ("space", "tune")}, indent=1).splitlines()
+        other = needed_state(f"{directory.path.rpartition('/')[0]}{path.removeprefix(root)}", dict[str, Any])
+        if (other.get("config"), other.get("files")) == (mine["config"], mine["files"]):
+            before, after = (json.dumps({k: t.get(k) for k in ("space", "tune")}, indent=1).splitlines()
                              for t in (other, mine))  # fmt: skip
             changes = list(difflib.unified_diff(before, after, n=0, lineterm=""))[3:]
             shown = [line for line in changes if not line.startswith("@@")]

@@ -94,7 +94,9 @@ def adapt_teacher(
     chance = float(np.bincount(val_labels).max() / len(val_labels)) if len(val_labels) else 1 / len(samples.classes)
     directory.write(HEAD_FILE, encode_head(head))
     result = AdaptedTeacher(directory.path, features.path, accuracy, confidence, chance, l2, len(train[1]))
-    directory.finish(asdict(result))
+    done = asdict(result)
+    del done["features"]  # another directory's place, which the config names
+    directory.finish(done)
     return result
 
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import timm
+from pydantic import BaseModel
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
@@ -15,8 +16,17 @@ from raydistill.stages.chance import usefulness
 from raydistill.stages.evaluate import Report
 from raydistill.stages.export import Exported
 from raydistill.stages.generate import GeneratedImages
-from raydistill.storage.filesystems import read_bytes
+from raydistill.storage.state import needed_state
 from raydistill.strangers import code_span, markdown, shorter
+
+
+class _Pipeline(BaseModel):
+    pipeline: str
+    licence: str
+
+
+class _Generated(BaseModel):
+    pipeline: _Pipeline
 
 
 def model_card(
@@ -129,10 +139,10 @@ def _origins(config: RunConfig, samples: SampleSet, report: Report, generated: G
     )
     lines.append(f"- student: {code_span(config.student.model)}, from {begin}; {report.kept}")
     if generated is not None and config.generate is not None:
-        facts = json.loads(read_bytes(f"{generated.samples.path}/generate.json"))["pipeline"]
+        facts = needed_state(f"{generated.samples.path}/generate.json", _Generated).pipeline
         lines.append(
-            f"- generated images: {sum(generated.kept.values())} by {code_span(facts['pipeline'])}; licence: "
-            f"{markdown(str(facts['licence']))}"
+            f"- generated images: {sum(generated.kept.values())} by {code_span(facts.pipeline)}; licence: "
+            f"{markdown(facts.licence)}"
         )
     return "\n".join(lines)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from raydistill.data.manifests import from_json
 from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import (
@@ -27,6 +25,7 @@ from raydistill.models.student import build_student, has_batch_norm, write_stude
 from raydistill.stages.batches import DistillJob, FreshStream
 from raydistill.stages.loop import distill_loop
 from raydistill.storage.filesystems import open_filesystem
+from raydistill.storage.state import EpochRecord, needed_state, read_state
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -183,8 +182,7 @@ def _following(
 
         def look() -> None:
             nonlocal at, epoch
-            while written := directory.fs.read(f"{directory.place}/epochs/{epoch + 1:05d}.json"):
-                record = json.loads(written)
+            while record := read_state(f"{directory.path}/epochs/{epoch + 1:05d}.json", EpochRecord, any_float=True):
                 epoch += 1
                 on_epoch(record)
                 advance(max(int(record["step"]) - at, 0), _note(record))
@@ -224,4 +222,4 @@ def read_epochs(path: str) -> list[dict[str, float]]:
     """The records of all epochs of a student's directory, in order."""
     fs, folder = open_filesystem(f"{path}/epochs")
     names = [name for name in fs.names(folder) if name.endswith(".json")]
-    return [from_json(fs.cat_file(f"{folder}/{n}"), f"{path}/epochs/{n}", dict[str, float]) for n in names]
+    return [needed_state(f"{path}/epochs/{name}", EpochRecord, any_float=True) for name in names]

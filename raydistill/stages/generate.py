@@ -27,7 +27,6 @@ from ray.data import ActorPoolStrategy
 from raydistill.config import Generate, RunConfig
 from raydistill.data.decode import encode, pixels
 from raydistill.data.images import list_images
-from raydistill.data.manifests import result_of
 from raydistill.data.prompts import class_prompts, refuse_unknown
 from raydistill.data.sample import SampleSet, encode_shard, samples_from_json, seeded_rank, shard_name
 from raydistill.data.targets import labels_of, read_samples
@@ -51,6 +50,7 @@ from raydistill.stages.making import (
     read_made,
 )
 from raydistill.stages.showing import show, working_image
+from raydistill.storage.state import result_of
 from raydistill.storage.tables import read_table, rows_of, values
 
 # On one contact sheet, of kept and of rejected images each; and on all sheets together, where classes are many.
@@ -71,10 +71,11 @@ class GeneratedImages:
 
 
 def generated_from_json(done: Mapping[str, Any], path: str) -> GeneratedImages:
-    """The result of a finished `generate` in the directory `path`, where it may have been moved to since."""
+    """The result of a finished `generate`, which lies in the directory `path`."""
     samples = done.get("samples")
     moved = {**samples, "path": path} if isinstance(samples, dict) else samples
-    return result_of({**done, "samples": moved}, path, GeneratedImages)
+    whole = {name: value for name, value in done.items() if name != "path"}
+    return result_of({**whole, "samples": moved}, path, GeneratedImages)
 
 
 def generate_images(
@@ -326,7 +327,9 @@ def _write(
     directory.write_json(
         "generate.json", {"pipeline": dataclasses.asdict(facts), "settings": settings.model_dump(mode="json")}
     )
-    directory.finish(dataclasses.asdict(result))
+    done = dataclasses.asdict(result)
+    del done["samples"]["path"]
+    directory.finish(done)
     return result
 
 

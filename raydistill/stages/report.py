@@ -11,9 +11,9 @@ from pathlib import Path
 import jinja2
 import pyarrow as pa
 from pyarrow import compute as pc
+from pydantic import BaseModel
 
 from raydistill.config import RunConfig, overlay, shown_yaml
-from raydistill.data.manifests import read_json, result_of
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_samples
 from raydistill.errors import ConfigError
@@ -26,8 +26,10 @@ from raydistill.stages.chance import usefulness
 from raydistill.stages.evaluate import PREDICTIONS, PREDICTIONS_FILE, Report
 from raydistill.stages.run import Outcome
 from raydistill.storage.filesystems import exists, read_bytes, write_bytes
+from raydistill.storage.state import needed_state, result_of
 from raydistill.storage.tables import read_table, rows_of, values
 
+_MOST_OF_REFUSED = 64 * 1024**2  # some 400,000 files
 _MOST_DISAGREEMENTS, _MOST_SHEETS, _MOST_REASONS, _EXAMPLES = 24, 12, 20, 3
 
 
@@ -152,12 +154,17 @@ def _sheets(outcome: Outcome) -> list[str]:
     return [_data_uri(path) for path in [path for path in paths if exists(path)][:_MOST_SHEETS]]
 
 
+class _Refused(BaseModel):
+    path: str
+    reason: str
+
+
 def _refused(samples: SampleSet) -> list[tuple[str, int, list[str]]]:
     """Reasons why images were refused, how often, and some examples."""
-    refused = read_json(f"{samples.path}/refused.json", list[dict[str, str]])
-    reasons = Counter(_reason(one["reason"]) for one in refused)
+    refused = needed_state(f"{samples.path}/refused.json", list[_Refused], most_bytes=_MOST_OF_REFUSED)
+    reasons = Counter(_reason(one.reason) for one in refused)
     return [
-        (reason, count, [_short(one["path"]) for one in refused if _reason(one["reason"]) == reason][:_EXAMPLES])
+        (reason, count, [_short(one.path) for one in refused if _reason(one.reason) == reason][:_EXAMPLES])
         for reason, count in reasons.most_common(_MOST_REASONS)
     ]
 

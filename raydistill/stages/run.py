@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from raydistill.config import RunConfig, fine_tuning
 from raydistill.data.images import Listing, list_images
-from raydistill.data.manifests import result_of
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.data.targets import read_bytes
 from raydistill.errors import ConfigError, DataError, UselessStudentError
@@ -36,6 +35,7 @@ from raydistill.stages.generate import (
 from raydistill.stages.prepare import prepare_samples
 from raydistill.stages.showing import teach_files
 from raydistill.stages.teach import stream_soft_targets
+from raydistill.storage.state import result_of
 
 if TYPE_CHECKING:
     from raydistill.stages.evaluate import Report

@@ -1,0 +1,124 @@
+"""The JSON that stages leave in a workspace, read as something that anybody may have written: workspaces are shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import stat
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import Annotated, Any, NoReturn, TypeVar, cast
+
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+
+from raydistill.errors import CheckpointError
+from raydistill.storage.filesystems import open_filesystem
+
+T = TypeVar("T")
+_MOST_BYTES = 32 * 1024**2
+
+
+def _of_an_epoch(record: dict[str, float]) -> dict[str, float]:
+    for name, needed in (("epoch", True), ("step", True), ("kept_epoch", False)):
+        if (needed or name in record) and not 0 <= record.get(name, -1) < 2**53:
+            raise ValueError(f"{name} is no count")
+    return record
+
+
+# What training came to in an epoch. Losses may be no numbers: the scaler of fp16 passes over some steps.
+EpochRecord = Annotated[dict[str, float], AfterValidator(_of_an_epoch)]
+
+
+def read_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = _MOST_BYTES) -> T | None:
+    """A file that is of the `shape`; None where it is not there. Raises CheckpointError where it is of another one, is
+    too large or no regular file."""
+    fs, place = open_filesystem(path)
+    if fs.is_local:
+        try:
+            found = os.stat(place)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise of_another_form(path, error.strerror or str(error)) from None
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and a device has no end
+            raise of_another_form(path, "it is no regular file")
+        if found.st_size > most_bytes:
+            raise of_another_form(path, f"it has {found.st_size:,} bytes")
+    data = fs.read(place)
+    if data is not None and len(data) > most_bytes:  # to ask a bucket for it before would be one request more a file
+        raise of_another_form(path, f"it has {len(data):,} bytes")
+    return None if data is None else from_json(data, path, shape, any_float)
+
+
+def needed_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = _MOST_BYTES) -> T:
+    """The same of one that has to be there."""
+    state = read_state(path, shape, any_float, most_bytes)
+    if state is None:
+        raise of_another_form(path, "it is not there")
+    return state
+
+
+def from_json(data: bytes | str, path: str, shape: type[T], any_float: bool = False) -> T:
+    """The same of its bytes."""
+    try:
+        return parsed(data, shape, any_float)
+    except ValueError as error:
+        raise of_another_form(path, str(error)) from None
+
+
+def parsed(data: bytes | str, shape: type[T], any_float: bool = False) -> T:
+    """JSON of the `shape`: UTF-8 without half characters, no key twice, no deeper than 200. A dataclass has all of its
+    fields and no others; numbers are finite, or else `any_float`. Raises ValueError with the reason in one line."""
+    try:
+        text = data if isinstance(data, str) else data.decode()
+        hooks: dict[str, Any] = {} if any_float else {"parse_constant": _refuse_constant, "parse_float": _finite}
+        value = json.loads(text, object_pairs_hook=_no_key_twice, **hooks)
+        if dataclasses.is_dataclass(shape) and isinstance(value, dict):
+            if odd := value.keys() - {field.name for field in dataclasses.fields(shape)}:
+                raise ValueError(f"{sorted(odd)[0]!r:.60} is no part of it")
+        return _adapter(cast(Hashable, shape)).validate_json(data, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"][:4])) or "the whole"
+        raise ValueError(f"{where[:60]}: {first['msg']}"[:200]) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{error}"[:200]) from None
+
+
+def result_of(done: dict[str, Any], path: str, shape: type[T]) -> T:
+    """The result that a stage's DONE holds, in the directory `path`."""
+    return from_json(json.dumps(done), f"{path}/DONE", shape)
+
+
+def of_another_form(path: str, reason: str) -> CheckpointError:
+    folder = path.rpartition("/")[0]
+    return CheckpointError(
+        f"{path} is not what raydistill writes ({reason}); delete {folder} and run the command again"
+    )
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} stands in it twice")
+    return found
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text:.20} is no finite number")
+    return number
+
+
+@lru_cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
