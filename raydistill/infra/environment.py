@@ -55,8 +55,9 @@ def open_streams() -> None:
     output = io.BufferedWriter(_Output(1, "w", closefd=False))
     # Line by line also where nobody looks on: what a log says is then said when it happened.
     sys.stdout = io.TextIOWrapper(output, encoding, errors="backslashreplace", line_buffering=True)
-    if sys.stderr is None:
-        sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), "utf-8", errors="backslashreplace")  # noqa: SIM115
+    # Not by descriptor 2, which others point elsewhere for a while, as when Ray starts: an error may be said meanwhile.
+    encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
+    sys.stderr = open(os.dup(2), "w", 1, encoding, "backslashreplace")  # noqa: SIM115
 
 
 def _name_the_user() -> None:

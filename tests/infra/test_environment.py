@@ -39,6 +39,16 @@ def test_a_reader_that_goes_ends_the_command_without_a_traceback(job, tmp_path) 
     assert ended.stderr == "interrupted (SIGPIPE); nothing was written\n"
 
 
+def test_an_error_is_said_while_somebody_else_has_the_descriptor() -> None:
+    """As Ray's start has, in a thread, while the main one refuses the job."""
+    program = (
+        "import os, sys\nfrom raydistill.infra.environment import open_streams\nopen_streams()\n"
+        "os.dup2(os.open(os.devnull, os.O_WRONLY), 2)\nprint('error: why', file=sys.stderr)\nos._exit(1)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (1, "error: why\n")
+
+
 def test_no_home_and_no_name(job, tmp_path) -> None:
     ended = sh('"$@"', *SHOW, job, HOME="/nowhere/at/all", TMPDIR=str(tmp_path))
     assert ended.returncode == 0
