@@ -157,13 +157,12 @@ class Run:
 
         def write() -> None:
             for path in paths:
-                log = self._tracker.client.log_artifacts if Path(path).is_dir() else self._tracker.client.log_artifact
-                log(self.id, path, folder)
+                self._tracker.keep(self.id, path, folder)
 
         self._submit("files", write)
 
     def text(self, text: str, name: str) -> None:
-        self._submit(name, lambda: self._tracker.client.log_text(self.id, text, name))
+        self._submit(name, lambda: self._tracker.keep_text(self.id, text, name))
 
     def once(self, folder: str, make: Callable[[str], None]) -> None:
         """A folder of files, which is made for the purpose, if it is not there whole; in the writer's thread."""
@@ -172,7 +171,7 @@ class Run:
             return
         with tempfile.TemporaryDirectory() as scratch:
             make(f"{scratch}/{folder}")
-            self._tracker.client.log_artifacts(self.id, f"{scratch}/{folder}", folder)
+            self._tracker.keep(self.id, f"{scratch}/{folder}", folder)
         self._tracker.client.set_tag(self.id, tag, "yes")
         self._tracker.changed = True
 

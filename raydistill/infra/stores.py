@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config import RunConfig
+from raydistill.errors import CheckpointError
 from raydistill.infra.artifacts import workspace_root
 from raydistill.secrets import redacted
-from raydistill.storage.filesystems import make_private
+from raydistill.storage.filesystems import make_private, refuse_links
 
 _ANSWER_SECONDS, _CONNECT_SECONDS = 5, 10
 _REQUEST_SECONDS = "30"  # MLflow's own are 120, twice, which a command's end would wait for
@@ -115,6 +116,38 @@ def connect(uri: str) -> Any:
         raise UnusableError(f"is no address ({reason(error)})") from None
     finally:
         MLFLOW_HTTP_REQUEST_TIMEOUT.set(usual)
+
+
+def refuse_links_of(uri: str) -> None:
+    """Raises UnusableError where a workspace's own store, its lock and journal, or a file of its runs is a link."""
+    path = Path(_sqlite_file(uri) or "")
+    try:
+        for place in (*path.parent.glob("mlflow.*"), path.parent / "mlartifacts"):
+            refuse_links(str(place))
+    except CheckpointError as error:
+        raise UnusableError(f"is not used: {error}") from None
+
+
+def put_files(uri: str, experiment: str, place: str) -> list[str]:
+    """Have a workspace's own store tell that the files of an experiment's runs are in folders below `place`; some of
+    what it told otherwise."""
+    import sqlalchemy
+
+    told = {"experiment": experiment, "place": place}
+    of_run = ":place || '/' || run_uuid || '/artifacts'"
+    with _engine(uri).begin() as connection:
+
+        def execute(words: str) -> Any:
+            return connection.execute(sqlalchemy.text(words), told)
+
+        runs = f"where experiment_id = :experiment and artifact_uri != {of_run}"
+        experiments = "where experiment_id = :experiment and artifact_location != :place"
+        found = f"select artifact_location from experiments {experiments} union select artifact_uri from runs {runs}"
+        odd = [str(one) for one in execute(f"{found} limit 5").scalars()]
+        if odd:
+            execute(f"update runs set artifact_uri = {of_run} {runs}")
+            execute(f"update experiments set artifact_location = :place {experiments}")
+    return odd
 
 
 def may_pass(error: Exception) -> bool:

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import math
 import os
+import re
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -21,7 +23,17 @@ from raydistill.infra import interrupts
 from raydistill.infra.artifacts import workspace_root
 from raydistill.infra.processes import is_running, process_name
 from raydistill.infra.recording import ChildRun, Run, named
-from raydistill.infra.stores import UnusableError, alone, connect, experiment_name, may_pass, reason, tracking_uri
+from raydistill.infra.stores import (
+    UnusableError,
+    alone,
+    connect,
+    experiment_name,
+    may_pass,
+    put_files,
+    reason,
+    refuse_links_of,
+    tracking_uri,
+)
 from raydistill.secrets import redacted
 
 logger = logging.getLogger(__name__)
@@ -52,6 +64,11 @@ class Tracker:
         self.changed = False  # something is in the store that was not there before
         self.uri, self._whence = tracking_uri(config)
         self._shown = redacted(self.uri)
+        root = workspace_root(config)
+        # Where runs have their files. A workspace's own store may be a stranger's, or have been copied with it: where
+        # it tells that they lie does not count.
+        is_own = self.uri == f"sqlite:///{root}/mlflow.db"
+        self._files = Path(root, "mlartifacts").as_uri() if is_own else ""
         self._failed = not config.tracking.enabled
         if not self._failed and not self.uri:
             logger.warning("no MLflow run: SQLite needs a local workspace; set tracking.uri to a server")
@@ -123,10 +140,29 @@ class Tracker:
                 return
             if not self.client.search_registered_models(f"name = '{register_as}'"):
                 self.client.create_registered_model(register_as)
-            source = f"{self.client.get_run(run).info.artifact_uri}/model"
+            place = f"{self._files}/{run}/artifacts" if self._files else self.client.get_run(run).info.artifact_uri
+            source = f"{place}/model"
             self.client.create_model_version(register_as, source, run)
 
         self.submit("the model", write)
+
+    def keep(self, run: str, path: str, folder: str | None = None) -> None:
+        """A file or folder among the run's files, those of before replaced; in the writer's thread."""
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+        if not self._files:
+            log = self.client.log_artifacts if Path(path).is_dir() else self.client.log_artifact
+            log(run, path, folder)
+        elif not re.fullmatch(r"[0-9a-f]{32}", run):
+            raise UnusableError(f"has a run {run!r:.50}, which is no run's name: it was not made by MLflow")
+        else:
+            own = LocalArtifactRepository(f"{self._files}/{run}/artifacts")
+            (own.log_artifacts if Path(path).is_dir() else own.log_artifact)(path, folder)
+
+    def keep_text(self, run: str, text: str, name: str) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            Path(scratch, name).write_text(text, encoding="utf-8")
+            self.keep(run, f"{scratch}/{name}")
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """While this process looks and writes, no other one on this workspace or database does."""
@@ -175,6 +211,8 @@ class Tracker:
     def _open(self) -> None:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # between our own lines
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # MLflow asks for git, and says so where there is none
+        if self._files:
+            refuse_links_of(self.uri)
         self.client = connect(self.uri)
         name, whence = experiment_name(self._config)
         with self.alone():
@@ -187,6 +225,11 @@ class Tracker:
                 f"has an experiment {name!r} that was deleted: restore it (`mlflow experiments restore --experiment-id "
                 f"{self.experiment}`), or set another one by {whence}"
             )
+        if self._files:
+            for place in put_files(self.uri, self.experiment, self._files):
+                logger.warning(
+                    "MLflow at %s tells that files lie in %s; they go into the workspace", self._shown, place
+                )
         self._end_dead()
 
     def _begin(self) -> None:
@@ -199,7 +242,7 @@ class Tracker:
         if not self._guest:
             self._take_over()
         self.parent.write_params(self._config.model_dump(mode="json"))
-        self.client.log_text(self.parent.id, shown_yaml(self._config), "config.yaml")
+        self.keep_text(self.parent.id, shown_yaml(self._config), "config.yaml")
 
     def _take_over(self) -> None:
         """This process is the one that the run lives and ends with."""
@@ -246,11 +289,8 @@ class Tracker:
         """Its files lie beside the workspace's own database: MLflow would put them wherever the command was given."""
         from mlflow.exceptions import MlflowException
 
-        place = None
-        if self._whence == "the workspace":
-            place = Path(workspace_root(self._config), "mlartifacts").as_uri()
         try:
-            made: str = self.client.create_experiment(name, artifact_location=place)
+            made: str = self.client.create_experiment(name, artifact_location=self._files or None)
             return made
         except MlflowException:  # another machine may have made it just now
             found = self.client.get_experiment_by_name(name)

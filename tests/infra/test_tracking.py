@@ -3,6 +3,7 @@ does not answer."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -416,3 +417,51 @@ def test_a_run_goes_on_where_its_store_takes_none(tmp_path, caplog) -> None:
         "",
     ]
     assert caplog.records[1].getMessage().startswith("nothing of this run is in MLflow at")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", ["copied", "an experiment's", "a run's", "back again"])
+def test_files_go_where_the_job_says_and_not_where_its_store_does(tmp_path, caplog, case) -> None:
+    def record(workspace: Path, text: str) -> str:
+        with Tracker(load_config([f"workspace={workspace}", "images.path=x"]), job="j") as tracker:
+            tracker.parent.text(text, "note.txt")
+        return tracker.parent.id
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    shutil.copy(tmp_path / "mlflow.db", first)
+    record(first, "first")
+    shutil.copytree(first, second)
+    victim = tmp_path / "victim"
+    with contextlib.closing(sqlite3.connect(second / "mlflow.db")) as store, store:
+        if case == "an experiment's":
+            store.execute("update experiments set artifact_location = ?", [victim.as_uri()])
+        elif case != "copied":
+            store.execute("update runs set artifact_uri = ?", [f"{victim.as_uri()}/x/artifacts"])
+        if case == "back again":  # whoever tells it otherwise does so again
+            store.execute(
+                "create trigger t after update on runs begin update runs set artifact_uri = "
+                f"'{victim.as_uri()}' where artifact_uri != '{victim.as_uri()}'; end"
+            )
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    run = record(second, "second")
+    assert "they go into the workspace" in caplog.text
+    assert (second / f"mlartifacts/{run}/artifacts/note.txt").read_text() == "second"
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    assert not victim.exists()
+    if case != "back again":
+        client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{second}/mlflow.db")
+        assert {file.path for file in client.list_artifacts(run)} == {"config.yaml", "note.txt"}
+
+
+@pytest.mark.parametrize("name", ["mlflow.db", "mlflow.db.lock", "mlflow.db-journal", "mlartifacts", "mlartifacts/a/b"])
+def test_a_store_that_is_a_link_is_not_used(tmp_path, caplog, name) -> None:
+    workspace, victim = tmp_path / "w", tmp_path / "victim"
+    (workspace / name).parent.mkdir(parents=True)
+    shutil.copy(tmp_path / "mlflow.db", victim)
+    before = victim.read_bytes()
+    (workspace / name).symlink_to(victim)
+    with Tracker(load_config([f"workspace={workspace}", "images.path=x"]), job="j") as tracker:
+        tracker.parent.text("a", "note.txt")
+    assert f"no MLflow run: sqlite:///{workspace}/mlflow.db is not used: {workspace}/{name} is a link to" in caplog.text
+    assert victim.read_bytes() == before
