@@ -24,6 +24,7 @@ from raydistill.data.sample import sample_id
 from raydistill.data.walk import files_below
 from raydistill.errors import ConfigError, DataError
 from raydistill.examples import images_path
+from raydistill.storage.addresses import is_elsewhere
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable
 from raydistill.strangers import written
 
@@ -113,7 +114,7 @@ def list_images(config: Images) -> Listing:
     _check(config, entries, classes, ignored + notes)
     if config.max_per_class is not None:
         entries = _fewer(entries, config.max_per_class, ignored)
-    fingerprint = _fingerprint(fs, root if is_folder else str(PurePosixPath(root).parent), files, entries)
+    fingerprint = _fingerprint(fs, root if is_folder else posixpath.dirname(root), files, entries, path)
     if not fs.is_local:  # which drops the protocol from its paths
         entries = [replace(e, path=_address(fs, e.path)) for e in entries]
     return Listing(tuple(entries), classes, dict(ignored), fingerprint, dict(notes))
@@ -136,7 +137,8 @@ def first_of_table(path: str) -> str | None:
     suffix = _suffix(table)
     if suffix not in path_tables.SUFFIXES or not fs.isfile(table):
         return None
-    return next((_address(fs, entry.path) for entry in _from_table(fs, table, Counter())), None)
+    first = next((_address(fs, entry.path) for entry in _from_table(fs, table, Counter())), None)
+    return None if first is None or is_elsewhere(first, path) else first
 
 
 def is_hidden(parts: Sequence[str]) -> bool:
@@ -198,7 +200,7 @@ def _suffix(path: str) -> str:
 
 def _from_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator[Entry]:
     """Rows with `path` (absolute, or from the table's folder), `label` (empty: unlabelled) and maybe `split`."""
-    folder = str(PurePosixPath(table).parent)
+    folder = posixpath.dirname(table)
     for row in path_tables.read_path_table(fs, table, notes):
         path = row.path if row.path.startswith("/") or "://" in row.path else f"{folder}/{row.path}"
         if "\\" in path and "://" not in path and not fs.exists(path) and fs.exists(path.replace("\\", "/")):
@@ -348,12 +350,13 @@ def _describe(ignored: Counter[str]) -> str:
     return ", ".join(f"{count} {what}" for what, count in ignored.most_common()) or "it is empty"
 
 
-def _fingerprint(fs: FileSystem, folder: str, files: dict[str, Any], entries: list[Entry]) -> str:
+def _fingerprint(fs: FileSystem, folder: str, files: dict[str, Any], entries: list[Entry], source: str) -> str:
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(_bytes_of(f"{entry.path.removeprefix(folder)}|{entry.label}|{entry.split}|{entry.row}\n"))
     for path in sorted({entry.path for entry in entries}):
-        digest.update(_bytes_of(f"{path.removeprefix(folder)}|{_version(fs, path, files)}\n"))
+        version = "missing" if is_elsewhere(path, source) else _version(fs, path, files)
+        digest.update(_bytes_of(f"{path.removeprefix(folder)}|{version}\n"))
     return digest.hexdigest()
 
 

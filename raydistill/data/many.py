@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import posixpath
 import tarfile
 from bisect import bisect_left
@@ -20,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from raydistill.data.labels import label_of
-from raydistill.data.tars import EXTENSIONS, MOST_BYTES, images_of, label_in, refuse_compressed
+from raydistill.data.tars import EXTENSIONS, MOST_BYTES, Member, images_of, label_in, refuse_compressed
 from raydistill.errors import DataError
 from raydistill.storage import tables
 from raydistill.storage.filesystems import FileSystem, open_filesystem
@@ -51,21 +52,24 @@ def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator
             for number, (_, beside) in enumerate(images_of(archive, written(path), ignored)):
                 yield Row(number, label_in(archive, beside, written(path), notes), None)
     else:
-        with open_table(path, written(path)) as table:
+        with open_table(path) as table:
             yield from _table_rows(path, table, notes)
 
 
-def read_rows(path: str, numbers: Collection[int]) -> Iterator[tuple[int, Any]]:
-    """Number and bytes, None where the row has none, of those rows, in the file's order. Raises DataError."""
+def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf) -> Iterator[tuple[int, Any]]:
+    """Number and bytes, None where the row has none, of those rows, in the file's order. Raises DataError, also for a
+    file of more than `most_bytes` in a tar."""
     wanted = sorted(numbers)
     if PurePosixPath(path).suffix.lower() == ".tar":
         with _open_tar(path) as archive:
             images = images_of(archive, written(path), Counter()) if wanted else []
             for number in wanted:
+                if (size := images[number][0].size) > most_bytes:
+                    raise DataError(f"it has {size:,} bytes, above {most_bytes:,} (images.max_bytes)")
                 content = archive.extractfile(images[number][0])
                 yield number, None if content is None else content.read()
         return
-    with open_table(path, written(path)) as table:
+    with open_table(path) as table:
         _check_image_column(path, table)
         for first, part in table.read(["image"], wanted):
             for number in wanted[bisect_left(wanted, first) : bisect_left(wanted, first + len(part))]:
@@ -77,7 +81,7 @@ def next_part(path: str, row: int) -> int:
     """The first row behind those that are read together with `row`, as a row group is. Raises DataError."""
     if PurePosixPath(path).suffix.lower() == ".tar":
         return row + 1
-    with open_table(path, written(path)) as table:
+    with open_table(path) as table:
         return next(end for end in itertools.accumulate(table.parts) if end > row)
 
 
@@ -86,7 +90,7 @@ def count_rows(path: str) -> int:
     if PurePosixPath(path).suffix.lower() == ".tar":
         with _open_tar(path) as archive:
             return len(images_of(archive, written(path), Counter()))
-    with open_table(path, written(path)) as table:
+    with open_table(path) as table:
         _check_image_column(path, table)
         table.refuse_bombs(["image"])
         return table.num_rows
@@ -96,13 +100,14 @@ def count_rows(path: str) -> int:
 def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
     fs, place = open_filesystem(path)
     try:
-        with fs.open(place, "rb") as file:
+        with fs.open_regular(place) as file:
             refuse_compressed(file.read(6), written(path))
             file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as archive:
                 yield archive
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{written(path)}: not a tar file, or a damaged one ({error})") from None
+    except (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        reason = "headers of headers without end" if isinstance(error, RecursionError) else error
+        raise DataError(f"{written(path)}: not a tar file, or a damaged one ({reason})") from None
 
 
 def _table_rows(path: str, table: ParquetFile | ArrowFile, notes: Counter[str]) -> Iterator[Row]:

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from raydistill.data.labels import label_of
@@ -16,7 +17,7 @@ from raydistill.storage.filesystems import FileSystem
 from raydistill.strangers import written
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-_MOST_BYTES = 1 << 30
+_MOST_BYTES, _LONGEST_LINE = 1 << 30, 1 << 24
 _COLUMNS = ("path", "label", "split")
 _NO_OBJECT = "is not a JSON object; write one on each line, and no comma or list around them"
 _ADVICE = "`path` and `label` are needed, `split` is welcome"
@@ -32,16 +33,12 @@ class PathRow:
     where: str
 
 
-def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> list[PathRow]:
+def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator[PathRow]:
     """Raises DataError with the line: a row that does not fit, a column that is lacking or there twice, another
     encoding or delimiter."""
     shown, is_json = written(table), table.lower().endswith(".jsonl")
-    try:
-        text = _text_of(fs.read_at_most(table, _MOST_BYTES), shown)
-    except OSError as error:
-        raise DataError(f"{shown}: cannot be read: {error.strerror}") from None
-    rows = []
-    for number, row in _json_rows(shown, text) if is_json else _csv_rows(shown, text):
+    lines = _lines(fs, table, shown, "\n" if is_json else "")
+    for number, row in _json_rows(shown, lines) if is_json else _csv_rows(shown, lines):
         where = f"{shown}: line {number}"
         if "path" not in row or "label" not in row:
             found = ", ".join(written(str(name)) for name in list(row)[:5])
@@ -53,23 +50,46 @@ def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> list[Pat
             raise DataError(f"{where}: the path is no text but {path!r}")
         if "\0" in path:
             raise DataError(f"{where}: the path holds a NUL, which no file's name does")
-        rows.append(PathRow(path, label_of(row["label"], where, notes), row.get("split"), where))
-    return rows
+        yield PathRow(path, label_of(row["label"], where, notes), row.get("split"), where)
 
 
-def _text_of(data: bytes, shown: str) -> str:
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:  # of a UTF-16 or UTF-32 without a mark
-        raise DataError(f"{shown}: UTF-16 or UTF-32, if it is text, not UTF-8; save it as such")
+def _lines(fs: FileSystem, table: str, shown: str, newline: str) -> Iterator[str]:
+    """One after the other, since a table may be larger than it should and a line without end."""
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{shown}: line {line} is not UTF-8; save the table as such") from None
+        with fs.open_regular(table) as file:
+            if (size := file.seek(0, 2)) > _MOST_BYTES:
+                raise DataError(f"{shown}: it has {size:,} bytes, above {_MOST_BYTES:,}; make several tables of it")
+            file.seek(0)
+            head = file.read(4)
+            if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:  # of a UTF-16 or UTF-32 without a mark
+                raise DataError(f"{shown}: UTF-16 or UTF-32, if it is text, not UTF-8; save it as such")
+            file.seek(0)
+            text = io.TextIOWrapper(file, "utf-8-sig", newline=newline)
+            try:
+                for number, line in enumerate(iter(partial(text.readline, _LONGEST_LINE), ""), 1):
+                    if len(line) == _LONGEST_LINE:
+                        raise DataError(f"{shown}: line {number} has more than {_LONGEST_LINE:,} characters")
+                    yield line
+            except UnicodeDecodeError:
+                raise DataError(f"{shown}: line {_undecodable(file)} is not UTF-8; save the table as such") from None
+    except OSError as error:
+        raise DataError(f"{shown}: cannot be read: {error.strerror or error}") from None
 
 
-def _csv_rows(shown: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _undecodable(file: Any) -> int:
+    """The line's number: what decodes in blocks is further on by then."""
+    file.seek(0)
+    for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE), b""), 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            return number
+    return 0
+
+
+def _csv_rows(shown: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     delimiter = "\t" if shown.lower().rstrip("'").endswith(".tsv") else ","
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     columns: list[str] | None = None
     try:
         for cells in rows:
@@ -117,8 +137,8 @@ def _near(row: dict[str, Any]) -> str:
     return f": write {', '.join(near)}" if near else ""
 
 
-def _json_rows(shown: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _json_rows(shown: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line, object_pairs_hook=_no_key_twice)

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from raydistill.data.many import next_part, read_rows
 from raydistill.errors import DataError, StageError
-from raydistill.storage.filesystems import open_filesystem, read_file
+from raydistill.storage.addresses import read_address
+from raydistill.storage.filesystems import read_file
 
 UNREADABLE = "cannot be read"
 NO_IMAGE = "no image in this row: there are no bytes, and a path alone is not followed; save the set with its pictures"
@@ -17,8 +18,11 @@ NO_IMAGE = "no image in this row: there are no bytes, and a path alone is not fo
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
-def read_pictures(places: Sequence[tuple[str, int | None]], most_bytes: int) -> Iterator[tuple[int, bytes | None, str]]:
+def read_pictures(
+    places: Sequence[tuple[str, int | None]], most_bytes: int, source: str | None = None
+) -> Iterator[tuple[int, bytes | None, str]]:
     """Of files, or of rows of one file of many, in its order: the number among `places` and the bytes, or None and why.
+    `source` is the images.path of a stranger's that names them; None: the user named them.
 
     Raises StageError, and what else tells of the machine or its network.
     """
@@ -29,7 +33,7 @@ def read_pictures(places: Sequence[tuple[str, int | None]], most_bytes: int) -> 
         return
     for number, (path, _) in enumerate(places):
         try:
-            yield number, *_checked(read_bytes_of(path, most_bytes), most_bytes)
+            yield number, *_checked(read_bytes_of(path, most_bytes, source), most_bytes)
         except Exception as error:
             yield number, None, refusal(error)
 
@@ -37,7 +41,7 @@ def read_pictures(places: Sequence[tuple[str, int | None]], most_bytes: int) -> 
 def _read_rows(path: str, number_of: dict[int, int], most_bytes: int) -> Iterator[tuple[int, bytes | None, str]]:
     while number_of:
         try:
-            for row, data in read_rows(path, number_of):
+            for row, data in read_rows(path, number_of, most_bytes):
                 yield number_of.pop(row), *_checked(data, most_bytes)
         except Exception as error:
             reason, end = refusal(error), math.inf
@@ -46,12 +50,11 @@ def _read_rows(path: str, number_of: dict[int, int], most_bytes: int) -> Iterato
             yield from ((number_of.pop(row), None, reason) for row in sorted(number_of) if row < end)
 
 
-def read_bytes_of(path: str, most_bytes: int) -> bytes:
+def read_bytes_of(path: str, most_bytes: int, source: str | None = None) -> bytes:
     """Raises OSError, ValueError for a name that no file can have, ConfigError for a protocol that is not known."""
     if path.startswith("/"):  # on this machine; fsspec would take as long again to find that out
         return read_file(path, most_bytes)
-    fs, place = open_filesystem(path)
-    return fs.read_at_most(place, most_bytes)
+    return read_address(path, path if source is None else source, most_bytes)
 
 
 def refusal(error: Exception) -> str:

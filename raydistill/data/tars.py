@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
@@ -22,7 +23,40 @@ MOST_BYTES = 65536  # of a label
 _COMPRESSED = {b"\x1f\x8b": "gzip (gunzip", b"\x28\xb5\x2f\xfd": "zstd (unzstd", b"BZh": "bzip2 (bunzip2",
                b"\xfd7zXZ": "xz (unxz"}  # fmt: skip
 
+_PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_MOST_EXTENDED = 65536  # bytes of a header in which a name or attributes stand
+_DIGITS = re.compile(rb"\d{100}")
+
 Image = tuple[tarfile.TarInfo, dict[str, tarfile.TarInfo]]  # and the files beside it that may tell its label
+
+
+class Member(tarfile.TarInfo):
+    """One whose headers are known to be short, and to lead forwards, before they are read as such."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.size < 0:
+            raise tarfile.ReadError("a member of less than no bytes")
+        file: Any = archive.fileobj
+        if self.type in _PAX + _LONG_NAMES:
+            if self.size > _MOST_EXTENDED:
+                raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+            start = file.tell()
+            if self.type in _PAX and _DIGITS.search(file.read(self.size)):  # tarfile squares them
+                raise tarfile.ReadError("a header with a number that is too long")
+            file.seek(start)
+        found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        if found.size < 0 or archive.offset <= self.offset:
+            raise tarfile.ReadError("a member of less than no bytes")
+        if _is_whole(found) and found.offset_data + found.size > archive.offset:
+            raise tarfile.ReadError(f"a member of {found.size:,} bytes, of which some are not its own")
+        return found
+
+
+def _is_whole(member: tarfile.TarInfo) -> bool:
+    """Whether it is a file whose bytes stand in the archive as they are: a sparse one says how many it makes of few."""
+    is_sparse = member.issparse() or any(key.startswith("GNU.sparse") for key in member.pax_headers)
+    return member.isreg() and not is_sparse
 
 
 def refuse_compressed(head: bytes, shown: str) -> None:
@@ -48,7 +82,7 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
             continue
         if name.startswith(".") or "__MACOSX" in member.name:
             ignored["hidden and system files in tar files"] += 1
-        elif not member.isreg() or member.issparse():
+        elif not _is_whole(member):
             ignored["links and other things than files in tar files"] += 1
         elif (suffix := PurePosixPath(name).suffix.lower()) in EXTENSIONS:
             images.append((member, member.name[: -len(suffix)]))

@@ -75,7 +75,7 @@ def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[s
         entry = entries.get(name) or entries.get(name.rpartition(" is ")[0])
         if entry is None:
             continue
-        for _, data, _ in read_pictures([(entry.path, entry.row)], images.max_bytes):
+        for _, data, _ in read_pictures([(entry.path, entry.row)], images.max_bytes, images.path):
             with contextlib.suppress(DataError):
                 picture, sink = decode(data or b"", _THUMBNAIL, "pad", images.max_pixels), io.BytesIO()
                 picture.save(sink, "JPEG", quality=80)

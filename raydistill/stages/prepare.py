@@ -176,7 +176,7 @@ class _DecodeChunk:
 
 def read_chunk(chunk: Chunk, images: Images) -> Iterator[tuple[int, bytes | None, str]]:
     """Index and bytes of each, or None and the reason."""
-    for number, data, reason in read_pictures([(path, row) for _, path, row in chunk], images.max_bytes):
+    for number, data, reason in read_pictures([(path, row) for _, path, row in chunk], images.max_bytes, images.path):
         yield chunk[number][0], data, reason
 
 

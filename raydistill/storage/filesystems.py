@@ -84,6 +84,10 @@ class FileSystem:
             open_file(place).close()
         return bytes(patiently(self._fs.cat_file, self.is_local, self._patience, place, start, end, **options))
 
+    def open_regular(self, place: str) -> Any:
+        """A stranger's file, to read at any place. Raises OSError, also for what is no regular file."""
+        return open_file(place) if self.is_local else self.open(place, "rb")
+
     def read_at_most(self, place: str, most: int) -> bytes:
         """A whole file of a stranger. Raises OSError, also where it has more bytes."""
         if self.is_local:
@@ -149,7 +153,7 @@ def refuse_links(place: str) -> None:
             waiting += [entry.path for entry in entries if entry.is_symlink() or entry.is_dir()]
 
 
-def open_filesystem(path: str, patience: float = PATIENCE_SECONDS) -> tuple[FileSystem, str]:
+def open_filesystem(path: str, patience: float = PATIENCE_SECONDS, **options: Any) -> tuple[FileSystem, str]:
     """The file system of a path or URL, and the path as that file system writes it.
 
     Raises ConfigError where no package that is installed knows the protocol.
@@ -159,7 +163,8 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS) -> tuple[File
         raise ConfigError(
             f"{path}: a bucket's address holds no keys; give them by the environment, as AWS_… or a profile"
         )
-    options: dict[str, Any] = {"use_listings_cache": False} if protocol else {}
+    if protocol:
+        options["use_listings_cache"] = False
     set_up = "AWS_MAX_ATTEMPTS" in os.environ or "config_kwargs" in conf.get("s3", {})
     if _EXTRAS.get(protocol) == "s3" and not set_up:
         # s3fs has a loop of retries around botocore's, and there is ours: with all three a wrong address took 14 s.

@@ -24,12 +24,12 @@ from pyarrow import parquet as pq
 from raydistill.errors import CheckpointError, DataError
 from raydistill.storage import headers
 from raydistill.storage.filesystems import open_filesystem
-from raydistill.strangers import one_line, shorter
+from raydistill.strangers import shorter, written
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
 # Bytes that a page of parquet, a batch of Arrow, or the rows that are read together may always unpack to. Pictures are
 # compressed already, so larger ones come from no fewer than an eighth.
-_MOST_BYTES, _MOST_TIMES, _MOST_TIMES_IN_ALL = 128 << 20, 8, 200
+_MOST_BYTES, _MOST_TIMES, _MOST_TIMES_IN_ALL = 64 << 20, 8, 200
 _MOST_ROWS, _MOST_LEVELS = 16384, 64  # that are read together; of types in each other
 # Under other names, of the same length, neither means anything to Arrow.
 _EXTENSION, _NO_EXTENSION = b"ARROW:extension:name", b"arrow.extension.name"
@@ -40,9 +40,10 @@ Batches = Iterator[tuple[int, pa.RecordBatch]]
 
 
 @contextlib.contextmanager
-def open_table(path: str, shown: str) -> Iterator[ParquetFile | ArrowFile]:
-    """A stranger's file. Raises DataError with its name as it is `shown`: damaged, of another kind, a bomb, or with
-    columns that would not be plain."""
+def open_table(path: str) -> Iterator[ParquetFile | ArrowFile]:
+    """A stranger's file. Raises DataError with its name: damaged, of another kind, a bomb, or with columns that would
+    not be plain."""
+    shown = written(path)
     suffix = PurePosixPath(path).suffix.lower().lstrip(".")
     try:
         with _opened(path) as file:
@@ -82,7 +83,7 @@ def read_table(path: str, schema: pa.Schema, data: bytes | None = None) -> pa.Ta
 
 def _opened(path: str) -> Any:
     fs, place = open_filesystem(path)
-    return fs.open(place, "rb")
+    return fs.open_regular(place)
 
 
 def values(column: Any) -> list[Any]:
@@ -340,7 +341,7 @@ def _bomb(shown: str, what: str, packed: int, unpacked: int) -> DataError:
 
 
 def _name(name: str) -> str:
-    return shorter(one_line(name))
+    return shorter(written(name))
 
 
 def _reason(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from raydistill.config import Images
+from raydistill.data import path_tables
 from raydistill.data.images import Listing, list_images, natural
 from raydistill.data.reading import read_bytes_of
 from raydistill.errors import ConfigError, DataError
@@ -588,3 +590,27 @@ def test_max_per_class_keeps_that_many_of_each_class_and_split_and_says_so(class
     assert set(listing.entries) < set(whole.entries)
     assert sum(listing.ignored.values()) == 4 + 1 + 2
     assert listing.fingerprint != whole.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("suffix", "head"), [(".csv", "path,label\n"), (".tsv", "path\tlabel\n"), (".jsonl", '{"path": "')]
+)
+def test_a_line_without_end_is_refused_before_it_is_held(tmp_path, monkeypatch, suffix, head):
+    monkeypatch.setattr(path_tables, "_LONGEST_LINE", 1 << 16)
+    (tmp_path / f"t{suffix}").write_text(head + "x" * (20 << 20))
+    tracemalloc.start()
+    assert "has more than 65,536 characters" in refusal(tmp_path / f"t{suffix}")
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_other_systems_write_them(tmp_path, end):
+    table = tmp_path / "t.csv"
+    table.write_bytes(f'path,label{end}"a{end}b.png",x{end}c.png,y{end}'.encode("utf-8-sig"))
+    assert [Path(entry.path).name for entry in listed(table).entries] == [f"a{end}b.png", "c.png"]
+
+
+def test_the_line_that_is_not_utf8_is_named_wherever_it_is(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"path,label\n" + b"a.png,x\n" * 5000 + b"b\xff.png,y\n" + b"a.png,x\n" * 5000)
+    assert "line 5002 is not UTF-8" in refusal(tmp_path / "t.csv")

@@ -131,7 +131,7 @@ class OddError(Exception):
 
 @pytest.mark.parametrize("error", [OddError("a\nb"), OddError(), RecursionError("deep"), ZeroDivisionError("by 0")])
 def test_any_exception_of_one_picture_is_its_own_refusal(monkeypatch, error):
-    def fails(path: str, most: int) -> bytes:
+    def fails(path: str, *_: object) -> bytes:
         if path == "bad":
             raise error
         return picture()
@@ -145,7 +145,7 @@ def test_any_exception_of_one_picture_is_its_own_refusal(monkeypatch, error):
 @pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError(), StorageError("it is away"),
                                    KeyboardInterrupt()])  # fmt: skip
 def test_what_tells_of_the_machine_is_no_refusal(monkeypatch, error):
-    def fails(path: str, most: int) -> bytes:
+    def fails(path: str, *_: object) -> bytes:
         raise error
 
     monkeypatch.setattr(reading, "read_bytes_of", fails)

@@ -15,8 +15,9 @@ from pyarrow import feather
 from pyarrow import parquet as pq
 
 from raydistill.data.many import count_rows, list_rows
-from raydistill.errors import DataError
-from raydistill.storage.tables import open_table
+from raydistill.errors import CheckpointError, DataError
+from raydistill.storage.tables import open_table, read_table, rows_of
+from raydistill.storage.tables import values as values_of
 
 
 class Payload:
@@ -72,7 +73,7 @@ def test_an_extension_type_is_refused_before_anything_is_made_of_it(tmp_path, re
     made = pa.StructArray.from_arrays([values], names=["bytes"]) if nested else values
     where = f"{column}.bytes" if nested else column
     path = save(tmp_path / name, pa.table({**plain, column: made}))
-    for read in (lambda: open_table(str(path), name).__enter__(), lambda: count_rows(str(path))):
+    for read in (lambda: open_table(str(path)).__enter__(), lambda: count_rows(str(path))):
         with pytest.raises(
             DataError, match=f"{name}: the column {where} is of the extension type tests.pickled"
         ) as refused:
@@ -165,3 +166,121 @@ def test_one_long_label_that_many_rows_share_is_refused_before_they_have_it(tmp_
     path = save(tmp_path / name, pa.table({"image": pa.array([b""] * 5000), "label": labels}))
     with pytest.raises(DataError, match=rf"{name}: the column label holds 4,194,304 bytes in one row"):
         list(list_rows(str(path), Counter(), Counter()))  # 20 GB, if each had its own
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "file.arrow", "stream.arrow"])
+@pytest.mark.parametrize("shape", ["struct", "list", "map"])
+def test_an_extension_type_is_found_at_every_depth(tmp_path, registered, name, shape):
+    marker = tmp_path / "ran"
+    values = pa.ExtensionArray.from_storage(Pickled(str(marker)), pa.array([b"1", b"2"]))
+    made = {
+        "struct": lambda: pa.StructArray.from_arrays([pa.StructArray.from_arrays([values], ["a"])], ["b"]),
+        "list": lambda: pa.ListArray.from_arrays([0, 1, 2], values),
+        "map": lambda: pa.MapArray.from_arrays([0, 1, 2], ["x", "y"], values),
+    }[shape]()
+    path = save(tmp_path / name, pa.table({"image": [b"1", b"2"], "other": made}))
+    with pytest.raises(DataError, match=r"the column other\..* is of the extension type tests"):
+        count_rows(str(path))
+    assert not marker.exists()
+
+
+def test_a_file_of_ours_holds_what_ours_hold_and_nothing_that_runs(tmp_path, registered):
+    schema = pa.schema([("id", pa.string()), ("n", pa.int32())])
+    good = pa.table({"id": ["a", "b"], "n": pa.array([1, None], pa.int32()), "more": [[1], [2]]})
+    path = str(save(tmp_path / "t.parquet", good))
+    assert rows_of(read_table(path, schema)) == [{"id": "a", "n": 1}, {"id": "b", "n": None}]
+    marker = tmp_path / "ran"
+    pickled = pa.ExtensionArray.from_storage(Pickled(str(marker)), pa.array([b"1", b"2"]))
+    for at, column in ((0, pickled), (2, pickled), (1, pa.array(["1", "2"])), (0, pa.array([1, 2]))):
+        save(tmp_path / "t.parquet", good.set_column(at, good.schema.names[at], column))
+        with pytest.raises(CheckpointError, match=r"t\.parquet is damaged \(.*(id|more|n)\b.*delete it and run"):
+            read_table(path, schema)
+    save(tmp_path / "t.parquet", good.drop_columns("n"))
+    with pytest.raises(CheckpointError, match="no column n of the type int32"):
+        read_table(path, schema)
+    with pytest.raises(FileNotFoundError):
+        read_table(str(tmp_path / "none.parquet"), schema)
+    with pytest.raises(DataError, match="may be code"):
+        values_of(pickled)
+    assert not marker.exists()
+
+
+def test_columns_nested_without_end_are_refused_before_arrow_follows_them(tmp_path):
+    """20,000 levels, which Arrow's reader follows to its stack's end: SIGSEGV."""
+    name, group = b"\x18\x01a", b"\x35\x02"  # thrift: a name, an optional element
+    inner = [group + name + b"\x15\x02\x00"] * 20_000
+    elements = [b"\x48\x01s\x15\x02\x00", *inner, b"\x15\x02\x25\x02" + name + b"\0"]
+    count = bytes([0xFC, len(elements) & 127 | 128, len(elements) >> 7 & 127 | 128, len(elements) >> 14])
+    footer = b"\x15\x02\x19" + count + b"".join(elements) + b"\x16\x00\x19\x0c\x00"
+    (tmp_path / "t.parquet").write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    code = f"from raydistill.data.many import count_rows; count_rows({str(tmp_path / 't.parquet')!r})"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
+    assert "nested more than 64 levels deep" in done.stderr
+
+
+BIG, NOISE = b"x" * (4 << 20), np.random.default_rng(0).bytes(4 << 20)
+
+
+def stream(path: Path, table: pa.Table, compression: str) -> None:
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    make = pa.ipc.new_file if path.name.startswith("file") else pa.ipc.new_stream
+    with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+
+
+def bombs(folder: Path) -> None:
+    labels = pa.array(["a", "b"] * 32)
+    big = pa.table({"image": pa.array([BIG] * 64), "label": labels})
+    for codec in ("gzip", "zstd", "brotli", "snappy"):
+        pq.write_table(big, folder / f"{codec}.parquet", compression=codec, use_dictionary=False)
+    paged = {"use_dictionary": False, "data_page_size": 1 << 20, "write_batch_size": 1}
+    pq.write_table(big, folder / "pages.parquet", compression="zstd", **paged)
+    struct = pa.table({"image": pa.array([{"bytes": BIG, "path": "x"}] * 64), "label": labels})
+    pq.write_table(struct, folder / "struct.parquet", compression="zstd", use_dictionary=False)
+    long = pa.table({"image": pa.array([b"x"] * 64), "label": pa.array([BIG.decode()] * 64, pa.large_string())})
+    pq.write_table(long, folder / "label.parquet", compression="zstd", use_dictionary=False)
+    one = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array([NOISE]))
+    same = pa.table({"image": one, "label": pa.array(["a", "b"] * 500)})
+    pq.write_table(same, folder / "dictionary.parquet", dictionary_pagesize_limit=64 << 20)
+    delta = {"use_dictionary": False, "column_encoding": {"image": "DELTA_BYTE_ARRAY"}}
+    pq.write_table(pa.table({"image": [BIG] * 64, "label": labels}), folder / "delta.parquet", **delta)
+    nulls = pa.table({"image": pa.nulls(10**7, pa.binary()), "label": pa.nulls(10**7, pa.string())})
+    pq.write_table(nulls, folder / "nulls.parquet", row_group_size=10**7)
+    for codec in ("lz4", "zstd"):
+        stream(folder / f"{codec}.arrow", big, codec)
+        stream(folder / f"file-{codec}.arrow", long, codec)
+    ends = pa.RunEndEncodedArray.from_arrays(pa.array([2 * 10**9], pa.int32()), pa.array(["a"]))
+    save(folder / "ends.arrow", pa.table({"image": pa.nulls(2 * 10**9), "label": ends}))
+    # Two good ones: large pictures in one row group, and one that is compressed as much as pictures are.
+    rng = np.random.default_rng(1)
+    large = pa.table({"image": [rng.bytes(400_000) for _ in range(800)], "label": ["a", "b"] * 400})
+    pq.write_table(large, folder / "good.parquet", row_group_size=10_000)
+
+
+READ_ALL = """
+import resource, sys
+from collections import Counter
+from raydistill.data.many import list_rows, read_rows
+from raydistill.errors import CheckpointError, DataError
+import ray.data, raydistill.stages.prepare
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    try:
+        listed = sum(1 for _ in list_rows(path, Counter(), Counter()))
+        print(path.rpartition("/")[2], listed, sum(1 for _ in read_rows(path, range(listed))))
+    except DataError as error:
+        print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_few_bytes_take_little_memory_and_good_files_are_read_in_parts(tmp_path):
+    bombs(tmp_path)
+    paths = sorted(map(str, tmp_path.iterdir()))
+    done = subprocess.run([sys.executable, "-c", READ_ALL, *paths], env=os.environ, capture_output=True, text=True)
+    *lines, megabytes = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert int(megabytes) < 400, done.stdout
+    read = {line for line in lines if "a decompression bomb" not in line}
+    assert read == {"good.parquet 800 800", "dictionary.parquet 1000 1000", "delta.parquet 64 64"}, done.stdout

@@ -1,0 +1,86 @@
+"""Addresses in a stranger's table: which of them are read, and how, so that no row reaches into the user's own network.
+
+A row may name a bucket, or a place of the same kind as its table's own. What it names on the web is fetched from public
+hosts alone, wherever redirects and names lead, and within a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from collections import Counter
+from typing import Any
+from urllib.parse import urlsplit
+
+from raydistill.errors import StorageError
+from raydistill.storage.filesystems import open_filesystem, too_large
+
+_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"})
+_WEB = frozenset({"http", "https"})
+SECONDS = 30
+# So often a host may let that time pass, one row after the other, before it is asked no more by this process.
+_MOST_SILENT = 3
+_silent = Counter[str]()
+
+
+def is_elsewhere(address: str, source: str) -> bool:
+    """Whether a row's address leads to another kind of place than its table's, or to another host of the web."""
+    if "://" not in address:
+        return False
+    own, other = _parts(address), _parts(source)
+    return own[0] != other[0] or (own[0] in _WEB and own[1] != other[1])
+
+
+def read_address(address: str, source: str, most_bytes: int) -> bytes:
+    """What lies there, as a row of the table `source` names it. Raises OSError, with the reason."""
+    scheme, host = _parts(address)
+    if "::" in address:
+        raise OSError(errno.EPERM, "an address in another is not followed; write the one where the picture lies")
+    if not is_elsewhere(address, source) or scheme in _BUCKETS or (scheme == "file" and "://" not in source):
+        fs, place = open_filesystem(address)
+        return fs.read_at_most(place, most_bytes)
+    if scheme not in {"https", *(_WEB & {_parts(source)[0]})}:
+        raise OSError(errno.EPERM, f"{scheme}:// is not read from a table there; copy the pictures beside it")
+    if _silent[host] >= _MOST_SILENT:
+        raise OSError(errno.ETIMEDOUT, f"{host} did not answer {_MOST_SILENT} times, and is asked no more")
+    try:
+        data = _fetch(address, most_bytes)
+    except (StorageError, TimeoutError):
+        _silent[host] += 1
+        raise OSError(errno.ETIMEDOUT, f"{host} does not answer within {SECONDS} seconds") from None
+    _silent.pop(host, None)
+    return data
+
+
+def _fetch(address: str, most_bytes: int) -> bytes:
+    import aiohttp
+
+    limit = aiohttp.ClientTimeout(total=SECONDS, sock_connect=10)
+    fs, place = open_filesystem(address, patience=0, get_client=_client, client_kwargs={"timeout": limit})
+    data = bytearray()
+    with fs.open(place, "rb", block_size=0, size=1) as file:  # as it comes: its size is not asked for, nor believed
+        while part := file.read(1 << 16):
+            data += part
+            if len(data) > most_bytes:
+                raise too_large(len(data), most_bytes, address)
+    return bytes(data)
+
+
+async def _client(**kwargs: Any) -> Any:
+    import aiohttp
+
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(socket_factory=_public), **kwargs)
+
+
+def _public(where: Any) -> socket.socket:
+    """A socket to where a connection is about to go."""
+    family, kind, protocol, _, (host, *_) = where
+    if not ipaddress.ip_address(host).is_global:
+        raise OSError(errno.EPERM, "its host is in a network of this machine's own, where no table leads")
+    return socket.socket(family, kind, protocol)
+
+
+def _parts(address: str) -> tuple[str, str]:
+    parts = urlsplit(address) if "://" in address else urlsplit("")
+    return parts.scheme.lower(), parts.netloc.lower().rpartition("@")[2]
