@@ -12,7 +12,9 @@ import ctypes
 import dataclasses
 import io
 import logging
+import os
 import struct
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -24,12 +26,15 @@ from PIL import Image, ImageOps
 
 from raydistill.errors import DataError
 
-_ORIENTATION, _ROWS_PER_STRIP = 0x0112, 278  # EXIF's tag, and TIFF's
+_ORIENTATION, _ROWS_PER_STRIP, _TILE_SIDES = 0x0112, 278, (322, 323)  # EXIF's tag, and TIFF's
 BACKGROUND = (255, 255, 255)
 # Pixels above which a picture is worked on in strips, and those that a byte may stand for in one so large: a blank page
 # in black and white has 8,256, as PNG.
 _LARGE, _PIXELS_PER_BYTE = 1 << 24, 10_000
-_MOST_BYTES = 1 << 30
+_MOST_BYTES, _ALONE_BYTES = 1 << 30, 1 << 28  # of memory, for one picture, and from which on it is decoded alone
+# Steps in which a file may be gone through, beside one for 64 bytes, and bytes of the formats that Python decodes: what
+# takes more takes minutes. Scans of a progressive JPEG that always may be.
+_MOST_STEPS, _MOST_PLAIN, _MOST_SCANS = 100_000, 16 << 20, 100
 # What Pillow may try. Of its other formats some start a program (Ghostscript for EPS), which no image file may do here.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
@@ -74,15 +79,22 @@ def decode_with_facts(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's notes on odd metadata; what matters is whether it decodes
-            _refuse_large_icon(data, max_pixels)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > max_pixels:
-                raise DataError(f"{image.width}x{image.height} pixels, above images.max_pixels={max_pixels}")
-            facts, scale = _facts(image), _scale(image)
-            image.draft("RGB", (2 * size, 2 * size))  # JPEG decodes at a fraction of its size where that is enough
-            if image.format == "JPEG2000" and image.width * image.height > _LARGE:
-                image.reduce = _wavelet_levels(image, data, 2 * size)  # type: ignore[assignment,method-assign]
-            with _memory.of(_bytes_to_decode(image, facts, len(data))):
+            with contextlib.ExitStack() as held:
+                if early := _bytes_to_open(data, max_pixels):
+                    held.enter_context(_memory.of(early))
+                file = _Steps(data) if len(data) > _MOST_STEPS else io.BytesIO(data)
+                image = Image.open(file, formats=FORMATS)
+                _refuse_pixels(image.width, image.height, max_pixels)
+                facts, scale = _facts(image), _scale(image)
+                image.draft("RGB", (2 * size, 2 * size))  # JPEG decodes at a fraction of its size where that is enough
+                if image.format == "JPEG2000" and image.width * image.height > _LARGE:
+                    image.reduce = _wavelet_levels(image, data, 2 * size)  # type: ignore[assignment,method-assign]
+                if not early:
+                    held.enter_context(_memory.of(_bytes_to_decode(image, facts, data)))
+                if _pnm_decoder(image) == "ppm":
+                    image = Image.open(io.BytesIO(_common_pnm(image, data)), formats=("PPM",))
+                if isinstance(file, _Steps) and image.format in ("BMP", "DIB"):  # whose runs are read byte by byte
+                    file.count = False
                 image.load()
                 return _square(_rgb(image, scale, size, fit), size, fit), facts
     except DataError:
@@ -97,68 +109,157 @@ def decode_with_facts(
         raise DataError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
+class _Steps(io.BytesIO):
+    """A file that cannot be gone through in tiny steps, as one of nothing but empty blocks, or a header without end."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.count, self._left = True, _MOST_STEPS + len(data) // 64
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._left -= self.count
+        if self._left < 0:
+            raise DataError("cannot be decoded: it is cut into too many small pieces")
+        return super().read(size)
+
+
 class _Memory:
-    """What the decoders of this process may hold together; one that wants more than all of it goes alone."""
+    """What the decoders of this process may hold together. Pictures that want much wait for all others of this user on
+    this machine that do, so that whether one is answered depends on its own size alone."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._held, self._changed = most, 0, threading.Condition()
+        self.most, self._held, self._changed = most, 0, threading.Condition()
 
     @contextlib.contextmanager
     def of(self, size: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._most)
-            self._held += size
-        try:
-            yield
-        finally:
+        if size > self.most:
+            with _alone():
+                yield
+        else:
             with self._changed:
-                self._held -= size
-                self._changed.notify_all()
-            if size > 1 << 26:  # glibc keeps what threads have freed, for ever where nobody asks
-                with contextlib.suppress(AttributeError, OSError):
-                    ctypes.CDLL(None).malloc_trim(0)
+                self._changed.wait_for(lambda: self._held + size <= self.most)
+                self._held += size
+            try:
+                yield
+            finally:
+                with self._changed:
+                    self._held -= size
+                    self._changed.notify_all()
+        if size > 1 << 26:  # glibc keeps what threads have freed, for ever where nobody asks
+            with contextlib.suppress(AttributeError, OSError):
+                ctypes.CDLL(None).malloc_trim(0)
 
 
-_memory = _Memory(_MOST_BYTES)
+_memory = _Memory(_ALONE_BYTES)
 
 
-def _bytes_to_decode(image: Image.Image, facts: Facts, length: int) -> int:
-    """An upper estimate, from the header alone. Raises DataError where it is more than a picture may take, or where so
-    many pixels come from next to nothing."""
-    pixels = image.width * image.height
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):  # where there are no such locks, each goes on
+            import fcntl
+
+            flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+            lock = os.open(f"{tempfile.gettempdir()}/raydistill-{os.getuid()}.lock", flags, 0o600)
+            held.callback(os.close, lock)
+            if os.fstat(lock).st_uid == os.getuid():  # another user might hold it for ever
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def limit_memory(total: int, processes: int) -> None:
+    """Of so many bytes that this machine or container has, for so many processes that decode: half may be theirs."""
+    global _most_bytes
+    _most_bytes = min(_MOST_BYTES, total // 4)
+    _memory.most = min(_ALONE_BYTES, total // 4 // processes)
+
+
+_most_bytes = _MOST_BYTES
+
+
+def _refuse_pixels(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise DataError(f"{width}x{height} pixels, above images.max_pixels={most}")
+
+
+def _bytes_to_decode(image: Image.Image, facts: Facts, data: bytes) -> int:
+    """An upper estimate, from the header alone. Raises DataError as `_upper_bytes`."""
+    pixels, form, more = image.width * image.height, image.format, 0
     each = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}.get(image.mode, 4)
-    total = pixels * each
-    if image.format in ("WEBP", "AVIF"):  # the canvas, the last frame, planes of colour, and what is handed over
-        total = pixels * 16
-    elif image.format == "JPEG2000":
-        total += pixels * 4 * len(image.getbands())
-    elif image.format == "JPEG" and image.info.get("progressive"):  # all coefficients, however small a draft is asked
+    if form == "AVIF":  # planes of colour, and what is handed over
+        each, more = 16, 2 * len(data)
+    elif form == "JPEG2000":
+        each += 4 * len(image.getbands())
+    elif form == "JPEG" and image.info.get("progressive"):  # all coefficients, however small a draft is asked
         parts = [across * down for _, across, down, _ in image.layer]  # type: ignore[attr-defined]
-        total += 2 * facts.width * facts.height * sum(parts) // max(parts)
-    elif image.format == "TIFF":  # beside it one strip, which may be all of it
-        rows = int(image.tag_v2.get(_ROWS_PER_STRIP, image.height))  # type: ignore[attr-defined]
-        total += min(max(rows, 1), image.height) * image.width * each
-    size = f"{facts.width}x{facts.height} pixels"
-    if pixels > _LARGE and pixels > _PIXELS_PER_BYTE * length * (8 if image.mode == "1" else 1):
-        raise DataError(f"{size} from {length} bytes: a decompression bomb")
-    if total > _MOST_BYTES:
-        raise DataError(f"{size} would take {total / 2**30:.1f} GiB to decode, above 1 GiB")
-    # What follows works on a strip of a large picture, and on copies of a small one.
-    return total + 16 * min(pixels, _LARGE)
+        more = 2 * facts.width * facts.height * sum(parts) // max(parts)
+        scans = data.count(b"\xff\xda")
+        if scans > _MOST_SCANS and scans * facts.width * facts.height > _MOST_SCANS * _LARGE:
+            raise DataError(f"{facts.width}x{facts.height} pixels in {scans} scans: a decompression bomb")
+    elif form == "TIFF":  # beside it one strip, which may be all of it, or one tile, which may be larger
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        rows, across, down = (int(np.ravel(tags.get(tag, 0))[0]) for tag in (_ROWS_PER_STRIP, *_TILE_SIDES))
+        more = max(min(rows or image.height, image.height) * image.width, across * down) * each + 2 * len(data)
+    elif form == "PPM" and _pnm_decoder(image) == "ppm_plain":
+        if len(data) > _MOST_PLAIN or data.count(b"#") > _MOST_PLAIN >> 10:
+            raise DataError(f"{len(data):,} bytes of numbers as text, or of notes between them; save it as binary")
+    return _upper_bytes(image.mode, (facts.width, facts.height), len(data), pixels, pixels * each + more)
 
 
-def _refuse_large_icon(data: bytes, max_pixels: int) -> None:
-    """Pillow decodes an ICO as it opens it, and its directory has one byte for a side; each picture in it says more."""
-    if data[:4] != b"\0\0\1\0":
-        return
-    for number in range(int.from_bytes(data[4:6], "little")):
-        at = int.from_bytes(data[18 + 16 * number : 22 + 16 * number], "little")
-        form = ">8x8xII" if data[at : at + 4] == b"\x89PNG" else "<4xii"
-        if len(data) < at + struct.calcsize(form):
-            return  # cut off, which Pillow says
-        width, height = struct.unpack_from(form, data, at)
-        if abs(width * height) // (1 if form[0] == ">" else 2) > max_pixels:  # a bitmap's height counts its mask
-            raise DataError(f"{width}x{abs(height)} pixels, above images.max_pixels={max_pixels}")
+def _upper_bytes(mode: str, size: tuple[int, int], length: int, pixels: int, total: int) -> int:
+    """Of a picture of that size, in the file, of which so many pixels are decoded in `total` bytes. Raises DataError
+    where that is more than a picture may take, or where so many pixels come from next to nothing."""
+    words = f"{size[0]}x{size[1]} pixels"
+    if pixels > _LARGE and pixels > _PIXELS_PER_BYTE * length * (8 if mode == "1" else 1):
+        raise DataError(f"{words} from {length} bytes: a decompression bomb")
+    if total > _most_bytes:
+        raise DataError(f"{words} would take {total >> 20:,} MiB to decode, above {_most_bytes >> 20:,} MiB")
+    # What follows works on a strip of a large picture, and on copies of a small one; wide values become those of NumPy.
+    return total + min(pixels, _LARGE) * (40 if mode.startswith(("I", "F")) else 16)
+
+
+def _bytes_to_open(data: bytes, max_pixels: int) -> int | None:
+    """The same of a WebP or an ICO, for which Pillow takes memory as it opens them, by what their own bytes say; None
+    of other files, and of those that are cut off, which Pillow says."""
+    sizes = []
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
+        if data[12:16] == b"VP8X":
+            sizes = [(1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little"))]
+        elif data[12:16] == b"VP8L":
+            bits = int.from_bytes(data[21:25], "little")
+            sizes = [(1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))]
+        elif data[12:16] == b"VP8 ":
+            sizes = [(data[26] | (data[27] & 0x3F) << 8, data[28] | (data[29] & 0x3F) << 8)]
+    elif data[:4] == b"\0\0\1\0":  # its directory has one byte for a side; each picture in it says more
+        for number in range(int.from_bytes(data[4:6], "little")):
+            at = int.from_bytes(data[18 + 16 * number : 22 + 16 * number], "little")
+            form = ">8x8xII" if data[at : at + 4] == b"\x89PNG" else "<4xii"
+            with contextlib.suppress(struct.error):
+                width, height = struct.unpack_from(form, data, at)
+                sizes.append((width, abs(height) // (1 if form[0] == ">" else 2)))  # a bitmap's counts its mask
+    if not sizes:
+        return None
+    width, height = max(sizes, key=lambda size: size[0] * size[1])
+    _refuse_pixels(width, height, max_pixels)
+    return _upper_bytes("", (width, height), len(data), width * height, 16 * width * height + 2 * len(data))
+
+
+def _pnm_decoder(image: Image.Image) -> str:
+    return image.tile[0].codec_name if image.format == "PPM" and image.tile else ""  # type: ignore[attr-defined]
+
+
+def _common_pnm(image: Image.Image, data: bytes) -> bytes:
+    """The same PGM or PPM with the scale that Pillow would bring it to, value by value in Python: minutes for a large
+    one."""
+    tile: Any = image.tile[0]  # type: ignore[attr-defined]
+    most, top = tile.args[-1], 65535 if image.mode == "I" else 255
+    values = np.frombuffer(data, ">u2" if most > 255 else "u1", offset=tile.offset)
+    values = values[: image.width * image.height * len(image.getbands())]
+    parts = [f"P{6 if image.mode == 'RGB' else 5} {image.width} {image.height} {top}\n".encode()]
+    for first in range(0, len(values), _LARGE // 16):
+        levels = np.rint(values[first : first + _LARGE // 16] / most * top).clip(0, top)
+        parts.append(levels.astype(">u2" if top > 255 else "u1").tobytes())
+    return b"".join(parts)
 
 
 def _wavelet_levels(image: Image.Image, data: bytes, side: int) -> int:

@@ -30,6 +30,7 @@ from raydistill.data.reading import read_pictures
 from raydistill.data.views import Preprocessing
 from raydistill.data.walk import files_below
 from raydistill.errors import ConfigError, DataError
+from raydistill.infra.memory import limit_decoders
 from raydistill.models.formats import ABOUT_FILE, load_from_library, network_inputs, onnx_run, torch_run
 from raydistill.storage.filesystems import write_file
 from raydistill.strangers import written
@@ -61,6 +62,7 @@ class Predictor:
     """An exported student, loaded. Raises ConfigError where the folder is none, or lacks the engine's file."""
 
     def __init__(self, folder: str, engine: Engine = "onnx", threads: int = 0) -> None:
+        limit_decoders()
         about = read_about(folder)
         wanted, self._image = about["preprocessing"], about["image"]
         self.classes: tuple[str, ...] = tuple(about["classes"])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from raydistill.data import decode
+
 # Ray's objects are shards on their way, and what a sort of all images does not keep there is spilled.
 _STORE_SHARE, _LEAST_STORE, _MOST_STORE = 0.1, 512 * 1024**2, 8 * 1024**3
 # Of cgroup v2 and v1: the files of a limit, of what is used, and the field of what is used and may be dropped.
@@ -26,6 +28,11 @@ def available_bytes(root: Path = Path("/")) -> int:
     """What can still be had without swapping: on the machine, and under each limit."""
     left = (max(0, limit - used) for limit, used in _limits(root))
     return min([int(psutil.virtual_memory().available), *left])
+
+
+def limit_decoders(root: Path = Path("/")) -> None:
+    """Let the decoders of this process, and of as many others as there are cores, do with half of the memory."""
+    decode.limit_memory(total_bytes(root), os.cpu_count() or 1)
 
 
 def object_store_bytes(root: Path = Path("/")) -> int:

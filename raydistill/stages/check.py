@@ -27,6 +27,7 @@ from raydistill.data.likeness import contrast, difference_hash, near_pairs
 from raydistill.data.sample import sample_id
 from raydistill.errors import DataError
 from raydistill.infra import interrupts
+from raydistill.infra.memory import limit_decoders
 from raydistill.infra.plan import num_cores
 from raydistill.infra.progress import Progress
 from raydistill.stages.prepare import (
@@ -118,6 +119,7 @@ def check_images(config: RunConfig, progress: Progress, strict: bool = False) ->
 
 def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
     """In the entries' order, as many at once as there are cores; what is held does not grow with their number."""
+    limit_decoders()
     pool: Executor
     if len(entries) < _MANY:
         pool = ThreadPoolExecutor(num_cores())
@@ -143,6 +145,7 @@ def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
 
 def _begin_process() -> None:
     """A command that was killed leaves no process behind."""
+    limit_decoders()
     Thread(target=_end_with_parent, daemon=True).start()
 
 

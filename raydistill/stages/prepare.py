@@ -26,6 +26,7 @@ from raydistill.data.reading import UNREADABLE, read_pictures
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
 from raydistill.errors import DataError
 from raydistill.infra.artifacts import StageDirectory, decoded_directory, free_bytes, refuse_small_disk
+from raydistill.infra.memory import limit_decoders
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import new_tries, trying
@@ -148,6 +149,7 @@ class _DecodeChunk:
         self._images, self._tries = images, tries
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        limit_decoders()
         file, chunk = str(batch["file"][0]), json.loads(str(batch["chunk"][0]))
         if exists(file):
             known = _read_decoded(file, ["index", "sample_id", "reason"])

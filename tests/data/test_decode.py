@@ -2,13 +2,18 @@
 transparency come out right (case C04), and the square is cut or padded where it should be."""
 
 import contextlib
+import functools
 import io
 import json
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
+import time
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import EpsImagePlugin, Image, ImageOps
 
+from raydistill.data import decode as decode_module
 from raydistill.data.decode import decode, encode, pixels
 from raydistill.errors import DataError
 
@@ -517,6 +523,154 @@ def test_no_bomb_takes_gigabytes_and_none_keeps_them(tmp_path):
         assert bool(said) == bool(words), (name, said)
         assert peak < most, name
         assert kept < 40, name
+
+
+@functools.cache
+def tiny_steps() -> dict[str, bytes]:
+    """Files of some megabytes that Pillow goes through byte by byte, in minutes for the largest that are allowed."""
+    png, jpeg = saved(Image.new("L", (64, 64)), "PNG"), saved(Image.new("L", (64, 64)), "JPEG")
+    chunk = struct.pack(">I", 0) + b"quUx" + struct.pack(">I", zlib.crc32(b"quUx"))
+    gif = b"GIF89a" + struct.pack("<HH", 64, 64) + b"\x80\0\0" + bytes(6)
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 322: 60_000, 323: 60_000, 324: 8, 325: 8}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    scans = saved(Image.new("L", (4_000, 4_000)), "JPEG", progressive=True)
+    last = scans.rfind(b"\xff\xda")
+    return {
+        "spaces in a header": b"P6 " + b" " * 3_000_000 + b"10 10 255\n" + bytes(300),
+        "a note in a header": b"P6 #" + b"x" * 3_000_000 + b"\n10 10 255\n" + bytes(300),
+        "notes between numbers": b"P2 200 200 255\n" + b"#\n" * 2_000_000 + b"1 " * 40_000,
+        "PNG chunks": png[:33] + chunk * 300_000 + png[33:],
+        "GIF extensions": gif + b"\x21\xfe\x01a\0" * 500_000,
+        "JPEG segments": jpeg[:2] + b"\xff\xfe\0\2" * 500_000 + jpeg[2:],
+        "JPEG fill bytes": jpeg[:2] + b"\xff" * 2_000_000 + jpeg[2:],
+        "JPEG scans": scans[:last] + scans[last:-2] * 500 + scans[-2:],
+        "a tile larger than its picture": b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4),
+    }
+
+
+@pytest.mark.parametrize("name", tiny_steps())
+def test_what_is_gone_through_in_tiny_steps_is_refused_at_once(name):
+    began = time.process_time()
+    with pytest.raises(DataError, match=r"too many small pieces|save it as binary|bomb|above 1,024 MiB"):
+        decode(tiny_steps()[name], 32, "crop", LIMIT)
+    assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize(("kind", "most"), [(b"P5", 100), (b"P5", 1000), (b"P6", 31), (b"P6", 4095), (b"P5", 254)])
+def test_a_pnm_of_any_scale_is_what_pillow_makes_of_it(kind, most):
+    rng, bands = np.random.default_rng(most), 3 if kind == b"P6" else 1
+    values = rng.integers(0, most + 9, (20, 20, bands)).astype(">u2" if most > 255 else "u1")
+    data = kind + b" 20 20 %d\n" % most + values.tobytes()
+    whole = Image.open(io.BytesIO(data))  # decodes value by value
+    if whole.mode == "I":
+        whole = Image.fromarray(np.asarray(whole).astype(np.uint16))
+    np.testing.assert_array_equal(decoded(data, 20), decoded(saved(whole), 20))
+    with pytest.raises(DataError):
+        decoded(data[:-20], 20)
+
+
+def large(mode: str) -> Image.Image:
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    coarse = np.random.default_rng(0).integers(0, 255, (150, 200, bands), dtype=np.uint8)
+    return Image.fromarray(coarse.repeat(16, 0).repeat(16, 1).squeeze(), mode)
+
+
+def of_every_format() -> Iterator[tuple[str, bytes]]:
+    """7.7 million pixels each, so that those that are handled whole are."""
+    grey, rgb, rgba = large("L"), large("RGB"), large("RGBA")
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    palette, more = rgb.quantize(64), {"save_all": True, "append_images": [rgb.rotate(180)]}
+    for mode in (grey, rgb, rgba, grey.convert("LA"), grey.convert("1"), palette, wide):
+        yield f"PNG {mode.mode}", saved(mode, "PNG", compress_level=1)
+    for mode in (grey, rgb, rgb.convert("CMYK")):
+        for progressive in (False, True):
+            for subsampling in (0, 2):
+                yield f"JPEG {mode.mode}", saved(mode, "JPEG", progressive=progressive, subsampling=subsampling)
+    for mode in (rgb, rgba):
+        yield f"WebP {mode.mode}", saved(mode, "WEBP", method=0)
+        yield f"WebP lossless {mode.mode}", saved(mode, "WEBP", method=0, lossless=True)
+        yield f"AVIF {mode.mode}", saved(mode, "AVIF", speed=10)
+        yield f"AVIF 4:4:4 {mode.mode}", saved(mode, "AVIF", speed=10, subsampling="4:4:4")
+    yield "WebP animated", saved(rgb, "WEBP", method=0, **more)
+    for mode in (grey, rgb, rgba):
+        yield f"JPEG 2000 {mode.mode}", saved(mode, "JPEG2000")
+    yield "JPEG 2000 in tiles", saved(rgb, "JPEG2000", tile_size=(512, 512))
+    for packing in (None, "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "lzma"):
+        yield f"TIFF {packing}", saved(rgb, "TIFF", compression=packing)
+        yield f"TIFF {packing} in one strip", saved(rgb, "TIFF", compression=packing, tiffinfo={278: rgb.height})
+    floats = Image.fromarray(np.asarray(grey).astype(np.float32))
+    yield "TIFF of floats", saved(floats, "TIFF", tiffinfo={340: 0.0, 341: 255.0})
+    yield "TIFF of 16 bits", saved(wide, "TIFF", compression="tiff_lzw")
+    yield "TIFF of 32 bits", saved(Image.fromarray(np.asarray(grey).astype(np.int32) << 23), "TIFF")
+    yield "TIFF of one bit", saved(grey.convert("1"), "TIFF", compression="group4")
+    yield "GIF", saved(palette, "GIF")
+    yield "GIF animated", saved(palette, "GIF", **more)
+    for form in ("BMP", "PPM", "TGA"):
+        yield form, saved(rgb, form)
+    yield "PGM of 16 bits", saved(wide, "PPM")
+    yield "PGM of 10 bits", b"P5 3200 2400 1023\n" + (np.asarray(wide) >> 6).astype(">u2").tobytes()
+    inner = saved(rgba, "PNG", compress_level=1)
+    yield "ICO", struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(inner), 22) + inner
+
+
+@pytest.mark.slow
+def test_no_format_takes_more_memory_than_is_kept_for_it(tmp_path):
+    names = []
+    for number, (name, data) in enumerate(of_every_format()):
+        (tmp_path / str(number)).write_bytes(data)
+        names.append(name)
+    script = f"""if True:
+        import json, re
+        from pathlib import Path
+        from raydistill.data import decode
+        def megabytes(what):
+            return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1000
+        kept, of = [], decode._memory.of
+        decode._memory.of = lambda size: (kept.append(size), of(size))[1]
+        for number in range({len(names)}):
+            data = Path({str(tmp_path)!r}, str(number)).read_bytes()
+            before = megabytes("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+            decode.decode(data, 128, "crop", 10**8)
+            print(json.dumps([megabytes("VmHWM") - before, kept.pop() / 1e6]))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(names)
+    assert not [(name, *row) for name, row in zip(names, found, strict=True) if row[0] > row[1] + 1]
+
+
+def test_large_pictures_of_all_processes_are_decoded_one_by_one_and_all_answered(monkeypatch, tmp_path):
+    """Another process holds the place until it is told."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    script = """if True:
+        from raydistill.data import decode
+        with decode._memory.of(decode._memory.most + 1):
+            print("holds", flush=True)
+            input()
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as other, ThreadPoolExecutor() as pool:
+        assert other.stdout.readline() == "holds\n"
+        data = blank_png(8_000, 5_000, 8)
+        answers = [pool.submit(decode, data, 32, "pad", LIMIT) for _ in range(3)]
+        assert decode(saved(scene(64, 64)), 32, "pad", LIMIT).size == (32, 32)  # which waits for nobody
+        assert not any(answer.done() for answer in answers)
+        other.communicate("\n", timeout=60)
+        assert [answer.result(timeout=60).size for answer in answers] == [(32, 32)] * 3
+
+
+def test_less_memory_means_smaller_pictures_and_says_so(monkeypatch):
+    monkeypatch.setattr(decode_module, "_most_bytes", 1 << 30)
+    monkeypatch.setattr(decode_module, "_memory", decode_module._Memory(1 << 28))
+    data = saved(Image.new("L", (3_000, 3_000)), "PNG", compress_level=0)
+    decode_module.limit_memory(1 << 40, 64)
+    decode(data, 32, "pad", LIMIT)
+    decode_module.limit_memory(32 << 20, 2)
+    with pytest.raises(DataError, match=r"3000x3000 pixels would take 8 MiB to decode, above 8 MiB"):
+        decode(data, 32, "pad", LIMIT)
 
 
 def test_a_large_picture_is_what_pillow_makes_of_the_whole():
