@@ -382,6 +382,9 @@ def submit(
     space: Annotated[str | None, typer.Option("--space", help="As for `tune`.")] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="As for `tune`.")] = None,
     learning_curve: Annotated[bool, typer.Option("--learning-curve", help="As for `compare`.")] = False,
+    send_outside: Annotated[
+        bool, typer.Option("--send-outside", help="Also send files that the job names outside of this folder.")
+    ] = False,
 ) -> None:
     """Run a command on a Ray cluster: the same words, the same exit code (3 for a job that was stopped)."""
     import tempfile
@@ -396,12 +399,14 @@ def submit(
     given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
     flags = ("--learning-curve",) if learning_curve else ()
     with tempfile.TemporaryDirectory() as folder:
-        package = jobs_api.pack(load_config([*(words or []), *given]), command, flags, folder, python)
-        largest = ", ".join(f"{name} {size:,}" for name, size in package.files[:5])
-        print(f"uploads {len(package.files)} files, {package.size:,} bytes; the largest: {largest}")
-        if package.left_out:
-            some = ", ".join(package.left_out[:5]) + (" …" if len(package.left_out) > 5 else "")
-            print(f"left out, as no code of the package: {len(package.left_out)} files ({some})")
+        package = jobs_api.pack(load_config([*(words or []), *given]), command, flags, folder, python, send_outside)
+        print(f"uploads {len(package.files)} files, {package.size:,} bytes:")
+        for file, size in package.files:
+            print(one_line(f"  {file} {size:,}"))
+        for file in package.left_out:
+            print(one_line(f"left out, as no code of the package: {file}"))
+        if told := sorted(name for name in os.environ if name.startswith("MLFLOW_")):
+            print(f"stay here: {', '.join(told)}; the job goes by tracking.uri and by what its nodes have set")
         client = jobs_api.job_client(address)
         name, is_new = jobs_api.submit(client, package, install)
     print(f"job {name} {'is submitted' if is_new else 'was submitted before: an equal one is not started again'}")

@@ -19,20 +19,30 @@ from raydistill.strangers import on_terminal, printable
 HIDDEN = "***"
 _END = r"\s'\"<>`"  # what ends a URI in a text
 # A port is no password. A raw password may hold / ? # and @, so that it reaches to the last @.
-_USER_INFO = r"(?!\[[\d.:a-fA-F]+\])(?P<user>[^/?#@:{end}]*)(?P<password>:(?!\d{{1,5}}(?:[/?#{end}]|$))[^{end}]*)?@"
-_IN_TEXT = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9.+-]*://)" + _USER_INFO.format(end=_END))
+_USER_INFO = (
+    r"(?!\[[\d.:a-fA-F]+\])(?P<user>[^/?#:{end}]*)(?P<password>:(?!\d{{1,5}}(?:[/?#{end}]|$))[^{end}]{{0,300}})?@"
+)
+_IN_TEXT = re.compile(r"(?P<scheme>(?:\b[A-Za-z][A-Za-z0-9.+-]*:)?//)" + _USER_INFO.format(end=_END))
 _WHOLE = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9.+-]*://)" + _USER_INFO.format(end=r"\0"))
 _CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")  # before their @ stands where data lies, and no user
-_NAMES = (
-    r"[\w.%-]*(?:token|secret|signature|credential|passw|passphrase|pwd|auth|jwt)[\w.%-]*"
-    r"|[\w.%-]*key(?:[-_]?id)?|sig|sas|pass|hmac|googleaccessid"
+_NAMES = re.compile(
+    r"(?i)[\w.%-]*(?:token|secret|signature|credential|passw|passphrase|pwd|auth|jwt|session)[\w.%-]*"
+    r"|[\w.%-]*key(?:[-_]?(?:pair[-_]?)?id)?|sig|sas|pass|otp|hmac|policy|googleaccessid"
 )
-_QUERY = re.compile(rf"(?i)(?P<name>[?&;#](?:amp;)?(?:{_NAMES})=)(?P<value>[^&;#{_END}]+)")
+# A URI may itself be the value in a query, and is quoted there.
+_QUERY = re.compile(
+    rf"(?i)(?P<name>(?:[?&;#]|%3F|%26)(?:amp;)?(?P<key>[^\s=&;?#/]{{1,60}}?)(?:=|%3D))(?P<value>(?:(?!%26)[^&;#{_END}])+)"
+)
+_QUOTED = re.compile(rf"(?i)(?P<name>%3A%2F%2F)(?P<value>(?:(?!%2F|%40)[^&;#{_END}]){{1,300}})(?=%40)")
 _ASSIGNED = re.compile(
-    r"(?i)(?P<name>\b[\w.-]*(?:password|passwd|secret|token|access_?key|api_?key)[\w-]*"
-    r"(?:\s?=\s?['\"]?|['\"]\s?:\s?['\"]))(?P<value>[^\s'\"&;,)}\]]+)"
+    r"(?i)(?P<name>\b[\w.-]{0,60}?(?:password|passwd|secret|token|(?:access|account|api|private|shared)[_-]?key)[\w-]{0,60}"
+    r"(?:\s?=\s?['\"]?|['\"]\s?:\s?['\"])|--(?:password|token|secret|api-key)\s+|\bpassw(?:or)?d: (?!unknown))"
+    r"(?P<value>[^\s'\"&;,)}\]]+)"
 )
-_HEADER = re.compile(r"(?i)(?P<name>\bauthorization['\"]?\s?[:=]\s?['\"]?)(?P<value>(?:(?:basic|bearer) )?[^\s'\",}]+)")
+_HEADER = re.compile(
+    r"(?i)(?P<name>\b(?:authorization|(?:x-)?api-key|x-[\w-]{0,60}?token|cookie)['\"]?\s?[:=]\s?['\"]?)"
+    r"(?P<value>(?:(?:basic|bearer) )?[^\s'\",}]+)"
+)
 _SHAPES = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|(?:AKIA|ASIA)[0-9A-Z]{16})\b")
 _VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)(?:_ID)?$")
 # Shorter ones are found by where they stand alone: a word of three letters would be hidden everywhere.
@@ -50,9 +60,10 @@ def redacted(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """As `redacted`, from the text alone: equal in every process."""
-    if "://" in text:
+    if "//" in text:
         text = _IN_TEXT.sub(_hide_user, text)
-    for pattern in (_QUERY, _ASSIGNED, _HEADER):
+    text = _QUERY.sub(_hide_value, text)
+    for pattern in (_QUOTED, _ASSIGNED, _HEADER):
         text = pattern.sub(rf"\g<name>{HIDDEN}", text)
     return _SHAPES.sub(HIDDEN, text)
 
@@ -135,8 +146,20 @@ def _secrets_of(value: str) -> Iterator[str]:
                 yield from (part for part in password.split("@"))
         elif found["scheme"].lower() not in _CONTAINERS and len(found["user"]) >= _LEAST_OF_ENVIRONMENT:
             yield found["user"]
-    for pattern in (_QUERY, _ASSIGNED):
+    yield from (found["value"] for found in _QUERY.finditer(value) if _is_secret(found))
+    for pattern in (_QUOTED, _ASSIGNED):
         yield from (found["value"] for found in pattern.finditer(value))
+
+
+def _hide_value(found: re.Match[str], within: bool = True) -> str:
+    """Of what is no secret itself, the value may be a quoted URI that holds one."""
+    value = found["value"]
+    inner = _QUERY.sub(lambda part: _hide_value(part, False), value) if within else value
+    return found["name"] + (HIDDEN if _is_secret(found) else inner)
+
+
+def _is_secret(found: re.Match[str]) -> bool:
+    return _NAMES.fullmatch(unquote(found["key"])) is not None
 
 
 def _of_environment() -> set[str]:

@@ -32,6 +32,18 @@ from raydistill.secrets import RedactedStream, has_secret, redacted, redacted_tr
         ("{'aws_secret_access_key': 'abc', 'n': 1}", "{'aws_secret_access_key': '***', 'n': 1}"),
         ("Authorization: Basic bWU6cHc=", "Authorization: ***"),
         ("abfs://container:pw@account/x", "abfs://***@account/x"),
+        ("https://me@x.org:pw@h/a", "https://***@h/a"),
+        ("to //me:pw@h/x", "to //***@h/x"),
+        ("https://b/x?pass%77ord=abc&a=1", "https://b/x?pass%77ord=***&a=1"),
+        ("https://b/x?a=1;SIG=abc", "https://b/x?a=1;SIG=***"),
+        ("https://b/?next=https%3A%2F%2Fme%3Apw%40h%2Fx%3Ftoken%3Dab", "https://b/?next=https%3A%2F%2F***%40h%2Fx%3Ftoken%3D***"),
+        ("https://b/x?X-Goog-Credential=a&X-Goog-Date=9", "https://b/x?X-Goog-Credential=***&X-Goog-Date=9"),
+        ("https://b/x?Policy=ab&Key-Pair-Id=cd&Expires=9", "https://b/x?Policy=***&Key-Pair-Id=***&Expires=9"),
+        ('{"account_key": "abc", "a": 1}', '{"account_key": "***", "a": 1}'),
+        ("AccountName=x;AccountKey=ab==;EndpointSuffix=y", "AccountName=x;AccountKey=***;EndpointSuffix=y"),
+        ("env_vars={'HF_TOKEN': 'abc', 'A': 'b'}", "env_vars={'HF_TOKEN': '***', 'A': 'b'}"),
+        ("X-Api-Key: abc", "X-Api-Key: ***"),
+        ("tool --password abc --user me", "tool --password *** --user me"),
     ],
 )  # fmt: skip
 def test_secrets_are_hidden_where_they_stand(text: str, shown: str) -> None:
@@ -45,6 +57,7 @@ def test_secrets_are_hidden_where_they_stand(text: str, shown: str) -> None:
         "http://127.0.0.1:5000/#/experiments/1", "sqlite:////home/ann@work/mlflow.db", "s3://bucket/a@2x.png",
         "abfs://container@account.dfs.core.windows.net/x", "http://[::1]:80/a@b", "give key=value or tune.trials=30",
         "set RAY_AUTH_TOKEN, or write it to ~/.ray/auth_token", "timm:resnet10t", "see: https://x.org. Mail: a@b.org",
+        "folder//a:b/c.png", "https://h/x?key2=a&size=3&monkeys=2", "teacher.password: unknown key", "http://h:80/?a=1#top",
     ],
 )  # fmt: skip
 def test_what_holds_no_secret_is_as_it_was(text: str) -> None:

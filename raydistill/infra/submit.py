@@ -62,15 +62,19 @@ class Package:
         return sum(size for _, size in self.files)
 
 
-def pack(config: RunConfig, command: str, flags: tuple[str, ...], folder: str, python: str = "python") -> Package:
+def pack(
+    config: RunConfig, command: str, flags: tuple[str, ...], folder: str, python: str = "python",
+    send_outside: bool = False,
+) -> Package:  # fmt: skip
     """Copy what the job needs into an empty folder.
 
-    Raises ConfigError: a secret in the config, a file that is missing, more than the upload may hold.
+    Raises ConfigError: a secret in the config, a file that is missing, or lies outside of the current folder without
+    `send_outside`, more than the upload may hold.
     """
     if command not in COMMANDS:
         raise ConfigError(f"submit: {command!r} is no command of a job; it is one of {', '.join(COMMANDS)}")
     _refuse_secrets(config.model_dump(mode="json"))
-    config = _on_the_cluster(config, folder)
+    config = _on_the_cluster(config, folder, send_outside)
     Path(folder, _JOB_FILE).write_text(to_yaml(config))
     source = Path(raydistill.__file__).parent
     code, left_out = code_of(source)
@@ -111,7 +115,7 @@ def _refuse_secrets(tree: dict[str, Any], prefix: str = "") -> None:
             )
 
 
-def _on_the_cluster(config: RunConfig, folder: str) -> RunConfig:
+def _on_the_cluster(config: RunConfig, folder: str, send_outside: bool) -> RunConfig:
     """The config as the job reads it: small files beside it, local places by their full names, the cluster joined."""
     tree: dict[str, Any] = {"cluster": {"address": config.cluster.address or "auto"}}
     for key in (*_SHIPPED, "workspace", *PLACES):
@@ -123,7 +127,7 @@ def _on_the_cluster(config: RunConfig, folder: str) -> RunConfig:
         if key in _SHIPPED:
             if not os.path.isfile(value):
                 raise ConfigError(f"{key}={value}: no such file")
-            refuse_private(key, value)
+            refuse_private(key, value, send_outside)
             new = f"files/{key}{Path(value).suffix}"
             Path(folder, "files").mkdir(exist_ok=True)
             shutil.copyfile(value, Path(folder, new))

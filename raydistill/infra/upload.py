@@ -52,12 +52,18 @@ def _holds_key(file: Path) -> bool:
         return _KEY.search(opened.read(_LOOKED_AT)) is not None
 
 
-def refuse_private(key: str, value: str) -> None:
-    """What the job names is sent as it is, so it must be what it seems to be. Raises ConfigError."""
-    named, here = Path(value).absolute(), Path.cwd()
-    real, home = named.resolve(), here if named.is_relative_to(here) else named.parent
+def refuse_private(key: str, value: str, may_lie_outside: bool = False) -> None:
+    """What the job names is sent as it is, so it must be what it seems to be and, unless it `may_lie_outside`, lie in
+    the folder where the command was given. Raises ConfigError."""
+    named, here = Path(os.path.abspath(value)), Path.cwd()
+    real = named.resolve()
+    home = named.parent if may_lie_outside and not named.is_relative_to(here) else here
     if not real.is_relative_to(home.resolve()):
-        raise ConfigError(f"{key}={value}: leads by a link to {real}, outside of {home}; name that file itself")
+        raise ConfigError(
+            f"{key}={value}: is {real}, outside of {home}, and what is submitted can be read by all who reach the "
+            "cluster; copy it into that folder, or give --send-outside"
+            + (" and name the file itself, not a link" if may_lie_outside else "")
+        )
     by_name = any(_PRIVATE.search(path.name) or path.name.startswith(".") for path in (named, real))
     text = real.read_bytes()[:_LOOKED_AT].decode(errors="replace")
     if by_name or _PRIVATE_FOLDERS.intersection(real.parts) or _holds_key(real) or has_secret(text):

@@ -49,9 +49,9 @@ def job(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def packed(folder: Path, *words: str, command: str = "run", flags: tuple[str, ...] = ()):
+def packed(folder: Path, *words: str, command: str = "run", flags: tuple[str, ...] = (), outside: bool = True):
     folder.mkdir()
-    return pack(load_config(list(words)), command, flags, str(folder))
+    return pack(load_config(list(words)), command, flags, str(folder), send_outside=outside)
 
 
 def test_the_package_and_the_job_travel_and_nothing_else(job, tmp_path, monkeypatch) -> None:
@@ -145,10 +145,22 @@ def test_a_named_file_that_is_private_is_refused(job, tmp_path, monkeypatch, cas
     else:
         file.write_text(text)
     monkeypatch.chdir(project)
-    with pytest.raises(ConfigError, match=r"images\.classes=.*(by a link|keys or passwords)") as refused:
+    with pytest.raises(ConfigError, match=r"images\.classes=.*(outside of|keys or passwords)") as refused:
         packed(tmp_path / "upload", str(job()), f"images.classes={name}")
     assert "hunter2" not in str(refused.value)
     assert not any("images.classes" in file.name for file in (tmp_path / "upload").rglob("*"))
+
+
+@pytest.mark.parametrize("named", ["{0}/classes.txt", "../classes.txt", "lists/../../classes.txt"])
+def test_a_file_outside_is_sent_only_where_that_is_said(job, tmp_path, monkeypatch, named) -> None:
+    (tmp_path / "project/lists").mkdir(parents=True)
+    (tmp_path / "classes.txt").write_text("red\nblue\n")
+    monkeypatch.chdir(tmp_path / "project")
+    words = [str(job()), f"images.classes={named.format(tmp_path)}"]
+    with pytest.raises(ConfigError, match=r"images\.classes=.*outside of .*--send-outside"):
+        packed(tmp_path / "refused", *words, outside=False)
+    assert not list((tmp_path / "refused").rglob("*.txt"))
+    assert ("files/images.classes.txt", 9) in packed(tmp_path / "upload", *words).files
 
 
 def test_a_link_within_the_project_is_followed(job, tmp_path, monkeypatch) -> None:
