@@ -63,6 +63,7 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
 
     from raydistill.infra.first_worker import refuse_dying_workers
 
+    configure_ray_data()
     if ray.is_initialized():  # a cluster of the caller's, which stays
         yield
         return
@@ -102,7 +103,6 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
                     "one (`ray start --head`, `ray up cluster.yaml`), and give its token where it asks for one"
                 ) from None
     _protect_token()
-    configure_ray_data()
     session = ray._private.worker._global_node.get_session_dir_path()
     try:
         if config.cluster.address is None:

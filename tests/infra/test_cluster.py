@@ -221,6 +221,14 @@ def test_workers_that_die_as_they_start_are_named(does: str, said: str, class_fo
     assert re.search(said + r".*; their logs are in /\S+/logs$", errors[0])
 
 
+def test_rows_come_in_order_on_a_ray_that_the_caller_began(monkeypatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    options = ray.data.DataContext.get_current().execution_options
+    monkeypatch.setattr(options, "preserve_order", False)
+    with joined_cluster(load_config(["images.path=x"])):
+        assert options.preserve_order
+
+
 def test_a_place_that_cannot_be_written_to_is_named_before_ray_starts(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test's Ray may run in this process
     (tmp_path / "file").touch()
