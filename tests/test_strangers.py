@@ -228,6 +228,7 @@ def test_a_command_shows_hostile_folders_as_text(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-m", "raydistill", *words], capture_output=True, timeout=120)
     shown = (ended.stdout + ended.stderr).decode()
     assert r"\x1b[2J" in shown, shown
+    assert shown.count("$'") >= 3  # what bash reads back
     assert not ODD.search(shown)
     html = page.read_text()
     assert not ODD.search(html)

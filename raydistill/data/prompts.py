@@ -155,6 +155,8 @@ def sentence(template: str, words: str, description: str = "") -> str:
 
     def fill(found: re.Match[str]) -> str:
         article, space, what = found.groups()
+        if re.match(r"(?i)(an?|the)\s", values[what]):  # which brings its own
+            return values[what]
         return (_article(article, values[what]) + space if article else "") + values[what]
 
     return re.sub(r"(?:\b([Aa]n?)(\s+))?\{(class|description)\}", fill, template)

@@ -85,4 +85,5 @@ def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[s
 
 def _short(example: str) -> str:
     """The last folder and the name of each path."""
-    return " ".join("/".join(word.split("/")[-2:]) for word in example.split(" "))
+    parts = [(word, "/".join(word.split("/")[-2:])) for word in example.split(" ")]
+    return " ".join("$'" + short if word.startswith("$'") and word != short else short for word, short in parts)

@@ -165,6 +165,14 @@ def test_a_names_file_that_does_not_fit_is_refused(tmp_path, content, message):
         class_prompts(settings(names=str(file)), ["cat", "dog"])
 
 
+def test_a_name_with_its_own_article_gets_no_second() -> None:
+    found = class_prompts(
+        settings(templates=["a photo of a {class}"]), ["an apple", "The Thinker", "orange", "theatre"]
+    )
+    said = [prompts.sentences[0].removeprefix("a photo of ") for prompts in found.values()]
+    assert said == ["an apple", "The Thinker", "an orange", "a theatre"]
+
+
 def test_what_is_not_there_or_says_nothing_of_the_class_is_refused():
     with pytest.raises(ConfigError, match="no such file"):
         class_prompts(settings(names="nowhere.yaml"), ["cat"])
