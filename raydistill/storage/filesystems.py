@@ -158,13 +158,17 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS, **options: An
 
     Raises ConfigError where no package that is installed knows the protocol.
     """
-    protocol = path.partition("://")[0] if "://" in path else ""
+    if "://" not in path and not path.startswith(("file:/", "local:/")):
+        # To fsspec the folders `a::b` and `file:x` of this machine are addresses.
+        full = os.path.expanduser(path)
+        full = full if os.path.isabs(full) else os.path.join(os.getcwd(), full)
+        return FileSystem(LocalFileSystem(), patience), str(LocalFileSystem._strip_protocol(full))
+    protocol = path.partition("://")[0]
     if protocol in _EXTRAS and _KEYS_IN_ADDRESS.match(path):
         raise ConfigError(
             f"{path}: a bucket's address holds no keys; give them by the environment, as AWS_… or a profile"
         )
-    if protocol:
-        options["use_listings_cache"] = False
+    options["use_listings_cache"] = False
     set_up = "AWS_MAX_ATTEMPTS" in os.environ or "config_kwargs" in conf.get("s3", {})
     if _EXTRAS.get(protocol) == "s3" and not set_up:
         # s3fs has a loop of retries around botocore's, and there is ours: with all three a wrong address took 14 s.

@@ -164,3 +164,13 @@ def test_a_disk_that_is_mounted_from_elsewhere_is_asked_again(tmp_path: Path, mo
 
     monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
     assert read_bytes(str(tmp_path / "a")) == b"here"
+
+
+@pytest.mark.parametrize("name", ["a::b", "file:x", "local:x", "memory:x", "~x", "c:\\d", "a b", "http:x"])
+def test_a_folder_of_any_name_is_a_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "one").write_text("here")
+    for path in (name, f"./{name}/", str(tmp_path / name)):
+        fs, place = open_filesystem(path)
+        assert fs.cat_file(f"{place}/one") == b"here", path
