@@ -356,7 +356,9 @@ def refuse_unreachable(path: str, key: str) -> None:
     fs, place = open_filesystem(path, patience=0)
     try:
         fs.info(place)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if isinstance(error.__cause__, OSError):  # so fsspec tells that a web server does not answer
+            raise ConfigError(f"{key}={path}: nobody answers there ({error.__cause__})") from None
         if fs.has_buckets and not fs.exists(place.lstrip("/").partition("/")[0]):
             raise ConfigError(f"{key}={path}: {_no_bucket(place)}") from None
     except (PermissionError, StorageError) as error:

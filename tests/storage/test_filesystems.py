@@ -174,3 +174,10 @@ def test_a_folder_of_any_name_is_a_folder(tmp_path, monkeypatch, name):
     for path in (name, f"./{name}/", str(tmp_path / name)):
         fs, place = open_filesystem(path)
         assert fs.cat_file(f"{place}/one") == b"here", path
+
+
+def test_a_web_server_that_is_down_is_named() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        with pytest.raises(ConfigError, match=r"images\.path=http://.*nobody answers there"):
+            refuse_unreachable(f"http://127.0.0.1:{free.getsockname()[1]}/x.csv", "images.path")
