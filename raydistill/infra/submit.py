@@ -34,7 +34,7 @@ from raydistill.secrets import has_secret, texts
 
 COMMANDS = ("run", "prepare", "adapt", "generate", "teach", "distill", "evaluate", "export", "compare", "tune")
 STOPPED = 3  # the exit code of a job that was stopped, beside 0 (done), 1 (the run failed) and 2 (config or data)
-# The package is below 1 MiB. Whatever makes an upload large is no job file.
+# The package has about 1 MiB. Whatever makes an upload large is no job file.
 _MOST_BYTES = 16 * 1024**2
 # Ray's own default is 3 s, in which no checkpoint of any size reaches a bucket.
 _STOP_SECONDS = 120
