@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from raydistill import errors
 from raydistill.errors import ConfigError, RaydistillError, UselessStudentError
 from raydistill.infra import interrupts
 from raydistill.infra.environment import open_streams, prepare_environment
@@ -558,6 +560,11 @@ def _explain(error: Exception) -> int:
                 _say(str(candidate))
                 return candidate.exit_code
         inner = inner.__cause__
+    # Of what a task of Ray Data raised its text alone comes back.
+    if found := re.findall(r"^raydistill\.errors\.(\w+): (.+)$", str(error), re.MULTILINE):
+        name, message = found[-1]
+        _say(message)
+        return int(getattr(errors, name, errors.StageError).exit_code)
     if os.environ.get("RAYDISTILL_TRACEBACK"):
         traceback.print_exception(error)
     lines = [line for line in str(error).strip().splitlines() if line.strip()]

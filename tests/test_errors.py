@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from raydistill import errors
+from raydistill import cli, errors
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,14 @@ def test_an_error_arrives_as_it_was_raised(kind, exit_code):
     assert isinstance(found, errors.RaydistillError)
     assert str(found) == "the disk is full: café"
     assert found.exit_code == exit_code
+
+
+def test_an_error_of_which_ray_kept_the_text_alone_is_said_as_it_is(capsys):
+    """As Ray Data raises what a task raised, in an exception of its own without a cause."""
+    text = (
+        "ray::MapBatches()\n  File x\nraydistill.errors.CheckpointError: w/1.parquet is damaged (a); delete it\n\n"
+        "The above exception was the direct cause of the following exception:\n\nUDF failed\nTo change retry attempts …"
+    )
+    assert cli._explain(RuntimeError(text)) == errors.CheckpointError.exit_code
+    assert capsys.readouterr().err == "error: w/1.parquet is damaged (a); delete it\n"
+    assert cli._explain(RuntimeError("something else")) == 1

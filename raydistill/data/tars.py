@@ -26,7 +26,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip (gunzip", b"\x28\xb5\x2f\xfd": "zstd (unzstd",
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _MOST_EXTENDED = 65536  # bytes of a header in which a name or attributes stand
-_DIGITS = re.compile(rb"\d{100}")
+_DIGITS = re.compile(rb"\d{1000}")  # longer than a name
 
 Image = tuple[tarfile.TarInfo, dict[str, tarfile.TarInfo]]  # and the files beside it that may tell its label
 

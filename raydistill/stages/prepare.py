@@ -160,7 +160,7 @@ class _DecodeChunk:
             rows = [self.row(*item) for item in read_chunk(chunk, self._images)]
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="none")  # PNGs are compressed
+        pq.write_table(table, sink, compression="none", use_dictionary=False)  # PNGs are compressed
         write_bytes(file, sink.getvalue().to_pybytes())
         return table.drop_columns(["image"])
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 _LONGEST_HEADERS = (1 << 12, 1 << 20)  # of a page: most, and all
+_DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7
 _BOOL, _BYTE, _INTEGERS, _DOUBLE, _BYTES, _LIST, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
 
 
-def pages(file: Any, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The bytes of each page of a column chunk as it is and unpacked."""
+def pages(file: Any, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+    """The bytes of each page of a column chunk as it is and unpacked, and whether many rows may repeat some of them: in
+    a dictionary, or as what begins the values before (DELTA_BYTE_ARRAY)."""
     while start < end:
         for longest in _LONGEST_HEADERS:
             file.seek(start)
@@ -28,10 +30,11 @@ def pages(file: Any, start: int, end: int) -> Iterator[tuple[int, int]]:
                 break
         else:
             raise EOFError("a page without a header")
-        unpacked, packed = header[2], header[3]
-        if min(unpacked, packed) < 0:
-            raise ValueError("a page of less than no bytes")
-        yield packed, unpacked
+        unpacked, packed = header.get(2), header.get(3)
+        if unpacked is None or packed is None or min(unpacked, packed) < 0:
+            raise ValueError("a page without a size")
+        encoding = next((header[field].get(key) for field, key in ((5, 2), (8, 4)) if header.get(field)), None)
+        yield packed, unpacked, header.get(1) == _DICTIONARY_PAGE or encoding == _DELTA_BYTE_ARRAY
         start += stream.tell() + packed
 
 
@@ -63,7 +66,7 @@ def _fields(stream: io.BytesIO) -> Iterator[tuple[int, int]]:
 
 
 def _value(stream: io.BytesIO, kind: int) -> Any:
-    """A whole number; of anything else nothing is kept."""
+    """A whole number, or a struct's; of anything else nothing is kept."""
     if kind in _INTEGERS:
         return _integer(stream)
     if kind == _BYTE:
@@ -77,8 +80,7 @@ def _value(stream: io.BytesIO, kind: int) -> Any:
         for _ in range(count):
             _value(stream, _BYTE if kind in _BOOL else kind)
     elif kind == _STRUCT:
-        for _, own in _fields(stream):
-            _value(stream, own)
+        return {number: _value(stream, own) for number, own in _fields(stream)}
     elif kind not in _BOOL:
         raise ValueError("a header of another kind")
     return None

@@ -60,7 +60,7 @@ def read_table(path: str, schema: pa.Schema, data: bytes | None = None) -> pa.Ta
     """The columns of the schema, in exactly its types, of a parquet file of ours, or of its bytes. Raises
     CheckpointError with its path where it has others or is damaged (workspaces are shared), and FileNotFoundError."""
     try:
-        with io.BytesIO(data) if data is not None else _opened(path) as file:
+        with pa.BufferReader(data) if data is not None else _opened(path) as file:
             table, batches, total = ParquetFile(file, path), [], 0
             if not table.schema.names:  # of what came to nothing
                 return schema.empty_table()
@@ -128,8 +128,9 @@ class ParquetFile:
             _refuse_extensions(_schema(base64.b64decode(stated)), shown)
         _refuse_many_rows(metadata.num_rows, self.size, shown)
         file.seek(0)
-        # Through a buffer, or the whole column of a row group would be held.
-        self._parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=1 << 22, arrow_extensions_enabled=False)
+        # Through a buffer, or the whole column of a row group would be held; of bytes it is held already.
+        size = 0 if isinstance(file, pa.BufferReader) else 1 << 22
+        self._parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=size, arrow_extensions_enabled=False)
         self.schema, self.num_rows = self._parquet.schema_arrow, metadata.num_rows
 
     def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None) -> Batches:
@@ -141,8 +142,7 @@ class ParquetFile:
             first, number = number, number + group.num_rows
             if not _any_of(wanted, first, number):
                 continue
-            largest = max(map(self._largest_page, self._chunks(group, columns)), default=0)
-            # Each row may repeat what stands once in a page.
+            largest = max(map(self._most_of_a_row, self._chunks(group, columns)), default=0)
             together = max(1, min(_MOST_ROWS, _MOST_BYTES // max(largest, 1)))
             for batch in self._parquet.iter_batches(together, row_groups=[g], columns=list(columns)):
                 if _any_of(wanted, first, first + len(batch)):
@@ -171,14 +171,16 @@ class ParquetFile:
         chunks = map(group.column, range(group.num_columns))
         return [c for c in chunks if c.path_in_schema in columns or c.path_in_schema.partition(".")[0] in columns]
 
-    def _largest_page(self, chunk: Any) -> int:
-        """The bytes that it unpacks to."""
-        start, largest = min(filter(None, (chunk.data_page_offset, chunk.dictionary_page_offset))), 0
-        for packed, unpacked in headers.pages(self._file, start, start + chunk.total_compressed_size):
+    def _most_of_a_row(self, chunk: Any) -> int:
+        """Bytes by which each row more may add to what is held, beyond the pages themselves where these are few."""
+        start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)  # as Arrow has it
+        total = largest = repeated = 0
+        for packed, unpacked, repeats in headers.pages(self._file, start, start + chunk.total_compressed_size):
             if unpacked > max(_MOST_BYTES, _MOST_TIMES * packed):
                 raise _bomb(self._shown, f"a page of the column {_name(chunk.path_in_schema)}", packed, unpacked)
-            largest = max(largest, unpacked)
-        return largest
+            total, largest = total + unpacked, max(largest, unpacked)
+            repeated = max(repeated, unpacked if repeats else 0)
+        return repeated if total <= _MOST_BYTES else largest
 
 
 class ArrowFile:
