@@ -41,7 +41,7 @@ def read_address(address: str, source: str, most_bytes: int) -> bytes:
         fs, place = open_filesystem(address)
         return fs.read_at_most(place, most_bytes)
     if scheme not in {"https", *(_WEB & {_parts(source)[0]})}:
-        raise OSError(errno.EPERM, f"{scheme}:// is not read from a table there; copy the pictures beside it")
+        raise OSError(errno.EPERM, f"an address of {scheme} is not read from such a table; copy the pictures beside it")
     if _silent[host] >= _MOST_SILENT:
         raise OSError(errno.ETIMEDOUT, f"{host} did not answer {_MOST_SILENT} times, and is asked no more")
     try:

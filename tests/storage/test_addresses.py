@@ -78,12 +78,12 @@ def test_a_tables_own_host_is_asked_wherever_it_is(server):
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("ftp://example.org/a.png", "ftp:// is not read"),
-        ("sftp://example.org/a.png", "sftp:// is not read"),
-        ("github://a:b@/c.png", "github:// is not read"),
-        ("memory://a.png", "memory:// is not read"),
-        ("nothing://a.png", "nothing:// is not read"),
-        ("reference://a.png", "reference:// is not read"),
+        ("ftp://example.org/a.png", "an address of ftp is not read"),
+        ("sftp://example.org/a.png", "an address of sftp is not read"),
+        ("github://a:b@/c.png", "an address of github is not read"),
+        ("memory://a.png", "an address of memory is not read"),
+        ("nothing://a.png", "an address of nothing is not read"),
+        ("reference://a.png", "an address of reference is not read"),
         ("simplecache::s3://a/b.png", "an address in another"),
         ("zip://a.png::https://example.org/a.zip", "an address in another"),
         ("filecache::file:///etc/hostname", "an address in another"),
