@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from raydistill.data.reading import read_pictures
 from raydistill.data.views import Preprocessing
 from raydistill.data.walk import files_below
 from raydistill.errors import ConfigError, DataError
+from raydistill.infra.apart import Killed, one_by_one
 from raydistill.infra.memory import limit_decoders
 from raydistill.models.formats import ABOUT_FILE, load_from_library, network_inputs, onnx_run, torch_run
 from raydistill.storage.filesystems import write_file
@@ -79,9 +81,7 @@ class Predictor:
 
     def working_image(self, data: bytes, most_pixels: int | None = None) -> np.ndarray:
         """(H, H, 3) uint8, as `prepare` makes it, of no more pixels than training allowed. Raises DataError."""
-        image = self._image
-        limit = min(image["max_pixels"], most_pixels or image["max_pixels"])
-        return np.array(decode(data, image["size"], image["fit"], limit))  # torch asks for one that may be written to
+        return _working_image(self._image, data, most_pixels)
 
     def probabilities(self, images_BHH3: np.ndarray) -> np.ndarray:
         """(B, C) float32 of working images."""
@@ -89,25 +89,41 @@ class Predictor:
         probabilities_BC: np.ndarray = softmax(logits_BC, axis=1)
         return probabilities_BC
 
-    def answer(self, units: Sequence[Unit]) -> Iterator[Answer]:
-        """One for each picture, in order; one that cannot be read takes no other along."""
+    def answer(self, units: Sequence[Unit], is_apart: bool = False) -> Iterator[Answer]:
+        """One for each picture, in order; one that cannot be read takes no other along. `is_apart`: nor does one that
+        kills the process that decodes it."""
         most = self._image.get("max_bytes", Images.model_fields["max_bytes"].default)
         with ThreadPoolExecutor() as pool:
             for part in _chunks((picture for unit in _merged(units) for picture in _read(unit, most)), _TOGETHER):
-                decoded = list(pool.map(self._decoded, part))
+                if is_apart:
+                    found_apart = one_by_one(partial(_decoded, partial(_working_image, self._image)), part)
+                    decoded = [
+                        (name, None, one) if isinstance(one, Killed) else one
+                        for (name, _, _), one in zip(part, found_apart, strict=True)
+                    ]
+                else:
+                    decoded = list(pool.map(partial(_decoded, self.working_image), part))
                 images = [image for _, image, _ in decoded if image is not None]
                 found = iter(self.probabilities(np.stack(images)) if images else ())
                 for name, image, reason in decoded:
                     yield Answer(name, None if image is None else next(found), reason)
 
-    def _decoded(self, picture: tuple[str, bytes | None, str]) -> tuple[str, np.ndarray | None, str]:
-        name, data, reason = picture
-        if data is None:
-            return name, None, reason
-        try:
-            return name, self.working_image(data), ""
-        except DataError as error:
-            return name, None, str(error)
+
+def _working_image(image: dict[str, Any], data: bytes, most_pixels: int | None = None) -> np.ndarray:
+    limit = min(image["max_pixels"], most_pixels or image["max_pixels"])
+    return np.array(decode(data, image["size"], image["fit"], limit))  # torch asks for one that may be written to
+
+
+def _decoded(
+    working_image: Callable[[bytes], np.ndarray], picture: tuple[str, bytes | None, str]
+) -> tuple[str, np.ndarray | None, str]:
+    name, data, reason = picture
+    if data is None:
+        return name, None, reason
+    try:
+        return name, working_image(data), ""
+    except DataError as error:
+        return name, None, str(error)
 
 
 def read_about(folder: str) -> dict[str, Any]:
@@ -211,8 +227,8 @@ class _PredictActor:
         from raydistill.infra.restarts import trying
 
         units = [tuple(unit) for unit in json.loads(str(batch["units"][0]))]
-        with trying(self._tries, f"{len(units)} pictures, {written(units[0][0])} the first"):
-            answers = list(self._predictor.answer(units))
+        with trying(self._tries, f"{len(units)} pictures, {written(units[0][0])} the first") as times:
+            answers = list(self._predictor.answer(units, is_apart=times > 1))
         nothing: list[float] = []
         return pa.table(
             {

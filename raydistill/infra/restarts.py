@@ -69,13 +69,13 @@ def new_tries() -> Any:
 
 
 @contextlib.contextmanager
-def trying(tries: Any, work: str) -> Iterator[None]:
-    """For the time of a piece of work of an actor or a task, which may be begun a few times and no more.
+def trying(tries: Any, work: str) -> Iterator[int]:
+    """For the time of a piece of work of an actor or a task, which may be begun a few times and no more: this is which.
 
     `tries` is None outside Ray. Raises StageError.
     """
     if tries is None:
-        yield
+        yield 1
         return
     times = ray.get(tries.begin.remote(work, ray.get_runtime_context().get_node_id()))
     if times > _MOST_TRIES:
@@ -83,5 +83,5 @@ def trying(tries: Any, work: str) -> Iterator[None]:
             f"{work}: tried {_MOST_TRIES} times, and its process died each time, on nodes that are still there; where "
             "memory ran out, take a smaller batch size, fewer actors or larger nodes"
         )
-    yield
+    yield times
     tries.end.remote(work)

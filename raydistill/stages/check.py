@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from operator import itemgetter
 from posixpath import splitext
@@ -27,6 +28,7 @@ from raydistill.data.likeness import contrast, difference_hash, near_pairs
 from raydistill.data.sample import sample_id
 from raydistill.errors import DataError
 from raydistill.infra import interrupts
+from raydistill.infra.apart import KILLED, Killed, one_by_one
 from raydistill.infra.memory import limit_decoders
 from raydistill.infra.plan import num_cores
 from raydistill.infra.progress import Progress
@@ -118,29 +120,59 @@ def check_images(config: RunConfig, progress: Progress, strict: bool = False) ->
 
 
 def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
-    """In the entries' order, as many at once as there are cores; what is held does not grow with their number."""
+    """In the entries' order, as many at once as there are cores; what is held does not grow with their number. Where
+    a process dies, what was begun is looked at one by one, so that the image that kills it is refused."""
     limit_decoders()
-    pool: Executor
-    if len(entries) < _MANY:
-        pool = ThreadPoolExecutor(num_cores())
-    else:  # threads wait for each other's Python, which shows where pictures are small
-        pool = ProcessPoolExecutor(num_cores(), get_context("spawn"), _begin_process)
+    start: Callable[[], Executor] = partial(ThreadPoolExecutor, num_cores())
+    if len(entries) >= _MANY:  # threads wait for each other's Python, which shows where pictures are small
+        start = partial(ProcessPoolExecutor, num_cores(), get_context("spawn"), _begin_process)
+    pool, left, losses = start(), chunks(entries, images), 0
+    begun = deque[Chunk]()
     waiting = deque[Future[list[_Seen]]]()
     try:
-        for chunk in chunks(entries, images):
-            with interrupts.kept_from_children():  # the first one starts the processes
-                waiting.append(pool.submit(_look_at_chunk, chunk, images))
-            if len(waiting) > 2 * num_cores():
-                yield from _looks(waiting.popleft(), entries)
-        while waiting:
-            yield from _looks(waiting.popleft(), entries)
-    except BrokenProcessPool:
-        raise DataError(
-            "a process that looked at the images has died; if the machine ran out of memory, lower images.max_pixels"
-        ) from None
+        while True:
+            try:
+                for chunk in left:
+                    begun.append(chunk)
+                    with interrupts.kept_from_children():  # the first one starts the processes
+                        waiting.append(pool.submit(_look_at_chunk, chunk, images))
+                    if len(waiting) > 2 * num_cores():
+                        yield from _looks(waiting.popleft().result(), entries)
+                        begun.popleft()
+                while waiting:
+                    yield from _looks(waiting.popleft().result(), entries)
+                    begun.popleft()
+                return
+            except BrokenProcessPool:
+                seen = _seen_apart([place for chunk in begun for place in chunk], images)
+                losses = 0 if any(reason.startswith(KILLED) for _, _, reason, *_ in seen) else losses + 1
+                if losses > 1:
+                    raise DataError(
+                        "a process that looked at the images has died, and the next as well, of none of the images; if "
+                        "the machine ran out of memory, free some"
+                    ) from None
+                yield from _looks(seen, entries)
+                begun.clear()
+                waiting.clear()
+                pool.shutdown()
+                pool = start()
     finally:
         pool.shutdown(cancel_futures=True)
         del pool  # with its semaphores, which an exception's traceback would keep to the end
+
+
+def _seen_apart(places: Chunk, images: Images) -> list[_Seen]:
+    found = one_by_one(partial(_look_at_one, images=images), places)
+    return [
+        _look(index, None, seen, images) if isinstance(seen, Killed) else seen
+        for (index, _, _), seen in zip(places, found, strict=True)
+    ]
+
+
+def _look_at_one(place: tuple[int, str, int | None], images: Images) -> _Seen:
+    limit_decoders()
+    (seen,) = _look_at_chunk([place], images)
+    return seen
 
 
 def _begin_process() -> None:
@@ -160,8 +192,8 @@ def _end_with_parent() -> None:
 _Seen = tuple[int, str, str, Facts | None, bytes, float]
 
 
-def _looks(seen: Future[list[_Seen]], entries: Sequence[Entry]) -> Iterator[Look]:
-    for index, identity, reason, facts, own_hash, own_contrast in seen.result():
+def _looks(seen: list[_Seen], entries: Sequence[Entry]) -> Iterator[Look]:
+    for index, identity, reason, facts, own_hash, own_contrast in seen:
         yield Look(Decoded(entries[index], identity, reason), facts, own_hash, own_contrast)
 
 

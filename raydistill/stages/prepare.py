@@ -25,6 +25,7 @@ from raydistill.data.images import Entry, Listing
 from raydistill.data.reading import UNREADABLE, read_pictures
 from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
 from raydistill.errors import DataError
+from raydistill.infra.apart import Killed, one_by_one
 from raydistill.infra.artifacts import StageDirectory, decoded_directory, free_bytes, refuse_small_disk
 from raydistill.infra.memory import limit_decoders
 from raydistill.infra.plan import Plan
@@ -156,13 +157,25 @@ class _DecodeChunk:
             is_whole = sorted(values(known["index"])) == [index for index, _, _ in chunk]
             if is_whole and not any(reason.startswith(UNREADABLE) for reason in values(known["reason"])):
                 return known
-        with trying(self._tries, f"{len(chunk)} images, {written(chunk[0][1])} the first"):
-            rows = [self.row(*item) for item in read_chunk(chunk, self._images)]
+        with trying(self._tries, f"{len(chunk)} images, {written(chunk[0][1])} the first") as times:
+            if times == 1:
+                rows = [self.row(*item) for item in read_chunk(chunk, self._images)]
+            else:  # one of them may have killed the process
+                found = one_by_one(_DecodeChunk(self._images).row_of, chunk)
+                rows = [
+                    self.row(index, None, row) if isinstance(row, Killed) else row
+                    for (index, _, _), row in zip(chunk, found, strict=True)
+                ]
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="none", use_dictionary=False)  # PNGs are compressed
         write_bytes(file, sink.getvalue().to_pybytes())
         return table.drop_columns(["image"])
+
+    def row_of(self, place: tuple[int, str, int | None]) -> dict[str, Any]:
+        limit_decoders()
+        (read,) = read_chunk([place], self._images)
+        return self.row(*read)
 
     def row(self, index: int, data: bytes | None, reason: str) -> dict[str, Any]:
         """The decoded image, or the reason why there is none."""

@@ -278,6 +278,30 @@ def test_actors_give_the_same_answers_in_the_same_order(exported, pictures, tmp_
             np.testing.assert_allclose(one.probabilities_C, other.probabilities_C, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_picture_that_kills_its_process_takes_no_other_along(exported, pictures, tmp_path, monkeypatch):
+    """As an actor answers what its forerunner died of."""
+    result, _ = exported(formats=["onnx"])
+    predictor, units = Predictor(result.path), find_units([str(pictures)])
+    sound = {answer.name: answer for answer in predictor.answer(units)}
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\nfrom PIL import Image\nsoundly = Image.open\n"
+        "def dies(file, **options):\n"
+        "    if b'segfault' in file.getvalue(): os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    return soundly(file, **options)\n"
+        "Image.open = dies\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    bad = pictures / "1.JPG"
+    bad.write_bytes(bad.read_bytes() + b"segfault")
+    for answer in predictor.answer(units, is_apart=True):
+        if answer.name == str(bad):
+            assert answer.error == "kills the process that decodes it, twice, by SIGSEGV"
+        else:
+            assert answer.error == sound[answer.name].error
+            np.testing.assert_array_equal(answer.probabilities_C, sound[answer.name].probabilities_C)
+
+
 def test_works_in_another_folder_with_the_data_gone(exported, pictures, tmp_path, monkeypatch, capsys):
     result, _ = exported(formats=["onnx"])
     os.rename(result.path, tmp_path / "moved")

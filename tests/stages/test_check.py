@@ -333,6 +333,63 @@ def test_a_process_that_dies_is_an_error_and_no_end_of_waiting(check, in_process
         check()
 
 
+@pytest.fixture
+def deadly(tmp_path) -> Path:
+    """To be put on PYTHONPATH: a decoder with a fault, which a picture of `segfault` inside sets off; one of `killed`
+    is killed the first time."""
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(f"""if True:
+        import os, signal
+        from pathlib import Path
+        from PIL import Image
+        open_soundly, once = Image.open, Path({str(tmp_path / "once")!r})
+        def open_or_die(file, **options):
+            if b"segfault" in file.getvalue():
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if b"killed" in file.getvalue() and not once.exists():
+                once.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return open_soundly(file, **options)
+        Image.open = open_or_die
+    """)
+    return tmp_path / "fault"
+
+
+@pytest.mark.slow
+def test_an_image_that_kills_its_process_is_refused_by_name(check, in_processes, deadly, monkeypatch):
+    sound = check()
+    monkeypatch.setenv("PYTHONPATH", str(deadly), prepend=os.pathsep)
+    bad = in_processes / "dog" / "33.png"
+    bad.write_bytes(bad.read_bytes() + b"segfault")
+    other = in_processes / "cat" / "50.png"
+    other.write_bytes(other.read_bytes() + b"killed")
+    checkup = check()
+    (finding,) = [finding for finding in checkup.findings if "kills" in finding.what]
+    assert finding.count == 1
+    assert "33.png: kills the process that decodes it, twice, by SIGSEGV" in finding.examples[0]
+    used, before = (sum(sum(of.values()) for of in one.counts.values()) for one in (checkup, sound))
+    assert used == before - 1
+
+
+@pytest.mark.slow
+def test_a_run_refuses_what_kills_its_workers(in_processes, deadly, tmp_path):
+    """In Ray's tasks, which repeat what their process died of."""
+    bad, other = in_processes / "dog" / "33.png", in_processes / "cat" / "50.png"
+    bad.write_bytes(bad.read_bytes() + b"segfault")
+    other.write_bytes(other.read_bytes() + b"killed")
+    environment = {**os.environ, "PYTHONPATH": f"{deadly}{os.pathsep}{os.environ.get('PYTHONPATH', os.getcwd())}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "raydistill", "prepare", f"images.path={in_processes}", "images.size=32",
+         f"workspace={tmp_path / 'runs'}"], env=environment, capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (refused,) = (tmp_path / "runs").glob("prepare-*/refused.json")
+    reasons = {Path(row["path"]).name: row["reason"] for row in json.loads(refused.read_text())}
+    assert reasons["33.png"] == "kills the process that decodes it, twice, by SIGSEGV"
+    assert not [name for name, reason in reasons.items() if "kills" in reason and name != "33.png"]
+    assert "50.png" not in reasons or "copy" in reasons["50.png"]
+
+
 def test_processes_end_with_a_command_that_is_killed(in_processes, tmp_path):
     words = "from raydistill.stages import check; check._MANY = 1; from raydistill.cli import main; main()"
     (tmp_path / "doctor.py").write_text(f"if __name__ == '__main__':\n    {words}\n")
