@@ -10,6 +10,7 @@ import hashlib
 import os
 import posixpath
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -267,7 +268,13 @@ def _split(value: object, where: str) -> str | None:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Sorts `2` before `10`."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+    return [_number(part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _number(digits: str) -> tuple[int, str]:
+    """Sorts as the number does, of which Python makes none where it is too long."""
+    plain = "".join(str(unicodedata.decimal(digit)) for digit in digits).lstrip("0")
+    return len(plain), plain
 
 
 def _listed_classes(config: Images) -> list[str] | None:
@@ -369,7 +376,7 @@ def _version(fs: FileSystem, path: str, files: dict[str, Any]) -> str:
     if fs.is_local:
         try:
             found = os.stat(path)  # of what a link points to
-        except OSError:
+        except (OSError, ValueError):  # the latter of half a character, which no name holds
             return "missing"
         return f"{found.st_size}|{found.st_ctime_ns}"
     info = files.get(path) or (fs.info(path) if fs.exists(path) else {})

@@ -341,6 +341,14 @@ def test_labels_that_are_numbers_are_names(tmp_path):
     assert listed(table).classes == ("0", "2", "10")
 
 
+def test_labels_and_paths_that_no_program_writes_end_nothing(tmp_path):
+    rows = [("0.png", "a"), ("\ud800.png", "7" * 5000), ("1.png", "\ud800")]
+    lines = [json.dumps({"path": path, "label": label}) for path, label in rows]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    listing = list_images(Images(path=str(tmp_path / "t.jsonl")))
+    assert {len(name) for name in listing.classes} == {1, 5000, len("$'\\ud800'")}
+
+
 def test_a_jsonl_may_hold_every_line_separator_of_unicode(tmp_path):
     table = tmp_path / "table.jsonl"
     rows = [{"path": "1.png", "label": "a\u2028b"}, {"path": "2.png", "label": "c\x85d"}]
