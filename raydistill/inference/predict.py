@@ -33,8 +33,10 @@ from raydistill.data.walk import files_below
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra.apart import Killed, one_by_one
 from raydistill.infra.memory import limit_decoders
+from raydistill.models.about import StudentAbout
 from raydistill.models.formats import ABOUT_FILE, load_from_library, network_inputs, onnx_run, torch_run
 from raydistill.storage.filesystems import write_file
+from raydistill.storage.state import parsed, read_json
 from raydistill.strangers import written
 
 Engine = Literal["onnx", "torch"]
@@ -48,6 +50,14 @@ _ABOUT = {
     "image": {"size", "fit", "max_pixels"},
     "preprocessing": {"size", "mean", "std", "interpolation"},
 }
+
+
+class _About(StudentAbout):
+    """`raydistill.json`."""
+
+    input: Literal["pixels", "normalised"]
+
+
 OUTPUTS = (".csv", ".json", ".jsonl", ".parquet")
 
 
@@ -129,16 +139,18 @@ def _decoded(
 def read_about(folder: str) -> dict[str, Any]:
     """What `export` says of its files. Raises ConfigError."""
     try:
-        about: dict[str, Any] = json.loads(Path(folder, ABOUT_FILE).read_text(encoding="utf-8"))
+        about = read_json(Path(folder, ABOUT_FILE), dict[str, Any])
         for section, keys in _ABOUT.items():
             if lacking := keys - (about[section] if section else about).keys():
                 raise ConfigError(
                     f"{folder}/{ABOUT_FILE} does not say {', '.join(sorted(lacking))}; export the student again"
                 )
-    except (OSError, ValueError, AttributeError):
+        parsed(json.dumps(about), _About)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{folder} is no exported student: it has no {ABOUT_FILE} that can be read; `raydistill export` names the "
-            "folder that it writes"
+            f"{folder} is no exported student: it has no {ABOUT_FILE} that can be read ({reason}); `raydistill export` "
+            "names the folder that it writes"
         ) from None
     return about
 

@@ -22,8 +22,11 @@ from torch import nn
 
 from raydistill.data import decode
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render, view_filters
+from raydistill.errors import ConfigError
 from raydistill.models import preprocess
 from raydistill.models.from_transformers import load_or_refuse
+from raydistill.models.graphs import check_graph
+from raydistill.models.state_dicts import sizes_of
 from raydistill.models.student import Student, TimmClassifier
 
 ABOUT_FILE = "raydistill.json"  # beside the exported files: what a program has to know to use them
@@ -116,9 +119,16 @@ def save_for_library(student: Student, classes: Sequence[str], fit: str, folder:
 
 
 def load_from_library(folder: Path, is_timm: bool) -> nn.Module:
-    """What somebody without raydistill gets from the folder, in eval mode, giving logits alone."""
+    """What somebody without raydistill gets from the folder, in eval mode, giving logits alone. Raises ConfigError."""
+    if sizes_of(folder) is None:
+        raise ConfigError(f"{folder}: has no model.safetensors")
     if is_timm:
-        network: nn.Module = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
+
+        def load(folder: str, trust_remote_code: bool) -> nn.Module:
+            network: nn.Module = timm.create_model(f"local-dir:{Path(folder).absolute()}", pretrained=True)
+            return network
+
+        network: nn.Module = load_or_refuse(str(folder), load, str(folder))
         return network.eval()
     import transformers
 
@@ -162,12 +172,23 @@ def to_program(network: nn.Module, example: torch.Tensor, about: dict[str, Any],
 
 
 def onnx_run(file: Path, threads: int = 0) -> Run:
-    """Logits of an ONNX file by ONNX Runtime on the CPU, in float32 whatever its weights are; 0: its own threads."""
+    """Logits of an ONNX file by ONNX Runtime on the CPU, in float32 whatever its weights are; 0: its own threads.
+
+    Raises ConfigError.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 4  # what it says on the terminal, it raises too
+    check_graph(file)
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no common class
+        raise ConfigError(f"{file}: ONNX Runtime refuses it ({' '.join(str(error).split())[:300]})") from None
+    names = [[one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs())]
+    if names != [["images"], ["logits"]]:
+        raise ConfigError(f"{file}: takes {names[0]!r:.100} and gives {names[1]!r:.100}, not images and logits")
 
     def run(inputs: np.ndarray) -> np.ndarray:
         logits_BC: np.ndarray = session.run(["logits"], {"images": inputs})[0]

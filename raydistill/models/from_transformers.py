@@ -5,17 +5,19 @@ Shapes: B images, S pixels on a side, D features, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers  # its classes are loaded when they are named, below, so that timm models do not wait for them
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError
-from raydistill.models.state_dicts import refuse_not_finite
+from raydistill.models.shards import check_settings
+from raydistill.models.state_dicts import no_larger_than, refuse_not_finite, sizes_of
 from raydistill.models.weights import known_interpolation
 
 
@@ -62,8 +64,16 @@ def last_linear(network: nn.Module, num_outputs: int, what: str) -> nn.Linear:
     return layers[-1]
 
 
-def new_classifier(folder: str, num_classes: int, pretrained: bool, size: int | None, what: str) -> nn.Module:
-    """A classifier for `num_classes`, with random weights or with those of the folder but for its last layer.
+def new_classifier(
+    folder: str,
+    num_classes: int,
+    pretrained: bool,
+    size: int | None,
+    what: str,
+    sizes: Sequence[int] | None = None,
+) -> nn.Module:
+    """A classifier for `num_classes`, with random weights or with those of the folder but for its last layer; `sizes`
+    are those of weights that it will be given.
 
     Raises ConfigError: weights are missing or do not fit, the model is no image classifier.
     """
@@ -74,9 +84,10 @@ def new_classifier(folder: str, num_classes: int, pretrained: bool, size: int | 
             settings.image_size = size  # its positions are made for it
         try:
             # fp32 whatever the checkpoint was stored in, and no code that comes with it.
-            network: nn.Module = transformers.AutoModelForImageClassification.from_config(
-                settings, dtype=torch.float32, trust_remote_code=False
-            )
+            with no_larger_than(sizes, what, num_classes):
+                network: nn.Module = transformers.AutoModelForImageClassification.from_config(
+                    settings, dtype=torch.float32, trust_remote_code=False
+                )
         except ValueError as error:
             raise ConfigError(f"{what} is no image classifier ({' '.join(str(error).split())})") from None
         return network
@@ -98,11 +109,20 @@ def new_classifier(folder: str, num_classes: int, pretrained: bool, size: int | 
 
 
 def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
-    """What `load` gives. Raises ConfigError with the library's own reason, or where weights are not finite."""
+    """What `load` gives. Raises ConfigError with the library's own reason, where weights are not finite, and where the
+    config names a network that is far larger than the folder's weights."""
+    check_settings(Path(folder), what)
+    sizes = sizes_of(Path(folder))
     try:
-        loaded = load(folder, trust_remote_code=False, **options)
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{what}: cannot be loaded ({' '.join(str(error).split())})") from None
+        with no_larger_than(sizes, what, getattr(options.get("config"), "num_labels", None)):
+            loaded = load(folder, trust_remote_code=False, **options)
+    except ConfigError:
+        raise
+    except Exception as error:  # a stranger's config makes a library fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason:  # the library's advice is to run it
+            raise ConfigError(f"{what}: needs code of its own (auto_map), which is not run; take another") from None
+        raise ConfigError(f"{what}: cannot be loaded ({reason[:500]})") from None
     if isinstance(loaded, tuple):  # a network, and what was missing
         refuse_not_finite(loaded[0], what)
     return loaded

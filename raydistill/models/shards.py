@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from raydistill.errors import ConfigError
+from raydistill.storage.state import read_json
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.\w+$)")
+_DEPTH = re.compile("layer|depth|block|stage|repeat")
 # What a folder's weights are called, the first that is there.
-_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def check_settings(folder: Path, what: str) -> None:
+    """Raises ConfigError where the settings in a model's folder are no JSON, or name more layers, or with timm more of
+    anything, than any network has: a library makes lists of so many before it makes the first weight."""
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        try:
+            tree = read_json(folder / name, dict[str, Any], any_form=True) if (folder / name).exists() else {}
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{what}: its {name} cannot be read ({error})") from None
+        for key, number in _numbers(tree, ""):
+            most = (
+                10_000 if _DEPTH.search(key.rpartition(".")[2]) else 65_536 if key.startswith(".model_args") else number
+            )
+            if number > most and "label" not in key:
+                raise ConfigError(
+                    f"{what}: its {name} says {number} for {key[1:]!r:.80}, far more than any network has"
+                )
+
+
+def _numbers(tree: Any, key: str) -> Iterator[tuple[str, float]]:
+    if isinstance(tree, dict):
+        for name, inner in tree.items():
+            yield from _numbers(inner, f"{key}.{name}")
+    elif isinstance(tree, list):
+        for inner in tree:
+            yield from _numbers(inner, key)
+    elif isinstance(tree, int | float):
+        yield key, tree
 
 
 def weight_files(weights: str, key: str) -> list[Path]:
@@ -20,9 +52,9 @@ def weight_files(weights: str, key: str) -> list[Path]:
     """
     path = Path(weights)
     if path.is_dir():
-        found = [path / name for name in _NAMES if (path / name).is_file()]
+        found = [path / name for name in NAMES if (path / name).is_file()]
         if not found:
-            raise ConfigError(f"{key}={weights}: a folder without {', '.join(_NAMES)}; name the file of weights")
+            raise ConfigError(f"{key}={weights}: a folder without {', '.join(NAMES)}; name the file of weights")
         path = found[0]
     if _SHARD.search(path.name):
         path = path.with_name(f"{_SHARD.sub('', path.name)}.index.json")
@@ -31,7 +63,7 @@ def weight_files(weights: str, key: str) -> list[Path]:
     if not path.name.endswith(".index.json"):
         return [path]
     try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(path, dict[str, Any], any_form=True)["weight_map"].values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise ConfigError(f"{key}={path}: names a file outside its folder: {outside[0]!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import math
 import pathlib
 import pickle
 import re
+import threading
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from raydistill.errors import ConfigError
 from raydistill.examples import weights_path
-from raydistill.models.shards import weight_files
+from raydistill.models.shards import NAMES, weight_files
 
 log = logging.getLogger(__name__)
 State = dict[str, torch.Tensor]
@@ -61,8 +66,61 @@ def read_weights(weights: str, key: str) -> Mapping[str, Any]:
     return tree
 
 
+def sizes_of(folder: Path | None) -> list[int] | None:
+    """How many numbers each tensor of a folder's weights has, by their headers alone; None where nothing says.
+
+    Raises ConfigError where there are weights that cannot be read, or an index that names files outside the folder.
+    """
+    if folder is None or not any((folder / name).is_file() for name in NAMES):
+        return None
+    sizes: list[int] = []
+    for path in weight_files(str(folder), "weights"):
+        if path.suffix != ".safetensors":
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ConfigError(f"{path}: not a plain file of tensors ({' '.join(str(error).split())})") from None
+    return sizes
+
+
+@contextlib.contextmanager
+def no_larger_than(sizes: Sequence[int] | None, what: str, num_classes: int | None = None) -> Iterator[None]:
+    """Within the block no network is built that has far more weights than those of the `sizes`, and a classifier for
+    `num_classes`: a few words in a folder's config name a giant, whose making takes all memory. Without sizes, as for
+    random weights, up to 2**29 weights. Raises ConfigError at the first weight too many."""
+    left = [1000 + 4 * len(sizes), 2**22 + 2 * sum(sizes)] if sizes is not None else [100_000, 2**29]
+    left[1] += (num_classes or 0) * 8192
+    mine = threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and threading.get_ident() == mine:
+            left[0], left[1] = left[0] - 1, left[1] - parameter.numel()
+            if min(left) < 0:
+                held = "a student may have" if sizes is None else "its files hold"
+                raise ConfigError(
+                    f"{what}: its config names a network of many more weights than {held}; it is not built"
+                )
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _refuse_bomb(path: Path) -> None:
+    """torch writes what it saves without compression, so what is compressed was made to grow."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more than it has")
+
+
 def _read(path: Path, key: str) -> Any:
     try:
+        _refuse_bomb(path)
         with open(path, "rb") as file:
             is_safetensors = path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
         if is_safetensors:

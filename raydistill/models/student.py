@@ -26,13 +26,14 @@ from raydistill.data.sample import SampleSet
 from raydistill.data.targets import labels_of, read_samples
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import CheckpointError, ConfigError
+from raydistill.models.about import StudentAbout
 from raydistill.models.from_transformers import (
     TransformersClassifier,
     last_linear,
     new_classifier,
     transformers_preprocessing,
 )
-from raydistill.models.state_dicts import refuse_not_finite
+from raydistill.models.state_dicts import no_larger_than, refuse_not_finite
 from raydistill.models.weights import (
     STUDENT_FILE,
     known_interpolation,
@@ -41,6 +42,7 @@ from raydistill.models.weights import (
     resolve_hf_folder,
 )
 from raydistill.storage.filesystems import read_bytes
+from raydistill.storage.state import needed_state
 from raydistill.storage.tables import values
 
 
@@ -256,14 +258,15 @@ def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
     Raises ConfigError, CheckpointError.
     """
     try:
-        about = json.loads(read_bytes(f"{folder}/{STUDENT_FILE}"))
+        about = needed_state(f"{folder}/{STUDENT_FILE}", StudentAbout)
         weights = load(read_bytes(f"{folder}/student.safetensors"))
-        classes, given = tuple(about["classes"]), about["preprocessing"]
-        preprocessing = Preprocessing(given["size"], tuple(given["mean"]), tuple(given["std"]), given["interpolation"])
-        if about["library"] == "timm":
-            student = build_student(StudentConfig(model=about["model"], size=preprocessing.size), len(classes))
+        classes, preprocessing = tuple(about.classes), Preprocessing(**dict(about.preprocessing))
+        sizes = [tensor.numel() for tensor in weights.values()]
+        if dict(about)["library"] == "timm":
+            with no_larger_than(sizes, folder, len(classes)):
+                student = build_student(StudentConfig(model=about.model, size=preprocessing.size), len(classes))
         else:
-            student = _empty_transformers(folder, len(classes), preprocessing)
+            student = _empty_transformers(folder, len(classes), preprocessing, sizes)
         student.preprocessing = preprocessing
         student.network.load_state_dict(weights)
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, FileNotFoundError) as error:
@@ -273,11 +276,11 @@ def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
     return student.eval(), classes
 
 
-def _empty_transformers(folder: str, num_classes: int, preprocessing: Preprocessing) -> Student:
+def _empty_transformers(folder: str, num_classes: int, preprocessing: Preprocessing, sizes: Sequence[int]) -> Student:
     """The architecture of a student's folder. Its config says what positions there are, whatever size is seen."""
     with TemporaryDirectory() as place:  # transformers reads local files, and the folder may lie on a bucket
         Path(place, "config.json").write_bytes(read_bytes(f"{folder}/config.json"))
-        network = new_classifier(place, num_classes, False, None, folder)
+        network = new_classifier(place, num_classes, False, None, folder, sizes)
     return Student(TransformersClassifier(network, last_linear(network, num_classes, folder)), preprocessing)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 from functools import cache
@@ -19,8 +18,17 @@ from torch import nn
 
 from raydistill.errors import ConfigError, StorageError
 from raydistill.examples import weights_path
-from raydistill.models.state_dicts import fitting, load_strictly, read_weights, refuse_not_finite
+from raydistill.models.shards import check_settings
+from raydistill.models.state_dicts import (
+    fitting,
+    load_strictly,
+    no_larger_than,
+    read_weights,
+    refuse_not_finite,
+    sizes_of,
+)
 from raydistill.storage.filesystems import exists
+from raydistill.storage.state import read_json
 
 log = logging.getLogger(__name__)
 # Says what a folder of `distill` holds: the model's name, its classes, and how it wants its images.
@@ -45,9 +53,9 @@ def model_kind(model: str, key: str) -> tuple[Literal["timm", "transformers", "r
             f"{key}={model}: use timm:NAME, hf:NAME, or a folder with a config.json or a {STUDENT_FILE} in it"
         )
     try:
-        saved_by_timm = "architecture" in json.loads(settings.read_text())
-    except ValueError:
-        raise ConfigError(f"{key}={model}: its config.json is not JSON") from None
+        saved_by_timm = "architecture" in read_json(settings, dict[str, Any], any_form=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}={model}: its config.json cannot be read ({error})") from None
     if saved_by_timm:
         return "timm", f"local-dir:{Path(model).absolute()}"
     return "transformers", model
@@ -95,8 +103,14 @@ def load_timm_weights(
         options = extra if num_classes is None else {"num_classes": num_classes, **extra}
         if not name.startswith("local-dir:"):
             ask_hub()
+        folder = Path(name.partition("@")[0].removeprefix("local-dir:")) if name.startswith("local-dir:") else None
         try:
-            network = timm.create_model(name, pretrained=True, **options)
+            if folder is not None:
+                check_settings(folder, f"{section}.model={name}")
+            with no_larger_than(sizes_of(folder), f"{section}.model={name}", num_classes):
+                network = timm.create_model(name, pretrained=True, **options)
+        except ConfigError:
+            raise
         except Exception as error:  # hub, network and timm raise each their own kind
             raise ConfigError(
                 f"{section}: no weights for {name} could be had ({_first_line(error)}); "

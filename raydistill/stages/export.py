@@ -43,7 +43,7 @@ from raydistill.models.student import Student, TimmClassifier, read_student
 from raydistill.models.teacher import load_teacher
 from raydistill.models.weights import STUDENT_FILE
 from raydistill.stages.speed import measure_speed
-from raydistill.storage.filesystems import read_bytes
+from raydistill.storage.state import needed_state
 from raydistill.storage.tables import values
 
 # Each form is compared with the checkpoint at these batch sizes, on so many images of val, or of train where val has
@@ -125,7 +125,7 @@ def export_student(
 
 def record_model(config: RunConfig, exported: Exported, tracker: Tracker) -> None:
     """The ONNX file as a model of MLflow."""
-    about: dict[str, Any] = json.loads(read_bytes(f"{exported.path}/{ABOUT_FILE}"))
+    about = needed_state(f"{exported.path}/{ABOUT_FILE}", dict[str, Any])
     side = about["image"]["size"] if about["input"] == "pixels" else about["preprocessing"]["size"]
     white = np.full((1, side, side, 3), 255, np.uint8)
     example = white if about["input"] == "pixels" else np.zeros((1, 3, side, side), np.float32)
@@ -153,7 +153,7 @@ def push_to_hub(folder: str, repository: str) -> None:
 def about_student(path: str, from_pixels: bool, images: Images) -> dict[str, Any]:
     """What a program has to know to use the exported files: classes, how a picture becomes a working image, and what
     the graphs take: `pixels`, working images (B, H, H, 3) uint8, or `normalised` ones, (B, 3, S, S) float32."""
-    about: dict[str, Any] = json.loads(read_bytes(f"{path}/{STUDENT_FILE}"))
+    about = needed_state(f"{path}/{STUDENT_FILE}", dict[str, Any])
     image = about["image"] | images.model_dump(include={"max_pixels", "max_bytes"})
     return about | {"image": image, "input": "pixels" if from_pixels else "normalised"}
 

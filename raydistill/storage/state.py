@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Hashable
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
@@ -37,19 +38,30 @@ def read_state(path: str, shape: type[T], any_float: bool = False, most_bytes: i
     fs, place = open_filesystem(path)
     if fs.is_local:
         try:
-            found = os.stat(place)
+            _refuse_unusual(place, most_bytes)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise of_another_form(path, error.strerror or str(error)) from None
-        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and a device has no end
-            raise of_another_form(path, "it is no regular file")
-        if found.st_size > most_bytes:
-            raise of_another_form(path, f"it has {found.st_size:,} bytes")
+        except (OSError, ValueError) as error:
+            raise of_another_form(path, getattr(error, "strerror", None) or str(error)) from None
     data = fs.read(place)
     if data is not None and len(data) > most_bytes:  # to ask a bucket for it before would be one request more a file
         raise of_another_form(path, f"it has {len(data):,} bytes")
     return None if data is None else from_json(data, path, shape, any_float)
+
+
+def read_json(path: str | Path, shape: type[T], any_form: bool = False) -> T:
+    """A file of this machine that no stage wrote here; in `any_form` as other tools write them, with numbers
+    that are none and keys that stand twice. Raises OSError, ValueError with the reason in one line."""
+    _refuse_unusual(str(path), _MOST_BYTES)
+    return parsed(Path(path).read_bytes(), shape, any_form, any_form)
+
+
+def _refuse_unusual(place: str, most_bytes: int) -> None:
+    found = os.stat(place)
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and a device has no end
+        raise ValueError("it is no regular file")
+    if found.st_size > most_bytes:
+        raise ValueError(f"it has {found.st_size:,} bytes")
 
 
 def needed_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = _MOST_BYTES) -> T:
@@ -68,13 +80,13 @@ def from_json(data: bytes | str, path: str, shape: type[T], any_float: bool = Fa
         raise of_another_form(path, str(error)) from None
 
 
-def parsed(data: bytes | str, shape: type[T], any_float: bool = False) -> T:
+def parsed(data: bytes | str, shape: type[T], any_float: bool = False, any_keys: bool = False) -> T:
     """JSON of the `shape`: UTF-8 without half characters, no key twice, no deeper than 200. A dataclass has all of its
     fields and no others; numbers are finite, or else `any_float`. Raises ValueError with the reason in one line."""
     try:
         text = data if isinstance(data, str) else data.decode()
         hooks: dict[str, Any] = {} if any_float else {"parse_constant": _refuse_constant, "parse_float": _finite}
-        value = json.loads(text, object_pairs_hook=_no_key_twice, **hooks)
+        value = json.loads(text, object_pairs_hook=None if any_keys else _no_key_twice, **hooks)
         if dataclasses.is_dataclass(shape) and isinstance(value, dict):
             if odd := value.keys() - {field.name for field in dataclasses.fields(shape)}:
                 raise ValueError(f"{sorted(odd)[0]!r:.60} is no part of it")
@@ -86,7 +98,7 @@ def parsed(data: bytes | str, shape: type[T], any_float: bool = False) -> T:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{error}"[:200]) from None
+        raise ValueError("a number has too many digits" if "digits" in str(error) else f"{error}"[:200]) from None
 
 
 def result_of(done: dict[str, Any], path: str, shape: type[T]) -> T:

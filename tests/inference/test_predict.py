@@ -6,17 +6,23 @@ import csv
 import functools
 import json
 import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from raydistill.data.decode import decode, encode, pixels
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import CheckpointError, ConfigError, DataError
 from raydistill.inference.command import predict_command
 from raydistill.inference.predict import (
     OUTPUTS,
@@ -59,8 +65,6 @@ def pictures(tmp_path: Path) -> Path:
 
 def slow_probabilities(checkpoint: str, data: bytes, fit: str = "crop") -> np.ndarray:
     """One picture through the checkpoint by the functions that training uses."""
-    import torch
-
     student, _ = read_student(checkpoint)
     image = torch.from_numpy(pixels(encode(decode(data, SIZE, fit, 10**7))))[None]
     with torch.inference_mode():
@@ -384,3 +388,147 @@ def test_a_folder_that_lacks_what_is_needed_is_refused(exported, pictures):
         file.write_text(content)
         with pytest.raises(ConfigError, match=r"is no exported student|does not say"):
             predict_command(result.path, [str(pictures / "1.JPG")], None, 1, "onnx", None)
+
+
+def edited(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def graph_of(file: Path, *nodes: Any, initializers: Sequence[Any] = (), domain: str = "") -> None:
+    """A graph from `images` to `logits`, by way of `x`, which the nodes make."""
+    add = onnx.helper.make_node("Add", ["pooled", "x"], ["logits"])
+    pool = onnx.helper.make_node("ReduceMean", ["images"], ["pooled"], axes=[2, 3], keepdims=0)
+    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["n", 3, "h", "w"])
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph([*nodes, pool, add], "g", [images], [logits], list(initializers))
+    opsets = [onnx.helper.make_opsetid("", 13), *([onnx.helper.make_opsetid(domain, 1)] if domain else [])]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), file)
+
+
+def evil_graph(kind: str, folder: Path) -> None:
+    node, make = onnx.helper.make_node, onnx.numpy_helper.from_array
+    file = folder / "model.onnx"
+    large = make(np.array([200_000, 20_000]), "s")
+    if kind == "zeros":
+        graph_of(file, node("ConstantOfShape", ["s"], ["x"]), initializers=[large])
+    elif kind == "expanded":
+        graph_of(
+            file, node("Expand", ["one", "s"], ["x"]), initializers=[large, make(np.ones((1, 1), np.float32), "one")]
+        )
+    elif kind == "an outer product":
+        thin = [make(np.ones(shape, np.float32), name) for shape, name in (((50_000, 1), "a"), ((1, 50_000), "b"))]
+        graph_of(file, node("MatMul", ["a", "b"], ["x"]), initializers=thin)
+    elif kind == "elsewhere":
+        (folder.parent / "outside").write_bytes(bytes(12))
+        tensor = onnx.TensorProto(name="x", data_type=onnx.TensorProto.FLOAT, dims=[1, 3])
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", "../outside"), ("offset", "0"), ("length", "12")):
+            tensor.external_data.add(key=key, value=value)
+        graph_of(file, initializers=[tensor])
+    elif kind == "another domain":
+        graph_of(file, node("Run", ["images"], ["x"], domain="evil"), domain="evil")
+    elif kind == "a loop":
+        value = onnx.helper.make_tensor_value_info
+        again = onnx.helper.make_graph(
+            [node("Identity", ["go"], ["on"]), node("Identity", ["in"], ["out"])], "body",
+            [value("k", 7, []), value("go", 9, []), value("in", 1, [1, 3])],
+            [value("on", 9, []), value("out", 1, [1, 3])],
+        )  # fmt: skip
+        told = [make(np.array(2**62), "most"), make(np.array(True), "yes"), make(np.zeros((1, 3), np.float32), "zero")]
+        graph_of(file, node("Loop", ["most", "yes", "zero"], ["x"], body=again), initializers=told)
+    elif kind == "noise":
+        file.write_bytes(np.random.default_rng(0).bytes(4096))
+    elif kind == "cut off":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif kind == "other ends":
+        onnx.save(onnx.compose.add_prefix(onnx.load(file), "a/"), file)
+    elif kind == "a pipe":
+        file.unlink()
+        os.mkfifo(file)
+
+
+GRAPHS = ["zeros", "expanded", "an outer product", "elsewhere", "another domain", "a loop", "noise", "cut off",
+          "other ends", "a pipe"]  # fmt: skip
+SAYS = {
+    "deep": b"[" * 200_000,
+    "many digits": b'{"model": ' + b"9" * 5_000 + b"}",
+    "not UTF-8": b"\xff\xfe{}",
+    "a device": None,
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "no classes": {"classes": []},
+    "numbers for classes": {"classes": [1, 2, 3]},
+    "another library": {"library": "pickle"},
+    "a giant picture": {"image": {"size": 10**6, "fit": "crop", "max_pixels": 10**6}},
+    "a side of none": {"preprocessing": {"size": 0, "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear"}},
+    "a std of none": {"preprocessing": {"size": 32, "mean": [0, 0, 0], "std": [0, 1, 1], "interpolation": "bilinear"}},
+    "two means": {"preprocessing": {"size": 32, "mean": [0, 0], "std": [1, 1, 1], "interpolation": "bilinear"}},
+}
+
+
+def test_folders_of_strangers_are_refused_in_one_sentence(exported, tmp_path):
+    result, _ = exported(formats=["onnx"])
+
+    def refused(what: str, engine: str, spoil: Callable[[Path], object]) -> None:
+        folder = tmp_path / what / "export"
+        shutil.copytree(result.path, folder)
+        spoil(folder)
+        with pytest.raises((ConfigError, CheckpointError)) as error:
+            Predictor(str(folder), engine)
+        words = str(error.value)
+        assert str(folder) in words, what
+        assert "\n" not in words, what
+        assert "weights_only" not in words, what
+        assert "trust_remote_code" not in words, what
+        assert len(words) < 700 + 3 * len(str(folder)), what
+        assert error.value.exit_code == 2
+
+    about, config = "raydistill.json", "config.json"
+    for kind in GRAPHS:
+        refused(kind, "onnx", partial(evil_graph, kind))
+    for kind, content in SAYS.items():
+        for name in (about, config):
+
+            def spoil(folder: Path, name: str = name, content: bytes | None = content) -> None:
+                (folder / name).unlink()
+                if content is None:
+                    (folder / name).symlink_to("/dev/zero")
+                else:
+                    (folder / name).write_bytes(content)
+
+            refused(f"{name} {kind}", "torch", spoil)
+    for kind, change in CHANGES.items():
+        refused(kind, "onnx", lambda folder, change=change: edited(folder / about, **change))
+    giants = {"architecture": "vit_giant_patch14_224", "a width": "resnet10t", "a depth": "vit_tiny_patch16_224"}
+    args = {"architecture": {}, "a width": {"stem_width": 10**6}, "a depth": {"depth": 10**7}}
+    for kind, name in giants.items():
+        change = {"architecture": name, "model_args": args[kind]}
+        refused(f"giant by {kind}", "torch", lambda folder, change=change: edited(folder / config, **change))
+    refused("no architecture", "torch", lambda folder: edited(folder / config, architecture="exec"))
+    refused("cut weights", "torch", lambda folder: os.truncate(folder / "model.safetensors", 1000))
+    refused("no weights", "torch", lambda folder: (folder / "model.safetensors").unlink())
+
+    def pickled(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save({"a": Ran(tmp_path / "RAN")}, folder / "pytorch_model.bin")
+
+    def named_elsewhere(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+        index = {"weight_map": {"a": "../outside.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    refused("a pickle", "torch", pickled)
+    refused("weights outside", "torch", named_elsewhere)
+    assert not (tmp_path / "RAN").exists()
+    for engine in ("onnx", "torch"):
+        assert Predictor(result.path, engine).classes
+
+
+class Ran:
+    """Unpickles to a file that is there."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.place,)
