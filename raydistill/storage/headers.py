@@ -30,11 +30,11 @@ def pages(file: Any, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
                 break
         else:
             raise EOFError("a page without a header")
-        unpacked, packed = header.get(2), header.get(3)
+        unpacked, packed = _whole(header, 2), _whole(header, 3)
         if unpacked is None or packed is None or min(unpacked, packed) < 0:
             raise ValueError("a page without a size")
-        encoding = next((header[field].get(key) for field, key in ((5, 2), (8, 4)) if header.get(field)), None)
-        yield packed, unpacked, header.get(1) == _DICTIONARY_PAGE or encoding == _DELTA_BYTE_ARRAY
+        is_delta = _DELTA_BYTE_ARRAY in (_whole(header.get(5), 2), _whole(header.get(8), 4))
+        yield packed, unpacked, is_delta or header.get(1) == _DICTIONARY_PAGE
         start += stream.tell() + packed
 
 
@@ -52,9 +52,15 @@ def levels(footer: bytes) -> int:
             left[-1] -= 1
             deepest = max(deepest, len(left))
             element = {number: _value(stream, kind) for number, kind in _fields(stream)}
-            if element.get(5):
-                left.append(element[5])
+            if children := _whole(element, 5):
+                left.append(children)
     return deepest
+
+
+def _whole(fields: Any, number: int) -> int | None:
+    """A whole number among a struct's fields; damage puts other kinds in its place."""
+    value = fields.get(number) if isinstance(fields, dict) else None
+    return value if isinstance(value, int) else None
 
 
 def _fields(stream: io.BytesIO) -> Iterator[tuple[int, int]]:
