@@ -38,6 +38,31 @@ def pages(file: Any, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         start += stream.tell() + packed
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A column of a row group, as the footer tells it: Arrow's own object for it aborts the process on some damage."""
+
+    path: str
+    packed: int
+    unpacked: int
+    start: int
+
+
+def groups(footer: bytes) -> list[tuple[int, list[Chunk]]]:
+    """Rows and columns of each row group."""
+    stream, found = io.BytesIO(footer), list[tuple[int, list[Chunk]]]()
+    for number, kind in _fields(stream):
+        value = _value(stream, kind)
+        if number == 4:
+            found = [(group[3], [_chunk(column[3]) for column in group[1]]) for group in value]
+    return found
+
+
+def _chunk(told: dict[int, Any]) -> Chunk:
+    starts = [told[9], *(start for start in [told.get(11, 0)] if start > 0)]
+    return Chunk(b".".join(told[3]).decode(errors="replace"), told[7], told[6], min(starts))
+
+
 def levels(footer: bytes) -> int:
     """How deep the columns are nested in a parquet file."""
     stream, deepest = io.BytesIO(footer), 0
@@ -72,19 +97,18 @@ def _fields(stream: io.BytesIO) -> Iterator[tuple[int, int]]:
 
 
 def _value(stream: io.BytesIO, kind: int) -> Any:
-    """A whole number, or a struct's; of anything else nothing is kept."""
+    """A whole number, bytes, a list's or a struct's values."""
     if kind in _INTEGERS:
         return _integer(stream)
     if kind == _BYTE:
         return _bytes(stream, 1)[0]
     if kind == _BYTES:
-        stream.seek(_varint(stream), 1)
-    elif kind == _DOUBLE:
+        return _bytes(stream, _varint(stream))
+    if kind == _DOUBLE:
         stream.seek(8, 1)
     elif kind in _LIST:
         count, kind = _length(stream)
-        for _ in range(count):
-            _value(stream, _BYTE if kind in _BOOL else kind)
+        return [_value(stream, _BYTE if kind in _BOOL else kind) for _ in range(count)]
     elif kind == _STRUCT:
         return {number: _value(stream, own) for number, own in _fields(stream)}
     elif kind not in _BOOL:

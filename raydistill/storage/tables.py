@@ -35,7 +35,7 @@ _MOST_ROWS, _MOST_LEVELS = 16384, 64  # that are read together; of types in each
 _EXTENSION, _NO_EXTENSION = b"ARROW:extension:name", b"arrow.extension.name"
 _SCHEMA, _NO_SCHEMA = b"ARROW:schema", b"arrow.schema"
 _DAMAGES = (pa.ArrowException, OSError, EOFError, LookupError, ValueError, MemoryError, OverflowError, RecursionError,
-            struct.error)  # fmt: skip
+            struct.error, TypeError, AttributeError)  # fmt: skip
 Batches = Iterator[tuple[int, pa.RecordBatch]]
 
 
@@ -122,6 +122,7 @@ class ParquetFile:
         footer = file.read(length)
         if headers.levels(footer) > _MOST_LEVELS:  # for each of which Arrow calls itself
             raise DataError(f"{shown}: columns are nested more than {_MOST_LEVELS} levels deep")
+        self._groups = headers.groups(footer)
         # As soon as it reads a footer Arrow makes types of what that key holds.
         metadata = pq.read_metadata(io.BytesIO(b"PAR1" + footer.replace(_SCHEMA, _NO_SCHEMA) + end))
         if stated := (metadata.metadata or {}).get(_NO_SCHEMA):
@@ -138,11 +139,11 @@ class ParquetFile:
         only of those that hold some. Raises DataError: a column that is not plain, or a bomb."""
         _refuse_other(self.schema, columns, self._shown)
         number = 0
-        for g, group in enumerate(self._groups()):
-            first, number = number, number + group.num_rows
+        for g, (num_rows, chunks) in enumerate(self._groups):
+            first, number = number, number + num_rows
             if not _any_of(wanted, first, number):
                 continue
-            largest = max(map(self._most_of_a_row, self._chunks(group, columns)), default=0)
+            largest = max(map(self._most_of_a_row, _of(chunks, columns)), default=0)
             together = max(1, min(_MOST_ROWS, _MOST_BYTES // max(largest, 1)))
             for batch in self._parquet.iter_batches(together, row_groups=[g], columns=list(columns)):
                 if _any_of(wanted, first, first + len(batch)):
@@ -154,30 +155,21 @@ class ParquetFile:
 
     def refuse_bombs(self, columns: Sequence[str]) -> None:
         """By what the footer says: rows that are read later are known to be no bomb now, and their pages then."""
-        for chunk in (chunk for group in self._groups() for chunk in self._chunks(group, columns)):
-            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
-            if unpacked > max(_MOST_BYTES, _MOST_TIMES_IN_ALL * packed):
-                raise _bomb(self._shown, f"the column {_name(chunk.path_in_schema)}", packed, unpacked)
+        for chunk in (chunk for _, chunks in self._groups for chunk in _of(chunks, columns)):
+            if chunk.unpacked > max(_MOST_BYTES, _MOST_TIMES_IN_ALL * chunk.packed):
+                raise _bomb(self._shown, f"the column {_name(chunk.path)}", chunk.packed, chunk.unpacked)
 
     @property
     def parts(self) -> Iterator[int]:
         """The rows of each row group."""
-        return (group.num_rows for group in self._groups())
-
-    def _groups(self) -> Iterator[Any]:
-        return map(self._parquet.metadata.row_group, range(self._parquet.metadata.num_row_groups))
-
-    def _chunks(self, group: Any, columns: Sequence[str]) -> list[Any]:
-        chunks = map(group.column, range(group.num_columns))
-        return [c for c in chunks if c.path_in_schema in columns or c.path_in_schema.partition(".")[0] in columns]
+        return (num_rows for num_rows, _ in self._groups)
 
     def _most_of_a_row(self, chunk: Any) -> int:
         """Bytes by which each row more may add to what is held, beyond the pages themselves where these are few."""
-        start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)  # as Arrow has it
         total = largest = repeated = 0
-        for packed, unpacked, repeats in headers.pages(self._file, start, start + chunk.total_compressed_size):
+        for packed, unpacked, repeats in headers.pages(self._file, chunk.start, chunk.start + chunk.packed):
             if unpacked > max(_MOST_BYTES, _MOST_TIMES * packed):
-                raise _bomb(self._shown, f"a page of the column {_name(chunk.path_in_schema)}", packed, unpacked)
+                raise _bomb(self._shown, f"a page of the column {_name(chunk.path)}", packed, unpacked)
             total, largest = total + unpacked, max(largest, unpacked)
             repeated = max(repeated, unpacked if repeats else 0)
         return repeated if total <= _MOST_BYTES else largest
@@ -267,6 +259,10 @@ class ArrowFile:
             rows += message.rows if message.is_batch else 0
             _refuse_many_rows(rows, self.size, self._shown)
             yield message
+
+
+def _of(chunks: Sequence[headers.Chunk], columns: Sequence[str]) -> list[headers.Chunk]:
+    return [chunk for chunk in chunks if chunk.path in columns or chunk.path.partition(".")[0] in columns]
 
 
 def _schema(message: bytes) -> pa.Schema:
