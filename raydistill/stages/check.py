@@ -220,8 +220,10 @@ def _judge(
     findings = list(_unusable(images, known, len(listing.entries), strict))
     if strict and any(d.reason for d in known):
         return findings, {}
-    kept, _ = without_duplicates(known)
     findings += _copies(known)
+    if len(known) < len(listing.entries):  # what is not looked at may hold the classes and splits that seem to lack
+        return [*findings, *_of_pixels(config, [look for look in looks if look.facts])], {}
+    kept, _ = without_duplicates(known)
     splits = draw_splits(config, listing, kept)
     findings += _of_classes(listing, splits)
     try:

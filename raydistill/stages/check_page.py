@@ -57,7 +57,11 @@ def _page(config: RunConfig, checkup: Checkup) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=on_page
     )
-    entries = {entry_name(e): e for e in list_images(config.images).entries} if checkup.counts else {}
+    entries = (
+        {entry_name(e): e for e in list_images(config.images).entries}
+        if checkup.counts or checkup.is_interrupted
+        else {}
+    )
     pictures = [
         [(example, _pictures(example, entries, config.images)) for example in finding.examples]
         for finding in checkup.findings

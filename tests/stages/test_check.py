@@ -433,3 +433,4 @@ def test_an_interrupted_look_keeps_what_was_seen(check, folder, tmp_path, monkey
     assert not checkup.is_sound
     assert found(checkup)["interrupted: the rest is not looked at"].count == 30
     assert "00.png" in found(checkup)["not an image"].examples[0]
+    assert not [what for what in found(checkup) if "class" in what], "dogs are not looked at, and do not lack"
