@@ -77,12 +77,13 @@ def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf)
                 yield number, value.get("bytes") if isinstance(value, dict) else value
 
 
-def next_part(path: str, row: int) -> int:
-    """The first row behind those that are read together with `row`, as a row group is. Raises DataError."""
+def next_part(path: str, row: int) -> float:
+    """The first row behind those that are read together with `row`, as a row group is; infinity behind the last.
+    Raises DataError."""
     if PurePosixPath(path).suffix.lower() == ".tar":
         return row + 1
     with open_table(path) as table:
-        return next(end for end in itertools.accumulate(table.parts) if end > row)
+        return next((end for end in itertools.accumulate(table.parts) if end > row), math.inf)
 
 
 def count_rows(path: str) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from raydistill.data.many import next_part, read_rows
 from raydistill.errors import DataError, StageError
 from raydistill.storage.addresses import read_address
-from raydistill.storage.filesystems import read_file
+from raydistill.storage.filesystems import read_file, too_large
 
 UNREADABLE = "cannot be read"
 NO_IMAGE = "no image in this row: there are no bytes, and a path alone is not followed; save the set with its pictures"
@@ -33,7 +33,7 @@ def read_pictures(
         return
     for number, (path, _) in enumerate(places):
         try:
-            yield number, *_checked(read_bytes_of(path, most_bytes, source), most_bytes)
+            yield number, read_bytes_of(path, most_bytes, source), ""
         except Exception as error:
             yield number, None, refusal(error)
 
@@ -43,6 +43,8 @@ def _read_rows(path: str, number_of: dict[int, int], most_bytes: int) -> Iterato
         try:
             for row, data in read_rows(path, number_of, most_bytes):
                 yield number_of.pop(row), *_checked(data, most_bytes)
+            if number_of:
+                raise DataError(f"the file has no row {min(number_of)} any more")
         except Exception as error:
             reason, end = refusal(error), math.inf
             with contextlib.suppress(DataError):  # where it cannot even be opened, all of its rows are lost
@@ -52,7 +54,7 @@ def _read_rows(path: str, number_of: dict[int, int], most_bytes: int) -> Iterato
 
 def read_bytes_of(path: str, most_bytes: int, source: str | None = None) -> bytes:
     """Raises OSError, ValueError for a name that no file can have, ConfigError for a protocol that is not known."""
-    if path.startswith("/"):  # on this machine; fsspec would take as long again to find that out
+    if "://" not in path:  # on this machine; fsspec would take as long again to find that out
         return read_file(path, most_bytes)
     return read_address(path, path if source is None else source, most_bytes)
 
@@ -70,5 +72,5 @@ def _checked(data: bytes | None, most_bytes: int) -> tuple[bytes | None, str]:
     if data is None:
         return None, NO_IMAGE
     if len(data) > most_bytes:
-        return None, f"{UNREADABLE}: it has {len(data):,} bytes, above {most_bytes:,} (images.max_bytes)"
+        return None, refusal(too_large(len(data), most_bytes))
     return data, ""

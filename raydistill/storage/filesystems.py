@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import stat
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -88,13 +89,18 @@ class FileSystem:
         """A stranger's file, to read at any place. Raises OSError, also for what is no regular file."""
         return open_file(place) if self.is_local else self.open(place, "rb")
 
-    def read_at_most(self, place: str, most: int) -> bytes:
-        """A whole file of a stranger. Raises OSError, also where it has more bytes."""
+    def read_at_most(self, place: str, most: int, is_small: bool = False) -> bytes:
+        """A whole file of a stranger; of one that `is_small` a bucket is not asked for the size first. Raises OSError,
+        also where it has more bytes."""
         if self.is_local:
-            return read_file(place, most)
-        if (size := self.size(place) or 0) > most:
+            return patiently(read_file, True, self._patience, place, most)
+        if not is_small and (size := self.size(place) or 0) > most:
             raise too_large(size, most, place)
-        return self.cat_file(place)
+        # To read in parts, s3fs would ask for the size.
+        data = self.cat_file(place, **({"max_concurrency": 1} if "s3" in self._fs.protocol else {}))
+        if len(data) > most:
+            raise too_large(len(data), most, place)
+        return data
 
     def make_folder(self, place: str) -> None:
         """With all above it. A bucket has no folders, and is not made because a name was misspelt."""
@@ -108,12 +114,10 @@ class FileSystem:
         except FileNotFoundError:
             return []
 
-    def read(self, place: str) -> bytes | None:
-        """A small file's bytes, or None where it is not there, in one request. (To read in parts, s3fs asks for the
-        size first.)"""
-        whole = {"max_concurrency": 1} if "s3" in self._fs.protocol else {}
+    def read(self, place: str, most: int = sys.maxsize) -> bytes | None:
+        """A small file's bytes, or None where it is not there, in one request. Raises as `read_at_most`."""
         try:
-            return bytes(self.cat_file(place, **whole))
+            return self.read_at_most(place, most, is_small=True)
         except FileNotFoundError:
             return None
 
@@ -261,7 +265,7 @@ def read_file(path: str, most: int) -> bytes:
         return file.read(size)
 
 
-def too_large(size: int, most: int, path: str) -> OSError:
+def too_large(size: int, most: int, path: str | None = None) -> OSError:
     return OSError(errno.EFBIG, f"it has {size:,} bytes, above {most:,}", path)
 
 

@@ -125,6 +125,30 @@ def test_a_file_of_many_that_is_gone_refuses_its_rows(tmp_path):
     assert all("gone.parquet" in reason for reason in found)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "tar"])
+def test_rows_that_a_file_has_no_more_are_refused(tmp_path, kind):
+    path, table = f"{tmp_path}/set.{kind}", pa.table({"image": [picture(0), picture(1)], "label": ["a", "b"]})
+    if kind == "parquet":
+        pq.write_table(table, path)
+    elif kind == "arrow":
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        with tarfile.open(path, "w") as archive:
+            (member := tarfile.TarInfo("0.png")).size = len(picture())
+            archive.addfile(member, io.BytesIO(picture()))
+    found = reasons([(path, 0), (path, 7), (path, 8)])
+    assert [bool(reason) for reason in found] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["a::b.png", "https:b.png", "~b.png"])
+def test_a_name_like_an_address_is_a_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(picture())
+    assert reasons([(name, None), (f"{tmp_path}/{name}", None)]) == ["", ""]
+
+
 class OddError(Exception):
     """As decoders and clients have them."""
 
