@@ -23,7 +23,9 @@ def check_settings(folder: Path, what: str) -> None:
         try:
             tree = read_json(folder / name, dict[str, Any], any_form=True) if (folder / name).exists() else {}
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{what}: its {name} cannot be read ({error})") from None
+            raise ConfigError(
+                f"{what}: its {name} cannot be read ({getattr(error, 'strerror', None) or error})"
+            ) from None
         for key, number in _numbers(tree, ""):
             most = (
                 10_000 if _DEPTH.search(key.rpartition(".")[2]) else 65_536 if key.startswith(".model_args") else number

@@ -55,7 +55,9 @@ def model_kind(model: str, key: str) -> tuple[Literal["timm", "transformers", "r
     try:
         saved_by_timm = "architecture" in read_json(settings, dict[str, Any], any_form=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={model}: its config.json cannot be read ({error})") from None
+        raise ConfigError(
+            f"{key}={model}: its config.json cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
     if saved_by_timm:
         return "timm", f"local-dir:{Path(model).absolute()}"
     return "transformers", model

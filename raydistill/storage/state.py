@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
-import os
-import stat
 from collections.abc import Hashable
 from functools import lru_cache
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Annotated, Any, NoReturn, TypeVar, cast
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from raydistill.errors import CheckpointError
-from raydistill.storage.filesystems import open_filesystem
+from raydistill.storage.filesystems import open_filesystem, read_file
 
 T = TypeVar("T")
 _MOST_BYTES = 32 * 1024**2
+# What the system says of a file that no stage has written: too large, no regular file, at the end of odd links.
+_UNUSUAL = {errno.EFBIG, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV}
 
 
 def _of_an_epoch(record: dict[str, float]) -> dict[str, float]:
@@ -36,32 +37,19 @@ def read_state(path: str, shape: type[T], any_float: bool = False, most_bytes: i
     """A file that is of the `shape`; None where it is not there. Raises CheckpointError where it is of another one, is
     too large or no regular file."""
     fs, place = open_filesystem(path)
-    if fs.is_local:
-        try:
-            _refuse_unusual(place, most_bytes)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise of_another_form(path, getattr(error, "strerror", None) or str(error)) from None
-    data = fs.read(place)
-    if data is not None and len(data) > most_bytes:  # to ask a bucket for it before would be one request more a file
-        raise of_another_form(path, f"it has {len(data):,} bytes")
+    try:
+        data = fs.read(place, most_bytes)
+    except OSError as error:
+        if error.errno not in _UNUSUAL:  # of the system or the way there, and no reason to delete anything
+            raise
+        raise of_another_form(path, str(error.strerror)) from None
     return None if data is None else from_json(data, path, shape, any_float)
 
 
 def read_json(path: str | Path, shape: type[T], any_form: bool = False) -> T:
     """A file of this machine that no stage wrote here; in `any_form` as other tools write them, with numbers
     that are none and keys that stand twice. Raises OSError, ValueError with the reason in one line."""
-    _refuse_unusual(str(path), _MOST_BYTES)
-    return parsed(Path(path).read_bytes(), shape, any_form, any_form)
-
-
-def _refuse_unusual(place: str, most_bytes: int) -> None:
-    found = os.stat(place)
-    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and a device has no end
-        raise ValueError("it is no regular file")
-    if found.st_size > most_bytes:
-        raise ValueError(f"it has {found.st_size:,} bytes")
+    return parsed(read_file(str(path), _MOST_BYTES), shape, any_form, any_form)
 
 
 def needed_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = _MOST_BYTES) -> T:

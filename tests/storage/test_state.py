@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -17,6 +19,7 @@ from raydistill.infra.lease import held
 from raydistill.search import study
 from raydistill.stages import distill
 from raydistill.stages.generate import generated_from_json
+from raydistill.storage import filesystems
 from raydistill.storage.state import read_state
 
 DAMAGED = {
@@ -71,6 +74,21 @@ def test_what_is_whole_is_read_and_what_is_not_there_is_none(tmp_path: Path) -> 
     (tmp_path / "state.json").write_text(json.dumps(tree))
     assert read_state(f"{tmp_path}/state.json", dict[str, Any]) == tree
     assert read_state(f"{tmp_path}/nothing.json", dict[str, Any]) is None
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.ESTALE, True), (errno.EMFILE, False), (errno.EACCES, False)])
+def test_what_the_system_says_of_itself_has_nothing_deleted(tmp_path, monkeypatch, number: int, passes: bool) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    really, failures = filesystems.open_file, [OSError(number, os.strerror(number))]
+
+    def fails_once(path: str) -> Any:
+        if failures:
+            raise failures.pop()
+        return really(path)
+
+    monkeypatch.setattr(filesystems, "open_file", fails_once)
+    with contextlib.nullcontext() if passes else pytest.raises(OSError, match=os.strerror(number)):
+        assert read_state(f"{tmp_path}/state.json", dict[str, Any]) == {}
 
 
 @pytest.mark.parametrize("damage", ["deep", "many digits", "no number", "a key twice", "half a character", "a pipe"])
