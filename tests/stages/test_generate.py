@@ -57,6 +57,7 @@ from raydistill.stages.showing import (
     working_image,
 )
 from raydistill.stages.summary import closing_table
+from raydistill.storage.filesystems import FileSystem
 
 # No node of the tests' cluster has the label, and any will do.
 ANYWHERE = ["cluster.generator_labels={pool: spot}", "cluster.generator_fallback={}"]
@@ -439,7 +440,7 @@ def test_what_was_made_is_read_without_its_pixels(generating, in_this_process, s
     rows = pq.read_table(file)
     heavy = pa.array([b"x" * 5_000_000] * len(rows), pa.binary())
     pq.write_table(rows.set_column(rows.column_names.index("image"), "image", heavy), file, compression="none")
-    read, fs = [], recipe.directory.fs
+    read = []
 
     class Counting(io.FileIO):
         def read(self, size: int = -1) -> bytes:
@@ -447,7 +448,7 @@ def test_what_was_made_is_read_without_its_pixels(generating, in_this_process, s
             read.append(len(data))
             return data
 
-    monkeypatch.setattr(fs, "open", lambda path, mode: Counting(path, mode))
+    monkeypatch.setattr(FileSystem, "open_regular", lambda _, path: Counting(path))
     assert set(read_made(recipe)) == {(0, 0), (1, 0)}
     assert 0 < sum(read) < 200_000
 
