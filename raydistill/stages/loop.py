@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binom
+from scipy.special import bdtrc
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -111,7 +111,8 @@ class Kept(nn.Module):
         """Whether the images tell that it is better than what is right on `right_V`, though it is the best of so many:
         McNemar's exact test of one side, by Bonferroni."""
         only_kept, only_other = int((self.right & ~right_V).sum()), int((right_V & ~self.right).sum())
-        return bool(binom.sf(only_kept - 1, only_kept + only_other, 0.5) <= _LEVEL / looks)
+        # The binomial distribution's tail, without scipy.stats, which takes a worker a second to load.
+        return bool(bdtrc(only_kept - 1, only_kept + only_other, 0.5) <= _LEVEL / looks)
 
 
 def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
