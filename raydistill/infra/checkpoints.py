@@ -148,10 +148,9 @@ def drop_checkpoints(path: str, kept: Collection[str] = ()) -> None:
     fs, place = _open(path)
     for name in fs.names(place):
         if _STEP.fullmatch(name) and name not in kept:
-            for file in filter(
-                _FILE.fullmatch, fs.names(f"{place}/{name}")
-            ):  # checkpoint.json first, which says it is whole
-                fs.remove(f"{place}/{name}/{file}")
+            for file in fs.names(f"{place}/{name}"):  # checkpoint.json first, which says that it is whole
+                if _FILE.fullmatch(file):
+                    fs.remove(f"{place}/{name}/{file}")
             fs.remove_if_empty(f"{place}/{name}")
     if not kept:
         fs.remove(f"{place}/{_POINTER}")

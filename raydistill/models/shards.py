@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +28,8 @@ def check_settings(folder: Path, what: str) -> None:
                 f"{what}: its {name} cannot be read ({getattr(error, 'strerror', None) or error})"
             ) from None
         for key, number in _numbers(tree, ""):
-            most = (
-                10_000 if _DEPTH.search(key.rpartition(".")[2]) else 65_536 if key.startswith(".model_args") else number
-            )
+            is_depth, is_timms = _DEPTH.search(key.rpartition(".")[2]), key.startswith(".model_args")
+            most = 10_000 if is_depth else 65_536 if is_timms else math.inf
             if number > most and "label" not in key:
                 raise ConfigError(
                     f"{what}: its {name} says {number} for {key[1:]!r:.80}, far more than any network has"

@@ -48,14 +48,12 @@ class Chunk:
     start: int
 
 
-def groups(footer: bytes) -> list[tuple[int, list[Chunk]]]:
-    """Rows and columns of each row group."""
-    stream, found = io.BytesIO(footer), list[tuple[int, list[Chunk]]]()
-    for number, kind in _fields(stream):
-        value = _value(stream, kind)
-        if number == 4:
-            found = [(group[3], [_chunk(column[3]) for column in group[1]]) for group in value]
-    return found
+def footer(data: bytes) -> tuple[int, list[tuple[int, list[Chunk]]]]:
+    """Of a parquet file: how deep its columns are nested, and the rows and columns of each row group."""
+    stream = io.BytesIO(data)
+    told = {number: _value(stream, kind) for number, kind in _fields(stream)}
+    groups = [(group[3], [_chunk(column[3]) for column in group[1]]) for group in told.get(4, [])]
+    return _levels(told[2]), groups
 
 
 def _chunk(told: dict[int, Any]) -> Chunk:
@@ -63,22 +61,15 @@ def _chunk(told: dict[int, Any]) -> Chunk:
     return Chunk(b".".join(told[3]).decode(errors="replace"), told[7], told[6], min(starts))
 
 
-def levels(footer: bytes) -> int:
-    """How deep the columns are nested in a parquet file."""
-    stream, deepest = io.BytesIO(footer), 0
-    for number, kind in _fields(stream):
-        if (number, kind) != (2, _LIST[0]):
-            _value(stream, kind)
-            continue
-        left = [1]  # in each group from the root down, the children that are still to come
-        for _ in range(_length(stream)[0]):
-            while len(left) > 1 and not left[-1]:
-                left.pop()
-            left[-1] -= 1
-            deepest = max(deepest, len(left))
-            element = {number: _value(stream, kind) for number, kind in _fields(stream)}
-            if children := _whole(element, 5):
-                left.append(children)
+def _levels(elements: list[Any]) -> int:
+    deepest, left = 0, [1]  # in each group from the root down, the children that are still to come
+    for element in elements:
+        while len(left) > 1 and not left[-1]:
+            left.pop()
+        left[-1] -= 1
+        deepest = max(deepest, len(left))
+        if children := _whole(element, 5):
+            left.append(children)
     return deepest
 
 

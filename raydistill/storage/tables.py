@@ -120,9 +120,9 @@ class ParquetFile:
             raise ValueError("it does not end as one")
         file.seek(self.size - 8 - length)
         footer = file.read(length)
-        if headers.levels(footer) > _MOST_LEVELS:  # for each of which Arrow calls itself
+        levels, self._groups = headers.footer(footer)
+        if levels > _MOST_LEVELS:  # for each of which Arrow calls itself
             raise DataError(f"{shown}: columns are nested more than {_MOST_LEVELS} levels deep")
-        self._groups = headers.groups(footer)
         # As soon as it reads a footer Arrow makes types of what that key holds.
         metadata = pq.read_metadata(io.BytesIO(b"PAR1" + footer.replace(_SCHEMA, _NO_SCHEMA) + end))
         if stated := (metadata.metadata or {}).get(_NO_SCHEMA):
@@ -164,7 +164,7 @@ class ParquetFile:
         """The rows of each row group."""
         return (num_rows for num_rows, _ in self._groups)
 
-    def _most_of_a_row(self, chunk: Any) -> int:
+    def _most_of_a_row(self, chunk: headers.Chunk) -> int:
         """Bytes by which each row more may add to what is held, beyond the pages themselves where these are few."""
         total = largest = repeated = 0
         for packed, unpacked, repeats in headers.pages(self._file, chunk.start, chunk.start + chunk.packed):
@@ -245,11 +245,10 @@ class ArrowFile:
     def _messages(self) -> Iterator[headers.Message]:
         """Those that batches and their dictionaries are in, each a plausible one."""
         packed = unpacked = rows = 0
-        found = (
-            headers.blocks(self._file, self._footer, self.size)
-            if self._is_file
-            else (headers.stream(self._file, self._begin, self.size))
-        )
+        if self._is_file:
+            found = headers.blocks(self._file, self._footer, self.size)
+        else:
+            found = headers.stream(self._file, self._begin, self.size)
         for message in found:
             if not message.is_batch:  # they stay
                 packed, unpacked = packed + message.packed, unpacked + message.unpacked
@@ -305,12 +304,9 @@ def _refuse_other(schema: pa.Schema, columns: Sequence[str], shown: str) -> None
     """Than plain columns."""
     for name in columns:
         if not _is_plain(kind := schema.field(name).type):
-            is_list = pa.types.is_nested(kind) and not pa.types.is_struct(kind)
-            advice = (
-                "multi-label data is not supported, an image has one class"
-                if is_list
-                else ("write the pictures as bytes and the labels as text or whole numbers")
-            )
+            advice = "write the pictures as bytes and the labels as text or whole numbers"
+            if pa.types.is_nested(kind) and not pa.types.is_struct(kind):
+                advice = "multi-label data is not supported, an image has one class"
             raise DataError(f"{shown}: the column {_name(name)} holds {_name(str(kind))}, which is not read; {advice}")
 
 
