@@ -96,7 +96,8 @@ class StageDirectory:
 
     @property
     def _root(self) -> str:
-        return self.place.rpartition("/")[0].removesuffix(f"/{_GENERATED}")
+        above = self.place.rpartition("/")[0]
+        return above.rpartition("/")[0] if self.stage == _GENERATED else above
 
     def started(self) -> bool:
         self._refuse_links()

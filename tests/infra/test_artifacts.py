@@ -746,8 +746,10 @@ def test_a_workspace_may_be_a_link_and_is_private_where_it_is_new(tmp_path, monk
     try:
         (tmp_path / "disk").mkdir(mode=0o775)
         (tmp_path / "w").symlink_to(tmp_path / "disk")
-        for root, mode in (("w", 0o775), ("new", 0o700)):
-            artifacts.check_writable(config_of(f"workspace={tmp_path / root}"))
+        (tmp_path / "generated").symlink_to(tmp_path / "disk")
+        for root, mode in (("w", 0o775), ("new", 0o700), ("generated", 0o775), ("new/generated", 0o700)):
+            if root != "new/generated":  # where nothing looks before
+                artifacts.check_writable(config_of(f"workspace={tmp_path / root}"))
             directory = StageDirectory(f"{tmp_path / root}/prepare-0123456789ab", "prepare", "{}")
             directory.begin()
             directory.finish({"a": 1})
