@@ -9,6 +9,11 @@ from typing import Any
 from raydistill.secrets import redacted
 
 
+def reason_of(error: BaseException) -> str:
+    """What a library says of its error, in one line of 500 characters at most."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
 class RaydistillError(Exception):
     """Base of everything raydistill raises on purpose. `exit_code` is what the command line returns."""
 

@@ -23,7 +23,7 @@ from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import ConfigError, DataError, reason_of
 
 log = logging.getLogger(__name__)
 IMAGES = ("open-clip-art", "open-clip-art-pool", "fashion-mnist", "fashion-mnist-10k", "elpv")
@@ -62,8 +62,9 @@ def images_path(name: str) -> Path:
         log.warning("example:%s needs apt-get and dpkg-deb; EuroSAT (satellite images) stands in for it", name)
         return _once("open-clip-art-eurosat", _eurosat)
     except (OSError, RuntimeError, HTTPException) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"example:{name} could not be fetched ({reason}); give images.path=YOUR_FOLDER") from error
+        raise DataError(
+            f"example:{name} could not be fetched ({reason_of(error)}); give images.path=YOUR_FOLDER"
+        ) from error
 
 
 def weights_path(name: str) -> Path:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from raydistill.errors import DataError
+from raydistill.errors import DataError, reason_of
 
 _ORIENTATION, _ROWS_PER_STRIP, _TILE_SIDES = 0x0112, 278, (322, 323)  # EXIF's tag, and TIFF's
 BACKGROUND = (255, 255, 255)
@@ -106,7 +106,7 @@ def decode_with_facts(
     except MemoryError:
         raise DataError("too large to decode in the memory there is") from None
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files; the reason is kept
-        raise DataError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise DataError(f"cannot be decoded: {reason_of(error)}") from None
 
 
 class _Steps(io.BytesIO):

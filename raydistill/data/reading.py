@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from raydistill.data.many import next_part, read_rows
-from raydistill.errors import DataError, StageError
+from raydistill.errors import DataError, StageError, reason_of
 from raydistill.storage.addresses import read_address
 from raydistill.storage.filesystems import read_file, too_large
 
@@ -64,7 +64,7 @@ def refusal(error: Exception) -> str:
     number = getattr(error, "errno", None)
     if isinstance(error, MemoryError | StageError) or number in _MACHINE:
         raise error
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+    reason = getattr(error, "strerror", None) or reason_of(error)
     return f"{UNREADABLE}: {reason}{' (images.max_bytes)' if number == errno.EFBIG else ''}"
 
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel, NonNegativeInt
 from safetensors.torch import load, save_file
 from torch import nn
 
-from raydistill.errors import CheckpointError
+from raydistill.errors import CheckpointError, reason_of
 from raydistill.infra.versions import installed
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_links, write_bytes, write_file
 from raydistill.storage.state import read_state
@@ -211,10 +211,10 @@ def does_not_fit(path: str, meta: dict[str, Any], error: Exception) -> Checkpoin
     """For a whole checkpoint, of which `meta` is the JSON, that this installation makes nothing of."""
     here = installed(_PACKAGES)
     wrote, runs = (", ".join(f"{name} {v.get(name, 'unknown')}" for name in here) for v in (meta, here))
-    reason = " ".join(str(error).split())[:300]
     return CheckpointError(
         f"{path}/checkpoints: that of step {meta['step']} was written by {wrote}, and this is {runs}, with which it "
-        f"does not load ({reason}); install those versions, or delete that folder to train from the first step"
+        f"does not load ({reason_of(error)}); install those versions, or delete that folder to train from the first "
+        "step"
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, reason_of
 from raydistill.infra.ec2 import aws_faults
 from raydistill.infra.kuberay_file import check_kuberay_file
 from raydistill.infra.node_types import (
@@ -212,7 +212,7 @@ def _workers(file: dict[str, Any], types: list[NodeType]) -> Iterator[str]:
         try:
             validate_node_label_syntax(node_type.labels)
         except ValueError as error:
-            yield f"{key}.labels: {' '.join(str(error).split())}"
+            yield f"{key}.labels: {reason_of(error)}"
         if node_type.name == file["head_node_type"]:
             continue
         yield from kept_gpus(f"{key}.min_workers", node_type)

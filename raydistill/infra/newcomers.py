@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 
 from raydistill.config import RunConfig
+from raydistill.errors import reason_of
 
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 5.0
@@ -26,7 +27,7 @@ def watched(config: RunConfig) -> Iterator[None]:
             try:
                 _look(config, known)
             except Exception as error:  # Ray's and its connection's: the look after this one may tell
-                log.warning("nodes that join are not looked at for now: %s", " ".join(str(error).split()))
+                log.warning("nodes that join are not looked at for now: %s", reason_of(error))
 
     thread = threading.Thread(target=watch, name="newcomers", daemon=True)
     thread.start()

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from raydistill.errors import reason_of
+
 _SECONDS = 120.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -53,7 +55,7 @@ def waiting_words() -> str:
     try:
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
     except Exception as error:  # Ray's own and its connection's; what waits is then not known
-        return f"; Ray does not say what waits ({' '.join(str(error).split())[:100]})"
+        return f"; Ray does not say what waits ({reason_of(error)[:100]})"
     demand = [*status.resource_demands.ray_task_actor_demand, *status.resource_demands.placement_group_demand]
     asked = [request for one in demand for request in one.bundles_by_count]
     if not asked:

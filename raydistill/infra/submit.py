@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 
 import raydistill
 from raydistill.config import RunConfig, overlay, to_yaml
-from raydistill.errors import ConfigError, StageError
+from raydistill.errors import ConfigError, StageError, reason_of
 from raydistill.infra.preflight import PLACES
 from raydistill.infra.upload import code_of, refuse_private
 from raydistill.secrets import has_secret, texts
@@ -226,9 +226,8 @@ def _start(client: Any, entrypoint: str, name: str, environment: dict[str, Any])
             if "No available agent" in str(error) and time.monotonic() < end:
                 time.sleep(1)
                 continue
-            reason = " ".join(str(error).split())
             raise StageError(
-                f"submit: the head does not take the job ({reason}); see its log: ray logs cluster"
+                f"submit: the head does not take the job ({reason_of(error)}); see its log: ray logs cluster"
             ) from None
         return
 

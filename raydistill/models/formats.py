@@ -22,7 +22,7 @@ from torch import nn
 
 from raydistill.data import decode
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render, view_filters
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, reason_of
 from raydistill.models import preprocess
 from raydistill.models.from_transformers import load_or_refuse
 from raydistill.models.graphs import check_graph
@@ -185,7 +185,7 @@ def onnx_run(file: Path, threads: int = 0) -> Run:
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no common class
-        raise ConfigError(f"{file}: ONNX Runtime refuses it ({' '.join(str(error).split())[:300]})") from None
+        raise ConfigError(f"{file}: ONNX Runtime refuses it ({reason_of(error)})") from None
     names = [[one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs())]
     if names != [["images"], ["logits"]]:
         raise ConfigError(f"{file}: takes {names[0]!r:.100} and gives {names[1]!r:.100}, not images and logits")

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from raydistill.data.views import Preprocessing
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, reason_of
 from raydistill.models.shards import check_settings
 from raydistill.models.state_dicts import no_larger_than, refuse_not_finite, sizes_of
 from raydistill.models.weights import known_interpolation
@@ -89,7 +89,7 @@ def new_classifier(
                     settings, dtype=torch.float32, trust_remote_code=False
                 )
         except ValueError as error:
-            raise ConfigError(f"{what} is no image classifier ({' '.join(str(error).split())})") from None
+            raise ConfigError(f"{what} is no image classifier ({reason_of(error)})") from None
         return network
     network, info = load_or_refuse(
         what,
@@ -119,10 +119,10 @@ def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # a stranger's config makes a library fail in any way
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         if "trust_remote_code" in reason:  # the library's advice is to run it
             raise ConfigError(f"{what}: needs code of its own (auto_map), which is not run; take another") from None
-        raise ConfigError(f"{what}: cannot be loaded ({reason[:500]})") from None
+        raise ConfigError(f"{what}: cannot be loaded ({reason})") from None
     if isinstance(loaded, tuple):  # a network, and what was missing
         refuse_not_finite(loaded[0], what)
     return loaded

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from raydistill.config import Generate
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, reason_of
 from raydistill.models.pipelines import PipelineFacts, new_scheduler
 
 
@@ -66,8 +66,7 @@ class Generator:
         try:
             self._pipeline = loader.from_pretrained(settings.pipeline, **options)
         except Exception as error:  # diffusers, transformers and the hub raise each their own kind
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"generate.pipeline={settings.pipeline}: cannot be loaded ({reason})") from None
+            raise ConfigError(f"generate.pipeline={settings.pipeline}: cannot be loaded ({reason_of(error)})") from None
         if facts.kind in ("class", "none") and hasattr(self._pipeline, "unet"):
             if (channels := self._pipeline.unet.config.in_channels) not in (1, 3):
                 raise ConfigError(

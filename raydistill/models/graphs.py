@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, reason_of
 
 # Numbers in one tensor of a picture's way through a network. ResNets and vision transformers stay below 2**23.
 _MOST_NUMBERS = 2**26
@@ -33,7 +33,7 @@ def check_graph(file: Path) -> None:
     except ConfigError:
         raise
     except Exception as error:  # protobuf's and onnx's own, of no common class
-        raise ConfigError(f"{file}: not a graph of ONNX, or a damaged one ({_line(error)})") from None
+        raise ConfigError(f"{file}: not a graph of ONNX, or a damaged one ({reason_of(error)})") from None
 
 
 def _graphs(model: Any) -> Iterator[Any]:
@@ -64,7 +64,3 @@ def _check_tensors(graph: Any, file: Path) -> None:
 def _refuse_large(shape: Any, file: Path, most: int = _MOST_NUMBERS) -> None:
     if any(side < 0 for side in shape) or math.prod(shape) > most:
         raise ConfigError(f"{file}: a tensor of {' x '.join(map(str, shape))} numbers in it, far more than a picture's")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raydistill.config import Generate
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, reason_of
 from raydistill.models.weights import ask_hub
 
 Kind = Literal["text", "image", "class", "none"]
@@ -279,7 +279,7 @@ def _fetch_index(settings: Generate) -> tuple[Path, str | None, str]:
     except Exception as error:  # network, name and permission errors come from three libraries
         raise ConfigError(
             f"generate.pipeline={settings.pipeline}: no such folder, and it could not be fetched from the hub "
-            f"({' '.join(str(error).split())[:200] or type(error).__name__}); check the name, or give a local folder"
+            f"({reason_of(error)}); check the name, or give a local folder"
         ) from None
     licence = str(getattr(found.card_data, "license", None) or "not stated")
     return Path(folder), found.sha, licence

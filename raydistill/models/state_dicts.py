@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, reason_of
 from raydistill.examples import weights_path
 from raydistill.models.shards import NAMES, weight_files
 
@@ -81,7 +81,7 @@ def sizes_of(folder: Path | None) -> list[int] | None:
             with safe_open(path, "pt") as file:
                 sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise ConfigError(f"{path}: not a plain file of tensors ({' '.join(str(error).split())})") from None
+            raise ConfigError(f"{path}: not a plain file of tensors ({reason_of(error)})") from None
     return sizes
 
 

@@ -25,7 +25,7 @@ from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import labels_of, read_samples
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
-from raydistill.errors import CheckpointError, ConfigError
+from raydistill.errors import CheckpointError, ConfigError, reason_of
 from raydistill.models.about import StudentAbout
 from raydistill.models.from_transformers import (
     TransformersClassifier,
@@ -170,9 +170,9 @@ def build_student(config: StudentConfig, num_classes: int) -> Student:
         student = (_build_timm if kind == "timm" else _build_transformers)(config, name, num_classes)
         agrees = _agrees_with_network(student)
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"student.model={config.model} cannot see images of {config.size} pixels ({reason}); change student.size"
+            f"student.model={config.model} cannot see images of {config.size} pixels ({reason_of(error)}); change "
+            "student.size"
         ) from None
     if not agrees:
         raise ConfigError(
@@ -270,8 +270,7 @@ def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
         student.preprocessing = preprocessing
         student.network.load_state_dict(weights)
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, FileNotFoundError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder} holds no whole student ({reason}); distil it again") from None
+        raise CheckpointError(f"{folder} holds no whole student ({reason_of(error)}); distil it again") from None
     refuse_not_finite(student.network, folder)
     return student.eval(), classes
 

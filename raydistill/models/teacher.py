@@ -24,7 +24,7 @@ from torch.nn import functional
 from raydistill.config import Teacher as TeacherConfig
 from raydistill.data.prompts import class_words, reading, sentence, words_of
 from raydistill.data.views import Preprocessing
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, reason_of
 from raydistill.models.from_transformers import (
     TransformersClassifier,
     last_linear,
@@ -178,8 +178,9 @@ def _try_out(config: TeacherConfig, backbone: TeacherBackbone, head: LinearHead 
         features_BD = backbone(image)
         own_BM = backbone.network.logits(image).numpy() if head else None
     except Exception as error:  # every architecture has its own words for a size, or a kind of input, that is not its
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"teacher.model={config.model} cannot see images of {side} pixels ({reason})") from None
+        raise ConfigError(
+            f"teacher.model={config.model} cannot see images of {side} pixels ({reason_of(error)})"
+        ) from None
     if features_BD.ndim != 2:
         raise ConfigError(f"teacher.model={config.model} gives {tuple(features_BD.shape)}, not one vector an image")
     if head and own_BM is not None and not np.allclose(head.logits(features_BD.numpy()), own_BM, 1e-3, 1e-4):

@@ -16,6 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
+from raydistill.errors import reason_of
 from raydistill.strangers import printable
 
 _MOST_KEYS_IN_CONTOUR = 3
@@ -143,6 +144,5 @@ def _image(draw: Callable[[], Any]) -> str:
         pyplot.close("all")
     except Exception as error:  # Optuna's plots fail in many ways where trials are few or alike
         pyplot.close("all")
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return f"<p>These trials do not suffice for it ({html.escape(reason)}).</p>"
+        return f"<p>These trials do not suffice for it ({html.escape(reason_of(error))}).</p>"
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyarrow import compute as pc
 from pyarrow import parquet as pq
 
-from raydistill.errors import CheckpointError, DataError
+from raydistill.errors import CheckpointError, DataError, reason_of
 from raydistill.storage import headers
 from raydistill.storage.filesystems import open_filesystem
 from raydistill.strangers import shorter, written
@@ -53,7 +53,7 @@ def open_table(path: str) -> Iterator[ParquetFile | ArrowFile]:
             yield table
     except _DAMAGES as error:
         article = "an" if suffix == "arrow" else "a"
-        raise DataError(f"{shown}: not {article} {suffix} file, or a damaged one ({_reason(error)})") from None
+        raise DataError(f"{shown}: not {article} {suffix} file, or a damaged one ({reason_of(error)})") from None
 
 
 def read_table(path: str, schema: pa.Schema, data: bytes | None = None) -> pa.Table:
@@ -77,7 +77,7 @@ def read_table(path: str, schema: pa.Schema, data: bytes | None = None) -> pa.Ta
     except (DataError, *_DAMAGES) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's, and not Arrow's of the content
             raise
-        reason = _reason(error).removeprefix(f"{path}: ")
+        reason = reason_of(error).removeprefix(f"{path}: ")
         raise CheckpointError(f"{path} is damaged ({reason}); delete it and run the command again") from None
 
 
@@ -336,7 +336,3 @@ def _bomb(shown: str, what: str, packed: int, unpacked: int) -> DataError:
 
 def _name(name: str) -> str:
     return shorter(written(name))
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
