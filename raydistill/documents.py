@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,9 @@ def parse(text: str, shown: str, loader: type[Loader] = JobLoader, form: str = "
     """The documents of a text, but for empty ones. Raises ConfigError, which names it as it is to be `shown`."""
     line = 0
     try:
-        found = [json.loads(text, object_pairs_hook=_once)] if form == "JSON" else list(yaml.load_all(text, loader))
+        found = (
+            [json.loads(text, object_pairs_hook=no_key_twice)] if form == "JSON" else list(yaml.load_all(text, loader))
+        )
     except RecursionError:
         reason = "nested too deeply"
     except json.JSONDecodeError as error:
@@ -189,10 +192,14 @@ def _refusal(reason: str, node: yaml.Node | None) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(None, None, reason, node.start_mark if node is not None else None)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict[str, Any]()
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} stands twice")
-        found[key] = value
+class KeyTwiceError(ValueError):
+    """A JSON object names a key twice, of which Python would take the last."""
+
+
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads` as `object_pairs_hook`. Raises KeyTwiceError with such a key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise KeyTwiceError(f"{name!r:.60} stands twice")
     return found

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from raydistill.data.labels import label_of
+from raydistill.documents import KeyTwiceError, no_key_twice
 from raydistill.errors import DataError
 from raydistill.storage.filesystems import FileSystem
 from raydistill.strangers import written
@@ -141,21 +142,11 @@ def _json_rows(shown: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = json.loads(line, object_pairs_hook=_no_key_twice)
-            except (ValueError, RecursionError) as error:
-                reason = str(error) if isinstance(error, _KeyTwice) else _NO_OBJECT
-                raise DataError(f"{shown}: line {number} {reason}") from None
+                row = json.loads(line, object_pairs_hook=no_key_twice)
+            except KeyTwiceError as error:
+                raise DataError(f"{shown}: line {number}: {error}; keep one") from None
+            except (ValueError, RecursionError):
+                raise DataError(f"{shown}: line {number} {_NO_OBJECT}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{shown}: line {number} {_NO_OBJECT}")
             yield number, row
-
-
-class _KeyTwice(ValueError):
-    pass
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise _KeyTwice("names a key twice; keep one")
-    return row

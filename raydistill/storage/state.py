@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
+from raydistill.documents import no_key_twice
 from raydistill.errors import CheckpointError
 from raydistill.storage.filesystems import open_filesystem, read_file
 
@@ -74,7 +75,7 @@ def parsed(data: bytes | str, shape: type[T], any_float: bool = False, any_keys:
     try:
         text = data if isinstance(data, str) else data.decode()
         hooks: dict[str, Any] = {} if any_float else {"parse_constant": _refuse_constant, "parse_float": _finite}
-        value = json.loads(text, object_pairs_hook=None if any_keys else _no_key_twice, **hooks)
+        value = json.loads(text, object_pairs_hook=None if any_keys else no_key_twice, **hooks)
         if dataclasses.is_dataclass(shape) and isinstance(value, dict):
             if odd := value.keys() - {field.name for field in dataclasses.fields(shape)}:
                 raise ValueError(f"{sorted(odd)[0]!r:.60} is no part of it")
@@ -99,14 +100,6 @@ def of_another_form(path: str, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is not what raydistill writes ({reason}); delete {folder} and run the command again"
     )
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} stands in it twice")
-    return found
 
 
 def _refuse_constant(text: str) -> NoReturn:

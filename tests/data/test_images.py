@@ -380,7 +380,7 @@ def test_a_jsonl_may_hold_every_line_separator_of_unicode(tmp_path):
         ("t.jsonl", '{"path": null, "label": "x"}\n', "line 1"),
         ("t.jsonl", '{"path": 5, "label": "x"}\n', "line 1: the path is no text but 5"),
         ("t.jsonl", '{"Path": "a.png", "label": "x"}\n', "write Path as path"),
-        ("t.jsonl", '{"path": "a.png", "label": "x", "label": "y"}\n', "line 1 names a key twice"),
+        ("t.jsonl", '{"path": "a.png", "label": "x", "label": "y"}\n', "line 1: 'label' stands twice; keep one"),
         ("t.jsonl", "[" * 100_000 + "\n", "line 1 is not a JSON object"),
         ("t.jsonl", '[{"path": "a.png", "label": "x"},\n', "write one on each line"),
         ("t.jsonl", '{"file_name": "a.png", "label": "x"}\n', "line 1 (file_name, label) lacks a column"),

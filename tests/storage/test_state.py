@@ -33,6 +33,8 @@ DAMAGED = {
     "infinite": b'{"step": Infinity}',
     "infinite by its exponent": b'{"step": 1e999}',
     "a key twice": b'{"step": 1, "step": 2}',
+    "one of many keys twice": json.dumps({f"k{k}": k for k in range(200_000)} | {"step": 1}).encode()[:-1]
+    + b', "k7": 0}',
     "a key twice, inside": b'{"step": 1, "node_seconds": {"a": 1, "a": 2}}',
     "latin-1": b'{"step": 1, "caf\xe9": 1}',
     "utf-16": '{"step": 1}'.encode("utf-16"),
