@@ -23,7 +23,6 @@ import torch
 from pyarrow import parquet as pq
 from scipy.special import softmax
 
-from raydistill.config import Images
 from raydistill.data.decode import decode
 from raydistill.data.images import is_hidden
 from raydistill.data.many import EXTENSIONS, SUFFIXES, count_rows
@@ -52,13 +51,13 @@ _ABOUT = {
 }
 
 
+OUTPUTS = (".csv", ".json", ".jsonl", ".parquet")
+
+
 class _About(StudentAbout):
     """`raydistill.json`."""
 
     input: Literal["pixels", "normalised"]
-
-
-OUTPUTS = (".csv", ".json", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,10 @@ class Predictor:
     def answer(self, units: Sequence[Unit], is_apart: bool = False) -> Iterator[Answer]:
         """One for each picture, in order; one that cannot be read takes no other along. `is_apart`: nor does one that
         kills the process that decodes it."""
-        most = self._image.get("max_bytes", Images.model_fields["max_bytes"].default)
         with ThreadPoolExecutor() as pool:
-            for part in _chunks((picture for unit in _merged(units) for picture in _read(unit, most)), _TOGETHER):
+            for part in _chunks(
+                (picture for unit in _merged(units) for picture in _read(unit, self._image["max_bytes"])), _TOGETHER
+            ):
                 if is_apart:
                     found_apart = one_by_one(partial(_decoded, partial(_working_image, self._image)), part)
                     decoded = [
@@ -145,14 +145,13 @@ def read_about(folder: str) -> dict[str, Any]:
                 raise ConfigError(
                     f"{folder}/{ABOUT_FILE} does not say {', '.join(sorted(lacking))}; export the student again"
                 )
-        parsed(json.dumps(about), _About)
+        return parsed(json.dumps(about), _About).model_dump()
     except (OSError, ValueError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"{folder} is no exported student: it has no {ABOUT_FILE} that can be read ({reason}); `raydistill export` "
             "names the folder that it writes"
         ) from None
-    return about
 
 
 def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> list[Unit]:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 
+from raydistill.config import Images
+
 _Side = Annotated[int, Field(ge=1, le=8192)]
 
 
@@ -23,8 +25,8 @@ class Working(BaseModel):
 
     size: _Side
     fit: Literal["crop", "pad"]
-    max_pixels: PositiveInt | None = None
-    max_bytes: PositiveInt | None = None
+    max_pixels: PositiveInt = Images.model_fields["max_pixels"].default
+    max_bytes: PositiveInt = Images.model_fields["max_bytes"].default
 
 
 class StudentAbout(BaseModel):

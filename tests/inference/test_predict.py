@@ -459,6 +459,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no classes": {"classes": []},
     "numbers for classes": {"classes": [1, 2, 3]},
     "another library": {"library": "pickle"},
+    "nothing for bytes": {"image": {"size": 32, "fit": "crop", "max_pixels": 10**6, "max_bytes": None}},
     "a giant picture": {"image": {"size": 10**6, "fit": "crop", "max_pixels": 10**6}},
     "a side of none": {"preprocessing": {"size": 0, "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear"}},
     "a std of none": {"preprocessing": {"size": 32, "mean": [0, 0, 0], "std": [0, 1, 1], "interpolation": "bilinear"}},
