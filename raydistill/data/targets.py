@@ -8,13 +8,13 @@ Shapes: K views, R rows of a shard, D features, V visits, N rows of the split, H
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from raydistill.data.sample import SCHEMA, WINDOW_SHARDS, SampleSet, Visits, dec
 from raydistill.data.views import view_parameters
 from raydistill.errors import CheckpointError
 from raydistill.storage.filesystems import open_filesystem, read_bytes
+from raydistill.storage.state import parsed
 from raydistill.storage.tables import read_table, values
 
 logger = logging.getLogger(__name__)
@@ -87,12 +88,12 @@ def read_sample_ids(path: str) -> bytes:
     try:
         # The layout of safetensors: the length of its JSON header, the header, the tensors at the header's offsets.
         start = 8 + int.from_bytes(fs.cat_file(place, 0, 8), "little")
-        begin, end = json.loads(fs.cat_file(place, 8, start))["sample_ids"]["data_offsets"]
+        begin, end = parsed(fs.cat_file(place, 8, start), dict[str, Any])["sample_ids"]["data_offsets"]
         data = bytes(fs.cat_file(place, start + begin, start + end))
         if len(data) < end - begin:
             raise ValueError("it ends too early")
         return data
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:  # the last two of lengths
         raise CheckpointError(f"{path} is damaged ({error}); delete it and run the command again") from None
 
 

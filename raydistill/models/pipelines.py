@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from raydistill.config import Generate
 from raydistill.errors import ConfigError, reason_of
 from raydistill.models.weights import ask_hub
+from raydistill.storage.state import read_json
 
 Kind = Literal["text", "image", "class", "none"]
 # In the folder of a class-conditional pipeline, which class each number stands for: {"classes": [...], "null": N}, N
@@ -218,10 +218,10 @@ def _read_index(settings: Generate) -> tuple[dict[str, Any], Path, str | None, s
     if not index_file.is_file():
         raise ConfigError(f"{what}: the folder has no model_index.json, so it is no pipeline of diffusers")
     try:
-        index = json.loads(index_file.read_text())
+        index = read_json(index_file, dict[str, Any], any_form=True)
         parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0]}
         plain = index["_class_name"] in PLAIN
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{what}: its model_index.json cannot be read ({error})") from None
     if Path(name).is_dir():
         at_root = {part for part, file in AT_ROOT.items() if plain and (folder / file).is_file()}
@@ -236,10 +236,10 @@ def _known_classes(folder: Path) -> tuple[list[tuple[str, int]], int | None]:
     if not (folder / CLASSES_FILE).is_file():
         return [], None
     try:
-        told = json.loads((folder / CLASSES_FILE).read_text(encoding="utf-8"))
+        told = read_json(folder / CLASSES_FILE, dict[str, Any])
         null = told.get("null")
         return [(str(name), k) for k, name in enumerate(told["classes"])], None if null is None else int(null)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f'{folder / CLASSES_FILE} cannot be read ({error}); it holds {{"classes": [names], "null": number}}'
         ) from None
@@ -251,10 +251,9 @@ def _part(folder: Path, part: str, file: str) -> dict[str, Any]:
     if not (folder / part).is_dir() and AT_ROOT.get(part) == file:
         place = folder / file
     try:
-        told = json.loads(place.read_text()) if place.is_file() else {}
-    except ValueError as error:
+        return read_json(place, dict[str, Any], any_form=True) if place.is_file() else {}
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{place} cannot be read ({error}); save or fetch the pipeline again") from None
-    return told if isinstance(told, dict) else {}
 
 
 def _side(folder: Path) -> int:

@@ -51,8 +51,9 @@ def test_ids_are_read_without_the_features(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole, damaged = stored(tmp_path / "whole", [1]), tmp_path / "damaged"
     data = Path(stored(damaged, [2])).read_bytes()
-    for length in range(len(data)):
-        damaged.write_bytes(data[:length])
+    deep, endless = b"[" * 200_000, (1 << 62).to_bytes(8, "little")
+    for content in (*(data[:length] for length in range(len(data))), len(deep).to_bytes(8, "little") + deep, endless):
+        damaged.write_bytes(content)
         with pytest.raises(CheckpointError, match="damaged is damaged"):
             read_sample_ids(str(damaged))
     with caplog.at_level(logging.WARNING):

@@ -424,9 +424,10 @@ def test_what_is_no_pipeline_is_refused(tmp_path, class_pipeline):
         generator(class_pipeline, scheduler="NoScheduler")
     with pytest.raises(ConfigError, match="no step that could be taken"):
         generator(class_pipeline, scheduler="ScoreSdeVeScheduler")
-    (tmp_path / "empty" / "model_index.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        inspect_pipeline(settings(tmp_path / "empty"))
+    for content in ("{", "[" * 200_000, '{"a": ' * 50_000, "[]", "9" * 5_000):
+        (tmp_path / "empty" / "model_index.json").write_text(content)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            inspect_pipeline(settings(tmp_path / "empty"))
 
 
 def test_a_scheduler_with_noise_of_its_own_is_refused(class_pipeline, monkeypatch):
@@ -442,7 +443,7 @@ def test_the_side_of_the_images_is_known_before_they_are_made(class_pipeline, sa
     assert generator(class_pipeline).pictures([ask(0)])[0].image.size == (16, 16)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"names": []}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"names": []}', "[" * 200_000])
 def test_a_list_of_classes_that_is_none_is_refused(class_pipeline, tmp_path, content):
     shutil.copytree(class_pipeline, tmp_path / "pipeline")
     (tmp_path / "pipeline" / "classes.json").write_text(content)
