@@ -101,7 +101,7 @@ def count_rows(path: str) -> int:
 def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
     fs, place = open_filesystem(path)
     try:
-        with fs.open_regular(place) as file:
+        with fs.open(place) as file:
             refuse_compressed(file.read(6), written(path))
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as archive:

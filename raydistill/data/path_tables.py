@@ -57,7 +57,7 @@ def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator
 def _lines(fs: FileSystem, table: str, shown: str, newline: str) -> Iterator[str]:
     """One after the other, since a table may be larger than it should and a line without end."""
     try:
-        with fs.open_regular(table) as file:
+        with fs.open(table) as file:
             if (size := file.seek(0, 2)) > _MOST_BYTES:
                 raise DataError(f"{shown}: it has {size:,} bytes, above {_MOST_BYTES:,}; make several tables of it")
             file.seek(0)

@@ -76,6 +76,7 @@ class FileSystem:
         return not _WITH_BUCKETS.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
 
     def open(self, place: str, mode: str = "rb", **options: Any) -> Any:
+        """Raises OSError, also for what is to be read and is no regular file."""
         if self.is_local and mode == "rb":
             return patiently(open_file, True, self._patience, place)
         return patiently(self._fs.open, self.is_local, self._patience, place, mode, **options)
@@ -84,10 +85,6 @@ class FileSystem:
         if self.is_local:
             open_file(place).close()
         return bytes(patiently(self._fs.cat_file, self.is_local, self._patience, place, start, end, **options))
-
-    def open_regular(self, place: str) -> Any:
-        """A stranger's file, to read at any place. Raises OSError, also for what is no regular file."""
-        return open_file(place) if self.is_local else self.open(place, "rb")
 
     def read_at_most(self, place: str, most: int, is_small: bool = False) -> bytes:
         """A whole file of a stranger; of one that `is_small` a bucket is not asked for the size first. Raises OSError,

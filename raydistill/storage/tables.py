@@ -83,7 +83,7 @@ def read_table(path: str, schema: pa.Schema, data: bytes | None = None) -> pa.Ta
 
 def _opened(path: str) -> Any:
     fs, place = open_filesystem(path)
-    return fs.open_regular(place)
+    return fs.open(place)
 
 
 def values(column: Any) -> list[Any]:
