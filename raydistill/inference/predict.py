@@ -101,10 +101,9 @@ class Predictor:
     def answer(self, units: Sequence[Unit], is_apart: bool = False) -> Iterator[Answer]:
         """One for each picture, in order; one that cannot be read takes no other along. `is_apart`: nor does one that
         kills the process that decodes it."""
+        pictures = (picture for unit in _merged(units) for picture in _read(unit, self._image["max_bytes"]))
         with ThreadPoolExecutor() as pool:
-            for part in _chunks(
-                (picture for unit in _merged(units) for picture in _read(unit, self._image["max_bytes"])), _TOGETHER
-            ):
+            for part in _chunks(pictures, _TOGETHER):
                 if is_apart:
                     found_apart = one_by_one(partial(_decoded, partial(_working_image, self._image)), part)
                     decoded = [

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from raydistill.errors import StageError
+from raydistill.infra.memory import limit_decoders
 
 T = TypeVar("T")
 KILLED = "kills the process that decodes it"
@@ -64,6 +65,7 @@ def one_by_one(work: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T | K
 
 def serve(descriptor: int) -> None:
     """The process's own side, until the other closes its end."""
+    limit_decoders()
     with Connection(descriptor) as pipe:
         work = pipe.recv()
         while True:

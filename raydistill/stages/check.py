@@ -170,7 +170,6 @@ def _seen_apart(places: Chunk, images: Images) -> list[_Seen]:
 
 
 def _look_at_one(place: tuple[int, str, int | None], images: Images) -> _Seen:
-    limit_decoders()
     (seen,) = _look_at_chunk([place], images)
     return seen
 

@@ -173,7 +173,6 @@ class _DecodeChunk:
         return table.drop_columns(["image"])
 
     def row_of(self, place: tuple[int, str, int | None]) -> dict[str, Any]:
-        limit_decoders()
         (read,) = read_chunk([place], self._images)
         return self.row(*read)
 
