@@ -16,6 +16,7 @@ from typing import Any
 _LONGEST_HEADERS = (1 << 12, 1 << 20)  # of a page: most, and all
 _DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7
 _BOOL, _BYTE, _INTEGERS, _DOUBLE, _BYTES, _LIST, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
+_FIXED = {_BYTE: 1, _DOUBLE: 8}
 
 
 def pages(file: Any, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
@@ -49,27 +50,62 @@ class Chunk:
 
 
 def footer(data: bytes) -> tuple[int, list[tuple[int, list[Chunk]]]]:
-    """Of a parquet file: how deep its columns are nested, and the rows and columns of each row group."""
-    stream = io.BytesIO(data)
-    told = {number: _value(stream, kind) for number, kind in _fields(stream)}
-    groups = [(group[3], [_chunk(column[3]) for column in group[1]]) for group in told.get(4, [])]
-    return _levels(told[2]), groups
+    """Of a parquet file: how deep its columns are nested, and the rows and columns of each row group. Of what else
+    stands in it nothing is kept, for a byte of it may be an object of Python's."""
+    stream, levels, groups = io.BytesIO(data), 0, list[tuple[int, list[Chunk]]]()
+    for number, kind in _fields(stream):
+        if number == 2:
+            levels = _levels(stream, kind)
+        elif number == 4:
+            groups = [_group(stream) for _ in _elements(stream, kind, _STRUCT)]
+        else:
+            _skip(stream, kind)
+    return levels, groups
 
 
-def _chunk(told: dict[int, Any]) -> Chunk:
+def _group(stream: io.BytesIO) -> tuple[int, list[Chunk]]:
+    rows, chunks = None, list[Chunk]()
+    for number, kind in _fields(stream):
+        if number == 1:
+            chunks = [_chunk(stream) for _ in _elements(stream, kind, _STRUCT)]
+        elif number == 3 and kind in _INTEGERS:
+            rows = _integer(stream)
+        else:
+            _skip(stream, kind)
+    if rows is None:
+        raise ValueError("a row group without a number of rows")
+    return rows, chunks
+
+
+def _chunk(stream: io.BytesIO) -> Chunk:
+    path, told = b"", dict[int, int]()
+    for number, kind in _fields(stream):
+        if (number, kind) != (3, _STRUCT):
+            _skip(stream, kind)
+            continue
+        for inner, own in _fields(stream):
+            if inner == 3:
+                path = b".".join(_bytes(stream, _varint(stream)) for _ in _elements(stream, own, _BYTES))
+            elif inner in (6, 7, 9, 11) and own in _INTEGERS:
+                told[inner] = _integer(stream)
+            else:
+                _skip(stream, own)
     starts = [told[9], *(start for start in [told.get(11, 0)] if start > 0)]
-    return Chunk(b".".join(told[3]).decode(errors="replace"), told[7], told[6], min(starts))
+    return Chunk(path.decode(errors="replace"), told[7], told[6], min(starts))
 
 
-def _levels(elements: list[Any]) -> int:
+def _levels(stream: io.BytesIO, kind: int) -> int:
     deepest, left = 0, [1]  # in each group from the root down, the children that are still to come
-    for element in elements:
+    for _ in _elements(stream, kind, _STRUCT):
         while len(left) > 1 and not left[-1]:
             left.pop()
         left[-1] -= 1
         deepest = max(deepest, len(left))
-        if children := _whole(element, 5):
-            left.append(children)
+        for number, own in _fields(stream):
+            if number == 5 and own in _INTEGERS:
+                left += [children] if (children := _integer(stream)) else []
+            else:
+                _skip(stream, own)
     return deepest
 
 
@@ -88,23 +124,41 @@ def _fields(stream: io.BytesIO) -> Iterator[tuple[int, int]]:
 
 
 def _value(stream: io.BytesIO, kind: int) -> Any:
-    """A whole number, bytes, a list's or a struct's values."""
+    """A whole number, or a struct's; of anything else nothing is kept."""
     if kind in _INTEGERS:
         return _integer(stream)
     if kind == _BYTE:
         return _bytes(stream, 1)[0]
-    if kind == _BYTES:
-        return _bytes(stream, _varint(stream))
-    if kind == _DOUBLE:
-        stream.seek(8, 1)
-    elif kind in _LIST:
-        count, kind = _length(stream)
-        return [_value(stream, _BYTE if kind in _BOOL else kind) for _ in range(count)]
-    elif kind == _STRUCT:
+    if kind == _STRUCT:
         return {number: _value(stream, own) for number, own in _fields(stream)}
+    _skip(stream, kind)
+    return None
+
+
+def _skip(stream: io.BytesIO, kind: int) -> None:
+    if kind in _INTEGERS:
+        _varint(stream)
+    elif kind in _FIXED:
+        _bytes(stream, _FIXED[kind])
+    elif kind == _BYTES:
+        _bytes(stream, _varint(stream))
+    elif kind in _LIST:
+        count, own = _length(stream)
+        for _ in range(count):
+            _skip(stream, _BYTE if own in _BOOL else own)
+    elif kind == _STRUCT:
+        for _, own in _fields(stream):
+            _skip(stream, own)
     elif kind not in _BOOL:
         raise ValueError("a header of another kind")
-    return None
+
+
+def _elements(stream: io.BytesIO, kind: int, wanted: int) -> Iterator[int]:
+    """Those of a list of the wanted kind, each of which is read before the next."""
+    count, own = _length(stream) if kind in _LIST else (1, 0)
+    if count and own != wanted:
+        raise ValueError("a list of another kind")
+    yield from range(count)
 
 
 def _length(stream: io.BytesIO) -> tuple[int, int]:

@@ -1,10 +1,12 @@
 """Tables of strangers: nothing in them runs, whatever was imported before, and what is no plain column is refused."""
 
+import contextlib
 import io
 import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from pyarrow import parquet as pq
 
 from raydistill.data.many import count_rows, list_rows
 from raydistill.errors import CheckpointError, DataError
+from raydistill.storage import headers
 from raydistill.storage.tables import open_table, read_table, rows_of
 from raydistill.storage.tables import values as values_of
 
@@ -216,6 +219,25 @@ def test_columns_nested_without_end_are_refused_before_arrow_follows_them(tmp_pa
     code = f"from raydistill.data.many import count_rows; count_rows({str(tmp_path / 't.parquet')!r})"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
     assert "nested more than 64 levels deep" in done.stderr
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("footer", "most_megabytes"),
+    [
+        (b"\x15\x02\x49\xf7" + b"\xff" * 8 + b"\x7f\x00", 1),  # a list of 2^63 - 1 doubles, of which none is there
+        (b"\x15\x02\x49\xfc\x80\x80\x10" + bytes(1 << 18) + b"\0", 2),  # empty structs, a byte each
+        (b"\x15\x02\x19\xfc\x80\x80\x10" + bytes(1 << 18) + b"\0", 2),  # as columns
+        (b"\x15\x02\x39\xfc\x80\x80\x10" + bytes(1 << 18) + b"\0", 2),  # as row groups
+    ],
+    ids=["doubles", "others", "columns", "row groups"],
+)
+def test_a_footer_takes_no_more_than_it_has(footer, most_megabytes):
+    tracemalloc.start()
+    with contextlib.suppress(ValueError, EOFError, LookupError):
+        headers.footer(footer)
+    assert tracemalloc.get_traced_memory()[1] < most_megabytes << 20
+    tracemalloc.stop()
 
 
 BIG, NOISE = b"x" * (4 << 20), np.random.default_rng(0).bytes(4 << 20)
