@@ -18,7 +18,7 @@ CLUSTER_FILE = Path(__file__).parents[2] / "cluster.yaml"
 _TWO_NODES = """
 import json, logging, os, sys
 from types import SimpleNamespace
-import fsspec, ray
+import ray
 from ray.cluster_utils import Cluster
 from raydistill.config import load_config
 from raydistill.errors import ConfigError
@@ -33,8 +33,7 @@ for file in ("here/pipe/model_index.json", "here/weights.pth", "shared.pth"):
 for folder, content in {"here": "0" * 99, "there": "0" * 98 + "1"}.items():
     with open(f"{root}/{folder}/other.pth", "w") as file:
         file.write(content)
-fsspec.filesystem("memory").pipe("/mine.png", b"in the memory of this process")
-for table, image in {"seen.csv": "shared.pth", "unseen.csv": "memory://mine.png"}.items():
+for table, image in {"seen.csv": "shared.pth", "unseen.csv": "/proc/self/cwd/weights.pth"}.items():
     with open(f"{root}/{table}", "w") as file:
         file.write(f"path,label\\n{image},cat\\n")
 small = {"object_store_memory": 80_000_000}
@@ -130,7 +129,7 @@ def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
     assert places == [("2 node(s) see images.path, teacher.weights", None)]
     assert ["images, models", "2 node(s) see images.path, the first image of images.path", None] in answers["table"]
     hidden = [found for _, found, advice in answers["hidden_images"] if advice]
-    assert hidden == ["does not see memory://mine.png (the first image of images.path)"] * 2
+    assert hidden == ["does not see /proc/self/cwd/weights.pth (the first image of images.path)"]
     ((other, advice),) = [(found, advice) for _, found, advice in answers["other"] if advice]
     assert other == "has another file as other.pth (teacher.weights)"
     assert "a shared folder by its full name" in advice

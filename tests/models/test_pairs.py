@@ -99,7 +99,8 @@ def teacher_of(name: str, root: Path, folders: Callable[[str], str]) -> TeacherB
         config = Student(model="timm:test_resnet", size=SIZE)
         torch.manual_seed(0)
         (root / name).mkdir()
-        for file, data in write_student(build_student(config, len(CLASSES)), config, CLASSES, {}).items():
+        image = {"size": SIZE, "fit": "crop"}
+        for file, data in write_student(build_student(config, len(CLASSES)), config, CLASSES, image).items():
             (root / name / file).write_bytes(data)
         return load_teacher(Teacher(model=str(root / name)))[0]
     torch.manual_seed(0)

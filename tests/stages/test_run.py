@@ -245,7 +245,8 @@ def test_a_teacher_that_cannot_be_fine_tuned_is_refused_before_anything_is_writt
                          "student.size=32", "loss.projection_head=two_layer"])  # fmt: skip
     settings, student = Student(model="timm:test_resnet", size=32), tmp_path / "student"
     student.mkdir()
-    for name, data in write_student(build_student(settings, 3), settings, ["a", "b", "c"], {}).items():
+    image = {"size": 32, "fit": "crop"}
+    for name, data in write_student(build_student(settings, 3), settings, ["a", "b", "c"], image).items():
         (student / name).write_bytes(data)
     a_student = load_config([*words, *FINE_TUNE, f"teacher.model={student}", "teacher.weights=null"])
     with pytest.raises(ConfigError, match=r"teacher\.fine_tune_batch_size=1 .*test_resnet has batch norm"):
