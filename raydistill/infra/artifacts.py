@@ -39,7 +39,7 @@ from raydistill.storage.state import read_state
 # Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
 FORMATS = {
     "decoded": 2, "prepare": 3, "features": 3, "adapt": 3, "generated": 1, "generate": 3, "teach": 2, "distill": 7,
-    "evaluate": 4, "export": 4, "compare": 2, "tune": 1,
+    "evaluate": 4, "export": 4, "compare": 2, "tune": 2,
 }  # fmt: skip
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
 _GENERATED = "generated"  # where the classes' own directories lie

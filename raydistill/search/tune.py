@@ -258,7 +258,7 @@ def _differences(config: RunConfig, directory: StageDirectory) -> list[str]:
     for path in sorted(paths, key=fs.modified, reverse=True):
         other = needed_state(f"{directory.path.rpartition('/')[0]}{path.removeprefix(root)}", dict[str, Any])
         if (other.get("config"), other.get("files")) == (mine["config"], mine["files"]):
-            before, after = (json.dumps({k: t.get(k) for k in ("space", "tune")}, indent=1).splitlines()
+            before, after = (json.dumps({k: t.get(k) for k in ("format", "space", "tune")}, indent=1).splitlines()
                              for t in (other, mine))  # fmt: skip
             changes = list(difflib.unified_diff(before, after, n=0, lineterm=""))[3:]
             shown = [line for line in changes if not line.startswith("@@")]
