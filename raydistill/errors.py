@@ -14,6 +14,11 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
+def first_line_of(error: BaseException | None) -> str:
+    """The same where what follows the first line is of no use."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class RaydistillError(Exception):
     """Base of everything raydistill raises on purpose. `exit_code` is what the command line returns."""
 

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import timm
 from torch import nn
 
-from raydistill.errors import ConfigError, StorageError
+from raydistill.errors import ConfigError, StorageError, first_line_of
 from raydistill.examples import weights_path
 from raydistill.models.shards import check_settings
 from raydistill.models.state_dicts import (
@@ -70,7 +70,7 @@ def _holds_student(folder: str, key: str) -> bool:
     try:
         return exists(f"{folder}/{STUDENT_FILE}")
     except (ConfigError, OSError, StorageError) as error:
-        raise ConfigError(f"{key}={folder}: cannot be read ({_first_line(error)})") from None
+        raise ConfigError(f"{key}={folder}: cannot be read ({first_line_of(error)})") from None
 
 
 def check_timm_name(model: str, key: str) -> str:
@@ -87,7 +87,7 @@ def check_timm_name(model: str, key: str) -> str:
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # what follows the dot names no weights
-        raise ConfigError(f"{key}={model}: {_first_line(error)}") from None
+        raise ConfigError(f"{key}={model}: {first_line_of(error)}") from None
     return name
 
 
@@ -115,7 +115,7 @@ def load_timm_weights(
             raise
         except Exception as error:  # hub, network and timm raise each their own kind
             raise ConfigError(
-                f"{section}: no weights for {name} could be had ({_first_line(error)}); "
+                f"{section}: no weights for {name} could be had ({first_line_of(error)}); "
                 f"set {section}.weights to a local .safetensors or .pth file"
             ) from None
         refuse_not_finite(network, f"{section}.model=timm:{name}")
@@ -163,7 +163,7 @@ def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
             name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
         )
     except Exception as error:  # network, name and permission errors come from three libraries
-        reason = "the hub gives no answer and the cache has no copy" if is_offline_mode() else _first_line(error)
+        reason = "the hub gives no answer and the cache has no copy" if is_offline_mode() else first_line_of(error)
         raise ConfigError(
             f"{section}.model=hf:{name}: could not be fetched ({reason}); check the name, or give a local folder"
         ) from None
@@ -198,7 +198,3 @@ def ask_hub() -> None:
             "%s does not answer (%s): of its models, only those in the cache are there; HF_HUB_OFFLINE=1 says so at "
             "once, `hf download NAME` fetches one, and a local folder needs no hub", constants.ENDPOINT, reasons[0],
         )  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

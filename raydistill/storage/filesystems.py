@@ -27,7 +27,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
-from raydistill.errors import CheckpointError, ConfigError, StageError, StorageError
+from raydistill.errors import CheckpointError, ConfigError, StageError, StorageError, first_line_of
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -201,7 +201,9 @@ def patiently(call: Callable[..., Result], is_local: bool, patience: float, /, *
 
     def say(state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
-            logger.warning("%s: storage does not answer (%s); trying again", where, _reason(state.outcome.exception()))
+            logger.warning(
+                "%s: storage does not answer (%s); trying again", where, first_line_of(state.outcome.exception())
+            )
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(passes),
@@ -215,13 +217,14 @@ def patiently(call: Callable[..., Result], is_local: bool, patience: float, /, *
     except Exception as error:  # every client has its own
         if type(error).__name__ in _NO_KEY or (isinstance(error, PermissionError) and not is_local):
             raise PermissionError(
-                f"{where}: storage refuses access ({_reason(error)}); check this process's keys and what they allow"
+                f"{where}: storage refuses access ({first_line_of(error)}); check this process's keys and what they "
+                "allow"
             ) from None
         if not passes(error):
             raise
         raise StorageError(
-            f"{where}: storage does not answer ({_reason(error)}); check the address and the network, and run the same "
-            "command again: what is finished stays"
+            f"{where}: storage does not answer ({first_line_of(error)}); check the address and the network, and run "
+            "the same command again: what is finished stays"
         ) from None
 
 
@@ -237,10 +240,6 @@ def _passes(error: BaseException, is_local: bool) -> bool:
         return error.errno in _PASSING if is_local else error.errno not in _FINAL
     name = type(error).__name__
     return type(error).__module__.partition(".")[0] in _CLIENTS and name not in _NO_KEY and name not in _NOT_SET_UP
-
-
-def _reason(error: BaseException | None) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def open_file(path: str) -> BinaryIO:
