@@ -37,7 +37,7 @@ def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
             return label_of("nan", where, notes)
         case int() | float() if value == -1:
             return label_of("-1", where, notes)
-        case Decimal() if value % 1 == 0:
+        case Decimal() if value.adjusted() < 1000 and value == value.to_integral_value():
             return label_of(int(value), where, notes)
         case Decimal():
             return label_of(float(value), where, notes)

@@ -26,6 +26,8 @@ _COMPRESSED = {b"\x1f\x8b": "gzip (gunzip", b"\x28\xb5\x2f\xfd": "zstd (unzstd",
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _MOST_EXTENDED = 65536  # bytes of a header in which a name or attributes stand
+_MOST_SHARED = 100  # attributes that hold for all members, each of which has its copy
+_MOST_BEHIND = 64 << 20  # bytes behind an archive's end in which another is looked for
 _DIGITS = re.compile(rb"\d{1000}")  # longer than a name
 
 Image = tuple[tarfile.TarInfo, dict[str, tarfile.TarInfo]]  # and the files beside it that may tell its label
@@ -46,6 +48,8 @@ class Member(tarfile.TarInfo):
                 raise tarfile.ReadError("a header with a number that is too long")
             file.seek(start)
         found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        if len(archive.pax_headers) > _MOST_SHARED:
+            raise tarfile.ReadError(f"more than {_MOST_SHARED} attributes of all its members")
         if found.size < 0 or archive.offset <= self.offset:
             raise tarfile.ReadError("a member of less than no bytes")
         if _is_whole(found) and found.offset_data + found.size > archive.offset:
@@ -121,8 +125,8 @@ def _refuse_cut(archive: tarfile.TarFile, shown: str) -> None:
     file.seek(archive.offset)
     if any(head := file.read(tarfile.BLOCKSIZE)) or 0 < len(head) < tarfile.BLOCKSIZE:
         raise DataError(f"{shown}: cut off or damaged at byte {archive.offset:,}; fetch it or pack it again")
-    while block := file.read(1 << 20):
-        if any(block):
+    for _ in range(_MOST_BEHIND >> 20):
+        if any(file.read(1 << 20)):
             raise DataError(
                 f"{shown}: more follows behind its end, as in tar files joined by `cat`, and would not be read; keep "
                 "them apart, or join them with `tar --concatenate`"

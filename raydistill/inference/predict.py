@@ -42,7 +42,7 @@ Engine = Literal["onnx", "torch"]
 Unit = tuple[str, int, int]  # a file; or, of a file of many images, the first of its rows and how many
 # More pictures than this go through a pool of actors, which takes some ten seconds to start.
 LARGE = 10_000
-_TOGETHER = 64
+_TOGETHER, _HELD_BYTES = 64, 64 << 20
 # What an export has to say of itself, section by section.
 _ABOUT = {
     "": {"model", "library", "classes", "preprocessing", "image", "input"},
@@ -103,7 +103,7 @@ class Predictor:
         kills the process that decodes it."""
         pictures = (picture for unit in _merged(units) for picture in _read(unit, self._image["max_bytes"]))
         with ThreadPoolExecutor() as pool:
-            for part in _chunks(pictures, _TOGETHER):
+            for part in _together(pictures):
                 if is_apart:
                     found_apart = one_by_one(partial(_decoded, partial(_working_image, self._image)), part)
                     decoded = [
@@ -364,6 +364,19 @@ def _read(unit: Unit, most_bytes: int) -> Iterator[tuple[str, bytes | None, str]
     rows = range(first, first + count) if is_many else [None]
     for number, data, reason in read_pictures([(path, row) for row in rows], most_bytes):
         yield f"{written(path)} row {first + number}" if is_many else written(path), data, reason
+
+
+def _together(pictures: Iterable[tuple[str, bytes | None, str]]) -> Iterator[list[tuple[str, bytes | None, str]]]:
+    """Lists of up to 64 pictures, and no more than go beyond the bytes that are held at once."""
+    part, held = [], 0
+    for picture in pictures:
+        part.append(picture)
+        held += len(picture[1] or b"")
+        if len(part) == _TOGETHER or held > _HELD_BYTES:
+            yield part
+            part, held = [], 0
+    if part:
+        yield part
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

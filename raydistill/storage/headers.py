@@ -80,6 +80,8 @@ def _group(stream: io.BytesIO) -> tuple[int, list[Chunk]]:
 def _chunk(stream: io.BytesIO) -> Chunk:
     path, told = b"", dict[int, int]()
     for number, kind in _fields(stream):
+        if number in (8, 9):
+            raise ValueError("a column is encrypted")
         if (number, kind) != (3, _STRUCT):
             _skip(stream, kind)
             continue

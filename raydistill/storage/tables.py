@@ -13,6 +13,7 @@ import contextlib
 import io
 import struct
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -31,10 +32,11 @@ SUFFIXES = (".parquet", ".arrow", ".feather")
 # compressed already, so larger ones come from no fewer than an eighth.
 _MOST_BYTES, _MOST_TIMES, _MOST_TIMES_IN_ALL = 64 << 20, 8, 200
 _MOST_ROWS, _MOST_LEVELS = 16384, 64  # that are read together; of types in each other
+_MOST_FOOTER, _MOST_DIGITS = 16 << 20, 76  # bytes that are gone through one by one; of any decimal
 # Under other names, of the same length, neither means anything to Arrow.
 _EXTENSION, _NO_EXTENSION = b"ARROW:extension:name", b"arrow.extension.name"
 _SCHEMA, _NO_SCHEMA = b"ARROW:schema", b"arrow.schema"
-_DAMAGES = (pa.ArrowException, OSError, EOFError, LookupError, ValueError, MemoryError, OverflowError, RecursionError,
+_DAMAGES = (pa.ArrowException, OSError, EOFError, LookupError, ValueError, MemoryError, ArithmeticError, RecursionError,
             struct.error, TypeError, AttributeError)  # fmt: skip
 Batches = Iterator[tuple[int, pa.RecordBatch]]
 
@@ -48,7 +50,7 @@ def open_table(path: str) -> Iterator[ParquetFile | ArrowFile]:
     try:
         with _opened(path) as file:
             table = ParquetFile(file, shown) if suffix == "parquet" else ArrowFile(file, shown)
-            if twice := {name for name in table.schema.names if table.schema.names.count(name) > 1}:
+            if twice := [name for name, count in Counter(table.schema.names).items() if count > 1]:
                 raise DataError(f"{shown}: there are several columns {_name(min(twice))}; keep one")
             yield table
     except _DAMAGES as error:
@@ -116,8 +118,12 @@ class ParquetFile:
         file.seek(max(self.size - 8, 0))
         end = file.read(8)
         length = int.from_bytes(end[:4], "little")
+        if end[4:] == b"PARE":
+            raise ValueError("it is encrypted")
         if end[4:] != b"PAR1" or length > self.size - 8:
             raise ValueError("it does not end as one")
+        if length > _MOST_FOOTER:
+            raise DataError(f"{shown}: a footer of {length:,} bytes, above {_MOST_FOOTER:,}; write larger row groups")
         file.seek(self.size - 8 - length)
         footer = file.read(length)
         levels, self._groups = headers.footer(footer)
@@ -314,12 +320,14 @@ def _is_plain(kind: Any, is_inner: bool = False) -> bool:
     types = pa.types
     if types.is_dictionary(kind):
         return _is_plain(kind.value_type, is_inner=True)
+    if types.is_decimal(kind):
+        return abs(kind.scale) <= _MOST_DIGITS
     if types.is_struct(kind) and not is_inner:
         return all(_is_plain(kind.field(k).type, is_inner=True) for k in range(kind.num_fields))
     tests = (
         types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary, types.is_string,
         types.is_large_string, types.is_string_view, types.is_integer, types.is_floating, types.is_boolean,
-        types.is_null, types.is_decimal,
+        types.is_null,
     )  # fmt: skip
     return any(test(kind) for test in tests)
 

@@ -1,5 +1,6 @@
 """Tar files of strangers: what their headers say of sizes is known before anything is made of it."""
 
+import os
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -58,6 +59,10 @@ GOOD = member(b"1.png") + member(b"1.cls", b"a")
         (header(b"pax", 98, b"x") + padded(b"9" * 90 + b" a=bcde\n") + GOOD, "a damaged one"),
         (pax(("comment", "x")) * 2000 + GOOD, "headers of headers without end"),
         (header(b"a.png", 7 << 30) + padded(b"x"), "unexpected end of data"),
+        (
+            pax(*((f"comment{k}", "x") for k in range(101)), kind=b"g") + GOOD,
+            "more than 100 attributes of all its members",
+        ),
     ],
 )
 def test_headers_that_lie_end_in_one_sentence(tmp_path, archive, reason):
@@ -99,3 +104,11 @@ def test_a_large_file_in_a_tar_is_refused_by_its_size_and_its_neighbours_are_rea
     assert found[0][0] == bytes(3)
     assert found[2][0] == bytes(5)
     assert "it has 4,194,304 bytes, above 1,000" in found[1][1]
+
+
+def test_a_hole_behind_the_end_is_not_gone_through(tmp_path: Path):
+    """Of a terabyte it would take minutes."""
+    path = tmp_path / "t.tar"
+    path.write_bytes(GOOD)
+    os.truncate(path, 1 << 40)
+    assert [row.label for row in list_rows(str(path), Counter(), Counter())] == ["a"]

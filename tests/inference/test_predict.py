@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -359,6 +360,19 @@ def test_a_huge_picture_is_not_decoded(exported, tmp_path):
     )
     assert "pixels" in answers[0].error
     assert answers[1].probabilities_C is not None
+
+
+def test_large_files_are_not_all_held_at_once(exported, tmp_path):
+    result, _ = exported(formats=["onnx"])
+    for k in range(20):
+        (tmp_path / f"{k}.png").write_bytes(b"junk")
+        os.truncate(tmp_path / f"{k}.png", 50 << 20)
+    tracemalloc.start()
+    answers = list(predict_locally(result.path, "onnx", find_units([str(tmp_path)])))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [answer.error for answer in answers] == ["not an image"] * 20
+    assert peak < 300 << 20
 
 
 def test_class_names_of_any_kind_come_out_as_they_went_in(exported, pictures, tmp_path):

@@ -1,5 +1,6 @@
 """Tables of strangers: nothing in them runs, whatever was imported before, and what is no plain column is refused."""
 
+import base64
 import contextlib
 import io
 import os
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather
 from pyarrow import parquet as pq
+from pyarrow.parquet import encryption
 
 from raydistill.data.many import count_rows, list_rows
 from raydistill.errors import CheckpointError, DataError
@@ -206,6 +208,42 @@ def test_a_file_of_ours_holds_what_ours_hold_and_nothing_that_runs(tmp_path, reg
     with pytest.raises(DataError, match="may be code"):
         values_of(pickled)
     assert not marker.exists()
+
+
+def test_an_encrypted_file_is_called_so(tmp_path):
+    class Kms(encryption.KmsClient):
+        def __init__(self, _: object) -> None:
+            super().__init__()
+
+        def wrap_key(self, key: bytes, _: str) -> bytes:
+            return base64.b64encode(key)
+
+    factory, connection = encryption.CryptoFactory(Kms), encryption.KmsConnectionConfig()
+    table = pa.table({"image": [b"1", b"2"], "label": ["a", "b"]})
+    for is_plain in (True, False):
+        settings = encryption.EncryptionConfiguration("key", column_keys={"key": ["label"]}, plaintext_footer=is_plain)
+        keys = factory.file_encryption_properties(connection, settings)
+        pq.write_table(table, tmp_path / "t.parquet", encryption_properties=keys)
+        with pytest.raises(DataError, match=r"t\.parquet: .*encrypted"):
+            list(list_rows(str(tmp_path / "t.parquet"), Counter(), Counter()))
+
+
+def test_a_decimal_of_no_such_scale_is_refused(tmp_path):
+    """Arrow's own message names a class of Python's."""
+    kind = pa.decimal128(5, 2_000_000_000)
+    label = pa.Array.from_buffers(kind, 2, pa.array([1, 2], pa.decimal128(5, 0)).buffers())
+    path = save(tmp_path / "t.arrow", pa.table({"image": [b"1", b"2"], "label": label}))
+    with pytest.raises(DataError, match="the column label holds decimal128"):
+        list(list_rows(str(path), Counter(), Counter()))
+
+
+def test_very_many_columns_are_read_or_refused_soon(tmp_path):
+    names = ["image", "label", *map(str, range(50_000))]
+    table = pa.Table.from_arrays([pa.array([b"1"]), *[pa.array(["a"])] * 50_001], names)
+    assert count_rows(str(save(tmp_path / "t.arrow", table))) == 1
+    (tmp_path / "t.parquet").write_bytes(b"PAR1" + bytes(17 << 20) + (17 << 20).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(DataError, match="a footer of 17,825,792 bytes"):
+        count_rows(str(tmp_path / "t.parquet"))
 
 
 def test_columns_nested_without_end_are_refused_before_arrow_follows_them(tmp_path):
