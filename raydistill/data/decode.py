@@ -31,7 +31,7 @@ BACKGROUND = (255, 255, 255)
 # Pixels above which a picture is worked on in strips, and those that a byte may stand for in one so large: a blank page
 # in black and white has 8,256, as PNG.
 _LARGE, _PIXELS_PER_BYTE = 1 << 24, 10_000
-_MOST_BYTES, _ALONE_BYTES = 1 << 30, 1 << 28  # of memory, for one picture, and from which on it is decoded alone
+_MOST_BYTES, _ALONE_BYTES = 1 << 30, 1 << 29  # of memory, for one picture, and from which on it is decoded alone
 # Steps in which a file may be gone through, beside one for 64 bytes, and bytes of the formats that Python decodes: what
 # takes more takes minutes. Scans of a progressive JPEG that always may be.
 _MOST_STEPS, _MOST_PLAIN, _MOST_SCANS = 100_000, 16 << 20, 100

@@ -24,7 +24,7 @@ from raydistill.data.labels import label_of
 from raydistill.data.tars import EXTENSIONS, MOST_BYTES, Member, images_of, label_in, refuse_compressed
 from raydistill.errors import DataError
 from raydistill.storage import tables
-from raydistill.storage.filesystems import FileSystem, open_filesystem
+from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unread
 from raydistill.storage.tables import ArrowFile, ParquetFile, longest, open_table, values
 from raydistill.strangers import written
 
@@ -107,6 +107,7 @@ def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
             with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as archive:
                 yield archive
     except (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        refuse_unread(error, written(path))
         reason = "headers of headers without end" if isinstance(error, RecursionError) else error
         raise DataError(f"{written(path)}: not a tar file, or a damaged one ({reason})") from None
 

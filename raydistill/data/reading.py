@@ -10,12 +10,10 @@ from collections.abc import Iterator, Sequence
 from raydistill.data.many import next_part, read_rows
 from raydistill.errors import DataError, StageError, reason_of
 from raydistill.storage.addresses import read_address
-from raydistill.storage.filesystems import read_file, too_large
+from raydistill.storage.filesystems import OF_MACHINE, read_file, too_large
 
 UNREADABLE = "cannot be read"
 NO_IMAGE = "no image in this row: there are no bytes, and a path alone is not followed; save the set with its pictures"
-# What tells of the machine, which the next picture would meet too.
-_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def read_pictures(
@@ -62,7 +60,7 @@ def read_bytes_of(path: str, most_bytes: int, source: str | None = None) -> byte
 def refusal(error: Exception) -> str:
     """Why one picture, row or file is left out. Raises the error again where it tells of the machine instead."""
     number = getattr(error, "errno", None)
-    if isinstance(error, MemoryError | StageError) or number in _MACHINE:
+    if isinstance(error, MemoryError | StageError) or number in OF_MACHINE:
         raise error
     reason = getattr(error, "strerror", None) or reason_of(error)
     return f"{UNREADABLE}: {reason}{' (images.max_bytes)' if number == errno.EFBIG else ''}"

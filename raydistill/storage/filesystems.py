@@ -27,7 +27,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
-from raydistill.errors import CheckpointError, ConfigError, StageError, StorageError, first_line_of
+from raydistill.errors import CheckpointError, ConfigError, DataError, StageError, StorageError, first_line_of
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -43,6 +43,8 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR,
 _FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM, errno.ENOSYS,
           errno.EMSGSIZE, errno.ENOTEMPTY, errno.EREMCHG}  # fmt: skip
 _FINAL_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+# What tells of the machine, which the next file would meet too.
+OF_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 # The clients of buckets have errors of their own. Of these the first say that there is no key, the others that the
 # client is not set up.
 _CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
@@ -263,6 +265,14 @@ def read_file(path: str, most: int) -> bytes:
 
 def too_large(size: int, most: int, path: str | None = None) -> OSError:
     return OSError(errno.EFBIG, f"it has {size:,} bytes, above {most:,}", path)
+
+
+def refuse_unread(error: BaseException, shown: str) -> None:
+    """Raises what the system itself says of a file, or of the machine; other errors are of what the file holds."""
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.errno in OF_MACHINE:
+            raise error
+        raise DataError(f"{shown}: cannot be read: {error.strerror}") from None
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -24,7 +24,7 @@ from pyarrow import parquet as pq
 
 from raydistill.errors import CheckpointError, DataError, reason_of
 from raydistill.storage import headers
-from raydistill.storage.filesystems import open_filesystem
+from raydistill.storage.filesystems import open_filesystem, refuse_unread
 from raydistill.strangers import shorter, written
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
@@ -54,6 +54,7 @@ def open_table(path: str) -> Iterator[ParquetFile | ArrowFile]:
                 raise DataError(f"{shown}: there are several columns {_name(min(twice))}; keep one")
             yield table
     except _DAMAGES as error:
+        refuse_unread(error, shown)
         article = "an" if suffix == "arrow" else "a"
         raise DataError(f"{shown}: not {article} {suffix} file, or a damaged one ({reason_of(error)})") from None
 

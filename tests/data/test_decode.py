@@ -645,6 +645,7 @@ def test_large_pictures_of_all_processes_are_decoded_one_by_one_and_all_answered
     """Another process holds the place until it is told."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(decode_module, "_memory", decode_module._Memory(1 << 28))
     script = """if True:
         from raydistill.data import decode
         with decode._memory.of(decode._memory.most + 1):

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import errno
 import io
 import os
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from pyarrow.parquet import encryption
 
 from raydistill.data.many import count_rows, list_rows
 from raydistill.errors import CheckpointError, DataError
-from raydistill.storage import headers
+from raydistill.storage import filesystems, headers
 from raydistill.storage.tables import open_table, read_table, rows_of
 from raydistill.storage.tables import values as values_of
 
@@ -344,3 +346,21 @@ def test_few_bytes_take_little_memory_and_good_files_are_read_in_parts(tmp_path)
     assert int(megabytes) < 400, done.stdout
     read = {line for line in lines if "a decompression bomb" not in line}
     assert read == {"good.parquet 800 800", "dictionary.parquet 1000 1000", "delta.parquet 64 64"}, done.stdout
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "tar"])
+def test_what_the_system_says_of_a_file_is_no_damage(tmp_path, monkeypatch, suffix):
+    path = str(tmp_path / f"set.{suffix}")
+
+    def fails(number: int) -> Callable:
+        def opened(*arguments: object, **options: object) -> None:
+            raise OSError(number, os.strerror(number), path)
+
+        return opened
+
+    monkeypatch.setattr(filesystems, "open_file", fails(errno.EACCES))
+    with pytest.raises(DataError, match=r"set\.\w+: cannot be read: Permission denied$"):
+        count_rows(path)
+    monkeypatch.setattr(filesystems, "open_file", fails(errno.EMFILE))
+    with pytest.raises(OSError, match="Too many open files"):
+        count_rows(path)
