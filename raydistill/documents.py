@@ -18,7 +18,7 @@ import yaml
 from raydistill.errors import ConfigError
 from raydistill.strangers import one_line, shorter
 
-_MOST_DEPTH = 100
+_MOST_DEPTH, _MOST_BITS = 100, 1024
 _STR, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _FLOAT = (
     "tag:yaml.org,2002:float",
@@ -52,7 +52,10 @@ class Loader(_Safe):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # Python writes it nowhere
+                raise ValueError
+            return value
         except (ValueError, LookupError, AttributeError, OverflowError):  # of `!!int x`, `!!bool x`, `!!timestamp x`
             raise _refusal(f"{node.value!r} is no {node.tag.rpartition(':')[2]}", node) from None
 

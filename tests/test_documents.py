@@ -79,6 +79,12 @@ def test_hostile_files_are_refused_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "RAN").exists()
 
 
+@pytest.mark.parametrize("number", ["0x" + "f" * 5_000, "1" + ":59" * 3_000, "9" * 5_000])
+def test_numbers_longer_than_python_writes_are_refused(number: str) -> None:
+    with pytest.raises(ConfigError, match=r"^job: .*not YAML: .* is no int"):
+        parse(f"a: {number}", "job")
+
+
 def test_names_are_text_as_they_are_written(tmp_path: Path) -> None:
     names = ["NO", "yes", "017", "0x1F", "1_000", "1e3", "2024-01-01", "12:30:45", "null", "~", "=", "3.10", "猫"]
     path = tmp_path / "names.yaml"

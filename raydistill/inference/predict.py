@@ -80,6 +80,9 @@ class Predictor:
         self._preprocessing = Preprocessing(
             wanted["size"], tuple(wanted["mean"]), tuple(wanted["std"]), wanted["interpolation"]
         )
+        side = max(wanted["size"], self._image["size"])
+        # Pictures that go through the network as one batch, each held as bytes and as numbers.
+        self.most_together = max(1, min(_TOGETHER, _HELD_BYTES // (15 * side**2)))
         self._from_pixels = engine == "onnx" and about["input"] == "pixels"
         if engine == "torch":
             self._run = torch_run(load_from_library(Path(folder), about["library"] == "timm"))
@@ -103,7 +106,7 @@ class Predictor:
         kills the process that decodes it."""
         pictures = (picture for unit in _merged(units) for picture in _read(unit, self._image["max_bytes"]))
         with ThreadPoolExecutor() as pool:
-            for part in _together(pictures):
+            for part in _together(pictures, self.most_together):
                 if is_apart:
                     found_apart = one_by_one(partial(_decoded, partial(_working_image, self._image)), part)
                     decoded = [
@@ -366,13 +369,15 @@ def _read(unit: Unit, most_bytes: int) -> Iterator[tuple[str, bytes | None, str]
         yield f"{written(path)} row {first + number}" if is_many else written(path), data, reason
 
 
-def _together(pictures: Iterable[tuple[str, bytes | None, str]]) -> Iterator[list[tuple[str, bytes | None, str]]]:
-    """Lists of up to 64 pictures, and no more than go beyond the bytes that are held at once."""
+def _together(
+    pictures: Iterable[tuple[str, bytes | None, str]], most: int
+) -> Iterator[list[tuple[str, bytes | None, str]]]:
+    """Lists of up to so many, which end where their bytes are as many as are held at once."""
     part, held = [], 0
     for picture in pictures:
         part.append(picture)
         held += len(picture[1] or b"")
-        if len(part) == _TOGETHER or held > _HELD_BYTES:
+        if len(part) == most or held > _HELD_BYTES:
             yield part
             part, held = [], 0
     if part:

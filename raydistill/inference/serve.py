@@ -32,7 +32,6 @@ from raydistill.inference.intake import WANTED, Intake
 from raydistill.inference.listening import host_name
 from raydistill.inference.predict import Answer, Predictor, best
 
-_LARGEST_BATCH = 64
 _TOP = 5
 _GONE = 499  # nginx's number for a client that left before its answer
 _ADVICE = {404: "there are /, /health and /predict", 405: f"POST to /predict: {WANTED}"}
@@ -58,7 +57,7 @@ class Batcher:
             batch = [await self._waiting.get()]
             if self._window:
                 await asyncio.sleep(self._window)
-            while len(batch) < _LARGEST_BATCH and not self._waiting.empty():
+            while len(batch) < self._predictor.most_together and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
             images = np.stack([image for image, _ in batch])
             try:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 
 from raydistill.config import Images
 
-_Side = Annotated[int, Field(ge=1, le=8192)]
+_Side = Annotated[int, Field(ge=1, le=2048)]  # as in a job
 
 
 class Seen(BaseModel):

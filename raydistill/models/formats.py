@@ -191,7 +191,11 @@ def onnx_run(file: Path, threads: int = 0) -> Run:
         raise ConfigError(f"{file}: takes {names[0]!r:.100} and gives {names[1]!r:.100}, not images and logits")
 
     def run(inputs: np.ndarray) -> np.ndarray:
-        logits_BC: np.ndarray = session.run(["logits"], {"images": inputs})[0]
+        try:
+            logits_BC: np.ndarray = session.run(["logits"], {"images": inputs})[0]
+        except Exception as error:  # as that of a graph for other images than the folder says
+            shape = "x".join(map(str, inputs.shape))
+            raise ConfigError(f"{file}: cannot answer images of {shape} {inputs.dtype} ({reason_of(error)})") from None
         return logits_BC
 
     return run

@@ -35,6 +35,8 @@ def is_elsewhere(address: str, source: str) -> bool:
 def read_address(address: str, source: str, most_bytes: int) -> bytes:
     """What lies there, as a row of the table `source` names it. Raises OSError, with the reason."""
     scheme, host = _parts(address)
+    if not scheme:
+        raise OSError(errno.EINVAL, "it is no address")
     if "::" in address:
         raise OSError(errno.EPERM, "an address in another is not followed; write the one where the picture lies")
     if not is_elsewhere(address, source) or scheme in _BUCKETS or (scheme == "file" and "://" not in source):
@@ -82,5 +84,8 @@ def _public(where: Any) -> socket.socket:
 
 
 def _parts(address: str) -> tuple[str, str]:
-    parts = urlsplit(address) if "://" in address else urlsplit("")
+    try:
+        parts = urlsplit(address if "://" in address else "")
+    except ValueError:  # brackets that hold no IPv6 address
+        return "", ""
     return parts.scheme.lower(), parts.netloc.lower().rpartition("@")[2]

@@ -385,6 +385,14 @@ def test_class_names_of_any_kind_come_out_as_they_went_in(exported, pictures, tm
     assert found == pytest.approx(dict(zip(names, expected, strict=True)), abs=1e-5)
 
 
+def test_a_graph_for_other_images_than_the_folder_says_is_refused(exported, pictures, tmp_path):
+    result, _ = exported(formats=["onnx"])
+    folder = shutil.copytree(result.path, tmp_path / "changed")
+    edited(folder / "raydistill.json", input="pixels")
+    with pytest.raises(ConfigError, match=r"model\.onnx: cannot answer images of .* uint8"):
+        predict_command(str(folder), [str(pictures / "1.JPG")], None, 1, "onnx", None)
+
+
 def test_a_folder_that_lacks_what_is_needed_is_refused(exported, pictures):
     result, _ = exported(formats=["onnx"])
     file = Path(result.path, "raydistill.json")
@@ -475,6 +483,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "another library": {"library": "pickle"},
     "nothing for bytes": {"image": {"size": 32, "fit": "crop", "max_pixels": 10**6, "max_bytes": None}},
     "a giant picture": {"image": {"size": 10**6, "fit": "crop", "max_pixels": 10**6}},
+    "a larger picture than a job may ask for": {"image": {"size": 2049, "fit": "crop", "max_pixels": 10**6}},
     "a side of none": {"preprocessing": {"size": 0, "mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear"}},
     "a std of none": {"preprocessing": {"size": 32, "mean": [0, 0, 0], "std": [0, 1, 1], "interpolation": "bilinear"}},
     "two means": {"preprocessing": {"size": 32, "mean": [0, 0], "std": [1, 1, 1], "interpolation": "bilinear"}},

@@ -187,6 +187,8 @@ IMPATIENT = """if True:
     from raydistill.inference.serve import make_app
     class Student:
         classes = ("cat", "dog")
+        most_together = 64
+
         def working_image(self, data, most_pixels):
             return np.zeros((2, 2, 3), np.uint8)
         def probabilities(self, images):

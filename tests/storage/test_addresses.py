@@ -84,6 +84,8 @@ def test_a_tables_own_host_is_asked_wherever_it_is(server):
         ("memory://a.png", "an address of memory is not read"),
         ("nothing://a.png", "an address of nothing is not read"),
         ("reference://a.png", "an address of reference is not read"),
+        ("https://[::1/a.png", "it is no address"),
+        ("s3://a]/b.png", "it is no address"),
         ("simplecache::s3://a/b.png", "an address in another"),
         ("zip://a.png::https://example.org/a.zip", "an address in another"),
         ("filecache::file:///etc/hostname", "an address in another"),
@@ -121,3 +123,8 @@ def test_rows_elsewhere_are_not_looked_at_before_they_are_read(server, tmp_path)
 )
 def test_what_is_elsewhere(address, source, found):
     assert is_elsewhere(address, source) == found
+
+
+def test_a_row_with_half_an_address_takes_no_other_along(tmp_path):
+    (tmp_path / "t.csv").write_text("path,label\na.png,a\nhttp://[::1,b\n")
+    assert len(list_images(Images(path=str(tmp_path / "t.csv"))).entries) == 2
