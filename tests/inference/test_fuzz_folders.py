@@ -79,8 +79,13 @@ def folder_of(exported: Any, engine: str) -> tuple[list[Path], Callable[[], obje
     return [Path(result.path, name) for name in ("raydistill.json", *weights)], lambda: answers(result.path, engine)
 
 
-def test_mutated_state_is_read_or_refused(tmp_path):
-    assert min(fuzz(*state(tmp_path / "distill"), 300, seed=1)) > 0
+def files_of(kind: str, exported: Any, tmp_path: Path) -> tuple[list[Path], Callable[[], object]]:
+    return state(tmp_path / "distill") if kind == "state" else folder_of(exported, kind)
+
+
+@pytest.mark.parametrize("kind", ["state", "onnx", "torch"])
+def test_mutated_files_are_read_or_refused(exported, tmp_path, kind):
+    assert min(fuzz(*files_of(kind, exported, tmp_path), 60, seed=1)) > 0
 
 
 @pytest.mark.slow
@@ -88,5 +93,4 @@ def test_mutated_state_is_read_or_refused(tmp_path):
 def test_two_thousand_mutated_files(exported, tmp_path, kind):
     seed = int(time.time())
     print(f"seed {seed}")
-    files, read = state(tmp_path / "distill") if kind == "state" else folder_of(exported, kind)
-    assert min(fuzz(files, read, 2000, seed)) > 0
+    assert min(fuzz(*files_of(kind, exported, tmp_path), 2000, seed)) > 0
