@@ -36,7 +36,7 @@ _QUERY = re.compile(
 _QUOTED = re.compile(rf"(?i)(?P<name>%3A%2F%2F)(?P<value>(?:(?!%2F|%40)[^&;#{_END}]){{1,300}})(?=%40)")
 _ASSIGNED = re.compile(
     r"(?i)(?P<name>\b[\w.-]{0,60}?(?:password|passwd|secret|token|(?:access|account|api|private|shared)[_-]?key)[\w-]{0,60}"
-    r"(?:\s?=\s?['\"]?|['\"]\s?:\s?['\"])|--(?:password|token|secret|api-key)\s+|\bpassw(?:or)?d: (?!unknown))"
+    r"(?:\s?=\s?['\"]?|['\"]\s?:\s?['\"])|--(?:password|token|secret|api-key)\s+|(?<![/\w])passw(?:or)?d: (?!unknown))"
     r"(?P<value>[^\s'\"&;,)}\]]+)"
 )
 _HEADER = re.compile(

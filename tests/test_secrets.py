@@ -57,7 +57,8 @@ def test_secrets_are_hidden_where_they_stand(text: str, shown: str) -> None:
         "http://127.0.0.1:5000/#/experiments/1", "sqlite:////home/ann@work/mlflow.db", "s3://bucket/a@2x.png",
         "abfs://container@account.dfs.core.windows.net/x", "http://[::1]:80/a@b", "give key=value or tune.trials=30",
         "set RAY_AUTH_TOKEN, or write it to ~/.ray/auth_token", "timm:resnet10t", "see: https://x.org. Mail: a@b.org",
-        "folder//a:b/c.png", "https://h/x?key2=a&size=3&monkeys=2", "teacher.password: unknown key", "http://h:80/?a=1#top",
+        "folder//a:b/c.png", "https://h/x?key2=a&size=3&monkeys=2", "teacher.password: unknown key",
+        "images.classes=/etc/passwd: is no file", "http://h:80/?a=1#top",
     ],
 )  # fmt: skip
 def test_what_holds_no_secret_is_as_it_was(text: str) -> None:

@@ -283,7 +283,7 @@ def _listed_classes(config: Images) -> list[str] | None:
     fs, path = open_filesystem(config.classes)
     named = f"images.classes={written(config.classes)}"
     if not fs.isfile(path):
-        raise DataError(f"{named}: no such file")
+        raise DataError(f"{named}: {'it is no regular file' if fs.exists(path) else 'no such file'}")
     try:
         text = fs.read_at_most(path, MOST_BESIDE).decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -29,8 +29,9 @@ def check_settings(folder: Path, what: str) -> None:
             ) from None
         for key, number in _numbers(tree, ""):
             is_depth, is_timms = _DEPTH.search(key.rpartition(".")[2]), key.startswith(".model_args")
-            most = 10_000 if is_depth else 65_536 if is_timms else math.inf
-            if number > most and "label" not in key:
+            is_classes = key.endswith(("num_classes", "num_labels"))
+            most = 2**20 if is_classes else 10_000 if is_depth else 65_536 if is_timms else math.inf
+            if number > most and (is_classes or "label" not in key):
                 raise ConfigError(
                     f"{what}: its {name} says {number} for {key[1:]!r:.80}, far more than any network has"
                 )

@@ -35,10 +35,12 @@ def is_elsewhere(address: str, source: str) -> bool:
 def read_address(address: str, source: str, most_bytes: int) -> bytes:
     """What lies there, as a row of the table `source` names it. Raises OSError, with the reason."""
     scheme, host = _parts(address)
-    if not scheme:
+    if not scheme or (scheme in _WEB and not host):
         raise OSError(errno.EINVAL, "it is no address")
     if "::" in address:
-        raise OSError(errno.EPERM, "an address in another is not followed; write the one where the picture lies")
+        raise OSError(
+            errno.EPERM, "an address in another, or of IPv6, is not followed; write the one where the picture lies"
+        )
     if not is_elsewhere(address, source) or scheme in _BUCKETS or (scheme == "file" and "://" not in source):
         fs, place = open_filesystem(address)
         return fs.read_at_most(place, most_bytes)
@@ -47,10 +49,10 @@ def read_address(address: str, source: str, most_bytes: int) -> bytes:
     if _silent[host] >= _MOST_SILENT:
         raise OSError(errno.ETIMEDOUT, f"{host} did not answer {_MOST_SILENT} times, and is asked no more")
     try:
-        data = _fetch(address, most_bytes)
+        data = _fetch(scheme + address[len(scheme) :], most_bytes)
     except (StorageError, TimeoutError):
         _silent[host] += 1
-        raise OSError(errno.ETIMEDOUT, f"{host} does not answer within {SECONDS} seconds") from None
+        raise OSError(errno.ETIMEDOUT, f"{host} is not found, or does not answer within {SECONDS} seconds") from None
     _silent.pop(host, None)
     return data
 

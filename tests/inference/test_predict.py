@@ -528,6 +528,7 @@ def test_folders_of_strangers_are_refused_in_one_sentence(exported, tmp_path):
     for kind, name in giants.items():
         change = {"architecture": name, "model_args": args[kind]}
         refused(f"giant by {kind}", "torch", lambda folder, change=change: edited(folder / config, **change))
+    refused("giant by its classes", "torch", lambda folder: edited(folder / config, num_classes=2**31))
     refused("no architecture", "torch", lambda folder: edited(folder / config, architecture="exec"))
     refused("cut weights", "torch", lambda folder: os.truncate(folder / "model.safetensors", 1000))
     refused("no weights", "torch", lambda folder: (folder / "model.safetensors").unlink())
