@@ -160,10 +160,13 @@ def read_bill(path: str) -> dict[str, Any]:
 
 
 def workspace_root(config: RunConfig) -> str:
-    """The workspace as an absolute path or URL without a trailing slash."""
+    """The workspace as an absolute path or URL without a trailing slash. Raises ConfigError where it is no folder."""
     if "://" in config.workspace:
         return config.workspace.rstrip("/")
-    return os.path.abspath(os.path.expanduser(config.workspace))
+    root = os.path.abspath(os.path.expanduser(config.workspace))
+    if os.path.exists(root) and not os.path.isdir(root):
+        raise ConfigError(f"workspace={config.workspace}: a file is there, and no folder; choose another")
+    return root
 
 
 def check_writable(config: RunConfig) -> None:
