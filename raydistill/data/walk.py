@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import posixpath
 from collections import Counter, deque
 from typing import NoReturn
 
 from raydistill.errors import DataError
-from raydistill.strangers import written
+from raydistill.strangers import shorter, written
 
-_NAMED = 5
+_NAMED, _LONGEST = 5, 400  # places; signs of one
 
 
 def files_below(root: str, ignored: Counter[str]) -> list[str]:
@@ -19,26 +20,27 @@ def files_below(root: str, ignored: Counter[str]) -> list[str]:
 
     Raises DataError where a folder cannot be listed.
     """
-    files, links, again = list[str](), list[str](), list[str]()
-    waiting, read = deque([root]), dict[str, str]()
+    files, links, again = list[str](), list[tuple[str, str]](), list[str]()
+    waiting, read = deque([(root, os.path.realpath(root))]), dict[str, str]()
     while waiting or links:
-        folder = waiting.popleft() if waiting else links.pop(0)
-        real = os.path.realpath(folder)
-        above = os.path.realpath(posixpath.dirname(folder))
-        if real in read or (folder != root and f"{above}{os.sep}".startswith(f"{real.rstrip(os.sep)}{os.sep}")):
-            again.append(f"{_below(folder, root)} is {_below(read.get(real, real), root)}")
+        folder, real = waiting.popleft() if waiting else heapq.heappop(links)
+        if real in read:
+            again.append(f"{_below(folder, root)} is {_below(read[real], root)}")
             continue
         read[real] = folder
         here = _listed(folder)
         if not here and "/." not in folder.removeprefix(root):
             ignored["empty folders"] += 1
         for entry in here:
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                (links if entry.is_symlink() else waiting).append(posixpath.join(folder, entry.name))
-            else:  # pipes, devices and links that lead nowhere too, which are refused when they are read
-                files.append(posixpath.join(folder, entry.name))
-        if not waiting:
-            links.sort()
+            path = posixpath.join(folder, entry.name)
+            if not (os.path.isdir(path) if entry.is_symlink() else entry.is_dir()):
+                files.append(path)  # pipes, devices and links that lead nowhere too, refused when they are read
+            elif not entry.is_symlink():  # asked for its real path, the system would go through all above it again
+                waiting.append((path, posixpath.join(real, entry.name)))
+            elif f"{real}{os.sep}".startswith(f"{(target := os.path.realpath(path)).rstrip(os.sep)}{os.sep}"):
+                again.append(f"{_below(path, root)} is {_below(read.get(target, target), root)}")
+            else:
+                heapq.heappush(links, (path, target))
     if again:
         some = ", ".join(sorted(again)[:_NAMED])
         ignored[f"links to folders that are read elsewhere ({some}{' …' if len(again) > _NAMED else ''})"] = len(again)
@@ -54,7 +56,7 @@ def _listed(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise DataError(f"{written(str(error.filename))}: cannot be listed ({error.strerror})") from None
+    raise DataError(f"{shorter(written(str(error.filename)), _LONGEST)}: cannot be listed ({error.strerror})") from None
 
 
 def _below(path: str, root: str) -> str:

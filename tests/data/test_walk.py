@@ -1,12 +1,14 @@
 """One walk for every command: each folder once, whatever links to it; nothing is waited for or lost without a word."""
 
 import os
+import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from raydistill.data.walk import files_below
+from raydistill.errors import DataError
 from raydistill.storage.filesystems import read_file
 
 
@@ -106,3 +108,28 @@ def test_names_that_are_no_text_are_found_and_written(tmp_path):
     files, ignored = walked(root)
     assert [os.fsencode(name) for name in files] == [b"a/0.png"]
     assert list(ignored) == [r"links to folders that are read elsewhere ($'caf\xe9/again' is .)"]
+
+
+@pytest.mark.timeout(20)
+def test_folders_within_folders_without_end_take_no_longer_for_each(tmp_path):
+    os.mkdir(tmp_path / "set")
+    folder = os.open(tmp_path / "set", os.O_RDONLY)
+    try:
+        for depth in range(2500):  # paths of more than 4,096 bytes lead nowhere
+            if depth in (0, 1900):
+                os.close(os.open(f"{depth}.png", os.O_CREAT, dir_fd=folder))
+            os.mkdir("d", dir_fd=folder)
+            above, folder = folder, os.open("d", os.O_RDONLY, dir_fd=folder)
+            os.close(above)
+        root = str(tmp_path / "set")
+        with pytest.raises(DataError, match=r"^.{1,500}: cannot be listed \(File name too long\)$"):
+            files_below(root, Counter())
+        top = f"{root}{'/d' * 1950}"
+        os.symlink(tmp_path, f"{top}/to_top")
+        subprocess.run(["rm", "-r", f"{top}/d"], check=True)
+        files, ignored = walked(tmp_path / "set")
+        assert files == ["0.png", f"{'d/' * 1900}1900.png"]
+        assert len(ignored) == 1
+    finally:
+        os.close(folder)
+        subprocess.run(["rm", "-r", tmp_path / "set"], check=True)  # pytest's own way calls itself at each depth
