@@ -50,6 +50,8 @@ class Member(tarfile.TarInfo):
         found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         if len(archive.pax_headers) > _MOST_SHARED:
             raise tarfile.ReadError(f"more than {_MOST_SHARED} attributes of all its members")
+        # The others are never asked for, and stay as long as the archive is open.
+        found.pax_headers = {key: value for key, value in found.pax_headers.items() if key.startswith("GNU.sparse")}
         if found.size < 0 or archive.offset <= self.offset:
             raise tarfile.ReadError("a member of less than no bytes")
         if _is_whole(found) and found.offset_data + found.size > archive.offset:

@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from raydistill.data.many import list_rows, read_rows
 from raydistill.data.reading import read_pictures
+from raydistill.data.tars import Member, images_of
 from raydistill.errors import DataError
 
 END = bytes(1024)
@@ -112,3 +114,15 @@ def test_a_hole_behind_the_end_is_not_gone_through(tmp_path: Path):
     path.write_bytes(GOOD)
     os.truncate(path, 1 << 40)
     assert [row.label for row in list_rows(str(path), Counter(), Counter())] == ["a"]
+
+
+def test_attributes_that_nothing_asks_for_are_not_kept(tmp_path: Path):
+    many = pax(*((f"comment{k}", "x" * 20) for k in range(1200)))
+    (tmp_path / "t.tar").write_bytes(b"".join(many + member(b"%d.png" % k) for k in range(20)) + END)
+    with tarfile.open(tmp_path / "t.tar", tarinfo=Member) as archive:
+        tracemalloc.start()
+        images = images_of(archive, "t.tar", Counter())
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+    assert len(images) == 20
+    assert held < 1 << 19
