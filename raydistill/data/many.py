@@ -6,6 +6,7 @@ Rows are numbered in the file's own order; only those that are asked for are rea
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from raydistill.data.labels import label_of
@@ -62,12 +64,16 @@ def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf)
     wanted = sorted(numbers)
     if PurePosixPath(path).suffix.lower() == ".tar":
         with _open_tar(path) as archive:
-            images = images_of(archive, written(path), Counter()) if wanted else []
+            file: Any = archive.fileobj
+            places = _places(path, _version(path))
             for number in wanted:
-                if (size := images[number][0].size) > most_bytes:
+                start, size = map(int, places[number])
+                if size > most_bytes:
                     raise DataError(f"it has {size:,} bytes, above {most_bytes:,} (images.max_bytes)")
-                content = archive.extractfile(images[number][0])
-                yield number, None if content is None else content.read()
+                file.seek(start)
+                if len(data := file.read(size)) < size:
+                    raise EOFError("it ends before its time")
+                yield number, data
         return
     with open_table(path) as table:
         _check_image_column(path, table)
@@ -89,12 +95,27 @@ def next_part(path: str, row: int) -> float:
 def count_rows(path: str) -> int:
     """How many images a file holds, whether it has labels or not. Raises DataError as `list_rows` does."""
     if PurePosixPath(path).suffix.lower() == ".tar":
-        with _open_tar(path) as archive:
-            return len(images_of(archive, written(path), Counter()))
+        with _open_tar(path):
+            return len(_places(path, _version(path)))
     with open_table(path) as table:
         _check_image_column(path, table)
         table.refuse_bombs(["image"])
         return table.num_rows
+
+
+@functools.lru_cache(maxsize=8)
+def _places(path: str, version: str) -> np.ndarray:
+    """(images, 2) of a tar file: where the bytes of each begin, and how many there are. The rows of one file are read
+    in many calls, each of which would go through all headers again."""
+    with _open_tar(path) as archive:
+        images = images_of(archive, written(path), Counter())
+        return np.array([(member.offset_data, member.size) for member, _ in images], np.int64).reshape(-1, 2)
+
+
+def _version(path: str) -> str:
+    """What the storage tells of the file: another one once it is written again."""
+    fs, place = open_filesystem(path)
+    return str(fs.info(place))
 
 
 @contextlib.contextmanager

@@ -126,3 +126,13 @@ def test_attributes_that_nothing_asks_for_are_not_kept(tmp_path: Path):
         tracemalloc.stop()
     assert len(images) == 20
     assert held < 1 << 19
+
+
+@pytest.mark.timeout(20)
+def test_a_file_of_many_images_is_read_in_parts_as_soon_as_at_once_and_anew_once_it_changes(tmp_path: Path):
+    path, count = tmp_path / "t.tar", 10_000
+    path.write_bytes(b"".join(member(b"%d.png" % k, b"%d" % k) for k in range(count)) + END)
+    read = [found for first in range(0, count, 50) for found in read_rows(str(path), range(first, first + 50))]
+    assert read == [(k, b"%d" % k) for k in range(count)]
+    path.write_bytes(member(b"note.txt", b"first") + member(b"a.png", b"other") + END)
+    assert list(read_rows(str(path), [0])) == [(0, b"other")]
