@@ -7,6 +7,7 @@ internals. Damage is an EOFError, a ValueError or a LookupError.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import struct
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ class Chunk:
     start: int
 
 
+@functools.lru_cache(maxsize=2)  # the rows of one file are read in many calls
 def footer(data: bytes) -> tuple[int, list[tuple[int, list[Chunk]]]]:
     """Of a parquet file: how deep its columns are nested, and the rows and columns of each row group. Of what else
     stands in it nothing is kept, for a byte of it may be an object of Python's."""

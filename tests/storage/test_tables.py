@@ -20,7 +20,7 @@ from pyarrow import feather
 from pyarrow import parquet as pq
 from pyarrow.parquet import encryption
 
-from raydistill.data.many import count_rows, list_rows
+from raydistill.data.many import count_rows, list_rows, read_rows
 from raydistill.errors import CheckpointError, DataError
 from raydistill.storage import filesystems, headers
 from raydistill.storage.tables import open_table, read_table, rows_of
@@ -364,3 +364,12 @@ def test_what_the_system_says_of_a_file_is_no_damage(tmp_path, monkeypatch, suff
     monkeypatch.setattr(filesystems, "open_file", fails(errno.EMFILE))
     with pytest.raises(OSError, match="Too many open files"):
         count_rows(path)
+
+
+@pytest.mark.timeout(20)
+def test_a_file_of_many_row_groups_is_read_in_parts_as_soon_as_at_once(tmp_path):
+    table = pa.table({"image": [b"%d" % k for k in range(3000)], "label": ["a"] * 3000})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=1)
+    path = str(tmp_path / "t.parquet")
+    read = [found for first in range(0, 3000, 10) for found in read_rows(path, range(first, first + 10))]
+    assert read == list(enumerate(table["image"].to_pylist()))
