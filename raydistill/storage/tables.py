@@ -32,6 +32,7 @@ SUFFIXES = (".parquet", ".arrow", ".feather")
 # compressed already, so larger ones come from no fewer than an eighth.
 _MOST_BYTES, _MOST_TIMES, _MOST_TIMES_IN_ALL = 64 << 20, 8, 200
 _MOST_ROWS, _MOST_LEVELS = 16384, 64  # that are read together; of types in each other
+_ALWAYS_ROWS, _FEWEST_BYTES = 1 << 20, 16  # of a set of pictures, and for each of its other rows
 _MOST_FOOTER, _MOST_DIGITS = 16 << 20, 76  # bytes that are gone through one by one; of any decimal
 # Under other names, of the same length, neither means anything to Arrow.
 _EXTENSION, _NO_EXTENSION = b"ARROW:extension:name", b"arrow.extension.name"
@@ -165,6 +166,7 @@ class ParquetFile:
         for chunk in (chunk for _, chunks in self._groups for chunk in _of(chunks, columns)):
             if chunk.unpacked > max(_MOST_BYTES, _MOST_TIMES_IN_ALL * chunk.packed):
                 raise _bomb(self._shown, f"the column {_name(chunk.path)}", chunk.packed, chunk.unpacked)
+        _refuse_few_bytes(self.num_rows, self.size, self._shown)
 
     @property
     def parts(self) -> Iterator[int]:
@@ -213,8 +215,7 @@ class ArrowFile:
 
     def refuse_bombs(self, columns: Sequence[str]) -> None:
         """By what all messages say, of whichever columns."""
-        for _ in self._messages():
-            pass
+        _refuse_few_bytes(self.num_rows, self.size, self._shown)
 
     @property
     def parts(self) -> Iterator[int]:
@@ -334,9 +335,18 @@ def _is_plain(kind: Any, is_inner: bool = False) -> bool:
 
 
 def _refuse_many_rows(num_rows: int, size: int, shown: str) -> None:
-    """No picture has less than a byte."""
+    """No row of any table has less than a byte."""
     if num_rows > size:
         raise DataError(f"{shown}: {num_rows:,} rows from {size:,} bytes: a decompression bomb")
+
+
+def _refuse_few_bytes(num_rows: int, size: int, shown: str) -> None:
+    """Rows without a picture are refused one by one, which of many more than there can be pictures takes minutes."""
+    if num_rows > _ALWAYS_ROWS + size // _FEWEST_BYTES:
+        raise DataError(
+            f"{shown}: {num_rows:,} rows from {size:,} bytes, too few for as many pictures; leave out the rows that "
+            "have none"
+        )
 
 
 def _bomb(shown: str, what: str, packed: int, unpacked: int) -> DataError:
