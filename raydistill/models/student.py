@@ -262,7 +262,7 @@ def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
         weights = load(read_bytes(f"{folder}/student.safetensors"))
         classes, preprocessing = tuple(about.classes), Preprocessing(**dict(about.preprocessing))
         sizes = [tensor.numel() for tensor in weights.values()]
-        if about.library == "timm":
+        if dict(about)["library"] == "timm":
             with no_larger_than(sizes, folder, len(classes)):
                 student = build_student(StudentConfig(model=about.model, size=preprocessing.size), len(classes))
         else:
