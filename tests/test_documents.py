@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -129,5 +128,10 @@ def test_what_is_written_is_read_back(tree: object) -> None:
 @given(st.text(st.sampled_from("ab01:-,[]{}&*!<>|?'\"#%@`\n \t.~eE_="), max_size=40))
 def test_any_text_loads_or_is_refused(text: str) -> None:
     for loader in (Loader, JobLoader, TextLoader):
-        with contextlib.suppress(ConfigError):
+        said = "it: "
+        try:
             parse(text, "it", loader)
+        except ConfigError as error:
+            said = str(error)
+        assert said.startswith("it: "), text
+        assert "\n" not in said, text
