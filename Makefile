@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/demo-installed
 	$(BIN)/raydistill run jobs/demo.yaml
 
+# Two processes, each with a Ray of its own: a file's tests stay in one of them, with what they share.
 test: $(VENV)/dev-installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-short: $(VENV)/dev-installed
 	$(BIN)/python -m pytest tests/chaos tests/data/test_fuzz.py -m short --timeout=900
