@@ -25,6 +25,7 @@ _FLOAT = (
     re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is of C, and many times as fast
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
@@ -102,7 +103,7 @@ class JobLoader(Loader):
 class TextLoader(Loader):
     """Whatever is written is text, as names are: `NO`, `017`, `2024-01-01`. For as many as a set has classes."""
 
-    most_bytes, most_values = 32 * 1024**2, 1_000_000
+    most_bytes, most_values = 32 * 1024**2, 400_000
     keys_are_text = True
 
 
@@ -131,9 +132,7 @@ def parse(text: str, shown: str, loader: type[Loader] = JobLoader, form: str = "
     """The documents of a text, but for empty ones. Raises ConfigError, which names it as it is to be `shown`."""
     line = 0
     try:
-        found = (
-            [json.loads(text, object_pairs_hook=no_key_twice)] if form == "JSON" else list(yaml.load_all(text, loader))
-        )
+        found = [_json(text, loader.most_values)] if form == "JSON" else list(yaml.load_all(text, loader))
     except RecursionError:
         reason = "nested too deeply"
     except json.JSONDecodeError as error:
@@ -150,6 +149,12 @@ def parse(text: str, shown: str, loader: type[Loader] = JobLoader, form: str = "
         return [document for document in found if document is not None]
     where = f"{shown}: line {line}" if line and text.count("\n") else shown
     raise ConfigError(f"{where}: not {form}: {shorter(one_line(reason), 300)}")
+
+
+def _json(text: str, most_values: int) -> Any:
+    if sum(map(_QUOTED.sub("", text).count, ",:[{")) > most_values:
+        raise ValueError(f"more than {most_values:,} values")
+    return json.loads(text, object_pairs_hook=no_key_twice)
 
 
 def as_yaml(tree: dict[str, Any]) -> str:

@@ -102,10 +102,20 @@ def test_as_many_names_as_a_set_has_classes_load(tmp_path: Path) -> None:
         lines = "".join(f"{name}: {words}\n" for name, words in names.items())
         path.write_text(json.dumps(names) if path.suffix == ".json" else lines)
         assert read_mapping(str(path), "", TextLoader) == names
+    names["class 0"] = ",:[{" * 200_000
+    path.write_text(json.dumps(names))
+    assert read_mapping(str(path), "", TextLoader) == names
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [('{"a": "b",\n "a": "c"}', "stands twice"), ('{"a":\n}', "line 2"), ("[" * 100_000, "deeply")]
+    ("text", "said"),
+    [
+        ('{"a": "b",\n "a": "c"}', "stands twice"),
+        ('{"a":\n}', "line 2"),
+        ("[" * 100_000, "deeply"),
+        ('{"a": [' + "{}," * 400_000 + "{}]}", "more than 400,000 values"),
+        ('{"a\\' + '"\\' * 400_000, "Unterminated"),
+    ],
 )
 def test_json_is_held_to_the_same(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "names.json"

@@ -19,7 +19,7 @@ from typing import Any
 
 from raydistill.config import Images
 from raydistill.data import path_tables
-from raydistill.data.labels import one_spelling, whole_numbers
+from raydistill.data.labels import one_spelling, refuse_many_classes, whole_numbers
 from raydistill.data.many import EXTENSIONS, MOST_BESIDE, SUFFIXES, list_rows, saved_files
 from raydistill.data.sample import sample_id
 from raydistill.data.walk import files_below
@@ -107,6 +107,7 @@ def list_images(config: Images) -> Listing:
         )
     if not entries:
         raise DataError(f"{named}: no images found ({_describe(ignored)})")
+    refuse_many_classes(len(set(_labels(entries))), named)
     listed = _listed_classes(config)
     entries = _with_labels(entries, {} if by_folder else whole_numbers(_labels(entries), listed, notes))
     spelt = one_spelling(_labels(entries), listed, notes)
@@ -291,6 +292,7 @@ def _listed_classes(config: Images) -> list[str] | None:
     except OSError as error:
         raise DataError(f"{named}: cannot be read: {error.strerror}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    refuse_many_classes(len(lines), named)
     if len(set(one_spelling(lines, lines, Counter()).values())) < len(lines):
         raise DataError(f"{named}: a class is listed twice")
     return lines

@@ -14,6 +14,7 @@ from decimal import Decimal
 from raydistill.errors import DataError
 from raydistill.strangers import written
 
+MOST_CLASSES = 1 << 17  # of a set; more are numbers of its images
 # What programs write where there is no value. `none`, `NA` and `null` as classes are for people to write otherwise.
 _NOTHING = frozenset({"nan", "NaN", "NAN", "-nan", "NaT", "<NA>", "null", "NULL", "None", "N/A", "n/a", "#N/A"})
 _MINUS_ONE = re.compile(r"-1(\.0+)?")
@@ -82,6 +83,11 @@ def _literal(text: str) -> object:
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
+
+
+def refuse_many_classes(count: int, where: str) -> None:
+    if count > MOST_CLASSES:
+        raise DataError(f"{where}: {count:,} classes, above {MOST_CLASSES:,}; are the labels names of single images?")
 
 
 def whole_numbers(labels: Iterable[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:

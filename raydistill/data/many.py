@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import posixpath
@@ -22,11 +21,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raydistill.data.labels import label_of
+from raydistill.data.labels import label_of, refuse_many_classes
 from raydistill.data.tars import EXTENSIONS, MOST_BYTES, Member, images_of, label_in, refuse_compressed
 from raydistill.errors import DataError
 from raydistill.storage import tables
-from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unread
+from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unread, version_of
 from raydistill.storage.tables import ArrowFile, ParquetFile, longest, open_table, values
 from raydistill.strangers import written
 
@@ -52,7 +51,7 @@ def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator
     if PurePosixPath(path).suffix.lower() == ".tar":
         with _open_tar(path) as archive:
             for number, (_, beside) in enumerate(images_of(archive, written(path), ignored)):
-                yield Row(number, label_in(archive, beside, written(path), notes), None)
+                yield Row(number, label_in(archive.fileobj, beside, written(path), notes), None)
     else:
         with open_table(path) as table:
             yield from _table_rows(path, table, notes)
@@ -65,7 +64,7 @@ def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf)
     if PurePosixPath(path).suffix.lower() == ".tar":
         with _open_tar(path) as archive:
             file: Any = archive.fileobj
-            places = _places(path, _version(path))
+            places = _places(path, version_of(path, archive.fileobj))
             for number in wanted:
                 start, size = map(int, places[number])
                 if size > most_bytes:
@@ -89,14 +88,14 @@ def next_part(path: str, row: int) -> float:
     if PurePosixPath(path).suffix.lower() == ".tar":
         return row + 1
     with open_table(path) as table:
-        return next((end for end in itertools.accumulate(table.parts) if end > row), math.inf)
+        return table.end_of_part(row)
 
 
 def count_rows(path: str) -> int:
     """How many images a file holds, whether it has labels or not. Raises DataError as `list_rows` does."""
     if PurePosixPath(path).suffix.lower() == ".tar":
-        with _open_tar(path):
-            return len(_places(path, _version(path)))
+        with _open_tar(path) as archive:
+            return len(_places(path, version_of(path, archive.fileobj)))
     with open_table(path) as table:
         _check_image_column(path, table)
         table.refuse_bombs(["image"])
@@ -109,13 +108,7 @@ def _places(path: str, version: str) -> np.ndarray:
     in many calls, each of which would go through all headers again."""
     with _open_tar(path) as archive:
         images = images_of(archive, written(path), Counter())
-        return np.array([(member.offset_data, member.size) for member, _ in images], np.int64).reshape(-1, 2)
-
-
-def _version(path: str) -> str:
-    """What the storage tells of the file: another one once it is written again."""
-    fs, place = open_filesystem(path)
-    return str(fs.info(place))
+        return np.array([(file.start, file.size) for file, _ in images], np.int64).reshape(-1, 2)
 
 
 @contextlib.contextmanager
@@ -188,6 +181,7 @@ def _class_names(path: str, metadata: dict[bytes, bytes]) -> list[str]:
             tree = tree.get(key) if isinstance(tree, dict) else None
         names = tree.get("names") if isinstance(tree, dict) else None
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            refuse_many_classes(len(names), written(path))
             return names
     return []
 

@@ -7,14 +7,14 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from raydistill.data.labels import label_of
+from raydistill.data.labels import label_of, refuse_many_classes
 from raydistill.documents import KeyTwiceError, no_key_twice
 from raydistill.errors import DataError
 from raydistill.storage.filesystems import FileSystem
+from raydistill.storage.tables import refuse_few_bytes
 from raydistill.strangers import written
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -24,14 +24,18 @@ _NO_OBJECT = "is not a JSON object; write one on each line, and no comma or list
 _ADVICE = "`path` and `label` are needed, `split` is welcome"
 
 
-@dataclass(frozen=True)
-class PathRow:
+class PathRow(NamedTuple):
     """A row: the path as it is written, the label, the split as it is written, and where it stands."""
 
     path: str
     label: str | None
     split: object
-    where: str
+    table: str
+    number: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.table}: line {self.number}"
 
 
 def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator[PathRow]:
@@ -39,19 +43,25 @@ def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator
     encoding or delimiter."""
     shown, is_json = written(table), table.lower().endswith(".jsonl")
     lines = _lines(fs, table, shown, "\n" if is_json else "")
+    plain = dict[str, str]()  # labels that are what they seem: most rows have one that was there before
     for number, row in _json_rows(shown, lines) if is_json else _csv_rows(shown, lines):
-        where = f"{shown}: line {number}"
         if "path" not in row or "label" not in row:
             found = ", ".join(written(str(name)) for name in list(row)[:5])
-            raise DataError(f"{where} ({found}) lacks a column{_near(row)}; {_ADVICE}")
-        path = row["path"]
+            raise DataError(f"{shown}: line {number} ({found}) lacks a column{_near(row)}; {_ADVICE}")
+        path, value = row["path"], row["label"]
         if not path:
-            raise DataError(f"{where} has no path")
+            raise DataError(f"{shown}: line {number} has no path")
         if not isinstance(path, str):
-            raise DataError(f"{where}: the path is no text but {path!r}")
+            raise DataError(f"{shown}: line {number}: the path is no text but {path!r}")
         if "\0" in path:
-            raise DataError(f"{where}: the path holds a NUL, which no file's name does")
-        yield PathRow(path, label_of(row["label"], where, notes), row.get("split"), where)
+            raise DataError(f"{shown}: line {number}: the path holds a NUL, which no file's name does")
+        label = plain.get(value) if isinstance(value, str) else None
+        if label is None:
+            label = label_of(value, f"{shown}: line {number}", notes)
+            if label is not None and label == value:
+                plain[label] = label
+                refuse_many_classes(len(plain), shown)
+        yield PathRow(path, label, row.get("split"), shown, number)
 
 
 def _lines(fs: FileSystem, table: str, shown: str, newline: str) -> Iterator[str]:
@@ -67,9 +77,11 @@ def _lines(fs: FileSystem, table: str, shown: str, newline: str) -> Iterator[str
             file.seek(0)
             text = io.TextIOWrapper(file, "utf-8-sig", newline=newline)
             try:
+                length = 0
                 for number, line in enumerate(iter(partial(text.readline, _LONGEST_LINE), ""), 1):
                     if len(line) == _LONGEST_LINE:
                         raise DataError(f"{shown}: line {number} has more than {_LONGEST_LINE:,} characters")
+                    refuse_few_bytes(number, length := length + len(line), shown)
                     yield line
             except UnicodeDecodeError:
                 raise DataError(f"{shown}: line {_undecodable(file)} is not UTF-8; save the table as such") from None
@@ -139,10 +151,11 @@ def _near(row: dict[str, Any]) -> str:
 
 
 def _json_rows(shown: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    decoder = json.JSONDecoder(object_pairs_hook=no_key_twice)
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = json.loads(line, object_pairs_hook=no_key_twice)
+                row = decoder.decode(line)
             except KeyTwiceError as error:
                 raise DataError(f"{shown}: line {number}: {error}; keep one") from None
             except (ValueError, RecursionError):

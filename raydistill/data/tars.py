@@ -7,7 +7,7 @@ import re
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from raydistill.data.labels import label_of
 from raydistill.errors import DataError
@@ -30,7 +30,16 @@ _MOST_SHARED = 100  # attributes that hold for all members, each of which has it
 _MOST_BEHIND = 64 << 20  # bytes behind an archive's end in which another is looked for
 _DIGITS = re.compile(rb"\d{1000}")  # longer than a name
 
-Image = tuple[tarfile.TarInfo, dict[str, tarfile.TarInfo]]  # and the files beside it that may tell its label
+
+class File(NamedTuple):
+    """A member, and where in the archive its bytes begin."""
+
+    name: str
+    start: int
+    size: int
+
+
+Image = tuple[File, dict[str, File]]  # and the files beside it that may tell its label
 
 
 class Member(tarfile.TarInfo):
@@ -80,9 +89,11 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
     Beside the image of a key, others that only begin like it (`001.mask.png`) are left out and counted. Raises
     DataError: two images of one key, an archive that is cut off or holds another behind its end.
     """
-    images = list[tuple[tarfile.TarInfo, str]]()
-    beside = defaultdict[str, dict[str, tarfile.TarInfo]](dict)
-    for member in archive:
+    images = list[tuple[File, str]]()
+    beside = defaultdict[str, dict[str, File]](dict)
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]  # where each stays with all that its header tells
+        file = File(member.name, member.offset_data, member.size)
         name = PurePosixPath(member.name).name
         if member.isdir():
             continue
@@ -91,30 +102,30 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
         elif not _is_whole(member):
             ignored["links and other things than files in tar files"] += 1
         elif (suffix := PurePosixPath(name).suffix.lower()) in EXTENSIONS:
-            images.append((member, member.name[: -len(suffix)]))
+            images.append((file, member.name[: -len(suffix)]))
         elif suffix in _LABELS:
             key = member.name[: -len(suffix)]
             if suffix in beside[key]:
                 raise DataError(f"{shown}: {written(member.name)} is there twice; which is the label?")
-            beside[key][suffix] = member
+            beside[key][suffix] = file
         else:
             ignored[f"files ending in {written(suffix) or 'nothing'} in tar files"] += 1
     _refuse_cut(archive, shown)
     own = {stem for _, stem in images}
-    found = dict[str, tarfile.TarInfo]()
+    found = dict[str, File]()
     kept = list[Image]()
-    for member, stem in images:
-        key = stem if stem in beside or member.name not in beside else member.name
+    for file, stem in images:
+        key = stem if stem in beside or file.name not in beside else file.name
         if key not in beside and (first := _up_to_first_dot(stem)) != stem:
             if first in own:
                 ignored["images in tar files that stand beside the image of their key, as masks do"] += 1
                 continue
             key = first if first in beside else stem
         if key in found:
-            both = f"{written(found[key].name)} and {written(member.name)}"
+            both = f"{written(found[key].name)} and {written(file.name)}"
             raise DataError(f"{shown}: {both} stand under one key; which is the image?")
-        found[key] = member
-        kept.append((member, beside.get(key, {})))
+        found[key] = file
+        kept.append((file, beside.get(key, {})))
     if alone := len(beside.keys() - found.keys()):
         ignored["labels in tar files without an image"] += alone
     return kept
@@ -140,17 +151,15 @@ def _up_to_first_dot(stem: str) -> str:
     return f"{folder}{slash}{name.partition('.')[0]}"
 
 
-def label_in(
-    archive: tarfile.TarFile, beside: dict[str, tarfile.TarInfo], shown: str, notes: Counter[str]
-) -> str | None:
+def label_in(archive: Any, beside: dict[str, File], shown: str, notes: Counter[str]) -> str | None:
     """What stands in `KEY.cls`, under `label` or `class` in `KEY.json`, or in `KEY.txt`, the first that tells one."""
     for suffix in (suffix for suffix in _LABELS if suffix in beside):
         member = beside[suffix]
         where = f"{shown}: {written(member.name)}"
         if member.size > MOST_BYTES:
             raise DataError(f"{where} has {member.size:,} bytes, too many for a label")
-        content = archive.extractfile(member)
-        data = content.read() if content else b""
+        archive.seek(member.start)
+        data = archive.read(member.size)
         try:
             value: object = data.decode("utf-8-sig")
             if suffix == ".json":

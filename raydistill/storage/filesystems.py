@@ -267,6 +267,12 @@ def too_large(size: int, most: int, path: str | None = None) -> OSError:
     return OSError(errno.EFBIG, f"it has {size:,} bytes, above {most:,}", path)
 
 
+def version_of(path: str, file: Any) -> str:
+    """What storage tells of a file that is open: something else once it is written again."""
+    fs, place = open_filesystem(path)
+    return str(getattr(file, "details", None) or fs.info(place))
+
+
 def refuse_unread(error: BaseException, shown: str) -> None:
     """Raises what the system itself says of a file, or of the machine; other errors are of what the file holds."""
     if isinstance(error, OSError) and error.errno is not None:

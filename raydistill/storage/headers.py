@@ -7,7 +7,6 @@ internals. Damage is an EOFError, a ValueError or a LookupError.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import struct
 from collections.abc import Iterator
@@ -15,18 +14,51 @@ from dataclasses import dataclass
 from typing import Any
 
 _LONGEST_HEADERS = (1 << 12, 1 << 20)  # of a page: most, and all
+_LONGEST_MESSAGE = 16 << 20
+# Reads, of about half a microsecond: of a page's header, and of a footer.
+_MOST_STEPS, _MOST_STEPS_OF_ALL = 1 << 9, 1 << 22
+# Pages that a column chunk may always have, and bytes and rows for each of its others.
+_ALWAYS_PAGES, _FEWEST_BYTES, _FEWEST_ROWS = 16, 256, 1024
 _DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7
 _BOOL, _BYTE, _INTEGERS, _DOUBLE, _BYTES, _LIST, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
 _FIXED = {_BYTE: 1, _DOUBLE: 8}
 
 
-def pages(file: Any, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+class _Steps(io.BytesIO):
+    """Bytes that are read in no more than so many steps, which few bytes could need minutes for."""
+
+    def __init__(self, data: bytes, most: int) -> None:
+        super().__init__(data)
+        self._left = most
+
+    def read(self, count: int | None = -1, /) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("headers of too many parts; write fewer and larger ones")
+        return super().read(count)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A column of a row group, as the footer tells it: Arrow's own object for it aborts the process on some damage."""
+
+    path: str
+    packed: int
+    unpacked: int
+    start: int
+
+
+def pages(file: Any, chunk: Chunk, num_rows: int) -> Iterator[tuple[int, int, bool]]:
     """The bytes of each page of a column chunk as it is and unpacked, and whether many rows may repeat some of them: in
     a dictionary, or as what begins the values before (DELTA_BYTE_ARRAY)."""
+    start, end = chunk.start, chunk.start + chunk.packed
+    left = _ALWAYS_PAGES + chunk.packed // _FEWEST_BYTES + num_rows // _FEWEST_ROWS
     while start < end:
+        if (left := left - 1) < 0:
+            raise ValueError(f"a column of {chunk.packed:,} bytes in too many pages; write larger ones")
         for longest in _LONGEST_HEADERS:
             file.seek(start)
-            stream = io.BytesIO(file.read(min(longest, end - start)))
+            stream = _Steps(file.read(min(longest, end - start)), _MOST_STEPS)
             with contextlib.suppress(EOFError):
                 header = {number: _value(stream, kind) for number, kind in _fields(stream)}
                 break
@@ -40,21 +72,10 @@ def pages(file: Any, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         start += stream.tell() + packed
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A column of a row group, as the footer tells it: Arrow's own object for it aborts the process on some damage."""
-
-    path: str
-    packed: int
-    unpacked: int
-    start: int
-
-
-@functools.lru_cache(maxsize=2)  # the rows of one file are read in many calls
 def footer(data: bytes) -> tuple[int, list[tuple[int, list[Chunk]]]]:
     """Of a parquet file: how deep its columns are nested, and the rows and columns of each row group. Of what else
     stands in it nothing is kept, for a byte of it may be an object of Python's."""
-    stream, levels, groups = io.BytesIO(data), 0, list[tuple[int, list[Chunk]]]()
+    stream, levels, groups = _Steps(data, _MOST_STEPS_OF_ALL), 0, list[tuple[int, list[Chunk]]]()
     for number, kind in _fields(stream):
         if number == 2:
             levels = _levels(stream, kind)
@@ -95,6 +116,8 @@ def _chunk(stream: io.BytesIO) -> Chunk:
             else:
                 _skip(stream, own)
     starts = [told[9], *(start for start in [told.get(11, 0)] if start > 0)]
+    if min(*starts, told[7]) < 0:
+        raise ValueError("a column without a place")
     return Chunk(path.decode(errors="replace"), told[7], told[6], min(starts))
 
 
@@ -227,14 +250,16 @@ def blocks(file: Any, footer: bytes, size: int) -> Iterator[Message]:
 
 def message(file: Any, start: int, size: int, body: int = 0) -> Message | None:
     """None at the end of the stream."""
+    if min(start, body) < 0:
+        raise ValueError("a block without a place")
     file.seek(start)
     marker, length = struct.unpack("<Ii", _bytes(file, 8))
     before = 8 if marker == 0xFFFFFFFF else 4  # as it was until 2019
     length = length if before == 8 else marker
     if not length:
         return None
-    if not 0 < length <= size - start:
-        raise EOFError("it ends too early")
+    if not 0 < length <= min(size - start, _LONGEST_MESSAGE):
+        raise EOFError(f"a header of {length:,} bytes, where {min(size - start, _LONGEST_MESSAGE):,} are the most")
     file.seek(start + before)
     data, body = _bytes(file, length), body or start + before + length
     root = _indirect(data, 0)
@@ -252,11 +277,13 @@ def message(file: Any, start: int, size: int, body: int = 0) -> Message | None:
     for at in _vector(data, table, 2, 16):
         offset, own = struct.unpack_from("<qq", data, at)
         if compression and own:
-            file.seek(body + offset)
+            file.seek(max(body + offset, 0))
             stated = struct.unpack("<q", _bytes(file, 8))[0]
             own = own if stated == -1 else stated
         unpacked += max(own, 0)
     num_rows = struct.unpack_from("<q", data, rows)[0] if rows else 0
+    if num_rows < 0:
+        raise ValueError("a batch of less than no rows")
     return Message(kind == 3, start, body + packed, num_rows, packed, unpacked)
 
 

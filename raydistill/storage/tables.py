@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import io
+import math
 import struct
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 from pyarrow import parquet as pq
 
 from raydistill.errors import CheckpointError, DataError, reason_of
 from raydistill.storage import headers
-from raydistill.storage.filesystems import open_filesystem, refuse_unread
+from raydistill.storage.filesystems import open_filesystem, refuse_unread, version_of
 from raydistill.strangers import shorter, written
 
 SUFFIXES = (".parquet", ".arrow", ".feather")
@@ -32,8 +36,9 @@ SUFFIXES = (".parquet", ".arrow", ".feather")
 # compressed already, so larger ones come from no fewer than an eighth.
 _MOST_BYTES, _MOST_TIMES, _MOST_TIMES_IN_ALL = 64 << 20, 8, 200
 _MOST_ROWS, _MOST_LEVELS = 16384, 64  # that are read together; of types in each other
-_ALWAYS_ROWS, _FEWEST_BYTES = 1 << 20, 16  # of a set of pictures, and for each of its other rows
-_MOST_FOOTER, _MOST_DIGITS = 16 << 20, 76  # bytes that are gone through one by one; of any decimal
+_ALWAYS_ROWS, _FEWEST_BYTES = 1 << 18, 12  # of a set of pictures, and for each of its other rows
+_MOST_FOOTER, _MOST_DIGITS = 16 << 20, 76  # bytes; of any decimal
+_MOST_DICTIONARIES = 4096  # of an Arrow file, each of which is read with any row of it
 # Under other names, of the same length, neither means anything to Arrow.
 _EXTENSION, _NO_EXTENSION = b"ARROW:extension:name", b"arrow.extension.name"
 _SCHEMA, _NO_SCHEMA = b"ARROW:schema", b"arrow.schema"
@@ -50,7 +55,8 @@ def open_table(path: str) -> Iterator[ParquetFile | ArrowFile]:
     suffix = PurePosixPath(path).suffix.lower().lstrip(".")
     try:
         with _opened(path) as file:
-            table = ParquetFile(file, shown) if suffix == "parquet" else ArrowFile(file, shown)
+            known = _known(path, version_of(path, file))
+            table = ParquetFile(file, shown, known) if suffix == "parquet" else ArrowFile(file, shown, known)
             if twice := [name for name, count in Counter(table.schema.names).items() if count > 1]:
                 raise DataError(f"{shown}: there are several columns {_name(min(twice))}; keep one")
             yield table
@@ -65,7 +71,7 @@ def read_table(path: str, schema: pa.Schema, data: bytes | None = None) -> pa.Ta
     CheckpointError with its path where it has others or is damaged (workspaces are shared), and FileNotFoundError."""
     try:
         with pa.BufferReader(data) if data is not None else _opened(path) as file:
-            table, batches, total = ParquetFile(file, path), [], 0
+            table, batches, total = ParquetFile(file, path, {}), [], 0
             if not table.schema.names:  # of what came to nothing
                 return schema.empty_table()
             for field in schema:
@@ -90,6 +96,12 @@ def _opened(path: str) -> Any:
     return fs.open(place)
 
 
+@functools.lru_cache(maxsize=2)
+def _known(path: str, version: str) -> dict[Any, Any]:
+    """What was found out of a file once by this process: its rows are read in many calls."""
+    return {}
+
+
 def values(column: Any) -> list[Any]:
     """Those of an array or a table's column. Raises DataError where to read them may run code."""
     if found := _extension(pa.field("", column.type)):
@@ -112,84 +124,122 @@ def rows_of(table: Any) -> list[dict[str, Any]]:
     return [dict(zip(table.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-class ParquetFile:
+class _Table:
+    """An open file of rows that lie in parts: row groups, or batches. `known` is what earlier calls found out of it."""
+
+    schema: pa.Schema
+
+    def __init__(self, file: Any, shown: str, known: dict[Any, Any]) -> None:
+        self._file, self._shown, self._known, self.size = file, shown, known, file.seek(0, 2)
+
+    @property
+    def _starts(self) -> np.ndarray:
+        """(parts + 1,): the first row of each, and how many there are."""
+        raise NotImplementedError
+
+    @property
+    def num_rows(self) -> int:
+        return int(self._starts[-1])
+
+    def end_of_part(self, row: int) -> float:
+        """The first row behind those that lie together with this one; infinity behind the last."""
+        return next(map(int, self._starts[np.searchsorted(self._starts, row, "right") :]), math.inf)
+
+    def _parts_of(self, wanted: Sequence[int] | None) -> np.ndarray:
+        """Those that hold these rows, in their order."""
+        if wanted is None:
+            return np.arange(len(self._starts) - 1)
+        inside = np.asarray(wanted[: bisect_left(wanted, self.num_rows)], np.int64)
+        return np.unique(np.searchsorted(self._starts, inside, "right") - 1)
+
+
+class ParquetFile(_Table):
     """An open parquet file without extension types."""
 
-    def __init__(self, file: Any, shown: str) -> None:
-        self._file, self._shown, self.size = file, shown, file.seek(0, 2)
-        file.seek(max(self.size - 8, 0))
-        end = file.read(8)
+    def __init__(self, file: Any, shown: str, known: dict[Any, Any]) -> None:
+        super().__init__(file, shown, known)
+        if "footer" not in known:
+            known["footer"] = self._read_footer()
+        metadata, self._groups, self._first_rows = known["footer"]
+        file.seek(0)
+        # Through a buffer, or the whole column of a row group would be held; of bytes it is held already.
+        size = 0 if isinstance(file, pa.BufferReader) else 1 << 22
+        self._parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=size, arrow_extensions_enabled=False)
+        self.schema = self._parquet.schema_arrow
+
+    def _read_footer(self) -> tuple[Any, list[list[headers.Chunk]], np.ndarray]:
+        """As Arrow has it, and the columns and first rows of the row groups."""
+        self._file.seek(max(self.size - 8, 0))
+        end = self._file.read(8)
         length = int.from_bytes(end[:4], "little")
         if end[4:] == b"PARE":
             raise ValueError("it is encrypted")
         if end[4:] != b"PAR1" or length > self.size - 8:
             raise ValueError("it does not end as one")
         if length > _MOST_FOOTER:
-            raise DataError(f"{shown}: a footer of {length:,} bytes, above {_MOST_FOOTER:,}; write larger row groups")
-        file.seek(self.size - 8 - length)
-        footer = file.read(length)
-        levels, self._groups = headers.footer(footer)
+            raise _large_footer(self._shown, length)
+        self._file.seek(self.size - 8 - length)
+        footer = self._file.read(length)
+        levels, groups = headers.footer(footer)
         if levels > _MOST_LEVELS:  # for each of which Arrow calls itself
-            raise DataError(f"{shown}: columns are nested more than {_MOST_LEVELS} levels deep")
+            raise DataError(f"{self._shown}: columns are nested more than {_MOST_LEVELS} levels deep")
         # As soon as it reads a footer Arrow makes types of what that key holds.
         metadata = pq.read_metadata(io.BytesIO(b"PAR1" + footer.replace(_SCHEMA, _NO_SCHEMA) + end))
         if stated := (metadata.metadata or {}).get(_NO_SCHEMA):
-            _refuse_extensions(_schema(base64.b64decode(stated)), shown)
-        _refuse_many_rows(metadata.num_rows, self.size, shown)
-        file.seek(0)
-        # Through a buffer, or the whole column of a row group would be held; of bytes it is held already.
-        size = 0 if isinstance(file, pa.BufferReader) else 1 << 22
-        self._parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=size, arrow_extensions_enabled=False)
-        self.schema, self.num_rows = self._parquet.schema_arrow, metadata.num_rows
+            _refuse_extensions(_schema(base64.b64decode(stated)), self._shown)
+        rows = [num_rows for num_rows, _ in groups]
+        if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+            raise ValueError(f"its row groups come to {sum(rows):,} rows, and it tells of {metadata.num_rows:,}")
+        _refuse_many_rows(metadata.num_rows, self.size, self._shown)
+        return metadata, [chunks for _, chunks in groups], np.cumsum([0, *rows])
+
+    @property
+    def _starts(self) -> np.ndarray:
+        return self._first_rows
 
     def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None) -> Batches:
         """Batches of these columns, each with the number of its first row; where rows are `wanted`, in their order,
         only of those that hold some. Raises DataError: a column that is not plain, or a bomb."""
         _refuse_other(self.schema, columns, self._shown)
-        number = 0
-        for g, (num_rows, chunks) in enumerate(self._groups):
-            first, number = number, number + num_rows
-            if not _any_of(wanted, first, number):
-                continue
-            largest = max(map(self._most_of_a_row, _of(chunks, columns)), default=0)
+        for group in map(int, self._parts_of(wanted)):
+            first, end = map(int, self._starts[group : group + 2])
+            largest = max((self._most_of_a_row(c, end - first) for c in _of(self._groups[group], columns)), default=0)
             together = max(1, min(_MOST_ROWS, _MOST_BYTES // max(largest, 1)))
-            for batch in self._parquet.iter_batches(together, row_groups=[g], columns=list(columns)):
+            for batch in self._parquet.iter_batches(together, row_groups=[group], columns=list(columns)):
                 if _any_of(wanted, first, first + len(batch)):
                     batch.validate(full=True)
                     yield first, batch
                 first += len(batch)
-                if not _any_of(wanted, first, number):
+                if not _any_of(wanted, first, end):
                     break
 
     def refuse_bombs(self, columns: Sequence[str]) -> None:
         """By what the footer says: rows that are read later are known to be no bomb now, and their pages then."""
-        for chunk in (chunk for _, chunks in self._groups for chunk in _of(chunks, columns)):
+        for chunk in (chunk for chunks in self._groups for chunk in _of(chunks, columns)):
             if chunk.unpacked > max(_MOST_BYTES, _MOST_TIMES_IN_ALL * chunk.packed):
                 raise _bomb(self._shown, f"the column {_name(chunk.path)}", chunk.packed, chunk.unpacked)
-        _refuse_few_bytes(self.num_rows, self.size, self._shown)
+        refuse_few_bytes(self.num_rows, self.size, self._shown)
 
-    @property
-    def parts(self) -> Iterator[int]:
-        """The rows of each row group."""
-        return (num_rows for num_rows, _ in self._groups)
-
-    def _most_of_a_row(self, chunk: headers.Chunk) -> int:
+    def _most_of_a_row(self, chunk: headers.Chunk, num_rows: int) -> int:
         """Bytes by which each row more may add to what is held, beyond the pages themselves where these are few."""
+        if chunk in self._known:
+            return int(self._known[chunk])
         total = largest = repeated = 0
-        for packed, unpacked, repeats in headers.pages(self._file, chunk.start, chunk.start + chunk.packed):
+        for packed, unpacked, repeats in headers.pages(self._file, chunk, num_rows):
             if unpacked > max(_MOST_BYTES, _MOST_TIMES * packed):
                 raise _bomb(self._shown, f"a page of the column {_name(chunk.path)}", packed, unpacked)
             total, largest = total + unpacked, max(largest, unpacked)
             repeated = max(repeated, unpacked if repeats else 0)
-        return repeated if total <= _MOST_BYTES else largest
+        self._known[chunk] = repeated if total <= _MOST_BYTES else largest
+        return int(self._known[chunk])
 
 
-class ArrowFile:
+class ArrowFile(_Table):
     """An open Arrow file without extension types: a stream, as `datasets` saves it, or an IPC file, which is feather's
     second version too."""
 
-    def __init__(self, file: Any, shown: str) -> None:
-        self._file, self._shown, self.size = file, shown, file.seek(0, 2)
+    def __init__(self, file: Any, shown: str, known: dict[Any, Any]) -> None:
+        super().__init__(file, shown, known)
         file.seek(0)
         magic = file.read(8)
         if magic.startswith(b"FEA1"):
@@ -199,6 +249,8 @@ class ArrowFile:
             file.seek(max(self.size - 10, 0))
             end = file.read(10)
             length = int.from_bytes(end[:4], "little")
+            if length > _MOST_FOOTER:
+                raise _large_footer(shown, length)
             file.seek(max(self.size - 10 - length, 0))
             self._footer = stated = file.read(length)
             self.schema = pa.ipc.open_file(pa.py_buffer(magic + _neutral(stated) + end)).schema
@@ -213,46 +265,55 @@ class ArrowFile:
         if _EXTENSION in stated:  # where only another reader than ours would look for it
             raise _refusal(shown, "a column", "")
 
+    @property
+    def _starts(self) -> np.ndarray:
+        return self._batches()[0]
+
     def refuse_bombs(self, columns: Sequence[str]) -> None:
         """By what all messages say, of whichever columns."""
-        _refuse_few_bytes(self.num_rows, self.size, self._shown)
-
-    @property
-    def parts(self) -> Iterator[int]:
-        """The rows of each batch."""
-        return (message.rows for message in self._messages() if message.is_batch)
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.parts)
+        refuse_few_bytes(self.num_rows, self.size, self._shown)
 
     def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None) -> Batches:
         """As that of parquet."""
         _refuse_other(self.schema, columns, self._shown)
         options = pa.ipc.IpcReadOptions(included_fields=[self.schema.get_field_index(name) for name in columns])
+        starts, places = self._batches()
         self._file.seek(0)
         reader = (pa.ipc.open_file if self._is_file else pa.ipc.open_stream)(self._file, options=options)
-        number = count = 0
-        at = None if self._is_file else self._begin  # where the stream's reader goes on
-        for message in self._messages():
-            if not message.is_batch:
-                continue
-            first, number, count = number, number + message.rows, count + 1
-            is_wanted = _any_of(wanted, first, number)
-            if at == message.start and not is_wanted:  # no dictionary is left out
-                at = message.end
-            elif at is not None:
-                self._file.seek(at)
-                batch, at = reader.read_next_batch(), message.end
-            elif is_wanted:
-                batch = reader.get_batch(count - 1)
-            if is_wanted:
+        parts = read = self._parts_of(wanted)
+        if not self._is_file and len(parts):  # the dictionaries before a batch are read with it
+            needed = np.flatnonzero(places[: parts[-1], 0] < places[: parts[-1], 1])
+            if not any(pa.types.is_dictionary(self.schema.field(name).type) for name in columns):
+                needed = needed[:1]  # which Arrow asks for
+            read = np.union1d(parts, needed)
+        for part in map(int, read):
+            if self._is_file:
+                batch = reader.get_batch(part)
+            else:
+                self._file.seek(int(places[part, 0]))
+                batch = reader.read_next_batch()
+            first, end = map(int, starts[part : part + 2])
+            if _any_of(wanted, first, end):
                 batch.validate(full=True)  # offsets that point elsewhere would show what else is in memory
                 yield first, batch.select(list(columns))
 
+    def _batches(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first row of each, and at last how many there are; and (batches, 2) where it begins, with the
+        dictionaries that come before it and without."""
+        if "batches" not in self._known:
+            rows, places, before = [0], array("q"), self._begin if not self._is_file else 0
+            for message in self._messages():
+                if message.is_batch:
+                    rows.append(message.rows)
+                    places.extend((before, message.start))
+                    before = message.end
+            self._known["batches"] = np.cumsum(rows), np.array(places, np.int64).reshape(-1, 2)
+        found: tuple[np.ndarray, np.ndarray] = self._known["batches"]
+        return found
+
     def _messages(self) -> Iterator[headers.Message]:
         """Those that batches and their dictionaries are in, each a plausible one."""
-        packed = unpacked = rows = 0
+        packed = unpacked = rows = dictionaries = 0
         if self._is_file:
             found = headers.blocks(self._file, self._footer, self.size)
         else:
@@ -260,6 +321,9 @@ class ArrowFile:
         for message in found:
             if not message.is_batch:  # they stay
                 packed, unpacked = packed + message.packed, unpacked + message.unpacked
+                dictionaries += 1
+            if dictionaries > _MOST_DICTIONARIES:
+                raise DataError(f"{self._shown}: more than {_MOST_DICTIONARIES:,} dictionaries; write larger batches")
             own = (message.packed, message.unpacked) if message.is_batch else (packed, unpacked)
             if own[1] > max(_MOST_BYTES, _MOST_TIMES * own[0]):
                 raise _bomb(self._shown, "a batch" if message.is_batch else "its dictionaries", *own)
@@ -340,13 +404,17 @@ def _refuse_many_rows(num_rows: int, size: int, shown: str) -> None:
         raise DataError(f"{shown}: {num_rows:,} rows from {size:,} bytes: a decompression bomb")
 
 
-def _refuse_few_bytes(num_rows: int, size: int, shown: str) -> None:
-    """Rows without a picture are refused one by one, which of many more than there can be pictures takes minutes."""
+def refuse_few_bytes(num_rows: int, size: int, shown: str) -> None:
+    """Rows without a picture are refused one by one, which of many more than can have one takes minutes."""
     if num_rows > _ALWAYS_ROWS + size // _FEWEST_BYTES:
         raise DataError(
             f"{shown}: {num_rows:,} rows from {size:,} bytes, too few for as many pictures; leave out the rows that "
             "have none"
         )
+
+
+def _large_footer(shown: str, length: int) -> DataError:
+    return DataError(f"{shown}: a footer of {length:,} bytes, above {_MOST_FOOTER:,}; write larger row groups")
 
 
 def _bomb(shown: str, what: str, packed: int, unpacked: int) -> DataError:

@@ -622,3 +622,37 @@ def test_lines_end_as_other_systems_write_them(tmp_path, end):
 def test_the_line_that_is_not_utf8_is_named_wherever_it_is(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"path,label\n" + b"a.png,x\n" * 5000 + b"b\xff.png,y\n" + b"a.png,x\n" * 5000)
     assert "line 5002 is not UTF-8" in refusal(tmp_path / "t.csv")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("t.csv", "path,label\na,b\n" + "\n" * 400_000, r"[\d,]+ rows from [\d,]+ bytes, too few for as many pictures"),
+        ("t.jsonl", "\n" * 400_000, r"[\d,]+ rows from [\d,]+ bytes, too few"),
+        pytest.param("t.csv", "path,label\n" + "a,b\n" * 400_000, r"[\d,]+ rows from", marks=pytest.mark.slow),
+        pytest.param(
+            "t.csv",
+            "path,label\n" + "".join(f"{k}.png,class {k}\n" for k in range(140_000)),
+            "131,073 classes",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["blank", "json", "rows", "classes"],
+)
+def test_millions_of_rows_in_a_few_bytes_are_refused_soon(tmp_path, name, text, reason):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"t\.\w+: {reason}"):
+        listed(tmp_path / name)
+
+
+def test_lists_of_too_many_classes_are_refused(tmp_path):
+    table = pa.table({"image": [b"1", b"2"], "label": [0, 1]})
+    names = {"info": {"features": {"label": {"names": [str(k) for k in range(140_000)]}}}}
+    parquet.write_table(table.replace_schema_metadata({b"huggingface": json.dumps(names)}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet: 140,000 classes, above 131,072"):
+        listed(tmp_path / "t.parquet")
+    parquet.write_table(table, tmp_path / "t.parquet")
+    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(140_000))))
+    with pytest.raises(DataError, match=r"classes\.txt: 140,000 classes, above 131,072"):
+        listed(tmp_path / "t.parquet", classes=str(tmp_path / "classes.txt"))

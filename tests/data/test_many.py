@@ -23,6 +23,7 @@ from raydistill.data.images import list_images
 from raydistill.data.many import count_rows, list_rows, read_rows
 from raydistill.errors import DataError
 from raydistill.stages.prepare import chunks, read_chunk
+from raydistill.storage.filesystems import write_bytes
 
 
 def picture(seed: int) -> bytes:
@@ -153,6 +154,25 @@ def test_shards_on_another_file_system(tmp_path):
     fs.mkdir("/elsewhere")
     fs.mv("/tars/train-0.tar", "/elsewhere/train-0.tar")
     fs.rm("/elsewhere", recursive=True)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet", "arrow"])
+def test_a_file_in_a_bucket_is_read_anew_once_it_is_replaced(tmp_path, bucket, suffix):
+    """Where its rows lie is kept from one read to the next; here both versions are as long."""
+    for rows in ([b"first", b"2"], [b"1", b"other"]):
+        path = tmp_path / f"t.{suffix}"
+        if suffix == "tar":
+            tar(path, {f"{k}.png": data for k, data in enumerate(rows)})
+        else:
+            table = pa.table({"image": rows, "label": ["a", "b"]})
+            with path.open("wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table, max_chunksize=1)
+            if suffix == "parquet":
+                pq.write_table(table, path, row_group_size=1)
+        write_bytes(f"{bucket}/t.{suffix}", path.read_bytes())
+        for _ in range(2):
+            assert list(read_rows(f"{bucket}/t.{suffix}", [0, 1])) == list(enumerate(rows))
+            assert list(read_rows(f"{bucket}/t.{suffix}", [1])) == [(1, rows[1])]
 
 
 @pytest.mark.parametrize("kind", ["tar", "arrow", "parquet"])

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import errno
 import io
+import math
 import os
 import pickle
 import subprocess
@@ -20,7 +21,7 @@ from pyarrow import feather
 from pyarrow import parquet as pq
 from pyarrow.parquet import encryption
 
-from raydistill.data.many import count_rows, list_rows, read_rows
+from raydistill.data.many import count_rows, list_rows, next_part, read_rows
 from raydistill.errors import CheckpointError, DataError
 from raydistill.storage import filesystems, headers
 from raydistill.storage.tables import open_table, read_table, rows_of
@@ -367,13 +368,42 @@ def test_what_the_system_says_of_a_file_is_no_damage(tmp_path, monkeypatch, suff
 
 
 @pytest.mark.timeout(10)
-def test_a_file_of_many_row_groups_is_read_in_parts_as_soon_as_at_once(tmp_path):
-    table = pa.table({"image": [b"%d" % k for k in range(3000)], "label": ["a"] * 3000})
-    pq.write_table(table, tmp_path / "t.parquet", row_group_size=1)
-    path = str(tmp_path / "t.parquet")
-    some = range(0, 3000, 25)
+@pytest.mark.parametrize("name", ["t.parquet", "file.arrow", "stream.arrow", "dictionaries.arrow"])
+def test_a_file_of_many_parts_is_read_part_by_part_as_soon_as_at_once(tmp_path, name):
+    count = 2000 if name == "t.parquet" else 10_000
+    labels = pa.array(["a", "b"] * (count // 2))
+    table = pa.table({"image": [b"%d" % k for k in range(count)], "label": labels})
+    if name == "t.parquet":
+        pq.write_table(table, tmp_path / name, row_group_size=1)
+    else:
+        new = table.set_column(1, "label", labels.dictionary_encode()) if name == "dictionaries.arrow" else table
+        make = pa.ipc.new_file if name == "file.arrow" else pa.ipc.new_stream
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, make(sink, new.schema) as writer:
+            writer.write_table(new, max_chunksize=1)
+    path, some = str(tmp_path / name), range(0, count, 25)
     read = [found for first in some for found in read_rows(path, [first, first + 1])]
     assert read == [(k, b"%d" % k) for first in some for k in (first, first + 1)]
+    assert [row.label for row in list_rows(path, Counter(), Counter())] == table["label"].to_pylist()
+    assert [next_part(path, row) for row in (7, count - 1, count)] == [8, count, math.inf]
+
+
+def test_a_column_in_very_many_pages_is_refused(tmp_path):
+    table = pa.table({"image": [b"%d" % k for k in range(20_000)], "label": ["a"] * 20_000})
+    small = {"use_dictionary": False, "data_page_size": 1, "write_batch_size": 1, "compression": "none"}
+    pq.write_table(table, tmp_path / "t.parquet", **small)
+    with pytest.raises(DataError, match=r"t\.parquet: .* in too many pages"):
+        list(read_rows(str(tmp_path / "t.parquet"), [0]))
+    pq.write_table(table, tmp_path / "t.parquet", **{**small, "data_page_size": 4096, "write_batch_size": 100})
+    assert [data for _, data in read_rows(str(tmp_path / "t.parquet"), [0, 19_999])] == [b"0", b"19999"]
+
+
+@pytest.mark.parametrize("make", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_a_schema_of_any_length_is_refused(tmp_path, make):
+    table = pa.table({"image": [b"1"], "label": ["a"]}).replace_schema_metadata({"huggingface": "x" * (17 << 20)})
+    with pa.OSFile(str(tmp_path / "t.arrow"), "wb") as sink, make(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=r"t\.arrow: .*17,8\d\d,\d\d\d bytes.*16,777,216"):
+        count_rows(str(tmp_path / "t.arrow"))
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "file.arrow", "stream.arrow", "file.feather"])
