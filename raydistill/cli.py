@@ -125,6 +125,9 @@ def predict(
     """The class of each picture by an exported student, from the same pixels as in training."""
     interrupts.go_on_by("no picture was answered")
     _announce(f"predict: loading {folder}", sys.stderr)  # its answers may go to a pipe
+    from raydistill.models.about import check_export
+
+    check_export(folder, engine)  # what is wrong there is said before torch is loaded, which takes seconds
     from raydistill.inference.command import predict_command
 
     predict_command(folder, pictures, out, top, engine, address, skip)
@@ -152,7 +155,9 @@ def serve(
     interrupts.go_on_by("the server has ended")
     _announce(f"serve: loading {folder}")
     from raydistill.inference.listening import check_name, listen
+    from raydistill.models.about import check_export
 
+    check_export(folder, engine)
     allowed, sockets = [check_name(name) for name in allow_host or []], listen(host, port)
     from raydistill.inference.command import serve_command  # with torch, which takes seconds
 

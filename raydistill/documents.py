@@ -20,6 +20,7 @@ from raydistill.strangers import one_line, shorter
 
 _MOST_DEPTH, _MOST_BITS = 100, 1024
 _STR, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_NO_SETTINGS = {f"tag:yaml.org,2002:{kind}" for kind in ("set", "omap", "pairs", "binary")}
 _FLOAT = (
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
@@ -52,6 +53,9 @@ class Loader(_Safe):
         return super().construct_document(node)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag in _NO_SETTINGS:  # whose values would be refused as something else
+            kind = node.tag.rpartition(":")[2]
+            raise _refusal(f"!!{kind} makes a value that no key takes; write a mapping, a list or text", node)
         try:
             value = super().construct_object(node, deep)
             if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # Python writes it nowhere

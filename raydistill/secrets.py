@@ -27,7 +27,8 @@ _WHOLE = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9.+-]*://)" + _USER_INFO.for
 _CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")  # before their @ stands where data lies, and no user
 _NAMES = re.compile(
     r"(?i)[\w.%-]*(?:token|secret|signature|credential|passw|passphrase|pwd|auth|jwt|session)[\w.%-]*"
-    r"|[\w.%-]*key(?:[-_]?(?:pair[-_]?)?id)?|sig|sas|pass|otp|hmac|policy|googleaccessid"
+    r"|[\w.%-]*key(?:[-_]?(?:pair[-_]?)?id)?|sig|sas|pass|pw|psw|pin|otp|hmac|policy|googleaccessid|creds?|ticket"
+    r"|(?:(?:device|user)_?)?code|code_verifier|(?:client_)?assertion|saml(?:request|response)"
 )
 # A URI may itself be the value in a query, and is quoted there.
 _QUERY = re.compile(
@@ -36,8 +37,19 @@ _QUERY = re.compile(
 _QUOTED = re.compile(rf"(?i)(?P<name>%3A%2F%2F)(?P<value>(?:(?!%2F|%40)[^&;#{_END}]){{1,300}})(?=%40)")
 _ASSIGNED = re.compile(
     r"(?i)(?P<name>\b[\w.-]{0,60}?(?:password|passwd|secret|token|(?:access|account|api|private|shared)[_-]?key)[\w-]{0,60}"
-    r"(?:\s?=\s?['\"]?|['\"]\s?:\s?['\"])|--(?:password|token|secret|api-key)\s+|(?<![/\w])passw(?:or)?d: (?!unknown))"
+    r"(?:\s?=\s?['\"]?|['\"]\s?:\s?['\"])|--(?:password|token|secret|api-key)\s+"
+    r"|(?<![/\w])passw(?:or)?d(?: for '[^']{0,300}')?: (?!unknown|terminal|No such))"
     r"(?P<value>[^\s'\"&;,)}\]]+)"
+)
+# Half a URI: before a host was written, and with nothing before the user. A port, a time and half of an IPv6 address
+# are no passwords, and a bucket's ARN is none.
+_HOSTLESS = re.compile(
+    rf"(?P<name>\b[A-Za-z][A-Za-z0-9.+-]*://(?!arn:)[^/?#:@{_END}]*:)"
+    rf"(?P<value>(?![:$({{]|\d{{1,5}}(?!\w)|HOST|PORT)[^@{_END}]+)(?![^{_END}]*@)"
+)
+_BARE = re.compile(
+    r"(?P<name>(?<![\w/.%+-])(?!(?:[\w-]*mail(?:to)?|xmpp|sips?|contact|author|timm|hf|hf-hub|example):)[\w.%+-]+:)"
+    rf"(?P<value>(?![/\\:]|\d+[@/?#])[^{_END}]{{1,300}})(?=@(?!sha\d)[\w\[])"
 )
 _HEADER = re.compile(
     r"(?i)(?P<name>\b(?:authorization|(?:x-)?api-key|x-[\w-]{0,60}?token|cookie)['\"]?\s?[:=]\s?['\"]?)"
@@ -63,7 +75,7 @@ def without_secrets(text: str) -> str:
     if "//" in text:
         text = _IN_TEXT.sub(_hide_user, text)
     text = _QUERY.sub(_hide_value, text)
-    for pattern in (_QUOTED, _ASSIGNED, _HEADER):
+    for pattern in (_QUOTED, _ASSIGNED, _HEADER, _HOSTLESS, _BARE):
         text = pattern.sub(rf"\g<name>{HIDDEN}", text)
     return _SHAPES.sub(HIDDEN, text)
 
@@ -147,7 +159,7 @@ def _secrets_of(value: str) -> Iterator[str]:
         elif found["scheme"].lower() not in _CONTAINERS and len(found["user"]) >= _LEAST_OF_ENVIRONMENT:
             yield found["user"]
     yield from (found["value"] for found in _QUERY.finditer(value) if _is_secret(found))
-    for pattern in (_QUOTED, _ASSIGNED):
+    for pattern in (_QUOTED, _ASSIGNED, _HOSTLESS, _BARE):
         yield from (found["value"] for found in pattern.finditer(value))
 
 

@@ -44,6 +44,15 @@ from raydistill.secrets import RedactedStream, has_secret, redacted, redacted_tr
         ("env_vars={'HF_TOKEN': 'abc', 'A': 'b'}", "env_vars={'HF_TOKEN': '***', 'A': 'b'}"),
         ("X-Api-Key: abc", "X-Api-Key: ***"),
         ("tool --password abc --user me", "tool --password *** --user me"),
+        ("https://b/cb?code=4/0AX&state=1", "https://b/cb?code=***&state=1"),
+        ("cannot reach https://me:pw", "cannot reach https://me:***"),
+        ("postgresql://me:pw/db?a=1", "postgresql://me:***"),
+        ("redis://:123456", "redis://:***"),
+        ("tune.storage=me:p@ss/w?r#d@h:5432/db", "tune.storage=me:***@h:5432/db"),
+        ("(me@x.org:pw@h)", "(me@x.org:***@h)"),
+        ("Password for 'https://me@h': abc", "Password for 'https://***@h': ***"),
+        ("no Password for 'https://abc@h': terminal off", "no Password for 'https://***@h': terminal off"),
+        ("pip: ['git+ssh://me:pw@h/a.git']", "pip: ['git+ssh://***@h/a.git']"),
     ],
 )  # fmt: skip
 def test_secrets_are_hidden_where_they_stand(text: str, shown: str) -> None:
@@ -59,6 +68,10 @@ def test_secrets_are_hidden_where_they_stand(text: str, shown: str) -> None:
         "set RAY_AUTH_TOKEN, or write it to ~/.ray/auth_token", "timm:resnet10t", "see: https://x.org. Mail: a@b.org",
         "folder//a:b/c.png", "https://h/x?key2=a&size=3&monkeys=2", "teacher.password: unknown key",
         "images.classes=/etc/passwd: is no file", "http://h:80/?a=1#top",
+        "a server's http://HOST:PORT", "http://h:5000: refused, http://h:5000, or ray://h:10001.", "12:30@cam.png",
+        "s3://arn:aws:s3:us-west-2:123:accesspoint/x", "git@github.com:org/repo.git", "python:3.11@sha256:ab",
+        "mailto:ann@b.org", "hf:org/model@main", "zip://a.png::https://h/x.zip", "https://h/x?zipcode=1",
+        "fatal: could not read Username for 'https://h': No such device", "C:\\ann@work", "http://fe80::1/",
     ],
 )  # fmt: skip
 def test_what_holds_no_secret_is_as_it_was(text: str) -> None:
@@ -69,6 +82,7 @@ def test_what_holds_no_secret_is_as_it_was(text: str) -> None:
 URIS = (
     "http://me:{0}@127.0.0.1:9", "postgresql+psycopg2://{0}@h/db", "sftp://:{0}@h/a", "https://h/x.parquet?sig={0}&x=1",
     "s3://bucket/x?X-Amz-Security-Token={0}", "https://h/#access_token={0}", "mysql://h/db?user=me&password={0}",
+    "https://h/cb?state=1&code={0}", "https://me:{0}", "postgresql://me:{0}/db", "me:{0}@h:5432/db?",
 )  # fmt: skip
 
 

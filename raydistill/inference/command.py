@@ -7,27 +7,26 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import cast, get_args
+from typing import cast
 
 from raydistill.config import RunConfig
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import DataError
 from raydistill.inference.predict import (
     LARGE,
     Answer,
-    Engine,
     Predictor,
     best,
     check_output,
     find_units,
     predict_locally,
     predict_on_ray,
-    read_about,
     without_first,
     write_answers,
 )
 from raydistill.infra import interrupts
 from raydistill.infra.cluster import joined_cluster
 from raydistill.infra.progress import Progress
+from raydistill.models.about import Engine, check_export
 from raydistill.strangers import one_line, plain_console
 
 
@@ -38,10 +37,10 @@ def predict_command(
 
     Raises ConfigError, DataError; the latter also where not one picture could be read.
     """
-    with_engine = _engine(engine)
+    about, with_engine = check_export(folder, engine), cast(Engine, engine)
     if out is not None:
         check_output(out)
-    classes, ignored = read_about(folder)["classes"], Counter[str]()
+    classes, ignored = about["classes"], Counter[str]()
     units = without_first(find_units(pictures, ignored), skip)
     count = sum(number for _, _, number in units)
     console = plain_console(stderr=True)
@@ -98,7 +97,8 @@ def serve_command(
     from raydistill.inference.listening import addresses, own_names, run
     from raydistill.inference.serve import make_app
 
-    about, predictor, own = read_about(folder), Predictor(folder, _engine(engine)), own_names(sockets, host)
+    about, own = check_export(folder, engine), own_names(sockets, host)
+    predictor = Predictor(folder, cast(Engine, engine))
     title = f"{about['model']}, {len(predictor.classes)} classes"
     app = make_app(predictor, title, most_bytes, most_pixels, window_seconds, own, allowed)
     urls, is_open = addresses(sockets)
@@ -111,9 +111,3 @@ def serve_command(
             file=sys.stderr,
         )
     run(app, sockets)
-
-
-def _engine(name: str) -> Engine:
-    if name not in get_args(Engine):
-        raise ConfigError(f"--engine {name}: use {' or '.join(get_args(Engine))}")
-    return cast(Engine, name)

@@ -6,7 +6,8 @@ import asyncio
 import base64
 import json
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
+from itertools import islice
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import UploadFile
@@ -15,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 WANTED = "send a picture's bytes as the body, a form with a file, or JSON with base64 under `image`"
-MOST_PICTURES = 64
+MOST_PICTURES, _MOST_VALUES = 64, 10_000
 # Where the usual servers' clients put a picture, or a list of them.
 _KEYS = (
     "instances", "inputs", "images", "image", "b64", "base64", "data", "file", "picture", "image_bytes", "image_base64",
@@ -38,7 +39,7 @@ class Intake:
         ClientDisconnect."""
         encoding = request.headers.get("content-encoding", "identity")
         if encoding.lower() != "identity":
-            raise HTTPException(415, f"Content-Encoding {encoding!r} is not understood; send the body as it is")
+            raise HTTPException(415, f"Content-Encoding {encoding[:60]!r} is not understood; send the body as it is")
         data = await self._body(request)
         if not data:
             raise HTTPException(400, f"the request has no body; {WANTED}")
@@ -50,7 +51,7 @@ class Intake:
         if kind == "application/x-www-form-urlencoded" and _FIELDS.fullmatch(data):  # curl's name for pictures too
             return _from_fields(data)
         if kind.startswith(("text/", "audio/", "video/", "multipart/")) or kind.endswith(("xml", "yaml")):
-            raise HTTPException(415, f"Content-Type {kind!r} is not understood; {WANTED}")
+            raise HTTPException(415, f"Content-Type {kind[:60]!r} is not understood; {WANTED}")
         return [data], False
 
     async def _body(self, request: Request) -> bytes:
@@ -82,7 +83,9 @@ class Intake:
 
 async def _from_form(request: Request, data: bytes) -> tuple[list[bytes], bool]:
     async def stream() -> AsyncGenerator[bytes, None]:
-        yield data
+        for first in range(0, len(data), 1 << 16):  # some forms take seconds, and others are answered meanwhile
+            yield data[first : first + (1 << 16)]
+            await asyncio.sleep(0)
 
     try:
         parser = MultiPartParser(request.headers, stream(), max_files=MOST_PICTURES, max_part_size=len(data))
@@ -94,21 +97,32 @@ async def _from_form(request: Request, data: bytes) -> tuple[list[bytes], bool]:
     await form.close()
     found += [_from_base64(text) for text in texts]
     if not found:
-        names = ", ".join(repr(name) for name in form) or "none"
+        names = _shown(form)
         raise HTTPException(400, f"the form has no file (its fields: {names}); {WANTED}")
     return found, len(found) > 1
 
 
 def _from_fields(data: bytes) -> tuple[list[bytes], bool]:
+    for escape, sign in ((b"%2F", b"/"), (b"%2f", b"/"), (b"%2B", b"+"), (b"%2b", b"+"), (b"%3D", b"=")):
+        data = data.replace(escape, sign)  # what base64 is full of; to Python each takes a hundred bytes
+    if data.count(b"&") + data.count(b"%") > _MOST_VALUES:
+        raise HTTPException(413, f"the form has more than {_MOST_VALUES:,} fields or escapes; {WANTED}")
     fields = parse_qsl(data.decode("ascii"))
     found = [_from_base64(text.replace(" ", "+")) for name, text in fields if name in _KEYS]  # a + that was not escaped
     if not found:
-        names = ", ".join(repr(name) for name, _ in fields[:5]) or "none"
+        names = _shown(name for name, _ in fields)
         raise HTTPException(400, f"the form has no picture (its fields: {names}); {WANTED}")
     return found, len(found) > 1
 
 
+def _shown(names: Iterable[str]) -> str:
+    return ", ".join(repr(name)[:60] for name in islice(names, 5)) or "none"
+
+
 def _from_json(data: bytes) -> tuple[list[bytes], bool]:
+    # Before they are made: a few bytes each would take seconds, in which nobody else is answered.
+    if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise HTTPException(413, f"the JSON holds more than {_MOST_VALUES:,} values, as pixels are; {WANTED}")
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
@@ -131,7 +145,7 @@ def _texts(tree: object, depth: int = 6) -> tuple[list[str], bool]:
         for key in _KEYS:
             if key in tree:
                 return _texts(tree[key], depth - 1)
-        names = ", ".join(map(repr, list(tree)[:5])) or "none"
+        names = _shown(tree)
         raise HTTPException(400, f"the JSON has none of the keys that hold pictures (it has {names}); {WANTED}")
     raise HTTPException(400, f"the JSON holds {type(tree).__name__} where base64 of a picture belongs; {WANTED}")
 

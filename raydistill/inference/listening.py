@@ -9,7 +9,6 @@ import ipaddress
 import re
 import socket
 from typing import Any
-from urllib.parse import urlsplit
 
 import psutil
 import uvicorn
@@ -97,10 +96,16 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 def host_name(uri: str) -> str:
-    """The name or address in a URI, in small letters and without a port; empty where there is none."""
+    """The name or address in a URI of nothing but a host, in small letters and without a port; empty where there is
+    more, or none."""
+    found = re.fullmatch(
+        r"(?:[a-z][a-z0-9+.-]*:)?//(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d{0,5})?", uri.lower(), re.ASCII
+    )
+    if found is None:
+        return ""
     try:
-        return urlsplit(uri).hostname or ""
-    except ValueError:  # half of an IPv6 address
+        return str(ipaddress.IPv6Address(found[1])) if found[1] else found[2]
+    except ValueError:
         return ""
 
 
@@ -145,5 +150,6 @@ def run(app: ASGIApp, sockets: list[socket.socket]) -> None:
     config = uvicorn.Config(
         app, log_level="critical", http=_Protocol, ws="none", timeout_graceful_shutdown=GOODBYE_SECONDS,
         server_header=False, timeout_keep_alive=5,
+        proxy_headers=False,  # of which the log would believe whatever a client of this machine says
     )  # fmt: skip
     uvicorn.Server(config).run(sockets)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,32 +32,16 @@ from raydistill.data.walk import files_below
 from raydistill.errors import ConfigError, DataError
 from raydistill.infra.apart import Killed, one_by_one
 from raydistill.infra.memory import limit_decoders
-from raydistill.models.about import StudentAbout
-from raydistill.models.formats import ABOUT_FILE, load_from_library, network_inputs, onnx_run, torch_run
+from raydistill.models.about import Engine, check_export
+from raydistill.models.formats import load_from_library, network_inputs, onnx_run, torch_run
 from raydistill.storage.filesystems import write_file
-from raydistill.storage.state import parsed, read_json
 from raydistill.strangers import written
 
-Engine = Literal["onnx", "torch"]
 Unit = tuple[str, int, int]  # a file; or, of a file of many images, the first of its rows and how many
 # More pictures than this go through a pool of actors, which takes some ten seconds to start.
 LARGE = 10_000
 _TOGETHER, _HELD_BYTES = 64, 64 << 20
-# What an export has to say of itself, section by section.
-_ABOUT = {
-    "": {"model", "library", "classes", "preprocessing", "image", "input"},
-    "image": {"size", "fit", "max_pixels"},
-    "preprocessing": {"size", "mean", "std", "interpolation"},
-}
-
-
 OUTPUTS = (".csv", ".json", ".jsonl", ".parquet")
-
-
-class _About(StudentAbout):
-    """`raydistill.json`."""
-
-    input: Literal["pixels", "normalised"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ class Predictor:
 
     def __init__(self, folder: str, engine: Engine = "onnx", threads: int = 0) -> None:
         limit_decoders()
-        about = read_about(folder)
+        about = check_export(folder, engine)
         wanted, self._image = about["preprocessing"], about["image"]
         self.classes: tuple[str, ...] = tuple(about["classes"])
         self._preprocessing = Preprocessing(
@@ -86,10 +70,8 @@ class Predictor:
         self._from_pixels = engine == "onnx" and about["input"] == "pixels"
         if engine == "torch":
             self._run = torch_run(load_from_library(Path(folder), about["library"] == "timm"))
-        elif Path(folder, "model.onnx").is_file():
-            self._run = onnx_run(Path(folder, "model.onnx"), threads)
         else:
-            raise ConfigError(f"{folder} has no model.onnx; use --engine torch, or export with onnx in export.formats")
+            self._run = onnx_run(Path(folder, "model.onnx"), threads)
 
     def working_image(self, data: bytes, most_pixels: int | None = None) -> np.ndarray:
         """(H, H, 3) uint8, as `prepare` makes it, of no more pixels than training allowed. Raises DataError."""
@@ -136,24 +118,6 @@ def _decoded(
         return name, working_image(data), ""
     except DataError as error:
         return name, None, str(error)
-
-
-def read_about(folder: str) -> dict[str, Any]:
-    """What `export` says of its files. Raises ConfigError."""
-    try:
-        about = read_json(Path(folder, ABOUT_FILE), dict[str, Any])
-        for section, keys in _ABOUT.items():
-            if lacking := keys - (about[section] if section else about).keys():
-                raise ConfigError(
-                    f"{folder}/{ABOUT_FILE} does not say {', '.join(sorted(lacking))}; export the student again"
-                )
-        return parsed(json.dumps(about), _About).model_dump()
-    except (OSError, ValueError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{folder} is no exported student: it has no {ABOUT_FILE} that can be read ({reason}); `raydistill export` "
-            "names the folder that it writes"
-        ) from None
 
 
 def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> list[Unit]:

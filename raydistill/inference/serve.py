@@ -144,12 +144,12 @@ def _guarded(app: ASGIApp, own: Collection[str], allowed: Collection[str]) -> AS
         if scope["type"] != "http":
             return await app(scope, receive, send)
         headers = Headers(scope=scope)
-        host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
-        from_here = not origin or origin.partition("://")[2] == host or host_name(origin) in allowed
+        host, origins = headers.get("host", "").lower(), [one.lower() for one in headers.getlist("origin") if one]
+        strange = [one for one in origins if one.partition("://")[2] != host and host_name(one) not in allowed]
         if host_name(f"//{host}") not in {*own, *allowed}:
             wrong, status = f"the request's Host {host[:100]!r} is no name of this server", 421
-        elif not from_here:
-            wrong, status = f"the request's Origin {origin[:100]!r} is another site", 403
+        elif strange:
+            wrong, status = f"the request's Origin {strange[0][:100]!r} is another site", 403
         else:
             return await app(scope, receive, send)
         return await JSONResponse({"error": f"{wrong}; to allow it, start serve with --allow-host NAME"}, status)(
@@ -180,6 +180,6 @@ def _logged(app: ASGIApp) -> ASGIApp:
             )  # as sent: no control signs
             client, took = (scope.get("client") or ["-"])[0], 1000 * (time.perf_counter() - began)
             when = time.strftime("%Y-%m-%d %H:%M:%S")
-            print(f"{when} {client} {scope['method']} {path} {status} {took:.0f} ms", file=sys.stderr, flush=True)
+            print(f"{when} {client} {scope['method'][:20]} {path} {status} {took:.0f} ms", file=sys.stderr, flush=True)
 
     return logged

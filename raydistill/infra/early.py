@@ -9,6 +9,7 @@ from pathlib import Path
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError
 from raydistill.examples import weights_fingerprint
+from raydistill.models.timm_names import may_be_timm, no_timm_model
 
 _PROBE_SECONDS = 3.0
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
@@ -34,7 +35,9 @@ def _check_model(key: str, model: str, also_here: str) -> None:
     if "://" in model or Path(model).is_dir():
         return
     if colon and prefix == "timm" and name:
-        return  # its names come with the library, which takes seconds to load
+        if not may_be_timm(name):
+            raise no_timm_model(model, key)
+        return
     if colon and prefix == "example":
         weights_fingerprint(name)  # knows its names
         return

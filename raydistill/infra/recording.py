@@ -24,6 +24,7 @@ import numpy as np
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.secrets import redacted, redacted_tree
+from raydistill.strangers import one_line, printable
 
 if TYPE_CHECKING:
     from raydistill.infra.tracking import Tracker
@@ -45,7 +46,7 @@ class Run:
     def __init__(
         self, tracker: Tracker, name: str, key: dict[str, str], more: dict[str, str], ended: str | None = None
     ) -> None:
-        self._tracker, self.name, self._own_key, self._more, self._ended = tracker, name, key, more, ended
+        self._tracker, self.name, self._own_key, self._more, self._ended = tracker, one_line(name), key, more, ended
         self.id = ""
         self.before: Any = None  # what it was when it was found
         tracker.submit(f"the start of {name}", self._start)
@@ -113,7 +114,11 @@ class Run:
 
         client = self._tracker.client
         flat = {named(key): str(value) for key, value in _flat(redacted_tree(values))}
-        flat = {key: value for key, value in flat.items() if len(value) <= _MOST_CHARACTERS}
+        flat = {
+            key: value if value.isprintable() else printable(value)
+            for key, value in flat.items()
+            if len(value) <= _MOST_CHARACTERS
+        }
         with self._tracker.alone():  # an equal command may write the same at this moment
             there = client.get_run(self.id).data.params
             new = [Param(key, value) for key, value in flat.items() if key not in there]
@@ -126,7 +131,7 @@ class Run:
         def write() -> None:
             for name, value in tags.items():
                 if value:
-                    text = redacted(value)[:_MOST_OF_TAG]
+                    text = printable(redacted(value))[:_MOST_OF_TAG]
                     self._tracker.client.set_tag(self.id, f"raydistill.{named(name)}", text)
 
         self._submit("notes", write)
@@ -137,7 +142,7 @@ class Run:
         def write() -> None:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
-            path = redacted(config.images.path)
+            path = one_line(redacted(config.images.path))
             counts = {f"{split} images": samples.num_rows(split) for split in samples.shards}
             dataset = Dataset(
                 name=path.rstrip("/").rpartition("/")[2][:_MOST_CHARACTERS] or path[:_MOST_CHARACTERS],
@@ -231,7 +236,7 @@ def _source() -> dict[str, str]:
         "mlflow.user": user,
         "mlflow.source.name": " ".join([name, *words[:1]]) if name == "raydistill" else name,
         "mlflow.source.type": "LOCAL",
-        "raydistill.command": redacted(shlex.join([name, *words]))[:_MOST_OF_TAG],
+        "raydistill.command": one_line(redacted(shlex.join([name, *words])))[:_MOST_OF_TAG],
         "raydistill.version": metadata.version("raydistill"),
     }
 

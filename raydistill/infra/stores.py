@@ -18,6 +18,7 @@ from raydistill.errors import CheckpointError
 from raydistill.infra.artifacts import workspace_root
 from raydistill.secrets import redacted
 from raydistill.storage.filesystems import make_private, refuse_links
+from raydistill.strangers import one_line
 
 _ANSWER_SECONDS, _CONNECT_SECONDS = 5, 10
 _REQUEST_SECONDS = "30"  # MLflow's own are 120, twice, which a command's end would wait for
@@ -52,7 +53,7 @@ def experiment_name(config: RunConfig) -> tuple[str, str]:
     told = os.environ.get("MLFLOW_EXPERIMENT_NAME")
     if told and config.name == RunConfig.model_fields["name"].default:
         return told, "MLFLOW_EXPERIMENT_NAME"
-    return config.name, "name"
+    return one_line(config.name), "name"
 
 
 @contextlib.contextmanager

@@ -1,13 +1,28 @@
-"""What a student's folder says of it, in `student.json` and `raydistill.json`, by anybody's hand."""
+"""What a student's folder says of it, in `student.json` and `raydistill.json`, by anybody's hand; read without torch,
+so that a wrong folder is said at once."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 
 from raydistill.config import Images
+from raydistill.errors import ConfigError
+from raydistill.storage.state import parsed, read_json
+from raydistill.strangers import written
 
+Engine = Literal["onnx", "torch"]
+ABOUT_FILE = "raydistill.json"  # beside the exported files: what a program has to know to use them
+# What an export has to say of itself, section by section.
+_SAID = {
+    "": {"model", "library", "classes", "preprocessing", "image", "input"},
+    "image": {"size", "fit", "max_pixels"},
+    "preprocessing": {"size", "mean", "std", "interpolation"},
+}
 _Side = Annotated[int, Field(ge=1, le=2048)]  # as in a job
 
 
@@ -37,3 +52,46 @@ class StudentAbout(BaseModel):
     classes: Annotated[list[str], Field(min_length=1, max_length=2**20)]
     preprocessing: Seen
     image: Working
+
+
+class ExportAbout(StudentAbout):
+    """`raydistill.json`."""
+
+    input: Literal["pixels", "normalised"]
+
+
+def read_about(folder: str) -> dict[str, Any]:
+    """What `export` says of its files. Raises ConfigError."""
+    shown, advice = written(folder), "`raydistill export` names the folder that it writes"
+    if not os.path.isdir(folder):
+        reason = "it is no folder" if os.path.exists(folder) else "there is nothing at this path"
+        raise ConfigError(f"{shown} is no exported student: {reason}; {advice}")
+    try:
+        about = read_json(Path(folder, ABOUT_FILE), dict[str, Any])
+        for section, keys in _SAID.items():
+            said = about[section] if section else about
+            if isinstance(said, dict) and (lacking := keys - said.keys()):
+                raise ConfigError(
+                    f"{shown}/{ABOUT_FILE} does not say {', '.join(sorted(lacking))}; export the student again"
+                )
+        return parsed(json.dumps(about), ExportAbout).model_dump()
+    except FileNotFoundError:
+        raise ConfigError(f"{shown} is no exported student: it has no {ABOUT_FILE}; {advice}") from None
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "strerror", None) or error)
+        raise ConfigError(
+            f"{shown} is no exported student: its {ABOUT_FILE} is damaged ({reason}); export the student again"
+        ) from None
+
+
+def check_export(folder: str, engine: str) -> dict[str, Any]:
+    """The same of a folder that has the files of the engine. Raises ConfigError."""
+    if engine not in get_args(Engine):
+        raise ConfigError(f"--engine {engine}: use {' or '.join(get_args(Engine))}")
+    about, shown = read_about(folder), written(folder)
+    if engine == "onnx" and not Path(folder, "model.onnx").is_file():
+        raise ConfigError(f"{shown} has no model.onnx; use --engine torch, or export with onnx in export.formats")
+    for pattern in ("config.json", "model*.safetensors") if engine == "torch" else ():
+        if not any(file.is_file() for file in Path(folder).glob(pattern)):
+            raise ConfigError(f"{shown} has no {pattern.replace('*', '')}; export the student again")
+    return about

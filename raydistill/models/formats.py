@@ -29,8 +29,7 @@ from raydistill.models.graphs import check_graph
 from raydistill.models.state_dicts import sizes_of
 from raydistill.models.student import Student, TimmClassifier
 
-ABOUT_FILE = "raydistill.json"  # beside the exported files: what a program has to know to use them
-PREPROCESS_FILE = "preprocess.py"  # and what reads pictures for them
+PREPROCESS_FILE = "preprocess.py"  # beside the exported files: what reads pictures for them
 INT8_FILE = "model_int8.onnx"
 Run = Callable[[np.ndarray], np.ndarray]  # inputs to logits (B, C)
 

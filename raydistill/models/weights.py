@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from functools import cache
@@ -27,6 +26,7 @@ from raydistill.models.state_dicts import (
     refuse_not_finite,
     sizes_of,
 )
+from raydistill.models.timm_names import no_timm_model
 from raydistill.storage.filesystems import exists
 from raydistill.storage.state import read_json
 
@@ -81,9 +81,7 @@ def check_timm_name(model: str, key: str) -> str:
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return name
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join('timm:' + n for n in near)}?" if near else "timm.list_models() lists them"
-        raise ConfigError(f"{key}={model}: timm has no model of this name; {hint}")
+        raise no_timm_model(model, key)
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # what follows the dot names no weights

@@ -27,7 +27,6 @@ from raydistill.search.verdict import Arm, Comparison, arm_of, summarise
 from raydistill.secrets import redacted_tree, without_secrets
 from raydistill.stages.baselines import OVERLAYS
 from raydistill.stages.run import check_measurable, check_run, run_stages
-from raydistill.strangers import markdown
 
 _GENERATED = "+generated"
 _UNJUDGED: dict[str, Any] = {"confidence": None, "class_confidence": {}, "agreement": False, "weigh": False}
@@ -201,7 +200,7 @@ def _directory(config: RunConfig, trials: list[_Trial], learning_curve: bool) ->
 
 def _write(comparison: Comparison, directory: StageDirectory, config: RunConfig) -> None:
     directory.write_json("compare.json", asdict(comparison))
-    directory.write("compare.md", comparison.markdown(markdown(config.name)).encode())
+    directory.write("compare.md", comparison.markdown(config.name).encode())
     directory.write("accuracy_over_seconds.png", draw_comparison(comparison))
     if comparison.curve:
         directory.write("learning_curve.png", draw_curve(comparison))

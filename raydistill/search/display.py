@@ -21,6 +21,7 @@ from raydistill.infra.tracking import Tracker
 from raydistill.search.space import Choice
 from raydistill.search.study import MAXIMISED, Trial, directory_of, read_epochs
 from raydistill.search.trials import logged
+from raydistill.strangers import one_line, shorter
 
 _SECONDS_BETWEEN_NOTES = 10.0
 
@@ -192,5 +193,6 @@ def _status(trial: Trial) -> str:
 
 
 def _short(choices: dict[str, Choice]) -> str:
-    return " ".join(f"{k.rpartition('.')[2]}={v:.3g}" if isinstance(v, float) else f"{k.rpartition('.')[2]}={v}"
+    names = {key: one_line(key.rpartition(".")[2]) for key in choices}
+    return " ".join(f"{names[k]}={v:.3g}" if isinstance(v, float) else f"{names[k]}={shorter(one_line(str(v)))}"
                     for k, v in choices.items())  # fmt: skip

@@ -12,12 +12,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 import optuna
+from optuna.distributions import CategoricalDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
 from raydistill.errors import reason_of
-from raydistill.strangers import printable
+from raydistill.secrets import on_page
+from raydistill.strangers import in_figure
 
 _MOST_KEYS_IN_CONTOUR = 3
 _INTERVAL = 110  # dots an inch
@@ -50,13 +52,13 @@ def search_page(study: optuna.Study, verdict: str, objectives: Sequence[str]) ->
             f"{objectives[0]}{when} by two settings at a time, those that matter most",
             lambda: _contour(whole, keys, objectives[0]),
         ))  # fmt: skip
-    parts = [f"<h2>{html.escape(printable(title))}</h2>\n{_image(draw)}" for title, draw in pictures]
+    parts = [f"<h2>{html.escape(on_page(title))}</h2>\n{_image(draw)}" for title, draw in pictures]
     head = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>raydistill tune</title><style>'
     head += (
         "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}</style></head>"
     )
     return "\n".join(
-        [f"{head}<body>", f"<h1>Search</h1>\n<p>{html.escape(printable(verdict))}</p>", *parts, "</body></html>\n"]
+        [f"{head}<body>", f"<h1>Search</h1>\n<p>{html.escape(on_page(verdict))}</p>", *parts, "</body></html>\n"]
     ).encode()
 
 
@@ -109,8 +111,25 @@ def _without_short_trials(trials: list[FrozenTrial], directions: Sequence[StudyD
     copy = optuna.create_study(directions=directions)
     others = [t for t in trials if not t.user_attrs.get("own")]
     always = {key for trial in others for key in trial.params if all(key in t.params for t in others)}
-    copy.add_trials([t for t in trials if always <= set(t.params)])
+    copy.add_trials([_in_figure(t) for t in trials if always <= set(t.params)])
     return copy
+
+
+def _in_figure(trial: FrozenTrial) -> FrozenTrial:
+    """The trial with its keys and labels as pictures show them: a space or a study may be a stranger's."""
+    params, distributions = dict(trial.params), dict(trial.distributions)
+    for key, distribution in trial.distributions.items():
+        if isinstance(distribution, CategoricalDistribution):
+            shown = [in_figure(label) if isinstance(label, str) else label for label in distribution.choices]
+            # What is alike once it is cut is still two labels.
+            shown = [f"{label} #{k}" if shown.index(label) < k else label for k, label in enumerate(shown)]
+            distributions[key] = CategoricalDistribution(shown)
+            params[key] = shown[int(distribution.to_internal_repr(params[key]))]
+    return optuna.trial.create_trial(
+        values=trial.values, user_attrs=trial.user_attrs,
+        params={in_figure(key): value for key, value in params.items()},
+        distributions={in_figure(key): value for key, value in distributions.items()},
+    )  # fmt: skip
 
 
 def _contour(study: optuna.Study, keys: list[str], name: str) -> Any:
@@ -144,5 +163,5 @@ def _image(draw: Callable[[], Any]) -> str:
         pyplot.close("all")
     except Exception as error:  # Optuna's plots fail in many ways where trials are few or alike
         pyplot.close("all")
-        return f"<p>These trials do not suffice for it ({html.escape(reason_of(error))}).</p>"
+        return f"<p>These trials do not suffice for it ({html.escape(on_page(reason_of(error)))}).</p>"
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'

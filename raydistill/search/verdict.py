@@ -8,6 +8,7 @@ time in twenty (Bonferroni; that an arm beats *all* cheaper ones needs every one
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from raydistill.search.significance import (
 )
 from raydistill.stages.distill import read_epochs
 from raydistill.stages.run import Outcome
+from raydistill.strangers import markdown
 
 BASELINES = ("scratch", "linear_probe", "fine_tune")
 
@@ -122,11 +124,17 @@ class Comparison:
         return titles, cells
 
     def markdown(self, name: str) -> str:
+        odd = {row.arm for row in self.rows if not re.fullmatch(r"\w[\w+]*", row.arm)}
+        names = re.compile("|".join(map(re.escape, sorted(odd, key=len, reverse=True))))
+
+        def plain(text: str) -> str:
+            return names.sub(lambda found: markdown(found[0]), text)
+
         titles, cells = self.table()
-        lines = [f"# {name}: {self.num_seeds} seed(s)", "", self.verdict, ""]
-        lines += ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *cells)]
+        lines = [f"# {markdown(name)}: {self.num_seeds} seed(s)", "", plain(self.verdict), ""]
+        lines += ["| " + " | ".join(map(plain, row)) + " |" for row in (titles, ["---"] * len(titles), *cells)]
         if self.curve_verdict:
-            lines += ["", self.curve_verdict]
+            lines += ["", plain(self.curve_verdict)]
         lines += ["", NOTES]
         return "\n".join(lines) + "\n"
 

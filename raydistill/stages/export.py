@@ -23,8 +23,8 @@ from raydistill.errors import StageError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.progress import Progress
 from raydistill.infra.tracking import Tracker
+from raydistill.models.about import ABOUT_FILE
 from raydistill.models.formats import (
-    ABOUT_FILE,
     INT8_FILE,
     PREPROCESS_FILE,
     Run,

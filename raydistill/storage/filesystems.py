@@ -38,6 +38,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "a
 _KEYS_IN_ADDRESS = re.compile(r"\w+://(?!arn:)[^/@:]*:[^@]*@")
 # These have buckets, which their owner makes on purpose, and no folders.
 _WITH_BUCKETS = frozenset({*_EXTRAS, "adl", "oci", "oss", "hf"})
+_BUCKET = re.compile(r"\w+://(?:arn:[\w:/.-]+|[\w.-]+(?:@[\w.-]+)?)(?:/|$)")
 # What a disk that is mounted from elsewhere says while it is away, and what no disk or bucket takes back.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EREMOTEIO}
 _FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM, errno.ENOSYS,
@@ -170,6 +171,11 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS, **options: An
     if protocol in _EXTRAS and _KEYS_IN_ADDRESS.match(path):
         raise ConfigError(
             f"{path}: a bucket's address holds no keys; give them by the environment, as AWS_… or a profile"
+        )
+    if protocol in _WITH_BUCKETS and not _BUCKET.match(path):
+        raise ConfigError(
+            f"{path}: names no bucket that can be there; write {protocol}://BUCKET/FOLDER, the name of the bucket in "
+            "letters, digits, dots and dashes"
         )
     options["use_listings_cache"] = False
     set_up = "AWS_MAX_ATTEMPTS" in os.environ or "config_kwargs" in conf.get("s3", {})

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import math
+import re
 from collections.abc import Hashable
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +17,18 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from raydistill.documents import no_key_twice
 from raydistill.errors import CheckpointError
 from raydistill.storage.filesystems import open_filesystem, read_file
+from raydistill.strangers import one_line, shorter
 
 T = TypeVar("T")
 _MOST_BYTES = 32 * 1024**2
 # What the system says of a file that no stage has written: too large, no regular file, at the end of odd links.
+_WORDS = (
+    ("^Input should be an? valid (dictionary|instance).*", "has to be a mapping"), ("^Input should be ", "has to be "),
+    ("^Field required", "is missing"), ("^Value error, ", "is wrong: "), (", unable to parse.*", ""),
+    ("^(List|Tuple|Set|Dictionary|String|Data) should", "has to"), (" after validation, not .*", ""),
+    ("a valid integer", "a whole number"), ("a valid string", "text"), ("a valid (list|tuple|array)", "a list"),
+    ("a valid boolean", "true or false"), ("an object", "a mapping"),
+)  # fmt: skip
 _UNUSUAL = {errno.EFBIG, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV}
 
 
@@ -82,8 +91,8 @@ def parsed(data: bytes | str, shape: type[T], any_float: bool = False, any_keys:
         return _adapter(cast(Hashable, shape)).validate_json(data, strict=True)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"][:4])) or "the whole"
-        raise ValueError(f"{where[:60]}: {first['msg']}"[:200]) from None
+        where = shorter(one_line(".".join(map(str, first["loc"][:4]))), 60) or "the whole"
+        raise ValueError(f"{where} {_in_our_words(first['msg'])}"[:200]) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
@@ -100,6 +109,13 @@ def of_another_form(path: str, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is not what raydistill writes ({reason}); delete {folder} and run the command again"
     )
+
+
+def _in_our_words(message: str) -> str:
+    """What pydantic says of a value, as the end of a sentence that begins with its place."""
+    for theirs, ours in _WORDS:
+        message = re.sub(theirs, ours, message)
+    return message
 
 
 def _refuse_constant(text: str) -> NoReturn:

@@ -287,6 +287,12 @@ class Student:
         ("127.0.0.1@evil.example", None, 421),
         ("evil.example#localhost", None, 421),
         ("[::1", None, 421),
+        ("[0:0::1]:8000", None, 200),
+        ("localhost#.evil.example", None, 421),
+        ("localhost?.evil.example", None, 421),
+        ("localhost/evil", None, 421),
+        ("evil.example@localhost", None, 421),
+        ("localhost:http", None, 421),
         ("10.9.8.7", None, 421),
         ("localhost:8000", "http://evil.example", 403),
         ("localhost:8000", "http://localhost:3000", 403),
@@ -309,6 +315,53 @@ def test_only_its_own_names_and_pages_are_answered(host, origin, status):
         before = client.options("/predict", headers=headers | {"access-control-request-method": "POST"})
         assert before.status_code == (405 if status == 200 else status)
         assert not any(name.startswith("access-control") for name in (*reply.headers, *before.headers))
+
+
+def test_one_strange_origin_of_several_is_enough():
+    app = make_app(Student(), "a student", 10**6, 10**6, 0.0, {"localhost"})
+    with TestClient(app, base_url="http://localhost") as client:
+        for origins in (["http://localhost", "http://evil.example"], ["", "http://evil.example"]):
+            reply = client.get("/health", headers=[("Origin", one) for one in origins])
+            assert reply.status_code == 403
+            assert "'http://evil.example' is another site" in reply.json()["error"]
+
+
+def test_bodies_of_many_small_things_are_refused_before_they_are_made(capsys):
+    """Each of these held the server for seconds, or took a hundred times its bytes."""
+    fields, form = "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"
+    part = b'--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\nx\r\n' % (b"n" * 3_000)
+    bodies = {
+        "more than 10,000 values": (b'{"images": [' + b'"",' * 2_000_000 + b'""]}', "application/json"),
+        "10,000 values, as": (b"[" * 4_000_000, "application/json"),
+        "more than 10,000 fields": (b"a=&" * 2_000_000, fields),
+        "fields or escapes": (b"image=" + b"%41" * 2_000_000, fields),
+        "none of the keys": (b'{"' + b"k" * 4_000_000 + b'": 1}', "application/json"),
+        "has no file": (part * 5 + b"--b--\r\n", form),
+    }
+    app = make_app(Student(), "a student", 10**7, 10**6, 0.0, {"localhost"})
+    began = time.process_time()
+    with TestClient(app, base_url="http://localhost") as client:
+        for said, (body, kind) in bodies.items():
+            reply = client.post("/predict", content=body, headers={"Content-Type": kind})
+            assert reply.status_code in (400, 413)
+            assert said in reply.json()["error"]
+            assert len(reply.content) < 1_000
+        client.request("A" * 5_000, "/predict")
+    assert time.process_time() - began < 2
+    assert max(map(len, capsys.readouterr().err.splitlines())) < 300
+    white, came = b"BM" + b"\xff\xfe\xfb" * 50_000, list[bytes]()  # nothing but signs that a form escapes
+
+    class Curious(Student):
+        most_together = 1
+
+        def working_image(self, data: bytes, most_pixels: int) -> np.ndarray:
+            came.append(data)
+            return np.zeros((2, 2, 3), np.uint8)
+
+    app = make_app(Curious(), "a student", 10**7, 10**6, 0.0, {"localhost"})
+    with TestClient(app, base_url="http://localhost") as client:
+        reply = client.post("/predict", data={"image": base64.b64encode(white).decode()})
+        assert (reply.status_code, came) == (200, [white])
 
 
 def test_a_server_for_all_knows_the_machines_addresses():

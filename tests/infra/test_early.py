@@ -23,6 +23,12 @@ OFF = ["teacher=null", *(f"loss.{name}_weight=0" for name in ("kd", "alignment",
             "teacher.model=vit_base_.*did you mean timm:vit_base_patch16_224 or hf:",
         ),
         (["student.model=./no/folder"], "student.model=./no/folder: no such folder; use timm:NAME, hf:NAME"),
+        (
+            ["student.model=timm:resnet_18"],
+            "student.model=timm:resnet_18: timm has no model .* did you mean timm:resnet18",
+        ),
+        (["teacher.model=timm:vit_bas_patch16_224.mae"], "timm:vit_bas.* did you mean timm:vit_base_patch16_224"),
+        (["student.model=timm:resnet10t/../x"], "timm has no model of this name"),
         (["student.model=timm:"], "student.model=timm:: no such folder"),
         (["teacher.model=hf:a/b/c"], "teacher.model=hf:a/b/c: no such folder, and no name on the hub"),
         (["teacher.model=example:nothing"], "nothing"),
@@ -47,6 +53,8 @@ def test_what_cannot_be_there_is_refused(words, message) -> None:
         ["teacher.model=s3://bucket/distill-1", "teacher.weights=s3://bucket/w.pth"],
         ["teacher.model=example:efficientnet-lite0"],
         ["teacher.model=."],
+        ["teacher.model=timm:tv_resnet50"],  # a name of before
+        ["teacher.model=timm:hf-hub:timm/no_such_thing", "student.model=timm:local-dir:x"],
     ],
 )
 def test_what_may_be_there_is_left_to_who_knows(words) -> None:

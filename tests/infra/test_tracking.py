@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -68,6 +69,27 @@ def test_no_name_ends_the_record(tmp_path, caplog) -> None:
     assert parent.data.params["generate.templates.a _class__ 100_"] == "2.0"
     (child,) = runs.values()
     assert child.data.metrics == {"recall of _größe_1_": 0.5}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_names_of_strangers_are_text_in_the_record(tmp_path, caplog) -> None:
+    odd = "\x1b[2Jcat\u202egnp\x00\n<b>"
+    config = load_config([f"workspace={tmp_path}", "images.path=x/y"])
+    config = config.model_copy(update={"name": odd, "images": config.images.model_copy(update={"path": f"x/{odd}"})})
+    samples = SampleSet(str(tmp_path), (odd,), 8, {"train": (3,)}, {"train": 3}, 0, {"train": "i"}, {"train": "l"})
+    with Tracker(config, job=odd, title=odd) as tracker, tracker.child(odd, settings={"prompt": odd, odd: 1}) as record:
+        record.note({"reason": odd})
+        record.data(config, samples)
+    assert not caplog.records
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+        words = {
+            str(word)
+            for table in ("experiments", "runs", "tags", "params", "datasets", "metrics", "inputs")
+            for row in store.execute(f"select * from {table}")
+            for word in row
+        }
+    assert not [word for word in words if re.search("[\x00-\x08\x0b-\x1f\u202e]", word)]
+    assert r"\x1b[2Jcat\u202egnp\x00\n<b>" in words
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -676,6 +677,28 @@ def test_trials_that_ended_early_are_compared_at_an_epoch_that_all_reached() -> 
     page = search_page(study, "a verdict", ["val_accuracy"]).decode()
     assert page.count("<img") == 4
     assert "Which settings val_accuracy after epoch 1, which all 12 trials reached, depends on" in page
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_labels_of_strangers_are_text_in_the_pictures_of_a_search() -> None:
+    """No formula, which would end a picture, no control sign, and none taken for another one."""
+    labels = ["$x$", r"$\frac{1}$", "\x1b[2Jcat\u202e", "<img src=x onerror=alert(1)>", f"{'a' * 99}b", f"{'a' * 99}c",
+              "two\nlines", 1, None]  # fmt: skip
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=1))
+    for turn in range(20):
+        trial = study.ask()
+        trial.suggest_categorical("loss", labels)
+        study.tell(trial, trial.suggest_float("$\x1b]0;k$", 0, 1) + turn % 3)
+    page = search_page(study, "ends\x1b[2J<b>", ["val_accuracy"]).decode()
+    assert page.count("<img") == 4
+    assert "ends\\x1b[2J&lt;b&gt;" in page
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", page)
+    drawn = study_page._without_short_trials(study.trials, study.directions).trials
+    shown = {key: trial.params["loss"] for trial in drawn for key in trial.params}
+    assert set(shown) == {"loss", "\\$\\x1b]0;k\\$"}
+    pairs = {(a.params["loss"], b.params["loss"]) for a, b in zip(study.trials, drawn, strict=True)}
+    assert len({label for label, _ in pairs}) == len({label for _, label in pairs}) == len(pairs) > 6
+    assert all(len(label) < 70 and label.isprintable() for _, label in pairs if isinstance(label, str))
 
 
 def test_pictures_that_one_setting_does_not_suffice_for_say_so() -> None:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from raydistill.search.figures import draw_comparison, draw_curve
 from raydistill.search.significance import Answers, accuracy_interval, difference
 from raydistill.search.verdict import Arm, Comparison, summarise, training_seconds
+from raydistill.strangers import one_line
 
 IMAGES = 500
 
@@ -208,3 +210,15 @@ def test_tables_and_figures_have_every_arm(seeds) -> None:
     lines = [line for line in result.markdown("x").splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 3
     assert draw_comparison(result).startswith(b"\x89PNG")
+
+
+def test_arms_of_any_name_are_text_in_the_table_and_the_verdict() -> None:
+    """By a parser of Markdown: as many cells as ever, nothing but text in them, and every name as it is."""
+    names = ["a|b", "<img src=x onerror=alert(1)>", "[x](http://evil.example)", "**b**", "a\n\n# b", "scratch", "a"]
+    result = summarise([arm(name, seed, 0.5, 0.5) for name in names for seed in range(3)], [], 3)
+    tokens = MarkdownIt("commonmark").enable("table").parse(result.markdown("*n*\x1b[2J|"))
+    assert [token.type for token in tokens].count("td_open") == len(names) * len(result.table()[0])
+    kinds = {child.type for token in tokens if token.type == "inline" for child in token.children}
+    assert kinds <= {"text", "text_special", "code_inline"}
+    texts = ["".join(child.content for child in token.children) for token in tokens if token.type == "inline"]
+    assert {one_line(name) for name in names} <= {text.replace("\\|", "|") for text in texts}
