@@ -83,7 +83,9 @@ def shard_name(split: str, index: int) -> str:
 def encode_shard(rows: pa.Table) -> bytes:
     """Parquet bytes of rows in SCHEMA; images are compressed already."""
     sink = pa.BufferOutputStream()
-    pq.write_table(rows.select(SCHEMA.names).cast(SCHEMA), sink, compression="none", use_dictionary=False)
+    pq.write_table(
+        rows.select(SCHEMA.names).cast(SCHEMA), sink, compression="none", use_dictionary=False, write_statistics=False
+    )
     return sink.getvalue().to_pybytes()
 
 

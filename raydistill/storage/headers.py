@@ -7,7 +7,6 @@ internals. Damage is an EOFError, a ValueError or a LookupError.
 from __future__ import annotations
 
 import contextlib
-import io
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,18 +23,47 @@ _BOOL, _BYTE, _INTEGERS, _DOUBLE, _BYTES, _LIST, _STRUCT = (1, 2), 3, (4, 5, 6),
 _FIXED = {_BYTE: 1, _DOUBLE: 8}
 
 
-class _Steps(io.BytesIO):
-    """Bytes that are read in no more than so many steps, which few bytes could need minutes for."""
+class _Steps:
+    """Bytes in Thrift's compact protocol, read in no more than so many steps: few bytes could need minutes."""
+
+    __slots__ = ("_data", "_left", "at")
 
     def __init__(self, data: bytes, most: int) -> None:
-        super().__init__(data)
-        self._left = most
+        self._data, self._left, self.at = data, most, 0
 
-    def read(self, count: int | None = -1, /) -> bytes:
+    def take(self, count: int) -> bytes:
         self._left -= 1
         if self._left < 0:
             raise ValueError("headers of too many parts; write fewer and larger ones")
-        return super().read(count)
+        if count > len(self._data) - self.at:
+            raise EOFError("it ends too early")
+        self.at += count
+        return self._data[self.at - count : self.at]
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def varint(self) -> int:
+        data, at = self._data, self.at
+        value = data[at] if at < len(data) else 255
+        if value > 127 or self._left < 1:
+            return self._long()
+        self.at, self._left = at + 1, self._left - 1
+        return value
+
+    def _long(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            if (shift := shift + 7) > 63:
+                raise ValueError("a number that is too long")
+
+    def integer(self) -> int:
+        value = self.varint()
+        return value >> 1 ^ -(value & 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +97,7 @@ def pages(file: Any, chunk: Chunk, num_rows: int) -> Iterator[tuple[int, int, bo
             raise ValueError("a page without a size")
         is_delta = _DELTA_BYTE_ARRAY in (_whole(header.get(5), 2), _whole(header.get(8), 4))
         yield packed, unpacked, is_delta or header.get(1) == _DICTIONARY_PAGE
-        start += stream.tell() + packed
+        start += stream.at + packed
 
 
 def footer(data: bytes) -> tuple[int, list[tuple[int, list[Chunk]]]]:
@@ -86,13 +114,13 @@ def footer(data: bytes) -> tuple[int, list[tuple[int, list[Chunk]]]]:
     return levels, groups
 
 
-def _group(stream: io.BytesIO) -> tuple[int, list[Chunk]]:
+def _group(stream: _Steps) -> tuple[int, list[Chunk]]:
     rows, chunks = None, list[Chunk]()
     for number, kind in _fields(stream):
         if number == 1:
             chunks = [_chunk(stream) for _ in _elements(stream, kind, _STRUCT)]
         elif number == 3 and kind in _INTEGERS:
-            rows = _integer(stream)
+            rows = stream.integer()
         else:
             _skip(stream, kind)
     if rows is None:
@@ -100,7 +128,7 @@ def _group(stream: io.BytesIO) -> tuple[int, list[Chunk]]:
     return rows, chunks
 
 
-def _chunk(stream: io.BytesIO) -> Chunk:
+def _chunk(stream: _Steps) -> Chunk:
     path, told = b"", dict[int, int]()
     for number, kind in _fields(stream):
         if number in (8, 9):
@@ -110,18 +138,16 @@ def _chunk(stream: io.BytesIO) -> Chunk:
             continue
         for inner, own in _fields(stream):
             if inner == 3:
-                path = b".".join(_bytes(stream, _varint(stream)) for _ in _elements(stream, own, _BYTES))
+                path = b".".join(stream.take(stream.varint()) for _ in _elements(stream, own, _BYTES))
             elif inner in (6, 7, 9, 11) and own in _INTEGERS:
-                told[inner] = _integer(stream)
+                told[inner] = stream.integer()
             else:
                 _skip(stream, own)
     starts = [told[9], *(start for start in [told.get(11, 0)] if start > 0)]
-    if min(*starts, told[7]) < 0:
-        raise ValueError("a column without a place")
     return Chunk(path.decode(errors="replace"), told[7], told[6], min(starts))
 
 
-def _levels(stream: io.BytesIO, kind: int) -> int:
+def _levels(stream: _Steps, kind: int) -> int:
     deepest, left = 0, [1]  # in each group from the root down, the children that are still to come
     for _ in _elements(stream, kind, _STRUCT):
         while len(left) > 1 and not left[-1]:
@@ -130,7 +156,7 @@ def _levels(stream: io.BytesIO, kind: int) -> int:
         deepest = max(deepest, len(left))
         for number, own in _fields(stream):
             if number == 5 and own in _INTEGERS:
-                left += [children] if (children := _integer(stream)) else []
+                left += [children] if (children := stream.integer()) else []
             else:
                 _skip(stream, own)
     return deepest
@@ -142,33 +168,33 @@ def _whole(fields: Any, number: int) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _fields(stream: io.BytesIO) -> Iterator[tuple[int, int]]:
+def _fields(stream: _Steps) -> Iterator[tuple[int, int]]:
     """Number and kind of a struct's fields, each of whose values is read before the next."""
     number = 0
-    while head := _bytes(stream, 1)[0]:
-        number = number + (head >> 4) if head >> 4 else _integer(stream)
+    while head := stream.byte():
+        number = number + (head >> 4) if head >> 4 else stream.integer()
         yield number, head & 15
 
 
-def _value(stream: io.BytesIO, kind: int) -> Any:
+def _value(stream: _Steps, kind: int) -> Any:
     """A whole number, or a struct's; of anything else nothing is kept."""
     if kind in _INTEGERS:
-        return _integer(stream)
+        return stream.integer()
     if kind == _BYTE:
-        return _bytes(stream, 1)[0]
+        return stream.byte()
     if kind == _STRUCT:
         return {number: _value(stream, own) for number, own in _fields(stream)}
     _skip(stream, kind)
     return None
 
 
-def _skip(stream: io.BytesIO, kind: int) -> None:
+def _skip(stream: _Steps, kind: int) -> None:
     if kind in _INTEGERS:
-        _varint(stream)
+        stream.varint()
     elif kind in _FIXED:
-        _bytes(stream, _FIXED[kind])
+        stream.take(_FIXED[kind])
     elif kind == _BYTES:
-        _bytes(stream, _varint(stream))
+        stream.take(stream.varint())
     elif kind in _LIST:
         count, own = _length(stream)
         for _ in range(count):
@@ -180,7 +206,7 @@ def _skip(stream: io.BytesIO, kind: int) -> None:
         raise ValueError("a header of another kind")
 
 
-def _elements(stream: io.BytesIO, kind: int, wanted: int) -> Iterator[int]:
+def _elements(stream: _Steps, kind: int, wanted: int) -> Iterator[int]:
     """Those of a list of the wanted kind, each of which is read before the next."""
     count, own = _length(stream) if kind in _LIST else (1, 0)
     if count and own != wanted:
@@ -188,26 +214,10 @@ def _elements(stream: io.BytesIO, kind: int, wanted: int) -> Iterator[int]:
     yield from range(count)
 
 
-def _length(stream: io.BytesIO) -> tuple[int, int]:
+def _length(stream: _Steps) -> tuple[int, int]:
     """Of a list, and its elements' kind."""
-    head = _bytes(stream, 1)[0]
-    return head >> 4 if head >> 4 < 15 else _varint(stream), head & 15
-
-
-def _integer(stream: io.BytesIO) -> int:
-    value = _varint(stream)
-    return value >> 1 ^ -(value & 1)
-
-
-def _varint(stream: io.BytesIO) -> int:
-    value = shift = 0
-    while True:
-        byte = _bytes(stream, 1)[0]
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value
-        if (shift := shift + 7) > 63:
-            raise ValueError("a number that is too long")
+    head = stream.byte()
+    return head >> 4 if head >> 4 < 15 else stream.varint(), head & 15
 
 
 def _bytes(stream: Any, count: int) -> bytes:
@@ -250,7 +260,7 @@ def blocks(file: Any, footer: bytes, size: int) -> Iterator[Message]:
 
 def message(file: Any, start: int, size: int, body: int = 0) -> Message | None:
     """None at the end of the stream."""
-    if min(start, body) < 0:
+    if not (0 <= start <= size and 0 <= body <= size):
         raise ValueError("a block without a place")
     file.seek(start)
     marker, length = struct.unpack("<Ii", _bytes(file, 8))
@@ -277,7 +287,7 @@ def message(file: Any, start: int, size: int, body: int = 0) -> Message | None:
     for at in _vector(data, table, 2, 16):
         offset, own = struct.unpack_from("<qq", data, at)
         if compression and own:
-            file.seek(max(body + offset, 0))
+            file.seek(min(max(body + offset, 0), size))
             stated = struct.unpack("<q", _bytes(file, 8))[0]
             own = own if stated == -1 else stated
         unpacked += max(own, 0)

@@ -187,6 +187,8 @@ class ParquetFile(_Table):
         metadata = pq.read_metadata(io.BytesIO(b"PAR1" + footer.replace(_SCHEMA, _NO_SCHEMA) + end))
         if stated := (metadata.metadata or {}).get(_NO_SCHEMA):
             _refuse_extensions(_schema(base64.b64decode(stated)), self._shown)
+        if any(not 0 <= c.start <= c.start + c.packed <= self.size for _, chunks in groups for c in chunks):
+            raise ValueError("a column without a place")
         rows = [num_rows for num_rows, _ in groups]
         if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
             raise ValueError(f"its row groups come to {sum(rows):,} rows, and it tells of {metadata.num_rows:,}")
@@ -205,7 +207,7 @@ class ParquetFile(_Table):
             first, end = map(int, self._starts[group : group + 2])
             largest = max((self._most_of_a_row(c, end - first) for c in _of(self._groups[group], columns)), default=0)
             together = max(1, min(_MOST_ROWS, _MOST_BYTES // max(largest, 1)))
-            for batch in self._parquet.iter_batches(together, row_groups=[group], columns=list(columns)):
+            for batch in self._parquet.iter_batches(together, [group], list(columns), use_threads=False):
                 if _any_of(wanted, first, first + len(batch)):
                     batch.validate(full=True)
                     yield first, batch
