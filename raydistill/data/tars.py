@@ -6,7 +6,6 @@ import json
 import re
 import tarfile
 from collections import Counter, defaultdict
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from raydistill.data.labels import label_of
@@ -27,6 +26,7 @@ _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _MOST_EXTENDED = 65536  # bytes of a header in which a name or attributes stand
 _MOST_SHARED = 100  # attributes that hold for all members, each of which has its copy
+_ALWAYS_FILES, _FEWEST_BYTES = 1 << 16, 1024  # of an archive, and of each of its others: a header and what it heads
 _MOST_BEHIND = 64 << 20  # bytes behind an archive's end in which another is looked for
 _DIGITS = re.compile(rb"\d{1000}")  # longer than a name
 
@@ -89,19 +89,26 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
     Beside the image of a key, others that only begin like it (`001.mask.png`) are left out and counted. Raises
     DataError: two images of one key, an archive that is cut off or holds another behind its end.
     """
-    images = list[tuple[File, str]]()
+    images, count = list[tuple[File, str]](), 0
     beside = defaultdict[str, dict[str, File]](dict)
     while (member := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # where each stays with all that its header tells
         file = File(member.name, member.offset_data, member.size)
-        name = PurePosixPath(member.name).name
+        name = member.name.rpartition("/")[2]
+        before, _, ending = name.rpartition(".")
+        suffix = f".{ending}".lower() if before and ending else ""
+        count += 1
+        if count > _ALWAYS_FILES + archive.offset // _FEWEST_BYTES:
+            raise DataError(
+                f"{shown}: {count:,} files in {archive.offset:,} bytes, most of them empty; leave these out"
+            )
         if member.isdir():
             continue
         if name.startswith(".") or "__MACOSX" in member.name:
             ignored["hidden and system files in tar files"] += 1
         elif not _is_whole(member):
             ignored["links and other things than files in tar files"] += 1
-        elif (suffix := PurePosixPath(name).suffix.lower()) in EXTENSIONS:
+        elif suffix in EXTENSIONS:
             images.append((file, member.name[: -len(suffix)]))
         elif suffix in _LABELS:
             key = member.name[: -len(suffix)]

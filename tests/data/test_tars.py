@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.data.many import list_rows, read_rows
+from raydistill.data.many import count_rows, list_rows, read_rows
 from raydistill.data.reading import read_pictures
 from raydistill.data.tars import Member, images_of
 from raydistill.errors import DataError
@@ -114,6 +114,13 @@ def test_a_hole_behind_the_end_is_not_gone_through(tmp_path: Path):
     path.write_bytes(GOOD)
     os.truncate(path, 1 << 40)
     assert [row.label for row in list_rows(str(path), Counter(), Counter())] == ["a"]
+
+
+@pytest.mark.slow
+def test_very_many_empty_files_are_refused_before_all_are_gone_through(tmp_path: Path):
+    (tmp_path / "t.tar").write_bytes(header(b"1.png", 0) * 140_000 + END)
+    with pytest.raises(DataError, match=r"t\.tar: 131,07\d files in 67,1\d\d,\d\d\d bytes, most of them empty"):
+        count_rows(str(tmp_path / "t.tar"))
 
 
 def test_attributes_that_nothing_asks_for_are_not_kept(tmp_path: Path):
