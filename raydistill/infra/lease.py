@@ -23,14 +23,14 @@ from raydistill.errors import CheckpointError, StageError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.processes import is_running, process_name
 from raydistill.storage.filesystems import create_file
-from raydistill.storage.state import read_state
+from raydistill.storage.state import of_another_form, read_state
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_BEATS = 10.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 # A holder on another machine that shows no sign of life for so long is gone; on this one its process is looked for.
 _SILENT_SECONDS = 120.0
-_PREFIX = "lease-"
+_PREFIX, _LAST = "lease-", 10**9 - 1
 
 
 class _State(BaseModel):
@@ -76,13 +76,19 @@ def _acquire(directory: StageDirectory, say: Callable[[str], None]) -> tuple[int
         if latest != seen:  # by this machine's clock: those of others may be wrong
             seen, since = latest, time.monotonic()
         number, state = latest
+        if number >= _LAST:
+            raise of_another_form(f"{directory.path}/{_PREFIX}{number:06d}", "nobody takes so many leases")
         if not number or _is_free(state, time.monotonic() - since):
             if _create(directory, number + 1, mine):
                 return number + 1, mine
         elif told != state.get("id", "?"):
             told = state.get("id", "?")
             host, _, pid, _ = state.get("process", "another-machine - ? -").split(" ")
-            say(f"{directory.stage:<9} waits for process {pid} on {host}, which is making {directory.path}")
+            who = f"process {pid} on {host}, which is making {directory.path}"
+            file = f"{directory.path}/{_PREFIX}{number:06d}"
+            if not state:
+                who = f"{_SILENT_SECONDS:.0f} s: {file} is damaged, and whose it is may still work; delete it to go on"
+            say(f"{directory.stage:<9} waits for {who}")
         threading.Event().wait(_SECONDS_BETWEEN_LOOKS)
 
 
@@ -144,6 +150,7 @@ def _release(directory: StageDirectory, number: int, state: dict[str, Any]) -> N
             directory.write(f"{_PREFIX}{number:06d}", json.dumps({**state, "released": True}).encode())
         else:
             for old in _numbers(directory):
-                directory.fs.remove(_place(directory, old))
+                with contextlib.suppress(FileNotFoundError):
+                    directory.fs.rm_file(_place(directory, old))  # a folder is no lease of ours
     except (OSError, StageError) as error:
         logger.warning("%s: its lease could not be given back (%s)", directory.path, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 
 import psutil
 
@@ -21,12 +22,13 @@ def process_name(pid: int | None = None) -> str:
 
 
 def is_running(name: str) -> bool | None:
-    """Whether the process of this name is there; None of one on another machine, of which nothing is known here."""
-    *place, pid, began = name.split(" ")
-    if place != process_name().split(" ")[:-2]:
+    """Whether the process of this name is there; None of one on another machine, of which nothing is known here, and
+    of what is no such name."""
+    found = re.fullmatch(r"(\S* \S+) ([0-9]{1,9}) ([0-9]{1,12})", name)
+    if found is None or found[1].split(" ") != process_name().split(" ")[:-2]:
         return None
     try:
-        now = process_name(int(pid)).rpartition(" ")[2]
+        now = process_name(int(found[2])).rpartition(" ")[2]
     except psutil.NoSuchProcess:
         return False
-    return abs(float(now) - float(began)) <= _CLOCK_SECONDS
+    return abs(float(now) - float(found[3])) <= _CLOCK_SECONDS

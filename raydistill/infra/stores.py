@@ -8,10 +8,12 @@ import fcntl
 import logging
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from raydistill.config import RunConfig
 from raydistill.errors import CheckpointError
@@ -29,6 +31,7 @@ _LOCKS = {
     "mysql": "SELECT GET_LOCK('raydistill', 600)",
     "mariadb": "SELECT GET_LOCK('raydistill', 600)",
 }
+_PROGRAMS = "select type, name from sqlite_master where type = 'view' or (type = 'trigger' and tbl_name != 'secrets')"
 _DRIVERS = {"MySQLdb": "mysqlclient"}  # packages that have another name than their module
 _REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED")
 
@@ -72,7 +75,7 @@ def alone(uri: str, folder: str = "") -> Iterator[None]:
 
 
 def _without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe would be waited for
 
 
 @contextlib.contextmanager
@@ -119,6 +122,26 @@ def connect(uri: str) -> Any:
         MLFLOW_HTTP_REQUEST_TIMEOUT.set(usual)
 
 
+def refuse_programs(uri: str) -> None:
+    """Raises UnusableError where a workspace's own SQLite file is none, or holds what would run while it is used, and
+    may have no end: triggers and views. Of MLflow's own there is one, on a table that nothing here writes to."""
+    path = _sqlite_file(uri)
+    if path is None or not os.path.lexists(path):
+        return
+    if not os.path.isfile(path):
+        raise UnusableError("is no regular file: delete it, or name another store")
+    with contextlib.closing(sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True)) as store:
+        try:
+            found = store.execute(_PROGRAMS).fetchone()
+        except sqlite3.Error as error:
+            raise UnusableError(f"cannot be read ({reason(error)}): delete it, or name another store") from None
+    if found:
+        raise UnusableError(
+            f"holds a {found[0]}, {one_line(found[1])!r:.100}, which would run while it is used: drop it, or name "
+            "another store"
+        )
+
+
 def refuse_links_of(uri: str) -> None:
     """Raises UnusableError where a workspace's own store, its lock and journal, or a file of its runs is a link."""
     path = Path(_sqlite_file(uri) or "")
@@ -159,9 +182,9 @@ def may_pass(error: Exception) -> bool:
     if isinstance(error, MlflowException):
         return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED",
                                     "REQUEST_LIMIT_EXCEEDED")  # fmt: skip
-    # What `requests` raises are OSErrors; a file that is not there will not come.
-    there = isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError)
-    return there or isinstance(error, OperationalError)
+    # What `requests` raises are OSErrors; a file that is not there, or in a folder's place, will not go away.
+    stays = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+    return (isinstance(error, OSError) and not isinstance(error, stays)) or isinstance(error, OperationalError)
 
 
 def reason(error: Exception) -> str:

@@ -32,6 +32,7 @@ from raydistill.infra.stores import (
     put_files,
     reason,
     refuse_links_of,
+    refuse_programs,
     tracking_uri,
 )
 from raydistill.secrets import redacted
@@ -213,6 +214,7 @@ class Tracker:
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # MLflow asks for git, and says so where there is none
         if self._files:
             refuse_links_of(self.uri)
+            refuse_programs(self.uri)
         self.client = connect(self.uri)
         name, whence = experiment_name(self._config)
         with self.alone():
@@ -332,7 +334,8 @@ def _is_gone(process: str, alive: str | None) -> bool:
     for so long that it has, too. Without that sign nothing is known of it here."""
     running = is_running(process)
     if running is None:
-        return alive is not None and time.time() - float(alive) > _SILENT_SECONDS
+        seconds = re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", alive or "")  # another program may write there, too
+        return seconds is not None and time.time() - float(seconds[0]) > _SILENT_SECONDS
     return not running
 
 

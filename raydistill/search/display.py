@@ -19,7 +19,7 @@ from raydistill.infra.progress import Progress
 from raydistill.infra.recording import ChildRun
 from raydistill.infra.tracking import Tracker
 from raydistill.search.space import Choice
-from raydistill.search.study import MAXIMISED, Trial, directory_of, read_epochs
+from raydistill.search.study import MAXIMISED, SECONDS_OF, Trial, directory_of, read_epochs, seconds_noted
 from raydistill.search.trials import logged
 from raydistill.strangers import one_line, shorter
 
@@ -35,7 +35,7 @@ class Clock:
     goes, so that one that is killed counts too."""
 
     def __init__(self, study: optuna.Study) -> None:
-        self._study, self._mine = study, f"seconds of command {uuid.uuid4().hex}"
+        self._study, self._mine = study, f"{SECONDS_OF}{uuid.uuid4().hex}"
         self._began = self._noted = time.monotonic()
 
     def __enter__(self) -> Clock:
@@ -57,8 +57,7 @@ class Clock:
     def seconds(self) -> float:
         """Of all commands, this one till now."""
         self.note()
-        noted = self._study.user_attrs
-        return sum(float(seconds) for key, seconds in noted.items() if key.startswith("seconds of command "))
+        return seconds_noted(self._study)
 
 
 class SearchDisplay:

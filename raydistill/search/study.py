@@ -8,7 +8,7 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,12 @@ from raydistill.config import RunConfig
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.infra.artifacts import StageDirectory
 from raydistill.infra.checkpoints import drop_checkpoints
-from raydistill.infra.stores import UnusableError, database_alone, reason
+from raydistill.infra.stores import UnusableError, database_alone, reason, refuse_programs
 from raydistill.search.space import Choice, Space
 from raydistill.storage.state import EpochRecord, read_state
+from raydistill.strangers import one_line
 
+SECONDS_OF = "seconds of command "
 MAXIMISED = ("val_accuracy", "val_balanced_accuracy", "val_top5")
 
 
@@ -50,6 +52,8 @@ def open_study(config: RunConfig, directory: StageDirectory, own: dict[str, Choi
             f"workspace={config.workspace}: a study's SQLite file needs a local one; set tune.storage to a database"
         )
     try:
+        if config.tune.storage is None:
+            refuse_programs(url)
         with database_alone(url):  # others may come to a new database at the same moment
             study = optuna.create_study(
                 storage=optuna.storages.RDBStorage(url),
@@ -128,18 +132,51 @@ def drawn_at_random(config: RunConfig, space: Space) -> list[str]:
 
 
 def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
+    """Raises CheckpointError for one that is not as raydistill writes them."""
     state = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
     attributes = frozen.user_attrs
-    return Trial(
-        number=frozen.number,
-        state=state.get(frozen.state, "running"),
-        choices=dict(frozen.params),
-        values=list(frozen.values) if frozen.state is TrialState.COMPLETE else None,
-        own=bool(attributes.get("own")),
-        epochs=int(attributes.get("epochs", 0)),
-        seconds=float(attributes.get("seconds", 0.0)),
-        directory=str(attributes.get("directory", "")),
-        reason=str(attributes.get("reason", "")),
+    try:
+        trial = Trial(
+            number=frozen.number,
+            state=state.get(frozen.state, "running"),
+            choices=dict(frozen.params),
+            values=list(frozen.values) if frozen.state is TrialState.COMPLETE else None,
+            own=bool(attributes.get("own")),
+            epochs=int(attributes.get("epochs", 0)),
+            seconds=float(attributes.get("seconds", 0.0)),
+            directory=str(attributes.get("directory", "")),
+            reason=str(attributes.get("reason", "")),
+        )
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _of_others(f"trial {frozen.number}", str(error)) from None
+    if not (0 <= trial.seconds < math.inf and trial.epochs >= 0):
+        raise _of_others(f"trial {frozen.number}", "its seconds or epochs are no count")
+    return trial
+
+
+def seconds_noted(study: optuna.Study) -> float:
+    """By the clock, of all commands that worked on the study. Raises CheckpointError."""
+    noted = {key: seconds for key, seconds in study.user_attrs.items() if key.startswith(SECONDS_OF)}
+    for key, seconds in noted.items():
+        if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+            raise _of_others(f"the note {key!r:.80}", f"{seconds!r:.40} is no number of seconds")
+    return float(sum(noted.values()))
+
+
+def refuse_others(trials: Sequence[Trial], space: Space) -> None:
+    """Raises CheckpointError where a trial chose what the space does not hold."""
+    for trial in trials:
+        try:
+            if not trial.own:
+                space.settings(trial.choices)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise _of_others(f"trial {trial.number}", f"the space does not hold {error!s:.80}") from None
+
+
+def _of_others(what: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"the study's {what} is not what raydistill writes ({one_line(reason)}); begin another search in another "
+        "workspace or tune.storage"
     )
 
 

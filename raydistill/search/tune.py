@@ -39,6 +39,8 @@ from raydistill.search.study import (
     num_trials,
     open_study,
     read_trials,
+    refuse_others,
+    seconds_noted,
 )
 from raydistill.search.study_page import search_page
 from raydistill.search.trials import RESERVED, Layout, MakeJob, lay_out, run_trials, seconds_per_step
@@ -93,6 +95,8 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
     directory = _directory(config, space, progress)
     directory.begin()
     study = open_study(config, directory, space.own(config))
+    refuse_others(read_trials(study), space)
+    seconds_noted(study)
     if at_random := drawn_at_random(config, space):
         progress.line(f"tune: tune.sampler={config.tune.sampler} draws at random, and learns nothing of: "
                       f"{', '.join(at_random)}")  # fmt: skip

@@ -442,7 +442,7 @@ def test_a_run_goes_on_where_its_store_takes_none(tmp_path, caplog) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("case", ["copied", "an experiment's", "a run's", "back again"])
+@pytest.mark.parametrize("case", ["copied", "an experiment's", "a run's"])
 def test_files_go_where_the_job_says_and_not_where_its_store_does(tmp_path, caplog, case) -> None:
     def record(workspace: Path, text: str) -> str:
         with Tracker(load_config([f"workspace={workspace}", "images.path=x"]), job="j") as tracker:
@@ -460,20 +460,62 @@ def test_files_go_where_the_job_says_and_not_where_its_store_does(tmp_path, capl
             store.execute("update experiments set artifact_location = ?", [victim.as_uri()])
         elif case != "copied":
             store.execute("update runs set artifact_uri = ?", [f"{victim.as_uri()}/x/artifacts"])
-        if case == "back again":  # whoever tells it otherwise does so again
-            store.execute(
-                "create trigger t after update on runs begin update runs set artifact_uri = "
-                f"'{victim.as_uri()}' where artifact_uri != '{victim.as_uri()}'; end"
-            )
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
     run = record(second, "second")
     assert "they go into the workspace" in caplog.text
     assert (second / f"mlartifacts/{run}/artifacts/note.txt").read_text() == "second"
     assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
     assert not victim.exists()
-    if case != "back again":
-        client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{second}/mlflow.db")
-        assert {file.path for file in client.list_artifacts(run)} == {"config.yaml", "note.txt"}
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{second}/mlflow.db")
+    assert {file.path for file in client.list_artifacts(run)} == {"config.yaml", "note.txt"}
+
+
+ENDLESS = "with recursive r(x) as (select 1 union all select x + 1 from r) select"
+STRANGE = {
+    "a trigger": f"create trigger t after update on runs begin insert into tags {ENDLESS} x, x, x from r; end",
+    "a trigger that leads files away": "create trigger t after update on runs begin update runs set artifact_uri = "
+    "'file:///tmp/victim' where artifact_uri != 'file:///tmp/victim'; end",
+    "a trigger on a view": "create view v as select 1; create trigger t instead of insert on v begin select 1; end",
+    "a view without end": f"alter table tags rename to tags2; create view tags as {ENDLESS} tags2.* from tags2, r",
+}
+
+
+@pytest.mark.parametrize("case", [*STRANGE, "a folder", "a pipe", "junk", "holes", "a pipe for its lock"])
+def test_a_strange_store_neither_runs_nor_holds_up(tmp_path, caplog, case) -> None:
+    store = tmp_path / "mlflow.db"
+    if case in STRANGE:
+        with contextlib.closing(sqlite3.connect(store)) as database:
+            database.executescript(STRANGE[case])
+    elif case != "a pipe for its lock":
+        store.unlink()
+        {"a folder": store.mkdir, "a pipe": lambda: os.mkfifo(store), "junk": lambda: store.write_bytes(b"junk" * 999),
+         "holes": lambda: os.truncate(os.open(store, os.O_CREAT | os.O_RDWR), 2 * 10**9)}[case]()  # fmt: skip
+    else:
+        os.mkfifo(tmp_path / "mlflow.db.lock")
+    began = time.monotonic()
+    with Tracker(load_config([f"workspace={tmp_path}", "images.path=x"]), job="j") as tracker:
+        tracker.parent.text("a", "note.txt")
+    assert time.monotonic() - began < 20
+    if case == "a pipe for its lock":
+        assert not caplog.records
+        return
+    assert len(caplog.records) == 2
+    assert re.search(f"^no MLflow run: sqlite:///{store} (is|holds|cannot be) .*", caplog.messages[0])
+
+
+def test_signs_of_life_that_are_none_are_passed_over(tmp_path, caplog) -> None:
+    config = load_config([f"workspace={tmp_path}", "images.path=x"])
+    tags = {"a": ("\x1b[2J", "soon"), "b": ("one two three four", "1e999"), "c": ("x pid:[1] 5 6", "nan")}
+    for job, (process, alive) in tags.items():
+        with Tracker(config, job=job) as tracker:
+            pass
+        for tag, value in (("process", process), ("alive", alive)):
+            tracker.client.set_tag(tracker.parent.id, f"raydistill.{tag}", value)
+        tracker.client.update_run(tracker.parent.id, status="RUNNING")
+    with Tracker(config, job="d") as tracker:
+        tracker.parent.log({"loss": 1.0})
+    assert not caplog.records
+    assert tracker.client.get_run(tracker.parent.id).data.metrics == {"loss": 1.0}
 
 
 @pytest.mark.parametrize("name", ["mlflow.db", "mlflow.db.lock", "mlflow.db-journal", "mlartifacts", "mlartifacts/a/b"])

@@ -40,7 +40,15 @@ from raydistill.search import tune as tune_module
 from raydistill.search.display import Clock, SearchDisplay
 from raydistill.search.significance import Answers
 from raydistill.search.space import read_space
-from raydistill.search.study import Trial, drawn_at_random, drop_pruned, num_trials, open_study, read_trials
+from raydistill.search.study import (
+    Trial,
+    drawn_at_random,
+    drop_pruned,
+    num_trials,
+    open_study,
+    read_trials,
+    refuse_others,
+)
 from raydistill.search.study_page import search_page
 from raydistill.search.trials import _run_trial, _Search, _Work, lay_out, seconds_per_step
 from raydistill.search.tune import forecast_lines, gains_of, tune_job
@@ -450,6 +458,38 @@ def test_checkpoints_of_trials_that_ended_early_are_dropped_and_no_others(tmp_pa
     assert all((place / "checkpoints/step-000000001/state.pt").exists() for place in others)
     assert not (root / "distill-00000000000a/checkpoints").exists()
     assert (tmp_path / "before/distill-00000000000a/checkpoints").exists()
+
+
+def test_a_study_of_a_stranger_is_refused_by_the_trial_or_the_note_that_is_odd(words, space_file, tmp_path) -> None:
+    config = load_config([*words, space_file()])
+    odd = {"seconds": ["x", [1], -1, float("inf")], "epochs": ["many", None, -3]}
+    for name, value in [(name, value) for name, values in odd.items() for value in values]:
+        study = optuna.create_study()
+        study.tell(study.ask(), 0.5)
+        study.add_trial(optuna.trial.create_trial(value=1.0, user_attrs={name: value}))
+        with pytest.raises(CheckpointError, match=r"^the study's trial 1 is not what raydistill writes"):
+            read_trials(study)
+    for value in ("\x1b[2J", None, float("nan"), -1):
+        study = optuna.create_study()
+        study.set_user_attr("seconds of command x", value)
+        with pytest.raises(CheckpointError, match=r"the note 'seconds of command x' is not .* no number of seconds"):
+            assert Clock(study).seconds is None
+    space = read_space(config.tune.space, config)
+    key = next(key for key, entry in space.entries.items() if entry.categorical is not None)
+    for label in ("no such label", None, 3.5):
+        with pytest.raises(CheckpointError, match=r"trial 7 is not what raydistill writes .the space does not hold"):
+            refuse_others([Trial(7, "complete", {key: label}, [1.0], False, 1, 1.0, "", "")], space)
+    for number, make in enumerate((Path.mkdir, os.mkfifo, lambda path: path.write_bytes(b"junk" * 999))):
+        folder = tmp_path / f"odd{number}"
+        folder.mkdir()
+        make(folder / "study.db")
+        with pytest.raises(ConfigError, match=f"tune.storage=sqlite:///{folder}/study.db (is no|cannot be)"):
+            engine(config, folder)
+    engine(config, tmp_path / "own")
+    with contextlib.closing(sqlite3.connect(tmp_path / "own/study.db")) as database:
+        database.execute("create trigger t after insert on trials begin delete from trials; end")
+    with pytest.raises(ConfigError, match="holds a trigger, 't', which would run while it is used"):
+        engine(config, tmp_path / "own")
 
 
 def test_a_study_of_a_stranger_runs_no_code(words, space_file, tmp_path) -> None:
