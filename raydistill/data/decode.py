@@ -14,11 +14,13 @@ import io
 import logging
 import os
 import struct
+import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -90,7 +92,9 @@ def decode_with_facts(
                 if image.format == "JPEG2000" and image.width * image.height > _LARGE:
                     image.reduce = _wavelet_levels(image, data, 2 * size)  # type: ignore[assignment,method-assign]
                 if not early:
-                    held.enter_context(_memory.of(_bytes_to_decode(image, facts, data)))
+                    held.enter_context(_memory.of(wanted := _bytes_to_decode(image, facts, data)))
+                    if image.format == "AVIF":
+                        held.enter_context(_no_more_than(2 * wanted))
                 if _pnm_decoder(image) == "ppm":
                     image = Image.open(io.BytesIO(_common_pnm(image, data)), formats=("PPM",))
                 if isinstance(file, _Steps) and image.format in ("BMP", "DIB"):  # whose runs are read byte by byte
@@ -107,6 +111,17 @@ def decode_with_facts(
         raise DataError("too large to decode in the memory there is") from None
     except Exception as error:  # Pillow's plugins raise nearly everything on damaged files; the reason is kept
         raise DataError(f"cannot be decoded: {reason_of(error)}") from None
+
+
+def working_images(
+    files: Iterable[bytes], size: int, fit: Literal["crop", "pad"], max_pixels: int
+) -> Iterator[np.ndarray | str]:
+    """(size, size, 3) uint8 of each file's bytes, or the reason why there is none."""
+    for data in files:
+        try:
+            yield np.array(decode(data, size, fit, max_pixels))  # torch asks for one that may be written to
+        except DataError as error:
+            yield str(error)
 
 
 class _Steps(io.BytesIO):
@@ -153,17 +168,31 @@ class _Memory:
 _memory = _Memory(_ALONE_BYTES)
 
 
+_thread = threading.local()
+
+
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     with contextlib.ExitStack() as held:
         with contextlib.suppress(ImportError, OSError):  # where there are no such locks, each goes on
             import fcntl
 
-            flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-            lock = os.open(f"{tempfile.gettempdir()}/raydistill-{os.getuid()}.lock", flags, 0o600)
-            held.callback(os.close, lock)
-            if os.fstat(lock).st_uid == os.getuid():  # another user might hold it for ever
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not getattr(_thread, "is_alone", False):
+                flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+                lock = os.open(f"{tempfile.gettempdir()}/raydistill-{os.getuid()}.lock", flags, 0o600)
+                held.callback(os.close, lock)
+                if os.fstat(lock).st_uid == os.getuid():  # another user might hold it for ever
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                _thread.is_alone = True
+                held.callback(setattr, _thread, "is_alone", False)
+        yield
+
+
+@contextlib.contextmanager
+def large_alone(size: int) -> Iterator[None]:
+    """For the reading and decoding of a file of so many bytes, which are held beside what decoding takes: where they
+    are a large part of what there is, no other such file is read meanwhile, nor any large picture decoded."""
+    with _alone() if size > _memory.most // 4 else contextlib.nullcontext():
         yield
 
 
@@ -175,6 +204,28 @@ def limit_memory(total: int, processes: int) -> None:
 
 
 _most_bytes = _MOST_BYTES
+is_apart = False  # in a process with no other thread that could want memory
+
+
+@contextlib.contextmanager
+def _no_more_than(size: int) -> Iterator[None]:
+    """For a decoder that follows the picture's own size where the header says a smaller one: what it allocates beyond
+    so many bytes, and its threads' stacks, fails."""
+    if not is_apart or sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    lines = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) for line in lines if line.startswith("VmData")) << 10
+    stacks = (16 << 20) * (os.cpu_count() or 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [used + size + stacks, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _refuse_pixels(width: int, height: int, most: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from raydistill.config import RunConfig
+from raydistill.data.decode import working_images
 from raydistill.errors import DataError
 from raydistill.inference.predict import (
     LARGE,
@@ -24,7 +25,9 @@ from raydistill.inference.predict import (
     write_answers,
 )
 from raydistill.infra import interrupts
+from raydistill.infra.apart import begin
 from raydistill.infra.cluster import joined_cluster
+from raydistill.infra.plan import num_cores
 from raydistill.infra.progress import Progress
 from raydistill.models.about import Engine, check_export
 from raydistill.strangers import one_line, plain_console
@@ -43,6 +46,7 @@ def predict_command(
     classes, ignored = about["classes"], Counter[str]()
     units = without_first(find_units(pictures, ignored), skip)
     count = sum(number for _, _, number in units)
+    begin(working_images, min(num_cores(), count))
     console = plain_console(stderr=True)
     for what, number in ignored.items():
         console.print(f"ignored: {number} {what}", markup=False, soft_wrap=True)
@@ -98,6 +102,7 @@ def serve_command(
     from raydistill.inference.serve import make_app
 
     about, own = check_export(folder, engine), own_names(sockets, host)
+    begin(working_images, num_cores())
     predictor = Predictor(folder, cast(Engine, engine))
     title = f"{about['model']}, {len(predictor.classes)} classes"
     app = make_app(predictor, title, most_bytes, most_pixels, window_seconds, own, allowed)

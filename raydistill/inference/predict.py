@@ -11,7 +11,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -23,15 +22,15 @@ import torch
 from pyarrow import parquet as pq
 from scipy.special import softmax
 
-from raydistill.data.decode import decode
+from raydistill.data.decode import working_images
 from raydistill.data.images import is_hidden
 from raydistill.data.many import EXTENSIONS, SUFFIXES, count_rows
 from raydistill.data.reading import read_pictures
 from raydistill.data.views import Preprocessing
 from raydistill.data.walk import files_below
 from raydistill.errors import ConfigError, DataError
-from raydistill.infra.apart import Killed, one_by_one
-from raydistill.infra.memory import limit_decoders
+from raydistill.infra.apart import apart, many_apart
+from raydistill.infra.plan import num_cores
 from raydistill.models.about import Engine, check_export
 from raydistill.models.formats import load_from_library, network_inputs, onnx_run, torch_run
 from raydistill.storage.filesystems import write_file
@@ -57,9 +56,9 @@ class Predictor:
     """An exported student, loaded. Raises ConfigError where the folder is none, or lacks the engine's file."""
 
     def __init__(self, folder: str, engine: Engine = "onnx", threads: int = 0) -> None:
-        limit_decoders()
         about = check_export(folder, engine)
         wanted, self._image = about["preprocessing"], about["image"]
+        self._decode = partial(working_images, **{key: self._image[key] for key in ("size", "fit", "max_pixels")})
         self.classes: tuple[str, ...] = tuple(about["classes"])
         self._preprocessing = Preprocessing(
             wanted["size"], tuple(wanted["mean"]), tuple(wanted["std"]), wanted["interpolation"]
@@ -74,8 +73,13 @@ class Predictor:
             self._run = onnx_run(Path(folder, "model.onnx"), threads)
 
     def working_image(self, data: bytes, most_pixels: int | None = None) -> np.ndarray:
-        """(H, H, 3) uint8, as `prepare` makes it, of no more pixels than training allowed. Raises DataError."""
-        return _working_image(self._image, data, most_pixels)
+        """(H, H, 3) uint8, as `prepare` makes it, of no more pixels than training allowed; made in a process apart.
+        Raises DataError."""
+        limit = min(self._image["max_pixels"], most_pixels or self._image["max_pixels"])
+        (image,) = apart(partial(self._decode, max_pixels=limit), [data])
+        if isinstance(image, str):
+            raise DataError(image)
+        return image
 
     def probabilities(self, images_BHH3: np.ndarray) -> np.ndarray:
         """(B, C) float32 of working images."""
@@ -83,41 +87,18 @@ class Predictor:
         probabilities_BC: np.ndarray = softmax(logits_BC, axis=1)
         return probabilities_BC
 
-    def answer(self, units: Sequence[Unit], is_apart: bool = False) -> Iterator[Answer]:
-        """One for each picture, in order; one that cannot be read takes no other along. `is_apart`: nor does one that
-        kills the process that decodes it."""
+    def answer(self, units: Sequence[Unit]) -> Iterator[Answer]:
+        """One for each picture, in order; one that cannot be read, or kills the process that decodes it, takes no other
+        along."""
         pictures = (picture for unit in _merged(units) for picture in _read(unit, self._image["max_bytes"]))
-        with ThreadPoolExecutor() as pool:
-            for part in _together(pictures, self.most_together):
-                if is_apart:
-                    found_apart = one_by_one(partial(_decoded, partial(_working_image, self._image)), part)
-                    decoded = [
-                        (name, None, one) if isinstance(one, Killed) else one
-                        for (name, _, _), one in zip(part, found_apart, strict=True)
-                    ]
-                else:
-                    decoded = list(pool.map(partial(_decoded, self.working_image), part))
-                images = [image for _, image, _ in decoded if image is not None]
-                found = iter(self.probabilities(np.stack(images)) if images else ())
-                for name, image, reason in decoded:
-                    yield Answer(name, None if image is None else next(found), reason)
-
-
-def _working_image(image: dict[str, Any], data: bytes, most_pixels: int | None = None) -> np.ndarray:
-    limit = min(image["max_pixels"], most_pixels or image["max_pixels"])
-    return np.array(decode(data, image["size"], image["fit"], limit))  # torch asks for one that may be written to
-
-
-def _decoded(
-    working_image: Callable[[bytes], np.ndarray], picture: tuple[str, bytes | None, str]
-) -> tuple[str, np.ndarray | None, str]:
-    name, data, reason = picture
-    if data is None:
-        return name, None, reason
-    try:
-        return name, working_image(data), ""
-    except DataError as error:
-        return name, None, str(error)
+        for part in _together(pictures, self.most_together):
+            cores = num_cores()
+            files = _chunks((data or b"" for _, data, _ in part), max(1, len(part) // (4 * cores)))
+            made = [image for _, some in many_apart(self._decode, files, cores) for image in some]
+            images = [image for image in made if not isinstance(image, str)]
+            found = iter(self.probabilities(np.stack(images)) if images else ())
+            for (name, _, reason), image in zip(part, made, strict=True):
+                yield Answer(name, None, reason or image) if isinstance(image, str) else Answer(name, next(found))
 
 
 def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> list[Unit]:
@@ -204,8 +185,8 @@ class _PredictActor:
         from raydistill.infra.restarts import trying
 
         units = [tuple(unit) for unit in json.loads(str(batch["units"][0]))]
-        with trying(self._tries, f"{len(units)} pictures, {written(units[0][0])} the first") as times:
-            answers = list(self._predictor.answer(units, is_apart=times > 1))
+        with trying(self._tries, f"{len(units)} pictures, {written(units[0][0])} the first"):
+            answers = list(self._predictor.answer(units))
         nothing: list[float] = []
         return pa.table(
             {

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -66,17 +66,6 @@ def press(number: int) -> None:
 def pressed() -> bool:
     """Whether a signal has come."""
     return _signal is not None
-
-
-@contextlib.contextmanager
-def kept_from_children() -> Iterator[None]:
-    """Ctrl-C, which a terminal sends to all of a group, does not reach the processes that are started meanwhile, from
-    their first moment on. It reaches this one, in another of its threads."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def go_on_by(words: str) -> None:

@@ -5,35 +5,27 @@ The same functions decide that decide in `prepare`: what they refuse is refused 
 
 from __future__ import annotations
 
-import os
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
 from operator import itemgetter
 from posixpath import splitext
-from threading import Thread
 from typing import Literal
 
 from PIL import Image
 
 from raydistill.config import Images, RunConfig
-from raydistill.data.decode import NOTES, Facts, decode_with_facts
+from raydistill.data.chunks import Seen, looked_at
+from raydistill.data.decode import NOTES, Facts
 from raydistill.data.images import Entry, Listing, list_images
-from raydistill.data.likeness import contrast, difference_hash, near_pairs
-from raydistill.data.sample import sample_id
+from raydistill.data.likeness import near_pairs
 from raydistill.errors import DataError
-from raydistill.infra import interrupts
-from raydistill.infra.apart import KILLED, Killed, one_by_one
-from raydistill.infra.memory import limit_decoders
+from raydistill.infra.apart import Killed, begin, many_apart
 from raydistill.infra.plan import num_cores
 from raydistill.infra.progress import Progress
 from raydistill.stages.prepare import (
-    Chunk,
     Decoded,
     chunks,
     draw_labelled,
@@ -41,13 +33,11 @@ from raydistill.stages.prepare import (
     entry_name,
     fewer_unlabelled,
     lacking_classes,
-    read_chunk,
     refuse_too_many_bad,
     without_duplicates,
 )
 
 EXAMPLES = 5
-_MANY = 2000  # images for which processes are worth their start
 # Formats that Pillow names apart and the names of files do not: phones write MPO into .jpg.
 _ALIKE = {"MPO": "JPEG", "DIB": "BMP", "BMP": "DIB"}
 # Bits of 256 that two pictures of the same thing may differ in; brightness below whose spread a picture shows nothing;
@@ -93,6 +83,7 @@ class Look:
 def check_images(config: RunConfig, progress: Progress, strict: bool = False) -> Checkup:
     """Look at every image. `strict`: the first that cannot be used ends the look. An interruption ends it too: what was
     seen by then is in the checkup, which says so."""
+    begin(looked_at, num_cores())
     try:
         listing = list_images(config.images)
     except DataError as error:
@@ -120,95 +111,12 @@ def check_images(config: RunConfig, progress: Progress, strict: bool = False) ->
 
 
 def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
-    """In the entries' order, as many at once as there are cores; what is held does not grow with their number. Where
-    a process dies, what was begun is looked at one by one, so that the image that kills it is refused."""
-    limit_decoders()
-    start: Callable[[], Executor] = partial(ThreadPoolExecutor, num_cores())
-    if len(entries) >= _MANY:  # threads wait for each other's Python, which shows where pictures are small
-        start = partial(ProcessPoolExecutor, num_cores(), get_context("spawn"), _begin_process)
-    pool, left, losses = start(), chunks(entries, images), 0
-    begun = deque[Chunk]()
-    waiting = deque[Future[list[_Seen]]]()
-    try:
-        while True:
-            try:
-                for chunk in left:
-                    begun.append(chunk)
-                    with interrupts.kept_from_children():  # the first one starts the processes
-                        waiting.append(pool.submit(_look_at_chunk, chunk, images))
-                    if len(waiting) > 2 * num_cores():
-                        yield from _looks(waiting.popleft().result(), entries)
-                        begun.popleft()
-                while waiting:
-                    yield from _looks(waiting.popleft().result(), entries)
-                    begun.popleft()
-                return
-            except BrokenProcessPool:
-                seen = _seen_apart([place for chunk in begun for place in chunk], images)
-                losses = 0 if any(reason.startswith(KILLED) for _, _, reason, *_ in seen) else losses + 1
-                if losses > 1:
-                    raise DataError(
-                        "a process that looked at the images has died, and the next as well, of none of the images; if "
-                        "the machine ran out of memory, free some"
-                    ) from None
-                yield from _looks(seen, entries)
-                begun.clear()
-                waiting.clear()
-                pool.shutdown()
-                pool = start()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        del pool  # with its semaphores, which an exception's traceback would keep to the end
-
-
-def _seen_apart(places: Chunk, images: Images) -> list[_Seen]:
-    found = one_by_one(partial(_look_at_one, images=images), places)
-    return [
-        _look(index, None, seen, images) if isinstance(seen, Killed) else seen
-        for (index, _, _), seen in zip(places, found, strict=True)
-    ]
-
-
-def _look_at_one(place: tuple[int, str, int | None], images: Images) -> _Seen:
-    (seen,) = _look_at_chunk([place], images)
-    return seen
-
-
-def _begin_process() -> None:
-    """A command that was killed leaves no process behind."""
-    limit_decoders()
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-# Index, id, reason, facts, hash, contrast: what goes from a process to the next is kept small.
-_Seen = tuple[int, str, str, Facts | None, bytes, float]
-
-
-def _looks(seen: list[_Seen], entries: Sequence[Entry]) -> Iterator[Look]:
-    for index, identity, reason, facts, own_hash, own_contrast in seen:
-        yield Look(Decoded(entries[index], identity, reason), facts, own_hash, own_contrast)
-
-
-def _look_at_chunk(chunk: Chunk, images: Images) -> list[_Seen]:
-    return [_look(index, data, reason, images) for index, data, reason in read_chunk(chunk, images)]
-
-
-def _look(index: int, data: bytes | None, reason: str, images: Images) -> _Seen:
-    if data is None:
-        return index, "", reason, None, b"", 0.0
-    try:
-        picture, facts = decode_with_facts(data, images.size, images.fit, images.max_pixels)
-    except DataError as error:
-        return index, "", str(error), None, b"", 0.0
-    grey = picture.convert("L")
-    return index, sample_id(data), "", facts, difference_hash(grey), contrast(grey)
+    """In the entries' order, as many at once as there are cores; what is held does not grow with their number."""
+    with closing(many_apart(partial(looked_at, images=images), chunks(entries, images), num_cores())) as every:
+        for chunk, found in every:
+            for (index, _, _), seen in zip(chunk, found, strict=True):
+                told = Seen(seen) if isinstance(seen, Killed) else seen
+                yield Look(Decoded(entries[index], told.id, told.reason), told.facts, told.hash, told.contrast)
 
 
 def _judge(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import jinja2
+from PIL import Image
 from rich.table import Table
 
 from raydistill.config import Images, RunConfig
-from raydistill.data.decode import decode
+from raydistill.data.chunks import decoded_rows
+from raydistill.data.decode import pixels
 from raydistill.data.images import Entry, list_images
-from raydistill.data.reading import read_pictures
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import ConfigError
+from raydistill.infra.apart import Killed, apart
 from raydistill.secrets import on_page, redacted_tree
 from raydistill.stages.check import Checkup
 from raydistill.stages.prepare import entry_name
@@ -79,10 +81,11 @@ def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[s
         entry = entries.get(name) or entries.get(name.rpartition(" is ")[0])
         if entry is None:
             continue
-        for _, data, _ in read_pictures([(entry.path, entry.row)], images.max_bytes, images.path):
-            with contextlib.suppress(DataError):
-                picture, sink = decode(data or b"", _THUMBNAIL, "pad", images.max_pixels), io.BytesIO()
-                picture.save(sink, "JPEG", quality=80)
+        small = images.model_copy(update={"size": _THUMBNAIL, "fit": "pad"})
+        for one in apart(partial(decoded_rows, images=small), [(0, entry.path, entry.row)]):
+            if not isinstance(one, Killed) and one["image"]:
+                sink = io.BytesIO()
+                Image.fromarray(pixels(one["image"])).save(sink, "JPEG", quality=80)
                 found.append("data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode())
     return found
 

@@ -8,22 +8,26 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from rich.table import Table
 
 from raydistill.config import RunConfig, Teacher
-from raydistill.data.decode import decode
+from raydistill.data.chunks import decoded_rows
+from raydistill.data.decode import pixels
 from raydistill.data.images import Entry, list_images
 from raydistill.data.sample import seeded_rank
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import ConfigError, DataError
+from raydistill.infra.apart import Killed, many_apart
+from raydistill.infra.plan import num_cores
 from raydistill.infra.progress import Progress
 from raydistill.models.student import build_student
 from raydistill.models.teacher import TeacherBackbone, load_teacher, match_native_head
 from raydistill.stages.adapt import fit_linear_probe
-from raydistill.stages.prepare import chunks, read_chunk
+from raydistill.stages.prepare import chunks
 
 # Images that are looked at: three parts for the quick probe, one for its accuracy.
 _MOST_IMAGES, _BATCH, _TOLERANCE = 800, 32, 1e-3
@@ -82,16 +86,12 @@ def _decode(config: RunConfig, entries: list[Entry], classes: Sequence[str]) -> 
     """(N, H, H, 3) uint8 and (N,) class numbers of those that can be read. Raises DataError where none can."""
     entries, images, labels = sorted(entries, key=lambda e: (e.path, e.row or 0)), [], []
     settings = config.images
-    for chunk in chunks(entries, settings):
-        for index, data, _ in read_chunk(chunk, settings):
-            label = entries[index].label
-            try:
-                picture = decode(data or b"", settings.size, settings.fit, settings.max_pixels)
-            except DataError:
-                continue  # `check` has named it
-            if label is not None:
-                images.append(np.asarray(picture))
-                labels.append(classes.index(label))
+    work = partial(decoded_rows, images=settings)
+    for _, found in many_apart(work, chunks(entries, settings), num_cores()):
+        for one in found:
+            if not isinstance(one, Killed) and one["image"]:  # of the others `check` has said why
+                images.append(pixels(one["image"]))
+                labels.append(classes.index(str(entries[one["index"]].label)))
     if not images:
         raise DataError(f"images.path={settings.path}: not one labelled train image can be read")
     return np.stack(images), np.array(labels)

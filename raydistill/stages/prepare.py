@@ -12,6 +12,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,13 @@ import ray
 from pyarrow import parquet as pq
 
 from raydistill.config import SHARD_BYTES, Images, RunConfig
-from raydistill.data.decode import decode, encode
+from raydistill.data.chunks import Place, decoded_rows, row_of
 from raydistill.data.images import Entry, Listing
-from raydistill.data.reading import UNREADABLE, read_pictures
-from raydistill.data.sample import SPLITS, SampleSet, encode_shard, sample_id, seeded_rank, shard_name
+from raydistill.data.reading import UNREADABLE
+from raydistill.data.sample import SPLITS, SampleSet, encode_shard, seeded_rank, shard_name
 from raydistill.errors import DataError
-from raydistill.infra.apart import Killed, one_by_one
+from raydistill.infra.apart import Killed, apart
 from raydistill.infra.artifacts import StageDirectory, decoded_directory, free_bytes, refuse_small_disk
-from raydistill.infra.memory import limit_decoders
 from raydistill.infra.plan import Plan
 from raydistill.infra.progress import Progress
 from raydistill.infra.restarts import new_tries, trying
@@ -39,7 +39,7 @@ from raydistill.strangers import written
 # Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
 _TRIED = 32  # decoded to tell how large all will be
-Chunk = list[tuple[int, str, int | None]]  # of entries the index, path and row
+Chunk = list[Place]
 
 _DECODED = pa.schema(
     [
@@ -122,9 +122,8 @@ def _refuse_small_disk(config: RunConfig, listing: Listing, together: Mapping[st
     entries, images = listing.entries, config.images
     if 2 * len(entries) * images.size**2 * 3 <= free_bytes(config):
         return
-    decoder, step = _DecodeChunk(images), max(len(entries) // _TRIED, 1)
-    some = [(number, entry.path, entry.row) for number, entry in enumerate(entries)][::step]
-    sizes = [len(decoder.row(*read)["image"]) for one in some for read in read_chunk([one], images)]
+    some = entries[:: max(len(entries) // _TRIED, 1)]
+    sizes = [len(found["image"]) for chunk in chunks(some, images) for found in _rows_apart(chunk, images)]
     count = len(entries) + sum(len(chunk) for file, chunk in together.items() if not exists(file))
     what = f"prepare: {len(entries):,} images of {images.size} pixels, decoded and then in shards,"
     refuse_small_disk(config, what, count * sum(sizes) / len(sizes), "lower images.size, choose another workspace")
@@ -150,48 +149,27 @@ class _DecodeChunk:
         self._images, self._tries = images, tries
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        limit_decoders()
         file, chunk = str(batch["file"][0]), json.loads(str(batch["chunk"][0]))
         if exists(file):
             known = _read_decoded(file, ["index", "sample_id", "reason"])
             is_whole = sorted(values(known["index"])) == [index for index, _, _ in chunk]
             if is_whole and not any(reason.startswith(UNREADABLE) for reason in values(known["reason"])):
                 return known
-        with trying(self._tries, f"{len(chunk)} images, {written(chunk[0][1])} the first") as times:
-            if times == 1:
-                rows = [self.row(*item) for item in read_chunk(chunk, self._images)]
-            else:  # one of them may have killed the process
-                found = one_by_one(_DecodeChunk(self._images).row_of, chunk)
-                rows = [
-                    self.row(index, None, row) if isinstance(row, Killed) else row
-                    for (index, _, _), row in zip(chunk, found, strict=True)
-                ]
+        with trying(self._tries, f"{len(chunk)} images, {written(chunk[0][1])} the first"):
+            rows = _rows_apart(chunk, self._images)
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="none", use_dictionary=False)  # PNGs are compressed
         write_bytes(file, sink.getvalue().to_pybytes())
         return table.drop_columns(["image"])
 
-    def row_of(self, place: tuple[int, str, int | None]) -> dict[str, Any]:
-        (read,) = read_chunk([place], self._images)
-        return self.row(*read)
 
-    def row(self, index: int, data: bytes | None, reason: str) -> dict[str, Any]:
-        """The decoded image, or the reason why there is none."""
-        images, identity, image = self._images, "", b""
-        if data is not None:
-            try:
-                image = encode(decode(data, images.size, images.fit, images.max_pixels))
-                identity = sample_id(data)
-            except DataError as error:
-                reason = str(error)
-        return {"index": index, "sample_id": identity, "image": image, "reason": reason}
-
-
-def read_chunk(chunk: Chunk, images: Images) -> Iterator[tuple[int, bytes | None, str]]:
-    """Index and bytes of each, or None and the reason."""
-    for number, data, reason in read_pictures([(path, row) for _, path, row in chunk], images.max_bytes, images.path):
-        yield chunk[number][0], data, reason
+def _rows_apart(chunk: Chunk, images: Images) -> list[dict[str, Any]]:
+    found = apart(partial(decoded_rows, images=images), chunk)
+    return [
+        row_of(place[0], reason=one) if isinstance(one, Killed) else one
+        for place, one in zip(chunk, found, strict=True)
+    ]
 
 
 def refuse_too_many_bad(images: Images, bad: Sequence[Decoded], seen: int, total: int) -> None:

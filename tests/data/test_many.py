@@ -19,10 +19,11 @@ from PIL import Image
 from pyarrow import parquet as pq
 
 from raydistill.config import Images, load_config
+from raydistill.data.chunks import read_chunk
 from raydistill.data.images import list_images
 from raydistill.data.many import count_rows, list_rows, read_rows
 from raydistill.errors import DataError
-from raydistill.stages.prepare import chunks, read_chunk
+from raydistill.stages.prepare import chunks
 from raydistill.storage.filesystems import write_bytes
 
 

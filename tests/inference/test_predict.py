@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageOps
+from starlette.testclient import TestClient
 
 from raydistill.data.decode import decode, encode, pixels
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
@@ -34,6 +36,8 @@ from raydistill.inference.predict import (
     without_first,
     write_answers,
 )
+from raydistill.inference.serve import make_app
+from raydistill.infra.apart import end_all
 from raydistill.models.formats import network_inputs
 from raydistill.models.student import read_student
 from tests.stages.conftest import CLASSES, SIZE, painted
@@ -198,21 +202,22 @@ def test_what_was_answered_before_the_end_is_written_and_the_rest_can_follow(
     result, _ = exported(formats=["onnx"])
     whole, part, rest = (tmp_path / f"{name}{suffix}" for name in ("whole", "part", "rest"))
     predict_command(result.path, [str(pictures)], str(whole), 1, "onnx", None)
-    load = Predictor.working_image
+    load, asked = Predictor.probabilities, list[int]()
 
-    def ends(predictor: Predictor, data: bytes) -> np.ndarray:
-        if data == (pictures / "hidden.png").read_bytes():
+    def ends(predictor: Predictor, images_BHH3: np.ndarray) -> np.ndarray:
+        asked.append(len(images_BHH3))
+        if len(asked) > 1:
             raise end
-        return load(predictor, data)
+        return load(predictor, images_BHH3)
 
-    monkeypatch.setattr(Predictor, "working_image", ends)
+    monkeypatch.setattr(Predictor, "probabilities", ends)
     monkeypatch.setattr("raydistill.inference.predict._TOGETHER", 4)
     with pytest.raises(end):
         predict_command(result.path, [str(pictures)], str(part), 1, "onnx", None)
     said = capsys.readouterr().err
     assert f"4 of 11 pictures are answered, in {part}" in said
     skip = int(said.partition("--skip ")[2].split()[0])
-    monkeypatch.setattr(Predictor, "working_image", load)
+    monkeypatch.setattr(Predictor, "probabilities", load)
     predict_command(result.path, [str(pictures)], str(rest), 1, "onnx", None, skip)
     assert read_out(part) + read_out(rest) == read_out(whole)
     assert not list(tmp_path.glob("*.tmp"))
@@ -283,28 +288,41 @@ def test_actors_give_the_same_answers_in_the_same_order(exported, pictures, tmp_
             np.testing.assert_allclose(one.probabilities_C, other.probabilities_C, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_a_picture_that_kills_its_process_takes_no_other_along(exported, pictures, tmp_path, monkeypatch):
-    """As an actor answers what its forerunner died of."""
-    result, _ = exported(formats=["onnx"])
-    predictor, units = Predictor(result.path), find_units([str(pictures)])
-    sound = {answer.name: answer for answer in predictor.answer(units)}
-    (tmp_path / "sitecustomize.py").write_text(
+@pytest.fixture
+def deadly(tmp_path, monkeypatch) -> Iterator[None]:
+    """A decoder with a fault, which a picture of `segfault` inside sets off."""
+    (tmp_path / "fault").mkdir()
+    (tmp_path / "fault" / "sitecustomize.py").write_text(
         "import os, signal\nfrom PIL import Image\nsoundly = Image.open\n"
         "def dies(file, **options):\n"
         "    if b'segfault' in file.getvalue(): os.kill(os.getpid(), signal.SIGSEGV)\n"
         "    return soundly(file, **options)\n"
         "Image.open = dies\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fault"), prepend=os.pathsep)
+    end_all()
+    yield
+    end_all()
+
+
+def test_a_picture_that_kills_its_process_takes_no_other_along(exported, pictures, deadly):
+    result, _ = exported(formats=["onnx"])
+    predictor, units = Predictor(result.path), find_units([str(pictures)])
+    sound = {answer.name: answer for answer in predictor.answer(units)}
     bad = pictures / "1.JPG"
     bad.write_bytes(bad.read_bytes() + b"segfault")
-    for answer in predictor.answer(units, is_apart=True):
+    for answer in predictor.answer(units):
         if answer.name == str(bad):
             assert answer.error == "kills the process that decodes it, twice, by SIGSEGV"
         else:
             assert answer.error == sound[answer.name].error
             np.testing.assert_array_equal(answer.probabilities_C, sound[answer.name].probabilities_C)
+    app = make_app(predictor, "a student", 10**6, 10**6, 0.0, {"testserver"})
+    with TestClient(app) as client, ThreadPoolExecutor(4) as pool:
+        files = [bad.read_bytes(), (pictures / "hidden.png").read_bytes()] * 3
+        replies = list(pool.map(lambda data: client.post("/predict", content=data), files))
+    assert [reply.status_code for reply in replies] == [422, 200] * 3
+    assert replies[0].json() == {"error": "kills the process that decodes it, twice, by SIGSEGV"}
 
 
 def test_works_in_another_folder_with_the_data_gone(exported, pictures, tmp_path, monkeypatch, capsys):

@@ -1,46 +1,105 @@
-"""What kills its process is known by name, and a process that somebody else killed costs nothing."""
+"""What kills its process is known by name, a process that somebody else killed costs nothing, and none is left over."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from raydistill.errors import StageError
-from raydistill.infra.apart import Killed, one_by_one
+from raydistill.infra.apart import Killed, apart, many_apart
 
 
-def square(item: int, *, dies: dict[int, int], once: str = "", ends: int | None = None) -> int:
+def squares(
+    items: Sequence[int], *, dies: dict[int, int] | None = None, once: str = "", ends: int | None = None
+) -> Iterator[int]:
     """Here by name, since it is pickled. `once`: a file that says that it has died already."""
-    if item == ends:
-        os._exit(3)
-    if item in dies and not (once and Path(once).exists()):
-        if once:
-            Path(once).touch()
-        os.kill(os.getpid(), dies[item])
-    if item < 0:
-        raise ValueError(f"{item} is negative")
-    return item * item
+    for item in items:
+        if item == ends:
+            os._exit(3)
+        if dies and item in dies and not (once and Path(once).exists()):
+            if once:
+                Path(once).touch()
+            os.kill(os.getpid(), dies[item])
+        if item < 0:
+            raise ValueError(f"{item} is negative")
+        yield item * item
+
+
+def pids(items: Sequence[float]) -> Iterator[int]:
+    for item in items:
+        time.sleep(item)
+        yield os.getpid()
 
 
 def test_of_many_those_that_kill_are_named_and_the_others_have_results():
-    dies = {1: signal.SIGSEGV, 2: signal.SIGABRT, 4: signal.SIGKILL}
-    found = list(one_by_one(partial(square, dies=dies), range(6)))
+    dies: dict[int, int] = {1: signal.SIGSEGV, 2: signal.SIGABRT, 4: signal.SIGKILL}
+    found = apart(partial(squares, dies=dies), range(6))
     assert [None if isinstance(one, Killed) else one for one in found] == [0, None, None, 9, None, 25]
     assert ["SIGSEGV" in found[1], "SIGABRT" in found[2], "SIGKILL; memory may" in found[4]] == [True] * 3
 
 
 def test_what_was_killed_once_by_somebody_else_has_its_result(tmp_path):
-    work = partial(square, dies={1: signal.SIGKILL, 2: signal.SIGSEGV}, once=str(tmp_path / "once"))
-    assert list(one_by_one(work, [0, 1, 2])) == [0, 1, 4]
+    for items in ([0, 1, 2], [1]):
+        work = partial(squares, dies={1: signal.SIGKILL}, once=str(tmp_path / f"once{len(items)}"))
+        assert apart(work, items) == [item * item for item in items]
+    (idle,) = set(apart(pids, [0]))
+    os.kill(idle, signal.SIGKILL)
+    assert apart(pids, [0, 0])[0] != idle
 
 
 def test_other_ends_and_exceptions_are_no_killers():
-    with pytest.raises(StageError, match="at work on 1 ended with 3"):
-        list(one_by_one(partial(square, dies={}, ends=1), [0, 1]))
+    with pytest.raises(StageError, match="at work on 2 items, 0 the first, ended with 3"):
+        apart(partial(squares, ends=1), [0, 1])
     with pytest.raises(ValueError, match="-2 is negative"):
-        list(one_by_one(partial(square, dies={}), [1, -2]))
-    assert list(one_by_one(partial(square, dies={}), [])) == []
+        apart(squares, [1, -2])
+    assert apart(squares, []) == []
+    assert apart(squares, [3]) == [9], "the process whose work went wrong has the next"
+
+
+def test_processes_outlive_their_work_and_parts_come_in_order():
+    parts = [[k, k + 1] for k in range(0, 40, 2)]
+    assert list(many_apart(squares, parts, 3)) == [(part, [k * k for k in part]) for part in parts]
+    used = {pid for _, found in many_apart(pids, [[0.0]] * 20, 2) for pid in found}
+    assert used & {pid for _, found in many_apart(pids, [[0.0]] * 20, 2) for pid in found}
+    assert len(used) <= 3
+
+
+def test_work_that_is_left_is_ended():
+    began, many = time.monotonic(), many_apart(pids, [[0.0], [60.0], [60.0], [60.0]], 2)
+    next(many)
+    many.close()
+    assert time.monotonic() - began < 10
+    assert not [one for one in psutil.Process().children() if "raydistill.infra.apart" in " ".join(one.cmdline())]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)])
+def test_processes_at_work_end_with_their_command(number, code):
+    script = """if True:
+        import time
+        from raydistill.infra import interrupts
+        from raydistill.infra.apart import many_apart
+        from tests.infra.test_apart import pids
+        interrupts.begin()
+        try:
+            for _, found in many_apart(pids, [[0.0], [0.0], [0.0], [60.0], [60.0], [60.0]], 2):
+                print(*found, flush=True)
+        finally:
+            interrupts.leave(0)
+    """
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        command.stdout.readline()
+        children = psutil.Process(command.pid).children()
+        assert children
+        command.send_signal(number)
+        assert command.wait(timeout=15) == code
+        assert not psutil.wait_procs(children, timeout=10)[1]

@@ -118,15 +118,6 @@ def test_a_signal_while_the_process_leaves_is_not_taken_for_success() -> None:
     assert (code, said) == (130, "interrupted (SIGINT); nothing was written\n")
 
 
-def test_ctrl_c_is_for_the_command_and_not_for_its_processes_that_are_still_starting() -> None:
-    starts = "    with interrupts.kept_from_children():\n        subprocess.Popen([sys.executable, '-c', child])\n"
-    child = "print('starts', flush=True); import time; time.sleep(60)"
-    command = Command("-c", f"{BEGIN}child = {child!r}\ntry:\n{starts}    time.sleep(60)\n{LEAVE}")
-    command.wait_for_line("starts")
-    command.press(signal.SIGINT)
-    assert command.end(10) == (130, "interrupted (SIGINT); nothing was written\n")
-
-
 def test_what_nohup_ignores_stays_ignored() -> None:
     goes_on = "print('runs', flush=True)\nos.kill(os.getpid(), signal.SIGHUP)\ninterrupts.leave(0)\n"
     ignores = f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{BEGIN}"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -23,12 +20,12 @@ from typer.testing import CliRunner
 from raydistill.cli import app
 from raydistill.config import load_config
 from raydistill.data.images import list_images
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import ConfigError
+from raydistill.infra.apart import end_all
 from raydistill.stages import check as checks
 from raydistill.stages.check import Checkup, Finding, check_images
 from raydistill.stages.check_page import findings_table, write_checkup
 from raydistill.stages.check_teacher import check_teachers
-from tests.processes import wait_for
 from tests.stages.conftest import painted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -304,36 +301,6 @@ def test_a_teacher_of_chance_or_without_numbers_is_found_out(monkeypatch, folder
 
 
 @pytest.fixture
-def in_processes(folder, monkeypatch) -> Path:
-    """A hundred files to each class, looked at by processes as large sets are."""
-    for name in ("cat", "dog", "owl"):
-        for k in range(20, 100):
-            (folder / name / f"{k}.png").write_bytes((folder / name / f"{k % 20:02d}.png").read_bytes() + bytes([k]))
-    (folder / "owl" / "07.png").write_bytes(b"no picture")
-    monkeypatch.setattr(checks, "_MANY", 1)
-    return folder
-
-
-def test_processes_find_what_threads_find(check, in_processes, monkeypatch):
-    found_by_processes = check()
-    monkeypatch.setattr(checks, "_MANY", 1000)
-    assert check() == found_by_processes
-    assert sum(found_by_processes.counts["train"].values()) > 200
-
-
-def test_processes_end_with_the_first_bad_file_of_a_strict_look(check, in_processes):
-    strict = check(strict=True)
-    assert [(f.what, f.count) for f in strict.findings] == [("not an image", 1)]
-    assert not multiprocessing.active_children()
-
-
-def test_a_process_that_dies_is_an_error_and_no_end_of_waiting(check, in_processes, monkeypatch):
-    monkeypatch.setattr(checks, "_begin_process", functools.partial(os._exit, 1))
-    with pytest.raises(DataError, match="a process that looked at the images has died"):
-        check()
-
-
-@pytest.fixture
 def deadly(tmp_path) -> Path:
     """To be put on PYTHONPATH: a decoder with a fault, which a picture of `segfault` inside sets off; one of `killed`
     is killed the first time."""
@@ -355,56 +322,37 @@ def deadly(tmp_path) -> Path:
     return tmp_path / "fault"
 
 
-@pytest.mark.slow
-def test_an_image_that_kills_its_process_is_refused_by_name(check, in_processes, deadly, monkeypatch):
-    sound = check()
+@pytest.fixture
+def two_bad(folder, deadly, monkeypatch) -> Iterator[Path]:
+    """One picture that kills whatever decodes it, and one whose process somebody else kills."""
+    (folder / "dog" / "03.png").write_bytes((folder / "dog" / "03.png").read_bytes() + b"segfault")
+    (folder / "cat" / "05.png").write_bytes((folder / "cat" / "05.png").read_bytes() + b"killed")
     monkeypatch.setenv("PYTHONPATH", str(deadly), prepend=os.pathsep)
-    bad = in_processes / "dog" / "33.png"
-    bad.write_bytes(bad.read_bytes() + b"segfault")
-    other = in_processes / "cat" / "50.png"
-    other.write_bytes(other.read_bytes() + b"killed")
+    end_all()
+    yield folder
+    end_all()
+
+
+def test_an_image_that_kills_its_process_is_refused_by_name(check, two_bad, tmp_path):
     checkup = check()
     (finding,) = [finding for finding in checkup.findings if "kills" in finding.what]
     assert finding.count == 1
-    assert "33.png: kills the process that decodes it, twice, by SIGSEGV" in finding.examples[0]
-    used, before = (sum(sum(of.values()) for of in one.counts.values()) for one in (checkup, sound))
-    assert used == before - 1
+    assert "03.png: kills the process that decodes it, twice, by SIGSEGV" in finding.examples[0]
+    assert sum(sum(of.values()) for of in checkup.counts.values()) == 59
+    write_checkup(load_config([f"images.path={two_bad}"]), checkup, str(tmp_path / "page.html"))
 
 
 @pytest.mark.slow
-def test_a_run_refuses_what_kills_its_workers(in_processes, deadly, tmp_path):
-    """In Ray's tasks, which repeat what their process died of."""
-    bad, other = in_processes / "dog" / "33.png", in_processes / "cat" / "50.png"
-    bad.write_bytes(bad.read_bytes() + b"segfault")
-    other.write_bytes(other.read_bytes() + b"killed")
-    environment = {**os.environ, "PYTHONPATH": f"{deadly}{os.pathsep}{os.environ.get('PYTHONPATH', os.getcwd())}"}
+def test_a_run_refuses_what_kills_its_workers(two_bad, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "raydistill", "prepare", f"images.path={in_processes}", "images.size=32",
-         f"workspace={tmp_path / 'runs'}"], env=environment, capture_output=True, text=True, timeout=250,
+        [sys.executable, "-m", "raydistill", "prepare", f"images.path={two_bad}", "images.size=32",
+         f"workspace={tmp_path / 'runs'}"], capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (refused,) = (tmp_path / "runs").glob("prepare-*/refused.json")
-    reasons = {Path(row["path"]).name: row["reason"] for row in json.loads(refused.read_text())}
-    assert reasons["33.png"] == "kills the process that decodes it, twice, by SIGSEGV"
-    assert not [name for name, reason in reasons.items() if "kills" in reason and name != "33.png"]
-    assert "50.png" not in reasons or "copy" in reasons["50.png"]
-
-
-def test_processes_end_with_a_command_that_is_killed(in_processes, tmp_path):
-    words = "from raydistill.stages import check; check._MANY = 1; from raydistill.cli import main; main()"
-    (tmp_path / "doctor.py").write_text(f"if __name__ == '__main__':\n    {words}\n")
-    noise(np.random.default_rng(0), size=400).save(tmp_path / "large.png")
-    for k in range(600):  # so many that it is at work when it is killed
-        (in_processes / "cat" / f"large{k}.png").write_bytes((tmp_path / "large.png").read_bytes() + b"%d" % k)
-    command = subprocess.Popen(
-        [sys.executable, tmp_path / "doctor.py", "check", f"images.path={in_processes}"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wait_for(lambda: len(psutil.Process(command.pid).children()) > 2, 60)  # two of them, and multiprocessing's tracker
-    left = psutil.Process(command.pid).children()
-    command.kill()
-    _, alive = psutil.wait_procs(left, timeout=20)
-    assert not alive
+    (row,) = json.loads(refused.read_text())
+    assert row["path"].endswith("dog/03.png")
+    assert row["reason"] == "kills the process that decodes it, twice, by SIGSEGV"
 
 
 def test_examples_of_near_copies_are_of_different_pictures(check, folder):
