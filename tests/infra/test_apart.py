@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -11,11 +13,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image, features
 
+from raydistill.data.decode import working_images
 from raydistill.errors import StageError
-from raydistill.infra.apart import Killed, apart, many_apart
+from raydistill.infra.apart import Killed, apart, end_all, many_apart
 
 
 def squares(
@@ -103,3 +108,20 @@ def test_processes_at_work_end_with_their_command(number, code):
         command.send_signal(number)
         assert command.wait(timeout=15) == code
         assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not features.check("avif") or (os.cpu_count() or 1) > 4,
+    reason="no AVIF, no limit of this kind, or so many cores that their stacks alone are larger than the picture",
+)
+def test_an_avif_larger_than_its_header_says_finds_no_memory():
+    rng, sink = np.random.default_rng(0), io.BytesIO()
+    whole = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((5_000, 4_000))
+    whole.save(sink, "AVIF", speed=10, quality=20)
+    data = sink.getvalue()
+    size = data.index(b"ispe") + 8
+    false = data[:size] + struct.pack(">II", 64, 64) + data[size + 8 :]
+    end_all()  # what another picture has left behind may be used
+    bad, good = apart(partial(working_images, size=32, fit="crop", max_pixels=10**8), [false, data])
+    assert np.abs(good.astype(int) - np.asarray(whole.resize((32, 32), box=(500, 0, 4500, 4000)))).mean() < 10
+    assert "cannot be decoded" in bad
