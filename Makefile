@@ -23,6 +23,7 @@ lint: $(VENV)/dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry raydistill
 
 format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .

@@ -27,11 +27,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from raydistill.cluster.plan import num_cores
 from raydistill.config import load_config
 from raydistill.data.decode import decode
-from raydistill.infra.plan import num_cores
-from raydistill.infra.progress import Progress
-from raydistill.stages.check import check_images
+from raydistill.doctor.images import check_images
+from raydistill.runtime.progress import Progress
 
 STDOUT = Path("-")
 CLASSES, DISTINCT, SIDE, SIZE = ("ant", "bee", "cow", "dog"), 500, 256, 128

@@ -26,11 +26,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from raydistill.cluster.plan import local_plan
+from raydistill.cluster.session import ray_cluster
 from raydistill.config import load_config
-from raydistill.infra.cluster import ray_cluster
-from raydistill.infra.plan import local_plan
-from raydistill.infra.progress import Progress
-from raydistill.stages.run import run_stages
+from raydistill.run import run_stages
+from raydistill.runtime.progress import Progress
 
 STDOUT = Path("-")
 THREADS = len(os.sched_getaffinity(0))

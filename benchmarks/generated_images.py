@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from raydistill.cluster.session import ray_cluster
 from raydistill.config import RunConfig, load_config
-from raydistill.infra.cluster import ray_cluster
-from raydistill.infra.progress import Progress
+from raydistill.pages.summary import recall_deltas
+from raydistill.results import Report
+from raydistill.run import run_stages
+from raydistill.runtime.progress import Progress
 from raydistill.search.significance import accuracy_interval, align, difference, read_answers
-from raydistill.stages.evaluate import Report
-from raydistill.stages.run import run_stages
-from raydistill.stages.summary import recall_deltas
 
 JOBS = Path(__file__).parents[1] / "jobs"
 STEPS, RATIOS = 300, (1, 2, 4)

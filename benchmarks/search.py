@@ -26,15 +26,15 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from benchmarks.throughput import THREADS, bare_step, distill_job, job_config
+from raydistill.cluster.session import ray_cluster
 from raydistill.config import overlay
-from raydistill.infra.cluster import ray_cluster
-from raydistill.infra.progress import Progress
-from raydistill.infra.workers import Worker
+from raydistill.engine.batches import DistillJob, read_batches
+from raydistill.engine.loop import Trainee
+from raydistill.engine.workers import Worker
 from raydistill.models.student import split_logits
+from raydistill.run import run_stages
+from raydistill.runtime.progress import Progress
 from raydistill.search.tune import tune_job
-from raydistill.stages.batches import DistillJob, read_batches
-from raydistill.stages.loop import Trainee
-from raydistill.stages.run import run_stages
 
 STDOUT = Path("-")
 ROUNDS, TRIALS = 3, 5  # of a round's trials the first starts a process and does not count

@@ -29,19 +29,20 @@ from rich.console import Console
 from rich.table import Table
 from torch.optim import Optimizer
 
+from raydistill.cluster.session import ray_cluster
 from raydistill.config import RunConfig, load_config
 from raydistill.data.decode import encode, pixels
 from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
 from raydistill.data.targets import read_samples
 from raydistill.data.views import render, view_parameters
-from raydistill.infra.cluster import ray_cluster
-from raydistill.infra.progress import Progress
-from raydistill.infra.workers import Worker
+from raydistill.engine.batches import Batch, DistillJob, read_batches
+from raydistill.engine.loop import Trainee
+from raydistill.engine.workers import Worker
 from raydistill.losses.total import distillation_loss
 from raydistill.models.teacher import load_teacher
-from raydistill.stages.batches import Batch, DistillJob, read_batches
-from raydistill.stages.loop import Trainee
-from raydistill.stages.run import Outcome, run_stages
+from raydistill.results import Outcome
+from raydistill.run import run_stages
+from raydistill.runtime.progress import Progress
 
 STDOUT = Path("-")
 JOB = Path(__file__).parents[1] / "jobs" / "demo.yaml"
@@ -163,8 +164,8 @@ def streaming_peak(root: Path, copies: int) -> int:
     code = f"""
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
-from raydistill.infra.workers import Worker
-from raydistill.stages.batches import DistillJob, read_batches
+from raydistill.engine.workers import Worker
+from raydistill.engine.batches import DistillJob, read_batches
 samples = SampleSet({str(directory)!r}, ("a", "b"), 128, {splits}, 0, {{}}, "")
 config = RunConfig.model_validate({{"images": {{"path": "-"}}, "teacher": None, "distill": {{"cache": "stream"}},
     "loss": {{"kd_weight": 0, "alignment_weight": 0, "uniformity_weight": 0}}}})

@@ -4,7 +4,8 @@ import pickle
 
 import pytest
 
-from raydistill import cli, errors
+from raydistill import errors
+from raydistill.cli.main import _explain
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,6 @@ def test_an_error_of_which_ray_kept_the_text_alone_is_said_as_it_is(capsys):
         "ray::MapBatches()\n  File x\nraydistill.errors.CheckpointError: w/1.parquet is damaged (a); delete it\n\n"
         "The above exception was the direct cause of the following exception:\n\nUDF failed\nTo change retry attempts …"
     )
-    assert cli._explain(RuntimeError(text)) == errors.CheckpointError.exit_code
+    assert _explain(RuntimeError(text)) == errors.CheckpointError.exit_code
     assert capsys.readouterr().err == "error: w/1.parquet is damaged (a); delete it\n"
-    assert cli._explain(RuntimeError("something else")) == 1
+    assert _explain(RuntimeError("something else")) == 1

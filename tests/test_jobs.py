@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.cli import app
+from raydistill.cli.commands import app
 from raydistill.config import Loss, load_config, merged
 from raydistill.documents import read_mapping
 
@@ -69,7 +69,7 @@ def test_the_first_line_is_a_command_that_names_the_file(path: Path) -> None:
 
 
 def test_overlays_of_compare_are_those_of_the_files() -> None:
-    from raydistill.stages.baselines import OVERLAYS
+    from raydistill.config.baselines import OVERLAYS
 
     arms = {arm: overlay for arm, overlay in OVERLAYS.items() if arm != "job"}
     assert OVERLAYS["job"] == {}

@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from rich.table import Table
 
-from raydistill.infra.progress import Progress
+from raydistill.runtime.progress import Progress
 from raydistill.secrets import on_page
 from raydistill.strangers import (
     code_span,
@@ -208,7 +208,7 @@ def test_bash_gives_the_names_bytes_back():
 
 
 def test_what_is_logged_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
-    from raydistill.cli import _Plain
+    from raydistill.cli.main import _Plain
 
     record = logging.LogRecord("raydistill", logging.WARNING, "", 0, "%s is damaged", ("\x1b[2Jx\u202e",), None)
     assert _Plain("%(levelname)s %(message)s").format(record) == r"WARNING \x1b[2Jx\u202e is damaged"

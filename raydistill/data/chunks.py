@@ -10,8 +10,8 @@ from typing import Any
 from raydistill.config import Images
 from raydistill.data.decode import Facts, decode, decode_with_facts, encode, large_alone
 from raydistill.data.likeness import contrast, difference_hash
-from raydistill.data.reading import read_pictures
 from raydistill.data.sample import sample_id
+from raydistill.data.sources.reading import read_pictures
 from raydistill.errors import DataError
 
 Place = tuple[int, str, int | None]  # of an entry in its listing the index, path and row

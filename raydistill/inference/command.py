@@ -9,8 +9,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+from raydistill.cluster.plan import num_cores
+from raydistill.cluster.session import joined_cluster
 from raydistill.config import RunConfig
 from raydistill.data.decode import working_images
+from raydistill.data.isolation import begin
 from raydistill.errors import DataError
 from raydistill.inference.predict import (
     LARGE,
@@ -24,12 +27,9 @@ from raydistill.inference.predict import (
     without_first,
     write_answers,
 )
-from raydistill.infra import interrupts
-from raydistill.infra.apart import begin
-from raydistill.infra.cluster import joined_cluster
-from raydistill.infra.plan import num_cores
-from raydistill.infra.progress import Progress
 from raydistill.models.about import Engine, check_export
+from raydistill.runtime import interrupts
+from raydistill.runtime.progress import Progress
 from raydistill.strangers import one_line, plain_console
 
 

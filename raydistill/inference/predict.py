@@ -22,15 +22,15 @@ import torch
 from pyarrow import parquet as pq
 from scipy.special import softmax
 
+from raydistill.cluster.plan import num_cores
 from raydistill.data.decode import working_images
-from raydistill.data.images import is_hidden
-from raydistill.data.many import EXTENSIONS, SUFFIXES, count_rows
-from raydistill.data.reading import read_pictures
+from raydistill.data.isolation import apart, many_apart
+from raydistill.data.sources.containers import EXTENSIONS, SUFFIXES, count_rows
+from raydistill.data.sources.folders import files_below
+from raydistill.data.sources.listing import is_hidden
+from raydistill.data.sources.reading import read_pictures
 from raydistill.data.views import Preprocessing
-from raydistill.data.walk import files_below
 from raydistill.errors import ConfigError, DataError
-from raydistill.infra.apart import apart, many_apart
-from raydistill.infra.plan import num_cores
 from raydistill.models.about import Engine, check_export
 from raydistill.models.formats import load_from_library, network_inputs, onnx_run, torch_run
 from raydistill.storage.filesystems import write_file
@@ -163,7 +163,7 @@ def predict_on_ray(folder: str, engine: Engine, units: Sequence[Unit]) -> Iterat
     import ray.data
     from ray.data import ActorPoolStrategy
 
-    from raydistill.infra.restarts import new_tries
+    from raydistill.cluster.restarts import new_tries
 
     parts = [{"units": json.dumps(part)} for part in _chunks(units, _TOGETHER)]
     most = max(1, min(int(ray.cluster_resources().get("CPU", 1)), len(parts)))
@@ -182,7 +182,7 @@ class _PredictActor:
         self._predictor = Predictor(folder, engine, threads=1)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        from raydistill.infra.restarts import trying
+        from raydistill.cluster.restarts import trying
 
         units = [tuple(unit) for unit in json.loads(str(batch["units"][0]))]
         with trying(self._tries, f"{len(units)} pictures, {written(units[0][0])} the first"):

@@ -13,20 +13,22 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from raydistill.cluster.session import ray_cluster
 from raydistill.config import RunConfig, merged
-from raydistill.data.images import list_images
+from raydistill.config.baselines import OVERLAYS
+from raydistill.data.sources.listing import list_images
 from raydistill.errors import ConfigError
-from raydistill.infra import artifacts
-from raydistill.infra.artifacts import StageDirectory, find_work, stage_directory
-from raydistill.infra.cluster import ray_cluster
-from raydistill.infra.progress import Progress
-from raydistill.infra.tracking import Tracker
-from raydistill.models.pipelines import inspect_pipeline
+from raydistill.generation.pipelines import inspect_pipeline
+from raydistill.graph import find_work, stage_named
+from raydistill.identity import stage_directory
+from raydistill.preflight import check_measurable, check_run
+from raydistill.run import run_stages
+from raydistill.runtime.progress import Progress
 from raydistill.search.figures import draw_comparison, draw_curve
 from raydistill.search.verdict import Arm, Comparison, arm_of, summarise
 from raydistill.secrets import redacted_tree, without_secrets
-from raydistill.stages.baselines import OVERLAYS
-from raydistill.stages.run import check_measurable, check_run, run_stages
+from raydistill.storage.directory import StageDirectory, check_writable
+from raydistill.tracking.tracker import Tracker
 
 _GENERATED = "+generated"
 _UNJUDGED: dict[str, Any] = {"confidence": None, "class_confidence": {}, "agreement": False, "weigh": False}
@@ -59,7 +61,7 @@ def compare_arms(config: RunConfig, progress: Progress, learning_curve: bool = F
     _check(config, trials)
     if learning_curve:
         _check(config, [_trial(config, _curve_arm(config), config.seed)])
-    artifacts.check_writable(config)
+    check_writable(config)
     directory = _directory(config, trials, learning_curve)
     with Tracker(config, directory.name, "compare") as tracker:
         needs_ray = learning_curve or any(find_work(t.config, "evaluate").needs_ray for t in trials)
@@ -148,7 +150,7 @@ def _told(trials: list[_Trial], progress: Progress) -> Iterator[_Trial]:
 
 
 def _run(trial: _Trial, progress: Progress, tracker: Tracker) -> Arm:
-    sections = {"student", "loss", "distill", "views", "seed"}
+    sections = set(stage_named("distill").settings)
     settings = {"arm": trial.arm, "label_share": trial.label_share}
     with tracker.child(
         trial.name, settings=settings | trial.config.model_dump(mode="json", include=sections)

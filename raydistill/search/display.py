@@ -14,14 +14,14 @@ from rich.live import Live
 from rich.table import Table
 
 from raydistill.config import RunConfig
-from raydistill.infra.artifacts import workspace_root
-from raydistill.infra.progress import Progress
-from raydistill.infra.recording import ChildRun
-from raydistill.infra.tracking import Tracker
+from raydistill.runtime.progress import Progress
 from raydistill.search.space import Choice
 from raydistill.search.study import MAXIMISED, SECONDS_OF, Trial, directory_of, read_epochs, seconds_noted
 from raydistill.search.trials import logged
+from raydistill.storage.directory import workspace_root
 from raydistill.strangers import one_line, shorter
+from raydistill.tracking.recording import ChildRun
+from raydistill.tracking.tracker import Tracker
 
 _SECONDS_BETWEEN_NOTES = 10.0
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from raydistill.pages.figures import png
 from raydistill.search.verdict import Comparison, is_baseline
-from raydistill.stages.figures import png
 from raydistill.strangers import in_figure
 
 

@@ -32,7 +32,7 @@ from pyarrow import compute as pc
 from scipy import special
 from scipy.optimize import brentq
 
-from raydistill.stages.evaluate import PREDICTIONS, PREDICTIONS_FILE
+from raydistill.results import PREDICTIONS, PREDICTIONS_FILE
 from raydistill.storage.tables import read_table
 
 LEVEL, POWER = 0.05, 0.8

@@ -16,13 +16,13 @@ import optuna
 from optuna.trial import TrialState
 
 from raydistill.config import RunConfig
+from raydistill.engine.checkpoints import drop_checkpoints
 from raydistill.errors import CheckpointError, ConfigError
-from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.checkpoints import drop_checkpoints
-from raydistill.infra.stores import UnusableError, database_alone, reason, refuse_programs
 from raydistill.search.space import Choice, Space
+from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import EpochRecord, read_state
 from raydistill.strangers import one_line
+from raydistill.tracking.stores import UnusableError, database_alone, reason, refuse_programs
 
 SECONDS_OF = "seconds of command "
 MAXIMISED = ("val_accuracy", "val_balanced_accuracy", "val_top5")

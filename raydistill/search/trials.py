@@ -31,20 +31,21 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
+from raydistill.cluster.plan import Plan
 from raydistill.config import Loss, RunConfig
+from raydistill.engine.batches import DistillJob
+from raydistill.engine.checkpoints import latest_step
+from raydistill.engine.loop import distill_loop
+from raydistill.engine.workers import Worker
 from raydistill.errors import ConfigError, RaydistillError
-from raydistill.infra.artifacts import StageDirectory, read_seconds
-from raydistill.infra.checkpoints import latest_step
-from raydistill.infra.lease import held
-from raydistill.infra.plan import Plan
-from raydistill.infra.progress import Progress
-from raydistill.infra.workers import Worker
 from raydistill.models.student import read_student, split_logits
+from raydistill.results import StudentCheckpoint
+from raydistill.runtime.progress import Progress
 from raydistill.search.space import Choice, Space
 from raydistill.search.study import Trial, make_sampler, num_trials, read_epochs, read_trial
-from raydistill.stages.batches import DistillJob
-from raydistill.stages.distill import StudentCheckpoint, distill_student
-from raydistill.stages.loop import distill_loop
+from raydistill.stages.distill import distill_student
+from raydistill.storage.directory import StageDirectory, read_seconds
+from raydistill.storage.lease import held
 from raydistill.storage.state import EpochRecord, needed_state, result_of
 
 _MEASURED_STEPS, _WARM_UP_STEPS, _MOST_SECONDS = 8, 2, 20.0
@@ -269,8 +270,8 @@ def _measures(work: _Work, student: StudentCheckpoint, record: dict[str, float])
     found = {"parameters": float(student.num_parameters)}
     if wanted <= set(found):
         return found
+    from raydistill.engine.speed import images_per_second
     from raydistill.stages.evaluate import measures
-    from raydistill.stages.speed import images_per_second
 
     config, samples = work.job.config, work.job.samples
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,18 +16,21 @@ from typing import Any
 import numpy as np
 import optuna
 
+from raydistill.cluster.plan import local_plan, plan_resources
+from raydistill.cluster.session import ray_cluster
 from raydistill.config import RunConfig, overlay
-from raydistill.data.images import list_images
+from raydistill.data.sources.listing import list_images
 from raydistill.documents import as_yaml
+from raydistill.engine.batches import DistillJob
 from raydistill.errors import ConfigError, StageError
-from raydistill.infra import artifacts
-from raydistill.infra.artifacts import StageDirectory, find_work, stage_directory
-from raydistill.infra.cluster import ray_cluster
-from raydistill.infra.lease import held
-from raydistill.infra.plan import local_plan, plan_resources
-from raydistill.infra.progress import Progress
-from raydistill.infra.tracking import Tracker
+from raydistill.graph import find_work
+from raydistill.identity import stage_directory, tuned
 from raydistill.models.student import build_student
+from raydistill.pages.study import search_page
+from raydistill.preflight import check_measurable, check_run
+from raydistill.results import Outcome
+from raydistill.run import run_stages
+from raydistill.runtime.progress import Progress
 from raydistill.search.display import Clock, SearchDisplay, minutes
 from raydistill.search.significance import LEVEL, Answers, align, difference, needed_words, p_words, read_answers
 from raydistill.search.space import Choice, Distribution, Space, read_space, shared_part
@@ -42,12 +45,13 @@ from raydistill.search.study import (
     refuse_others,
     seconds_noted,
 )
-from raydistill.search.study_page import search_page
 from raydistill.search.trials import RESERVED, Layout, MakeJob, lay_out, run_trials, seconds_per_step
 from raydistill.secrets import redacted_tree, without_secrets
-from raydistill.stages.batches import DistillJob
-from raydistill.stages.run import Outcome, check_measurable, check_run, distill_job, run_stages
+from raydistill.stages.distill import distill_job
+from raydistill.storage.directory import StageDirectory, check_writable, read_seconds, workspace_root
+from raydistill.storage.lease import held
 from raydistill.storage.state import needed_state
+from raydistill.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
     space = read_space(config.tune.space, config)
     groups = _groups(config, space)
     _check(config, space, groups)
-    artifacts.check_writable(config)
+    check_writable(config)
     directory = _directory(config, space, progress)
     directory.begin()
     study = open_study(config, directory, space.own(config))
@@ -118,7 +122,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
                 with watcher.shown(tracker):
                     run_trials(config, space, study, _job_maker(config, space, prepared), layout, watcher)
         trials = read_trials(study)
-        drop_pruned(trials, artifacts.workspace_root(config))
+        drop_pruned(trials, workspace_root(config))
         best, front = _best(config, study, trials)
         settings = {} if best.own else space.settings(best.choices)
         gains, retrained = _confirm(config, settings, progress, tracker)
@@ -160,7 +164,7 @@ def _job_maker(config: RunConfig, space: Space, prepared: dict[str, Outcome]) ->
         # The job's own trial is the job itself: what the space fixes is no part of it.
         trial = _quiet(config if choices is None else overlay(config, space.settings(choices)))
         outcome = prepared[_OWN if choices is None else _key(shared_part(choices))]
-        later = artifacts.tuned(trial, _samples(outcome))
+        later = tuned(trial, _samples(outcome))
         assert later is not None, "a fine-tuned teacher is ready before the first trial"
         return distill_job(later, outcome)
 
@@ -274,13 +278,13 @@ def _differences(config: RunConfig, directory: StageDirectory) -> list[str]:
 def _forecast(config: RunConfig, prepared: dict[str, Outcome], layout: Layout, left: int, progress: Progress) -> None:
     """What the search will take: a few steps of the job's own student, times all of them."""
     outcome = prepared[_OWN]
-    later = artifacts.tuned(_quiet(config), _samples(outcome))
+    later = tuned(_quiet(config), _samples(outcome))
     assert later is not None
     job, _ = distill_job(later, outcome)
     step = seconds_per_step(job, layout.plan.train_threads)
     each = None if step is None else job.total_steps * step / config.distill.most_workers
     # What a new seed costs before it trains: the split, the teacher's head and its soft targets depend on it.
-    before = sum(artifacts.read_seconds(path) for path in outcome.directories.values())
+    before = sum(read_seconds(path) for path in outcome.directories.values())
     for line in forecast_lines(config, left, layout.together, each, before):
         progress.line(line)
 
@@ -352,7 +356,7 @@ def _confirm(
                         of_split[who].append(read_answers(report.path, split))
                         record.log({f"{split}_accuracy": float(of_split[who][-1].right.mean())})
             stages |= set(outcome.directories.values())
-    return gains_of(answers), sum(artifacts.read_seconds(path) for path in stages)
+    return gains_of(answers), sum(read_seconds(path) for path in stages)
 
 
 def gains_of(answers: dict[str, dict[str, list[Answers]]]) -> list[Gain]:

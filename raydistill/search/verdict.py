@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from raydistill.infra.artifacts import read_seconds
+from raydistill.results import Outcome
 from raydistill.search.learning_curve import learning_curve
 from raydistill.search.significance import (
     LEVEL,
@@ -29,7 +29,7 @@ from raydistill.search.significance import (
     read_answers,
 )
 from raydistill.stages.distill import read_epochs
-from raydistill.stages.run import Outcome
+from raydistill.storage.directory import read_seconds
 from raydistill.strangers import markdown
 
 BASELINES = ("scratch", "linear_probe", "fine_tune")

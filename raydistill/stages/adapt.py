@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 from scipy.special import softmax
@@ -16,13 +17,20 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
-from raydistill.config import RunConfig, Teacher
+from raydistill.cluster.plan import Plan
+from raydistill.config import RunConfig, Teacher, fine_tuning
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import labels_of, read_samples, read_targets
 from raydistill.errors import ConfigError
-from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.plan import Plan
-from raydistill.infra.progress import Progress
+from raydistill.execution import Execution
+from raydistill.identity import (
+    adapt_directory,
+    features_directory,
+    fine_tune_directory,
+    fine_tunes,
+    held_out_directory,
+    tuned,
+)
 from raydistill.models.teacher import (
     HEAD_FILE,
     LinearHead,
@@ -31,26 +39,15 @@ from raydistill.models.teacher import (
     match_native_head,
     zero_shot_head,
 )
+from raydistill.results import AdaptedTeacher
+from raydistill.runtime.progress import Progress
 from raydistill.stages.teach import write_features
+from raydistill.storage.directory import StageDirectory
+from raydistill.storage.state import result_of
 from raydistill.storage.tables import values
 
 # Inverse strengths of the L2 penalty that are tried, from a prior that outweighs the data to hardly any.
 INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
-
-
-@dataclass(frozen=True)
-class AdaptedTeacher:
-    """What `adapt` leaves behind. `features` holds the teacher's features of train and val; `l2` is the chosen strength
-    of the linear probe's penalty, None for another head; accuracies are shares, `val_confidence` is the mean
-    probability of the class that the teacher names first, and both are None where the split is empty."""
-
-    path: str
-    features: str
-    val_accuracy: float | None
-    val_confidence: float | None
-    chance: float
-    l2: float | None
-    num_train: int
 
 
 def write_plain_features(
@@ -175,3 +172,54 @@ def _all_classes(likely_NK: np.ndarray, probe: LogisticRegression, num_classes: 
     """Probabilities with a column for every class; every class has a labelled train image, so none is lacking."""
     assert list(probe.classes_) == list(range(num_classes)), "prepare leaves no class without a labelled train image"
     return np.clip(likely_NK, 1e-7, 1)
+
+
+def adapt(execution: Execution) -> None:
+    samples, progress = execution.samples, execution.progress
+    if fine_tunes(execution.config):
+        _fine_tune(execution)
+    config = execution.config
+    features, directory = features_directory(config, samples), adapt_directory(config, samples)
+    if directory.done() is None:
+        _infer(execution, features, ("val", "train"))
+    execution.outcome.directories["features"] = features.path
+    done = execution.result(directory, lambda _: adapt_teacher(config, samples, features, directory))
+    adapted = execution.outcome.adapted = result_of({**done, "features": features.path}, directory.path, AdaptedTeacher)
+    if adapted.val_accuracy is not None:
+        progress.line(
+            f"teacher:  val accuracy {adapted.val_accuracy:.3f} (always the commonest class: "
+            f"{adapted.chance:.3f}), {adapted.val_confidence:.3f} sure of it on average, head from "
+            f"{adapted.num_train} labelled images"
+        )
+    assert config.teacher is not None
+    refuse_near_chance(config.teacher, adapted)
+    test = held_out_directory(config, samples)
+    if samples.num_rows("test") and test.done() is None:
+        _infer(execution, test, ("test",))
+
+
+def _fine_tune(execution: Execution) -> None:
+    """Train the whole teacher on the task first; to what follows it is a teacher with a head of its own."""
+    from raydistill.engine.batches import DistillJob
+    from raydistill.stages.distill import distill_student
+
+    config, samples = execution.config, execution.samples
+    directory = fine_tune_directory(config, samples)
+    job = DistillJob(fine_tuning(config), samples, directory.path, head=None, targets=None)
+
+    def work(record: Any) -> None:
+        plan, follow = execution.plan(), lambda metrics: record.log(metrics, int(metrics["step"]))
+        distill_student(job, directory, plan, execution.progress, follow, "fine-tune")
+
+    execution.result(directory, work)
+    later = tuned(config, samples)
+    assert later is not None, "it has just been done"
+    execution.config = later
+
+
+def _infer(execution: Execution, directory: StageDirectory, splits: tuple[str, ...]) -> None:
+    def work(_: Any) -> None:
+        config, samples = execution.config, execution.samples
+        write_plain_features(config, samples, splits, directory, execution.plan(), execution.progress)
+
+    execution.result(directory, work)

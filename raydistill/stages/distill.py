@@ -7,42 +7,34 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from typing import Any
 
-from raydistill.errors import DataError
-from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.checkpoints import (
+from raydistill.cluster.plan import Plan
+from raydistill.config import RunConfig
+from raydistill.engine.batches import DistillJob, FreshStream
+from raydistill.engine.checkpoints import (
     drop_checkpoints,
     latest_checkpoint,
     latest_step,
     note_lost_steps,
     read_progress,
 )
-from raydistill.infra.plan import Plan
-from raydistill.infra.progress import Progress
-from raydistill.infra.workers import run_workers
+from raydistill.engine.loop import distill_loop
+from raydistill.engine.workers import run_workers
+from raydistill.errors import DataError
+from raydistill.execution import Execution
+from raydistill.identity import distill_directory
 from raydistill.models.student import build_student, has_batch_norm, write_student
-from raydistill.stages.batches import DistillJob, FreshStream
-from raydistill.stages.loop import distill_loop
+from raydistill.results import Outcome, StudentCheckpoint
+from raydistill.runtime.progress import Progress
+from raydistill.stages.generate import label_weights
+from raydistill.storage.directory import StageDirectory
 from raydistill.storage.filesystems import open_filesystem
-from raydistill.storage.state import EpochRecord, needed_state, read_state
+from raydistill.storage.state import EpochRecord, needed_state, read_state, result_of
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 1.0
-
-
-@dataclass(frozen=True)
-class StudentCheckpoint:
-    """What `distill` leaves behind: `student.safetensors` (timm's keys), `student.json`, and each epoch's record.
-    `val_accuracy` is that of `kept_epoch`, which ships; `kept` says in a sentence why that one."""
-
-    path: str
-    val_accuracy: float | None
-    num_parameters: int
-    steps: int
-    batch_size: int
-    kept_epoch: int
-    kept: str
 
 
 def distill_student(
@@ -223,3 +215,35 @@ def read_epochs(path: str) -> list[dict[str, float]]:
     fs, folder = open_filesystem(f"{path}/epochs")
     names = [name for name in fs.names(folder) if name.endswith(".json")]
     return [needed_state(f"{path}/epochs/{name}", EpochRecord, any_float=True) for name in names]
+
+
+def distill_job(config: RunConfig, outcome: Outcome) -> tuple[DistillJob, StageDirectory]:
+    """What `distill` trains on once the stages before it are done, and where the student goes. A teacher that no term
+    of the loss needs is left out."""
+    samples, generated, taught = outcome.samples, outcome.generated, config.loss.needs_teacher
+    assert samples is not None, "prepare has run"
+    directory = distill_directory(config, samples)
+    job = DistillJob(
+        config,
+        samples,
+        directory.path,
+        head=outcome.adapted.path if taught and outcome.adapted is not None else None,
+        targets=outcome.directories.get("teach") if taught else None,
+        generated=None if generated is None else generated.samples,
+        generated_targets=outcome.directories.get("teach_generated") if taught else None,
+        weights=None if generated is None else label_weights(config, generated),
+    )
+    return job, directory
+
+
+def distill(execution: Execution) -> None:
+    samples, progress = execution.samples, execution.progress
+    job, directory = distill_job(execution.config, execution.outcome)
+    if job.head is None and samples.num_labelled["train"] < samples.num_rows("train"):
+        unused = samples.num_rows("train") - samples.num_labelled["train"]
+        progress.line(f"distill   {unused} unlabelled images take no part: there is no teacher to speak for them")
+
+    def work(record: Any) -> None:
+        distill_student(job, directory, execution.plan(), progress, lambda m: record.log(m, int(m["step"])))
+
+    execution.outcome.student = result_of(execution.result(directory, work), directory.path, StudentCheckpoint)

@@ -5,7 +5,7 @@ Shapes: N images, C classes, K classes of which something is kept, P images of a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,12 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_samples
-from raydistill.infra.artifacts import StageDirectory, held_out_directory
-from raydistill.infra.progress import Progress
+from raydistill.engine.speed import images_per_second
+from raydistill.execution import Execution
+from raydistill.identity import evaluate_directory, held_out_directory
 from raydistill.models.student import read_student, split_logits
 from raydistill.models.teacher import load_head, load_teacher
-from raydistill.stages.adapt import AdaptedTeacher, split_features
-from raydistill.stages.distill import StudentCheckpoint, read_epochs
-from raydistill.stages.figures import (
+from raydistill.pages.figures import (
     Answers,
     confused_pairs,
     confusion_figure,
@@ -35,36 +34,17 @@ from raydistill.stages.figures import (
     per_class_figure,
     reliability_figure,
 )
-from raydistill.stages.speed import images_per_second
+from raydistill.results import PREDICTIONS_FILE, AdaptedTeacher, Report, StudentCheckpoint
+from raydistill.runtime.progress import Progress
+from raydistill.stages.adapt import split_features
+from raydistill.stages.distill import read_epochs
+from raydistill.storage.directory import StageDirectory
+from raydistill.storage.state import result_of
 
-PREDICTIONS_FILE = "predictions.parquet"
-# Those of its columns that others read, besides what the networks said in full.
-PREDICTIONS = pa.schema([
-    ("sample_id", pa.string()), ("label", pa.int32()), ("split", pa.string()),
-    ("student_class", pa.int32()), ("student_probability", pa.float32()),
-    ("teacher_class", pa.int32()), ("teacher_probability", pa.float32()),
-])  # fmt: skip
 # What is kept grows with the images and with the classes, never with their product or the classes' square: so many
 # pairs of classes that are confused, and above so many classes the logits of the likeliest alone.
 _MOST_PAIRS, _MOST_WHOLE, _LIKELIEST = 1000, 1000, 100
 _PART = 512
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `evaluate` leaves behind, also as `report.json`; the pictures lie beside it."""
-
-    path: str
-    student: dict[str, Any]  # split -> measures
-    teacher: dict[str, Any] | None
-    agreement: dict[str, float] | None  # split -> share of equal top-1
-    temperature: float | None  # divides the student's logits so that it is as sure as it is right; fitted on val
-    student_parameters: int
-    teacher_parameters: int | None
-    student_images_per_second: float
-    teacher_images_per_second: float | None  # where evaluate.time_teacher asks for it
-    device: str
-    kept: str = ""  # which epoch of the student ships, and why
 
 
 def evaluate_student(
@@ -242,3 +222,29 @@ def _draw(
     directory.write(f"confusion_{split}.png", confusion_figure(student_N, labels_N, samples.classes, split))
     directory.write(f"reliability_{split}.png", reliability_figure(answers, labels_N, bins, split))
     directory.write(f"per_class_{split}.png", per_class_figure(answers, labels_N, samples.classes, split))
+
+
+def evaluate(execution: Execution) -> None:
+    config, samples, outcome = execution.config, execution.samples, execution.outcome
+    directory = evaluate_directory(config, samples)
+
+    def work(_: Any) -> None:
+        assert outcome.student is not None
+        evaluate_student(config, samples, outcome.adapted, outcome.student, directory, execution.progress)
+
+    report = outcome.report = result_of(execution.result(directory, work), directory.path, Report)
+    if config.generate is not None:
+        without = evaluate_directory(config.model_copy(update={"generate": None}), samples).done()
+        outcome.without_generated = None if without is None else result_of(without, without["path"], Report)
+    metrics = {
+        f"{who}_{split}_{name}": float(values[split][name])
+        for who, values in (("student", report.student), ("teacher", report.teacher or {}))
+        for split in values for name in ("accuracy", "top5", "ece")
+    }  # fmt: skip
+    metrics |= {f"agreement_{split}": share for split, share in (report.agreement or {}).items()}
+    parent, student = execution.tracker.parent, outcome.directories["distill"]
+    parent.log(metrics)
+    parent.note({stage: path.rpartition("/")[2] for stage, path in outcome.directories.items()})
+    if "://" not in report.path:
+        parent.files([report.path], "evaluate")
+        parent.files([f"{student}/student.safetensors", f"{student}/student.json"], "student")

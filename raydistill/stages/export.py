@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,10 +19,10 @@ from raydistill.config import Images, RunConfig
 from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import labels_of, read_samples
+from raydistill.engine.speed import measure_speed
 from raydistill.errors import StageError
-from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.progress import Progress
-from raydistill.infra.tracking import Tracker
+from raydistill.execution import Execution
+from raydistill.identity import export_directory
 from raydistill.models.about import ABOUT_FILE
 from raydistill.models.formats import (
     INT8_FILE,
@@ -42,27 +42,19 @@ from raydistill.models.formats import (
 from raydistill.models.student import Student, TimmClassifier, read_student
 from raydistill.models.teacher import load_teacher
 from raydistill.models.weights import STUDENT_FILE
-from raydistill.stages.speed import measure_speed
-from raydistill.storage.state import needed_state
+from raydistill.pages.card import int8_words, model_card
+from raydistill.results import Exported
+from raydistill.runtime.progress import Progress
+from raydistill.storage.directory import StageDirectory
+from raydistill.storage.state import needed_state, result_of
 from raydistill.storage.tables import values
+from raydistill.tracking.tracker import Tracker
+from raydistill.usefulness import usefulness
 
 # Each form is compared with the checkpoint at these batch sizes, on so many images of val, or of train where val has
 # none; the bound is on the largest difference of logits, as a share of the largest logit.
 _BATCHES, _MOST_IMAGES, _TOLERANCE = (1, 7, 64), 256, 1e-3
 _CALIBRATION_IMAGES = 256
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What `export` leaves behind. `files` has their bytes by name; `differences` the largest difference of logits from
-    the checkpoint's by form; `int8` the agreement with it, the accuracies on val before and after, and whether the file
-    was kept; `speed` that of the student by form (`Speed`)."""
-
-    path: str
-    files: dict[str, int]
-    differences: dict[str, float]
-    int8: dict[str, float | None] | None
-    speed: dict[str, dict[str, float]]
 
 
 def export_student(
@@ -238,3 +230,35 @@ def _speeds(config: RunConfig, runs: dict[str, Run], input_1: np.ndarray) -> dic
         side = teacher.preprocessing.size
         found["teacher, torch"] = asdict(measure_speed(torch_run(teacher), np.zeros((1, 3, side, side), np.float32)))
     return found
+
+
+def export(execution: Execution) -> None:
+    config, samples, outcome, progress = execution.config, execution.samples, execution.outcome, execution.progress
+    student, report, generated = outcome.student, outcome.report, outcome.generated
+    assert student is not None
+    assert report is not None
+    useful = usefulness(report.student)
+    if useful.state == "at chance" and not config.export.allow_useless:
+        outcome.refused = (
+            f"{useful.warnings[0].rstrip('.')}; so it is not exported. Train it longer or in another way (the "
+            "report shows how it went), or set export.allow_useless=true to export it all the same"
+        )
+        return
+    directory = export_directory(config, samples)
+
+    def work(_: Any) -> None:
+        def card(about: dict[str, Any], exported: Exported) -> str:
+            return model_card(config, samples, report, generated, about, exported)
+
+        export_student(config, samples, student.path, card, directory, progress)
+
+    exported = outcome.exported = result_of(execution.result(directory, work), directory.path, Exported)
+    progress.line(f"exported: {', '.join(exported.files)}")
+    if exported.int8 is not None:
+        progress.line(f"          {int8_words(exported.int8)}")
+    progress.line(f"          raydistill predict {exported.path} PICTURES…")
+    if "model.onnx" in exported.files and "://" not in exported.path:
+        record_model(config, exported, execution.tracker)
+    if config.export.hub is not None:
+        push_to_hub(exported.path, config.export.hub)
+        progress.line(f"          pushed to {config.export.hub}")

@@ -15,7 +15,7 @@ import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,21 +24,19 @@ from PIL import Image
 from pyarrow import parquet as pq
 from ray.data import ActorPoolStrategy
 
+from raydistill.cluster.plan import Plan
+from raydistill.cluster.restarts import new_tries
 from raydistill.config import Generate, RunConfig
 from raydistill.data.decode import encode, pixels
-from raydistill.data.images import list_images
 from raydistill.data.prompts import class_prompts, refuse_unknown
 from raydistill.data.sample import SampleSet, encode_shard, samples_from_json, seeded_rank, shard_name
+from raydistill.data.sources.listing import list_images
 from raydistill.data.targets import labels_of, read_samples
 from raydistill.errors import ConfigError, StageError
-from raydistill.infra.artifacts import StageDirectory, prepare_directory, refuse_small_disk
-from raydistill.infra.plan import Plan
-from raydistill.infra.progress import Progress
-from raydistill.infra.restarts import new_tries
-from raydistill.models.pipelines import PipelineFacts, check_steps, class_numbers, inspect_pipeline, new_scheduler
-from raydistill.stages.choosing import Chosen, HeldOut, Judge, choose
-from raydistill.stages.figures import contact_sheet
-from raydistill.stages.making import (
+from raydistill.execution import Execution
+from raydistill.generation.features import show, working_image
+from raydistill.generation.pipelines import PipelineFacts, check_steps, class_numbers, inspect_pipeline, new_scheduler
+from raydistill.generation.recipes import (
     MADE,
     NO_CLASS,
     GeneratorActor,
@@ -49,25 +47,17 @@ from raydistill.stages.making import (
     plan_units,
     read_made,
 )
-from raydistill.stages.showing import show, working_image
+from raydistill.generation.selection import Chosen, HeldOut, Judge, choose
+from raydistill.identity import generate_directory, prepare_directory
+from raydistill.pages.figures import contact_sheet
+from raydistill.results import GeneratedImages
+from raydistill.runtime.progress import Progress
+from raydistill.storage.directory import StageDirectory, refuse_small_disk
 from raydistill.storage.state import result_of
 from raydistill.storage.tables import read_table, rows_of, values
 
 # On one contact sheet, of kept and of rejected images each; and on all sheets together, where classes are many.
 _MOST_PICTURES, _FEWEST_PICTURES, _PICTURES_IN_ALL = 24, 4, 2400
-
-
-@dataclass(frozen=True)
-class GeneratedImages:
-    """What `generate` leaves behind. `wanted`, `kept` and `missing` are counts by class, `rejected` by reason;
-    `actor_seconds` is what all of them cost, whichever run paid for it."""
-
-    samples: SampleSet
-    wanted: dict[str, int]
-    kept: dict[str, int]
-    missing: dict[str, int]
-    rejected: dict[str, int]
-    actor_seconds: float
 
 
 def generated_from_json(done: Mapping[str, Any], path: str) -> GeneratedImages:
@@ -409,3 +399,19 @@ def _raw_images(wanted: Sequence[Made]) -> list[Image.Image | None]:
 def _images_in(file: str) -> list[Any]:
     """The picture in each row of a file of what was made, None where there is none."""
     return values(read_table(file, pa.schema([MADE.field("image")]))["image"])
+
+
+def generate(execution: Execution) -> None:
+    config, samples, outcome = execution.config, execution.samples, execution.outcome
+    directory = generate_directory(config, samples)
+    head = None if outcome.adapted is None else outcome.adapted.path
+
+    def work(_: Any) -> None:
+        generate_images(config, samples, head, directory, execution.plan(), execution.progress)
+
+    generated = outcome.generated = generated_from_json(execution.result(directory, work), directory.path)
+    kept, rejected = sum(generated.kept.values()), sum(generated.rejected.values())
+    execution.progress.line(f"generated: {kept} images kept, {rejected} rejected; see {directory.path}/sheet-*.png")
+    if "://" not in directory.path:  # what shows the images, not they themselves
+        shown = [str(p) for p in sorted(Path(directory.path).glob("*")) if p.suffix in (".png", ".json")]
+        execution.tracker.parent.files([*shown, f"{directory.path}/ledger.parquet"], "generate")

@@ -20,18 +20,27 @@ import pyarrow as pa
 import ray
 from pyarrow import parquet as pq
 
+from raydistill.cluster.plan import Plan
+from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import SHARD_BYTES, Images, RunConfig
 from raydistill.data.chunks import Place, decoded_rows, row_of
-from raydistill.data.images import Entry, Listing
-from raydistill.data.reading import UNREADABLE
-from raydistill.data.sample import SPLITS, SampleSet, encode_shard, seeded_rank, shard_name
+from raydistill.data.isolation import Killed, apart
+from raydistill.data.sample import (
+    SPLITS,
+    SampleSet,
+    encode_shard,
+    samples_from_json,
+    seeded_rank,
+    shard_name,
+)
+from raydistill.data.sources.listing import Entry, Listing, entry_name
+from raydistill.data.sources.reading import UNREADABLE
 from raydistill.errors import DataError
-from raydistill.infra.apart import Killed, apart
-from raydistill.infra.artifacts import StageDirectory, decoded_directory, free_bytes, refuse_small_disk
-from raydistill.infra.plan import Plan
-from raydistill.infra.progress import Progress
-from raydistill.infra.restarts import new_tries, trying
+from raydistill.execution import Execution
+from raydistill.identity import decoded_directory
+from raydistill.runtime.progress import Progress
 from raydistill.secrets import redacted_tree
+from raydistill.storage.directory import StageDirectory, free_bytes, refuse_small_disk
 from raydistill.storage.filesystems import exists, write_bytes
 from raydistill.storage.tables import read_table, values
 from raydistill.strangers import written
@@ -181,11 +190,6 @@ def refuse_too_many_bad(images: Images, bad: Sequence[Decoded], seen: int, total
             f"{len(bad)} of {total} images cannot be used, above images.max_bad_share={images.max_bad_share}{so_far}: "
             f"{some}{' …' if len(bad) > 5 else ''}"
         )
-
-
-def entry_name(entry: Entry) -> str:
-    """As people find it."""
-    return written(entry.path) if entry.row is None else f"{written(entry.path)} row {entry.row}"
 
 
 def without_duplicates(known: list[Decoded]) -> tuple[list[Decoded], list[dict[str, str]]]:
@@ -359,3 +363,24 @@ def fewer_unlabelled(config: RunConfig, train: list[Decoded], labelled: set[str]
     others = sorted((d.id for d in train if d.id not in labelled), key=lambda i: seeded_rank(config.seed, "pool", i))
     left_out = set() if most is None else set(others[most:])
     return [d for d in train if d.id not in left_out]
+
+
+def prepare(execution: Execution) -> None:
+    config, progress, work = execution.config, execution.progress, execution.work
+
+    def make(_: Any) -> None:
+        prepare_samples(config, work.listing, work.prepared, execution.plan(), progress)
+
+    samples = execution.outcome.samples = samples_from_json(execution.result(work.prepared, make))
+    counts = []
+    for split in (split for split, shards in samples.shards.items() if shards):
+        rows, labelled = samples.num_rows(split), samples.num_labelled[split]
+        counts.append(f"{rows} {split}" + (f" ({labelled} labelled)" if labelled < rows else ""))
+    progress.line(f"samples:  {', '.join(counts)}; {len(samples.classes)} classes")
+    if samples.num_refused:
+        progress.line(f"          {samples.num_refused} refused, each with its reason: {samples.path}/refused.json")
+    for what, count in work.listing.ignored.items():
+        progress.line(f"          {count} ignored: {what}")
+    for what, count in work.listing.notes.items():
+        progress.line(f"          mind: {count} {what}")
+    execution.tracker.parent.data(config, samples)

@@ -6,41 +6,32 @@ Shapes: R rows of a shard, N of them new to the teacher, K views, H working pixe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import ray
 import ray.data
-import torch
-from ray.data import ActorPoolStrategy
 from safetensors.numpy import load
 
+from raydistill.cluster.plan import Plan
+from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import RunConfig, Teacher, Views
 from raydistill.data.decode import pixels
-from raydistill.data.known import KnownRows, find_known, read_known
+from raydistill.data.reuse import KnownRows, find_known, read_known
 from raydistill.data.sample import SampleSet, shard_name
 from raydistill.data.targets import UNLABELLED, encode_targets, read_ids, read_labels, read_samples
-from raydistill.data.views import WHOLE_IMAGE, render, stored_views
-from raydistill.errors import StageError
-from raydistill.infra.artifacts import StageDirectory, refuse_small_disk, taught_before
-from raydistill.infra.plan import Plan
-from raydistill.infra.progress import Progress
-from raydistill.infra.restarts import Restart, new_tries, trying
-from raydistill.models.teacher import load_head, load_teacher
+from raydistill.data.views import WHOLE_IMAGE, stored_views
+from raydistill.engine.teacher_pool import TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
+from raydistill.execution import Execution
+from raydistill.generation.features import teach_files
+from raydistill.identity import taught_before, teach_directory, teach_generated_directory
+from raydistill.results import SoftTargets
+from raydistill.runtime.progress import Progress
+from raydistill.storage.directory import StageDirectory
 from raydistill.storage.filesystems import exists, read_bytes, write_bytes
 from raydistill.storage.tables import values
-
-
-@dataclass(frozen=True)
-class SoftTargets:
-    """What `teach` leaves behind."""
-
-    path: str
-    num_images: int
-    num_views: int
-    num_features: int
 
 
 def stream_soft_targets(
@@ -61,15 +52,6 @@ def stream_soft_targets(
     result = SoftTargets(directory.path, samples.num_rows("train"), views, width)
     directory.finish(asdict(result))
     return result
-
-
-def refuse_large_targets(config: RunConfig, num_images: int, head: str) -> None:
-    """Raises ConfigError where the soft targets of so many images may not fit on the disk."""
-    views, width = config.views.per_image, load_head(head).weight_CD.shape[1]
-    assert views != "fresh", "fresh views are not stored"
-    need = num_images * (views * width * 2 + 16)  # float16, and the image's id
-    what = f"teach: {width} features of {views} views of each image"
-    refuse_small_disk(config, what, need, "lower views.per_image, choose another workspace")
 
 
 def write_features(
@@ -159,14 +141,6 @@ def _pool(
     return iter(written.iter_rows())
 
 
-def teacher_pool(plan: Plan, most_useful: int) -> dict[str, Any]:
-    """What Ray Data is told of the pool of teacher actors, of which there are no more than are of use."""
-    fewest, most = plan.teacher_actors
-    most = max(min(most, most_useful), 1)
-    pool = ActorPoolStrategy(min_size=min(fewest, most), max_size=most)
-    return {"compute": pool, "num_cpus": plan.teacher_cpus, "num_gpus": plan.teacher_gpus or None}
-
-
 class _LoadShard:
     """A Ray Data task: one sample shard, read and decoded, with the parameters of its views; one row out. Of images
     that are known it has the features instead."""
@@ -200,32 +174,6 @@ class _LoadShard:
         }
 
 
-class TeacherActor:
-    """Holds the teacher for as long as the pool lives. `tries` is the pool's, where Ray runs it."""
-
-    def __init__(self, teacher: Teacher, threads: int, tries: Any = None) -> None:
-        self._restart, self._tries = Restart(), tries
-        torch.set_num_threads(threads)
-        with trying(tries, self._restart.starts(teacher.model)):
-            self._backbone, _, _ = load_teacher(teacher)
-            self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-            # Pixel by pixel, convolutions took little more than half the time on CPUs.
-            self._backbone.to(self._device, memory_format=torch.channels_last)
-        self._batch_size = teacher.batch_size
-
-    def features(self, images_RHHC: np.ndarray, parameters_RP: np.ndarray) -> np.ndarray:
-        """(R, D) float16 features of one view of each image."""
-        parts = []
-        for first in range(0, len(images_RHHC), self._batch_size):
-            rows = slice(first, first + self._batch_size)
-            images = torch.from_numpy(np.array(images_RHHC[rows])).to(
-                self._device
-            )  # a copy: Ray's blocks are read-only
-            views = render(images, torch.from_numpy(np.array(parameters_RP[rows])), self._backbone.preprocessing)
-            parts.append(self._backbone(views).half().cpu().numpy())
-        return np.concatenate(parts)
-
-
 class ShardTeacher(TeacherActor):
     """Makes one target shard a call. A call that Ray repeats, since its actor was lost once the file was written, finds
     the file and is done."""
@@ -256,46 +204,16 @@ class ShardTeacher(TeacherActor):
         }
 
 
-def fresh_views(
-    teacher: Teacher,
-    gather: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
-    units: list[dict[str, int]],
-    plan: Plan,
-    tries: Any,
-) -> ray.data.Dataset:
-    """The online path: rows of new views with the teacher's features beside them, in the order of `units`, as one long
-    execution in which the teacher actors start once. `gather` turns a unit into its rows."""
-    rows = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        gather, batch_size=1, batch_format="numpy", num_cpus=plan.load_cpus
+def teach(execution: Execution) -> None:
+    config, samples, generated = execution.config, execution.samples, execution.outcome.generated
+    head, plan, progress, directory = (
+        execution.head,
+        execution.plan,
+        execution.progress,
+        teach_directory(config, samples),
     )
-    return rows.map_batches(
-        StreamTeacher,
-        fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads, "tries": tries},
-        # A unit at a time, or the whole stream would become one task: on CPUs Ray fuses this with the step before,
-        # whose rows are units, and would gather `batch_size` of them first. With GPUs it wants a number, and does not
-        # fuse.
-        batch_size=teacher.batch_size if plan.teacher_gpus else None,
-        batch_format="numpy",
-        **teacher_pool(plan, len(units)),
-    )
-
-
-class StreamTeacher(TeacherActor):
-    """Adds the teacher's features to rows on their way to the trainers."""
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with trying(self._tries, f"{len(batch['image'])} images, {batch['sample_id'][0]} the first"):
-            features_RD = self.features(batch["image"], batch["parameters"])
-        refuse_not_finite(features_RD[None], batch["sample_id"].tolist())
-        return {**batch, "features": features_RD}
-
-
-def refuse_not_finite(features_KRD: np.ndarray, ids: Sequence[str]) -> None:
-    """Raises StageError naming the first sample whose features are NaN, infinite, or beyond float16."""
-    bad_KR = ~np.isfinite(features_KRD).all(axis=2)
-    if bad_KR.any():
-        row = int(np.argwhere(bad_KR)[0][1])
-        raise StageError(
-            f"the teacher's features of sample {ids[row]} are not finite as float16 ({int(bad_KR.sum())} of "
-            f"{bad_KR.size} views); check the teacher's weights and teacher.size"
-        )
+    execution.result(directory, lambda _: stream_soft_targets(config, samples, head, directory, plan(), progress))
+    if generated is not None:
+        apart, shown = teach_generated_directory(config, samples), generated.samples
+        run = teach_files if config.streams_generated else stream_soft_targets
+        execution.result(apart, lambda _: run(config, shown, head, apart, plan(), progress))

@@ -92,7 +92,7 @@ def make_inputs(folder: Path) -> list[str]:
     from safetensors.torch import save_file
 
     from tests.conftest import save_class_pipeline
-    from tests.stages.conftest import CLASSES, painted
+    from tests.small_run import CLASSES, painted
 
     images, rng = folder / "images", np.random.default_rng(1)
     for label, name in enumerate(CLASSES):
@@ -271,8 +271,8 @@ def _round(words: list[str], fault: str, moment: str, count: int) -> None:
     from rich.console import Console
 
     from raydistill.config import load_config
-    from raydistill.infra.progress import Progress
-    from raydistill.stages.run import run_stages
+    from raydistill.run import run_stages
+    from raydistill.runtime.progress import Progress
 
     folder = Path(os.environ["CHAOS_FOLDER"])
     with _cluster() as cluster, ThreadPoolExecutor(1) as pool:
@@ -304,7 +304,7 @@ def _strike(fault: str, cluster: Any, folder: Path) -> None:
     elif fault in ("node_killed", "node_drained"):
         node = next(iter(cluster.worker_nodes))
         if fault == "node_drained":
-            from raydistill.infra.preemption import drain
+            from raydistill.cluster.preemption import drain
 
             drain(node.node_id, "a drill", 5, cluster.address)
             time.sleep(5)

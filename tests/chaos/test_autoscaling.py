@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.chaos.rounds import ROOT, make_inputs
-from tests.infra.test_submit import free_port
+from tests.cluster.test_submit import free_port
 from tests.processes import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]

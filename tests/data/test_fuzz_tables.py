@@ -17,8 +17,8 @@ import pytest
 from pyarrow import parquet as pq
 
 from raydistill.config import Images
-from raydistill.data.images import list_images
-from raydistill.data.many import count_rows, list_rows, read_rows
+from raydistill.data.sources.containers import count_rows, list_rows, read_rows
+from raydistill.data.sources.listing import list_images
 from raydistill.errors import CheckpointError, DataError
 from raydistill.storage.tables import read_table
 from tests.data.test_fuzz import mutated

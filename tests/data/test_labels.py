@@ -13,8 +13,8 @@ from pyarrow import feather
 from pyarrow import parquet as pq
 
 from raydistill.config import Images
-from raydistill.data.images import Listing, list_images
 from raydistill.data.labels import label_of
+from raydistill.data.sources.listing import Listing, list_images
 from raydistill.errors import DataError
 
 

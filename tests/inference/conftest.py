@@ -1,5 +1,3 @@
-"""A student that was exported, without a run before it."""
+"""The small real inputs and runs."""
 
-from __future__ import annotations
-
-from tests.stages.conftest import exported, progress, ray_session, tiny_set  # noqa: F401
+from tests.small_run import *  # noqa: F403 - fixtures

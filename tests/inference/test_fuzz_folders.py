@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raydistill.engine.checkpoints import read_progress, write_progress
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.inference.predict import Predictor
-from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.checkpoints import read_progress, write_progress
-from raydistill.stages.distill import StudentCheckpoint
+from raydistill.results import StudentCheckpoint
+from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import result_of
 from tests.data.test_fuzz import mutated
 

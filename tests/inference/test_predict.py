@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from starlette.testclient import TestClient
 
 from raydistill.data.decode import decode, encode, pixels
+from raydistill.data.isolation import end_all
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import CheckpointError, ConfigError, DataError
 from raydistill.inference.command import predict_command
@@ -37,10 +38,9 @@ from raydistill.inference.predict import (
     write_answers,
 )
 from raydistill.inference.serve import make_app
-from raydistill.infra.apart import end_all
 from raydistill.models.formats import network_inputs
 from raydistill.models.student import read_student
-from tests.stages.conftest import CLASSES, SIZE, painted
+from tests.small_run import CLASSES, SIZE, painted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,7 +27,7 @@ from raydistill.inference.listening import addresses, check_name, listen, own_na
 from raydistill.inference.predict import Predictor
 from raydistill.inference.serve import make_app
 from tests.data.test_decode import blank_png
-from tests.stages.conftest import CLASSES, painted
+from tests.small_run import CLASSES, painted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

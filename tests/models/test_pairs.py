@@ -23,13 +23,13 @@ from raydistill.data.decode import pixels
 from raydistill.data.sample import shard_name
 from raydistill.data.targets import encode_targets, labels_of, read_samples
 from raydistill.data.views import render, view_parameters
-from raydistill.infra.workers import Worker
+from raydistill.engine.batches import DistillJob
+from raydistill.engine.loop import Trainee, distill_loop
+from raydistill.engine.workers import Worker
 from raydistill.models.student import build_student, write_student
 from raydistill.models.teacher import LinearHead, TeacherBackbone, encode_head, load_teacher
-from raydistill.stages.batches import DistillJob
-from raydistill.stages.loop import Trainee, distill_loop
 from tests.models.conftest import classifier
-from tests.stages.conftest import CLASSES, NUM_VIEWS, TinySet
+from tests.small_run import CLASSES, NUM_VIEWS, TinySet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,7 +150,7 @@ def trainees(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Trainee, dict[str, t
             super().__init__(job)
             made.append((self, state(self)))
 
-    monkeypatch.setattr("raydistill.stages.loop.Trainee", Kept)
+    monkeypatch.setattr("raydistill.engine.loop.Trainee", Kept)
     return made
 
 

@@ -1,23 +1,3 @@
-"""The small real run of the stages' tests."""
+"""The small real inputs and runs."""
 
-from tests.stages.conftest import (
-    image_folder,
-    progress,
-    ray_session,
-    taught,
-    taught_workspace,
-    teacher_weights,
-    tiny_set,
-    words,
-)
-
-__all__ = [
-    "image_folder",
-    "progress",
-    "ray_session",
-    "taught",
-    "taught_workspace",
-    "teacher_weights",
-    "tiny_set",
-    "words",
-]
+from tests.small_run import *  # noqa: F403 - fixtures

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 
 from raydistill.config import load_config
+from raydistill.config.baselines import OVERLAYS
 from raydistill.data.sample import decode_shard, encode_shard
 from raydistill.errors import ConfigError, DataError
+from raydistill.run import run_stages
 from raydistill.search.compare import compare_arms
-from raydistill.stages.baselines import OVERLAYS
-from raydistill.stages.run import run_stages
 
 ARMS = "compare.arms=[scratch,crd,align_uniform]"
 

@@ -26,15 +26,16 @@ import pytest
 from ray import tune
 from rich.console import Console
 
+from raydistill.cluster.plan import plan_resources
 from raydistill.config import RunConfig, load_config
+from raydistill.engine import checkpoints
 from raydistill.errors import CheckpointError, ConfigError, StageError
-from raydistill.infra import artifacts, checkpoints
-from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.plan import plan_resources
-from raydistill.infra.progress import Progress
-from raydistill.infra.recording import ChildRun
-from raydistill.infra.tracking import Tracker
-from raydistill.search import study_page
+from raydistill.identity import distill_directory
+from raydistill.pages import study as study_page
+from raydistill.pages.study import search_page
+from raydistill.results import Outcome
+from raydistill.run import run_stages
+from raydistill.runtime.progress import Progress
 from raydistill.search import trials as trials_module
 from raydistill.search import tune as tune_module
 from raydistill.search.display import Clock, SearchDisplay
@@ -49,10 +50,11 @@ from raydistill.search.study import (
     read_trials,
     refuse_others,
 )
-from raydistill.search.study_page import search_page
 from raydistill.search.trials import _run_trial, _Search, _Work, lay_out, seconds_per_step
 from raydistill.search.tune import forecast_lines, gains_of, tune_job
-from raydistill.stages.run import Outcome, run_stages
+from raydistill.storage.directory import StageDirectory, workspace_root
+from raydistill.tracking.recording import ChildRun
+from raydistill.tracking.tracker import Tracker
 
 SPACE = """
 loss.temperature: {log: [1, 20]}
@@ -89,7 +91,7 @@ def engine(config: RunConfig, folder: Path) -> tuple[_Search, optuna.Study]:
 
     def make_job(choices):
         name = f"distill-{hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:12]}"
-        return None, StageDirectory(f"{artifacts.workspace_root(config)}/{name}", "distill", "{}")
+        return None, StageDirectory(f"{workspace_root(config)}/{name}", "distill", "{}")
 
     return _Search(config, space, study, make_job, None, Silent()), study
 
@@ -207,11 +209,11 @@ def test_the_jobs_own_trial_is_the_job_and_no_other(words, space_file, tiny_set,
     own, searched = (Outcome(samples=samples, directories={"teach": place}) for place in ("own", "searched"))
     make_job = tune_module._job_maker(config, space, {"own": own, "{}": searched})
     job, directory = make_job(None)
-    assert directory == artifacts.distill_directory(config, samples)
+    assert directory == distill_directory(config, samples)
     assert (job.config.views, job.config.loss, job.targets) == (config.views, config.loss, "own")
     job, directory = make_job(space.own(config))
     assert (job.config.views.min_scale, job.config.loss.kd_weight, job.targets) == (0.5, 3, "searched")
-    assert directory != artifacts.distill_directory(config, samples)
+    assert directory != distill_directory(config, samples)
     # The engine says which of the two it is.
     asked = []
     search, study = engine(config, tmp_path / "study")

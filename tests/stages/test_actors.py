@@ -14,20 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from raydistill.cluster import restarts
+from raydistill.cluster.plan import live_plan
+from raydistill.cluster.restarts import Restart, Tries, new_tries, trying
 from raydistill.config import load_config
 from raydistill.data.decode import encode, pixels
 from raydistill.data.sample import SampleSet, sample_id, samples_from_json
 from raydistill.data.views import WHOLE_IMAGE
-from raydistill.infra import restarts
-from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.plan import live_plan
-from raydistill.infra.restarts import Restart, Tries, new_tries, trying
-from raydistill.models.pipelines import inspect_pipeline
+from raydistill.generation.features import FileTeacher
+from raydistill.generation.pipelines import inspect_pipeline
+from raydistill.generation.recipes import GeneratorActor
 from raydistill.stages import teach
-from raydistill.stages.making import GeneratorActor
-from raydistill.stages.showing import FileTeacher
 from raydistill.stages.teach import ShardTeacher, write_features
-from tests.stages.conftest import painted
+from raydistill.storage.directory import StageDirectory
+from tests.small_run import painted
 
 Call = tuple[Callable[[dict], dict], dict]
 

@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raydistill.cluster.plan import plan_resources
 from raydistill.config import load_config
 from raydistill.data.decode import decode, encode
-from raydistill.data.images import list_images
+from raydistill.data.sources.listing import list_images
+from raydistill.engine.loop import distill_loop
+from raydistill.engine.teacher_pool import refuse_large_targets
+from raydistill.engine.workers import Worker
 from raydistill.errors import ConfigError
-from raydistill.infra.artifacts import decoded_directory, free_bytes, prepare_directory, refuse_small_disk
-from raydistill.infra.plan import plan_resources
-from raydistill.infra.workers import Worker
+from raydistill.identity import decoded_directory, prepare_directory
 from raydistill.stages import prepare
-from raydistill.stages.loop import distill_loop
-from raydistill.stages.teach import refuse_large_targets, stream_soft_targets
+from raydistill.stages.teach import stream_soft_targets
+from raydistill.storage.directory import free_bytes, refuse_small_disk
 from raydistill.storage.filesystems import open_filesystem
 
 

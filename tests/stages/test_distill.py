@@ -17,18 +17,18 @@ import torch
 from safetensors.numpy import load, save
 from safetensors.torch import load_file, save_file
 
+from raydistill.cluster.plan import plan_resources
 from raydistill.config import Distill, Loss
 from raydistill.data.targets import UNLABELLED
+from raydistill.engine import batches, loop
+from raydistill.engine.batches import DistillJob, read_batches
+from raydistill.engine.checkpoints import latest_checkpoint, latest_step, read_progress
+from raydistill.engine.loop import Trainee, distill_loop, learning_rate
+from raydistill.engine.workers import Worker
 from raydistill.errors import CheckpointError, DataError, DivergedError
-from raydistill.infra.artifacts import StageDirectory
-from raydistill.infra.checkpoints import latest_checkpoint, latest_step, read_progress
-from raydistill.infra.plan import plan_resources
-from raydistill.infra.workers import Worker
 from raydistill.models.student import read_student, split_logits
-from raydistill.stages import batches, loop
-from raydistill.stages.batches import DistillJob, read_batches
 from raydistill.stages.distill import distill_student
-from raydistill.stages.loop import Trainee, distill_loop, learning_rate
+from raydistill.storage.directory import StageDirectory
 
 
 def here(preempted=lambda step: False) -> Worker:

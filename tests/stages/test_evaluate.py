@@ -14,9 +14,9 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from raydistill.models.student import build_student, split_logits
+from raydistill.pages.figures import Answers, confusion_figure, per_class_figure
 from raydistill.stages import evaluate
 from raydistill.stages.evaluate import agreement, fitted_temperature, measures
-from raydistill.stages.figures import Answers, confusion_figure, per_class_figure
 
 
 def slow_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> float:

@@ -22,23 +22,24 @@ from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
-from raydistill.cli import app
+from raydistill.cli.commands import app
 from raydistill.config import RunConfig, load_config, overlay
+from raydistill.config.baselines import OVERLAYS
 from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import UNLABELLED, read_samples
 from raydistill.errors import ConfigError, StageError, UselessStudentError
 from raydistill.inference.predict import find_units, predict_locally
-from raydistill.infra.progress import Progress
 from raydistill.models.formats import network_inputs
 from raydistill.models.student import Student, read_student, split_logits
+from raydistill.pages.card import int8_words, snippets
+from raydistill.pages.report import write_report
+from raydistill.results import Outcome
+from raydistill.run import run_stages
+from raydistill.runtime.progress import Progress
 from raydistill.stages import export
-from raydistill.stages.baselines import OVERLAYS
-from raydistill.stages.card import int8_words, snippets
-from raydistill.stages.report import write_report
-from raydistill.stages.run import Outcome, run_stages
 from tests.models.conftest import classifier
-from tests.stages.conftest import CLASSES, small_job
+from tests.small_run import CLASSES, small_job
 
 CLASSES_BY_NAME = sorted(CLASSES)  # as a folder gives them
 

@@ -27,23 +27,26 @@ from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
+from raydistill.cluster.plan import plan_resources
 from raydistill.config import Student, load_config
 from raydistill.data.decode import pixels
 from raydistill.data.sample import decode_shard, sample_id, samples_from_json
 from raydistill.data.targets import read_targets
 from raydistill.data.views import render, view_parameters
+from raydistill.engine.batches import DistillJob, FreshStream
 from raydistill.errors import ConfigError, DataError
+from raydistill.graph import find_work
+from raydistill.identity import taught_before, teach_directory, tuned
 from raydistill.inference.predict import find_units, predict_locally
-from raydistill.infra.artifacts import find_work, read_bill, taught_before, teach_directory, tuned
-from raydistill.infra.plan import plan_resources
-from raydistill.infra.progress import Progress
 from raydistill.models.student import build_student, read_student, write_student
 from raydistill.models.teacher import load_teacher
-from raydistill.stages.batches import DistillJob, FreshStream
-from raydistill.stages.run import check_run, run_stages
+from raydistill.preflight import check_run
+from raydistill.run import run_stages
+from raydistill.runtime.progress import Progress
+from raydistill.storage.directory import read_bill
 from tests.models.conftest import classifier
 from tests.processes import ray_processes, wait_for
-from tests.stages.conftest import CLASSES, painted
+from tests.small_run import CLASSES, painted
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 

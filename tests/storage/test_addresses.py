@@ -9,8 +9,8 @@ from typing import ClassVar
 import pytest
 
 from raydistill.config import Images
-from raydistill.data.images import list_images
-from raydistill.data.reading import read_pictures
+from raydistill.data.sources.listing import list_images
+from raydistill.data.sources.reading import read_pictures
 from raydistill.storage import addresses
 from raydistill.storage.addresses import is_elsewhere, read_address
 

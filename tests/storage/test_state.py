@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
+from raydistill.engine.checkpoints import latest_step, read_progress
 from raydistill.errors import CheckpointError
-from raydistill.infra.artifacts import StageDirectory, read_bill
-from raydistill.infra.checkpoints import latest_step, read_progress
-from raydistill.infra.lease import held
 from raydistill.search import study
 from raydistill.stages import distill
 from raydistill.stages.generate import generated_from_json
 from raydistill.storage import filesystems
+from raydistill.storage.directory import StageDirectory, read_bill
+from raydistill.storage.lease import held
 from raydistill.storage.state import read_state
 
 DAMAGED = {

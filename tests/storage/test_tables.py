@@ -21,7 +21,7 @@ from pyarrow import feather
 from pyarrow import parquet as pq
 from pyarrow.parquet import encryption
 
-from raydistill.data.many import count_rows, list_rows, next_part, read_rows
+from raydistill.data.sources.containers import count_rows, list_rows, next_part, read_rows
 from raydistill.errors import CheckpointError, DataError
 from raydistill.storage import filesystems, headers
 from raydistill.storage.tables import open_table, read_table, rows_of
@@ -107,7 +107,7 @@ pq.write_table(pa.table(table), {str(tmp_path / "t.parquet")!r})
     code = f"""
 import {first}
 from raydistill.config import Images
-from raydistill.data.images import list_images
+from raydistill.data.sources.listing import list_images
 list_images(Images(path={str(tmp_path / "t.parquet")!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
@@ -257,7 +257,7 @@ def test_columns_nested_without_end_are_refused_before_arrow_follows_them(tmp_pa
     count = bytes([0xFC, len(elements) & 127 | 128, len(elements) >> 7 & 127 | 128, len(elements) >> 14])
     footer = b"\x15\x02\x19" + count + b"".join(elements) + b"\x16\x00\x19\x0c\x00"
     (tmp_path / "t.parquet").write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
-    code = f"from raydistill.data.many import count_rows; count_rows({str(tmp_path / 't.parquet')!r})"
+    code = f"from raydistill.data.sources.containers import count_rows; count_rows({str(tmp_path / 't.parquet')!r})"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
     assert "nested more than 64 levels deep" in done.stderr
 
@@ -323,7 +323,7 @@ def bombs(folder: Path) -> None:
 READ_ALL = """
 import resource, sys
 from collections import Counter
-from raydistill.data.many import list_rows, read_rows
+from raydistill.data.sources.containers import list_rows, read_rows
 from raydistill.errors import CheckpointError, DataError
 import ray.data, raydistill.stages.prepare
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

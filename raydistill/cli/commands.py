@@ -1,0 +1,15 @@
+"""All commands, in the order of --help."""
+
+from raydistill.cli import stages  # isort: split
+
+from raydistill.cli import search  # isort: split
+
+from raydistill.cli import check  # isort: split
+
+from raydistill.cli import inference  # isort: split
+
+from raydistill.cli import jobs  # isort: split
+
+from raydistill.cli.words import app
+
+__all__ = ["app", "check", "inference", "jobs", "search", "stages"]

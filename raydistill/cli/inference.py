@@ -1,0 +1,67 @@
+"""predict and serve."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from raydistill.cli.words import announce, app
+from raydistill.runtime import interrupts
+
+
+@app.command()
+def predict(
+    folder: Annotated[str, typer.Argument(metavar="EXPORT", help="The folder that `export` wrote.")],
+    pictures: Annotated[list[str], typer.Argument(metavar="PICTURES…", help="Files, folders, parquet files.")],
+    out: Annotated[str | None, typer.Option("--out", help="A .csv, .json, .jsonl or .parquet file to write.")] = None,
+    top: Annotated[int, typer.Option("--top", min=0, help="How many classes of each picture; 0: all.")] = 1,
+    engine: Annotated[str, typer.Option("--engine", help="onnx, or torch with the folder's safetensors.")] = "onnx",
+    skip: Annotated[int, typer.Option("--skip", min=0, help="Leave out so many, the first: to go on.")] = 0,
+    address: Annotated[
+        str | None, typer.Option("--address", help="A Ray cluster to join; with very many pictures Ray runs here.")
+    ] = None,
+) -> None:
+    """The class of each picture by an exported student, from the same pixels as in training."""
+    interrupts.go_on_by("no picture was answered")
+    announce(f"predict: loading {folder}", sys.stderr)  # its answers may go to a pipe
+    from raydistill.models.about import check_export
+
+    check_export(folder, engine)  # what is wrong there is said before torch is loaded, which takes seconds
+    from raydistill.inference.command import predict_command
+
+    predict_command(folder, pictures, out, top, engine, address, skip)
+
+
+@app.command()
+def serve(
+    folder: Annotated[str, typer.Argument(metavar="EXPORT", help="The folder that `export` wrote.")],
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    host: Annotated[str, typer.Option("--host", help="Another address opens it to others, without any login.")] = (
+        "127.0.0.1"
+    ),
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", help="A further name by which it is reached, as a proxy's; may be repeated."),
+    ] = None,
+    max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.001, help="Of one request.")] = 16,
+    max_megapixels: Annotated[
+        float, typer.Option("--max-megapixels", min=0.001, help="Of one picture; a larger one is refused.")
+    ] = 50,
+    window: Annotated[float, typer.Option("--window", min=0, help="Milliseconds in which requests gather.")] = 2,
+    engine: Annotated[str, typer.Option("--engine", help="onnx, or torch with the folder's safetensors.")] = "onnx",
+) -> None:
+    """Answer over HTTP on this machine: POST a picture to /predict, or drop one on the page at /."""
+    interrupts.go_on_by("the server has ended")
+    announce(f"serve: loading {folder}")
+    from raydistill.inference.listening import check_name, listen
+    from raydistill.models.about import check_export
+
+    check_export(folder, engine)
+
+    allowed, sockets = [check_name(name) for name in allow_host or []], listen(host, port)
+    from raydistill.inference.command import serve_command  # with torch, which takes seconds
+
+    most_bytes, most_pixels = int(max_megabytes * 1e6), int(max_megapixels * 1e6)
+    serve_command(folder, engine, host, sockets, allowed, most_bytes, most_pixels, window / 1000)

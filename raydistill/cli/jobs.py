@@ -1,0 +1,118 @@
+"""submit and job: work on a cluster by Ray Jobs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from raydistill.cli.words import Words, announce, app
+from raydistill.errors import ConfigError
+from raydistill.runtime import interrupts
+from raydistill.strangers import one_line
+
+_ADDRESS = "http://127.0.0.1:8265"
+Address = Annotated[
+    str,
+    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, as through a tunnel."),
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="As `submit` printed it.")]
+jobs = typer.Typer(help="Jobs that were submitted: their states, logs and ends.", no_args_is_help=True)
+app.add_typer(jobs, name="job")
+
+
+@app.command()
+def submit(
+    command: Annotated[str, typer.Argument(metavar="COMMAND", help="run, prepare, …, compare or tune.")],
+    words: Words = None,
+    address: Address = _ADDRESS,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when the job is accepted.")] = False,
+    python: Annotated[str, typer.Option("--python", help="The interpreter on the cluster.")] = "python",
+    install: Annotated[
+        bool, typer.Option("--install", help="Have Ray install what raydistill requires, as here, for this job.")
+    ] = False,
+    space: Annotated[str | None, typer.Option("--space", help="As for `tune`.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", help="As for `tune`.")] = None,
+    learning_curve: Annotated[bool, typer.Option("--learning-curve", help="As for `compare`.")] = False,
+    send_outside: Annotated[
+        bool, typer.Option("--send-outside", help="Also send files that the job names outside of this folder.")
+    ] = False,
+) -> None:
+    """Run a command on a Ray cluster: the same words, the same exit code (3 for a job that was stopped)."""
+    import tempfile
+
+    from raydistill.cluster import submit as jobs_api
+    from raydistill.config import load_config
+
+    if install and python != "python":
+        raise ConfigError("submit: --install makes an environment with an interpreter of its own; leave out --python")
+    interrupts.go_on_by("raydistill job status says whether the job was submitted; the same command submits it once")
+    announce(f"submit: {command} to {address}")
+    given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
+    flags = ("--learning-curve",) if learning_curve else ()
+    with tempfile.TemporaryDirectory() as folder:
+        package = jobs_api.pack(load_config([*(words or []), *given]), command, flags, folder, python, send_outside)
+        print(f"uploads {len(package.files)} files, {package.size:,} bytes:")
+        for file, size in package.files:
+            print(one_line(f"  {file} {size:,}"))
+        for file in package.left_out:
+            print(one_line(f"left out, as no code of the package: {file}"))
+        if told := sorted(name for name in os.environ if name.startswith("MLFLOW_")):
+            print(f"stay here: {', '.join(told)}; the job goes by tracking.uri and by what its nodes have set")
+        client = jobs_api.job_client(address)
+        name, is_new = jobs_api.submit(client, package, install)
+    print(f"job {name} {'is submitted' if is_new else 'was submitted before: an equal one is not started again'}")
+    print(f"raydistill job logs {name}     raydistill job stop {name}")
+    if not detach:
+        _follow(client, name)
+
+
+@jobs.command()
+def status(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None, address: Address = _ADDRESS) -> None:
+    """The state of one job, or of all."""
+    announce(f"asking {address}", sys.stderr)
+    from raydistill.cluster import submit as jobs_api
+
+    client = jobs_api.job_client(address)
+    found = client.list_jobs() if name is None else [jobs_api.existing_job(client, name)]
+    for job in sorted((job for job in found if job.submission_id), key=lambda job: job.start_time or 0):
+        code = f"exit code {jobs_api.exit_code(job)}" if job.status.is_terminal() else ""
+        print(f"{job.status.value:<10} {job.submission_id}  {job.entrypoint}  {code}".rstrip())
+
+
+@jobs.command()
+def logs(name: Name, address: Address = _ADDRESS) -> None:
+    """Follow a job's log to its end; returns the job's exit code."""
+    announce(f"asking {address}", sys.stderr)
+    from raydistill.cluster import submit as jobs_api
+
+    client = jobs_api.job_client(address)
+    jobs_api.existing_job(client, name)
+    _follow(client, name)
+
+
+@jobs.command()
+def stop(name: Name, address: Address = _ADDRESS) -> None:
+    """End a job; it has two minutes to write its last checkpoint."""
+    announce(f"asking {address}", sys.stderr)
+    from raydistill.cluster import submit as jobs_api
+
+    client = jobs_api.job_client(address)
+    jobs_api.existing_job(client, name)
+    interrupts.go_on_by(f"{name} may still be ending; raydistill job status {name} tells")
+    jobs_api.stop(client, name)
+    print(f"{name} has ended; the same `raydistill submit` goes on from there")
+
+
+def _follow(client: Any, name: str) -> None:
+    from raydistill.cluster.submit import follow
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    interrupts.go_on_by(f"the job goes on; raydistill job logs {name} shows it, raydistill job stop {name} ends it")
+    if code := follow(client, name, write):
+        raise typer.Exit(code)

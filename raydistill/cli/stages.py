@@ -1,0 +1,129 @@
+"""run, each stage by its own name, and show."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from raydistill.cli.words import GOES_ON, STARTED, Words, announce, app
+from raydistill.errors import UselessStudentError
+from raydistill.graph import STAGES, find_work
+from raydistill.runtime import interrupts
+from raydistill.strangers import plain_console
+
+
+@app.command()
+def run(words: Words = None) -> None:
+    """All stages in order: prepare, adapt, teach, distill, evaluate, export. Finished ones are skipped."""
+    _run(words, None, "run")
+
+
+def generate(
+    words: Words = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every prompt, the counts and what it would cost; make nothing.")
+    ] = False,
+) -> None:
+    """Make images with a diffusion pipeline and keep the good ones (with all that this needs)."""
+    if not dry_run:
+        _run(words, "generate", "generate")
+        return
+
+    from raydistill.config import load_config
+
+    config = load_config(words or [])
+    announce(f"generate: {config.images.path}, a forecast")
+    from raydistill.stages.generate import forecast
+
+    console = plain_console()
+    for line in forecast(config):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _command(until: str) -> Callable[[list[str] | None], None]:
+    def command(words: Words = None) -> None:
+        _run(words, until, until)
+
+    return command
+
+
+_OWN = {"generate": generate}  # with options of its own
+for _stage in STAGES:
+    app.command(_stage.name, help=_stage.help)(_OWN.get(_stage.name) or _command(_stage.name))
+
+
+@app.command()
+def show(words: Words = None) -> None:
+    """The resolved config, the stage directories, what is done and what would run. Writes nothing."""
+    from rich.table import Table
+
+    from raydistill.cluster.bill import bill_words
+    from raydistill.config import load_config, shown_yaml
+    from raydistill.storage.directory import read_bill
+    from raydistill.tracking.stores import experiment_name, tracking_uri
+
+    config = load_config(words or [])
+    console = plain_console()
+    console.print(shown_yaml(config), markup=False)
+    work = find_work(config)
+    if config.tracking.enabled:
+        (uri, named), (experiment, named_too) = tracking_uri(config), experiment_name(config)
+        where = f"{uri} (by {named}), experiment {experiment} (by {named_too})" if uri else "nowhere: set tracking.uri"
+        console.print(f"MLflow: {where}", markup=False, soft_wrap=True)
+    table = Table("stage", "directory", "state", box=None, pad_edge=False)
+    for stage, directories in work.directories.items():
+        if directories is None:
+            table.add_row(stage, "named once the stage before it is done", "would run")
+        for directory in directories or []:
+            state = "would go on" if directory.started() else "would run"
+            if directory.done() is not None:
+                took = bill_words(read_bill(directory.path), config.cluster.prices)
+                state = f"done, {took}" if took else "done"
+            table.add_row(directory.stage, directory.path, state)
+    listing = work.listing
+    console.print(f"images: {len(listing.entries)} in {len(listing.classes)} classes")
+    for what, count in listing.ignored.items():
+        console.print(f"ignored: {count} {what}", markup=False, soft_wrap=True)
+    for what, count in listing.notes.items():
+        console.print(f"mind: {count} {what}", markup=False, soft_wrap=True)
+    console.print(table, soft_wrap=True)
+
+
+def _run(words: list[str] | None, until: str | None, command: str) -> None:
+
+    from raydistill.cluster.session import RayStart
+    from raydistill.config import load_config
+    from raydistill.preflight import refuse_early
+    from raydistill.runtime.progress import Progress
+    from raydistill.storage.directory import check_writable
+
+    interrupts.go_on_by(GOES_ON)
+    config = load_config(words or [])
+    announce(f"{command}: {config.images.path}, into {config.workspace}")
+    console = plain_console()
+    refuse_early(config)
+    work, ray = find_work(config, until), RayStart(config, of_command=True)
+    if work.undone:
+        check_writable(config)
+    if work.needs_ray:
+        ray.begin()  # it starts while torch and the models' libraries load, below
+    from raydistill.run import run_stages
+
+    again, refusal = shlex.join(["raydistill", *sys.argv[1:]]), None
+    try:
+        outcome = run_stages(config, Progress(console), until, work, ray, again)
+    except UselessStudentError as error:
+        outcome, refusal = error.outcome, error
+    if outcome.report is not None:
+        from raydistill.pages.summary import closing_table
+
+        console.print(closing_table(config, outcome))
+        console.print(f"report: {outcome.page}", soft_wrap=True, markup=False)
+    if refusal is not None:
+        raise refusal
+    console.print(f"{command} is done after {time.time() - STARTED:.0f} s")

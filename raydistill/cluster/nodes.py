@@ -1,0 +1,229 @@
+"""What a cluster must be before work starts on it: the same packages on every node, a workspace, images and models that
+all of them see, a place for every actor. Each finding is a line with the way out."""
+
+from __future__ import annotations
+
+import platform
+import uuid
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from raydistill.config import RunConfig
+from raydistill.data.sources.listing import first_of_table
+from raydistill.errors import ConfigError
+from raydistill.runtime.versions import PACKAGES, installed
+from raydistill.secrets import redacted
+from raydistill.storage.directory import workspace_root
+from raydistill.storage.filesystems import open_filesystem, write_bytes
+from raydistill.tracking.stores import tracking_uri
+
+# Keys that name places, or models that may lie in one, which every node must see under the same name.
+PLACES = (
+    "images.path", "teacher.model", "teacher.weights", "student.model", "student.weights", "compare.student_weights",
+    "generate.pipeline",
+)  # fmt: skip
+_SECONDS = 120
+_BEGINNING = 1024**2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table. `advice` is None where all is well."""
+
+    about: str
+    found: str
+    advice: str | None = None
+
+
+def check_nodes(config: RunConfig) -> list[Finding]:
+    """Look at every node of the cluster that Ray is connected to, and at what they are together."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [*look_at(config, nodes), *_tracking(config, nodes), *_labels(config, nodes)]
+
+
+def look_at(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
+    """Look at nodes, as `ray.nodes()` describes them, from each of them itself: versions, workspace, images, models."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    root, mark, places = workspace_root(config), uuid.uuid4().hex, _places(config)
+    marker = f"{root}/.seen-{mark}"
+    write_bytes(marker, mark.encode())
+    look = ray.remote(num_cpus=0, max_retries=2)(_look)
+    asked = {
+        node["NodeID"]: look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        ).remote(root, mark, node["NodeID"], places)
+        for node in nodes
+    }
+    findings, seen = [], {}
+    for node in nodes:
+        try:
+            seen[node["NodeID"]] = ray.get(asked[node["NodeID"]], timeout=_SECONDS)
+        except Exception as error:  # Ray's errors, or whatever its worker failed of
+            lines = [line for line in str(error).strip().splitlines() if line.strip()]
+            findings.append(
+                Finding(
+                    _name(node),
+                    f"runs no task ({lines[-1] if lines else type(error).__name__})",
+                    "raydistill has to be installed there: see its log, `ray logs cluster`",
+                )
+            )
+    fs, folder = open_filesystem(root)
+    try:
+        findings += _versions(nodes, seen)
+        findings += _workspace(config, nodes, seen, {node: fs.exists(f"{folder}/.seen-{mark}-{node}") for node in seen})
+        findings += _unseen(nodes, seen, places)
+    finally:
+        for path in [f"{folder}/.seen-{mark}", *(f"{folder}/.seen-{mark}-{node}" for node in seen)]:
+            fs.remove(path)
+    return findings
+
+
+def refuse_unfit(config: RunConfig) -> None:
+    """Raises ConfigError with a line for each finding that is not well."""
+    if bad := [finding for finding in check_nodes(config) if finding.advice]:
+        raise ConfigError("\n".join(f"cluster: {f.about}: {f.found}; {f.advice}" for f in bad))
+
+
+def _places(config: RunConfig) -> dict[str, str]:
+    """What stands under each key that names a place, as the driver sees it: a file or, of a folder, the first thing in
+    it, since nodes may have the folder without what is mounted there; of a table of images the first of them as well.
+    What is not there is a name on a hub."""
+    found = {}
+    for key in PLACES:
+        section, _, name = key.rpartition(".")
+        place = getattr(getattr(config, section), name, None)
+        place = "" if place is None else place.removeprefix("hf:").removeprefix("timm:local-dir:")
+        if not place or place.startswith("example:") or not _sees(place):
+            continue
+        fs, path = open_filesystem(place)
+        # The driver lists the images, and train workers go to its folder; other actors have folders of their own.
+        if fs.is_local and not key.startswith(("teacher.", "generate.")):
+            place = path
+        inside = fs.names(path) if fs.isdir(path) else []
+        found[key] = "/".join([place.rstrip("/"), *inside[:1]])
+        if key == "images.path" and (image := first_of_table(place)) and _sees(image):
+            found["the first image of images.path"] = image
+    return found
+
+
+def _sees(place: str) -> str | None:
+    """A folder, or a file by its size and the checksum of its beginning, which tells weights of one shape apart; None
+    where nothing is."""
+    try:
+        fs, path = open_filesystem(place)
+        if not fs.exists(path):
+            return None
+        if fs.isdir(path):
+            return "a folder"
+        return f"{fs.size(path)} {zlib.crc32(fs.cat_file(path, end=_BEGINNING))}"
+    except Exception:  # every file system has its own errors
+        return None
+
+
+def _look(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, Any]:
+    """On a node: its versions, whether it reads what the driver wrote to the workspace and can write there too, and
+    what it sees in the places."""
+    fs, folder = open_filesystem(root)
+    path, error = f"{folder}/.seen-{mark}", ""
+    try:
+        reads = fs.read(path) == mark.encode()
+        if reads:
+            write_bytes(f"{root}/.seen-{mark}-{node}", b"")
+    except Exception as problem:  # every file system has its own errors
+        reads, error = False, (str(problem).splitlines() or [type(problem).__name__])[0]
+    sees = {key: _sees(place) for key, place in places.items()}
+    return {"versions": _installed(), "reads": reads, "error": error, "sees": sees}
+
+
+def _installed() -> dict[str, str]:
+    return {"python": platform.python_version(), **installed(PACKAGES)}
+
+
+def _name(node: dict[str, Any]) -> str:
+    labels = node.get("Labels") or {}
+    group = labels.get("pool")
+    return f"{node['NodeManagerAddress']} ({group})" if group else str(node["NodeManagerAddress"])
+
+
+def _versions(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]]) -> list[Finding]:
+    """Against the driver's: it is what writes the config that the others read."""
+    mine, findings = _installed(), []
+    for node in nodes:
+        theirs = seen.get(node["NodeID"], {}).get("versions", mine)
+        differ = [f"{name} {theirs[name]} (here {mine[name]})" for name in mine if theirs[name] != mine[name]]
+        if differ:
+            advice = "install what the driver has, best as one image for all nodes (deploy/Dockerfile)"
+            findings.append(Finding(_name(node), ", ".join(differ), advice))
+    if not findings:
+        shown = ", ".join(f"{name} {version}" for name, version in mine.items() if name in ("python", "ray", "torch"))
+        findings.append(Finding("versions", f"{len(seen)} node(s) alike: {shown}"))
+    return findings
+
+
+def _workspace(
+    config: RunConfig, nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]], wrote: dict[str, bool]
+) -> list[Finding]:
+    advice = "give one that all nodes see under this name, as workspace=s3://bucket/runs or a shared folder"
+    findings = []
+    for node in nodes:
+        if node["NodeID"] not in seen:
+            continue
+        answer = seen[node["NodeID"]]
+        if not answer["reads"]:
+            why = f": {answer['error']}" if answer["error"] else ""
+            findings.append(Finding(_name(node), f"does not see workspace={config.workspace}{why}", advice))
+        elif not wrote[node["NodeID"]]:
+            findings.append(
+                Finding(_name(node), f"writes workspace={config.workspace} where others do not see", advice)
+            )
+    return findings or [Finding("workspace", f"{len(seen)} node(s) read and write {workspace_root(config)}")]
+
+
+def _unseen(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]], places: dict[str, str]) -> list[Finding]:
+    advice = "give a bucket, or a shared folder by its full name, that all nodes see"
+    mine, findings = {key: _sees(place) for key, place in places.items()}, []
+    for node in nodes:
+        sees = seen.get(node["NodeID"], {}).get("sees", mine)
+        differs = [key for key in places if sees[key] != mine[key]]
+        for what, absent in (("does not see", True), ("has another file as", False)):
+            if named := [f"{places[key]} ({key})" for key in differs if (sees[key] is None) == absent]:
+                findings.append(Finding(_name(node), f"{what} {', '.join(named)}", advice))
+    if places and not findings:
+        findings.append(Finding("images, models", f"{len(seen)} node(s) see {', '.join(places)}"))
+    return findings
+
+
+def _tracking(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
+    uri = redacted(tracking_uri(config)[0])
+    if not config.tracking.enabled:
+        return [Finding("tracking", "off")]
+    if uri.startswith("sqlite") and len(nodes) > 1:
+        return [
+            Finding(
+                "tracking",
+                f"{uri} is a file, and a cluster's head may go with all its files",
+                "set tracking.uri to an MLflow server, or tracking.enabled=false",
+            )
+        ]
+    return [Finding("tracking", uri or "off: SQLite needs a local workspace; set tracking.uri to an MLflow server")]
+
+
+def _labels(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
+    """Nodes that generation asks for may come later, so their absence alone is no fault."""
+    wanted = config.cluster.generator_labels
+    if config.generate is None or not wanted:
+        return []
+    fit = [n for n in nodes if all((n.get("Labels") or {}).get(k) == v for k, v in wanted.items())]
+    words = ", ".join(f"{k}={v}" for k, v in wanted.items())
+    if fit:
+        return [Finding("generator nodes", f"{len(fit)} with {words}")]
+    there = {f"{k}={v}" for n in nodes for k, v in (n.get("Labels") or {}).items() if not k.startswith("ray.io")}
+    waits = "" if config.cluster.generator_fallback is not None else "; generating waits until one comes"
+    return [
+        Finding("generator nodes", f"none with {words} yet (there are {', '.join(sorted(there)) or 'none'}){waits}")
+    ]

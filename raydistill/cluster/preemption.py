@@ -1,0 +1,251 @@
+"""Watches on a spot node for the cloud's notice that the node is about to be taken, and drains the node through Ray.
+
+    nohup python -m raydistill.cluster.preemption --cloud aws >> /tmp/preemption.log 2>&1 &
+
+stands before `ray start` among the start commands of a spot node, with the same RAY_AUTH_MODE and token. A drained node
+gets no new work, training saves at once, and Ray does not count its end as a failure; Ray asks no cloud by itself. Ends
+with code 0 after draining or on SIGTERM, with 2 for wrong arguments; what else goes wrong is said and tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from http.client import HTTPException
+from typing import Any, TypeVar
+from urllib.request import HTTPHandler, OpenerDirector, Request
+
+from raydistill.errors import RaydistillError
+
+# What a cloud has to provide: asked once a poll, gives the time (UTC) at which the node is taken, or None. Raises
+# RaydistillError where it gets no answer, or one that it cannot read.
+Notice = Callable[[], datetime | None]
+
+# Ray takes a node's end for a preemption only if it comes after the deadline that draining gave; otherwise for a crash,
+# which is charged to `distill.max_failures`. So Ray is told of an end somewhat earlier than the cloud's.
+MARGIN_SECONDS = 10.0
+# The service answers from the machine itself: within milliseconds, or not at all.
+_HTTP_SECONDS = 2.0
+_RAY_SECONDS = 10.0
+_TOKEN_SECONDS = 6 * 3600  # the most that the service grants
+
+Answer = TypeVar("Answer")
+
+
+def say(line: str) -> None:
+    """One line on stdout, with the time (UTC)."""
+    print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {line}", flush=True)
+
+
+class AwsNotice:
+    """The interruption notice of an EC2 spot instance, from version 2 of the instance metadata service at `url`.
+
+    A call gives the time (UTC) at which the instance is terminated, stopped or hibernated, or None while there is no
+    notice. A rebalance recommendation, which may come earlier or for nothing, is only said. Raises RaydistillError.
+    `clock` gives seconds, by which the session token is renewed before it expires.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._url, self._clock = url.rstrip("/"), clock
+        # Neither proxies, which must not see what the service says, nor redirects, which would be given the token.
+        self._opener = OpenerDirector()
+        self._opener.add_handler(HTTPHandler())
+        self._token, self._renew_at = "", -math.inf
+        self._rebalance_said = False
+
+    def __call__(self) -> datetime | None:
+        text = self._get("/latest/meta-data/spot/instance-action")
+        if text is None:
+            if not self._rebalance_said and (advice := self._get("/latest/meta-data/events/recommendations/rebalance")):
+                say(f"the cloud recommends to leave this machine, which is not yet a notice: {advice[:200]!r}")
+                self._rebalance_said = True
+            return None
+        try:
+            fields = json.loads(text)
+            action, written = str(fields["action"]), datetime.fromisoformat(fields["time"])
+            taken_at = written.replace(tzinfo=UTC) if written.tzinfo is None else written.astimezone(UTC)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise RaydistillError(f"the notice of {self._url} cannot be read: {text[:200]!r}") from error
+        say(f"notice: {action[:20]!r} at {taken_at:%Y-%m-%dT%H:%M:%SZ}")
+        return taken_at
+
+    def _get(self, path: str) -> str | None:
+        """What the service says at `path`; None for 404, which means that there is nothing yet."""
+        if self._clock() >= self._renew_at:
+            self._renew_token()
+        status, text = self._ask("GET", path, "", self._token)
+        if status == 401:  # before its time: the clock stood still, or the service began anew
+            self._renew_token()
+            status, text = self._ask("GET", path, "", self._token)
+        if status not in (200, 404):
+            raise RaydistillError(f"{self._url} answers {status} to GET {path}")
+        return text if status == 200 else None
+
+    def _renew_token(self) -> None:
+        status, text = self._ask("PUT", "/latest/api/token", "-ttl-seconds", str(_TOKEN_SECONDS))
+        if status != 200:
+            raise RaydistillError(f"{self._url} gives no token but status {status}; is IMDSv2 enabled?")
+        self._token, self._renew_at = text, self._clock() + 0.9 * _TOKEN_SECONDS
+
+    def _ask(self, method: str, path: str, header: str, value: str) -> tuple[int, str]:
+        try:
+            headers = {f"X-aws-ec2-metadata-token{header}": value}
+            request = Request(self._url + path, None, headers, method=method)
+            with self._opener.open(request, timeout=_HTTP_SECONDS) as response:
+                return response.status, response.read(65_536).decode()
+        except (OSError, HTTPException, ValueError) as error:
+            raise RaydistillError(f"no answer from {self._url}{path} ({error}); containers need hop limit 2") from error
+
+
+# By the word after --cloud: what makes a Notice of the metadata service's URL.
+NOTICES: dict[str, Callable[[str], Notice]] = {"aws": AwsNotice}
+
+
+def find_node(node_id: str | None, address: str) -> tuple[str, str]:
+    """The hex id of this machine's Ray node and the `host:port` of its GCS, by the command lines of the raylets here.
+    What is given is not looked for. Raises RaydistillError where there is no raylet, or more than one."""
+    from ray._private import services  # ray is loaded where it is needed, so that wrong arguments are said at once
+
+    services.find_gcs_addresses.cache_clear()  # Ray may have been started anew, for another cluster
+    nodes = {node_id} if node_id else services.find_node_ids()
+    addresses = {address} if address != "auto" else services.find_gcs_addresses()
+    if not nodes or not addresses:
+        raise RaydistillError("no raylet runs on this machine")
+    if len(nodes) > 1 or len(addresses) > 1:
+        raise RaydistillError("several raylets run on this machine; name one with --node-id and --address")
+    return nodes.pop(), set(addresses).pop()
+
+
+@contextlib.contextmanager
+def _asking_ray(address: str) -> Iterator[None]:
+    """What Ray raises comes as RaydistillError; what its C++ layer writes of that to stderr, each time, is hidden."""
+    from ray.exceptions import RayError
+
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    except RayError as error:
+        raise RaydistillError(f"Ray at {address} does not do what is asked: {str(error)[:300]!r}") from error
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def connect(node_id: str, address: str) -> Any:
+    """A client of the GCS at `address`, which knows `node_id` as alive. Raises RaydistillError."""
+    from ray import NodeID
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # not in Ray's own stub
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+    with _asking_ray(address):
+        # Without a token where one is asked for, the client would abort this process.
+        ensure_token_if_auth_enabled(None, create_token_if_missing=False)
+        client = GcsClient(address=address)
+        alive = client.get_all_node_info(timeout=_RAY_SECONDS, state_filter=GcsNodeInfo.ALIVE)
+    # To drain a node that it does not know, or not yet, is a success to the GCS.
+    if NodeID.from_hex(node_id) not in alive:
+        raise RaydistillError(f"node {node_id} is not among the living nodes of the cluster at {address}")
+    return client
+
+
+def drain(node_id: str, reason: str, seconds: float, address: str) -> None:
+    """Tell Ray that the node will be taken in `seconds`; ends nothing by itself. Raises RaydistillError. The one place
+    that calls what Ray has for it, the unstable `GcsClient.drain_node`, as `ray drain-node` does."""
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    deadline_ms = round((time.time() + seconds) * 1000)  # before connecting, which may take a while
+    preemption = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    client = connect(node_id, address)
+    with _asking_ray(address):
+        accepted, why_not = client.drain_node(node_id, preemption, reason, deadline_ms, timeout=_RAY_SECONDS)
+    if not accepted:
+        raise RaydistillError(f"Ray at {address} does not drain node {node_id}: {why_not}")
+
+
+def wait_for(ask: Callable[[], Answer | None], pause: float) -> Answer:
+    """Ask until there is an answer, every `pause` seconds. What goes wrong is said when it changes, not each time."""
+    trouble = ""
+    while True:
+        before, trouble, answer = trouble, "", None
+        try:
+            answer = ask()
+        except RaydistillError as error:
+            trouble = str(error)
+        if trouble and trouble != before:
+            say(f"{trouble}; trying again every {pause:g} s")
+        if before and not trouble:
+            say("that trouble is over")
+        if answer is not None:
+            return answer
+        time.sleep(pause)
+
+
+def watch(notice: Notice, drain_here: Callable[[float], str], poll_seconds: float) -> None:
+    """Wait for a notice, then drain. `drain_here` gets the seconds that remain and gives the id of the drained node."""
+    taken_at = wait_for(notice, poll_seconds)
+    node_id = wait_for(
+        lambda: drain_here(max(0.0, (taken_at - datetime.now(UTC)).total_seconds() - MARGIN_SECONDS)), poll_seconds
+    )
+    say(f"drained: node {node_id} gets no new work")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The watcher, from its arguments to its exit code."""
+    arguments = _parse(words)
+    # As KeyboardInterrupt, which ends a pause or a request at once, and a call to Ray as soon as that returns.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def find_living_node() -> str:
+        node_id, address = find_node(arguments.node_id, arguments.address)
+        connect(node_id, address)
+        return f"node {node_id} of the cluster at {address}"
+
+    def drain_here(seconds: float) -> str:  # looks again: Ray may have been started anew since, under another id
+        node_id, address = find_node(arguments.node_id, arguments.address)
+        drain(node_id, "the cloud's notice of preemption", seconds, address)
+        return node_id
+
+    try:
+        say("started: waiting for a node of Ray on this machine")
+        say(f"watching for a notice of preemption: {wait_for(find_living_node, arguments.poll_seconds)}")
+        watch(NOTICES[arguments.cloud](arguments.metadata_url), drain_here, arguments.poll_seconds)
+    except KeyboardInterrupt:
+        say("ended, as told by a signal")
+    return 0
+
+
+def _parse(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m raydistill.cluster.preemption", description="drains a spot node in time"
+    )
+    parser.add_argument("--cloud", required=True, choices=sorted(NOTICES), help="whose notice to ask for")
+    parser.add_argument("--metadata-url", default="http://169.254.169.254", help="of the metadata service")
+    parser.add_argument("--poll-seconds", type=float, default=5.0, help="between two requests (default 5)")
+    parser.add_argument("--address", default="auto", help="host:port of the GCS (default: that of the raylet here)")
+    parser.add_argument("--node-id", help="of the node to drain, where several run on this machine")
+    arguments = parser.parse_args(words)
+    if not arguments.metadata_url.startswith("http://"):
+        parser.error(f"--metadata-url begins with http://, not {arguments.metadata_url}")
+    if not 0 < arguments.poll_seconds < math.inf:
+        parser.error(f"--poll-seconds is more than 0, not {arguments.poll_seconds:g}")
+    if not re.fullmatch(r"auto|.+:\d+", arguments.address):
+        parser.error(f"--address is auto or host:port, not {arguments.address}")
+    if arguments.node_id is not None and not re.fullmatch("[0-9a-f]{56}", arguments.node_id):
+        parser.error(f"--node-id has 56 hexadecimal digits, as in `ray list nodes`, not {arguments.node_id}")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""submit: run a command on a Ray cluster by Ray Jobs, with the words that it has on a laptop.
+
+What travels is the package and one resolved job file with the small files that it names; images, outputs and secrets
+never do. The job's own exit code comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import ipaddress
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+from packaging.requirements import Requirement
+
+import raydistill
+from raydistill.cluster.nodes import PLACES
+from raydistill.cluster.upload import code_of, refuse_private
+from raydistill.config import RunConfig, overlay, to_yaml
+from raydistill.errors import ConfigError, StageError, reason_of
+from raydistill.graph import STAGES
+from raydistill.secrets import has_secret, texts
+
+COMMANDS = ("run", *(stage.name for stage in STAGES), "compare", "tune")
+STOPPED = 3  # the exit code of a job that was stopped, beside 0 (done), 1 (the run failed) and 2 (config or data)
+# The package has about 1 MiB. Whatever makes an upload large is no job file.
+_MOST_BYTES = 16 * 1024**2
+# Ray's own default is 3 s, in which no checkpoint of any size reaches a bucket.
+_STOP_SECONDS = 120
+_HEAD_SECONDS = 60.0
+_JOB_FILE = "job.yaml"
+# Keys that name small text files, which travel with the job.
+_SHIPPED = ("images.classes", "generate.names", "tune.space")
+# What the nodes were made with: the first is how they were joined, the others fit their GPUs.
+_OF_THE_NODE = ("ray", "torch", "torchvision")
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a submission uploads: a folder, its files with their bytes, the command, and the id that follows from
+    them."""
+
+    folder: str
+    files: list[tuple[str, int]]
+    entrypoint: str
+    id: str
+    left_out: tuple[str, ...] = ()  # of the package's folder, what is no code of it
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, size in self.files)
+
+
+def pack(
+    config: RunConfig, command: str, flags: tuple[str, ...], folder: str, python: str = "python",
+    send_outside: bool = False,
+) -> Package:  # fmt: skip
+    """Copy what the job needs into an empty folder.
+
+    Raises ConfigError: a secret in the config, a file that is missing, or lies outside of the current folder without
+    `send_outside`, more than the upload may hold.
+    """
+    if command not in COMMANDS:
+        raise ConfigError(f"submit: {command!r} is no command of a job; it is one of {', '.join(COMMANDS)}")
+    _refuse_secrets(config.model_dump(mode="json"))
+    config = _on_the_cluster(config, folder, send_outside)
+    Path(folder, _JOB_FILE).write_text(to_yaml(config))
+    source = Path(raydistill.__file__).parent
+    code, left_out = code_of(source)
+    for name in code:
+        target = Path(folder, "raydistill", name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target)
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    files = [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
+    digest = hashlib.sha256(" ".join([command, *flags]).encode())
+    for path in paths:
+        digest.update(f"\n{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    package = Package(
+        folder,
+        sorted(files, key=lambda file: -file[1]),
+        shlex.join([python, "-m", "raydistill", command, _JOB_FILE, *flags]),
+        re.sub(r"[^A-Za-z0-9_.-]", "-", f"{config.name}-{command}-{digest.hexdigest()[:10]}"),
+        tuple(left_out),
+    )
+    if package.size > _MOST_BYTES:
+        largest = ", ".join(f"{name} {size:,} bytes" for name, size in package.files[:3])
+        raise ConfigError(
+            f"submit: the job would upload {package.size:,} bytes, and {_MOST_BYTES:,} is the most ({largest}); "
+            "images and weights belong where all nodes can read them"
+        )
+    return package
+
+
+def _refuse_secrets(tree: dict[str, Any], prefix: str = "") -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _refuse_secrets(value, f"{prefix}{key}.")
+        elif any(map(has_secret, texts(value))):
+            raise ConfigError(
+                f"submit: {prefix}{key} holds a password or a key, and a job's files can be read by all who reach the "
+                "cluster; leave it out and give it to the nodes' environment (MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, AWS_… or an instance profile)"
+            )
+
+
+def _on_the_cluster(config: RunConfig, folder: str, send_outside: bool) -> RunConfig:
+    """The config as the job reads it: small files beside it, local places by their full names, the cluster joined."""
+    tree: dict[str, Any] = {"cluster": {"address": config.cluster.address or "auto"}}
+    for key in (*_SHIPPED, "workspace", *PLACES):
+        section, _, name = key.rpartition(".")
+        holder = getattr(config, section) if section else config
+        value = None if holder is None else getattr(holder, name)
+        if not isinstance(value, str) or "://" in value or value.startswith("example:"):
+            continue
+        if key in _SHIPPED:
+            if not os.path.isfile(value):
+                raise ConfigError(f"{key}={value}: no such file")
+            refuse_private(key, value, send_outside)
+            new = f"files/{key}{Path(value).suffix}"
+            Path(folder, "files").mkdir(exist_ok=True)
+            shutil.copyfile(value, Path(folder, new))
+        elif key in ("workspace", "images.path") or os.path.exists(value):
+            new = os.path.abspath(os.path.expanduser(value))
+        else:
+            continue  # the name of a model
+        (tree.setdefault(section, {}) if section else tree)[name] = new
+    return overlay(config, tree)
+
+
+def check_address(address: str) -> str:
+    """The address without a closing slash.
+
+    Raises ConfigError: one that is not http, or one off this machine without the token that it would be trusted by.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--address={address}: give the address of the dashboard, as http://127.0.0.1:8265")
+    # ~/.ray/auth_token may be the one that Ray wrote for this machine alone, which no other machine should be sent.
+    if not _is_loopback(parts.hostname) and not _names_token():
+        raise ConfigError(
+            f"--address={address}: whoever reaches this address may run code there, so raydistill speaks to it with a "
+            "token alone; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds the cluster's, or open a "
+            "tunnel and use http://127.0.0.1:8265"
+        )
+    return address.rstrip("/")
+
+
+def _names_token() -> bool:
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or bool(named and Path(named).is_file())
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def has_token() -> bool:
+    """Is there a token where Ray looks for one?"""
+    return _names_token() or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def job_client(address: str) -> Any:
+    """Ray's client for jobs. Raises ConfigError where nobody answers there, or it does not trust the token."""
+    address = check_address(address)
+    if has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Ray would let these outvote the address that was asked for.
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    os.environ.pop("RAY_ADDRESS", None)
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+        client.get_version()
+    except AuthenticationError:
+        raise ConfigError(
+            f"{address} wants another token than this one; fetch the cluster's into ~/.ray/auth_token"
+            if has_token()
+            else f"{address} wants a token; set RAY_AUTH_TOKEN or write it to ~/.ray/auth_token"
+        ) from None
+    except (ConnectionError, OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "404" in reason:  # Ray's words for it are of an old version of Ray
+            reason = "what answers there is no Ray dashboard"
+        raise ConfigError(
+            f"no Ray dashboard answers at {address} ({reason}); start the cluster, open the tunnel (`ray dashboard "
+            "cluster.yaml`), or give --address"
+        ) from None
+    return client
+
+
+def pinned() -> list[str]:
+    """What raydistill requires, in the versions that are installed here, less what a node has to bring itself."""
+    wanted = [Requirement(line) for line in metadata.requires("raydistill") or []]
+    names = [r.name for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [f"{name}=={metadata.version(name)}" for name in names if name not in _OF_THE_NODE]
+
+
+def _start(client: Any, entrypoint: str, name: str, environment: dict[str, Any]) -> None:
+    """Raises StageError where the head does not take the job; one that was started a moment ago takes none yet."""
+    end = time.monotonic() + _HEAD_SECONDS
+    while True:
+        try:
+            client.submit_job(
+                entrypoint=entrypoint, submission_id=name, runtime_env=environment, metadata={"raydistill": entrypoint}
+            )
+        except RuntimeError as error:
+            if "No available agent" in str(error) and time.monotonic() < end:
+                time.sleep(1)
+                continue
+            raise StageError(
+                f"submit: the head does not take the job ({reason_of(error)}); see its log: ray logs cluster"
+            ) from None
+        return
+
+
+def submit(client: Any, package: Package, install: bool = False) -> tuple[str, bool]:
+    """Start the job, or find it: an equal job that runs or is done is not started again. Returns its id and whether it
+    is new. One that failed or was stopped is started again, under the next number. With `install` Ray first gives each
+    node an environment for this job with what is `pinned`."""
+    packages = {"pip": {"packages": pinned(), "pip_check": False}} if install else {}
+    for number in range(1, 1000):
+        name = package.id if number == 1 else f"{package.id}-{number}"
+        info = find_job(client, name)
+        if info is None:
+            environment = {
+                "working_dir": package.folder,
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS), "PYTHONUNBUFFERED": "1"},
+                **packages,
+            }
+            _start(client, package.entrypoint, name, environment)
+            return name, True
+        if str(info.status.value) not in ("FAILED", "STOPPED"):
+            return name, False
+    raise StageError(f"submit: {package.id} has failed a thousand times")
+
+
+def find_job(client: Any, name: str) -> Any:
+    """What Ray knows of a job; None where there is no such job."""
+    try:
+        return client.get_job_info(name)
+    except RuntimeError as error:
+        if "does not exist" in str(error) or "404" in str(error):
+            return None
+        raise
+
+
+def existing_job(client: Any, name: str) -> Any:
+    info = find_job(client, name)
+    if info is None:
+        names = sorted(job.submission_id for job in client.list_jobs() if job.submission_id)
+        raise ConfigError(f"{name}: no such job; there are {', '.join(names[-10:]) or 'none'}")
+    return info
+
+
+def follow(client: Any, name: str, write: Callable[[str], object]) -> int:
+    """Write the job's log as it grows, until it ends, and return the job's exit code. Where a connection breaks, the
+    next one goes on from there."""
+    written = 0
+    while True:
+        written = asyncio.run(_tail(client, name, written, write))
+        info = client.get_job_info(name)
+        if info.status.is_terminal():
+            asyncio.run(_tail(client, name, written, write))  # what came between the two
+            return exit_code(info)
+        time.sleep(1)
+
+
+async def _tail(client: Any, name: str, written: int, write: Callable[[str], object]) -> int:
+    """Write all of the log but its first `written` characters, for as long as the connection lasts; returns how many
+    are written now."""
+    seen = 0
+    # The ways in which a connection breaks; the next one tells whether the cluster is gone.
+    with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
+        async for text in client.tail_job_logs(name):
+            write(text[max(written - seen, 0) :])
+            seen += len(text)
+            written = max(written, seen)
+    return written
+
+
+def exit_code(info: Any) -> int:
+    """Of a job that has ended."""
+    status = str(info.status.value)
+    if status == "SUCCEEDED":
+        return 0
+    if status == "STOPPED":
+        return STOPPED
+    return int(info.driver_exit_code) if info.driver_exit_code and info.driver_exit_code > 0 else 1
+
+
+def stop(client: Any, name: str) -> None:
+    """Ask the job to end and wait until it has."""
+    client.stop_job(name)
+    while not client.get_job_info(name).status.is_terminal():
+        time.sleep(0.5)

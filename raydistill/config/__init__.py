@@ -1,0 +1,50 @@
+"""The one configuration tree: every key a user can type, its default, its bounds, and what it is for.
+
+Defaults live here alone and are the paper's where the paper has one. Neither torch nor ray is imported, so that
+`raydistill --help` and `raydistill show` answer at once.
+"""
+
+from raydistill.config.cluster import Cluster
+from raydistill.config.distill import Distill
+from raydistill.config.evaluate import Evaluate
+from raydistill.config.export import Export
+from raydistill.config.generate import ClassPrompt, Filter, Generate
+from raydistill.config.images import SHARD_BYTES, Images
+from raydistill.config.job import RunConfig, fine_tuning
+from raydistill.config.keys import known_keys, suggest_key
+from raydistill.config.loss import Loss
+from raydistill.config.merge import load_config, merged, overlay, shown_yaml, to_yaml
+from raydistill.config.models import Student, Teacher
+from raydistill.config.search import Compare, Tune
+from raydistill.config.section import Section
+from raydistill.config.tracking import Tracking
+from raydistill.config.views import Views
+
+__all__ = [
+    "SHARD_BYTES",
+    "ClassPrompt",
+    "Cluster",
+    "Compare",
+    "Distill",
+    "Evaluate",
+    "Export",
+    "Filter",
+    "Generate",
+    "Images",
+    "Loss",
+    "RunConfig",
+    "Section",
+    "Student",
+    "Teacher",
+    "Tracking",
+    "Tune",
+    "Views",
+    "fine_tuning",
+    "known_keys",
+    "load_config",
+    "merged",
+    "overlay",
+    "shown_yaml",
+    "suggest_key",
+    "to_yaml",
+]

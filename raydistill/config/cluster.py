@@ -1,0 +1,39 @@
+"""cluster: where work runs, and what it may use."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from raydistill.config.section import Count, Section, Weight
+
+
+class Cluster(Section):
+    address: str | None = None
+    """Ray cluster to join; null: one of its own on this machine, for as long as the command runs."""
+    teacher_actors: tuple[Count, Count] = (1, 4)
+    """Fewest and most teacher actors; the plan lowers the second to what fits."""
+    generator_actors: tuple[Annotated[int, Field(ge=0)], Count] = (1, 8)
+    """Fewest and most generator actors at once, while `generate` runs; before and after it there are none."""
+    generator_labels: dict[str, str] | None = None
+    """Node labels that generator actors ask for, as {pool: spot}; null: any node will do."""
+    generator_fallback: dict[str, str] | None = None
+    """Labels that will do where no node has the first, {} for any node; null: wait for one."""
+    spill_directory: str | None = None
+    """Where this machine's own Ray writes what its memory does not hold; null: in Ray's folder, under /tmp."""
+    grows_to: dict[Literal["CPU", "GPU"], Annotated[float, Field(ge=0)]] | None = None
+    """The most CPUs and GPUs that the cluster's autoscaler may start, as {CPU: 48, GPU: 6}; null: what is there."""
+
+    price_per_hour: Weight | None = None
+    """What the machines cost an hour, in any currency, for the forecast and the bill of `tune`; null: seconds alone."""
+    prices: dict[str, Weight] = Field(default_factory=dict)
+    """What a node of each type costs an hour, as {train: 0.98, spot: 0.35, head: 0.4}, by the node's label `pool`."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Cluster:
+        for key in ("teacher_actors", "generator_actors"):
+            fewest, most = getattr(self, key)
+            if fewest > most:
+                raise ValueError(f"cluster.{key} is (fewest, most); {(fewest, most)} has them the wrong way round")
+        return self

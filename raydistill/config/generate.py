@@ -1,0 +1,100 @@
+"""generate: images that a diffusion pipeline adds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from raydistill.config.section import Count, Positive, Section, Share, Weight
+
+
+class ClassPrompt(Section):
+    """What `generate` does differently for one class; null: as for the others."""
+
+    templates: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    negative_prompt: str | None = None
+    steps: Count | None = None
+    guidance: Weight | None = None
+
+
+class Filter(Section):
+    """What of the generated images is kept. Each rejection is in the ledger with its reason."""
+
+    contrast: Weight = 3.0
+    """Smallest standard deviation of an image's brightness, of 255; below it the image is near-constant."""
+    duplicate_distance: Annotated[int, Field(ge=0, le=256)] | None = 4
+    """Images of one class, or an image and one of val or test, are duplicates when at most this many of the 256 bits of
+    their difference hashes differ; null: only equal files are."""
+    confidence: Share | None = None
+    """Smallest probability that the adapted teacher must give the class; null: not asked."""
+    class_confidence: dict[str, Share] = Field(default_factory=dict)
+    """The same for single classes, by name."""
+    agreement: bool = False
+    """Keep only images whose class the adapted teacher names first."""
+    weigh: bool = False
+    """Weigh the hard label of a kept image by the teacher's probability of its class."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.confidence is not None or bool(self.class_confidence) or self.agreement or self.weigh
+
+
+class Generate(Section):
+    pipeline: Annotated[str, Field(min_length=1)]
+    """A diffusion pipeline of diffusers: a name on the hub or a local folder. Text-to-image, image-to-image (with
+    `strength`), class-conditional or unconditional."""
+    revision: str | None = None
+    """Revision (a commit hash for choice) of a hub pipeline."""
+    ratio: Weight = 1.0
+    """Generated images of a class for each of its labelled train images."""
+    per_class: Count | None = None
+    """Generated images of each class, instead of `ratio`."""
+    balance: bool = False
+    """Fill every class up to the largest, instead of `ratio`."""
+    templates: Annotated[tuple[str, ...] | dict[str, Positive], Field(min_length=1)] = ("a picture of a {class}",)
+    """Prompts with `{class}` (and `{description}`), drawn equally often or by the weights given."""
+    names: str | None = None
+    """A YAML or JSON file from class names to words, or to {words, synonyms, description}."""
+    overrides: dict[str, ClassPrompt] = Field(default_factory=dict)
+    """Settings of single classes, by name."""
+    negative_prompt: str | None = None
+    class_ids: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    """The pipeline's number of each class, for a class-conditional one; null: by the names it brings."""
+    scheduler: str | None = None
+    """Class name of a scheduler of diffusers; null: the pipeline's own."""
+    steps: Count = 50
+    guidance: Weight = 7.5
+    """Classifier-free guidance; 1 or less: none."""
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Start from train images of the class, with this much noise (image-to-image)."""
+    size: Annotated[int, Field(ge=8, le=2048)] | None = None
+    """Side in pixels of what the pipeline makes; null: its own."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    batch_size: Count = 8
+    """Images in one call on a GPU, and in one file; on CPUs they are made one by one, so that it changes no image."""
+    safety_checker: bool = True
+    """Reject what the pipeline's safety checker flags; a text-to-image pipeline without one is refused."""
+    attempts: Count = 3
+    """How often an image is tried, each time with another recorded seed, before it counts as missing."""
+    filter: Filter = Filter()
+    task_weight: Share = 1.0
+    """Weight of generated images in the cross-entropy; 0: they are learnt from through soft targets alone."""
+    share: Share | None = None
+    """Share of generated images in each batch; null: their share of all train images."""
+
+    @model_validator(mode="after")
+    def _one_count(self) -> Generate:
+        if self.per_class is not None and self.balance:
+            raise ValueError("generate.per_class and generate.balance both say how many; set one of them")
+        return self
+
+    def prompt_settings(self, name: str) -> ClassPrompt:
+        """The settings of a class: its own where they are given."""
+        own = self.overrides.get(name, ClassPrompt())
+        return ClassPrompt(
+            templates=own.templates,
+            negative_prompt=self.negative_prompt if own.negative_prompt is None else own.negative_prompt,
+            steps=own.steps or self.steps,
+            guidance=self.guidance if own.guidance is None else own.guidance,
+        )

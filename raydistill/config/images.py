@@ -1,0 +1,47 @@
+"""images: which pictures, at which size, and how they are split."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from raydistill.config.section import Count, Section, Share
+
+SHARD_BYTES = 64 * 1024**2
+
+
+class Images(Section):
+    path: Annotated[str, Field(min_length=1)]
+    """A folder of class folders, a .csv/.jsonl of path+label, a .parquet of image+label, or `example:NAME`."""
+    size: Annotated[int, Field(ge=8, le=2048)] = 128
+    """Side in pixels of the square working image that every later stage reads."""
+    fit: Literal["crop", "pad"] = "crop"
+    """How a picture becomes square: cut to its centre, or padded with white."""
+    classes: str | None = None
+    """A text file with one class name a line; without it the classes are those of the train split, sorted."""
+    val_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of each class for validation, where the data names no validation split."""
+    test_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of each class for the test, where the data names no test split."""
+    max_per_class: Count | None = None
+    """Use no more than this many images of a class in a split (and unlabelled ones), chosen by name; null: all."""
+    num_labelled: Count | None = None
+    """Keep the labels of this many train images (stratified, seeded); the others become unlabelled."""
+    num_unlabelled: Annotated[int, Field(ge=0)] | None = None
+    """Keep this many of the train images without a label (seeded); null: all."""
+    allow_missing_val: bool = False
+    """Accept a class that has no validation image; it is then never scored on val."""
+    max_bad_share: Share = 0.05
+    """Above this share of unreadable files the run stops."""
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 178_956_970
+    """A picture with more pixels is refused before it is decoded (Pillow's own limit for decompression bombs)."""
+    max_bytes: Count = 256 * 1024**2
+    """A picture whose file, row or tar member has more bytes is refused before it is read."""
+    shard_size: Count = 256
+    """Images in a shard, of 64 MiB of pixels at most: the unit of teaching, of loss to a dead node, of streaming."""
+
+    @property
+    def rows_per_shard(self) -> int:
+        """What `shard_size` comes to at this `size`. A shard goes through a worker's memory in one piece."""
+        return max(1, min(self.shard_size, SHARD_BYTES // (3 * self.size**2)))

@@ -1,0 +1,135 @@
+"""The job: all sections, and what must hold between them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from raydistill.config.cluster import Cluster
+from raydistill.config.distill import Distill
+from raydistill.config.evaluate import Evaluate
+from raydistill.config.export import Export
+from raydistill.config.generate import Generate
+from raydistill.config.images import Images
+from raydistill.config.loss import Loss
+from raydistill.config.models import Student, Teacher
+from raydistill.config.search import Compare, Tune
+from raydistill.config.section import Section
+from raydistill.config.tracking import Tracking
+from raydistill.config.views import Views
+from raydistill.secrets import has_secret
+
+
+class RunConfig(Section):
+    """One run: what it learns from, what it learns, and where things go."""
+
+    name: str = "raydistill"
+    """The MLflow experiment and the title of the report; without it MLFLOW_EXPERIMENT_NAME names the first."""
+    workspace: str = "./workspace"
+    """Where stage directories go: any fsspec path that all nodes can see. It holds no password: every stage writes down
+    where it lies."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    images: Images
+    teacher: Teacher | None = Teacher()
+    """null: no teacher, which a run without soft targets needs none of."""
+    student: Student = Student()
+    views: Views = Views()
+    generate: Generate | None = None
+    """null: no generated images."""
+    loss: Loss = Loss()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    compare: Compare = Compare()
+    tune: Tune = Tune()
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if has_secret(self.workspace):
+            raise ValueError(
+                f"workspace={self.workspace} holds a password or a key, which every stage would write down; leave it "
+                "out and give it by the environment (AWS_…, or FSSPEC_PROTOCOL_KEYWORD as in FSSPEC_SFTP_PASSWORD)"
+            )
+        if self.teacher is None and self.loss.needs_teacher:
+            with_teacher = ", ".join(f"loss.{term}_weight" for term in self.loss.terms if term != "task")
+            raise ValueError(f"teacher is null, but {with_teacher} need one; name a teacher or set them to 0")
+        if not self.loss.terms:
+            raise ValueError("every weight under loss is 0, so there is nothing to learn; raise one of them")
+        if self.distill.batch_size < self.distill.most_workers:
+            raise ValueError(
+                f"distill.batch_size is {self.distill.batch_size}, fewer than the {self.distill.most_workers} workers "
+                "of distill.num_workers; raise the first or lower the second"
+            )
+        workers = self.distill.num_workers
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError(f"distill.num_workers is (fewest, most); {workers} has them the wrong way round")
+        if self.student.weights and self.student.init == "random":
+            raise ValueError("student.weights is given but student.init is random; set student.init=pretrained")
+        if self.distill.body_rate == 0 and self.student.init == "random":
+            raise ValueError(
+                "distill.body_rate is 0, which keeps a random body as it is; set student.init=pretrained or raise it"
+            )
+        if self.generate is not None and self.generate.filter.needs_teacher and not self.loss.needs_teacher:
+            raise ValueError(
+                "generate.filter asks the teacher (confidence, agreement or weigh), but no term of the loss needs one "
+                "and none is adapted; leave those out"
+            )
+        if self.generate is not None and self.generate.task_weight == 0 and not self.loss.needs_teacher:
+            raise ValueError(
+                "generate.task_weight is 0 and no term of the loss needs a teacher, so nothing would be learnt from "
+                "the generated images; raise it, or set generate=null"
+            )
+        if self.teacher is not None and self.teacher.head == "fine_tune" and self.teacher.center_crop:
+            raise ValueError(
+                "teacher.center_crop is of a model as it comes, and teacher.head=fine_tune trains it; drop one"
+            )
+        if self.teacher is not None and self.teacher.head == "zero_shot":
+            if plain := [prompt for prompt in self.teacher.prompts if "{class}" not in prompt]:
+                raise ValueError(f"teacher.prompts: {plain[0]!r} does not say where the class name goes; use {{class}}")
+        return self
+
+    @property
+    def streams_generated(self) -> bool:
+        """The teacher sees the stored views of generated images as they are made: on a cluster, which has room for
+        both; on one machine the two would only slow each other down."""
+        stored = self.loss.needs_teacher and self.views.per_image != "fresh"
+        return self.generate is not None and stored and self.cluster.address is not None
+
+    @property
+    def shows_generated(self) -> bool:
+        """A teacher runs beside the generators."""
+        return self.generate is not None and (self.generate.filter.needs_teacher or self.streams_generated)
+
+
+def fine_tuning(config: RunConfig) -> RunConfig:
+    """The run that fine-tunes the teacher of `config`: its model is the student of the task alone, from its own
+    weights, the new head ten times as fast as the body (the paper's recipe)."""
+    teacher = config.teacher
+    assert teacher is not None
+    student = Student(
+        model=teacher.model, init="pretrained", weights=teacher.weights, revision=teacher.revision, size=teacher.size
+    )
+    # How the student is trained has no say in it: searching the student's settings trains no teacher again.
+    where = config.distill.model_dump(
+        include={"num_workers", "precision", "channels_last", "cache", "checkpoint_seconds", "max_failures"}
+    )
+    distill = Distill(
+        epochs=teacher.fine_tune_epochs,
+        batch_size=teacher.fine_tune_batch_size,
+        learning_rate=teacher.fine_tune_learning_rate,
+        body_rate=0.1,
+        **where,
+    )
+    return config.model_copy(
+        update={
+            "teacher": None,
+            "generate": None,
+            "student": student,
+            "views": config.views.model_copy(update={"per_image": "fresh"}),
+            "loss": Loss(kd_weight=0, alignment_weight=0, uniformity_weight=0),
+            "distill": distill,
+        }
+    )

@@ -1,0 +1,103 @@
+"""One merge of job files, overlays and single settings, and what a wrong one is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from raydistill.config.job import RunConfig
+from raydistill.config.keys import suggest_key, takes_text, user_keys
+from raydistill.documents import as_yaml, parse, read_mapping
+from raydistill.errors import ConfigError
+from raydistill.secrets import redacted_tree, remember, texts
+
+
+def overlay(config: RunConfig, tree: Mapping[str, Any]) -> RunConfig:
+    """The config with `tree` laid over it. Raises ConfigError where the result is none."""
+    remember(texts(tree))
+    try:
+        return RunConfig.model_validate(merged(config.model_dump(mode="json"), dict(tree)))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error))) from None
+
+
+def load_config(words: Sequence[str]) -> RunConfig:
+    """Merge job file, overlays and `key=value` words from left to right and validate the result. The value of a word is
+    YAML, but for keys whose value is text: there it is taken as it was typed, without quotes or comments of YAML's.
+
+    Raises ConfigError: a file is missing or is not YAML, a key is unknown, a value is out of bounds.
+    """
+    tree: Any = {}
+    remember(word.partition("=")[2] for word in words)
+    for word in words:
+        try:
+            tree = merged(tree, _read_word(word))
+        except TypeError as error:
+            raise ConfigError(f"{word}: does not fit what it is laid over: {error}") from None
+    remember(texts(tree))
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error))) from None
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to the same tree."""
+    return as_yaml(config.model_dump(mode="json"))
+
+
+def shown_yaml(config: RunConfig) -> str:
+    """The resolved config for who reads it, without its passwords."""
+    return as_yaml(redacted_tree(config.model_dump(mode="json")))
+
+
+def merged(under: Any, over: Any) -> Any:
+    """The second tree laid over the first. Raises TypeError where a section is laid over what is none."""
+    if not isinstance(over, dict):
+        return over
+    if not isinstance(under, dict | None):
+        raise TypeError(f"{under!r} has no keys")
+    below = under or {}
+    return {**below, **{key: merged(below.get(key), value) for key, value in over.items()}}
+
+
+def _read_word(word: str) -> Any:
+    key, equals, value = word.partition("=")
+    if not equals or "/" in key:
+        return read_mapping(word, "give a job file, an overlay, or key=value")
+    tree: Any
+    if takes_text(key):  # as it was typed: to YAML `set #2`, `day: one`, `2024` and `no` are other things than words
+        tree = None if not value or (value == "null" and takes_text(key, or_null=True)) else value
+    else:
+        tree = next(iter(parse(value, word)), None)
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    # A field that takes one of several types reports each of them: one line then says them all.
+    heads: dict[str, str] = {}
+    tails: dict[str, list[str]] = {}
+    for item in error.errors():
+        dotted = ".".join(user_keys(item["loc"]))
+        if item["type"] == "extra_forbidden":
+            head, tail = f"{dotted}: ", f"unknown key{suggest_key(dotted)}"
+        elif dotted in ("images", "images.path") and (item["type"] == "missing" or item["input"] in (None, "")):
+            head, tail = "images.path: ", "required; for instance: raydistill run images.path=./my_images"
+        elif item["type"] == "value_error":  # a check of ours, whose sentence names its keys
+            head, tail = "", str(item["ctx"]["error"])
+        elif item["type"] == "string_unicode":
+            head, tail = f"{dotted}={item['input']!r}: ", "not UTF-8; give it another name, or a link that has one"
+        else:
+            head, tail = f"{dotted}={item['input']!r}: ", item["msg"][:1].lower() + item["msg"][1:]
+            if item["type"] == "string_type" and isinstance(item["input"], int | float):
+                tail += "; put it in quotes"
+        field = dotted if head else tail
+        heads.setdefault(field, head)
+        if tail not in tails.setdefault(field, []):
+            tails[field].append(tail)
+    for field, head in heads.items():
+        yield head + " or ".join(tails[field])

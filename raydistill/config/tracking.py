@@ -1,0 +1,24 @@
+"""tracking: where MLflow records."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from raydistill.config.section import Section
+
+
+class Tracking(Section):
+    enabled: bool = True
+    """false: no MLflow run."""
+    uri: str | None = None
+    """MLflow tracking URI; null: MLFLOW_TRACKING_URI, or SQLite in the workspace."""
+
+    @model_validator(mode="after")
+    def _store(self) -> Tracking:
+        uri = self.uri or "://"
+        if uri.startswith("file:") or not (uri.startswith("databricks") or "://" in uri):
+            raise ValueError(
+                f"tracking.uri={self.uri} is a folder, in which MLflow keeps no runs any more; use "
+                "sqlite:////PATH/mlflow.db or a server's http://HOST:PORT"
+            )
+        return self

@@ -1,0 +1,223 @@
+"""Readers of files that hold many images: parquet, Arrow (as `datasets` saves to disk) and WebDataset tar files.
+
+Rows are numbered in the file's own order; only those that are asked for are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import posixpath
+import tarfile
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raydistill.data.labels import label_of, refuse_many_classes
+from raydistill.data.sources.archives import EXTENSIONS, MOST_BYTES, Member, images_of, label_in, refuse_compressed
+from raydistill.errors import DataError
+from raydistill.storage import tables
+from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unread, version_of
+from raydistill.storage.tables import ArrowFile, ParquetFile, longest, open_table, values
+from raydistill.strangers import written
+
+__all__ = ["EXTENSIONS", "MOST_BESIDE", "SUFFIXES", "Row", "count_rows", "list_rows", "read_rows"]
+SUFFIXES = (*tables.SUFFIXES, ".tar")
+MOST_BESIDE = 16 << 20  # bytes of a file that tells of others, such as a list of classes
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a file says of one of its images, besides the pixels: a class's name or None, a split as it is written."""
+
+    number: int
+    label: str | None
+    split: str | None
+
+
+def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator[Row]:
+    """What the file holds besides images is counted in `ignored`, labels that are not as they may seem in `notes`.
+
+    Raises DataError: a damaged file, one without the columns it needs, a label that it has no name for.
+    """
+    if PurePosixPath(path).suffix.lower() == ".tar":
+        with _open_tar(path) as archive:
+            for number, (_, beside) in enumerate(images_of(archive, written(path), ignored)):
+                yield Row(number, label_in(archive.fileobj, beside, written(path), notes), None)
+    else:
+        with open_table(path) as table:
+            yield from _table_rows(path, table, notes)
+
+
+def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf) -> Iterator[tuple[int, Any]]:
+    """Number and bytes, None where the row has none, of those rows, in the file's order. Raises DataError, also for a
+    file of more than `most_bytes` in a tar."""
+    wanted = sorted(numbers)
+    if PurePosixPath(path).suffix.lower() == ".tar":
+        with _open_tar(path) as archive:
+            file: Any = archive.fileobj
+            places = _places(path, version_of(path, archive.fileobj))
+            for number in wanted:
+                start, size = map(int, places[number])
+                if size > most_bytes:
+                    raise DataError(f"it has {size:,} bytes, above {most_bytes:,} (images.max_bytes)")
+                file.seek(start)
+                if len(data := file.read(size)) < size:
+                    raise EOFError("it ends before its time")
+                yield number, data
+        return
+    with open_table(path) as table:
+        _check_image_column(path, table)
+        for first, part in table.read(["image"], wanted):
+            for number in wanted[bisect_left(wanted, first) : bisect_left(wanted, first + len(part))]:
+                (value,) = values(part["image"][number - first : number - first + 1])
+                yield number, value.get("bytes") if isinstance(value, dict) else value
+
+
+def next_part(path: str, row: int) -> float:
+    """The first row behind those that are read together with `row`, as a row group is; infinity behind the last.
+    Raises DataError."""
+    if PurePosixPath(path).suffix.lower() == ".tar":
+        return row + 1
+    with open_table(path) as table:
+        return table.end_of_part(row)
+
+
+def count_rows(path: str) -> int:
+    """How many images a file holds, whether it has labels or not. Raises DataError as `list_rows` does."""
+    if PurePosixPath(path).suffix.lower() == ".tar":
+        with _open_tar(path) as archive:
+            return len(_places(path, version_of(path, archive.fileobj)))
+    with open_table(path) as table:
+        _check_image_column(path, table)
+        table.refuse_bombs(["image"])
+        return table.num_rows
+
+
+@functools.lru_cache(maxsize=8)
+def _places(path: str, version: str) -> np.ndarray:
+    """(images, 2) of a tar file: where the bytes of each begin, and how many there are. The rows of one file are read
+    in many calls, each of which would go through all headers again."""
+    with _open_tar(path) as archive:
+        images = images_of(archive, written(path), Counter())
+        return np.array([(file.start, file.size) for file, _ in images], np.int64).reshape(-1, 2)
+
+
+@contextlib.contextmanager
+def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
+    fs, place = open_filesystem(path)
+    try:
+        with fs.open(place) as file:
+            refuse_compressed(file.read(6), written(path))
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as archive:
+                yield archive
+    except (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        refuse_unread(error, written(path))
+        reason = "headers of headers without end" if isinstance(error, RecursionError) else error
+        raise DataError(f"{written(path)}: not a tar file, or a damaged one ({reason})") from None
+
+
+def _table_rows(path: str, table: ParquetFile | ArrowFile, notes: Counter[str]) -> Iterator[Row]:
+    """Columns `image` (bytes, or the struct of bytes and path that `datasets` writes), `label`, and maybe `split`."""
+    schema, shown = table.schema, written(path)
+    if lacking := {"image", "label"} - set(schema.names):
+        found = ", ".join(map(written, schema.names[:10]))
+        in_folder = any(part.startswith("label=") for part in PurePosixPath(path).parts)
+        advice = "that its folder's name tells one is not read, so write it as a column" if in_folder else "rename them"
+        raise DataError(f"{shown}: no column {' and no column '.join(sorted(lacking))} among {found}; {advice}")
+    _check_image_column(path, table)
+    table.refuse_bombs(["image"])
+    names = _class_names(path, schema.metadata or {})
+    columns = [name for name in ("label", "split") if name in schema.names]
+    for first, part in table.read(columns):
+        for name in columns:
+            if (most := longest(part[name])) > MOST_BYTES:  # before each row has its copy
+                raise DataError(f"{shown}: the column {name} holds {most:,} bytes in one row, too many for a {name}")
+        splits = values(part["split"]) if "split" in columns else [None] * part.num_rows
+        for number, (value, split) in enumerate(zip(values(part["label"]), splits, strict=True), first):
+            where = f"{shown}: row {number}"
+            if names and isinstance(value, int | float) and value >= 0:
+                if value >= len(names):
+                    raise DataError(f"{where} has label {value}, and the file names {len(names)} classes")
+                value = names[int(value)] if value == int(value) else value
+            text = split.decode(errors="replace") if isinstance(split, bytes) else split
+            yield Row(number, label_of(value, where, notes), None if text is None else str(text))
+
+
+def _check_image_column(path: str, table: ParquetFile | ArrowFile) -> None:
+    """Raises DataError where the column's type is none of bytes, or of the struct of bytes and path."""
+    if "image" not in table.schema.names:
+        found = ", ".join(map(written, table.schema.names[:10]))
+        raise DataError(f"{written(path)}: no column image among {found}; rename the one that holds the pictures")
+    kind: Any = table.schema.field("image").type
+    if pa.types.is_struct(kind) and "bytes" in [kind.field(k).name for k in range(kind.num_fields)]:
+        kind = kind.field("bytes").type
+    of_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    if pa.types.is_null(kind) or any(test(kind) for test in of_bytes):
+        return
+    is_text = any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+    advice = "for paths make a .csv with `path` and `label`" if is_text else "encode each picture as PNG or JPEG"
+    raise DataError(f"{written(path)}: the column image holds {kind}, not the bytes of image files; {advice}")
+
+
+def _class_names(path: str, metadata: dict[bytes, bytes]) -> list[str]:
+    """The names that Hugging Face `datasets` keeps beside integer labels: in the file, or in the folder it saved."""
+    trees = [_json(metadata.get(b"huggingface", b"{}")).get("info")]
+    fs, place = open_filesystem(path)
+    beside = posixpath.join(posixpath.dirname(place), "dataset_info.json")
+    if fs.isfile(beside):
+        trees.append(_json(_beside(fs, beside)))
+    for tree in trees:
+        for key in ("features", "label"):
+            tree = tree.get(key) if isinstance(tree, dict) else None
+        names = tree.get("names") if isinstance(tree, dict) else None
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            refuse_many_classes(len(names), written(path))
+            return names
+    return []
+
+
+def _beside(fs: FileSystem, place: str) -> bytes:
+    try:
+        return fs.read_at_most(place, MOST_BESIDE)
+    except OSError as error:
+        raise DataError(f"{written(place)}: cannot be read: {error.strerror}") from None
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    """Empty where it is no JSON object: what stands there is another program's."""
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def saved_files(fs: FileSystem, folder: str) -> tuple[set[str], str | None] | None:
+    """The data files of a folder that `datasets` saved and its split, as its state.json says; None of another folder.
+
+    Raises DataError where rows of the files were chosen without writing them anew.
+    """
+    place = f"{folder}/state.json"
+    if not fs.isfile(place):
+        return None
+    state = _json(_beside(fs, place))
+    if state.get("_indices_files"):
+        raise DataError(
+            f"{written(place)}: its rows were chosen or shuffled without being written anew; call `flatten_indices()` "
+            "and save it again"
+        )
+    files = state.get("_data_files")
+    if not isinstance(files, list):
+        return None
+    names = {str(file.get("filename")) for file in files if isinstance(file, dict)}
+    return names, state.get("_split") if isinstance(state.get("_split"), str) else None

@@ -1,0 +1,287 @@
+"""check: what is wrong with a data set, and what a run would do about it, before anything is written or trained.
+
+The same functions decide that decide in `prepare`: what they refuse is refused there, what they turn is turned there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
+from posixpath import splitext
+from typing import Literal
+
+from PIL import Image
+
+from raydistill.cluster.plan import num_cores
+from raydistill.config import Images, RunConfig
+from raydistill.data.chunks import Seen, looked_at
+from raydistill.data.decode import NOTES, Facts
+from raydistill.data.isolation import Killed, begin, many_apart
+from raydistill.data.likeness import near_pairs
+from raydistill.data.sources.listing import Entry, Listing, entry_name, list_images
+from raydistill.errors import DataError
+from raydistill.runtime.progress import Progress
+from raydistill.stages.prepare import (
+    Decoded,
+    chunks,
+    draw_labelled,
+    draw_splits,
+    fewer_unlabelled,
+    lacking_classes,
+    refuse_too_many_bad,
+    without_duplicates,
+)
+
+EXAMPLES = 5
+# Formats that Pillow names apart and the names of files do not: phones write MPO into .jpg.
+_ALIKE = {"MPO": "JPEG", "DIB": "BMP", "BMP": "DIB"}
+# Bits of 256 that two pictures of the same thing may differ in; brightness below whose spread a picture shows nothing;
+# pixels above which decoding is slow; sides beyond which most of a picture is cut away; images of the largest class for
+# each of the smallest.
+_NEAR, _CONTRAST, _HUGE, _LONG, _IMBALANCE = 4, 3.0, 50e6, 3.0, 10.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of thing that was found. `stop`: a run would refuse the data; `loses`: it would leave images out;
+    `look`: it would go on, and a person had better look; `note`: all is well, but not as it may seem."""
+
+    severity: Literal["stop", "loses", "look", "note"]
+    what: str
+    count: int
+    examples: tuple[str, ...]
+    done: str  # what a run does about it
+    change: str  # how to have it otherwise
+
+
+@dataclass(frozen=True)
+class Checkup:
+    findings: list[Finding]
+    counts: dict[str, dict[str, int]]  # split -> class, or "" for none -> images that a run would use
+    is_interrupted: bool = False
+
+    @property
+    def is_sound(self) -> bool:
+        return all(finding.severity != "stop" for finding in self.findings)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one look at an image told. `facts` and `hash` are of images that decode."""
+
+    decoded: Decoded
+    facts: Facts | None
+    hash: bytes
+    contrast: float
+
+
+def check_images(config: RunConfig, progress: Progress, strict: bool = False) -> Checkup:
+    """Look at every image. `strict`: the first that cannot be used ends the look. An interruption ends it too: what was
+    seen by then is in the checkup, which says so."""
+    begin(looked_at, num_cores())
+    try:
+        listing = list_images(config.images)
+    except DataError as error:
+        return Checkup([Finding("stop", str(error), 1, (), "a run refuses to start", "see there")], {})
+    looks, is_interrupted = [], False
+    try:
+        with (
+            progress.task("check", len(listing.entries), "images") as advance,
+            closing(look_at(listing.entries, config.images)) as every,
+        ):
+            for look in every:
+                looks.append(look)
+                advance(1)
+                if strict and look.decoded.reason:
+                    break
+    except KeyboardInterrupt:
+        is_interrupted = True
+    findings, counts = _judge(config, listing, looks, strict)
+    if is_interrupted:
+        total = len(listing.entries)
+        seen = Finding("stop", "interrupted: the rest is not looked at", total - len(looks), (),
+                       f"{len(looks):,} of {total:,} images are looked at", "run the command again")  # fmt: skip
+        return Checkup([seen, *findings], counts, is_interrupted)
+    return Checkup(findings, counts)
+
+
+def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
+    """In the entries' order, as many at once as there are cores; what is held does not grow with their number."""
+    with closing(many_apart(partial(looked_at, images=images), chunks(entries, images), num_cores())) as every:
+        for chunk, found in every:
+            for (index, _, _), seen in zip(chunk, found, strict=True):
+                told = Seen(seen) if isinstance(seen, Killed) else seen
+                yield Look(Decoded(entries[index], told.id, told.reason), told.facts, told.hash, told.contrast)
+
+
+def _judge(
+    config: RunConfig, listing: Listing, looks: list[Look], strict: bool
+) -> tuple[list[Finding], dict[str, dict[str, int]]]:
+    images = config.images
+    known = [look.decoded for look in looks]
+    findings = list(_unusable(images, known, len(listing.entries), strict))
+    if strict and any(d.reason for d in known):
+        return findings, {}
+    findings += _copies(known)
+    if len(known) < len(listing.entries):  # what is not looked at may hold the classes and splits that seem to lack
+        return [*findings, *_of_pixels(config, [look for look in looks if look.facts])], {}
+    kept, _ = without_duplicates(known)
+    splits = draw_splits(config, listing, kept)
+    findings += _of_classes(listing, splits)
+    try:
+        labelled = draw_labelled(config, listing, splits["train"])
+        splits["train"] = fewer_unlabelled(config, splits["train"], labelled)
+    except DataError as error:
+        findings.append(Finding("stop", str(error), 1, (), "a run refuses to start", "see there"))
+    split_of = {d.id: split for split, members in splits.items() for d in members}
+    entries = {d.entry for members in splits.values() for d in members}  # of copies one alone is used
+    used = [look for look in looks if look.decoded.entry in entries]
+    findings += _near_copies(used, split_of)
+    findings += _of_pixels(config, used)
+    findings += [
+        Finding("note", what, count, (), "ignored", "rename or move them, if they are pictures to learn from")
+        for what, count in listing.ignored.items()
+    ]
+    findings += [
+        Finding("look", what, count, (), "as it says", "write them as they are meant")
+        for what, count in listing.notes.items()
+    ]
+    counts = {s: dict(Counter(d.entry.label or "" for d in members)) for s, members in splits.items() if members}
+    order = ("stop", "loses", "look", "note")
+    return sorted(findings, key=lambda f: order.index(f.severity)), counts
+
+
+def _unusable(images: Images, known: list[Decoded], total: int, strict: bool) -> Iterator[Finding]:
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    bad = [d for d in known if d.reason]
+    for d in bad:
+        by_reason[d.reason.partition(":")[0]].append(f"{entry_name(d.entry)}: {d.reason}")
+    for reason, examples in by_reason.items():
+        severity: Literal["stop", "loses"] = "stop" if strict else "loses"
+        done = "the look ended here" if strict else "left out, and listed in refused.json"
+        yield Finding(severity, reason, len(examples), tuple(examples[:EXAMPLES]), done, "mend or remove the files")
+    try:
+        refuse_too_many_bad(images, bad, len(known), total)
+    except DataError as error:
+        yield Finding("stop", str(error).partition(":")[0], len(bad), (), "a run refuses to start",
+                      "mend them, or raise images.max_bad_share")  # fmt: skip
+
+
+def _copies(known: list[Decoded]) -> Iterator[Finding]:
+    copies: dict[str, list[Entry]] = defaultdict(list)
+    for d in known:
+        if d.id:
+            copies[d.id].append(d.entry)
+    two_labels, across, within = list[list[Entry]](), list[list[Entry]](), list[list[Entry]]()
+    for group in copies.values():
+        if len({entry.label for entry in group if entry.label}) > 1:
+            two_labels.append(group)
+        elif len({entry.split for entry in group}) > 1:
+            across.append(group)
+        elif len(group) > 1:
+            within.append(group)
+    kinds: list[tuple[list[list[Entry]], str, str, str]] = [
+        (two_labels, "one file under several labels", "left out under each of them",
+         "keep it under the label that is right"),
+        (across, "one file in several splits", "the test split keeps it, then val", "keep it in one split"),
+        (within, "copies of one file", "one of them stays", "nothing is needed"),
+    ]  # fmt: skip
+    for found, what, done, change in kinds:
+        if found:
+            examples = tuple(" = ".join(map(entry_name, group[:3])) for group in found[:EXAMPLES])
+            yield Finding("loses", what, sum(map(len, found)), examples, done, change)
+
+
+def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding]:
+    """Of pictures that a run would use: equal files are gone by now."""
+    if not used:
+        return
+    rows: dict[bytes, list[Look]] = defaultdict(list)
+    for look in used:
+        rows[look.hash].append(look)
+    hashes = list(rows)
+    alike = [(rank, group[0], other) for group in rows.values() for rank, other in enumerate(group[1:])]
+    # One of each group first, since the first are the examples.
+    pairs = [(one, other) for _, one, other in sorted(alike, key=itemgetter(0))]
+    pairs += [(rows[hashes[a]][0], rows[hashes[b]][0]) for a, b in near_pairs(hashes, _NEAR)]
+    across, within, labels = [], [], []
+    for one, other in pairs:
+        first, second = one.decoded, other.decoded
+        words = f"{entry_name(first.entry)} ~ {entry_name(second.entry)}"
+        if first.entry.label and second.entry.label and first.entry.label != second.entry.label:
+            labels.append(words)
+        elif split_of[first.id] != split_of[second.id]:
+            across.append(words)
+        else:
+            within.append(words)
+    if across:
+        yield Finding("look", "all but the same picture in two splits", len(across), tuple(across[:EXAMPLES]),
+                      "both stay, so val and test flatter the student",
+                      "keep what belongs together in one split, by naming splits in the data")  # fmt: skip
+    if labels:
+        yield Finding("look", "all but the same picture under two labels", len(labels), tuple(labels[:EXAMPLES]),
+                      "both stay", "look which label is right")  # fmt: skip
+    if within:
+        yield Finding("note", "all but the same picture in one split", len(within), tuple(within[:EXAMPLES]),
+                      "both stay", "take one out, if they are no two pictures")  # fmt: skip
+
+
+def _of_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[Finding]:
+    train = Counter(d.entry.label for d in splits["train"])
+    if lacking := [name for name in listing.classes if not train[name]]:
+        yield Finding("stop", "classes without a usable train image", len(lacking), tuple(lacking[:EXAMPLES]),
+                      "a run refuses to start", "add images, or take the class out of the data")  # fmt: skip
+    for what, names in lacking_classes(listing, splits).items():
+        yield Finding("look", what, len(names), tuple(names[:EXAMPLES]), "they are taken as they are",
+                      "add images, or name the splits in the data")  # fmt: skip
+    for split in ("val", "test"):
+        if not splits[split]:
+            yield Finding("look", f"no {split} image at all", 1, (), f"nothing is measured on {split}",
+                          f"add some, or raise images.{split}_share")  # fmt: skip
+    most = max(listing.classes, key=train.__getitem__)
+    least = min((name for name in listing.classes if train[name]), key=train.__getitem__, default=most)
+    if train[least] and train[most] / train[least] > _IMBALANCE:
+        yield Finding("look", f"{most!r} has {train[most] / train[least]:.0f} times the train images of {least!r}",
+                      train[least], (), "all are used as they are",
+                      "teacher.class_balanced=true, generate.balance=true, or more images of it")  # fmt: skip
+
+
+def _of_pixels(config: RunConfig, used: list[Look]) -> Iterator[Finding]:
+    size, fit = config.images.size, config.images.fit
+    by_note: dict[str, list[str]] = defaultdict(list)
+    other_form, blank, small, huge, long = [], [], [], [], []
+    form_of = Image.registered_extensions()
+    for look in used:
+        facts, name = look.facts, entry_name(look.decoded.entry)
+        assert facts is not None
+        for note in facts.notes:
+            by_note[note].append(name)
+        expected = form_of.get(splitext(look.decoded.entry.path)[1].lower())
+        if look.decoded.entry.row is None and expected not in (None, facts.form, _ALIKE.get(facts.form)):
+            other_form.append(f"{name} is {facts.form}")
+        if look.contrast < _CONTRAST:
+            blank.append(name)
+        short, side = sorted((facts.width, facts.height))
+        if short < size if fit == "crop" else side < size:
+            small.append(f"{name} is {facts.width}x{facts.height}")
+        if facts.width * facts.height > _HUGE:
+            huge.append(f"{name} is {facts.width}x{facts.height}")
+        if side > _LONG * short:
+            long.append(f"{name} is {facts.width}x{facts.height}")
+    shape = "all but the central square is cut away" if fit == "crop" else "most of the square is white"
+    other_fit = "images.fit=pad keeps the whole picture" if fit == "crop" else "cut out what matters beforehand"
+    kinds: list[tuple[list[str], Literal["look", "note"], str, str, str]] = [
+        (blank, "look", "pictures that show next to nothing", "they are used", "look at them, and take them out"),
+        (long, "look", f"more than {_LONG:g} times as long as wide", shape, other_fit),
+        (huge, "note", f"more than {_HUGE / 1e6:.0f} million pixels", "read, slowly", "store them smaller"),
+        (small, "note", f"smaller than images.size={size}", "enlarged", "lower images.size, if most are"),
+        (other_form, "note", "content of another format than the name says", "the content decides", "rename them"),
+        *((by_note[note], "note", note, "as it says", "nothing is needed") for note in NOTES),
+    ]  # fmt: skip
+    for names, severity, what, done, change in kinds:
+        if names:
+            yield Finding(severity, what, len(names), tuple(names[:EXAMPLES]), done, change)

@@ -1,0 +1,170 @@
+"""check --teacher: does a teacher fit the data, how good is it, and what would it cost? On some of the images, here.
+
+Shapes: N images, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from raydistill.cluster.plan import num_cores
+from raydistill.config import RunConfig, Teacher
+from raydistill.data.chunks import decoded_rows
+from raydistill.data.decode import pixels
+from raydistill.data.isolation import Killed, many_apart
+from raydistill.data.sample import seeded_rank
+from raydistill.data.sources.listing import Entry, list_images
+from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
+from raydistill.errors import ConfigError, DataError
+from raydistill.models.student import build_student
+from raydistill.models.teacher import TeacherBackbone, load_teacher, match_native_head
+from raydistill.runtime.progress import Progress
+from raydistill.stages.adapt import fit_linear_probe
+from raydistill.stages.prepare import chunks
+
+# Images that are looked at: three parts for the quick probe, one for its accuracy.
+_MOST_IMAGES, _BATCH, _TOLERANCE = 800, 32, 1e-3
+
+
+@dataclass(frozen=True)
+class TeacherLook:
+    """What one teacher is like on a sample of the images. `trouble` says why it will not do; "" where it will."""
+
+    model: str
+    preprocessing: str
+    num_features: int
+    accuracy: float | None  # of its native head, or of a probe fitted on three quarters, on the other quarter
+    num_scored: int
+    head: str
+    images_per_second: float
+    forecast_seconds: float  # for all views of the job, on this machine
+    trouble: str
+
+
+def check_teachers(config: RunConfig, names: Sequence[str], progress: Progress) -> list[TeacherLook]:
+    """The job's teacher, or those named (`MODEL` or `MODEL=WEIGHTS`), the most accurate first.
+
+    Raises ConfigError where there is none to look at, or one cannot be loaded.
+    """
+    if config.teacher is None and not names:
+        raise ConfigError("check --teacher: the job has no teacher; name one in teacher.model, or use --teachers")
+    settings = [_named(name) for name in names] if names else [config.teacher]
+    listing = list_images(config.images)
+    labelled = [e for e in listing.entries if e.label and e.split in (None, "train")]
+    ranked = sorted(labelled, key=lambda e: seeded_rank(config.seed, "check", f"{e.path}/{e.row}"))[:_MOST_IMAGES]
+    images_NHH3, labels_N = _decode(config, ranked, listing.classes)
+    views = config.views.per_image if isinstance(config.views.per_image, int) else config.distill.epochs
+    num_views = views * sum(e.split in (None, "train") for e in listing.entries)
+    progress.line(f"student:  {config.student.model} {_student_words(config, len(listing.classes))}")
+    looks = []
+    with progress.task("teachers", len(settings) * len(images_NHH3), "images") as advance:
+        for teacher in settings:
+            assert teacher is not None
+            looks.append(_look(teacher, listing.classes, images_NHH3, labels_N, num_views))
+            advance(len(images_NHH3))
+    return sorted(looks, key=lambda look: -(look.accuracy or 0.0))
+
+
+def _named(words: str) -> Teacher:
+    """`MODEL`, or `MODEL=WEIGHTS`."""
+    model, _, weights = words.strip().partition("=")
+    return Teacher(model=model, weights=weights or None)
+
+
+def _student_words(config: RunConfig, num_classes: int) -> str:
+    return f"sees {_words(build_student(config.student, num_classes).preprocessing)}"
+
+
+def _decode(config: RunConfig, entries: list[Entry], classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H, H, 3) uint8 and (N,) class numbers of those that can be read. Raises DataError where none can."""
+    entries, images, labels = sorted(entries, key=lambda e: (e.path, e.row or 0)), [], []
+    settings = config.images
+    work = partial(decoded_rows, images=settings)
+    for _, found in many_apart(work, chunks(entries, settings), num_cores()):
+        for one in found:
+            if not isinstance(one, Killed) and one["image"]:  # of the others `check` has said why
+                images.append(pixels(one["image"]))
+                labels.append(classes.index(str(entries[one["index"]].label)))
+    if not images:
+        raise DataError(f"images.path={settings.path}: not one labelled train image can be read")
+    return np.stack(images), np.array(labels)
+
+
+def _look(
+    teacher: Teacher, classes: tuple[str, ...], images_NHH3: np.ndarray, labels_N: np.ndarray, num_views: int
+) -> TeacherLook:
+    backbone, head, outputs = load_teacher(teacher)
+    started = time.perf_counter()
+    features_ND = _features(backbone, images_NHH3, teacher.batch_size)
+    rate = len(images_NHH3) / (time.perf_counter() - started)
+    trouble = _trouble(backbone, images_NHH3, features_ND)
+    words, accuracy, scored_N = "linear probe", None, np.arange(len(labels_N)) % 4 == 3
+    if teacher.head == "native":
+        words = "native"
+        try:
+            own = match_native_head(head, outputs, classes)
+            scored_N = np.ones(len(labels_N), bool)
+            accuracy = float((own.logits(features_ND).argmax(1) == labels_N).mean())
+        except ConfigError as error:
+            trouble = trouble or str(error)
+    elif not trouble and scored_N.any() and len(set(labels_N[~scored_N])) > 1:
+        probe, _ = fit_linear_probe(
+            (features_ND[~scored_N], labels_N[~scored_N]), (features_ND[scored_N], labels_N[scored_N]), len(classes),
+            teacher.class_balanced,
+        )  # fmt: skip
+        accuracy = float((probe.logits(features_ND[scored_N]).argmax(1) == labels_N[scored_N]).mean())
+    seen = _words(backbone.preprocessing)
+    return TeacherLook(
+        teacher.model, seen, features_ND.shape[1], accuracy, int(scored_N.sum()), words, rate, num_views / rate, trouble
+    )
+
+
+def _features(backbone: TeacherBackbone, images_NHH3: np.ndarray, batch_size: int) -> np.ndarray:
+    whole = torch.from_numpy(WHOLE_IMAGE)
+    parts = [
+        backbone(render(part, whole.expand(len(part), -1), backbone.preprocessing)).numpy()
+        for part in torch.from_numpy(images_NHH3).split(batch_size)
+    ]
+    return np.concatenate(parts)
+
+
+def _trouble(backbone: TeacherBackbone, images_NHH3: np.ndarray, features_ND: np.ndarray) -> str:
+    """Rows that are no numbers, and features that depend on chance or on what else is in the batch."""
+    if bad := int((~np.isfinite(features_ND)).any(axis=1).sum()):
+        return f"gives no finite features for {bad} of {len(features_ND)} images"
+    few = images_NHH3[:_BATCH]
+    again_BD, alone_BD = _features(backbone, few, len(few)), _features(backbone, few, 1)
+    bound = _TOLERANCE * float(np.abs(features_ND).max())
+    if np.abs(again_BD - _features(backbone, few, len(few))).max() != 0:
+        return "gives other features for the same images the second time"
+    if not np.abs(again_BD - alone_BD).max() <= bound:
+        return "gives other features for an image alone than in a batch"
+    return ""
+
+
+def _words(wanted: Preprocessing) -> str:
+    centre = f" (the centre of {wanted.resized})" if wanted.resized else ""
+    return f"{wanted.size} pixels{centre}, mean {_few(wanted.mean)}, std {_few(wanted.std)}, {wanted.interpolation}"
+
+
+def _few(numbers: Sequence[float]) -> str:
+    return "/".join(f"{number:.3g}" for number in numbers)
+
+
+def teachers_table(looks: Sequence[TeacherLook]) -> Table:
+    titles = ("teacher", "sees", "features", "head", "accuracy", "images/s here", "all views here", "trouble")
+    table = Table(*titles, box=None, pad_edge=False)
+    for look in looks:
+        accuracy = "" if look.accuracy is None else f"{look.accuracy:.3f} of {look.num_scored}"
+        table.add_row(
+            look.model, look.preprocessing, f"{look.num_features:,}", look.head, accuracy,
+            f"{look.images_per_second:,.0f}", f"{look.forecast_seconds:,.0f} s", look.trouble or "none",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,202 @@
+"""What one student is trained on: the job that travels to the workers, and each worker's batches.
+
+Shapes: V images of this worker's share of a batch, H working pixels, P parameters of a view, D features.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raydistill.cluster.plan import Plan
+from raydistill.cluster.restarts import new_tries, trying
+from raydistill.config import RunConfig
+from raydistill.data.sample import SampleSet, Visits, batch_order
+from raydistill.data.targets import UNLABELLED, Batch, InMemory, Part, Streamed, TrainSplit
+from raydistill.engine.checkpoints import latest_step
+from raydistill.engine.teacher_pool import fresh_views
+from raydistill.engine.workers import Worker
+from raydistill.models.teacher import load_head
+from raydistill.runtime.memory import available_bytes
+from raydistill.storage.filesystems import write_bytes
+
+_BATCHES_AHEAD = 4
+# Steps whose images one Ray task gathers for the stream of fresh views.
+_STEPS_IN_UNIT = 8
+# With 100 labels in 10,000 images a batch of 64 would hold one or none of them, and the cross-entropy would be that of
+# single images: with this an EfficientNet-Lite0 reached 0.56 where it had reached 0.45.
+_LEAST_LABELLED_SHARE = 0.33
+# Share of the free memory of a node that `cache: auto` lets the train split take in all its workers together, and that
+# shards take that are streamed.
+_MEMORY_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """All that a worker needs to know, in a form that travels between processes."""
+
+    config: RunConfig
+    samples: SampleSet
+    path: str
+    head: str | None  # the directory of `adapt`; None: no teacher
+    targets: str | None  # the directory of `teach`; None: no teacher, or fresh views
+    generated: SampleSet | None = None
+    generated_targets: str | None = None
+    weights: dict[str, float] | None = None  # of the hard labels of generated images, by sample id
+
+    @property
+    def batch_size(self) -> int:
+        """No larger than the real train split. With fewer labels than that and no teacher, a batch holds an image more
+        than once, as different views, so that every way to train takes as many images in as many steps."""
+        return min(self.config.distill.batch_size, self.samples.num_rows("train"))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """As many as it takes for every real train image to come once, where all are drawn equally often: the last
+        step is filled up with images of the next pass. From their number alone, so all workers agree on it, and so do
+        runs with and without a teacher, and with and without generated images."""
+        return -(-self.samples.num_rows("train") // self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.distill.epochs * self.steps_per_epoch
+
+    @property
+    def looks_at_val(self) -> bool:
+        """Whether another epoch than the last may ship."""
+        return self.config.distill.keep != "last" and self.samples.num_labelled["val"] > 0
+
+    @property
+    def train_split(self) -> TrainSplit:
+        parts = [Part(self.samples, self.targets)]
+        if self.generated is not None:
+            assert self.config.generate is not None
+            hard = self.config.generate.task_weight > 0
+            parts.append(Part(self.generated, self.generated_targets, self.weights, hard))
+        return TrainSplit(tuple(parts), self.config.views, self.config.seed)
+
+    def order(self, labels: list[np.ndarray], start_step: int) -> Iterator[Visits]:
+        """The global batches from `start_step` on. Without a teacher only labelled images are drawn."""
+        real = len(self.samples.shards["train"])
+        labelled = [np.flatnonzero(shard != UNLABELLED) for shard in labels[:real]]
+        others = [np.flatnonzero(shard == UNLABELLED) for shard in labels[:real]]
+        # Generated shards lie behind the real ones, whose pools have no rows there.
+        none = [np.empty(0, np.int64)] * real
+        generated = [*none, *(np.arange(len(shard)) for shard in labels[real:])]
+        num_labelled, num_others, num_generated = (sum(map(len, pool)) for pool in (labelled, others, generated))
+        share = self.config.distill.labelled_share
+        if share is None:
+            share = max(num_labelled / (num_labelled + num_others), _LEAST_LABELLED_SHARE)
+        if not self.config.loss.needs_teacher or not num_others:
+            share = 1.0
+        generated_share = 0.0
+        if self.config.generate is not None and num_generated:
+            beside = num_labelled if share == 1.0 else num_labelled + num_others
+            natural = num_generated / (num_generated + beside)
+            generated_share = natural if self.config.generate.share is None else self.config.generate.share
+        seed = self.config.seed
+        return batch_order(labelled, others, share, self.batch_size, seed, start_step, generated, generated_share)
+
+
+def worker_batches(job: DistillJob, worker: Worker, step: int) -> Iterator[Batch]:
+    """This worker's batches from `step` to the last, from the shards or from Ray's stream of fresh views."""
+    left = job.total_steps - step
+    if left <= 0:
+        return iter(())
+    source = read_batches(job, step, worker) if worker.stream is None else stream_batches(job, worker)
+    if step == 0 and worker.rank == 0:
+        source = _note_first(job, source)
+    return itertools.islice(source, left)
+
+
+def _note_first(job: DistillJob, source: Iterator[Batch]) -> Iterator[Batch]:
+    """When training began is worth knowing: everything before it is fixed cost."""
+    first = next(source)
+    write_bytes(f"{job.path}/first_batch.json", json.dumps({"time": time.time()}).encode())
+    yield first
+    yield from source
+
+
+def stream_batches(job: DistillJob, worker: Worker) -> Iterator[Batch]:
+    """What the teacher pool sends: fresh views' features beside the images."""
+    size = job.batch_size // worker.size
+    for rows in worker.stream.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2, drop_last=True):
+        weights = rows.get("weight")
+        yield Batch(rows["image"], rows["parameters"], rows["label"], rows["features"], rows["row"], weights)
+
+
+def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[Batch]:
+    """This worker's share of every global batch from `first_step` on, prepared a few batches ahead in a thread."""
+    split = job.train_split
+    labels = split.labels()
+    most_bytes, threads = _MEMORY_SHARE * available_bytes() / worker.beside, worker.threads
+    source = InMemory(split, threads) if _fits_in_memory(job, worker) else Streamed(split, threads, most_bytes)
+    mine = (source.gather(visits[worker.rank :: worker.size]) for visits in job.order(labels, first_step))
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque(pool.submit(next, mine) for _ in range(_BATCHES_AHEAD))
+        try:
+            while True:
+                batch = ahead.popleft().result()
+                ahead.append(pool.submit(next, mine))
+                yield batch
+        finally:  # the loop has ended: nobody will ask for these
+            for future in ahead:
+                future.cancel()
+
+
+def _fits_in_memory(job: DistillJob, worker: Worker) -> bool:
+    """Each worker of a node would hold the whole split, so they share what is free there."""
+    cache = job.config.distill.cache
+    if cache != "auto":
+        return cache == "memory"
+    per_image = 0
+    if job.targets is not None and job.head is not None and job.config.views.per_image != "fresh":
+        per_image = 2 * job.config.views.per_image * load_head(job.head).weight_CD.shape[1]
+    return job.train_split.num_bytes(per_image) * worker.beside < _MEMORY_SHARE * available_bytes()
+
+
+class FreshStream:
+    """Makes Ray's stream of fresh views from wherever training stands when its workers start."""
+
+    def __init__(self, job: DistillJob, plan: Plan) -> None:
+        self._job, self._plan = job, plan
+
+    def __call__(self) -> Any:
+        job = self._job
+        assert job.config.teacher is not None
+        units = [
+            {"first": first, "steps": min(_STEPS_IN_UNIT, job.total_steps - first)}
+            for first in range(latest_step(job.path), job.total_steps, _STEPS_IN_UNIT)
+        ]
+        # Nothing is left to stream where a run was killed after its last step; a plan needs a row all the same.
+        units, tries = units or [{"first": 0, "steps": 1}], new_tries()
+        return fresh_views(job.config.teacher, _GatherUnit(job, tries), units, self._plan, tries)
+
+
+class _GatherUnit:
+    """A Ray Data task: the images and views of some steps' global batches."""
+
+    def __init__(self, job: DistillJob, tries: Any) -> None:
+        self._job, self._labels, self._tries = job, job.train_split.labels(), tries
+
+    def __call__(self, unit: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        source, order = Streamed(self._job.train_split, 1), self._job.order(self._labels, int(unit["first"][0]))
+        visits = Visits.concat(list(itertools.islice(order, int(unit["steps"][0]))))
+        with trying(self._tries, f"{len(visits)} images of the steps from {int(unit['first'][0])} on, to be read"):
+            batch = source.gather(visits)
+        weights = {} if batch.weights_V is None else {"weight": batch.weights_V}
+        return weights | {
+            "image": batch.images_VHHC,
+            "parameters": batch.parameters_VP,
+            "label": batch.labels_V,
+            "row": batch.rows_V,
+            "sample_id": np.array(source.ids(visits)),
+        }

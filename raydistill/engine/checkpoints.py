@@ -1,0 +1,265 @@
+"""Checkpoints of a running `distill`: safetensors, a `weights_only` torch file, and a JSON that is written last.
+
+They lie in the stage directory, not with Ray Train, so that a lost worker, a killed driver and a run in this process
+all resume in one way.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import time
+import zlib
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, NonNegativeInt
+from safetensors.torch import load, save_file
+from torch import nn
+
+from raydistill.errors import CheckpointError, reason_of
+from raydistill.runtime.versions import installed
+from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_links, write_bytes, write_file
+from raydistill.storage.state import read_state
+
+logger = logging.getLogger(__name__)
+_KEPT = 2
+_POINTER = "newest.json"
+_STEP = re.compile(r"step-[0-9]{9,}")
+_FILE = re.compile(r"(checkpoint\.json|weights\.safetensors|state\.pt)(\.[0-9a-f]{32}\.tmp)?")
+_PACKAGES = ("torch", "timm", "transformers", "raydistill")  # they name what a checkpoint holds, and write it
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A moment of training: the states of `modules` under their names, of the optimizer and of the scaler. `sums` are
+    of the steps since the epoch began, `record` is the last whole epoch's."""
+
+    step: int
+    modules: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    scaler: Any
+    sums: dict[str, float]
+    record: dict[str, float] | None
+
+
+def bytes_to_write(path: str, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    """Of the checkpoints that are kept, and of the next one before the oldest of them goes, less those that are there.
+    AdamW has two moments of each number that learns, SGD one, and neither has any before its first step."""
+    tensors = [tensor for module in modules.values() for tensor in module.state_dict().values()]
+    moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    one = sum(t.nbytes for t in tensors) + moments * sum(p.nbytes for p in learning)
+    return max(_KEPT + 1 - len(_whole(path)), 0) * one
+
+
+class _Meta(BaseModel, extra="allow"):  # the packages' versions beside it
+    """`checkpoint.json`."""
+
+    step: NonNegativeInt
+    sums: dict[str, float]
+    record: dict[str, float] | None
+    checksums: dict[Literal["weights.safetensors", "state.pt"], int] = {}
+
+
+class _Progress(BaseModel):
+    step: NonNegativeInt
+    lost_steps: NonNegativeInt = 0
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own while training goes on; the `with` block ends when all are written.
+
+    Each is a whole one, after which all but it and the one before it are dropped: what a killed run left half-written,
+    and damaged ones of later steps that this run did not start from, among them. Raises CheckpointError where a link
+    stands in the way.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._writing: Future[None] | None = None
+        self._weights: Any = None
+        self._state: Any = None
+        self.seconds = 0.0  # that the last one took
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copy the moment and begin to write it. Raises what the write before this one raised."""
+        self.wait()
+        self._began = time.monotonic()
+        weights = {f"{part}.{k}": v for part, m in checkpoint.modules.items() for k, v in m.state_dict().items()}
+        state = {"optimizer": checkpoint.optimizer.state_dict(), "scaler": checkpoint.scaler.state_dict()}
+        # Into the same memory each time: fresh pages would cost more than the copying.
+        self._weights, self._state = _copied(weights, self._weights), _copied(state, self._state)
+        meta = {
+            "step": checkpoint.step,
+            "sums": dict(checkpoint.sums),
+            "record": checkpoint.record,
+            **installed(_PACKAGES),
+        }
+        self._writing = self._thread.submit(self._write, self._weights, self._state, meta)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, weights: dict[str, torch.Tensor], state: dict[str, Any], meta: dict[str, Any]) -> None:
+        name = f"step-{meta['step']:09d}"
+        folder = f"{self._path}/checkpoints/{name}"
+        _open(self._path)
+        sums: dict[str, int] = {}
+
+        def write(file: str, save: Callable[[str], object]) -> None:
+            write_file(
+                f"{folder}/{file}", lambda temporary: (save(temporary), sums.update({file: _checksum(temporary)}))
+            )
+
+        write("weights.safetensors", lambda temporary: save_file(weights, temporary))
+        write("state.pt", lambda temporary: torch.save(state, temporary))
+        meta = {**meta, "checksums": sums}
+        write_file(f"{folder}/checkpoint.json", lambda temporary: Path(temporary).write_text(json.dumps(meta)))
+        self.seconds = time.monotonic() - self._began
+        # A pointer says which are whole and newest; to list them would be to trust what lies there.
+        kept = [name, *(other for other in _whole(self._path) if other < name)][:_KEPT]
+        write_bytes(f"{self._path}/checkpoints/{_POINTER}", json.dumps(kept).encode())
+        drop_checkpoints(self._path, kept)
+
+
+def drop_checkpoints(path: str, kept: Collection[str] = ()) -> None:
+    """Those of a stage directory but for the `kept` ones, and without any the pointer to them, too: file by file, for
+    what else lies among them is not raydistill's."""
+    fs, place = _open(path)
+    for name in fs.names(place):
+        if _STEP.fullmatch(name) and name not in kept:
+            for file in fs.names(f"{place}/{name}"):  # checkpoint.json first, which says that it is whole
+                if _FILE.fullmatch(file):
+                    fs.remove(f"{place}/{name}/{file}")
+            fs.remove_if_empty(f"{place}/{name}")
+    if not kept:
+        fs.remove(f"{place}/{_POINTER}")
+        fs.remove_if_empty(place)
+
+
+def _open(path: str) -> tuple[FileSystem, str]:
+    """Where a stage's checkpoints lie."""
+    fs, place = open_filesystem(f"{path}/checkpoints")
+    if fs.is_local:
+        refuse_links(place)
+    return fs, place
+
+
+def _copied(value: Any, before: Any) -> Any:
+    """A copy on the CPU of nested tensors and numbers; tensors go into those of the copy before, where they fit."""
+    if isinstance(value, dict):
+        return {k: _copied(v, before.get(k) if isinstance(before, dict) else None) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_copied(v, None) for v in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    fits = isinstance(before, torch.Tensor) and (before.shape, before.dtype) == (value.shape, value.dtype)
+    return (before if fits else torch.empty(value.shape, dtype=value.dtype)).copy_(value.detach())
+
+
+def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]] | None:
+    """Weights, optimizer state and JSON of the newest whole checkpoint; a damaged one is named and passed over.
+
+    Raises CheckpointError where one is as it was written and does not load.
+    """
+    fs, place = _open(path)
+    for name in _whole(path):
+        folder = f"{place}/{name}"
+        try:
+            found = read_state(f"{path}/checkpoints/{name}/checkpoint.json", _Meta, any_float=True)
+            if found is None:
+                continue  # the run was killed while it wrote this one
+            meta = found.model_dump()
+            files = {name: fs.cat_file(f"{folder}/{name}") for name in ("weights.safetensors", "state.pt")}
+            for name, checksum in found.checksums.items():
+                if zlib.crc32(files[name]) != checksum:
+                    raise ValueError(f"the checksum of {name} is another")
+        except FileNotFoundError:
+            continue  # the run was killed while it wrote this one
+        except Exception as error:  # damaged JSON raises nearly everything
+            logger.warning("%s is damaged (%s); the checkpoint before it is used", folder, error)
+            continue
+        try:
+            state = torch.load(io.BytesIO(files["state.pt"]), map_location="cpu", weights_only=True)
+            return load(files["weights.safetensors"]), state, meta
+        except Exception as error:  # so does a pickle of another version
+            raise does_not_fit(path, meta, error) from None
+    return None
+
+
+def does_not_fit(path: str, meta: dict[str, Any], error: Exception) -> CheckpointError:
+    """For a whole checkpoint, of which `meta` is the JSON, that this installation makes nothing of."""
+    here = installed(_PACKAGES)
+    wrote, runs = (", ".join(f"{name} {v.get(name, 'unknown')}" for name in here) for v in (meta, here))
+    return CheckpointError(
+        f"{path}/checkpoints: that of step {meta['step']} was written by {wrote}, and this is {runs}, with which it "
+        f"does not load ({reason_of(error)}); install those versions, or delete that folder to train from the first "
+        "step"
+    )
+
+
+def latest_step(path: str) -> int:
+    """Steps done at the checkpoint that `latest_checkpoint` gives; 0 where there is none."""
+    checkpoint = latest_checkpoint(path)
+    return 0 if checkpoint is None else int(checkpoint[2]["step"])
+
+
+def _checksum(path: str) -> int:
+    """CRC-32 of a file. Neither format has one of its own, and zeros in a tensor's place would load."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _whole(path: str) -> list[str]:
+    """The names of the whole checkpoints, the newest first."""
+    _open(path)
+    try:
+        names = read_state(f"{path}/checkpoints/{_POINTER}", list[str]) or []
+        return [name for name in names if _STEP.fullmatch(name)]
+    except CheckpointError:
+        logger.warning("%s/checkpoints/%s is damaged; training begins anew", path, _POINTER)
+        return []
+
+
+def write_progress(path: str, step: int, lost_steps: int) -> None:
+    """How far training has come since the last checkpoint, and how many steps were taken again in all."""
+    write_bytes(f"{path}/progress.json", json.dumps({"step": step, "lost_steps": lost_steps}).encode())
+
+
+def note_lost_steps(path: str, step: int) -> int:
+    """Count as lost what a process had done after the checkpoint of `step`, from which another goes on, and give the
+    number of all that were lost so far."""
+    came_to, lost_steps = read_progress(path)
+    if came_to > step:
+        lost_steps += came_to - step
+        write_progress(path, step, lost_steps)
+    return lost_steps
+
+
+def read_progress(path: str) -> tuple[int, int]:
+    """What `write_progress` was given last; zeros where it was not called yet."""
+    written = read_state(f"{path}/progress.json", _Progress) or _Progress(step=0)
+    return written.step, written.lost_steps

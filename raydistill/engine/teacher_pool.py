@@ -1,0 +1,111 @@
+"""The actors that hold the teacher: shards of images, or a stream of fresh views, go through them.
+
+Shapes: R rows, K views, H working pixels, P parameters of a view, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+
+from raydistill.cluster.plan import Plan
+from raydistill.cluster.restarts import Restart, trying
+from raydistill.config import RunConfig, Teacher
+from raydistill.data.views import render
+from raydistill.errors import StageError
+from raydistill.models.teacher import load_head, load_teacher
+from raydistill.storage.directory import refuse_small_disk
+
+
+def refuse_large_targets(config: RunConfig, num_images: int, head: str) -> None:
+    """Raises ConfigError where the soft targets of so many images may not fit on the disk."""
+    views, width = config.views.per_image, load_head(head).weight_CD.shape[1]
+    assert views != "fresh", "fresh views are not stored"
+    need = num_images * (views * width * 2 + 16)  # float16, and the image's id
+    what = f"teach: {width} features of {views} views of each image"
+    refuse_small_disk(config, what, need, "lower views.per_image, choose another workspace")
+
+
+def teacher_pool(plan: Plan, most_useful: int) -> dict[str, Any]:
+    """What Ray Data is told of the pool of teacher actors, of which there are no more than are of use."""
+    fewest, most = plan.teacher_actors
+    most = max(min(most, most_useful), 1)
+    pool = ActorPoolStrategy(min_size=min(fewest, most), max_size=most)
+    return {"compute": pool, "num_cpus": plan.teacher_cpus, "num_gpus": plan.teacher_gpus or None}
+
+
+class TeacherActor:
+    """Holds the teacher for as long as the pool lives. `tries` is the pool's, where Ray runs it."""
+
+    def __init__(self, teacher: Teacher, threads: int, tries: Any = None) -> None:
+        self._restart, self._tries = Restart(), tries
+        torch.set_num_threads(threads)
+        with trying(tries, self._restart.starts(teacher.model)):
+            self._backbone, _, _ = load_teacher(teacher)
+            self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+            # Pixel by pixel, convolutions took little more than half the time on CPUs.
+            self._backbone.to(self._device, memory_format=torch.channels_last)
+        self._batch_size = teacher.batch_size
+
+    def features(self, images_RHHC: np.ndarray, parameters_RP: np.ndarray) -> np.ndarray:
+        """(R, D) float16 features of one view of each image."""
+        parts = []
+        for first in range(0, len(images_RHHC), self._batch_size):
+            rows = slice(first, first + self._batch_size)
+            images = torch.from_numpy(np.array(images_RHHC[rows])).to(
+                self._device
+            )  # a copy: Ray's blocks are read-only
+            views = render(images, torch.from_numpy(np.array(parameters_RP[rows])), self._backbone.preprocessing)
+            parts.append(self._backbone(views).half().cpu().numpy())
+        return np.concatenate(parts)
+
+
+def fresh_views(
+    teacher: Teacher,
+    gather: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+    units: list[dict[str, int]],
+    plan: Plan,
+    tries: Any,
+) -> ray.data.Dataset:
+    """The online path: rows of new views with the teacher's features beside them, in the order of `units`, as one long
+    execution in which the teacher actors start once. `gather` turns a unit into its rows."""
+    rows = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        gather, batch_size=1, batch_format="numpy", num_cpus=plan.load_cpus
+    )
+    return rows.map_batches(
+        StreamTeacher,
+        fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads, "tries": tries},
+        # A unit at a time, or the whole stream would become one task: on CPUs Ray fuses this with the step before,
+        # whose rows are units, and would gather `batch_size` of them first. With GPUs it wants a number, and does not
+        # fuse.
+        batch_size=teacher.batch_size if plan.teacher_gpus else None,
+        batch_format="numpy",
+        **teacher_pool(plan, len(units)),
+    )
+
+
+class StreamTeacher(TeacherActor):
+    """Adds the teacher's features to rows on their way to the trainers."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with trying(self._tries, f"{len(batch['image'])} images, {batch['sample_id'][0]} the first"):
+            features_RD = self.features(batch["image"], batch["parameters"])
+        refuse_not_finite(features_RD[None], batch["sample_id"].tolist())
+        return {**batch, "features": features_RD}
+
+
+def refuse_not_finite(features_KRD: np.ndarray, ids: Sequence[str]) -> None:
+    """Raises StageError naming the first sample whose features are NaN, infinite, or beyond float16."""
+    bad_KR = ~np.isfinite(features_KRD).all(axis=2)
+    if bad_KR.any():
+        row = int(np.argwhere(bad_KR)[0][1])
+        raise StageError(
+            f"the teacher's features of sample {ids[row]} are not finite as float16 ({int(bad_KR.sum())} of "
+            f"{bad_KR.size} views); check the teacher's weights and teacher.size"
+        )

@@ -1,0 +1,86 @@
+"""One command's way through the stages: what a stage's function is given, and how each result is made once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from raydistill.cluster.bill import NodeClock
+from raydistill.cluster.plan import Plan, local_plan
+from raydistill.cluster.session import RayStart
+from raydistill.config import RunConfig
+from raydistill.data.sample import SampleSet
+from raydistill.graph import Stage, Work
+from raydistill.results import Outcome
+from raydistill.runtime.progress import Progress
+from raydistill.storage.directory import StageDirectory
+from raydistill.storage.lease import held
+from raydistill.tracking.tracker import Tracker
+
+
+class Execution:
+    """A stage reads `config`, `outcome` and what else is here, and adds its own result to `outcome`. `adapt` may give
+    the config another teacher, its own fine-tuned one."""
+
+    def __init__(self, config: RunConfig, progress: Progress, work: Work, ray: RayStart, tracker: Tracker) -> None:
+        self.config, self.progress, self.work, self.tracker = config, progress, work, tracker
+        self.outcome = Outcome()
+        self._ray = ray
+        self._settings: dict[str, Any] = {}
+
+    @property
+    def samples(self) -> SampleSet:
+        assert self.outcome.samples is not None, "prepare comes before all others"
+        return self.outcome.samples
+
+    @property
+    def head(self) -> str:
+        """Where `adapt` left the teacher's head."""
+        assert self.outcome.adapted is not None, "adapt comes before what needs its head"
+        return self.outcome.adapted.path
+
+    def plan(self) -> Plan:
+        """Who gets what. Waits for Ray, where a stage of this command needs it."""
+        return self._ray.plan() if self.work.needs_ray else local_plan(self.config)
+
+    def enter(self, stage: Stage) -> None:
+        """What follows is the stage's work, and is recorded under the settings that decide it."""
+        self._settings = self.config.model_dump(mode="json", include=set(stage.settings))
+
+    def result(self, directory: StageDirectory, work: Callable[[Any], object]) -> dict[str, Any]:
+        """What lies in a directory: the result of an earlier command, of another one that is at it now, or of doing the
+        work here. `work` is given its MLflow run."""
+        self.outcome.directories[directory.stage] = directory.path
+        done = directory.done()
+        if done is None:
+            with held(directory, self.progress.line) as is_to_do:  # another command may do it meanwhile
+                if is_to_do:
+                    return self._do(directory, work)
+            done = directory.done()
+            assert done is not None, "another command has finished it"
+        self.progress.line(f"{directory.stage:<9} done before: {directory.path}")
+        self.outcome.seconds[directory.stage] = 0.0
+        return done
+
+    def _do(self, directory: StageDirectory, work: Callable[[Any], object]) -> dict[str, Any]:
+        started, progress = time.monotonic(), self.progress
+        images_again, seconds_again = progress.images_again, progress.seconds_again
+        with self.tracker.child(directory.stage, directory.name, self._settings) as record:
+            with NodeClock(self.config) as clock:
+                work(record)
+            done = directory.done()
+            assert done is not None, "a stage ends by marking itself done"
+            seconds = time.monotonic() - started
+            bill = {"seconds": seconds, **clock.record()}
+            if images := progress.images_again - images_again:
+                bill |= {"images_again": images, "seconds_again": progress.seconds_again - seconds_again}
+            directory.write_bill(bill)
+            numbers = {"seconds": seconds, "images_again": images}
+            record.log(numbers | {k: float(v) for k, v in done.items() if _is_number(v)})
+        self.outcome.seconds[directory.stage] = seconds
+        return done
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

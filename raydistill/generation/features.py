@@ -1,0 +1,181 @@
+"""Generated images shown to the teacher while others are still being made: whole, for the filter that asks it, and in
+their stored views, so that `teach` waits for no last image.
+
+Shapes: K views, R rows of a shard, N images of a file, D features.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, TypedDict
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from PIL import Image
+from ray.data import ActorPoolStrategy
+
+from raydistill.cluster.plan import LEAST_SHARE, Plan
+from raydistill.cluster.restarts import new_tries, trying
+from raydistill.config import Images, RunConfig, Teacher, Views
+from raydistill.data.decode import decode
+from raydistill.data.sample import SampleSet, sample_id, shard_name
+from raydistill.data.targets import encode_targets, read_all_targets, read_ids
+from raydistill.data.views import WHOLE_IMAGE, stored_views
+from raydistill.engine.teacher_pool import TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
+from raydistill.generation.recipes import MADE
+from raydistill.identity import backbone_name, views_name
+from raydistill.results import SoftTargets
+from raydistill.runtime.progress import Progress
+from raydistill.storage.directory import StageDirectory, workspace_root
+from raydistill.storage.filesystems import exists, write_bytes
+from raydistill.storage.tables import read_table, rows_of, values
+
+
+def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Dataset:
+    """Each file of images goes on to a teacher actor as it comes from the generators."""
+    return made.map_batches(
+        FileTeacher,
+        fn_constructor_kwargs=teacher_settings(config, new_tries()),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=1),
+        num_cpus=LEAST_SHARE,
+        num_gpus=min(plan.generator_gpus, plan.teacher_gpus) or None,
+    )
+
+
+class TeacherSettings(TypedDict):
+    """What a FileTeacher is made with. `name` is the teacher's in the names of files; `tries` is None outside Ray."""
+
+    teacher: Teacher
+    images: Images
+    views: Views | None
+    seed: int
+    name: str
+    tries: Any
+
+
+def teacher_settings(config: RunConfig, tries: Any, with_views: bool = True) -> TeacherSettings:
+    """The job's teacher and, where generated images are streamed to it, the views that it is to see."""
+    assert config.teacher is not None
+    return {
+        "teacher": config.teacher,
+        "images": config.images,
+        "views": config.views if with_views and config.streams_generated else None,
+        "seed": config.seed,
+        "name": backbone_name(config),
+        "tries": tries,
+    }
+
+
+class FileTeacher(TeacherActor):
+    """Writes the teacher's features of the images in one file beside it: each seen whole and, with `views`, in each
+    stored view. A call that Ray repeats finds what was written."""
+
+    def __init__(
+        self, teacher: Teacher, images: Images, views: Views | None, seed: int, name: str, tries: Any = None
+    ) -> None:
+        super().__init__(teacher, threads=1, tries=tries)
+        self._images, self._views, self._seed, self._name = images, views, seed, name
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        file = str(batch["file"][0])
+        made = made_images(file)
+        ids = [sample_id(image) for image in made]
+        whole = np.tile(WHOLE_IMAGE, (1, len(ids), 1))
+        self._write(whole_features(file, self._name), made, ids, whole)
+        if self._views is not None:
+            place = view_features(file, self._name, self._views, self._seed)
+            self._write(place, made, ids, stored_views(self._views, self._seed, ids))
+        return batch
+
+    def _write(self, place: str, made: list[bytes], ids: list[str], parameters_KNP: np.ndarray) -> None:
+        if exists(place):
+            return
+        features_KND = np.empty((len(parameters_KNP), 0, 1), np.float16)
+        with trying(self._tries, f"{place} ({len(made)} generated images)"):
+            if made:
+                images_NHHC = np.stack([np.asarray(working_image(image, self._images)) for image in made])
+                features_KND = np.stack([self.features(images_NHHC, parameters_NP) for parameters_NP in parameters_KNP])
+                refuse_not_finite(features_KND, ids)
+            write_bytes(place, encode_targets(ids, features_KND))
+
+
+def teach_files(
+    config: RunConfig, generated: SampleSet, head: str, directory: StageDirectory, plan: Plan, progress: Progress
+) -> SoftTargets:
+    """What `teach` does for generated images that are streamed: the views of files that were not seen as they came,
+    and then the soft targets of each shard, put together from its images' files.
+
+    A file is the unit of every pass, so that the features are the same to the bit whenever it was seen. `head` is the
+    directory of `adapt`. Raises ConfigError where the disk may be too small.
+    """
+    directory.begin()
+    schema = pa.schema([(name, pa.string()) for name in ("id", "file", "verdict")])
+    ledger = rows_of(read_table(f"{generated.path}/ledger.parquet", schema))
+    # The workspace may have been moved since.
+    root = f"{workspace_root(config)}/generated"
+    file_of = {r["id"]: "/".join([root, *r["file"].split("/")[-2:]]) for r in ledger if r["verdict"] == "kept"}
+    name, images = backbone_name(config), Counter(file_of.values())
+    place = {file: view_features(file, name, config.views, config.seed) for file in images}
+    missing = sorted(file for file in images if not exists(place[file]))
+    done = len(file_of) - sum(images[file] for file in missing)
+    refuse_large_targets(config, 2 * len(file_of) - done, head)
+    with progress.task("teach", len(file_of), "images", done=done) as advance:
+        if done:
+            advance(0, f"{done} were seen as they were made")
+        for file in _teach_missing(config, missing, plan):
+            advance(images[file])
+    width = 0
+    for shard in range(len(generated.shards["train"])):
+        target = f"{directory.path}/{shard_name('train', shard)}.safetensors"
+        ids = read_ids(generated, "train", shard)
+        features_KD: dict[str, np.ndarray] = {}
+        for file in sorted({place[file_of[i]] for i in ids}):
+            own, features_KND = read_all_targets(file)
+            features_KD.update(zip(own, features_KND.swapaxes(0, 1), strict=True))
+        features_KRD = np.stack([features_KD[i] for i in ids], axis=1)
+        write_bytes(target, encode_targets(ids, features_KRD))
+        width = features_KRD.shape[2]
+    assert config.views.per_image != "fresh", "fresh views are not stored"
+    result = SoftTargets(directory.path, len(file_of), config.views.per_image, width)
+    directory.finish(asdict(result))
+    return result
+
+
+def _teach_missing(config: RunConfig, files: list[str], plan: Plan) -> Iterator[str]:
+    if files:
+        dataset = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
+        seen = dataset.map_batches(
+            FileTeacher,
+            fn_constructor_kwargs=teacher_settings(config, new_tries()),
+            batch_size=1,
+            batch_format="numpy",
+            **teacher_pool(plan, len(files)),
+        )
+        for row in seen.iter_rows():
+            yield str(row["file"])
+
+
+def made_images(file: str) -> list[bytes]:
+    """The pictures in one file of what was made, those left out that came to nothing."""
+    table = read_table(file, pa.schema([MADE.field("image")]))
+    return [image for image in values(table["image"]) if image]
+
+
+def whole_features(file: str, teacher: str) -> str:
+    """Where the features of the images in `file`, each seen whole, lie."""
+    return f"{file.removesuffix('.parquet')}-{teacher}.safetensors"
+
+
+def view_features(file: str, teacher: str, views: Views, seed: int) -> str:
+    """Where those of their stored views lie."""
+    return f"{file.removesuffix('.parquet')}-{teacher}-{views_name(views, seed)}.safetensors"
+
+
+def working_image(image: bytes, images: Images) -> Image.Image:
+    """What `prepare` would make of the file."""
+    return decode(image, images.size, images.fit, images.max_pixels)

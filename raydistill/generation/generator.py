@@ -1,0 +1,200 @@
+"""One picture for each request, from a diffusion pipeline of diffusers.
+
+An image is a function of its request and of nothing else: every request has a generator of its own, on the CPU, and
+on CPUs requests are computed one by one in one thread, since sums come out differently in batches and in threads.
+
+Shapes: B requests, S pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from raydistill.config import Generate
+from raydistill.errors import ConfigError, reason_of
+from raydistill.generation.pipelines import PipelineFacts, new_scheduler
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make. `prompt` is for pipelines that read text, `class_id` for class-conditional ones, `source`
+    for image-to-image."""
+
+    seed: int
+    prompt: str
+    class_id: int | None
+    negative_prompt: str | None
+    steps: int
+    guidance: float
+    source: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What came of a request: RGB, or None and the reason."""
+
+    image: Image.Image | None
+    reason: str = ""
+
+
+class Generator:
+    """A loaded pipeline. Weights come from safetensors alone."""
+
+    def __init__(self, settings: Generate, facts: PipelineFacts, device: torch.device) -> None:
+        import diffusers
+
+        diffusers.utils.logging.disable_progress_bar()
+        self._settings, self._facts, self._device = settings, facts, device
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.dtype]
+        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "revision": facts.commit}
+        options["low_cpu_mem_usage"] = False  # or diffusers asks for accelerate, of which nothing here has a use
+        if facts.kind in ("text", "image") and not settings.safety_checker:
+            options |= {"safety_checker": None, "requires_safety_checker": False}
+        loader = {
+            "text": diffusers.AutoPipelineForText2Image,
+            "image": diffusers.AutoPipelineForImage2Image,
+        }.get(facts.kind, diffusers.DiffusionPipeline)
+        try:
+            self._pipeline = loader.from_pretrained(settings.pipeline, **options)
+        except Exception as error:  # diffusers, transformers and the hub raise each their own kind
+            raise ConfigError(f"generate.pipeline={settings.pipeline}: cannot be loaded ({reason_of(error)})") from None
+        if facts.kind in ("class", "none") and hasattr(self._pipeline, "unet"):
+            if (channels := self._pipeline.unet.config.in_channels) not in (1, 3):
+                raise ConfigError(
+                    f"generate.pipeline={settings.pipeline} makes images of {channels} channels; 1 (grey) and 3 (RGB) "
+                    "are read"
+                )
+        if settings.scheduler is not None:
+            self._pipeline.scheduler = new_scheduler(settings.scheduler, self._pipeline.scheduler)
+        if hasattr(self._pipeline.scheduler, "noise_sampler"):
+            raise ConfigError(
+                f"generate.pipeline={settings.pipeline}: {type(self._pipeline.scheduler).__name__} draws noise from no "
+                "seed of ours, so no image could be made again; name another in generate.scheduler"
+            )
+        if not hasattr(self._pipeline.scheduler, "step"):
+            raise ConfigError(
+                f"generate.pipeline={settings.pipeline}: {type(self._pipeline.scheduler).__name__} has no step that "
+                "could be taken; name another in generate.scheduler"
+            )
+        self._pipeline.to(device)
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def pictures(self, requests: Sequence[Request]) -> list[Picture]:
+        """One picture a request, in order. All requests have equal steps, guidance and negative prompt."""
+        each = self._settings.batch_size if self._device.type == "cuda" else 1
+        found: list[Picture] = []
+        for first in range(0, len(requests), each):
+            part = list(requests[first : first + each])
+            # A full batch always: another shape may mean another algorithm, and so other last bits.
+            filled = part + [part[-1]] * (each - len(part))
+            found += self._batch(filled)[: len(part)]
+        return found
+
+    @torch.inference_mode()
+    def _batch(self, requests: list[Request]) -> list[Picture]:
+        generators = [torch.Generator("cpu").manual_seed(r.seed) for r in requests]
+        first, flagged = requests[0], [False] * len(requests)
+        common: dict[str, Any] = {"generator": generators, "num_inference_steps": first.steps, "output_type": "np"}
+        if self._facts.kind in ("text", "image"):
+            with _noise_from(generators, self._pipeline.scheduler):
+                output = self._pipeline(**common, **self._text_inputs(requests))
+            images_BSSC = np.asarray(output.images)
+            flagged = _flagged(output) or flagged
+        elif type(self._pipeline).__name__ == "DiTPipeline":
+            ids = [request.class_id for request in requests]
+            with _noise_from(generators, self._pipeline.scheduler):
+                output = self._pipeline(class_labels=ids, guidance_scale=max(first.guidance, 1.0), **common)
+            images_BSSC = np.asarray(output.images)
+        else:
+            images_BSSC = self._denoise(requests, generators)
+        return [_picture(image, bool(bad)) for image, bad in zip(images_BSSC, flagged, strict=True)]
+
+    def _text_inputs(self, requests: list[Request]) -> dict[str, Any]:
+        first, size = requests[0], self._settings.size
+        inputs: dict[str, Any] = {"prompt": [r.prompt for r in requests], "guidance_scale": first.guidance}
+        accepted = inspect.signature(self._pipeline.__call__).parameters
+        if first.negative_prompt and "negative_prompt" in accepted:
+            inputs["negative_prompt"] = [first.negative_prompt] * len(requests)
+        if self._facts.kind == "image":
+            sources = [request.source for request in requests]
+            assert all(source is not None for source in sources), "image-to-image starts from an image"
+            side = self._facts.side  # of what it makes, which need not be that of the working images
+            inputs["image"] = [source.resize((side, side)) for source in sources]  # type: ignore[union-attr]
+            inputs["strength"] = self._settings.strength
+        elif size is not None:
+            inputs |= {"height": size, "width": size}
+        return inputs
+
+    def _denoise(self, requests: list[Request], generators: list[torch.Generator]) -> np.ndarray:
+        """The sampling loop of a plain UNet, with its class and guidance, which diffusers' own DDIM and DDPM pipelines
+        do not pass on (Ho & Salimans 2022, arXiv 2207.12598, eq. 6)."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        unet, scheduler, first = self._pipeline.unet, self._pipeline.scheduler, requests[0]
+        scheduler.set_timesteps(first.steps)
+        side = unet.config.sample_size
+        shape = (len(requests), unet.config.in_channels, side, side)
+        x_BCSS = randn_tensor(shape, generator=generators, device=self._device, dtype=unet.dtype)
+        x_BCSS = x_BCSS * scheduler.init_noise_sigma
+        labels = None
+        if self._facts.kind == "class":
+            labels = torch.tensor([request.class_id for request in requests], device=self._device)
+        guided = labels is not None and self._facts.null_class is not None and first.guidance > 1
+        noisy = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        for t in scheduler.timesteps:
+            inputs = scheduler.scale_model_input(x_BCSS, t)
+            predicted = unet(inputs, t, class_labels=labels).sample
+            if guided:
+                without = unet(inputs, t, class_labels=torch.full_like(labels, self._facts.null_class)).sample
+                predicted = without + first.guidance * (predicted - without)
+            x_BCSS = scheduler.step(predicted, t, x_BCSS, **noisy).prev_sample
+        images_BCSS = (x_BCSS.float() / 2 + 0.5).clamp(0, 1)
+        return images_BCSS.permute(0, 2, 3, 1).cpu().numpy()
+
+
+@contextlib.contextmanager
+def _noise_from(generators: Sequence[torch.Generator], scheduler: Any) -> Iterator[None]:
+    """Let a scheduler draw its noise from the requests' own generators also where its pipeline does not hand them on,
+    as DiTPipeline and SD 3 do not. Under guidance DiTPipeline steps a batch that is doubled."""
+    step = scheduler.step
+    if "generator" not in inspect.signature(step).parameters:
+        yield
+        return
+
+    @functools.wraps(step)  # pipelines look at its signature
+    def seeded(model_output: Any, timestep: Any, sample: Any, *rest: Any, **options: Any) -> Any:
+        options.setdefault("generator", list(generators) * (len(sample) // len(generators)))
+        return step(model_output, timestep, sample, *rest, **options)
+
+    scheduler.step = seeded
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def _flagged(output: Any) -> list[bool]:
+    """What the safety checker says of each picture; DeepFloyd IF has a name of its own for it. [] without one."""
+    found = getattr(output, "nsfw_content_detected", None) or getattr(output, "nsfw_detected", None) or []
+    return [bool(flag) for flag in found]
+
+
+def _picture(image_SSC: np.ndarray, flagged: bool) -> Picture:
+    """A flagged picture comes back black and one that is not finite as anything: neither is written."""
+    if flagged:
+        return Picture(None, "safety checker")
+    if not np.isfinite(image_SSC).all():
+        return Picture(None, "not finite")
+    pixels = np.rint(np.clip(image_SSC, 0, 1) * 255).astype(np.uint8)
+    if pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    return Picture(Image.fromarray(pixels).convert("RGB"))

@@ -1,0 +1,247 @@
+"""What `generate` makes: the recipe of each class, the units of work, the actor that makes one, and what lies there.
+
+Every image is a function of the run's seed, its class, its index and the attempt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from PIL import Image
+from pyarrow import parquet as pq
+
+from raydistill.cluster.restarts import Restart, trying
+from raydistill.config import Generate, RunConfig
+from raydistill.data.decode import encode, pixels
+from raydistill.data.likeness import contrast, difference_hash
+from raydistill.data.prompts import ClassPrompts, class_prompts
+from raydistill.data.sample import SampleSet, sample_id
+from raydistill.data.targets import labels_of, read_samples
+from raydistill.generation.generator import Generator, Request
+from raydistill.generation.pipelines import PipelineFacts, class_numbers
+from raydistill.identity import class_directory
+from raydistill.storage.directory import StageDirectory
+from raydistill.storage.filesystems import exists, write_bytes
+from raydistill.storage.tables import read_table, rows_of, values
+
+# An unconditional pipeline makes images of no class; this stands for its name.
+NO_CLASS = ""
+MADE = pa.schema(
+    [
+        pa.field("index", pa.int32()),
+        pa.field("attempt", pa.int32()),
+        pa.field("seed", pa.int64()),
+        pa.field("prompt", pa.string()),
+        pa.field("source", pa.string()),  # id of the train image that image-to-image began from
+        pa.field("image", pa.binary()),  # PNG as the pipeline made it; null where there is none
+        pa.field("id", pa.string()),  # of the PNG's bytes
+        pa.field("reason", pa.string()),  # why there is none
+        pa.field("contrast", pa.float32()),
+        pa.field("hash", pa.binary()),  # 256 bits
+        pa.field("seconds", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the images of one class are made, and where they lie."""
+
+    name: str
+    directory: StageDirectory
+    prompts: ClassPrompts | None
+    class_id: int | None
+    negative_prompt: str | None
+    steps: int
+    guidance: float
+    sources: tuple[tuple[str, int, int], ...]  # id, shard and row of the train images to begin from
+
+
+@dataclass(frozen=True)
+class Made:
+    """One image that was made, or was tried to be."""
+
+    file: str
+    row: int
+    id: str  # "" where there is no image
+    seed: int
+    prompt: str
+    source: str
+    reason: str
+    contrast: float
+    hash: bytes
+    seconds: float
+
+
+Key = tuple[str, int, int]  # class, index, attempt
+
+
+def make_recipes(config: RunConfig, samples: SampleSet, facts: PipelineFacts) -> dict[str, Recipe]:
+    """The recipe of each class. Raises ConfigError where prompts or class numbers do not fit the data."""
+    settings = config.generate
+    assert settings is not None
+    names = (NO_CLASS,) if facts.kind == "none" else samples.classes
+    ids = class_numbers(settings, facts, names)
+    prompts: Mapping[str, ClassPrompts] = class_prompts(settings, names) if facts.kind in ("text", "image") else {}
+    sources = _sources(samples) if facts.kind == "image" else {}
+    recipes = {}
+    for name in names:
+        own = settings.prompt_settings(name)
+        assert own.steps is not None
+        assert own.guidance is not None
+        identity = {
+            "class": name,
+            "prompts": dataclasses.asdict(prompts[name]) if name in prompts else None,
+            "class_id": ids[name],
+            "negative_prompt": own.negative_prompt if name in prompts else None,
+            "steps": own.steps,
+            "guidance": own.guidance,
+            "settings": settings.model_dump(include={"scheduler", "strength", "size", "dtype", "safety_checker"}),
+            "sources": [i for i, _, _ in sources.get(name, ())],
+        }
+        if sources:  # they are working images
+            identity["images"] = config.images.model_dump(include={"size", "fit"})
+        if facts.commit is not None:  # a branch of the hub may move
+            identity["commit"] = facts.commit
+        recipes[name] = Recipe(
+            name, class_directory(config, identity), prompts.get(name), ids[name], own.negative_prompt, own.steps,
+            own.guidance, sources.get(name, ()),
+        )  # fmt: skip
+    return recipes
+
+
+def _sources(samples: SampleSet) -> dict[str, tuple[tuple[str, int, int], ...]]:
+    found: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+    for shard in range(len(samples.shards["train"])):
+        table = read_samples(samples, "train", shard)
+        for row, (i, label) in enumerate(zip(values(table["sample_id"]), labels_of(table), strict=True)):
+            if label >= 0:
+                found[samples.classes[label]].append((i, shard, row))
+    return {name: tuple(sorted(rows)) for name, rows in found.items()}
+
+
+def image_seed(seed: int, name: str, index: int, attempt: int) -> int:
+    """63 bits: one image's own noise."""
+    key = f"{seed}/generate/{index}/{attempt}/{name}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1
+
+
+def plan_units(config: RunConfig, recipes: Mapping[str, Recipe], needed: Sequence[Key]) -> list[dict[str, str]]:
+    """Files to make: the units of work, of restart, and of loss to a dead node."""
+    settings = config.generate
+    assert settings is not None
+    by_class: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for name, index, attempt in needed:
+        by_class[name].append((index, attempt))
+    units = []
+    for name, items in by_class.items():
+        recipe = recipes[name]
+        for first in range(0, len(items), settings.batch_size):
+            # With the attempts that may follow, so that a plain fault needs no second round.
+            requests = [
+                [_request(config.seed, recipe, index, a) for a in range(attempt, settings.attempts)]
+                for index, attempt in items[first : first + settings.batch_size]
+            ]
+            digest = hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:16]
+            unit = {
+                "file": f"{recipe.directory.path}/{digest}.parquet",
+                "requests": requests,
+                "class_id": recipe.class_id,
+                "negative_prompt": recipe.negative_prompt,
+                "steps": recipe.steps,
+                "guidance": recipe.guidance,
+            }
+            units.append({"unit": json.dumps(unit)})
+    return units
+
+
+def _request(seed: int, recipe: Recipe, index: int, attempt: int) -> dict[str, Any]:
+    own = image_seed(seed, recipe.name, index, attempt)
+    source = recipe.sources[own % len(recipe.sources)] if recipe.sources else None
+    prompt = recipe.prompts.draw(str(own)) if recipe.prompts else ""
+    return {"index": index, "attempt": attempt, "seed": own, "prompt": prompt, "source": source}
+
+
+class GeneratorActor:
+    """Holds the pipeline, and makes one file a call. A call that Ray repeats, since its actor was lost once the file
+    was written, finds the file and is done."""
+
+    def __init__(self, settings: Generate, facts: PipelineFacts, samples: SampleSet, tries: Any = None) -> None:
+        self._restart, self._tries = Restart(), tries
+        on_gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
+        if not on_gpu:
+            torch.set_num_threads(1)  # sums come out differently in several threads
+        self._least_contrast = settings.filter.contrast
+        with trying(tries, self._restart.starts(settings.pipeline)):
+            self._generator = Generator(settings, facts, torch.device("cuda" if on_gpu else "cpu"))
+        self._shard = lru_cache(maxsize=16)(lambda shard: values(read_samples(samples, "train", shard)["image"]))
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        unit = json.loads(str(batch["unit"][0]))
+        images, missing = len(unit["requests"]), not exists(unit["file"])
+        if missing:
+            with trying(self._tries, f"{unit['file']} ({images} images to generate)"):
+                self._write(unit)
+        return {
+            "file": np.array([unit["file"]]),
+            "images": np.array([images]),
+            **self._restart.note(images * missing),
+        }
+
+    def _write(self, unit: dict[str, Any]) -> None:
+        rows, pending = [], unit["requests"]
+        while pending:
+            made = self._make(unit, [attempts[0] for attempts in pending])
+            rows += made
+            faulty = [row["image"] is None or row["contrast"] < self._least_contrast for row in made]
+            pending = [a[1:] for a, bad in zip(pending, faulty, strict=True) if bad and len(a) > 1]
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, schema=MADE), sink, compression="none")
+        write_bytes(unit["file"], sink.getvalue().to_pybytes())
+
+    def _make(self, unit: dict[str, Any], wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        started = time.monotonic()
+        common = {key: unit[key] for key in ("class_id", "negative_prompt", "steps", "guidance")}
+        pictures = self._generator.pictures(
+            [Request(seed=r["seed"], prompt=r["prompt"], source=self._source(r["source"]), **common) for r in wanted]
+        )
+        seconds, rows = (time.monotonic() - started) / len(pictures), []
+        for r, picture in zip(wanted, pictures, strict=True):
+            row = {"index": r["index"], "attempt": r["attempt"], "seed": r["seed"], "prompt": r["prompt"]}
+            row |= {"source": r["source"][0] if r["source"] else "", "reason": picture.reason, "seconds": seconds}
+            row |= {"image": None, "id": "", "contrast": 0.0, "hash": b""}
+            if picture.image is not None:
+                image = encode(picture.image)
+                row |= {"image": image, "id": sample_id(image), "contrast": contrast(picture.image)}
+                row |= {"hash": difference_hash(picture.image)}
+            rows.append(row)
+        return rows
+
+    def _source(self, source: Sequence[Any] | None) -> Image.Image | None:
+        return None if source is None else Image.fromarray(pixels(self._shard(source[1])[source[2]]))
+
+
+def read_made(recipe: Recipe) -> dict[tuple[int, int], Made]:
+    """All that lies in a class's directory, without the pixels; an image that was made twice is the same one."""
+    directory, found = recipe.directory, dict[tuple[int, int], Made]()
+    if not directory.started():
+        return found
+    schema = pa.schema([field for field in MADE if field.name != "image"])
+    for name in (name for name in directory.fs.names(directory.place) if name.endswith(".parquet")):
+        path = f"{directory.path}/{name}"
+        for row, r in enumerate(rows_of(read_table(path, schema))):
+            key = (r.pop("index"), r.pop("attempt"))
+            found[key] = Made(file=path, row=row, **r)
+    return found

@@ -1,0 +1,164 @@
+"""Which generated images are kept: the filters, the teacher's opinion, and the order in which they are asked.
+
+Shapes: C classes, N images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from raydistill.config import Generate, Images, RunConfig
+from raydistill.data.decode import pixels
+from raydistill.data.likeness import difference_hash, hash_words
+from raydistill.data.sample import SampleSet, sample_id
+from raydistill.data.targets import read_all_targets, read_samples
+from raydistill.generation.features import FileTeacher, made_images, teacher_settings, whole_features, working_image
+from raydistill.generation.recipes import Key, Made
+from raydistill.identity import backbone_name
+from raydistill.models.teacher import load_head
+from raydistill.storage.filesystems import exists
+from raydistill.storage.tables import values
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """`kept` in the order of choice, each with the weight of its hard label; `verdicts` of all that were looked at;
+    `needed` is what must be made before the choice can end."""
+
+    kept: dict[Key, float]
+    verdicts: dict[Key, str]
+    rejected: Counter[str]
+    needed: list[Key]
+    missing: dict[str, int]
+
+
+def choose(
+    settings: Generate,
+    wanted: Mapping[str, int],
+    made: Mapping[str, Mapping[tuple[int, int], Made]],
+    leaked: Container[str],
+    likely: Mapping[str, np.ndarray] | None,
+) -> Chosen:
+    """Go through the indices in order, all classes at each, and keep the first good attempt at every image.
+
+    So asking for more only adds. `leaked` holds the sample ids of images that show a val or test image, `likely` the
+    teacher's probabilities of the classes by sample id.
+    """
+    names = list(wanted)
+    chosen = Chosen({}, {}, Counter(), [], {})
+    taken_ids: set[str] = set()
+    taken: dict[str, list[bytes]] = defaultdict(list)
+    for index in range(max(wanted.values(), default=0)):
+        for k, name in enumerate(names):
+            if index >= wanted[name]:
+                continue
+            for attempt in range(settings.attempts):
+                key = (name, index, attempt)
+                one = made[name].get((index, attempt))
+                if one is None:
+                    chosen.needed.append(key)
+                    break
+                reason = _fault(settings, one, taken_ids, taken[name], leaked)
+                weight = 1.0
+                if not reason and likely is not None:
+                    reason, weight = _doubt(settings, name, k, likely[one.id])
+                chosen.verdicts[key] = reason or "kept"
+                if not reason:
+                    chosen.kept[key] = weight
+                    taken_ids.add(one.id)
+                    taken[name].append(one.hash)
+                    break
+                chosen.rejected[reason] += 1
+            else:
+                chosen.missing[name] = chosen.missing.get(name, 0) + 1
+    return chosen
+
+
+def _fault(settings: Generate, one: Made, taken_ids: set[str], taken: list[bytes], leaked: Container[str]) -> str:
+    if one.reason:
+        return one.reason
+    if one.contrast < settings.filter.contrast:
+        return "near-constant"
+    if one.id in taken_ids:
+        return "duplicate"
+    if one.id in leaked:
+        return "duplicate of a val or test image"
+    distance = settings.filter.duplicate_distance
+    if distance is not None and _nearest(one.hash, hash_words(taken)) <= distance:
+        return "near duplicate"
+    return ""
+
+
+def _doubt(settings: Generate, name: str, k: int, likely_C: np.ndarray) -> tuple[str, float]:
+    least = settings.filter.class_confidence.get(name, settings.filter.confidence)
+    if settings.filter.agreement and int(likely_C.argmax()) != k:
+        return "the teacher names another class", 0.0
+    if least is not None and likely_C[k] < least:
+        return "the teacher is not confident", 0.0
+    return "", float(likely_C[k]) if settings.filter.weigh else 1.0
+
+
+def _nearest(one: bytes, others_N4: np.ndarray) -> int:
+    if not len(others_N4):
+        return 257
+    return int(np.bitwise_count(others_N4 ^ np.frombuffer(one, np.uint64)).sum(axis=1).min())
+
+
+class HeldOut:
+    """The val and test images, which no generated image may show again.
+
+    What is compared is what would be trained on: the hash of one picture at two sizes is not the same.
+    """
+
+    def __init__(self, samples: SampleSet, images: Images, distance: int) -> None:
+        self._images, self._distance = images, distance
+        hashes = []
+        for split in ("val", "test"):
+            for shard in range(len(samples.shards.get(split, ()))):
+                rows = values(read_samples(samples, split, shard)["image"])
+                hashes += [difference_hash(Image.fromarray(pixels(row))) for row in rows]
+        self._real = hash_words(hashes)
+        self._read: set[str] = set()
+        self._shown: set[str] = set()
+
+    def shown_by(self, made: Mapping[str, Mapping[tuple[int, int], Made]]) -> set[str]:
+        """Sample ids of the images that show one of them. Each file is looked at once."""
+        files = {one.file for of_class in made.values() for one in of_class.values() if one.id}
+        for file in sorted(files - self._read if len(self._real) else ()):
+            for image in made_images(file):
+                own = difference_hash(working_image(image, self._images))
+                if _nearest(own, self._real) <= self._distance:
+                    self._shown.add(sample_id(image))
+            self._read.add(file)
+        return self._shown
+
+
+class Judge:
+    """The adapted teacher's opinion of generated images: features in files beside them, probabilities from those."""
+
+    def __init__(self, config: RunConfig, head: str) -> None:
+        self._head, self._config, self._name = load_head(head), config, backbone_name(config)
+        self._read: set[str] = set()
+        self._likely: dict[str, np.ndarray] = {}
+
+    def of(self, made: Mapping[str, Mapping[tuple[int, int], Made]]) -> dict[str, np.ndarray]:
+        """Probabilities of the classes by sample id. Files that this teacher has not seen yet are shown to it here."""
+        files = {one.file for of_class in made.values() for one in of_class.values() if one.id}
+        teacher, threads = None, torch.get_num_threads()
+        for file in sorted(files - self._read):
+            place = whole_features(file, self._name)
+            if not exists(place):
+                teacher = teacher or FileTeacher(**teacher_settings(self._config, None, with_views=False))
+                teacher({"file": np.array([file])})
+            ids, features_1ND = read_all_targets(place)
+            logits_NC = torch.from_numpy(self._head.logits(features_1ND[0].astype(np.float32)))
+            self._likely.update(zip(ids, logits_NC.softmax(dim=1).numpy(), strict=True))
+            self._read.add(file)
+        torch.set_num_threads(threads)  # the teacher, made for an actor of its own, took one
+        return self._likely

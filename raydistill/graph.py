@@ -1,0 +1,173 @@
+"""The stages in order, a row each. Whatever orders, skips, names, shows or records stages reads this table.
+
+Nothing here imports torch or ray, so that `raydistill show` answers at once: a stage's function is imported when the
+stage is to run. A new stage is a row here and a file in `stages/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from raydistill.config import RunConfig
+from raydistill.data.sample import SampleSet, samples_from_json
+from raydistill.data.sources.listing import Listing, list_images
+from raydistill.identity import (
+    adapt_directory,
+    distill_directory,
+    evaluate_directory,
+    export_directory,
+    fine_tune_directory,
+    fine_tunes,
+    generate_directory,
+    held_out_directory,
+    prepare_directory,
+    teach_directory,
+    teach_generated_directory,
+    tuned,
+)
+from raydistill.storage.directory import StageDirectory, workspace_root
+from raydistill.storage.filesystems import refuse_unreachable
+
+Makers = Callable[[RunConfig, SampleSet], Sequence[StageDirectory]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row. `settings` are the sections of the config that its identity covers, beside what it `takes`."""
+
+    name: str  # of its command too
+    help: str  # what the command line says of it
+    function: str  # module:name of its `(Execution) -> None`
+    takes: tuple[str, ...]  # the stages whose results it reads
+    settings: tuple[str, ...]
+    directories: Makers  # all are done when it is; given the teacher as fine-tuning left it
+    wanted: Callable[[RunConfig], bool] = lambda config: True
+    needs_ray: Callable[[RunConfig], bool] = lambda config: True
+
+
+def _streams(config: RunConfig) -> bool:
+    """Whether fresh views go through the teacher while the student trains."""
+    return config.views.per_image == "fresh" and config.loss.needs_teacher
+
+
+def _adapted(config: RunConfig, samples: SampleSet) -> Sequence[StageDirectory]:
+    tested = [held_out_directory(config, samples)] if samples.num_rows("test") else []
+    return [adapt_directory(config, samples), *tested]
+
+
+def _taught(config: RunConfig, samples: SampleSet) -> Sequence[StageDirectory]:
+    generated = [] if config.generate is None else [teach_generated_directory(config, samples)]
+    return [teach_directory(config, samples), *generated]
+
+
+STAGES = (
+    Stage(
+        "prepare",
+        "Read, check, split and store the images at the working size.",
+        "raydistill.stages.prepare:prepare",
+        takes=(),
+        settings=("images", "seed"),
+        directories=lambda config, samples: [],  # its own is named by the files: `Work.prepared`
+    ),
+    Stage(
+        "adapt",
+        "Give the teacher a head for this task and measure it on val (prepares first, if need be).",
+        "raydistill.stages.adapt:adapt",
+        takes=("prepare",),
+        settings=("teacher",),
+        directories=_adapted,
+        wanted=lambda config: config.loss.needs_teacher,
+    ),
+    Stage(
+        "generate",
+        "Make images with a diffusion pipeline and keep the good ones (with all that this needs).",
+        "raydistill.stages.generate:generate",
+        takes=("prepare", "adapt"),
+        settings=("generate", "seed"),
+        directories=lambda config, samples: [generate_directory(config, samples)],
+        wanted=lambda config: config.generate is not None,
+    ),
+    Stage(
+        "teach",
+        "Run every view through the teacher and store its soft targets (with all that this needs).",
+        "raydistill.stages.teach:teach",
+        takes=("prepare", "adapt", "generate"),
+        settings=("teacher", "views", "seed"),
+        directories=_taught,
+        wanted=lambda config: config.loss.needs_teacher and not _streams(config),
+    ),
+    Stage(
+        "distill",
+        "Train the student (with all that this needs).",
+        "raydistill.stages.distill:distill",
+        takes=("prepare", "adapt", "generate", "teach"),
+        settings=("student", "loss", "distill", "views", "seed"),
+        directories=lambda config, samples: [distill_directory(config, samples)],
+        needs_ray=lambda config: bool(config.distill.num_workers) or _streams(config),
+    ),
+    Stage(
+        "evaluate",
+        "Measure student and teacher and draw the report (with all that this needs).",
+        "raydistill.stages.evaluate:evaluate",
+        takes=("prepare", "adapt", "distill"),
+        settings=("evaluate",),
+        directories=lambda config, samples: [evaluate_directory(config, samples)],
+        needs_ray=lambda config: False,
+    ),
+    Stage(
+        "export",
+        "Write the student for timm or transformers, as ONNX and for torch.export, each compared with the checkpoint.",
+        "raydistill.stages.export:export",
+        takes=("prepare", "generate", "distill", "evaluate"),
+        settings=("export",),
+        directories=lambda config, samples: [export_directory(config, samples)],
+        needs_ray=lambda config: False,
+    ),
+)
+
+
+def stage_named(name: str) -> Stage:
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def _needed(until: str | None) -> set[str]:
+    """The names of the stages that `until` takes, itself among them; all of them for None."""
+    if until is None:
+        return {stage.name for stage in STAGES}
+    return {until}.union(*(_needed(name) for name in stage_named(until).takes))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command is to do: the stages it wants, where their results lie, and those that are not done."""
+
+    listing: Listing
+    prepared: StageDirectory
+    directories: dict[str, list[StageDirectory] | None]  # by stage, in order; None: named once those before it are done
+    undone: frozenset[str]
+    needs_ray: bool
+
+
+def find_work(config: RunConfig, until: str | None = None) -> Work:
+    """Look at the images' names and the workspace, for the stages up to `until` or for all; everything after `prepare`
+    is undone as long as that is, and everything after fine-tuning as long as that is."""
+    refuse_unreachable(workspace_root(config), "workspace")
+    listing = list_images(config.images)
+    prepared = prepare_directory(config, listing)
+    needed, done = _needed(until), prepared.done()
+    wanted = [stage for stage in STAGES if stage.name in needed and stage.wanted(config)]
+    directories: dict[str, list[StageDirectory] | None] = {stage.name: None for stage in wanted}
+    undone = set(directories)
+    if done is not None:
+        samples = samples_from_json(done)
+        later = tuned(config, samples)
+        if later is not None:
+            directories = {stage.name: list(stage.directories(later, samples)) for stage in wanted}
+            undone = {name for name, made in directories.items() if made and any(d.done() is None for d in made)}
+        if "adapt" in directories and fine_tunes(config):
+            directories["adapt"] = [fine_tune_directory(config, samples), *(directories["adapt"] or [])]
+        undone.discard("prepare")
+    directories["prepare"] = [prepared]
+    needs_ray = any(stage.name in undone and stage.needs_ray(config) for stage in wanted)
+    return Work(listing, prepared, directories, frozenset(undone), needs_ray)

@@ -1,0 +1,98 @@
+"""What `check` found, as a table, as JSON, and as a page with pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+from PIL import Image
+from rich.table import Table
+
+from raydistill.config import Images, RunConfig
+from raydistill.data.chunks import decoded_rows
+from raydistill.data.decode import pixels
+from raydistill.data.isolation import Killed, apart
+from raydistill.data.sources.listing import Entry, entry_name, list_images
+from raydistill.errors import ConfigError
+from raydistill.secrets import on_page, redacted_tree
+from raydistill.storage.filesystems import write_bytes
+from raydistill.strangers import written
+
+if TYPE_CHECKING:
+    from raydistill.doctor.images import Checkup
+
+_SIGNS = {"stop": "stops", "loses": "loses", "look": "look", "note": "note"}
+_THUMBNAIL = 128
+
+
+def findings_table(checkup: Checkup) -> Table:
+    table = Table("", "what", "images", "for instance", "what a run does", "how to have it otherwise", box=None,
+                  pad_edge=False, show_header=True)  # fmt: skip
+    for finding in checkup.findings:
+        table.add_row(
+            _SIGNS[finding.severity], finding.what, f"{finding.count:,}",
+            "\n".join(map(_short, finding.examples[:2])), finding.done, finding.change,
+        )  # fmt: skip
+    if not checkup.findings:
+        table.add_row("ok", "nothing to say", "", "", "", "")
+    return table
+
+
+def write_checkup(config: RunConfig, checkup: Checkup, path: str) -> None:
+    """As JSON or HTML, by the path's ending. Raises ConfigError where it is another."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".json":
+        tree = redacted_tree({"is_sound": checkup.is_sound, **asdict(checkup)})
+        write_bytes(path, json.dumps(tree, indent=2, ensure_ascii=False).encode())
+    elif suffix in (".html", ".htm"):
+        write_bytes(path, _page(config, checkup).encode())
+    else:
+        raise ConfigError(f"--out {path}: use a name that ends in .html or .json")
+
+
+def _page(config: RunConfig, checkup: Checkup) -> str:
+    template = (Path(__file__).parent / "check.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=on_page
+    )
+    entries = (
+        {entry_name(e): e for e in list_images(config.images).entries}
+        if checkup.counts or checkup.is_interrupted
+        else {}
+    )
+    pictures = [
+        [(example, _pictures(example, entries, config.images)) for example in finding.examples]
+        for finding in checkup.findings
+    ]
+    return environment.from_string(template).render(
+        path=written(config.images.path), checkup=checkup, pictures=pictures, signs=_SIGNS,
+        classes=sorted({name for of_split in checkup.counts.values() for name in of_split}),
+    )  # fmt: skip
+
+
+def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[str]:
+    """Data URIs of those that an example names: one, two that are alike, or none where none decodes."""
+    found = []
+    for name in [part for whole in example.split(" = ") for part in whole.split(" ~ ")]:
+        entry = entries.get(name) or entries.get(name.rpartition(" is ")[0])
+        if entry is None:
+            continue
+        small = images.model_copy(update={"size": _THUMBNAIL, "fit": "pad"})
+        for one in apart(partial(decoded_rows, images=small), [(0, entry.path, entry.row)]):
+            if not isinstance(one, Killed) and one["image"]:
+                sink = io.BytesIO()
+                Image.fromarray(pixels(one["image"])).save(sink, "JPEG", quality=80)
+                found.append("data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode())
+    return found
+
+
+def _short(example: str) -> str:
+    """The last folder and the name of each path."""
+    parts = [(word, "/".join(word.split("/")[-2:])) for word in example.split(" ")]
+    return " ".join("$'" + short if word.startswith("$'") and word != short else short for word, short in parts)

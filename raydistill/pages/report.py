@@ -1,0 +1,197 @@
+"""report.html: what came of a run, on one page that needs no network, for people who decide whether to ship it."""
+
+from __future__ import annotations
+
+import base64
+import platform
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import pyarrow as pa
+from pyarrow import compute as pc
+from pydantic import BaseModel
+
+from raydistill.cluster.bill import bill_words
+from raydistill.config import RunConfig, overlay, shown_yaml
+from raydistill.config.baselines import OVERLAYS
+from raydistill.data.sample import SampleSet
+from raydistill.data.targets import read_samples
+from raydistill.errors import ConfigError
+from raydistill.identity import evaluate_directory
+from raydistill.results import PREDICTIONS, PREDICTIONS_FILE, Outcome, Report
+from raydistill.runtime.versions import PACKAGES, installed
+from raydistill.secrets import on_page
+from raydistill.storage.directory import read_bill
+from raydistill.storage.filesystems import exists, read_bytes, write_bytes
+from raydistill.storage.state import needed_state, result_of
+from raydistill.storage.tables import read_table, rows_of, values
+from raydistill.usefulness import usefulness
+
+_MOST_OF_REFUSED = 64 * 1024**2  # some 400,000 files
+_MOST_DISAGREEMENTS, _MOST_SHEETS, _MOST_REASONS, _EXAMPLES = 24, 12, 20, 3
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """An image whose class student and teacher name differently, with both opinions."""
+
+    image: str  # as a data URI
+    label: str
+    student: str
+    student_probability: float
+    teacher: str
+    teacher_probability: float
+
+
+def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
+    """Write `report.html` beside the report's figures, and give its path. `command` makes the run again."""
+    report, samples = outcome.report, outcome.samples
+    assert report is not None
+    assert samples is not None
+    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=on_page
+    )
+    # Whoever looks at single test images chooses by them; only where there is nothing else they are shown.
+    shown = "val" if "val" in report.student else "test"
+    page = environment.from_string(template).render(
+        name=config.name,
+        config=config,
+        report=report,
+        warnings=usefulness(report.student).warnings,
+        main="test" if "test" in report.student else "val",
+        baselines=_baselines(config, samples),
+        without_generated=outcome.without_generated,
+        figures={name: _data_uri(f"{report.path}/{name}.png") for name in _figures(report)},
+        disagreements=_disagreements(report, samples, shown),
+        shown=shown,
+        generated=outcome.generated,
+        sheets=_sheets(outcome),
+        samples=samples,
+        counts={split: (samples.num_rows(split), samples.num_labelled[split]) for split in samples.shards},
+        refused=_refused(samples),
+        stages=_stages(config, outcome),
+        exported=outcome.exported,
+        yaml=shown_yaml(config),
+        versions=installed((*PACKAGES, "optuna", "mlflow")) | {"python": platform.python_version()},
+        other_versions=_other_versions(outcome),
+        command=command,
+    )
+    path = f"{report.path}/report.html"
+    write_bytes(path, page.encode())
+    return path
+
+
+def _figures(report: Report) -> list[str]:
+    kinds = ("per_class", "confusion", "reliability")
+    return ["curves", *(f"{kind}_{split}" for split in report.student for kind in kinds)]
+
+
+def _data_uri(path: str) -> str:
+    return "data:image/png;base64," + base64.b64encode(read_bytes(path)).decode()
+
+
+def _baselines(config: RunConfig, samples: SampleSet) -> dict[str, Report]:
+    """Those of jobs/overlays that were run on this job, by name."""
+    found = {}
+    for name, tree in OVERLAYS.items():
+        student = dict(tree.get("student", {}))
+        if student.get("init") == "pretrained":
+            student["weights"] = config.compare.student_weights or config.student.weights
+        elif name != "job":
+            student["weights"] = None
+        try:
+            other = overlay(config, {**tree, "student": student, "generate": None})
+            done = evaluate_directory(other, samples).done()
+        except ConfigError:
+            continue  # this arm cannot be trained with this job
+        if done is not None and done["path"] != evaluate_directory(config, samples).path:
+            found[name] = result_of(done, done["path"], Report)
+    return found
+
+
+def _disagreements(report: Report, samples: SampleSet, split: str) -> list[Disagreement]:
+    """Those on which the two are surest together, the surest first."""
+    if report.agreement is None:
+        return []
+    table = read_table(f"{report.path}/{PREDICTIONS_FILE}", PREDICTIONS)
+    differ = pc.and_(pc.equal(table["split"], split), pc.not_equal(table["student_class"], table["teacher_class"]))
+    rows = rows_of(table.filter(differ))
+    rows.sort(key=lambda row: -(row["student_probability"] + row["teacher_probability"]))
+    rows = rows[:_MOST_DISAGREEMENTS]
+    images = _images(samples, split, {row["sample_id"] for row in rows})
+    names = samples.classes
+    return [
+        Disagreement(
+            images[row["sample_id"]], names[row["label"]],
+            names[row["student_class"]], row["student_probability"],
+            names[row["teacher_class"]], row["teacher_probability"],
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def _images(samples: SampleSet, split: str, wanted: set[str]) -> dict[str, str]:
+    """Data URIs of working images by sample id."""
+    found: dict[str, str] = {}
+    for shard in range(len(samples.shards[split])):
+        if wanted <= found.keys():
+            break
+        table = read_samples(samples, split, shard)
+        table = table.filter(pc.is_in(table["sample_id"], pa.array(wanted, pa.string())))
+        for sample, image in zip(values(table["sample_id"]), values(table["image"]), strict=True):
+            found[sample] = "data:image/png;base64," + base64.b64encode(image).decode()
+    return found
+
+
+def _sheets(outcome: Outcome) -> list[str]:
+    generated = outcome.generated
+    if generated is None:
+        return []
+    paths = [f"{generated.samples.path}/sheet-{number:03d}.png" for number in range(len(generated.wanted))]
+    return [_data_uri(path) for path in [path for path in paths if exists(path)][:_MOST_SHEETS]]
+
+
+class _Refused(BaseModel):
+    path: str
+    reason: str
+
+
+def _refused(samples: SampleSet) -> list[tuple[str, int, list[str]]]:
+    """Reasons why images were refused, how often, and some examples."""
+    refused = needed_state(f"{samples.path}/refused.json", list[_Refused], most_bytes=_MOST_OF_REFUSED)
+    reasons = Counter(_reason(one.reason) for one in refused)
+    return [
+        (reason, count, [_short(one.path) for one in refused if _reason(one.reason) == reason][:_EXAMPLES])
+        for reason, count in reasons.most_common(_MOST_REASONS)
+    ]
+
+
+def _reason(words: str) -> str:
+    """Without what differs from image to image."""
+    if words.startswith("a copy of "):
+        return "a copy of another image"
+    return words.partition(":")[0] if words.startswith("the same file stands under ") else words
+
+
+def _short(path: str) -> str:
+    """The last folder and the name."""
+    return "/".join(path.split("/")[-2:])
+
+
+def _other_versions(outcome: Outcome) -> dict[str, str]:
+    """By stage, those that it ran with where they are not those of now."""
+    now, others = installed(PACKAGES), {}
+    for stage, path in outcome.directories.items():
+        ran: dict[str, str] = read_bill(path).get("versions", {})
+        if words := [f"{name} {number}" for name, number in ran.items() if number != now.get(name)]:
+            others[stage] = ", ".join(words)
+    return others
+
+
+def _stages(config: RunConfig, outcome: Outcome) -> list[tuple[str, str, str]]:
+    return [
+        (stage, bill_words(read_bill(path), config.cluster.prices), path) for stage, path in outcome.directories.items()
+    ]

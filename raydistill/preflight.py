@@ -1,0 +1,158 @@
+"""What of a job can be seen to be wrong: before anything that takes time is loaded, and before anything is written."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+from raydistill.config import RunConfig, fine_tuning
+from raydistill.data.sources.listing import Listing, list_images
+from raydistill.errors import ConfigError, DataError
+from raydistill.examples import weights_fingerprint
+from raydistill.graph import Work
+from raydistill.models.timm_names import may_be_timm, no_timm_model
+
+_PROBE_SECONDS = 3.0
+_REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+
+
+def refuse_early(config: RunConfig) -> None:
+    """Raises ConfigError: a model of no kind there is, a file that is not there, a cluster nobody answers for."""
+    if config.teacher is not None and config.loss.needs_teacher:
+        _check_model("teacher.model", config.teacher.model, also_here="or a folder that timm, transformers or distill")
+        _check_file("teacher.weights", config.teacher.weights)
+    _check_model("student.model", config.student.model, also_here="or a folder that timm or transformers")
+    _check_file("student.weights", config.student.weights)
+    if config.generate is not None:
+        _check_file("generate.names", config.generate.names)
+        if not Path(config.generate.pipeline).is_dir() and not _REPOSITORY.fullmatch(config.generate.pipeline):
+            raise ConfigError(f"generate.pipeline={config.generate.pipeline}: no such folder, and no name on the hub")
+    if config.cluster.address is not None:
+        _probe(config.cluster.address)
+
+
+def _check_model(key: str, model: str, also_here: str) -> None:
+    prefix, colon, name = model.partition(":")
+    if "://" in model or Path(model).is_dir():
+        return
+    if colon and prefix == "timm" and name:
+        if not may_be_timm(name):
+            raise no_timm_model(model, key)
+        return
+    if colon and prefix == "example":
+        weights_fingerprint(name)  # knows its names
+        return
+    if colon and prefix == "hf":
+        if not _REPOSITORY.fullmatch(name) and not Path(name).is_dir():
+            raise ConfigError(f"{key}={model}: no such folder, and no name on the hub, which is OWNER/NAME")
+        return
+    meant = f"; did you mean timm:{model} or hf:{model}?" if _REPOSITORY.fullmatch(model) and not colon else ""
+    raise ConfigError(f"{key}={model}: no such folder; use timm:NAME, hf:NAME, {also_here} saved{meant}")
+
+
+def _check_file(key: str, path: str | None) -> None:
+    if path is not None and "://" not in path and not path.startswith("example:") and not Path(path).exists():
+        raise ConfigError(f"{key}={path}: no such file")
+
+
+def _probe(address: str) -> None:
+    """A cluster whose HOST:PORT takes no connection is not waited for."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "://" in address:
+        return  # `auto` and the like, which Ray resolves
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ConfigError(
+            f"cluster.address={address}: nobody answers there ({getattr(error, 'strerror', None) or error}); start a "
+            "cluster (`ray start --head`, `ray up cluster.yaml`), or leave it out for a Ray of this machine"
+        ) from None
+
+
+def check_run(config: RunConfig, work: Work) -> None:
+    """Refuse what cannot work before anything is written. Raises ConfigError, DataError."""
+    if {"task", "kd", "dkd", "dist", "standardised_kd"}.isdisjoint(config.loss.terms):
+        raise ConfigError(
+            f"loss: none of its terms ({', '.join(config.loss.terms)}) teaches the student's classifier, which would "
+            "stay as it began; raise loss.task_weight or loss.kd_weight"
+        )
+    _check_counts(config, work.listing)
+    _check_models(config, work.listing, work.undone)
+    if "generate" in work.undone:
+        from raydistill.stages.generate import check_generate
+
+        check_generate(config, work.listing.classes)
+
+
+def check_measurable(config: RunConfig, command: str, splits: tuple[str, ...]) -> None:
+    """Raises DataError where the images have, and would be given, none of a split that a command needs."""
+    images = config.images
+    listing = list_images(images)
+    has_val, has_test = listing.has_split("val"), listing.has_split("test")
+    there = {
+        "val": has_val or images.val_share > 0,
+        "test": has_test or (not has_val and images.test_share > 0),
+    }
+    if lacking := [split for split in splits if not there[split]]:
+        raise DataError(
+            f"images.path={images.path}: {command} measures {' and '.join(splits)}, and there is no {lacking[0]} "
+            f"split; add one, or name none in the data and set images.{lacking[0]}_share for a share to be drawn"
+        )
+
+
+def _check_counts(config: RunConfig, listing: Listing) -> None:
+    workers = config.distill.most_workers
+    if config.views.per_image == "fresh" and config.distill.batch_size % workers:
+        raise ConfigError(
+            f"distill.batch_size={config.distill.batch_size} does not divide among the {workers} workers of "
+            "distill.num_workers, as views.per_image=fresh needs it to"
+        )
+    train = sum(entry.split in (None, "train") for entry in listing.entries)
+    if train < workers:
+        raise DataError(
+            f"images.path={config.images.path}: {train} train images for the {workers} workers of distill.num_workers; "
+            "lower it, or add images"
+        )
+
+
+def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -> None:
+    """Build what will be needed: a name, a size or weights that do not fit are cheap to find now."""
+    if undone.isdisjoint({"adapt", "teach", "distill"}):
+        return
+    from raydistill.models.student import build_student, has_batch_norm
+    from raydistill.models.teacher import load_teacher, match_native_head, zero_shot_head
+
+    if "distill" in undone:
+        student = build_student(config.student, len(listing.classes))
+        simclr = config.loss.projects_with_batch_norm
+        what = f"loss.projection_head={config.loss.projection_head}" if simclr else config.student.model
+        _check_batch_norm(config, what, simclr or has_batch_norm(student))
+    if config.teacher and config.loss.needs_teacher and {"adapt", "teach"} & undone:
+        _, head, names = load_teacher(config.teacher)
+        if config.teacher.head == "native":
+            match_native_head(head, names, listing.classes)
+        elif config.teacher.head == "zero_shot":
+            zero_shot_head(config.teacher, listing.classes)
+        elif config.teacher.head == "fine_tune":
+            _check_fine_tuning(config, listing)
+
+
+def _check_fine_tuning(config: RunConfig, listing: Listing) -> None:
+    from raydistill.models.student import build_student, has_batch_norm
+
+    settings = fine_tuning(config).student
+    try:
+        student = build_student(settings, len(listing.classes))
+    except ConfigError as error:
+        raise ConfigError(f"teacher.head=fine_tune trains the teacher as if it were the student: {error}") from None
+    _check_batch_norm(config, settings.model, has_batch_norm(student), "teacher.fine_tune_batch_size")
+
+
+def _check_batch_norm(config: RunConfig, what: str, has_one: bool, key: str = "distill.batch_size") -> None:
+    section, _, name = key.partition(".")
+    size: int = getattr(getattr(config, section), name)
+    if has_one and size // config.distill.most_workers < 2:
+        raise ConfigError(
+            f"{key}={size} leaves a worker one image a step, and {what} has batch norm, which needs two; raise {key}"
+        )

@@ -1,0 +1,165 @@
+"""Stage directories: `<workspace>/<stage>-<hash>/`. All in them appears whole or not at all, and DONE last."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, NonNegativeFloat, NonNegativeInt
+
+from raydistill.config import RunConfig
+from raydistill.errors import ConfigError, StageError
+from raydistill.runtime.versions import PACKAGES, installed
+from raydistill.storage.filesystems import (
+    FileSystem,
+    make_private,
+    open_filesystem,
+    refuse_links,
+    write_bytes,
+)
+from raydistill.storage.state import read_state
+
+GENERATED = "generated"  # where the classes' own directories lie
+
+
+class Bill(BaseModel):
+    """What `seconds.json` says, as far as it is read."""
+
+    seconds: NonNegativeFloat = 0.0
+    node_seconds: dict[str, NonNegativeFloat] = {}
+    lost_nodes: NonNegativeInt = 0
+    images_again: NonNegativeInt = 0
+    seconds_again: NonNegativeFloat = 0.0
+    versions: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class StageDirectory:
+    """One stage's place in the workspace. Everything appears in it whole or not at all."""
+
+    path: str
+    stage: str
+    identity: str  # JSON of what the hash covers
+
+    @cached_property
+    def fs(self) -> FileSystem:
+        return open_filesystem(self.path)[0]
+
+    @cached_property
+    def place(self) -> str:
+        """The path as its file system writes it."""
+        return open_filesystem(self.path)[1]
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def done(self) -> dict[str, Any] | None:
+        """The stage's result, or None where it has not finished. It lies here, whatever the marker says of places, and
+        wherever the workspace was before. Raises CheckpointError where a link lies in it, or a marker is damaged."""
+        self._refuse_links()
+        result = read_state(f"{self.path}/DONE", dict[str, Any])
+        return None if result is None else result | {"path": self.path}
+
+    def _refuse_links(self) -> None:
+        if self.fs.is_local:
+            between = self.place.rpartition("/")[0]  # the workspace, which may be a link, or what is in it
+            if between != self._root and os.path.islink(between):
+                refuse_links(between)
+            refuse_links(self.place)
+
+    @property
+    def _root(self) -> str:
+        above = self.place.rpartition("/")[0]
+        return above.rpartition("/")[0] if self.stage == GENERATED else above
+
+    def started(self) -> bool:
+        self._refuse_links()
+        return bool(self.fs.exists(self.place))
+
+    def write(self, name: str, data: bytes) -> None:
+        write_bytes(f"{self.path}/{name}", data)
+
+    def write_json(self, name: str, value: object) -> None:
+        self.write(name, json.dumps(value, indent=2, ensure_ascii=False).encode())
+
+    def make(self) -> None:
+        """The folder. A workspace that is not there yet is this user's alone; in one that is, `umask` counts."""
+        self._refuse_links()
+        if self.fs.is_local:
+            make_private(self._root)
+        self.fs.make_folder(self.place)
+
+    def begin(self) -> None:
+        self.make()
+        self.write("identity.json", self.identity.encode())
+
+    def finish(self, result: dict[str, Any]) -> None:
+        self.write_json("DONE", {name: value for name, value in result.items() if name != "path"})
+
+    def write_bill(self, bill: dict[str, Any]) -> None:
+        """What the run that finished the stage paid, and with which versions it ran: `read_bill` gives it back."""
+        self.write_json("seconds.json", bill | {"versions": installed(PACKAGES)})
+
+
+def free_bytes(config: RunConfig) -> float:
+    """On the workspace's disk; infinite in an object store, of which nothing is known."""
+    fs, root = open_filesystem(workspace_root(config))
+    if not fs.is_local:
+        return math.inf
+    return shutil.disk_usage(next(place for place in (Path(root), *Path(root).parents) if place.exists())).free
+
+
+def refuse_small_disk(config: RunConfig, what: str, need: float, advice: str) -> None:
+    """Raises ConfigError, before anything is written, where the workspace's disk has less than is needed."""
+    free = free_bytes(config)
+    if need > free:
+        raise ConfigError(
+            f"{what} may take {need:,.0f} bytes and {free:,.0f} are free in {workspace_root(config)}; "
+            f"{advice}, or make room"
+        )
+
+
+def read_seconds(path: str) -> float:
+    """How long the run that finished a stage took for it; 0 where nothing is said. What an interrupted run had spent
+    on it before is not in it."""
+    return float(read_bill(path).get("seconds", 0.0))
+
+
+def read_bill(path: str) -> dict[str, Any]:
+    """`seconds` of the run that finished a stage; on a cluster `node_seconds` by node type and `lost_nodes`; and, where
+    a process or a node was lost, the `images_again` and `seconds_again` that this cost; `versions` by package."""
+    bill = read_state(f"{path}/seconds.json", Bill)
+    return {} if bill is None else bill.model_dump(exclude_unset=True)
+
+
+def workspace_root(config: RunConfig) -> str:
+    """The workspace as an absolute path or URL without a trailing slash. Raises ConfigError where it is no folder."""
+    if "://" in config.workspace:
+        return config.workspace.rstrip("/")
+    root = os.path.abspath(os.path.expanduser(config.workspace))
+    if os.path.exists(root) and not os.path.isdir(root):
+        raise ConfigError(f"workspace={config.workspace}: a file is there, and no folder; choose another")
+    return root
+
+
+def check_writable(config: RunConfig) -> None:
+    """Raises ConfigError where nothing can be written to the workspace."""
+    root = workspace_root(config)
+    fs, path = open_filesystem(root)
+    mark = f".writable-{uuid.uuid4().hex}"  # of this command alone: another may be asking the same
+    try:
+        if fs.is_local:
+            make_private(path)
+        fs.make_folder(path)
+        write_bytes(f"{root}/{mark}", b"")
+        fs.remove(f"{path}/{mark}")
+    except (OSError, StageError) as error:
+        raise ConfigError(f"workspace={config.workspace}: cannot be written ({error}); choose another") from None

@@ -1,0 +1,156 @@
+"""A lease on a stage directory: one command at a time makes what goes into it, on disks and in buckets alike.
+
+Leases are files with rising numbers, of which the last one counts. A file is created only where there is none, so of
+any number of commands one gets the next number. And none is written over by another command, so a holder that was
+thought dead and was only slow finds a later one there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from raydistill.errors import CheckpointError, StageError
+from raydistill.runtime.processes import is_running, process_name
+from raydistill.storage.directory import StageDirectory
+from raydistill.storage.filesystems import create_file
+from raydistill.storage.state import of_another_form, read_state
+
+logger = logging.getLogger(__name__)
+_SECONDS_BETWEEN_BEATS = 10.0
+_SECONDS_BETWEEN_LOOKS = 1.0
+# A holder on another machine that shows no sign of life for so long is gone; on this one its process is looked for.
+_SILENT_SECONDS = 120.0
+_PREFIX, _LAST = "lease-", 10**9 - 1
+
+
+class _State(BaseModel):
+    """A lease's file."""
+
+    id: str = ""
+    process: str = Field("", pattern=r"^\S* \S+ [0-9]{1,9} [0-9]{1,12}$")
+    beats: int = 0
+    released: bool = False
+
+
+@contextlib.contextmanager
+def held(directory: StageDirectory, say: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the directory's lease for the time of the block; it is given whether the stage is still to be done.
+
+    While another command holds it, this one waits, and says for whom. Raises StageError after the block where another
+    command took the lease over meanwhile, since this process had shown no sign of life.
+    """
+    number, state = _acquire(directory, say)
+    lost, ended = threading.Event(), threading.Event()
+    beat = threading.Thread(target=_beat, args=(directory, number, state, lost, ended), name="lease", daemon=True)
+    beat.start()
+    try:
+        yield directory.done() is None
+    finally:
+        ended.set()
+        beat.join()
+        if not lost.is_set():
+            _release(directory, number, state)
+    if lost.is_set():
+        raise StageError(
+            f"{directory.path}: another command took this stage over, since this process had shown no sign of life for "
+            f"{_SILENT_SECONDS:.0f} s; run the same command again, and it waits for that one"
+        )
+
+
+def _acquire(directory: StageDirectory, say: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
+    mine = {"id": uuid.uuid4().hex, "process": process_name()}
+    seen, since, told = None, 0.0, ""
+    directory.make()
+    while True:
+        latest = _latest(directory)
+        if latest != seen:  # by this machine's clock: those of others may be wrong
+            seen, since = latest, time.monotonic()
+        number, state = latest
+        if number >= _LAST:
+            raise of_another_form(f"{directory.path}/{_PREFIX}{number:06d}", "nobody takes so many leases")
+        if not number or _is_free(state, time.monotonic() - since):
+            if _create(directory, number + 1, mine):
+                return number + 1, mine
+        elif told != state.get("id", "?"):
+            told = state.get("id", "?")
+            host, _, pid, _ = state.get("process", "another-machine - ? -").split(" ")
+            who = f"process {pid} on {host}, which is making {directory.path}"
+            file = f"{directory.path}/{_PREFIX}{number:06d}"
+            if not state:
+                who = f"{_SILENT_SECONDS:.0f} s: {file} is damaged, and whose it is may still work; delete it to go on"
+            say(f"{directory.stage:<9} waits for {who}")
+        threading.Event().wait(_SECONDS_BETWEEN_LOOKS)
+
+
+def _is_free(state: dict[str, Any], silent_for: float) -> bool:
+    running = is_running(state["process"]) if "process" in state else None
+    if running is None:
+        running = silent_for < _SILENT_SECONDS
+    return state.get("released", False) or not running
+
+
+def _latest(directory: StageDirectory) -> tuple[int, dict[str, Any]]:
+    """The number of the last lease and what is in it; 0 where there is none."""
+    number = max(_numbers(directory), default=0)
+    try:
+        state = read_state(f"{directory.path}/{_PREFIX}{number:06d}", _State) if number else None
+    except CheckpointError:  # cut off, or a stranger's: its holder is waited for as one of which nothing is known
+        state = None
+    return number, {} if state is None else state.model_dump(exclude_unset=True)
+
+
+def _numbers(directory: StageDirectory) -> list[int]:
+    found = map(re.compile(rf"{_PREFIX}([0-9]{{6,9}})").fullmatch, directory.fs.names(directory.place))
+    return [int(number[1]) for number in found if number]
+
+
+def _place(directory: StageDirectory, number: int) -> str:
+    return f"{directory.place}/{_PREFIX}{number:06d}"
+
+
+def _create(directory: StageDirectory, number: int, state: dict[str, Any]) -> bool:
+    """Whether this command got the number. An answer that was lost on the way, and asked for again, says that the file
+    is there already; so whose it is counts."""
+    with contextlib.suppress(FileExistsError):
+        create_file(f"{directory.path}/{_PREFIX}{number:06d}", json.dumps(state).encode())
+    return _latest(directory) == (number, state)
+
+
+def _beat(
+    directory: StageDirectory, number: int, state: dict[str, Any], lost: threading.Event, ended: threading.Event
+) -> None:
+    """Signs of life, until the block has ended or another command holds the lease."""
+    beats = 0
+    while not ended.wait(_SECONDS_BETWEEN_BEATS):
+        try:
+            if max(_numbers(directory), default=0) != number:
+                lost.set()
+                return
+            beats += 1
+            directory.write(f"{_PREFIX}{number:06d}", json.dumps({**state, "beats": beats}).encode())
+        except (OSError, StageError) as error:
+            logger.warning("%s: its lease could not be renewed (%s)", directory.path, error)
+
+
+def _release(directory: StageDirectory, number: int, state: dict[str, Any]) -> None:
+    """Of a finished stage no lease is needed any more. Of another the number must stay, or a command that is about to
+    take the next one and a new one that begins at 1 would both hold it."""
+    try:
+        if directory.done() is None:
+            directory.write(f"{_PREFIX}{number:06d}", json.dumps({**state, "released": True}).encode())
+        else:
+            for old in _numbers(directory):
+                with contextlib.suppress(FileNotFoundError):
+                    directory.fs.rm_file(_place(directory, old))  # a folder is no lease of ours
+    except (OSError, StageError) as error:
+        logger.warning("%s: its lease could not be given back (%s)", directory.path, error)

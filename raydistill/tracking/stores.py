@@ -1,0 +1,322 @@
+"""The stores that runs are recorded in, MLflow's and Optuna's: which one a job means, whether it can be used, and that
+several processes which come to a new one at once do not make it together."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from raydistill.config import RunConfig
+from raydistill.errors import CheckpointError
+from raydistill.secrets import redacted
+from raydistill.storage.directory import workspace_root
+from raydistill.storage.filesystems import make_private, refuse_links
+from raydistill.strangers import one_line
+
+_ANSWER_SECONDS, _CONNECT_SECONDS = 5, 10
+_REQUEST_SECONDS = "30"  # MLflow's own are 120, twice, which a command's end would wait for
+_LOOKS, _SECONDS_BETWEEN_LOOKS = 3, 1.0
+# Held by a connection, and let go with it, whatever becomes of its process.
+_LOCKS = {
+    "postgresql": "SELECT pg_advisory_lock(7261796469)",
+    "mysql": "SELECT GET_LOCK('raydistill', 600)",
+    "mariadb": "SELECT GET_LOCK('raydistill', 600)",
+}
+_PROGRAMS = "select type, name from sqlite_master where type = 'view' or (type = 'trigger' and tbl_name != 'secrets')"
+_DRIVERS = {"MySQLdb": "mysqlclient"}  # packages that have another name than their module
+_REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED")
+
+
+class UnusableError(Exception):
+    """The store will take no run, however often it is asked; the message says why and what to do."""
+
+
+def tracking_uri(config: RunConfig) -> tuple[str, str]:
+    """MLflow's store, and what names it. The environment counts where the config is silent, and then SQLite in the
+    workspace, which has to be local: the address is empty where it is not."""
+    if config.tracking.uri is not None:
+        return config.tracking.uri, "tracking.uri"
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri, "MLFLOW_TRACKING_URI"
+    root = workspace_root(config)
+    return ("" if "://" in root else f"sqlite:///{root}/mlflow.db"), "the workspace"
+
+
+def experiment_name(config: RunConfig) -> tuple[str, str]:
+    """MLflow's experiment, and what names it: `name` or, where it is not set, the environment."""
+    told = os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if told and config.name == RunConfig.model_fields["name"].default:
+        return told, "MLFLOW_EXPERIMENT_NAME"
+    return one_line(config.name), "name"
+
+
+@contextlib.contextmanager
+def alone(uri: str, folder: str = "") -> Iterator[None]:
+    """One process at a time with a store: by a lock file beside SQLite's, by the lock of a database server, and for
+    other servers by a file in `folder`, where that is local. File systems without locks are gone on with."""
+    path = _sqlite_file(uri)
+    if path is None and "://" not in folder and folder:
+        path = f"{folder}/mlflow"
+    with contextlib.ExitStack() as stack:
+        if path is not None:
+            with contextlib.suppress(OSError):
+                file = stack.enter_context(open(f"{path}.lock", "wb", opener=_without_links))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe would be waited for
+
+
+@contextlib.contextmanager
+def database_alone(uri: str) -> Iterator[None]:
+    """As `alone`, for the time in which a database gets its tables, and over all machines where it is a server."""
+    import sqlalchemy
+
+    with alone(uri), contextlib.ExitStack() as stack:
+        if lock := _LOCKS.get(uri.partition(":")[0].partition("+")[0]):
+            stack.enter_context(_engine(uri).connect()).execute(sqlalchemy.text(lock))
+        yield
+
+
+def connect(uri: str) -> Any:
+    """MLflow's client of a store that answers; a database without tables is given them.
+
+    Raises UnusableError, and what MLflow and its libraries raise where the store may answer later.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its retries would hold the writer for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _REQUEST_SECONDS)
+    if not (uri.startswith("databricks") or "://" in uri) or uri.startswith("file:"):
+        raise UnusableError("is a folder, in which MLflow keeps no runs any more: name a database or a server")
+    import mlflow  # half a second, here in the writer's thread
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+    from mlflow.exceptions import MlflowException
+
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if uri.partition(":")[0].partition("+")[0] in ("sqlite", "postgresql", "mysql", "mariadb", "mssql"):
+        _ready(uri)
+    usual = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
+    MLFLOW_HTTP_REQUEST_TIMEOUT.set(min(usual, _ANSWER_SECONDS))
+    try:
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+        return client
+    except MlflowException as error:
+        if words := _never(error):
+            raise UnusableError(words) from None
+        raise
+    except ValueError as error:  # of an address that cannot be read
+        raise UnusableError(f"is no address ({reason(error)})") from None
+    finally:
+        MLFLOW_HTTP_REQUEST_TIMEOUT.set(usual)
+
+
+def refuse_programs(uri: str) -> None:
+    """Raises UnusableError where a workspace's own SQLite file is none, or holds what would run while it is used, and
+    may have no end: triggers and views. Of MLflow's own there is one, on a table that nothing here writes to."""
+    path = _sqlite_file(uri)
+    if path is None or not os.path.lexists(path):
+        return
+    if not os.path.isfile(path):
+        raise UnusableError("is no regular file: delete it, or name another store")
+    with contextlib.closing(sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True)) as store:
+        try:
+            found = store.execute(_PROGRAMS).fetchone()
+        except sqlite3.Error as error:
+            raise UnusableError(f"cannot be read ({reason(error)}): delete it, or name another store") from None
+    if found:
+        raise UnusableError(
+            f"holds a {found[0]}, {one_line(found[1])!r:.100}, which would run while it is used: drop it, or name "
+            "another store"
+        )
+
+
+def refuse_links_of(uri: str) -> None:
+    """Raises UnusableError where a workspace's own store, its lock and journal, or a file of its runs is a link."""
+    path = Path(_sqlite_file(uri) or "")
+    try:
+        for place in (*path.parent.glob("mlflow.*"), path.parent / "mlartifacts"):
+            refuse_links(str(place))
+    except CheckpointError as error:
+        raise UnusableError(f"is not used: {error}") from None
+
+
+def put_files(uri: str, experiment: str, place: str) -> list[str]:
+    """Have a workspace's own store tell that the files of an experiment's runs are in folders below `place`; some of
+    what it told otherwise."""
+    import sqlalchemy
+
+    told = {"experiment": experiment, "place": place}
+    of_run = ":place || '/' || run_uuid || '/artifacts'"
+    with _engine(uri).begin() as connection:
+
+        def execute(words: str) -> Any:
+            return connection.execute(sqlalchemy.text(words), told)
+
+        runs = f"where experiment_id = :experiment and artifact_uri != {of_run}"
+        experiments = "where experiment_id = :experiment and artifact_location != :place"
+        found = f"select artifact_location from experiments {experiments} union select artifact_uri from runs {runs}"
+        odd = [str(one) for one in execute(f"{found} limit 5").scalars()]
+        if odd:
+            execute(f"update runs set artifact_uri = {of_run} {runs}")
+            execute(f"update experiments set artifact_location = :place {experiments}")
+    return odd
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether it is the store or the way there that failed, rather than what it was asked."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, MlflowException):
+        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED",
+                                    "REQUEST_LIMIT_EXCEEDED")  # fmt: skip
+    # What `requests` raises are OSErrors; a file that is not there, or in a folder's place, will not go away.
+    stays = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+    return (isinstance(error, OSError) and not isinstance(error, stays)) or isinstance(error, OperationalError)
+
+
+def reason(error: Exception) -> str:
+    """The words of an error that matter: libraries wrap what the system said in many lines of their own."""
+    text = str(error).strip()
+    known = (
+        r"\[Errno -?\d+\] [^'\")\n]+|\[SSL: \w+\]|certificate verify failed[^)\n]*"
+        r"|(?:read |connect )?timed? ?out|\d+ error responses"
+    )
+    found = re.findall(known, text)
+    first = (text.splitlines() or [type(error).__name__])[0]
+    return redacted(found[-1] if found else first)
+
+
+def _never(error: Any) -> str | None:
+    """What a server's answer means that will not change; None where it may."""
+    text = str(error)
+    status = re.search(r"error code (\d+) != 200", text)
+    if error.error_code in _REFUSED or (status and status[1] in ("401", "403", "407")):
+        answer = f"HTTP {status[1]}" if status else reason(error)
+        return (
+            f"does not let this user in ({answer}): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN"
+        )
+    if status or "not in a valid JSON format" in text or error.error_code in ("ENDPOINT_NOT_FOUND", "NOT_FOUND"):
+        answer = f"it answers {status[1]}" if status else "it does not answer in JSON"
+        return f"is no MLflow server ({answer}): look at host, port and path"
+    if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+        return f"is no store of MLflow's ({reason(error)})"
+    return None
+
+
+def _sqlite_file(uri: str) -> str | None:
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy import make_url
+
+    database = make_url(uri).database
+    return database if database and database != ":memory:" else None
+
+
+def _engine(uri: str) -> Any:
+    import sqlalchemy
+
+    patient = {} if uri.startswith(("sqlite", "mssql")) else {"connect_timeout": _CONNECT_SECONDS}
+    try:
+        return sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, connect_args=patient)
+    except ModuleNotFoundError as error:
+        package = _DRIVERS.get(error.name or "", error.name)
+        raise UnusableError(f"needs a driver that is not installed here: pip install {package}") from None
+    except sqlalchemy.exc.ArgumentError as error:
+        raise UnusableError(f"is no address of a database ({reason(error)})") from None
+
+
+def _ready(uri: str) -> None:
+    """A database with MLflow's tables of this version. Raises UnusableError, OperationalError."""
+    import sqlalchemy
+
+    path = _sqlite_file(uri)
+    try:
+        if path is not None:
+            make_private(str(Path(path).parent))
+        if not _has_tables(uri):
+            with database_alone(uri):
+                if not _has_tables(uri):
+                    _make(uri, path)
+    except OSError as error:
+        raise UnusableError(f"cannot be written ({error.strerror})") from None
+    except sqlalchemy.exc.DatabaseError as error:
+        words = reason(error)
+        passes = isinstance(error, sqlalchemy.exc.OperationalError) and "unable to open" not in words
+        if passes and not re.search(r"authentication failed|Access denied|does not exist|Unknown database", str(error)):
+            raise
+        raise UnusableError(f"cannot be used ({words})") from None
+
+
+def _make(uri: str, path: str | None) -> None:
+    """MLflow's tables. SQLite's file appears whole or not at all: one that was left in the middle of the migrations is
+    of no use to anybody."""
+    import mlflow
+    import sqlalchemy
+
+    if path is None:
+        mlflow.MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+        return
+    new = f"{path}.new"
+    Path(new).unlink(missing_ok=True)
+    made = sqlalchemy.make_url(uri).set(database=new).render_as_string(hide_password=False)
+    mlflow.MlflowClient(tracking_uri=made).search_experiments(max_results=1)
+    os.replace(new, path)
+
+
+def _has_tables(uri: str) -> bool:
+    """Whether the database has MLflow's tables of this version, or none. Raises UnusableError where it has others."""
+    import mlflow
+    import sqlalchemy
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    script = ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+    wanted, before = script.get_current_head(), ""
+    for look in range(_LOOKS):
+        with _engine(uri).connect() as connection:
+            tables = set(sqlalchemy.inspect(connection).get_table_names())
+            version = "".join(MigrationContext.configure(connection).get_current_heads())
+        if version == wanted or not tables - {"alembic_version"}:
+            return version == wanted
+        if "experiments" not in tables:
+            if not version:
+                return False  # a schema that MLflow shares
+            raise UnusableError(
+                f"is of another program (it has {', '.join(sorted(tables)[:3])} …): give MLflow its own"
+            )
+        if (look and version == before) or not _knows(script, version):
+            break
+        before = version  # older, unless another process is making it at this moment
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    if not _knows(script, version):
+        raise UnusableError(
+            f"is of a newer MLflow than the {mlflow.__version__} here (its schema is {version}): install that one's "
+            "version, or name another store in tracking.uri"
+        )
+    raise UnusableError(
+        f"is of an older MLflow than the {mlflow.__version__} here (its schema is {version}): make a "
+        f"copy of it and run `mlflow db upgrade {redacted(uri)}`, or name another store in tracking.uri"
+    )
+
+
+def _knows(script: Any, version: str) -> bool:
+    from alembic.util import CommandError
+
+    try:
+        return not version or script.get_revision(version) is not None
+    except CommandError:
+        return False

@@ -1,0 +1,344 @@
+"""MLflow, written by one writer: a thread of the driver, so that neither its start nor an outage holds up a run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import re
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydistill.config import RunConfig, shown_yaml
+from raydistill.runtime import interrupts
+from raydistill.runtime.processes import is_running, process_name
+from raydistill.secrets import redacted
+from raydistill.storage.directory import workspace_root
+from raydistill.tracking.recording import ChildRun, Run, named
+from raydistill.tracking.stores import (
+    UnusableError,
+    alone,
+    connect,
+    experiment_name,
+    may_pass,
+    put_files,
+    reason,
+    refuse_links_of,
+    refuse_programs,
+    tracking_uri,
+)
+
+logger = logging.getLogger(__name__)
+_SECONDS_BETWEEN_TRIES = 5.0
+_GRACE_SECONDS = 30.0
+_GRACE_OF_STRANGERS = 5.0  # for a store that never answered
+_SECONDS_BETWEEN_BEATS = 60.0
+_SILENT_SECONDS = 15 * 60.0  # room for clocks that differ, and for a server that was away for a while
+
+
+class Tracker:
+    """One parent run for each `job`, one child for each stage directory; a resumed stage goes on in its old run, and
+    what is recorded already is not recorded again.
+
+    Every call returns at once. While MLflow does not answer, what is to be recorded waits, until the run has ended and
+    half a minute more; what it refuses is left out. Each is a warning, and the last one names what is missing.
+    """
+
+    def __init__(self, config: RunConfig, job: str, title: str = "") -> None:
+        self._config = config
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self.client: Any = None
+        self._closing, self._closed_at = threading.Event(), math.inf
+        self._trouble, self._missing = False, Counter[str]()
+        self._beating = threading.Event()
+        self._guest = self._recording = False
+        self.experiment = ""
+        self.changed = False  # something is in the store that was not there before
+        self.uri, self._whence = tracking_uri(config)
+        self._shown = redacted(self.uri)
+        root = workspace_root(config)
+        # Where runs have their files. A workspace's own store may be a stranger's, or have been copied with it: where
+        # it tells that they lie does not count.
+        is_own = self.uri == f"sqlite:///{root}/mlflow.db"
+        self._files = Path(root, "mlartifacts").as_uri() if is_own else ""
+        self._failed = not config.tracking.enabled
+        if not self._failed and not self.uri:
+            logger.warning("no MLflow run: SQLite needs a local workspace; set tracking.uri to a server")
+            self._failed = True
+        if not self._failed:
+            self._mention_old_runs()
+        self.submit("the run", self._open)
+        self.parent = Run(
+            self, f"{config.name} · {title}" if title else config.name, {"raydistill.job": named(job)}, _signs_of_life()
+        )
+        self.submit("the run's settings", self._begin)
+        interrupts.last_words.append(self._kill)
+        threading.Thread(target=self._beat, name="mlflow-beat", daemon=True).start()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.close("FINISHED" if kind is None else _how_it_ended(kind))
+
+    @contextlib.contextmanager
+    def child(self, name: str, directory: str = "", settings: dict[str, Any] | None = None) -> Iterator[ChildRun]:
+        """A child run for the time of a stage or a trial; its status tells how that ended. `directory` tells apart what
+        has one name, and `settings` are what decides it."""
+        run = ChildRun(self, name, directory)
+        if settings:
+            run.params(settings)
+        try:
+            yield run
+        except BaseException as error:
+            run.end(_how_it_ended(type(error)))
+            raise
+        run.end("FINISHED")
+
+    def close(self, status: str) -> None:
+        """End the parent run and wait until all is written."""
+        self.submit("how the run ended", lambda: self._end(status))
+        self._closed_at = time.monotonic()
+        self._closing.set()
+        self._writer.shutdown(wait=True)
+        with contextlib.suppress(ValueError):  # it is what was called
+            interrupts.last_words.remove(self._kill)
+        if self._missing and not self._recording:
+            logger.warning("nothing of this run is in MLflow at %s", self._shown)
+        elif self._missing:
+            what = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in self._missing.items())
+            logger.warning(
+                "%d record(s) of this run are not in MLflow at %s: %s", self._missing.total(), self._shown, what
+            )
+
+    def _kill(self) -> None:
+        self.end_orphans()
+        self.close("KILLED")
+
+    def end_orphans(self) -> None:
+        """Children that a killed command left open end as killed; one that is gone on with is opened again."""
+        self.submit("runs that were killed", lambda: None if self._guest else self._end_children(self.parent.id))
+
+    def log_model(self, onnx_file: str, example: np.ndarray, about: dict[str, Any], register_as: str | None) -> None:
+        """The ONNX file as the run's MLflow model, `model`, with its signature and an input example; once. Registered,
+        where a name is given, if no version of it is this run's."""
+
+        def write() -> None:
+            from raydistill.tracking.recording import save_model
+
+            run = self.parent.id
+            self.parent.once("model", lambda folder: save_model(onnx_file, example, about, folder))
+            if register_as is None or self.client.search_model_versions(f"run_id = '{run}'"):
+                return
+            if not self.client.search_registered_models(f"name = '{register_as}'"):
+                self.client.create_registered_model(register_as)
+            place = f"{self._files}/{run}/artifacts" if self._files else self.client.get_run(run).info.artifact_uri
+            source = f"{place}/model"
+            self.client.create_model_version(register_as, source, run)
+
+        self.submit("the model", write)
+
+    def keep(self, run: str, path: str, folder: str | None = None) -> None:
+        """A file or folder among the run's files, those of before replaced; in the writer's thread."""
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+        if not self._files:
+            log = self.client.log_artifacts if Path(path).is_dir() else self.client.log_artifact
+            log(run, path, folder)
+        elif not re.fullmatch(r"[0-9a-f]{32}", run):
+            raise UnusableError(f"has a run {run!r:.50}, which is no run's name: it was not made by MLflow")
+        else:
+            own = LocalArtifactRepository(f"{self._files}/{run}/artifacts")
+            (own.log_artifacts if Path(path).is_dir() else own.log_artifact)(path, folder)
+
+    def keep_text(self, run: str, text: str, name: str) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            Path(scratch, name).write_text(text, encoding="utf-8")
+            self.keep(run, f"{scratch}/{name}")
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """While this process looks and writes, no other one on this workspace or database does."""
+        return alone(self.uri, workspace_root(self._config))
+
+    def submit(self, what: str, call: Callable[[], None]) -> None:
+        """Have the writer make this call; `what` names it where it is lost."""
+        if not self._failed:
+            self._writer.submit(self._guarded, what, call)
+
+    def _guarded(self, what: str, call: Callable[[], None]) -> None:
+        while not self._failed:
+            grace = _GRACE_SECONDS if self._recording else min(_GRACE_SECONDS, _GRACE_OF_STRANGERS)
+            if self._trouble and time.monotonic() > self._closed_at + grace:
+                self._missing[what] += 1
+                return
+            try:
+                call()
+            except UnusableError as error:
+                self._failed = True
+                self._missing[what] += 1
+                named_by = "" if self._whence == "the workspace" else f" ({self._whence})"
+                logger.warning("no MLflow run: %s%s %s", self._shown, named_by, error)
+                return
+            except Exception as error:  # MLflow, its database and its server fail in many ways; none may stop a run
+                if not may_pass(error):
+                    self._failed = not self._recording  # there is nothing to record in
+                    self._missing[what] += 1
+                    logger.warning(
+                        "MLflow at %s refuses a record, which is left out: %s (%s)", self._shown, what, reason(error)
+                    )
+                    return
+                if not self._trouble:
+                    logger.warning(
+                        "MLflow at %s does not answer (%s); what is to be recorded waits", self._shown, reason(error)
+                    )
+                self._trouble = True
+                if self._closing.wait(_SECONDS_BETWEEN_TRIES):
+                    time.sleep(min(_SECONDS_BETWEEN_TRIES, 1.0))
+            else:
+                if self._trouble:
+                    logger.warning("MLflow at %s answers again", self._shown)
+                self._trouble = False
+                return
+
+    def _open(self) -> None:
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # between our own lines
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # MLflow asks for git, and says so where there is none
+        if self._files:
+            refuse_links_of(self.uri)
+            refuse_programs(self.uri)
+        self.client = connect(self.uri)
+        name, whence = experiment_name(self._config)
+        with self.alone():
+            found = self.client.get_experiment_by_name(name)
+            self.experiment = found.experiment_id if found else self._new_experiment(name)
+        if not self.experiment:
+            raise UnusableError("is no MLflow server (it knows no experiments): look at host, port and path")
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise UnusableError(
+                f"has an experiment {name!r} that was deleted: restore it (`mlflow experiments restore --experiment-id "
+                f"{self.experiment}`), or set another one by {whence}"
+            )
+        if self._files:
+            for place in put_files(self.uri, self.experiment, self._files):
+                logger.warning(
+                    "MLflow at %s tells that files lie in %s; they go into the workspace", self._shown, place
+                )
+        self._end_dead()
+
+    def _begin(self) -> None:
+        """What the parent run is begun with, when it is found or made."""
+        self._recording = True
+        before, mine = self.parent.before, process_name()
+        others = before is not None and before.data.tags.get("raydistill.process") != mine
+        # The runs of processes that are gone have just been ended.
+        self._guest = others and before.info.status == "RUNNING"
+        if not self._guest:
+            self._take_over()
+        self.parent.write_params(self._config.model_dump(mode="json"))
+        self.keep_text(self.parent.id, shown_yaml(self._config), "config.yaml")
+
+    def _take_over(self) -> None:
+        """This process is the one that the run lives and ends with."""
+        self._guest = False
+        self.client.update_run(self.parent.id, status="RUNNING")
+        for tag, value in _signs_of_life().items():
+            self.client.set_tag(self.parent.id, tag, value)
+
+    def _end(self, status: str) -> None:
+        """A run that another process works on as well ends with that one. Where a finished run was asked for again and
+        nothing was new, it ended when it did."""
+        if not self.parent.id:
+            return
+        if self._guest and self._is_led():
+            return
+        before = self.parent.before
+        same = before is not None and before.info.status == status and not self.changed
+        self.client.set_terminated(self.parent.id, status, before.info.end_time if before and same else None)
+
+    def _is_led(self) -> bool:
+        """Whether another process works on this run."""
+        run = self.client.get_run(self.parent.id)
+        process, alive = (run.data.tags.get(f"raydistill.{tag}") for tag in ("process", "alive"))
+        return run.info.status == "RUNNING" and process is not None and not _is_gone(process, alive)
+
+    def _beat(self) -> None:
+        """Every minute, a sign of life on the parent run, for who looks from another machine; one at a time, however
+        long MLflow does not answer."""
+
+        def write() -> None:
+            if self._guest and not self._is_led():
+                self._take_over()
+            if not self._guest:
+                self.client.set_tag(self.parent.id, "raydistill.alive", f"{time.time():.0f}")
+            self._beating.clear()
+
+        while not self._closing.wait(_SECONDS_BETWEEN_BEATS):
+            if not self._beating.is_set():
+                self._beating.set()
+                with contextlib.suppress(RuntimeError):  # the writer is closed a moment after the wait has ended
+                    self.submit("a sign of life", write)
+
+    def _new_experiment(self, name: str) -> str:
+        """Its files lie beside the workspace's own database: MLflow would put them wherever the command was given."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            made: str = self.client.create_experiment(name, artifact_location=self._files or None)
+            return made
+        except MlflowException:  # another machine may have made it just now
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return str(found.experiment_id)
+
+    def _mention_old_runs(self) -> None:
+        """MLflow kept runs in folders before it wanted a database. Today's `mlruns` has files alone, no meta.yaml."""
+        for place in sorted({Path.cwd(), Path(workspace_root(self._config)).parent}):
+            if any(place.glob("mlruns/*/meta.yaml")):
+                logger.warning(
+                    "%s/mlruns has runs that are not in MLflow at %s; to see them: mlflow migrate-filestore --source "
+                    "%s --target sqlite:///old.db, then mlflow ui --backend-store-uri sqlite:///old.db",
+                    place, self._shown, place,
+                )  # fmt: skip
+
+    def _end_children(self, parent: str) -> None:
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
+        for run in self.client.search_runs([self.experiment], query):
+            self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def _end_dead(self) -> None:
+        """Runs whose process is gone, as after SIGKILL, and another machine's that are silent for a quarter of an hour
+        end as killed; this job's is opened again."""
+        for run in self.client.search_runs([self.experiment], "attributes.status = 'RUNNING'"):
+            process = run.data.tags.get("raydistill.process")
+            if process is not None and _is_gone(process, run.data.tags.get("raydistill.alive")):
+                self._end_children(run.info.run_id)
+                self.client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _signs_of_life() -> dict[str, str]:
+    return {"raydistill.process": process_name(), "raydistill.alive": f"{time.time():.0f}"}
+
+
+def _is_gone(process: str, alive: str | None) -> bool:
+    """Whether a process of this machine has ended, or one of another was silent since `alive`, in seconds of the epoch,
+    for so long that it has, too. Without that sign nothing is known of it here."""
+    running = is_running(process)
+    if running is None:
+        seconds = re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", alive or "")  # another program may write there, too
+        return seconds is not None and time.time() - float(seconds[0]) > _SILENT_SECONDS
+    return not running
+
+
+def _how_it_ended(kind: type[BaseException]) -> str:
+    """Whatever goes wrong after a signal, it was the signal that ended the work."""
+    return "KILLED" if interrupts.pressed() or issubclass(kind, KeyboardInterrupt) else "FAILED"

@@ -1,0 +1,243 @@
+"""Small real inputs for stages: a sample set and soft targets written as `prepare`, `adapt` and `teach` write them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import save_file
+
+from raydistill.config import RunConfig, load_config
+from raydistill.data.decode import encode
+from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
+from raydistill.data.targets import encode_targets
+from raydistill.engine import speed
+from raydistill.engine.batches import DistillJob
+from raydistill.models.student import Student, build_student, write_student
+from raydistill.models.teacher import LinearHead, encode_head
+from raydistill.results import Exported
+from raydistill.run import run_stages
+from raydistill.runtime.progress import Progress
+from raydistill.stages.export import export_student
+from raydistill.storage.directory import StageDirectory
+
+CLASSES = ("red", "green", "blue")
+NUM_FEATURES, NUM_VIEWS, SIZE = 6, 2, 24
+
+
+def painted(label: int, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
+    """A noisy picture whose mean colour is its class."""
+    colour = np.full(3, 60.0)
+    colour[label] = 180.0
+    return Image.fromarray(np.clip(rng.normal(colour, 50, (size, size, 3)), 0, 255).astype(np.uint8))
+
+
+class TinySet:
+    """Writes a sample set with soft targets that know the class, and makes jobs on it."""
+
+    def __init__(self, root: Path, num_train: int, labelled: int | None = None, shard_size: int = 16) -> None:
+        self.root, rng = root, np.random.default_rng(0)
+        labelled = num_train if labelled is None else labelled
+        (root / "samples").mkdir(parents=True)
+        (root / "teach").mkdir()
+        shards: dict[str, tuple[int, ...]] = {}
+        centres = rng.normal(0, 1, (len(CLASSES), NUM_FEATURES))
+        for split, count in {"train": num_train, "val": 12, "test": 0}.items():
+            sizes = []
+            for k, first in enumerate(range(0, count, shard_size)):
+                truth = [(first + i) % len(CLASSES) for i in range(min(shard_size, count - first))]
+                images = [encode(painted(t, rng)) for t in truth]
+                ids = [sample_id(image) for image in images]
+                shown = [t if split != "train" or first + i < labelled else None for i, t in enumerate(truth)]
+                table = pa.table(
+                    {
+                        "sample_id": ids,
+                        "image": images,
+                        "label": pa.array(shown, pa.int32()),
+                        "source": ["real"] * len(ids),
+                        "split": [split] * len(ids),
+                    }
+                )
+                (root / "samples" / f"{shard_name(split, k)}.parquet").write_bytes(encode_shard(table))
+                features = centres[truth] + rng.normal(0, 0.1, (NUM_VIEWS, len(ids), NUM_FEATURES))
+                if split == "train":
+                    (root / "teach" / f"{shard_name(split, k)}.safetensors").write_bytes(encode_targets(ids, features))
+                sizes.append(len(ids))
+            shards[split] = tuple(sizes)
+        (root / "adapt").mkdir()
+        self.head = LinearHead(3 * centres.astype(np.float32), np.zeros(len(CLASSES), np.float32))
+        (root / "adapt" / "head.safetensors").write_bytes(encode_head(self.head))
+        self.samples = SampleSet(
+            str(root / "samples"), CLASSES, SIZE, shards, {"train": labelled, "val": 12, "test": 0}, 0, {}, {}
+        )
+
+    def job(self, name: str, teacher: bool = True, **sections: dict[str, object]) -> DistillJob:
+        tree = {
+            "images": {"path": "unused", "size": SIZE},
+            "student": {"model": "timm:test_resnet", "size": SIZE},
+            "views": {"per_image": NUM_VIEWS, "min_scale": 0.5},
+            "loss": {"projection_dim": 8},
+            "distill": {"epochs": 4, "batch_size": 8, "num_workers": 0, "checkpoint_seconds": 0},
+        }
+        if not teacher:
+            tree |= {"teacher": None}
+            tree["loss"] = {"kd_weight": 0, "alignment_weight": 0, "uniformity_weight": 0}
+        for section, values in sections.items():
+            tree[section] = {**tree.get(section, {}), **values}
+        config = RunConfig.model_validate(tree)
+        path = self.root / name
+        path.mkdir(exist_ok=True)
+        head, targets = (str(self.root / "adapt"), str(self.root / "teach")) if teacher else (None, None)
+        return DistillJob(config, self.samples, str(path), head, targets)
+
+
+@pytest.fixture
+def tiny_set(tmp_path: Path) -> TinySet:
+    return TinySet(tmp_path / "tiny", num_train=40, labelled=12)
+
+
+@pytest.fixture
+def exported(tiny_set: TinySet, tmp_path: Path, progress: Progress, monkeypatch) -> Callable[..., tuple[Exported, str]]:
+    """Writes a student of random weights, or what `change` makes of it, exports it, and gives the result and the
+    checkpoint's folder."""
+    for name in ("_ALONE_SECONDS", "_BATCH_SECONDS"):
+        monkeypatch.setattr(speed, name, 0.0)
+
+    def write(
+        model: str = "timm:test_resnet",
+        size: int = SIZE,
+        classes: tuple[str, ...] = CLASSES,
+        change: Callable[[Student], object] = lambda student: None,
+        **settings: object,
+    ) -> tuple[Exported, str]:
+        job = tiny_set.job("job", False, student={"model": model, "size": size}, export=settings)
+        torch.manual_seed(0)
+        student = build_student(job.config.student, len(CLASSES))
+        torch.nn.init.normal_(student.classifier.weight)  # or all logits would be near zero
+        change(student)
+        checkpoint = tmp_path / "student"
+        checkpoint.mkdir()
+        image = {"size": SIZE, "fit": "crop"}
+        for name, data in write_student(student, job.config.student, classes, image).items():
+            (checkpoint / name).write_bytes(data)
+        directory = StageDirectory(str(tmp_path / "export"), "export", "{}")
+
+        def card(about: dict, exported: Exported) -> str:
+            return f"{about['model']}: {', '.join(sorted(exported.files))}"
+
+        return export_student(job.config, tiny_set.samples, str(checkpoint), card, directory, progress), str(checkpoint)
+
+    return write
+
+
+@pytest.fixture
+def make_set(tmp_path: Path):
+    return lambda name, **sizes: TinySet(tmp_path / name, **sizes)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three class folders of 24 pictures each, an unlabelled folder, and files that are not pictures."""
+    root, rng = tmp_path_factory.mktemp("images") / "set", np.random.default_rng(1)
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(24):
+            painted(label, rng, 40).save(root / name / f"{i}.png")
+    (root / "unlabelled").mkdir()
+    for i in range(12):
+        painted(i % 3, rng, 40).save(root / "unlabelled" / f"{i}.png")
+    whole = (root / "red" / "0.png").read_bytes()
+    (root / "red" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (root / "red" / "copy.png").write_bytes(whole)
+    (root / "red" / ".DS_Store").write_bytes(b"junk")
+    return root
+
+
+@pytest.fixture(scope="session")
+def teacher_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny network's weights: random, but always the same."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    network = timm.create_model("test_resnet", num_classes=5)
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+    return path
+
+
+def small_job(folder: Path, image_folder: Path, teacher_weights: Path) -> list[str]:
+    """What a user would type for a small real run, in `folder`."""
+    job = {
+        "workspace": str(folder / "workspace"),
+        "images": {"path": str(image_folder), "size": 32, "shard_size": 16},
+        "teacher": {
+            "model": "timm:test_resnet",
+            "weights": str(teacher_weights),
+            "size": 32,
+            "allow_near_chance": True,
+        },
+        "student": {"model": "timm:test_resnet", "size": 24},
+        "views": {"per_image": 2},
+        "loss": {"projection_dim": 8},
+        "distill": {"epochs": 3, "batch_size": 16, "num_workers": 0, "checkpoint_seconds": 0},
+        "export": {"allow_useless": True},
+        "tracking": {"enabled": False},  # making MLflow's database takes seconds
+    }
+    path = folder / "job.yaml"
+    path.write_text(json.dumps(job))  # JSON is YAML
+    return [str(path)]
+
+
+@pytest.fixture
+def words(image_folder: Path, teacher_weights: Path, tmp_path: Path) -> list[str]:
+    return small_job(tmp_path, image_folder, teacher_weights)
+
+
+@pytest.fixture
+def progress() -> Progress:
+    return Progress(Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray for all tests that need it; the code under test joins the one there is."""
+    import ray
+
+    from raydistill.cluster.session import configure_ray_data
+
+    if ray.is_initialized():  # by the same fixture in another folder
+        yield
+        return
+    ray.init(
+        address="local", num_cpus=2, object_store_memory=300 * 1024**2, include_dashboard=False, log_to_driver=False
+    )
+    configure_ray_data()
+    yield
+    ray.shutdown()
+
+
+_TAUGHT: list[Path] = []  # of this process, for the tests of all folders
+
+
+@pytest.fixture(scope="session")
+def taught_workspace(ray_session, image_folder: Path, teacher_weights: Path, tmp_path_factory) -> Path:
+    """That of a small real run whose stages up to `teach` are done: twenty seconds that many tests need not spend."""
+    if not _TAUGHT:
+        folder = tmp_path_factory.mktemp("taught")
+        job = load_config(small_job(folder, image_folder, teacher_weights))
+        run_stages(job, Progress(Console(quiet=True)), "teach")
+        _TAUGHT.append(folder / "workspace")
+    return _TAUGHT[0]
+
+
+@pytest.fixture
+def taught(taught_workspace: Path, tmp_path: Path) -> None:
+    """The job of `words` finds a copy of it."""
+    shutil.copytree(taught_workspace, tmp_path / "workspace")

@@ -1,0 +1,798 @@
+"""Stage directories: named by what decides the result and by nothing else (case C12), written whole or not at all (case
+C20)."""
+
+import dataclasses
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import fsspec
+import psutil
+import pytest
+
+from raydistill import identity
+from raydistill.config import RunConfig, known_keys, load_config
+from raydistill.data.sample import SampleSet, samples_from_json
+from raydistill.data.sources.listing import Entry, Listing
+from raydistill.errors import CheckpointError, ConfigError, StageError
+from raydistill.storage.directory import StageDirectory, check_writable, read_bill, workspace_root
+from raydistill.storage.filesystems import write_bytes
+
+LISTING = Listing((Entry("/i/a/0.png", "a", None), Entry("/i/b/0.png", "b", None)), ("a", "b"), {}, "0123")
+SAMPLES = SampleSet(
+    path="/w/prepare-1",
+    classes=("a", "b"),
+    size=64,
+    shards={"train": (4,), "val": (2,), "test": (2,)},
+    num_labelled={"train": 3, "val": 2, "test": 2},
+    num_refused=0,
+    ids={"train": "t", "val": "v", "test": "e"},
+    labels={"train": "lt", "val": "lv", "test": "le"},
+)
+STAGES = ("decoded", "prepare", "features", "held_out", "adapt", "teach", "distill", "evaluate", "export")
+NOTHING, STUDENT = set(), {"distill", "evaluate", "export"}
+HEAD, VIEWS = {"adapt", *STUDENT}, {"teach", *STUDENT}
+TEACHER = {"features", "held_out", "adapt", "teach", *STUDENT}
+
+
+def config_of(*words: str) -> RunConfig:
+    return load_config(["images.path=./my_images", *words])
+
+
+def names(*words: str, samples: SampleSet = SAMPLES, listing: Listing = LISTING) -> dict[str, str]:
+    """The directory of every stage, without the workspace it lies in."""
+    config = config_of(*words)
+    found = {stage: getattr(identity, f"{stage}_directory")(config, listing).name for stage in STAGES[:2]}
+    for stage in STAGES[2:]:
+        found[stage] = getattr(identity, f"{stage}_directory")(config, samples).name
+    return found
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {stage for stage in STAGES if before[stage] != after[stage]}
+
+
+# For each key a change, and the stages that have to be done again because of it.
+EFFECTS = {
+    "name=other": NOTHING,
+    "workspace=/elsewhere": NOTHING,
+    "seed=1": {"prepare"} | VIEWS,
+    "images.path=elsewhere": NOTHING,  # the listing tells what lies there
+    "images.size=64": {"decoded", "prepare"} | TEACHER,
+    "images.fit=pad": {"decoded", "prepare"} | TEACHER,
+    "images.shard_size=32": {"prepare"} | TEACHER,
+    "images.classes=list.txt": NOTHING,  # as for the path
+    "images.val_share=0.2": {"prepare"},
+    "images.test_share=0.2": {"prepare"},
+    "images.num_labelled=2": {"prepare"},
+    "images.num_unlabelled=2": {"prepare"},
+    "images.max_per_class=1": {"prepare"},
+    "images.allow_missing_val=true": NOTHING,
+    "images.max_bad_share=0.5": {"prepare"},
+    "images.max_pixels=1000": {"decoded", "prepare"},
+    "images.max_bytes=1000": {"decoded", "prepare"},
+    "teacher.model=timm:resnet18": TEACHER,
+    "teacher.weights=example:efficientnet-lite2": TEACHER,
+    "teacher.revision=abc": TEACHER,
+    "teacher.head=native": HEAD,
+    "teacher.class_balanced=true": HEAD,
+    "teacher.size=64": TEACHER,
+    "teacher.center_crop=true": TEACHER,
+    "teacher.batch_size=7": NOTHING,
+    "teacher.allow_near_chance=true": NOTHING,
+    "student.model=timm:resnet18": STUDENT,
+    "student.init=pretrained": STUDENT,
+    "student.weights=example:efficientnet-lite0 student.init=pretrained": STUDENT,
+    "student.size=32": STUDENT,
+    "views.per_image=9": VIEWS,
+    "views.min_scale=0.5": VIEWS,
+    "views.max_ratio=2": VIEWS,
+    "views.flip=0": VIEWS,
+    "views.brightness=0.1": VIEWS,
+    "views.contrast=0.1": VIEWS,
+    "views.saturation=0.1": VIEWS,
+    "loss.task_weight=2": STUDENT,
+    "loss.kd_weight=2": STUDENT,
+    "loss.temperature=2": STUDENT,
+    "loss.alignment_weight=2": STUDENT,
+    "loss.uniformity_weight=2": STUDENT,
+    "loss.alignment_alpha=1": STUDENT,
+    "loss.uniformity_t=1": STUDENT,
+    "loss.projection_dim=64": STUDENT,
+    "loss.info_nce_weight=1": STUDENT,
+    "loss.crd_weight=1": STUDENT,
+    "loss.contrastive_temperature=0.1": STUDENT,
+    "loss.crd_negatives=8": STUDENT,
+    "loss.crd_memory=9": STUDENT,
+    "loss.srrl_weight=1": STUDENT,
+    "loss.dkd_weight=1": STUDENT,
+    "loss.dkd_target_factor=2": STUDENT,
+    "loss.dkd_other_factor=2": STUDENT,
+    "loss.dist_weight=1": STUDENT,
+    "loss.standardised_kd_weight=1": STUDENT,
+    "loss.feature_weight=1": STUDENT,
+    "loss.feature_distance=cosine": STUDENT,
+    "loss.rkd_distance_weight=1": STUDENT,
+    "loss.rkd_angle_weight=1": STUDENT,
+    "loss.projection_head=linear": STUDENT,
+    "loss.adapter=linear": STUDENT,
+    "student.revision=abc": STUDENT,
+    "distill.body_rate=0.5": STUDENT,
+    "loss.kd_weight=[1,0]": STUDENT,
+    "teacher.fine_tune_epochs=3": NOTHING,
+    "teacher.fine_tune_learning_rate=0.1": NOTHING,
+    "teacher.fine_tune_batch_size=32": NOTHING,
+    "teacher.prompts=['{class}']": NOTHING,
+    "compare.arms=[kd]": NOTHING,
+    "compare.seeds=2": NOTHING,
+    "cluster.price_per_hour=2": NOTHING,
+    'cluster.prices={"spot":2}': NOTHING,
+    "tune.space=space.yaml": NOTHING,
+    "tune.trials=3": NOTHING,
+    "tune.sampler=random": NOTHING,
+    "tune.pruner=none": NOTHING,
+    "tune.grace_epochs=2": NOTHING,
+    "tune.objectives=[loss]": NOTHING,
+    "tune.concurrent=2": NOTHING,
+    "tune.confirm_seeds=1": NOTHING,
+    "tune.storage=postgresql://host/studies": NOTHING,
+    "compare.student_weights=example:efficientnet-lite0": NOTHING,
+    "compare.label_shares=[0.5]": NOTHING,
+    "distill.epochs=3": STUDENT,
+    "distill.batch_size=8": STUDENT,
+    "distill.labelled_share=0.5": STUDENT,
+    "distill.optimizer=sgd": STUDENT,
+    "distill.learning_rate=0.1": STUDENT,
+    "distill.weight_decay=0": STUDENT,
+    "distill.momentum=0": STUDENT,
+    "distill.schedule=constant": STUDENT,
+    "distill.warmup_epochs=1": STUDENT,
+    "distill.ema_decay=0.9": STUDENT,
+    "distill.precision=bf16": STUDENT,
+    "distill.channels_last=false": STUDENT,
+    "distill.clip_norm=1": STUDENT,
+    "distill.val_every=1": STUDENT,
+    "distill.num_workers=2": STUDENT,
+    "distill.cache=stream": NOTHING,
+    "distill.keep=last": STUDENT,
+    "distill.checkpoint_seconds=0": NOTHING,
+    "distill.max_failures=0": NOTHING,
+    "evaluate.batch_size=5": NOTHING,
+    "evaluate.calibration_bins=10": {"evaluate", "export"},
+    "evaluate.time_teacher=true": {"evaluate", "export"},
+    "export.formats=[onnx]": {"export"},
+    "export.preprocessing=true": {"export"},
+    "export.int8=static": {"export"},
+    "export.int8_max_drop=0.1": {"export"},
+    "export.allow_useless=true": NOTHING,
+    "export.hub=me/student": NOTHING,
+    "export.register_as=student": NOTHING,
+    "cluster.address=ray://head:10001": NOTHING,
+    "cluster.teacher_actors=[2,3]": NOTHING,
+    "cluster.generator_actors=[2,3]": NOTHING,
+    "cluster.spill_directory=/scratch/spill": NOTHING,
+    'cluster.grows_to={"CPU":8}': NOTHING,
+    'cluster.generator_labels={"pool":"spot"}': NOTHING,
+    'cluster.generator_fallback={"pool":"train"}': NOTHING,
+    "tracking.enabled=false": NOTHING,
+    "tracking.uri=http://host:5000": NOTHING,
+}
+
+
+@pytest.mark.parametrize("words", EFFECTS)
+def test_a_change_makes_those_stages_new_whose_result_it_changes(words):
+    assert changed(names(), names(*words.split())) == EFFECTS[words]
+
+
+def test_shards_hold_so_many_rows_as_their_pixels_allow() -> None:
+    assert config_of().images.rows_per_shard == 256
+    assert config_of("images.size=2048", "images.shard_size=1").images.rows_per_shard == 1
+    large = "images.size=1024"
+    rows, image = config_of(large).images.rows_per_shard, 3 * 1024**2
+    assert rows * image <= 64 * 1024**2 < (rows + 1) * image
+    # What asks for more rows than that asks for the same.
+    assert names(large) == names(large, f"images.shard_size={rows}") == names(large, "images.shard_size=9999")
+    assert changed(names(large), names(large, f"images.shard_size={rows - 1}")) == {"prepare"} | TEACHER
+
+
+def student_key(*words: str) -> str:
+    config = config_of(*words)
+    return identity.student_key(config, identity.prepare_directory(config, LISTING))
+
+
+@pytest.mark.parametrize("words", EFFECTS)
+def test_a_change_that_makes_a_stage_new_makes_another_student_and_no_other_does(words):
+    assert (student_key() != student_key(*words.split())) == bool(EFFECTS[words])
+
+
+def test_the_table_above_has_every_key():
+    sections = {*RunConfig.model_fields, "generate.filter"} - {"name", "workspace", "seed"}
+    tabled = {words.partition("=")[0] for words in (*EFFECTS, *EFFECTS_OF_GENERATED)}
+    assert tabled == set(known_keys()) - sections
+
+
+IMAGES = {"generate", "teach_generated", *STUDENT}
+# With generated images, what a change of their settings does; no real image is taught again.
+EFFECTS_OF_GENERATED = {
+    "generate.pipeline=other/name": IMAGES,
+    "generate.revision=abc": IMAGES,
+    "generate.ratio=2": IMAGES,
+    "generate.per_class=3": IMAGES,
+    "generate.balance=true": IMAGES,
+    "generate.templates=['{class}']": IMAGES,
+    "generate.names=null": NOTHING,
+    'generate.overrides={"a":{"steps":3}}': IMAGES,
+    "generate.negative_prompt=blurred": IMAGES,
+    'generate.class_ids={"a":3}': IMAGES,
+    "generate.scheduler=DDIMScheduler": IMAGES,
+    "generate.steps=3": IMAGES,
+    "generate.guidance=1": IMAGES,
+    "generate.strength=0.5": IMAGES,
+    "generate.size=64": IMAGES,
+    "generate.dtype=fp16": IMAGES,
+    "generate.batch_size=3": NOTHING,
+    "generate.safety_checker=false": IMAGES,
+    "generate.attempts=1": IMAGES,
+    "generate.filter.contrast=1": IMAGES,
+    "generate.filter.duplicate_distance=null": IMAGES,
+    "generate.filter.confidence=0.5": IMAGES,
+    'generate.filter.class_confidence={"a":0.5}': IMAGES,
+    "generate.filter.agreement=true": IMAGES,
+    "generate.filter.weigh=true": IMAGES,
+    "generate.task_weight=0.5": STUDENT,
+    "generate.share=0.5": STUDENT,
+}
+
+
+@pytest.mark.parametrize("words", EFFECTS_OF_GENERATED)
+def test_a_change_of_the_generated_images_teaches_no_real_image_again(words):
+    base = ["generate.pipeline=owner/name"]
+    stages = (*STAGES, "generate", "teach_generated")
+    before, after = ({s: n for s, n in _all_names(w).items() if s in stages} for w in (base, [*base, words]))
+    assert {stage for stage in stages if before[stage] != after[stage]} == EFFECTS_OF_GENERATED[words]
+    assert (student_key(*base) != student_key(*base, words)) == bool(EFFECTS_OF_GENERATED[words])
+
+
+def _all_names(words: list[str]) -> dict[str, str]:
+    config = config_of(*words)
+    more = {s: getattr(identity, f"{s}_directory")(config, SAMPLES).name for s in ("generate", "teach_generated")}
+    return names(*words) | more
+
+
+def test_what_is_made_of_a_class_lies_below_one_folder_of_the_workspace():
+    config = config_of("generate.pipeline=owner/name", "workspace=/data/generated-things/w")
+    first, second = (identity.class_directory(config, {"class": name}).path for name in ("a", "b"))
+    assert first != second
+    assert Path(first).parent == Path(second).parent == Path("/data/generated-things/w/generated")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"ids": {**SAMPLES.ids, "train": "other"}}, TEACHER - {"held_out"}),
+        ({"ids": {**SAMPLES.ids, "val": "other"}}, TEACHER - {"held_out", "teach"}),
+        ({"ids": {**SAMPLES.ids, "test": "other"}}, {"held_out", "evaluate", "export"}),
+        ({"labels": {**SAMPLES.labels, "train": "other"}}, TEACHER - {"held_out", "teach"}),
+        ({"labels": {**SAMPLES.labels, "val": "other"}}, TEACHER - {"held_out", "teach"}),
+        ({"labels": {**SAMPLES.labels, "test": "other"}}, {"evaluate", "export"}),
+        ({"classes": ("b", "a")}, HEAD),
+        ({"path": "/elsewhere/prepare-2"}, NOTHING),
+        ({"num_refused": 3}, NOTHING),
+    ],
+)
+def test_other_samples_make_those_stages_new_that_read_what_differs(change, expected):
+    """A pool of targets outlives a change of labels or of the head: it belongs to the train images alone."""
+    assert changed(names(), names(samples=dataclasses.replace(SAMPLES, **change))) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"fingerprint": "other"}, {"decoded", "prepare"}),
+        ({"classes": ("b", "a")}, {"prepare"}),
+        ({"ignored": {"hidden and system files": 3}}, NOTHING),
+    ],
+)
+def test_other_files_or_classes_are_prepared_anew(change, expected):
+    assert changed(names(), names(listing=dataclasses.replace(LISTING, **change))) == expected
+
+
+def test_without_soft_targets_the_teacher_does_not_decide_the_student():
+    alone = ["loss.kd_weight=0", "loss.alignment_weight=0", "loss.uniformity_weight=0"]
+    before, after = names(*alone), names(*alone, "teacher.model=timm:resnet18", "teacher.size=64")
+    assert changed(before, after) == {"features", "held_out", "adapt", "teach"}
+    others = ["loss.temperature=2", "loss.projection_head=linear", "loss.crd_memory=9"]
+    assert changed(before, names(*alone, *others)) == NOTHING
+    assert changed(before, names(*alone, "loss.task_weight=2")) == STUDENT
+
+
+def test_names_do_not_depend_on_the_process():
+    code = "import json, runpy, sys\nprint(json.dumps(runpy.run_path(sys.argv[1])['names']()))"
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code, __file__],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert [json.loads(output) for output in found] == [names(), names()]
+
+
+# Weights are known by their content
+
+
+def test_weights_of_one_name_are_told_apart_by_their_content(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"first")
+    word = f"teacher.weights={weights}"
+    before, times = names(word), weights.stat()
+    weights.write_bytes(b"other")
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert changed(before, names(word)) == TEACHER
+    weights.write_bytes(b"first")
+    assert names(word) == before
+    (tmp_path / "again.safetensors").write_bytes(b"first")
+    assert names(f"teacher.weights={tmp_path / 'again.safetensors'}") == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads what Linux counts of this process")
+def test_however_many_stages_ask_weights_are_read_once_and_again_when_they_change(tmp_path):
+    weights, size = tmp_path / "teacher.safetensors", 8_000_000
+    words = [f"teacher.weights={weights}", f"student.weights={weights}", "student.init=pretrained"]
+    seen = []
+    for content in (b"a", b"b"):
+        weights.write_bytes(content * size)
+        os.utime(weights, (1e9, 1e9 + ord(content)))
+        before = psutil.Process().io_counters().read_chars
+        seen.append(names(*words))
+        assert names(*words) == seen[-1]
+        assert size <= psutil.Process().io_counters().read_chars - before < 1.5 * size
+    weights.write_bytes(b"c" * size)  # a moment ago: its time alone does not tell it from what comes next
+    seen.append(names(*words))
+    status = weights.stat()
+    weights.write_bytes(b"d" * size)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    seen.append(names(*words))
+    assert len({tuple(sorted(found.items())) for found in seen}) == 4
+
+
+def test_weights_of_the_student_decide_the_student_alone(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"first")
+    words = ["student.init=pretrained", f"student.weights={weights}"]
+    before = names(*words)
+    weights.write_bytes(b"other")
+    assert changed(before, names(*words)) == STUDENT
+
+
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_weights_that_are_not_there_are_named(tmp_path, key):
+    words = [f"{key}.weights={tmp_path / 'none.pth'}", "student.init=pretrained"]
+    with pytest.raises(ConfigError, match=r"none\.pth"):
+        names(*words)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A teacher as transformers saves it."""
+    made = tmp_path / "teacher"
+    made.mkdir()
+    (made / "config.json").write_text("{}")
+    (made / "preprocessor_config.json").write_text("{}")
+    (made / "model.safetensors").write_bytes(b"weights")
+    return made
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:", "timm:local-dir:"])
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_teacher_in_a_folder_is_known_by_the_content_of_its_files(folder, prefix, file):
+    word = f"teacher.model={prefix}{folder}"
+    before, times = names(word), (folder / file).stat()
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[::-1])
+    os.utime(folder / file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert changed(before, names(word)) == TEACHER
+    (folder / file).write_bytes(content)
+    assert names(word) == before
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_a_teacher_in_a_folder_may_move_and_be_described(folder, prefix, monkeypatch):
+    before = names(f"teacher.model={prefix}{folder}")
+    (folder / "README.md").write_text("A teacher.")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.json").write_text("{}")
+    moved = folder.rename(folder.with_name("moved"))
+    assert names(f"teacher.model={prefix}{moved}") == before
+    monkeypatch.chdir(moved.parent)
+    assert names(f"teacher.model={prefix}moved") == before
+
+
+def test_a_folder_of_a_timm_models_name_is_not_that_model(tmp_path, monkeypatch):
+    before = names("teacher.model=timm:resnet18")
+    (tmp_path / "resnet18").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert names("teacher.model=timm:resnet18") == before
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_the_native_head_of_a_transformers_model_may_read_other_features(folder, prefix):
+    word = f"teacher.model={prefix}{folder}"
+    assert changed(names(word), names(word, "teacher.head=native")) == TEACHER
+
+
+@pytest.mark.parametrize("file", ["vocab.txt", "merges.txt", "spiece.model"])
+def test_a_text_towers_vocabulary_decides_its_head(folder, file):
+    words = [f"teacher.model={folder}", "teacher.head=zero_shot"]
+    (folder / file).write_text("cat")
+    before = names(*words)
+    (folder / file).write_text("dog")
+    assert changed(before, names(*words)) >= HEAD
+
+
+@pytest.fixture
+def student_folder(tmp_path) -> Path:
+    """What `distill` leaves of a student from transformers."""
+    made = tmp_path / "distill-0123"
+    (made / "epochs").mkdir(parents=True)
+    for name in ("student.json", "config.json", "identity.json", "seconds.json", "progress.json", "DONE"):
+        (made / name).write_text('{"made": 1}')
+    (made / "student.safetensors").write_bytes(b"weights")
+    return made
+
+
+@pytest.mark.parametrize("file", ["student.json", "config.json", "student.safetensors"])
+def test_a_student_as_a_teacher_is_known_by_what_it_is(student_folder, file):
+    word = f"teacher.model={student_folder}"
+    before = names(word)
+    (student_folder / file).write_bytes((student_folder / file).read_bytes()[::-1])
+    assert changed(before, names(word)) == TEACHER
+
+
+def test_a_student_as_a_teacher_is_not_known_by_its_making(student_folder):
+    before = names(f"teacher.model={student_folder}")
+    for name in ("identity.json", "seconds.json", "progress.json", "DONE"):
+        (student_folder / name).write_text('{"made": 2}')
+    (student_folder / "new.json").write_text("{}")
+    moved = student_folder.rename(student_folder.with_name("moved"))
+    assert names(f"teacher.model={moved}") == before
+
+
+# Fine-tuned teachers
+
+FINE_TUNE, TASK_ALONE = "teacher.head=fine_tune", "loss={kd_weight: 0, alignment_weight: 0, uniformity_weight: 0}"
+
+
+def fine_tuned(*words: str) -> str:
+    return identity.fine_tune_directory(config_of(FINE_TUNE, *words), SAMPLES).name
+
+
+@pytest.mark.parametrize(
+    ("words", "is_new"),
+    [
+        (["teacher.fine_tune_epochs=3"], True),
+        (["teacher.fine_tune_learning_rate=0.1"], True),
+        (["teacher.model=timm:resnet18"], True),
+        (["teacher.size=64"], True),
+        (["teacher.fine_tune_batch_size=32"], True),
+        (["distill.batch_size=32"], False),
+        (["distill.labelled_share=0.5", "distill.weight_decay=0", "distill.clip_norm=1", "distill.val_every=1"], False),
+        (["views.flip=0.1"], True),
+        (["seed=1"], True),
+        (["loss.kd_weight=3"], False),
+        (["student.model=timm:resnet18"], False),
+        (["student.init=pretrained", "distill.body_rate=0"], False),
+        (["distill.epochs=3"], False),
+        (["distill.learning_rate=0.1"], False),
+        (["distill.ema_decay=0.9"], False),
+        (["views.per_image=3"], False),
+        (["teacher.batch_size=3"], False),
+        (["teacher.allow_near_chance=true"], False),
+    ],
+)
+def test_a_teacher_is_fine_tuned_anew_where_its_training_would_differ(words, is_new):
+    assert (fine_tuned(*words) != fine_tuned()) is is_new
+
+
+def test_a_teacher_counts_as_fine_tuned_when_its_folder_is_done(student_folder, tmp_path):
+    config = config_of(FINE_TUNE, f"workspace={tmp_path / 'w'}", "teacher.revision=abc", "teacher.size=64")
+    directory = identity.fine_tune_directory(config, SAMPLES)
+    assert directory.stage == "fine_tune"
+    assert identity.tuned(config, SAMPLES) is None
+    directory.begin()
+    assert identity.tuned(config, SAMPLES) is None
+    for name in ("student.json", "student.safetensors"):
+        directory.write(name, (student_folder / name).read_bytes())
+    directory.finish({})
+    later = identity.tuned(config, SAMPLES)
+    assert (later.teacher.model, later.teacher.head) == (directory.path, "native")
+    assert (later.teacher.weights, later.teacher.revision, later.teacher.size) == (None, None, 64)
+    assert identity.tuned(later, SAMPLES) == later
+    stages = [make(later, SAMPLES).name for make in (identity.adapt_directory, identity.teach_directory)]
+    moved = config_of(FINE_TUNE, f"workspace={tmp_path / 'v'}", "teacher.revision=abc", "teacher.size=64")
+    (tmp_path / "w").rename(tmp_path / "v")
+    again = identity.tuned(moved, SAMPLES)
+    assert [make(again, SAMPLES).name for make in (identity.adapt_directory, identity.teach_directory)] == stages
+
+
+@pytest.mark.parametrize("words", [[], ["teacher=null", TASK_ALONE], [FINE_TUNE, TASK_ALONE]])
+def test_what_needs_no_fine_tuning_stays_as_it_is(words):
+    config = config_of(*words)
+    assert identity.tuned(config, SAMPLES) == config
+
+
+# Writing
+
+
+def everything_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_bytes_are_written_and_written_over(tmp_path):
+    path = tmp_path / "deep" / "er" / "file"
+    write_bytes(str(path), b"first")
+    write_bytes(str(path), b"second")
+    assert path.read_bytes() == b"second"
+    assert everything_below(tmp_path) == ["deep/er/file"]
+
+
+FULL_DISK = """
+import resource, sys
+import torch
+from safetensors.torch import save_file
+from raydistill.errors import StageError
+from raydistill.storage.filesystems import write_bytes, write_file
+folder, limited, writer = sys.argv[1], sys.argv[2] == "limited", sys.argv[3]
+tensors = {"weights": torch.zeros(250_000)}
+write = {
+    "bytes": lambda path: write_bytes(path, b"x" * 1_000_000),
+    "safetensors": lambda path: write_file(path, lambda temporary: save_file(tensors, temporary)),
+    "torch": lambda path: write_file(path, lambda temporary: torch.save(tensors, temporary)),
+}[writer]
+write_bytes(f"{folder}/old", b"old")
+if limited:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+for name in ("old", "new", "deep/new"):
+    try:
+        write(f"{folder}/{name}")
+    except StageError as error:
+        print(error)
+"""
+
+
+def test_a_file_has_its_bytes_on_disk_before_it_has_its_name(tmp_path, monkeypatch) -> None:
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_size), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *places: (done.append("named"), replace(*places)))
+    write_bytes(str(tmp_path / "file"), b"12345")
+    assert done == [5, "named"]
+
+
+@pytest.mark.parametrize("writer", ["bytes", "safetensors", "torch"])
+@pytest.mark.parametrize("how", ["limited", "mounted"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, how, writer):
+    if how == "mounted":
+        options = ["-t", "tmpfs", "-o", "size=65536", "tmpfs", str(tmp_path)]
+        if os.geteuid() or subprocess.run(["mount", *options], check=False, capture_output=True).returncode:
+            pytest.skip("may not mount a small disk here")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", FULL_DISK, str(tmp_path), how, writer], capture_output=True, text=True, check=True
+        )
+        messages = done.stdout.splitlines()
+        assert len(messages) == 3
+        for message, name in zip(messages, ("old", "new", "deep/new"), strict=True):
+            assert str(tmp_path / name) in message
+            assert "bytes are free" in message
+        assert everything_below(tmp_path) == ["old"]
+        assert (tmp_path / "old").read_bytes() == b"old"
+    finally:
+        if how == "mounted":
+            subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_place_that_takes_no_files_is_a_stage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "below", tmp_path / "file" / "deep" / "below"):
+        with pytest.raises(StageError, match="below"):
+            write_bytes(str(path), b"x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StageError, match="folder"):
+        write_bytes(str(tmp_path / "folder"), b"x")
+    assert everything_below(tmp_path) == ["file"]
+
+
+def test_a_reader_sees_one_whole_version_while_others_write(tmp_path):
+    path = tmp_path / "file"
+    versions = [bytes([value]) * 300_000 for value in (1, 2)]
+    write_bytes(str(path), versions[0])
+
+    def write(data: bytes) -> None:
+        for _ in range(40):
+            write_bytes(str(path), data)
+
+    writers = [threading.Thread(target=write, args=(data,)) for data in versions]
+    for writer in writers:
+        writer.start()
+    seen = []
+    while any(writer.is_alive() for writer in writers):
+        seen.append(path.read_bytes())
+    for writer in writers:
+        writer.join()
+    assert seen
+    assert all(data in versions for data in seen)
+    assert everything_below(tmp_path) == ["file"]
+
+
+# Directories
+
+
+@pytest.fixture(params=["local", "memory"])
+def directory(request, tmp_path) -> StageDirectory:
+    workspace = str(tmp_path) if request.param == "local" else "memory://workspace"
+    made = identity.prepare_directory(config_of(f"workspace={workspace}"), LISTING)
+    yield made
+    if request.param == "memory" and made.fs.exists("/workspace"):
+        made.fs.rm("/workspace", recursive=True)
+
+
+def test_a_stage_is_done_when_its_marker_stands(directory):
+    assert not directory.started()
+    assert directory.done() is None
+    directory.begin()
+    assert directory.started()
+    assert directory.done() is None
+    result = {"classes": ["10", "2", "café", "a b"], "accuracy": 0.5, "none": None}
+    directory.finish(result)
+    assert directory.done() == result | {"path": directory.path}
+    assert "café" in directory.fs.cat_file(f"{directory.path}/DONE").decode()
+
+
+def test_a_directory_tells_what_it_stands_for(directory):
+    directory.begin()
+    identity = json.loads(directory.fs.cat_file(f"{directory.path}/identity.json"))
+    assert identity["files"] == LISTING.fingerprint
+    assert identity["classes"] == list(LISTING.classes)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1', b"\xff\xfe\x00", b"\x00" * 20])
+def test_a_marker_that_cannot_be_read_is_a_checkpoint_error(directory, content):
+    directory.begin()
+    directory.fs.pipe_file(f"{directory.path}/DONE", content)
+    with pytest.raises(CheckpointError, match="DONE"):
+        directory.done()
+
+
+@pytest.mark.parametrize("place", ["/etc", "/moved/since/NAME", "/w/../../etc", "NAME", "a\0b", ["/w"], None, 3, {}])
+def test_a_marker_says_what_came_of_a_stage_and_never_where_it_lies(directory, place):
+    directory.begin()
+    directory.finish({"path": directory.path, "steps": 3})
+    marker = f"{directory.place}/DONE"
+    assert json.loads(directory.fs.cat_file(marker)) == {"steps": 3}
+    directory.fs.pipe_file(marker, json.dumps({"path": place, "steps": 3}).encode())
+    assert directory.done() == {"path": directory.path, "steps": 3}
+
+
+RESULTS = {
+    "a list": [1],
+    "a number": 3,
+    "a field that is missing": {"size": None},
+    "a field more": {"command": "rm"},
+    "text for a number": {"size": "64"},
+    "a number for text": {"classes": [1, 2]},
+    "text for a list": {"classes": "ab"},
+    "rows below none": {"shards": {"train": [-4]}},
+    "half a row": {"shards": {"train": [4.5]}},
+    "a list for a map": {"ids": ["t", "v", "e"]},
+    "no train split": {"shards": {"val": [2]}},
+    "deep": {"ids": {"train": [[[[]]]]}},
+}
+
+
+@pytest.mark.parametrize("case", RESULTS)
+def test_a_marker_of_another_form_is_refused_in_one_sentence(directory, case):
+    odd = RESULTS[case]
+    result = dataclasses.asdict(dataclasses.replace(SAMPLES, path=directory.path))
+    whole = {k: v for k, v in (result | odd).items() if v is not None} if isinstance(odd, dict) else odd
+    directory.begin()
+    directory.write_json("DONE", whole)
+    with pytest.raises(CheckpointError, match="DONE is not what raydistill writes") as refused:
+        samples_from_json(directory.done())
+    assert "\n" not in str(refused.value)
+    directory.finish(result)
+    assert samples_from_json(directory.done()) == dataclasses.replace(SAMPLES, path=directory.path)
+
+
+@pytest.mark.parametrize("bill", ["[]", '{"seconds": "soon"}', '{"node_seconds": 3}', '{"versions": [1]}', "{", "\xff"])
+def test_a_bill_of_another_form_is_refused(directory, bill):
+    directory.begin()
+    directory.write("seconds.json", bill.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"seconds\.json is not what raydistill writes"):
+        read_bill(directory.path)
+
+
+@pytest.mark.parametrize("place", [".", "report.html", "checkpoints", "epochs/00001.json", "DONE", "nowhere"])
+@pytest.mark.parametrize("call", ["done", "begin", "started"])
+def test_a_link_in_a_stage_directory_is_refused_by_name(tmp_path, place, call):
+    directory = StageDirectory(f"{tmp_path}/w/distill-0123456789ab", "distill", "{}")
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/keys").write_text("secret")
+    target = tmp_path / ("victim" if place in (".", "checkpoints") else "gone" if place == "nowhere" else "victim/keys")
+    link = Path(directory.path, place)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    with pytest.raises(CheckpointError, match=f"{link} is a link to {target}, .*delete the link"):
+        getattr(directory, call)()
+    assert (tmp_path / "victim/keys").read_text() == "secret"
+    assert len(list((tmp_path / "victim").iterdir())) == 1
+
+
+def test_the_folder_of_generated_classes_is_no_link_either(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "generated").symlink_to(tmp_path / "victim")
+    with pytest.raises(CheckpointError, match="generated is a link"):
+        StageDirectory(f"{tmp_path}/generated/0123456789ab", "generated", "{}").begin()
+    assert not list((tmp_path / "victim").iterdir())
+
+
+def test_a_workspace_may_be_a_link_and_is_private_where_it_is_new(tmp_path, monkeypatch):
+    old = os.umask(0o002)
+    try:
+        (tmp_path / "disk").mkdir(mode=0o775)
+        (tmp_path / "w").symlink_to(tmp_path / "disk")
+        (tmp_path / "generated").symlink_to(tmp_path / "disk")
+        for root, mode in (("w", 0o775), ("new", 0o700), ("generated", 0o775), ("new/generated", 0o700)):
+            if root != "new/generated":  # where nothing looks before
+                check_writable(config_of(f"workspace={tmp_path / root}"))
+            directory = StageDirectory(f"{tmp_path / root}/prepare-0123456789ab", "prepare", "{}")
+            directory.begin()
+            directory.finish({"a": 1})
+            assert directory.done()["a"] == 1
+            assert stat.S_IMODE((tmp_path / root).stat().st_mode) == mode
+            assert stat.S_IMODE(Path(directory.path).stat().st_mode) == 0o775  # what is in it, as the umask says
+    finally:
+        os.umask(old)
+
+
+def test_beginning_again_keeps_what_is_there(directory):
+    directory.begin()
+    directory.write("train-00000.parquet", b"rows")
+    directory.finish({"a": 1})
+    directory.begin()
+    assert directory.fs.cat_file(f"{directory.path}/train-00000.parquet") == b"rows"
+    assert directory.done() == {"a": 1, "path": directory.path}
+
+
+@pytest.mark.parametrize(
+    ("workspace", "expected"),
+    [
+        ("s3://bucket/raydistill/", "s3://bucket/raydistill"),
+        ("/data//runs/", "/data/runs"),
+        ("~/work", os.path.expanduser("~/work")),
+        ("./workspace", os.path.abspath("workspace")),
+    ],
+)
+def test_the_workspace_is_absolute(workspace, expected):
+    assert workspace_root(config_of(f"workspace={workspace}")) == expected
+
+
+def test_a_workspace_that_can_be_written_is_left_clean(tmp_path):
+    check_writable(config_of(f"workspace={tmp_path / 'new' / 'place'}"))
+    assert (tmp_path / "new" / "place").is_dir()
+    assert everything_below(tmp_path) == []
+    check_writable(config_of("workspace=memory://writable"))
+    assert fsspec.filesystem("memory").find("/writable") == []
+
+
+def test_a_workspace_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="a file is there, and no folder"):
+        workspace_root(config_of(f"workspace={tmp_path / 'file'}"))
+    with pytest.raises(ConfigError, match="workspace"):
+        check_writable(config_of(f"workspace={tmp_path / 'file' / 'below'}"))
