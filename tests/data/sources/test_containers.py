@@ -318,7 +318,7 @@ def test_links_devices_and_sparse_files_in_a_tar_are_never_read(tmp_path):
 @pytest.mark.parametrize(
     ("data", "way_out"),
     [
-        (gzip.compress(b"x" * 2000), "gunzip"),
+        (gzip.compress(b"x" * 2000, mtime=0), "gunzip"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "unzstd"),
         (bz2.compress(b"x"), "bunzip2"),
         (lzma.compress(b"x"), "unxz"),
