@@ -1,5 +1,7 @@
 """The configuration: what a user may type, what comes of it, and one clear line for each thing that is wrong."""
 
+import functools
+import operator
 import os
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from raydistill.config import ClassPrompt, Images, RunConfig, known_keys, load_config, overlay, to_yaml
+from raydistill.config import Images, RunConfig, known_keys, load_config, overlay, to_yaml
 from raydistill.errors import ConfigError
 
 PATH = "images.path=./my_images"
@@ -21,11 +23,8 @@ def loaded(*words: str) -> RunConfig:
     return load_config([PATH, *words])
 
 
-def value_of(config: RunConfig, key: str) -> object:
-    value: object = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+def value_of(tree: object, key: str) -> object:
+    return functools.reduce(operator.getitem, key.split("."), tree)
 
 
 def refusal(*words: str) -> list[str]:
@@ -52,173 +51,49 @@ def job(tmp_path):
     return write
 
 
-# A value that is not the default, for every key there is.
-OTHER_VALUES = {
-    "name": "other",
-    "workspace": "s3://bucket/raydistill",
-    "seed": 2**32 - 1,
-    "images.path": "example:elpv",
-    "images.size": 96,
-    "images.fit": "pad",
-    "images.classes": "classes.txt",
-    "images.val_share": 0.2,
-    "images.test_share": 0.0,
-    "images.max_per_class": 9,
-    "images.num_labelled": 40,
-    "images.num_unlabelled": 7,
-    "images.allow_missing_val": True,
-    "images.max_bad_share": 1.0,
-    "images.max_pixels": 10_000,
-    "images.max_bytes": 1_000_000,
-    "images.shard_size": 32,
-    "teacher.model": "hf:owner/name",
-    "teacher.weights": "w.safetensors",
-    "teacher.revision": "0123456789abcdef",
-    "teacher.head": "native",
-    "teacher.class_balanced": True,
-    "teacher.size": 98,
-    "teacher.center_crop": True,
-    "teacher.batch_size": 8,
-    "teacher.allow_near_chance": True,
-    "student.model": "timm:resnet18",
-    "student.init": "pretrained",
-    "student.weights": None,
-    "student.size": 32,
-    "loss.info_nce_weight": 1.5,
-    "loss.crd_weight": (0.5, 1.0),
-    "loss.contrastive_temperature": 0.1,
-    "loss.crd_negatives": 8,
-    "loss.crd_memory": 9,
-    "loss.srrl_weight": 1.0,
-    "loss.dkd_weight": 1.0,
-    "loss.dkd_target_factor": 2.0,
-    "loss.dkd_other_factor": 2.0,
-    "loss.dist_weight": 1.0,
-    "loss.standardised_kd_weight": 1.0,
-    "loss.feature_weight": 1.0,
-    "loss.feature_distance": "cosine",
-    "loss.rkd_distance_weight": 1.0,
-    "loss.rkd_angle_weight": 1.0,
-    "loss.projection_head": "linear",
-    "loss.adapter": "linear",
-    "student.revision": "main",
-    "distill.body_rate": 0.5,
-    "teacher.fine_tune_epochs": 3,
-    "teacher.fine_tune_learning_rate": 0.1,
-    "teacher.fine_tune_batch_size": 32,
-    "compare.seeds": 2,
-    "compare.student_weights": "x.safetensors",
-    "teacher.prompts": ("a {class}",),
-    "compare.arms": ("kd", "crd"),
-    "compare.label_shares": (0.5, 1.0),
-    "views.per_image": "fresh",
-    "views.min_scale": 0.5,
-    "views.max_ratio": 1.0,
-    "views.flip": 0.0,
-    "views.brightness": 0.4,
-    "views.contrast": 0.3,
-    "views.saturation": 0.2,
-    "loss.task_weight": 0.5,
-    "loss.kd_weight": 0.0,
-    "loss.temperature": 1e-3,
-    "loss.alignment_weight": 0.1,
-    "loss.uniformity_weight": 0.0,
-    "loss.alignment_alpha": 1.0,
-    "loss.uniformity_t": 3.0,
-    "loss.projection_dim": 64,
-    "distill.epochs": 3,
-    "distill.batch_size": 16,
-    "distill.labelled_share": 0.5,
-    "distill.optimizer": "sgd",
-    "distill.learning_rate": 1e-7,
-    "distill.weight_decay": 0.0,
-    "distill.momentum": 0.0,
-    "distill.schedule": "constant",
-    "distill.warmup_epochs": 0.5,
-    "distill.ema_decay": 0.999,
-    "distill.precision": "bf16",
-    "distill.channels_last": False,
-    "distill.clip_norm": 1.0,
-    "distill.val_every": 1,
-    "distill.keep": "best",
-    "distill.num_workers": (1, 4),
-    "distill.cache": "stream",
-    "distill.checkpoint_seconds": 0.5,
-    "distill.max_failures": 0,
-    "evaluate.batch_size": 5,
-    "evaluate.calibration_bins": 10,
-    "evaluate.time_teacher": True,
-    "export.formats": ("onnx",),
-    "export.preprocessing": True,
-    "export.int8": "static",
-    "export.allow_useless": True,
-    "export.int8_max_drop": 0.1,
-    "export.hub": "me/student",
-    "export.register_as": "student",
-    "cluster.address": "ray://head:10001",
-    "cluster.teacher_actors": (2, 2),
-    "cluster.generator_actors": (2, 9),
-    "cluster.generator_labels": {"pool": "spot"},
-    "cluster.generator_fallback": {"pool": "train"},
-    "cluster.spill_directory": "/scratch/spill",
-    "cluster.grows_to": {"CPU": 8.0},
-    "generate.pipeline": "owner/name",
-    "generate.revision": "main",
-    "generate.ratio": 2.0,
-    "generate.per_class": 5,
-    "generate.balance": False,
-    "generate.templates": {"a {class}": 2.0, "{class} texture": 1.0},
-    "generate.names": "names.yaml",
-    "generate.overrides": {"cat": ClassPrompt(steps=3)},
-    "generate.negative_prompt": "blurred",
-    "generate.class_ids": {"cat": 3},
-    "generate.scheduler": "DDIMScheduler",
-    "generate.steps": 3,
-    "generate.guidance": 1.5,
-    "generate.strength": 0.5,
-    "generate.size": 64,
-    "generate.dtype": "fp16",
-    "generate.batch_size": 3,
-    "generate.safety_checker": False,
-    "generate.attempts": 1,
-    "generate.filter.contrast": 1.0,
-    "generate.filter.duplicate_distance": None,
-    "generate.filter.confidence": 0.5,
-    "generate.filter.class_confidence": {"cat": 0.7},
-    "generate.filter.agreement": True,
-    "generate.filter.weigh": True,
-    "generate.task_weight": 0.5,
-    "generate.share": 0.5,
-    "cluster.price_per_hour": 1.5,
-    "cluster.prices": {"spot": 0.35},
-    "tune.space": "tune_spaces/loss.yaml",
-    "tune.trials": 5,
-    "tune.sampler": "random",
-    "tune.pruner": "none",
-    "tune.grace_epochs": 3,
-    "tune.objectives": ("val_accuracy", "parameters"),
-    "tune.concurrent": 2,
-    "tune.confirm_seeds": 0,
-    "tune.storage": "postgresql://host/studies",
-    "tracking.enabled": False,
-    "tracking.uri": "http://host:5000",
-}
+# For every key there is a value, and for nearly all another one than the default.
+OTHER_VALUES = """
+name: other
+workspace: s3://bucket/raydistill
+seed: 4294967295
+images: {path: "example:elpv", size: 96, fit: pad, classes: classes.txt, val_share: 0.2, test_share: 0.0,
+  max_per_class: 9, num_labelled: 40, num_unlabelled: 7, allow_missing_val: true, max_bad_share: 1.0,
+  max_pixels: 10000, max_bytes: 1000000, shard_size: 32}
+teacher: {model: "hf:owner/name", weights: w.safetensors, revision: 0123456789abcdef, head: native, size: 98,
+  class_balanced: true, center_crop: true, batch_size: 8, allow_near_chance: true, prompts: ["a {class}"],
+  fine_tune_epochs: 3, fine_tune_learning_rate: 0.1, fine_tune_batch_size: 32}
+student: {model: "timm:resnet18", init: pretrained, weights: null, revision: main, size: 32}
+loss: {task_weight: 0.5, kd_weight: 0.0, temperature: 0.001, alignment_weight: 0.1, uniformity_weight: 0.0,
+  alignment_alpha: 1.0, uniformity_t: 3.0, info_nce_weight: 1.5, crd_weight: [0.5, 1.0], crd_negatives: 8,
+  crd_memory: 9, contrastive_temperature: 0.1, srrl_weight: 1.0, dkd_weight: 1.0, dkd_target_factor: 2.0,
+  dkd_other_factor: 2.0, dist_weight: 1.0, standardised_kd_weight: 1.0, feature_weight: 1.0,
+  feature_distance: cosine, rkd_distance_weight: 1.0, rkd_angle_weight: 1.0, projection_head: linear,
+  projection_dim: 64, adapter: linear}
+views: {per_image: fresh, min_scale: 0.5, max_ratio: 1.0, flip: 0.0, brightness: 0.4, contrast: 0.3, saturation: 0.2}
+distill: {epochs: 3, batch_size: 16, labelled_share: 0.5, optimizer: sgd, learning_rate: 0.0000001, body_rate: 0.5,
+  weight_decay: 0.0, momentum: 0.0, schedule: constant, warmup_epochs: 0.5, ema_decay: 0.999, precision: bf16,
+  channels_last: false, clip_norm: 1.0, val_every: 1, keep: best, num_workers: [1, 4], cache: stream,
+  checkpoint_seconds: 0.5, max_failures: 0}
+evaluate: {batch_size: 5, calibration_bins: 10, time_teacher: true}
+export: {formats: [onnx], preprocessing: true, int8: static, int8_max_drop: 0.1, allow_useless: true, hub: me/student,
+  register_as: student}
+compare: {arms: [kd, crd], seeds: 2, student_weights: x.safetensors, label_shares: [0.5, 1.0]}
+cluster: {address: "ray://head:10001", teacher_actors: [2, 2], generator_actors: [2, 9],
+  generator_labels: {pool: spot}, generator_fallback: {pool: train}, spill_directory: /scratch/spill,
+  grows_to: {CPU: 8.0}, price_per_hour: 1.5, prices: {spot: 0.35}}
+generate: {pipeline: owner/name, revision: main, ratio: 2.0, per_class: 5, balance: false, names: names.yaml,
+  templates: {"a {class}": 2.0, "{class} texture": 1.0}, negative_prompt: blurred, class_ids: {cat: 3},
+  overrides: {cat: {templates: null, negative_prompt: null, steps: 3, guidance: null}}, scheduler: DDIMScheduler,
+  steps: 3, guidance: 1.5, strength: 0.5, size: 64, dtype: fp16, batch_size: 3, safety_checker: false, attempts: 1,
+  filter: {contrast: 1.0, duplicate_distance: null, confidence: 0.5, class_confidence: {cat: 0.7}, agreement: true,
+    weigh: true},
+  task_weight: 0.5, share: 0.5}
+tune: {space: tune_spaces/loss.yaml, trials: 5, sampler: random, pruner: none, grace_epochs: 3, concurrent: 2,
+  objectives: [val_accuracy, parameters], confirm_seeds: 0, storage: "postgresql://host/studies"}
+tracking: {enabled: false, uri: "http://host:5000"}
+"""
 SECTIONS = {*RunConfig.model_fields, "generate.filter"} - {"name", "workspace", "seed"}
-
-
-def tree_of(values: dict[str, object]) -> dict[str, object]:
-    tree: dict[str, object] = {}
-    for key, value in values.items():
-        *sections, leaf = key.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = value
-    return tree
-
-
-def test_the_table_above_names_every_key():
-    assert set(OTHER_VALUES) == set(known_keys()) - SECTIONS
+LEAVES = sorted(set(known_keys()) - SECTIONS)
 
 
 def test_the_defaults_come_back_from_their_yaml(job):
@@ -227,9 +102,10 @@ def test_the_defaults_come_back_from_their_yaml(job):
 
 
 def test_every_other_value_comes_back_from_its_yaml(job):
-    config = RunConfig.model_validate(tree_of(OTHER_VALUES))
-    for key, value in OTHER_VALUES.items():
-        assert value_of(config, key) == value
+    config = load_config([job(OTHER_VALUES)])
+    given, found = yaml.safe_load(OTHER_VALUES), config.model_dump(mode="json")
+    for key in LEAVES:
+        assert value_of(given, key) == value_of(found, key), key
     assert load_config([job(to_yaml(config))]) == config
 
 
@@ -256,11 +132,12 @@ def test_any_text_comes_back_from_its_yaml(tmp_path_factory, name, path, revisio
 )
 def test_any_number_comes_back_from_its_yaml_and_from_the_command_line(tmp_path_factory, rate, seed, share, on):
     values = {"distill.learning_rate": rate, "seed": seed, "images.val_share": share, "distill.channels_last": on}
-    config = RunConfig.model_validate(tree_of({"images.path": "./my_images", **values}))
+    config = loaded(*(f"{key}={str(value).lower()}" for key, value in values.items()))
+    found = config.model_dump()
+    assert {key: value_of(found, key) for key in values} == values
     job = tmp_path_factory.getbasetemp() / "numbers.yaml"
     job.write_text(to_yaml(config))
     assert load_config([str(job)]) == config
-    assert loaded(*(f"{key}={str(value).lower()}" for key, value in values.items())) == config
 
 
 def test_defaults_of_the_loss_are_the_papers():
@@ -302,43 +179,17 @@ def test_no_teacher_goes_with_no_soft_targets_only(weight):
 
 
 @pytest.mark.parametrize(
-    ("word", "value"),
+    "text",
     [
-        ("name=a=b", "a=b"),
-        ("name=a==", "a=="),
-        ("name=a: b # c", "a: b # c"),
-        ("name=x/y=z", "x/y=z"),
-        ("name=2024", "2024"),
-        ("name=1e3", "1e3"),
-        ("name=0x1F", "0x1F"),
-        ("name=yes", "yes"),
-        ("name=off", "off"),
-        ("name=null", "null"),
-        ("name=~", "~"),
-        ("name=2024-05-01", "2024-05-01"),
-        ("name=12:30", "12:30"),
-        ("name=[a, b]", "[a, b]"),
-        ("name={x}", "{x}"),
-        ("name=- a", "- a"),
-        ("name=!tag", "!tag"),
-        ("name=&a *b", "&a *b"),
-        ("name=100%", "100%"),
-        ("name='a'", "'a'"),
-        ('name=it\'s "b"', 'it\'s "b"'),
-        ("name=${oc.env:HOME}", "${oc.env:HOME}"),
-        ("name=${", "${"),
-        ("name= a  b ", " a  b "),
-        ("name=", None),
+        "a=b", "a==", "a: b # c", "x/y=z", "2024", "1e3", "0x1F", "yes", "off", "null", "~", "2024-05-01", "12:30",
+        "[a, b]", "{x}", "- a", "!tag", "&a *b", "100%", "'a'", 'it\'s "b"', "${oc.env:HOME}", "${", " a  b ",
     ],
-)
-def test_text_is_taken_as_it_was_typed(word, value):
-    if value is None:
-        assert "name" in one_refusal(word)
-    else:
-        config = loaded(word)
-        assert config.name == value
-        assert overlay(config, {"seed": 7}).name == value
-        assert yaml.safe_load(to_yaml(config))["name"] == value
+)  # fmt: skip
+def test_text_is_taken_as_it_was_typed(text):
+    config = loaded(f"name={text}")
+    assert config.name == overlay(config, {"seed": 7}).name == text
+    assert yaml.safe_load(to_yaml(config))["name"] == text
+    assert "name" in one_refusal("name=")
 
 
 @pytest.mark.parametrize("path", ["/d/set #2", "day: one", "2024", "{x}", "a=b", "null", "set $HOME", "~x", "'q'"])
@@ -375,19 +226,13 @@ def test_paths_with_equals_signs_are_files(job, tmp_path):
 @pytest.mark.parametrize(
     ("word", "suggestion"),
     [
-        ("distill.epoch=1", "distill.epochs"),
-        ("distil.epochs=1", "distill"),
-        ("learning_rate=1", "distill.learning_rate"),
-        ("student.learning_rate=1", "distill.learning_rate"),
-        ("loss.batch_size=1", "batch_size"),
-        ("images.sise=64", "images.size"),
-        ("temperature=2", "loss.temperature"),
-        ("loss.temprature=2", "loss.temperature"),
-        ("views.per_imgae=2", "views.per_image"),
-        ("trackin.uri=x", "tracking"),
-        ("teachers.head=native", "teacher"),
+        ("distill.epoch=1", "distill.epochs"), ("distil.epochs=1", "distill"),
+        ("learning_rate=1", "distill.learning_rate"), ("student.learning_rate=1", "distill.learning_rate"),
+        ("loss.batch_size=1", "batch_size"), ("images.sise=64", "images.size"), ("temperature=2", "loss.temperature"),
+        ("loss.temprature=2", "loss.temperature"), ("views.per_imgae=2", "views.per_image"),
+        ("trackin.uri=x", "tracking"), ("teachers.head=native", "teacher"),
     ],
-)
+)  # fmt: skip
 def test_an_unknown_key_comes_with_the_nearest(word, suggestion):
     line = one_refusal(word)
     key = word.partition("=")[0]
@@ -400,104 +245,58 @@ def test_an_unknown_key_like_no_other_gets_no_false_advice(word):
     assert "did you mean" not in one_refusal(word)
 
 
+# By section, so that a word is a key and what it refuses.
 OUT_OF_BOUNDS = {
-    "seed": ["-1", "4294967296", "1.5", "abc", "null"],
-    "images.size": ["7", "2049", "64.5"],
-    "images.fit": ["squash"],
-    "images.val_share": ["-0.1", "1"],
-    "images.test_share": ["-0.1", "1"],
-    "images.max_per_class": ["0"],
-    "images.num_labelled": ["0"],
-    "images.num_unlabelled": ["-1"],
-    "images.max_bad_share": ["-0.1", "1.1"],
-    "images.max_pixels": ["0", "178956971"],
-    "images.max_bytes": ["0"],
-    "images.shard_size": ["0"],
-    "images.allow_missing_val": ["perhaps"],
-    "teacher.head": ["linear", "null"],
-    "teacher.size": ["0", "4096"],
-    "teacher.batch_size": ["0"],
-    "teacher.fine_tune_batch_size": ["0"],
-    "student.init": ["pretrain"],
-    "student.size": ["7", "2049"],
-    "views.per_image": ["0", "stale", "null"],
-    "views.min_scale": ["0", "1.01"],
-    "views.max_ratio": ["0.99", ".inf"],
-    "views.flip": ["-0.1", "1.1"],
-    "views.brightness": ["-0.1", "1.1"],
-    "views.contrast": ["-0.1", "1.1"],
-    "views.saturation": ["-0.1", "1.1"],
-    "loss.task_weight": ["-1", ".nan", ".inf"],
-    "loss.kd_weight": ["-1", ".nan", "heavy"],
-    "loss.temperature": ["0", "-1", ".inf"],
-    "loss.alignment_weight": ["-1"],
-    "loss.uniformity_weight": ["-1"],
-    "loss.alignment_alpha": ["0"],
-    "loss.uniformity_t": ["0"],
-    "loss.projection_dim": ["1"],
-    "distill.epochs": ["0", "1.5"],
-    "distill.batch_size": ["0"],
-    "distill.labelled_share": ["-0.1", "1.1"],
-    "distill.optimizer": ["adam"],
-    "distill.learning_rate": ["0", ".nan"],
-    "distill.weight_decay": ["-1"],
-    "distill.momentum": ["-0.1", "1.1"],
-    "distill.schedule": ["linear"],
-    "distill.warmup_epochs": ["-1"],
-    "distill.ema_decay": ["0", "1"],
-    "distill.precision": ["fp8"],
-    "distill.clip_norm": ["0"],
-    "distill.val_every": ["0"],
-    "distill.num_workers": ["-1", "[0,2]", "[1,2,3]", "[2,1]", "many"],
-    "distill.cache": ["disk"],
-    "distill.checkpoint_seconds": ["-1", "inf"],
-    "distill.max_failures": ["-1"],
-    "evaluate.batch_size": ["0"],
-    "evaluate.calibration_bins": ["0"],
-    "export.formats": ["[tflite]"],
-    "export.preprocessing": ["7"],
-    "export.int8": ["int4"],
-    "export.int8_max_drop": ["-0.1", "1.1"],
-    "cluster.teacher_actors": ["0", "[0,2]", "[3,2]", "[1]"],
-    "cluster.grows_to": ["{TPU: 4}", "{CPU: -1}", "8"],
-    "tracking.enabled": ["perhaps"],
-    "tracking.uri": ["5", "file:./mlruns", "./mlruns"],
+    "": "seed=-1 seed=4294967296 seed=1.5 seed=abc seed=null",
+    "images": """
+        size=7 size=2049 size=64.5 fit=squash val_share=-0.1 val_share=1 test_share=-0.1 test_share=1
+        max_per_class=0 num_labelled=0 num_unlabelled=-1 max_bad_share=-0.1 max_bad_share=1.1
+        max_pixels=0 max_pixels=178956971 max_bytes=0 shard_size=0 allow_missing_val=perhaps
+    """,
+    "teacher": "head=linear head=null size=0 size=4096 batch_size=0 fine_tune_batch_size=0",
+    "student": "init=pretrain size=7 size=2049",
+    "views": """
+        per_image=0 per_image=stale per_image=null min_scale=0 min_scale=1.01 max_ratio=0.99
+        max_ratio=.inf flip=-0.1 flip=1.1 brightness=-0.1 brightness=1.1 contrast=-0.1 contrast=1.1
+        saturation=-0.1 saturation=1.1
+    """,
+    "loss": """
+        task_weight=-1 task_weight=.nan task_weight=.inf kd_weight=-1 kd_weight=.nan kd_weight=heavy
+        temperature=0 temperature=-1 temperature=.inf alignment_weight=-1 uniformity_weight=-1
+        alignment_alpha=0 uniformity_t=0 projection_dim=1
+    """,
+    "distill": """
+        epochs=0 epochs=1.5 batch_size=0 labelled_share=-0.1 labelled_share=1.1 optimizer=adam
+        learning_rate=0 learning_rate=.nan weight_decay=-1 momentum=-0.1 momentum=1.1 schedule=linear
+        warmup_epochs=-1 ema_decay=0 ema_decay=1 precision=fp8 clip_norm=0 val_every=0 num_workers=-1
+        num_workers=[0,2] num_workers=[1,2,3] num_workers=[2,1] num_workers=many cache=disk
+        checkpoint_seconds=-1 checkpoint_seconds=inf max_failures=-1
+    """,
+    "evaluate": "batch_size=0 calibration_bins=0",
+    "export": "formats=[tflite] preprocessing=7 int8=int4 int8_max_drop=-0.1 int8_max_drop=1.1",
+    "cluster": "teacher_actors=0 teacher_actors=[0,2] teacher_actors=[3,2] teacher_actors=[1] grows_to=8",
+    "tracking": "enabled=perhaps uri=5 uri=file:./mlruns uri=./mlruns",
 }
+WORDS = [f"{section}.{word}".lstrip(".") for section, text in OUT_OF_BOUNDS.items() for word in text.split()]
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in OUT_OF_BOUNDS.items() for value in values])
-def test_a_value_out_of_bounds_is_named_in_one_line(key, value):
-    assert key in one_refusal(f"{key}={value}")
+@pytest.mark.parametrize("word", [*WORDS, "cluster.grows_to={TPU: 4}", "cluster.grows_to={CPU: -1}"])
+def test_a_value_out_of_bounds_is_named_in_one_line(word):
+    assert word.partition("=")[0] in one_refusal(word)
 
 
 @pytest.mark.parametrize(
     "word",
     [
-        "images.size=8",
-        "images.size=2048",
-        "images.max_bad_share=0",
-        "images.max_bad_share=1",
-        "views.min_scale=1",
-        "views.max_ratio=1",
-        "views.flip=0",
-        "views.flip=1",
-        "loss.projection_dim=2",
-        "distill.labelled_share=0",
-        "distill.labelled_share=1",
-        "distill.num_workers=0",
-        "distill.num_workers=[1,1]",
-        "distill.num_workers=64",
-        "cluster.teacher_actors=[1,1]",
-        "seed=4294967295",
-        "views.per_image=1",
-        "views.per_image=fresh",
+        "images.size=8", "images.size=2048", "images.max_bad_share=0", "images.max_bad_share=1", "views.min_scale=1",
+        "views.max_ratio=1", "views.flip=0", "views.flip=1", "views.per_image=1", "views.per_image=fresh",
+        "loss.projection_dim=2", "distill.labelled_share=0", "distill.labelled_share=1", "distill.num_workers=0",
+        "distill.num_workers=[1,1]", "distill.num_workers=64", "cluster.teacher_actors=[1,1]", "seed=4294967295",
     ],
-)
+)  # fmt: skip
 def test_the_bounds_themselves_are_allowed(word):
-    config = loaded(word)
     key, _, value = word.partition("=")
-    typed, found = yaml.safe_load(value), value_of(config, key)
-    assert (list(found) if isinstance(found, tuple) else found) == typed
+    assert value_of(loaded(word).model_dump(mode="json"), key) == yaml.safe_load(value)
 
 
 @pytest.mark.parametrize(
@@ -535,19 +334,10 @@ def test_a_number_where_text_is_wanted_is_to_be_quoted_in_a_job_file(job):
 @pytest.mark.parametrize(
     "text",
     [
-        "distill: {epochs: 3\n",
-        "a: b: c\n",
-        "\tseed: 1\n",
-        "- a\n- b\n",
-        "just words\n",
-        "5\n",
-        "seed: 1\nseed: 2\n",
-        "%YAML 3\n",
-        "!!python/object/apply:os.system ['true']\n",
-        "{a: !!binary x}\n",
-        "? [1, 2]\n: 3\n",
+        "distill: {epochs: 3\n", "a: b: c\n", "\tseed: 1\n", "- a\n- b\n", "just words\n", "5\n", "%YAML 3\n",
+        "seed: 1\nseed: 2\n", "!!python/object/apply:os.system ['true']\n", "{a: !!binary x}\n", "? [1, 2]\n: 3\n",
     ],
-)
+)  # fmt: skip
 def test_a_job_file_that_is_no_mapping_is_refused_by_its_name(job, text):
     assert "job.yaml" in one_refusal(job(text)) or "unknown key" in one_refusal(job(text))
 

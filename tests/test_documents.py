@@ -106,7 +106,7 @@ def test_as_many_names_as_a_set_has_classes_load(tmp_path: Path) -> None:
         lines = "".join(f"{name}: {words}\n" for name, words in names.items())
         path.write_text(json.dumps(names) if path.suffix == ".json" else lines)
         assert read_mapping(str(path), "", TextLoader) == names
-    names["class 0"] = ",:[{" * 200_000
+    names["class 0"] = ",:[{" * 200_000  # signs in quotes are no values
     path.write_text(json.dumps(names))
     assert read_mapping(str(path), "", TextLoader) == names
 

@@ -7,17 +7,10 @@ import pytest
 from raydistill import errors
 from raydistill.cli.main import _explain
 
+KINDS = [errors.ConfigError, errors.DataError, errors.CheckpointError, errors.StageError, errors.DivergedError]
 
-@pytest.mark.parametrize(
-    ("kind", "exit_code"),
-    [
-        (errors.ConfigError, 2),
-        (errors.DataError, 2),
-        (errors.CheckpointError, 2),
-        (errors.StageError, 1),
-        (errors.DivergedError, 1),
-    ],
-)
+
+@pytest.mark.parametrize(("kind", "exit_code"), zip(KINDS, [2, 2, 2, 1, 1], strict=True))
 def test_an_error_arrives_as_it_was_raised(kind, exit_code):
     found = pickle.loads(pickle.dumps(kind("the disk is full: café")))
     assert type(found) is kind

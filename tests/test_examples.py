@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,9 @@ from raydistill.errors import ConfigError, DataError
 
 has_apt = pytest.mark.skipif(not examples._has_apt(), reason="needs apt-get and dpkg-deb")
 CLIP_ART = {
-    "animals": 316,
-    "food": 366,
-    "transportation": 176,
-    "people": 400,
-    "plants": 95,
-    "buildings": 70,
-    "tools": 149,
+    "animals": 316, "food": 366, "transportation": 176, "people": 400, "plants": 95, "buildings": 70, "tools": 149,
     "recreation": 347,
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +30,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home / ".cache" / "raydistill"
 
 
+DROPPED = ("transportation/roadsigns", "transportation/aiga-symbols", "recreation/games/chess")
+
+
+def write_text(path: Path, text: str = "some") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def no_apt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
@@ -42,13 +45,11 @@ def no_apt(monkeypatch: pytest.MonkeyPatch) -> None:
 def write_package(root: Path) -> None:
     """The layout of openclipart-png, with pictures to keep, to drop, and one that is a link."""
     png = root / "usr/share/openclipart/png"
-    for label in CLIP_ART:
-        (png / label / "sub").mkdir(parents=True)
-        for index in range(2):
-            (png / label / "sub" / f"{index}.png").write_text(f"{label} {index}")
-    for dropped in ("transportation/roadsigns", "transportation/aiga-symbols", "recreation/games/chess"):
-        (png / dropped).mkdir(parents=True)
-        (png / dropped / "dropped.png").write_text("dropped")
+    for name in [
+        *(f"{label}/sub/{index}" for label in CLIP_ART for index in range(2)),
+        *(f"{d}/dropped" for d in DROPPED),
+    ]:
+        write_text(png / f"{name}.png")
     (png / "plants/linked.png").symlink_to("../food/sub/0.png")
 
 
@@ -76,13 +77,23 @@ def test_fingerprint_needs_no_fetch(cache):
     assert not cache.exists()
 
 
-def test_interrupted_fetch_leaves_nothing_and_the_next_one_succeeds(monkeypatch, cache):
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+@pytest.fixture
+def debian(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[Path], object]]:
+    """Puts the package's layout where Debian's would be unpacked; what is in the list is called after that."""
+    more: list[Callable[[Path], object]] = []
 
     def unpack(package: str, scratch: Path) -> Path:
         write_package(scratch / "unpacked")
+        for call in more:
+            call(scratch / "unpacked/usr/share/openclipart/png")
         return scratch / "unpacked"
 
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(examples, "_unpack_debian", unpack)
+    return more
+
+
+def test_interrupted_fetch_leaves_nothing_and_the_next_one_succeeds(monkeypatch, cache, debian):
     copied = []
 
     def copy_three(source: Path, target: Path) -> None:
@@ -91,7 +102,6 @@ def test_interrupted_fetch_leaves_nothing_and_the_next_one_succeeds(monkeypatch,
         copied.append(target)
         target.write_bytes(source.read_bytes())
 
-    monkeypatch.setattr(examples, "_unpack_debian", unpack)
     with monkeypatch.context() as broken:
         broken.setattr(shutil, "copyfile", copy_three)
         with pytest.raises(KeyboardInterrupt):
@@ -110,41 +120,19 @@ def test_interrupted_fetch_leaves_nothing_and_the_next_one_succeeds(monkeypatch,
     assert list(cache.iterdir()) == [folder]
 
 
-def test_a_process_that_is_second_takes_what_the_first_one_made(monkeypatch, cache):
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-
-    def unpack(package: str, scratch: Path) -> Path:
-        write_package(scratch / "unpacked")
-        (cache / "open-clip-art/animals").mkdir(parents=True)  # the other process is done by now
-        (cache / "open-clip-art/animals/theirs.png").write_text("theirs")
-        return scratch / "unpacked"
-
-    monkeypatch.setattr(examples, "_unpack_debian", unpack)
+def test_a_process_that_is_second_takes_what_the_first_one_made(cache, debian):
+    debian.append(lambda _: write_text(cache / "open-clip-art/animals/theirs.png"))  # the other process is done by now
     folder = examples.images_path("open-clip-art")
     assert relative_files(folder) == ["animals/theirs.png"]
     assert list(cache.iterdir()) == [folder]
 
 
-def test_the_pool_of_clip_art_holds_the_rest_of_the_package_without_labels(monkeypatch, cache):
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-
-    def unpack(package: str, scratch: Path) -> Path:
-        write_package(scratch / "unpacked")
-        (scratch / "unpacked/usr/share/openclipart/png/signs").mkdir()
-        (scratch / "unpacked/usr/share/openclipart/png/signs/stop.png").write_text("stop")
-        return scratch / "unpacked"
-
-    monkeypatch.setattr(examples, "_unpack_debian", unpack)
+def test_the_pool_of_clip_art_holds_the_rest_of_the_package_without_labels(debian):
+    debian.append(lambda png: write_text(png / "signs/stop.png"))
     of_classes = relative_files(examples.images_path("open-clip-art"))
-    rest = [
-        "recreation__games__chess__dropped.png",
-        "signs__stop.png",
-        "transportation__aiga-symbols__dropped.png",
-        "transportation__roadsigns__dropped.png",
-    ]
-    assert relative_files(examples.images_path("open-clip-art-pool")) == sorted(
-        [*of_classes, *(f"unlabelled/{name}" for name in rest)]
-    )
+    rest = [f"{name.replace('/', '__')}__dropped.png" for name in DROPPED]
+    expected = [*of_classes, *(f"unlabelled/{name}" for name in [*rest, "signs__stop.png"])]
+    assert relative_files(examples.images_path("open-clip-art-pool")) == sorted(expected)
 
 
 def test_the_pool_of_clip_art_has_no_stand_in(monkeypatch, cache):

@@ -133,9 +133,9 @@ def test_secrets_of_the_environment_are_hidden(monkeypatch) -> None:
 
 def test_the_command_line_shows_no_password(tmp_path) -> None:
     words = [
-        f"images.path={tmp_path}/none",
         "tracking.uri=http://me:q7Zw9@h",
         "tune.storage=mysql://h/x?password=q7Zw9",
+        f"images.path={tmp_path}/none",
     ]
     for extra in ([], ["distill.epochs=http://me:q7Zw9@h"]):
         command = [sys.executable, "-m", "raydistill", "show", *words, *extra]

@@ -78,18 +78,8 @@ def test_joiners_that_join_nothing_are_shown() -> None:
 
 BARS = ["\x1b[31m", "\x1b[0m", "\x1b[2K", "\x1b[1A", "\r", "\x1b[?25l", "\n", "\t", "50% ━━"]
 ORDERS = [
-    "\x1b[2J",
-    "\x1b[H",
-    "\x1b]0;t\x07",
-    "\x1bc",
-    "\x9b2J",
-    "\x1b[?1049h",
-    "\x1bP",
-    "\x1b[6n",
-    "\x07",
-    "\x1b",
-    "[2J",
-]
+    "\x1b[2J", "\x1b[H", "\x1b]0;t\x07", "\x1bc", "\x9b2J", "\x1b[?1049h", "\x1bP", "\x1b[6n", "\x07", "\x1b", "[2J",
+]  # fmt: skip
 
 
 @given(st.lists(st.sampled_from([*BARS, *ORDERS, "\u202e"]) | st.text(max_size=3), max_size=12))

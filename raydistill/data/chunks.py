@@ -1,26 +1,29 @@
-"""Some pictures of a set, read and then decoded or looked at: the work that is done in processes apart."""
+"""The work on one chunk of a set's pictures: read them, then decode or inspect each. Isolated processes do it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from raydistill.config import Images
 from raydistill.data.decode import Facts, decode, decode_with_facts, encode, large_alone
+from raydistill.data.isolation import Killed, run_isolated
 from raydistill.data.likeness import contrast, difference_hash
 from raydistill.data.sample import sample_id
 from raydistill.data.sources.reading import read_pictures
 from raydistill.errors import DataError
 
-Place = tuple[int, str, int | None]  # of an entry in its listing the index, path and row
+Place = tuple[int, str, int | None]  # of an entry: its index in the listing, its path and its row
+Chunk = list[Place]
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What one look at a picture told: what goes from a process to the next is kept small. `reason`: why it cannot be
-    used; then there is nothing else."""
+class Inspection:
+    """What one look at a picture tells. It is small, since it goes from one process to another. `reason` says why the
+    picture cannot be used; then the other fields are empty."""
 
     reason: str
     id: str = ""
@@ -30,7 +33,7 @@ class Seen:
 
 
 def read_chunk(chunk: Sequence[Place], images: Images) -> Iterator[tuple[int, bytes | None, str]]:
-    """Index and bytes of each, or None and the reason. A large file is read, and decoded by whoever asked, alone."""
+    """Index and bytes of each, or None and the reason. No other large file is in memory while one is read and used."""
     for part in [chunk] if chunk[0][2] is not None else [[place] for place in chunk]:
         places = [(path, row) for _, path, row in part]
         with large_alone(0 if places[0][1] is not None else _size(places[0][0])):
@@ -39,14 +42,14 @@ def read_chunk(chunk: Sequence[Place], images: Images) -> Iterator[tuple[int, by
 
 
 def _size(path: str) -> int:
-    """0 of what is not on this machine, or not there."""
+    """In bytes; 0 of a file that is not on this machine, or not there."""
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):
         return 0
 
 
-def looked_at(chunk: Sequence[Place], images: Images) -> Iterator[Seen]:
+def inspect_chunk(chunk: Sequence[Place], images: Images) -> Iterator[Inspection]:
     """One for each, in order."""
     for _, data, reason in read_chunk(chunk, images):
         try:
@@ -54,24 +57,30 @@ def looked_at(chunk: Sequence[Place], images: Images) -> Iterator[Seen]:
                 raise DataError(reason)
             picture, facts = decode_with_facts(data, images.size, images.fit, images.max_pixels)
         except DataError as error:
-            yield Seen(str(error))
+            yield Inspection(str(error))
         else:
             grey = picture.convert("L")
-            yield Seen("", sample_id(data), facts, difference_hash(grey), contrast(grey))
+            yield Inspection("", sample_id(data), facts, difference_hash(grey), contrast(grey))
 
 
-def decoded_rows(chunk: Sequence[Place], images: Images) -> Iterator[dict[str, Any]]:
-    """The decoded images as PNG, or the reason why there is none."""
+def decode_chunk(chunk: Sequence[Place], images: Images) -> Iterator[dict[str, Any]]:
+    """Rows with the working image as PNG, or with the reason why there is none."""
     for index, data, reason in read_chunk(chunk, images):
-        identity, image = "", b""
-        if data is not None:
-            try:
-                image = encode(decode(data, images.size, images.fit, images.max_pixels))
-                identity = sample_id(data)
-            except DataError as error:
-                reason = str(error)
-        yield row_of(index, identity, image, reason)
+        try:
+            if data is None:
+                raise DataError(reason)
+            image = encode(decode(data, images.size, images.fit, images.max_pixels))
+            yield {"index": index, "sample_id": sample_id(data), "image": image, "reason": ""}
+        except DataError as error:
+            yield _refused(index, str(error))
 
 
-def row_of(index: int, identity: str = "", image: bytes = b"", reason: str = "") -> dict[str, Any]:
-    return {"index": index, "sample_id": identity, "image": image, "reason": reason}
+def decode_isolated(chunk: Sequence[Place], images: Images) -> list[dict[str, Any]]:
+    """`decode_chunk` in an isolated process: a picture that kills the process is refused like any other."""
+    found = run_isolated(partial(decode_chunk, images=images), chunk)
+    rows = zip(chunk, found, strict=True)
+    return [_refused(place[0], one) if isinstance(one, Killed) else one for place, one in rows]
+
+
+def _refused(index: int, reason: str) -> dict[str, Any]:
+    return {"index": index, "sample_id": "", "image": b"", "reason": reason}

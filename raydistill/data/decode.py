@@ -204,14 +204,14 @@ def limit_memory(total: int, processes: int) -> None:
 
 
 _most_bytes = _MOST_BYTES
-is_apart = False  # in a process with no other thread that could want memory
+is_isolated = False  # in a process with no other thread that could want memory
 
 
 @contextlib.contextmanager
 def _no_more_than(size: int) -> Iterator[None]:
     """For a decoder that follows the picture's own size where the header says a smaller one: what it allocates beyond
     so many bytes, and its threads' stacks, fails."""
-    if not is_apart or sys.platform != "linux":
+    if not is_isolated or sys.platform != "linux":
         yield
         return
     import resource

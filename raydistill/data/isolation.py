@@ -1,7 +1,7 @@
-"""Work on strangers' items in processes apart, so that what kills its process is known by name and takes nothing along.
+"""Work on strangers' items in isolated processes: an item that kills its process is named, and the others go on.
 
-A process has some items at a time and outlives them. Where it dies of a signal, as of a decoder's fault or for want of
-memory, its items are given to another, one by one.
+A process takes some items at a time and is used again. When a signal ends it, as a decoder's fault or a lack of memory
+does, another process takes its items one by one.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ I = TypeVar("I")  # noqa: E741 - of items
 T = TypeVar("T")
 Work = Callable[[Sequence[I]], Iterable[T]]
 KILLED = "kills the process that decodes it"
-# glibc gives freed memory back to the system, which clears every page of it anew for the next picture.
+# Without these glibc gives freed memory back to the system, which clears each page again for the next picture.
 _KEEP = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 _SERVE = "import sys; from raydistill.data.isolation import serve; serve(int(sys.argv[1]))"
 
 
 class Killed(str):
-    """Why an item has no result, as a reason to refuse it."""
+    """In the place of an item's result: the reason to refuse the item."""
 
 
-def apart(work: Work[I, T], items: Sequence[I]) -> list[T | Killed]:
-    """The work's result for each item, in order; Killed of one that two processes died of by a signal, since one may be
-    killed by somebody else. `work`, items and results are pickled. Each thread that calls has a process of its own.
+def run_isolated(work: Work[I, T], items: Sequence[I]) -> list[T | Killed]:
+    """The work's result for each item, in order. An item is Killed once signals have ended two processes that had it
+    alone: somebody else may have sent one. `work`, items and results are pickled. Each calling thread has its process.
 
     Raises what the work raises, and StageError where a process ends in another way.
     """
@@ -61,7 +61,7 @@ def apart(work: Work[I, T], items: Sequence[I]) -> list[T | Killed]:
             if deaths > 1:
                 deaths, of = 0, "; memory may have run out" if number == -signal.SIGKILL else ""
                 found.append(Killed(f"{KILLED}, twice, by {signal.Signals(-number).name}{of}"))
-        except BaseException:  # whoever asked next would have this answer
+        except BaseException:  # the next caller would get this answer
             process.stop()
             process.end()
             raise
@@ -73,28 +73,28 @@ def apart(work: Work[I, T], items: Sequence[I]) -> list[T | Killed]:
     return found
 
 
-def many_apart(
+def map_isolated(
     work: Work[I, T], parts: Iterable[Sequence[I]], count: int
 ) -> Generator[tuple[Sequence[I], list[T | Killed]]]:
-    """Each part and what `apart` gives of it, in order, `count` at once and as many ahead. What is under way when that
-    is left, as by an interruption, is ended."""
+    """Each part and what `run_isolated` gives of it, in order, `count` at once and as many ahead. The processes end when
+    the caller leaves early, as on an interruption."""
     waiting = deque[tuple[Sequence[I], Future[list[T | Killed]]]]()
     with ThreadPoolExecutor(count) as pool:
         try:
             for part in parts:
-                waiting.append((part, pool.submit(apart, work, part)))
+                waiting.append((part, pool.submit(run_isolated, work, part)))
                 if len(waiting) >= 2 * count:
                     yield waiting[0][0], waiting.popleft()[1].result()
             while waiting:
                 yield waiting[0][0], waiting.popleft()[1].result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            end_all()
+            end_processes()
             raise
 
 
-def begin(work: Callable[..., Any], count: int) -> None:
-    """Start so many processes for this work, which are ready once this one has loaded what it needs itself."""
+def start_processes(work: Callable[..., Any], count: int) -> None:
+    """Start `count` processes and let them load this work, while this process loads what it needs itself."""
     while len(_idle) < count:
         process = _Process()
         process.pipe.send((work, ()))
@@ -102,8 +102,8 @@ def begin(work: Callable[..., Any], count: int) -> None:
 
 
 @atexit.register
-def end_all() -> None:
-    """At once, whatever they are at."""
+def end_processes() -> None:
+    """At once, whatever they do."""
     for process in list(_processes):
         process.stop()
     with contextlib.suppress(IndexError):
@@ -112,7 +112,7 @@ def end_all() -> None:
 
 
 class _Process:
-    """In a session of its own, which no Ctrl-C reaches; it ends where the other end of its pipe is closed."""
+    """In a session of its own, which no Ctrl-C reaches. It ends when the other end of its pipe closes."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -134,7 +134,7 @@ class _Process:
         self._process.kill()
 
     def end(self) -> int:
-        """Its exit status, once it has one."""
+        """Wait for it and give its exit status."""
         _processes.discard(self)
         self.pipe.close()
         return self._process.wait()
@@ -154,10 +154,10 @@ def _idle_or_new() -> _Process:
 
 
 def serve(descriptor: int) -> None:
-    """The process's own side."""
-    decode.limit_memory(total_bytes(), os.cpu_count() or 1)  # half of the memory, for a process a core
-    decode.is_apart = True
-    with contextlib.suppress(OSError):  # where memory runs out, it is the one to go
+    """What the isolated process runs."""
+    decode.limit_memory(total_bytes(), os.cpu_count() or 1)  # half of the memory, for one process a core
+    decode.is_isolated = True
+    with contextlib.suppress(OSError):  # when memory runs out, the system ends this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
     with Connection(descriptor) as pipe:
@@ -178,6 +178,6 @@ def serve(descriptor: int) -> None:
 
 def _end_with_parent(descriptor: int) -> None:
     ends = select.poll()
-    ends.register(descriptor, 0)  # of which the end is told in any case
+    ends.register(descriptor, 0)  # poll tells of a closed pipe in any case
     ends.poll()
     os._exit(1)

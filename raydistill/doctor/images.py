@@ -18,9 +18,9 @@ from PIL import Image
 
 from raydistill.cluster.plan import num_cores
 from raydistill.config import Images, RunConfig
-from raydistill.data.chunks import Seen, looked_at
+from raydistill.data.chunks import Inspection, inspect_chunk
 from raydistill.data.decode import NOTES, Facts
-from raydistill.data.isolation import Killed, begin, many_apart
+from raydistill.data.isolation import Killed, map_isolated, start_processes
 from raydistill.data.likeness import near_pairs
 from raydistill.data.sources.listing import Entry, Listing, entry_name, list_images
 from raydistill.errors import DataError
@@ -82,7 +82,7 @@ class Look:
 def check_images(config: RunConfig, progress: Progress, strict: bool = False) -> Checkup:
     """Look at every image. `strict`: the first that cannot be used ends the look. An interruption ends it too: what was
     seen by then is in the checkup, which says so."""
-    begin(looked_at, num_cores())
+    start_processes(inspect_chunk, num_cores())
     try:
         listing = list_images(config.images)
     except DataError as error:
@@ -111,10 +111,10 @@ def check_images(config: RunConfig, progress: Progress, strict: bool = False) ->
 
 def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
     """In the entries' order, as many at once as there are cores; what is held does not grow with their number."""
-    with closing(many_apart(partial(looked_at, images=images), chunks(entries, images), num_cores())) as every:
+    with closing(map_isolated(partial(inspect_chunk, images=images), chunks(entries, images), num_cores())) as every:
         for chunk, found in every:
             for (index, _, _), seen in zip(chunk, found, strict=True):
-                told = Seen(seen) if isinstance(seen, Killed) else seen
+                told = Inspection(seen) if isinstance(seen, Killed) else seen
                 yield Look(Decoded(entries[index], told.id, told.reason), told.facts, told.hash, told.contrast)
 
 

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from raydistill.cluster.plan import num_cores
 from raydistill.config import RunConfig, Teacher
-from raydistill.data.chunks import decoded_rows
+from raydistill.data.chunks import decode_chunk
 from raydistill.data.decode import pixels
-from raydistill.data.isolation import Killed, many_apart
+from raydistill.data.isolation import Killed, map_isolated
 from raydistill.data.sample import seeded_rank
 from raydistill.data.sources.listing import Entry, list_images
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
@@ -86,8 +86,8 @@ def _decode(config: RunConfig, entries: list[Entry], classes: Sequence[str]) -> 
     """(N, H, H, 3) uint8 and (N,) class numbers of those that can be read. Raises DataError where none can."""
     entries, images, labels = sorted(entries, key=lambda e: (e.path, e.row or 0)), [], []
     settings = config.images
-    work = partial(decoded_rows, images=settings)
-    for _, found in many_apart(work, chunks(entries, settings), num_cores()):
+    work = partial(decode_chunk, images=settings)
+    for _, found in map_isolated(work, chunks(entries, settings), num_cores()):
         for one in found:
             if not isinstance(one, Killed) and one["image"]:  # of the others `check` has said why
                 images.append(pixels(one["image"]))

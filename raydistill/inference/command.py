@@ -13,7 +13,7 @@ from raydistill.cluster.plan import num_cores
 from raydistill.cluster.session import joined_cluster
 from raydistill.config import RunConfig
 from raydistill.data.decode import working_images
-from raydistill.data.isolation import begin
+from raydistill.data.isolation import start_processes
 from raydistill.errors import DataError
 from raydistill.inference.predict import (
     LARGE,
@@ -46,7 +46,7 @@ def predict_command(
     classes, ignored = about["classes"], Counter[str]()
     units = without_first(find_units(pictures, ignored), skip)
     count = sum(number for _, _, number in units)
-    begin(working_images, min(num_cores(), count))
+    start_processes(working_images, min(num_cores(), count))
     console = plain_console(stderr=True)
     for what, number in ignored.items():
         console.print(f"ignored: {number} {what}", markup=False, soft_wrap=True)
@@ -102,7 +102,7 @@ def serve_command(
     from raydistill.inference.serve import make_app
 
     about, own = check_export(folder, engine), own_names(sockets, host)
-    begin(working_images, num_cores())
+    start_processes(working_images, num_cores())
     predictor = Predictor(folder, cast(Engine, engine))
     title = f"{about['model']}, {len(predictor.classes)} classes"
     app = make_app(predictor, title, most_bytes, most_pixels, window_seconds, own, allowed)

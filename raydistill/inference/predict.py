@@ -24,7 +24,7 @@ from scipy.special import softmax
 
 from raydistill.cluster.plan import num_cores
 from raydistill.data.decode import working_images
-from raydistill.data.isolation import apart, many_apart
+from raydistill.data.isolation import map_isolated, run_isolated
 from raydistill.data.sources.containers import EXTENSIONS, SUFFIXES, count_rows
 from raydistill.data.sources.folders import files_below
 from raydistill.data.sources.listing import is_hidden
@@ -73,10 +73,10 @@ class Predictor:
             self._run = onnx_run(Path(folder, "model.onnx"), threads)
 
     def working_image(self, data: bytes, most_pixels: int | None = None) -> np.ndarray:
-        """(H, H, 3) uint8, as `prepare` makes it, of no more pixels than training allowed; made in a process apart.
+        """(H, H, 3) uint8, as `prepare` makes it, of no more pixels than training allowed; made in an isolated process.
         Raises DataError."""
         limit = min(self._image["max_pixels"], most_pixels or self._image["max_pixels"])
-        (image,) = apart(partial(self._decode, max_pixels=limit), [data])
+        (image,) = run_isolated(partial(self._decode, max_pixels=limit), [data])
         if isinstance(image, str):
             raise DataError(image)
         return image
@@ -94,7 +94,7 @@ class Predictor:
         for part in _together(pictures, self.most_together):
             cores = num_cores()
             files = _chunks((data or b"" for _, data, _ in part), max(1, len(part) // (4 * cores)))
-            made = [image for _, some in many_apart(self._decode, files, cores) for image in some]
+            made = [image for _, some in map_isolated(self._decode, files, cores) for image in some]
             images = [image for image in made if not isinstance(image, str)]
             found = iter(self.probabilities(np.stack(images)) if images else ())
             for (name, _, reason), image in zip(part, made, strict=True):

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,8 @@ from PIL import Image
 from rich.table import Table
 
 from raydistill.config import Images, RunConfig
-from raydistill.data.chunks import decoded_rows
+from raydistill.data.chunks import decode_isolated
 from raydistill.data.decode import pixels
-from raydistill.data.isolation import Killed, apart
 from raydistill.data.sources.listing import Entry, entry_name, list_images
 from raydistill.errors import ConfigError
 from raydistill.secrets import on_page, redacted_tree
@@ -84,8 +82,8 @@ def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[s
         if entry is None:
             continue
         small = images.model_copy(update={"size": _THUMBNAIL, "fit": "pad"})
-        for one in apart(partial(decoded_rows, images=small), [(0, entry.path, entry.row)]):
-            if not isinstance(one, Killed) and one["image"]:
+        for one in decode_isolated([(0, entry.path, entry.row)], small):
+            if one["image"]:
                 sink = io.BytesIO()
                 Image.fromarray(pixels(one["image"])).save(sink, "JPEG", quality=80)
                 found.append("data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode())

@@ -12,7 +12,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,7 @@ from pyarrow import parquet as pq
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import SHARD_BYTES, Images, RunConfig
-from raydistill.data.chunks import Place, decoded_rows, row_of
-from raydistill.data.isolation import Killed, apart
+from raydistill.data.chunks import Chunk, decode_isolated
 from raydistill.data.sample import (
     SPLITS,
     SampleSet,
@@ -48,7 +46,6 @@ from raydistill.strangers import written
 # Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
 _TRIED = 32  # decoded to tell how large all will be
-Chunk = list[Place]
 
 _DECODED = pa.schema(
     [
@@ -132,7 +129,7 @@ def _refuse_small_disk(config: RunConfig, listing: Listing, together: Mapping[st
     if 2 * len(entries) * images.size**2 * 3 <= free_bytes(config):
         return
     some = entries[:: max(len(entries) // _TRIED, 1)]
-    sizes = [len(found["image"]) for chunk in chunks(some, images) for found in _rows_apart(chunk, images)]
+    sizes = [len(found["image"]) for chunk in chunks(some, images) for found in decode_isolated(chunk, images)]
     count = len(entries) + sum(len(chunk) for file, chunk in together.items() if not exists(file))
     what = f"prepare: {len(entries):,} images of {images.size} pixels, decoded and then in shards,"
     refuse_small_disk(config, what, count * sum(sizes) / len(sizes), "lower images.size, choose another workspace")
@@ -165,20 +162,12 @@ class _DecodeChunk:
             if is_whole and not any(reason.startswith(UNREADABLE) for reason in values(known["reason"])):
                 return known
         with trying(self._tries, f"{len(chunk)} images, {written(chunk[0][1])} the first"):
-            rows = _rows_apart(chunk, self._images)
+            rows = decode_isolated(chunk, self._images)
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="none", use_dictionary=False)  # PNGs are compressed
         write_bytes(file, sink.getvalue().to_pybytes())
         return table.drop_columns(["image"])
-
-
-def _rows_apart(chunk: Chunk, images: Images) -> list[dict[str, Any]]:
-    found = apart(partial(decoded_rows, images=images), chunk)
-    return [
-        row_of(place[0], reason=one) if isinstance(one, Killed) else one
-        for place, one in zip(chunk, found, strict=True)
-    ]
 
 
 def refuse_too_many_bad(images: Images, bad: Sequence[Decoded], seen: int, total: int) -> None:

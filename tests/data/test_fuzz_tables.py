@@ -22,6 +22,7 @@ from raydistill.data.sources.listing import list_images
 from raydistill.errors import CheckpointError, DataError
 from raydistill.storage.tables import read_table
 from tests.data.test_fuzz import mutated
+from tests.image_files import tar_of
 
 MOST_SECONDS, RNG = 10, np.random.default_rng(0)
 PLAIN = pa.table({
@@ -44,15 +45,7 @@ def arrow(table: pa.Table, make: Callable, compression: str | None = None) -> by
     return sink.getvalue()
 
 
-def tar(kind: int) -> bytes:
-    with tarfile.open(fileobj=(sink := io.BytesIO()), mode="w", format=kind) as archive:
-        for name, data in (
-            pair for k in range(5) for pair in ((f"{k}.png", RNG.bytes(50)), (f"{k}" * 120 + ".cls", b"a"))
-        ):
-            member = tarfile.TarInfo(name)
-            member.size, member.pax_headers = len(data), {"comment": "é" * 20}
-            archive.addfile(member, io.BytesIO(data))
-    return sink.getvalue()
+MEMBERS = {name: data for k in range(5) for name, data in ((f"{k}.png", RNG.bytes(50)), (f"{k}" * 120 + ".cls", b"a"))}
 
 
 ORIGINALS = {
@@ -64,7 +57,7 @@ ORIGINALS = {
         arrow(PLAIN, pa.ipc.new_stream), arrow(STRUCTS, pa.ipc.new_file), arrow(PLAIN, pa.ipc.new_file, "lz4"),
         arrow(STRUCTS, pa.ipc.new_stream, "zstd"),
     ],
-    "tar": [tar(tarfile.PAX_FORMAT), tar(tarfile.GNU_FORMAT)],
+    "tar": [tar_of(MEMBERS, "é" * 20, kind) for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)],
     "csv": [
         b"path,label,split\r\n" + b'a.png,x,train\r\n"b, ""c"".png",y,\r\nhttps://a/b,x,\r\n' * 20,
         b"label,path\n" + b"a,b\nc,d\n" * 30,
@@ -120,9 +113,8 @@ def unparsed(kind: int, value: Any) -> bytes:
     if kind == 8:
         return bytes_of(len(value), False) + value
     if kind == 9:
-        return (
-            bytes([240 | value[0]]) + bytes_of(len(value[1]), False) + b"".join(unparsed(value[0], v) for v in value[1])
-        )
+        inner = b"".join(unparsed(value[0], v) for v in value[1])
+        return bytes([240 | value[0]]) + bytes_of(len(value[1]), False) + inner
     return b"".join(bytes([own]) + bytes_of(n) + unparsed(own, v) for n, own, v in value) + b"\0" * (kind == 12)
 
 
@@ -153,9 +145,8 @@ def mutated_footer(data: bytes, others: list[bytes], rng: np.random.Generator) -
             extremes = [0, -1, 2**31 - 1, -(2**31), 2**31, 2**63 - 1, -(2**63), 2**70, len(data), value * 1000]
             part[-1] = value + step if step else extremes[int(rng.integers(0, len(extremes)))]
         elif kind == 8:
-            part[-1] = [b"", value[:-1], value * 2, value * 100, b"\xff\0", rng.bytes(len(value))][
-                int(rng.integers(0, 6))
-            ]
+            texts = [b"", value[:-1], value * 2, value * 100, b"\xff\0", rng.bytes(len(value))]
+            part[-1] = texts[int(rng.integers(0, len(texts)))]
         elif kind == 9 and value[1]:
             at = int(rng.integers(0, len(value[1])))
             value[1][at : at + 1] = [copy.deepcopy(value[1][at]) for _ in range(int(rng.choice([0, 2, 2, 1000])))]

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image, features
 
 from raydistill.data.decode import working_images
-from raydistill.data.isolation import Killed, apart, end_all, many_apart
+from raydistill.data.isolation import Killed, end_processes, map_isolated, run_isolated
 from raydistill.errors import StageError
 
 
@@ -47,7 +47,7 @@ def pids(items: Sequence[float]) -> Iterator[int]:
 
 def test_of_many_those_that_kill_are_named_and_the_others_have_results():
     dies: dict[int, int] = {1: signal.SIGSEGV, 2: signal.SIGABRT, 4: signal.SIGKILL}
-    found = apart(partial(squares, dies=dies), range(6))
+    found = run_isolated(partial(squares, dies=dies), range(6))
     assert [None if isinstance(one, Killed) else one for one in found] == [0, None, None, 9, None, 25]
     assert ["SIGSEGV" in found[1], "SIGABRT" in found[2], "SIGKILL; memory may" in found[4]] == [True] * 3
 
@@ -55,31 +55,31 @@ def test_of_many_those_that_kill_are_named_and_the_others_have_results():
 def test_what_was_killed_once_by_somebody_else_has_its_result(tmp_path):
     for items in ([0, 1, 2], [1]):
         work = partial(squares, dies={1: signal.SIGKILL}, once=str(tmp_path / f"once{len(items)}"))
-        assert apart(work, items) == [item * item for item in items]
-    (idle,) = set(apart(pids, [0]))
+        assert run_isolated(work, items) == [item * item for item in items]
+    (idle,) = set(run_isolated(pids, [0]))
     os.kill(idle, signal.SIGKILL)
-    assert apart(pids, [0, 0])[0] != idle
+    assert run_isolated(pids, [0, 0])[0] != idle
 
 
 def test_other_ends_and_exceptions_are_no_killers():
     with pytest.raises(StageError, match="at work on 2 items, 0 the first, ended with 3"):
-        apart(partial(squares, ends=1), [0, 1])
+        run_isolated(partial(squares, ends=1), [0, 1])
     with pytest.raises(ValueError, match="-2 is negative"):
-        apart(squares, [1, -2])
-    assert apart(squares, []) == []
-    assert apart(squares, [3]) == [9], "the process whose work went wrong has the next"
+        run_isolated(squares, [1, -2])
+    assert run_isolated(squares, []) == []
+    assert run_isolated(squares, [3]) == [9], "the process whose work went wrong has the next"
 
 
 def test_processes_outlive_their_work_and_parts_come_in_order():
     parts = [[k, k + 1] for k in range(0, 40, 2)]
-    assert list(many_apart(squares, parts, 3)) == [(part, [k * k for k in part]) for part in parts]
-    used = {pid for _, found in many_apart(pids, [[0.0]] * 20, 2) for pid in found}
-    assert used & {pid for _, found in many_apart(pids, [[0.0]] * 20, 2) for pid in found}
+    assert list(map_isolated(squares, parts, 3)) == [(part, [k * k for k in part]) for part in parts]
+    used = {pid for _, found in map_isolated(pids, [[0.0]] * 20, 2) for pid in found}
+    assert used & {pid for _, found in map_isolated(pids, [[0.0]] * 20, 2) for pid in found}
     assert len(used) <= 3
 
 
 def test_work_that_is_left_is_ended():
-    began, many = time.monotonic(), many_apart(pids, [[0.0], [60.0], [60.0], [60.0]], 2)
+    began, many = time.monotonic(), map_isolated(pids, [[0.0], [60.0], [60.0], [60.0]], 2)
     next(many)
     many.close()
     assert time.monotonic() - began < 10
@@ -91,11 +91,11 @@ def test_processes_at_work_end_with_their_command(number, code):
     script = """if True:
         import time
         from raydistill.runtime import interrupts
-        from raydistill.data.isolation import many_apart
+        from raydistill.data.isolation import map_isolated
         from tests.data.test_isolation import pids
         interrupts.begin()
         try:
-            for _, found in many_apart(pids, [[0.0], [0.0], [0.0], [60.0], [60.0], [60.0]], 2):
+            for _, found in map_isolated(pids, [[0.0], [0.0], [0.0], [60.0], [60.0], [60.0]], 2):
                 print(*found, flush=True)
         finally:
             interrupts.leave(0)
@@ -121,7 +121,7 @@ def test_an_avif_larger_than_its_header_says_finds_no_memory():
     data = sink.getvalue()
     size = data.index(b"ispe") + 8
     false = data[:size] + struct.pack(">II", 64, 64) + data[size + 8 :]
-    end_all()  # what another picture has left behind may be used
-    bad, good = apart(partial(working_images, size=32, fit="crop", max_pixels=10**8), [false, data])
+    end_processes()  # what another picture has left behind may be used
+    bad, good = run_isolated(partial(working_images, size=32, fit="crop", max_pixels=10**8), [false, data])
     assert np.abs(good.astype(int) - np.asarray(whole.resize((32, 32), box=(500, 0, 4500, 4000)))).mean() < 10
     assert "cannot be decoded" in bad

@@ -1,21 +1,18 @@
 """What labels mean, in every kind of file alike, and which names are one class."""
 
-import io
 import json
-import tarfile
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from pyarrow import feather
-from pyarrow import parquet as pq
 
 from raydistill.config import Images
 from raydistill.data.labels import label_of
 from raydistill.data.sources.listing import Listing, list_images
 from raydistill.errors import DataError
+from tests.image_files import write_table, write_tar
 
 
 def listed(path: Path, **options: object) -> Listing:
@@ -33,22 +30,10 @@ def write(path: Path, labels: list) -> Path:
         rows = [{"path": f"{k}.png", "label": label} for k, label in enumerate(labels)]
         path.write_text("\n".join(map(json.dumps, rows)))
     elif path.suffix == ".tar":
-        with tarfile.open(path, "w") as archive:
-            for k, label in enumerate(labels):
-                beside = json.dumps({"label": label}).encode()
-                for name, data in ((f"{k}.png", images[k]), (f"{k}.json", beside)):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
+        beside = {f"{k}.json": json.dumps({"label": label}).encode() for k, label in enumerate(labels)}
+        write_tar(path, beside | {f"{k}.png": data for k, data in enumerate(images)})
     else:
-        table = pa.table({"image": images, "label": labels})
-        if path.suffix == ".parquet":
-            pq.write_table(table, path)
-        elif path.suffix == ".feather":
-            feather.write_feather(table, path)
-        else:
-            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-                writer.write_table(table)
+        write_table(path, pa.table({"image": images, "label": labels}))
     return path
 
 

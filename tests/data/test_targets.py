@@ -70,16 +70,15 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> TrainSplit:
     number = 0
     for shard, count in enumerate(ROWS):
         numbers = range(number, number + count)
-        rows = pa.table(
-            {
-                "sample_id": [ids(99)[n] for n in numbers],
-                "image": [encode(Image.fromarray(picture_of(n))) for n in numbers],
-                "label": [label_of(n) for n in numbers],
-                "source": ["real"] * count,
-                "split": ["train"] * count,
-            },
-            schema=SCHEMA,
-        )
+        images = [encode(Image.fromarray(picture_of(n))) for n in numbers]
+        columns = [
+            ids(99)[number : number + count],
+            images,
+            map(label_of, numbers),
+            ["real"] * count,
+            ["train"] * count,
+        ]
+        rows = pa.table(dict(zip(SCHEMA.names, map(list, columns), strict=True)), schema=SCHEMA)
         (tmp_path / f"{shard_name('train', shard)}.parquet").write_bytes(encode_shard(rows))
         names = rows["sample_id"].to_pylist()
         features = np.array([[features_of(name, view) for name in names] for view in range(VIEWS)], np.float16)
@@ -133,10 +132,8 @@ def test_memory_and_stream_give_the_same_batches(split, share, batch_size, seed,
     memory, stream = InMemory(split, 1), Streamed(split, 1)
     for visits in some_visits(split, 4, batch_size, share, seed):
         for first, second in zip(memory.gather(visits).arrays(), stream.gather(visits).arrays(), strict=True):
-            if first is None or second is None:
-                assert first is None
-                assert second is None
-            else:
+            assert (first is None) == (second is None)
+            if first is not None:
                 np.testing.assert_array_equal(first, second)
                 assert first.dtype == second.dtype
 
@@ -254,13 +251,9 @@ def test_targets_are_read_by_split_and_shard(split):
 
 
 @given(
-    views=st.integers(1, 4),
-    rows=st.integers(0, 6),
-    features=st.integers(1, 7),
-    order=st.permutations(range(3)),
-    backwards=st.booleans(),
-    kind=st.sampled_from([np.float16, np.float32, np.float64]),
-)
+    views=st.integers(1, 4), rows=st.integers(0, 6), features=st.integers(1, 7), order=st.permutations(range(3)),
+    backwards=st.booleans(), kind=st.sampled_from([np.float16, np.float32, np.float64]),
+)  # fmt: skip
 def test_targets_come_back_as_they_were_however_they_lie_in_memory(views, rows, features, order, backwards, kind):
     values = np.random.default_rng(0).normal(size=(views, rows, features)).astype(np.float16).astype(kind)
     stored_order = np.ascontiguousarray(values.transpose(order))

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from raydistill.cli.commands import app
 from raydistill.config import load_config
-from raydistill.data.isolation import end_all
+from raydistill.data.isolation import end_processes
 from raydistill.data.sources.listing import list_images
 from raydistill.doctor import images as checks
 from raydistill.doctor.images import Checkup, Finding, check_images
@@ -328,9 +328,9 @@ def two_bad(folder, deadly, monkeypatch) -> Iterator[Path]:
     (folder / "dog" / "03.png").write_bytes((folder / "dog" / "03.png").read_bytes() + b"segfault")
     (folder / "cat" / "05.png").write_bytes((folder / "cat" / "05.png").read_bytes() + b"killed")
     monkeypatch.setenv("PYTHONPATH", str(deadly), prepend=os.pathsep)
-    end_all()
+    end_processes()
     yield folder
-    end_all()
+    end_processes()
 
 
 def test_an_image_that_kills_its_process_is_refused_by_name(check, two_bad, tmp_path):

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from starlette.testclient import TestClient
 
 from raydistill.data.decode import decode, encode, pixels
-from raydistill.data.isolation import end_all
+from raydistill.data.isolation import end_processes
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import CheckpointError, ConfigError, DataError
 from raydistill.inference.command import predict_command
@@ -300,9 +300,9 @@ def deadly(tmp_path, monkeypatch) -> Iterator[None]:
         "Image.open = dies\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fault"), prepend=os.pathsep)
-    end_all()
+    end_processes()
     yield
-    end_all()
+    end_processes()
 
 
 def test_a_picture_that_kills_its_process_takes_no_other_along(exported, pictures, deadly):

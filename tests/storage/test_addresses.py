@@ -69,21 +69,16 @@ def test_a_tables_own_host_is_asked_wherever_it_is(server):
     assert read_address(f"http://{server}/picture", f"http://{server}/t.csv", 100) == b"some bytes"
     assert read_address(f"http://{server}/away", f"http://{server}/t.csv", 100) == b"some bytes"
     listing = list_images(Images(path=f"http://{server}/sets/t.csv"))
-    assert [entry.path for entry in listing.entries] == [
-        f"http://{server}/sets/picture",
-        f"http://{server}/sets/sub/picture",
-    ]
+    assert [entry.path for entry in listing.entries] == [f"http://{server}/sets/{p}picture" for p in ("", "sub/")]
+
+
+OTHER_KINDS = ("ftp", "sftp", "github", "memory", "nothing", "reference")
 
 
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("ftp://example.org/a.png", "an address of ftp is not read"),
-        ("sftp://example.org/a.png", "an address of sftp is not read"),
-        ("github://a:b@/c.png", "an address of github is not read"),
-        ("memory://a.png", "an address of memory is not read"),
-        ("nothing://a.png", "an address of nothing is not read"),
-        ("reference://a.png", "an address of reference is not read"),
+        *[(f"{kind}://example.org/a.png", f"an address of {kind} is not read") for kind in OTHER_KINDS],
         ("https://[::1/a.png", "it is no address"),
         ("s3://a]/b.png", "it is no address"),
         ("https:///a.png", "it is no address"),

@@ -135,9 +135,8 @@ def test_damaged_checkpoints_are_passed_over_and_damaged_leases_end_nothing(tmp_
     make(Path(directory.path, "lease-000001"), damage)
     Path(directory.path, "lease-000002").write_text(json.dumps({"id": "a", "process": "x", "released": True}))
     (Path(directory.path) / f"lease-{'9' * 5000}"[:200]).touch()
-    Path(directory.path, "lease-000003").write_text(
-        json.dumps({"id": "a", "process": "host - 1 2", "beats": 1, "released": True})
-    )
+    released = {"id": "a", "process": "host - 1 2", "beats": 1, "released": True}
+    Path(directory.path, "lease-000003").write_text(json.dumps(released))
     with held(directory, lambda line: None) as is_to_do:
         assert is_to_do
 
@@ -147,14 +146,7 @@ def test_the_samples_of_generated_images_lie_where_the_marker_does(tmp_path: Pat
         "path": "/home/ann/.ssh", "classes": ["a"], "size": 8, "shards": {"train": [1]}, "num_labelled": {"train": 1},
         "num_refused": 0, "ids": {"train": "i"}, "labels": {"train": "l"},
     }  # fmt: skip
-    done = {
-        "samples": samples,
-        "wanted": {"a": 1},
-        "kept": {"a": 1},
-        "missing": {},
-        "rejected": {},
-        "actor_seconds": 1.0,
-    }
+    done = {"wanted": {"a": 1}, "kept": {"a": 1}, "missing": {}, "rejected": {}, "actor_seconds": 1.0}
     for told in (samples, {name: value for name, value in samples.items() if name != "path"}):  # today's, and before
         found = generated_from_json({**done, "samples": told, "path": "/elsewhere"}, str(tmp_path))
         assert dataclasses.asdict(found)["samples"]["path"] == str(tmp_path)

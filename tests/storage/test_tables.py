@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import errno
-import io
 import math
 import os
 import pickle
@@ -23,9 +22,10 @@ from pyarrow.parquet import encryption
 
 from raydistill.data.sources.containers import count_rows, list_rows, next_part, read_rows
 from raydistill.errors import CheckpointError, DataError
-from raydistill.storage import filesystems, headers
-from raydistill.storage.tables import open_table, read_table, rows_of
+from raydistill.storage import filesystems
+from raydistill.storage.tables import open_table, parquet_headers, read_table, rows_of
 from raydistill.storage.tables import values as values_of
+from tests.image_files import write_table
 
 
 class Payload:
@@ -61,16 +61,6 @@ def registered():
     pa.unregister_extension_type("tests.pickled")
 
 
-def save(path: Path, table: pa.Table) -> Path:
-    if path.suffix == ".parquet":
-        pq.write_table(table, path)
-        return path
-    make = pa.ipc.new_file if path.name.startswith("file") else pa.ipc.new_stream
-    with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema) as writer:
-        writer.write_table(table)
-    return path
-
-
 @pytest.mark.parametrize("column", ["image", "label", "split", "other"])
 @pytest.mark.parametrize("name", ["t.parquet", "file.arrow", "stream.arrow", "file.feather"])
 @pytest.mark.parametrize("nested", [False, True])
@@ -80,13 +70,10 @@ def test_an_extension_type_is_refused_before_anything_is_made_of_it(tmp_path, re
     plain = {"image": [b"1", b"2"], "label": ["a", "b"], "split": ["train", "val"]}
     made = pa.StructArray.from_arrays([values], names=["bytes"]) if nested else values
     where = f"{column}.bytes" if nested else column
-    path = save(tmp_path / name, pa.table({**plain, column: made}))
+    path = write_table(tmp_path / name, pa.table({**plain, column: made}))
     for read in (lambda: open_table(str(path)).__enter__(), lambda: count_rows(str(path))):
-        with pytest.raises(
-            DataError, match=f"{name}: the column {where} is of the extension type tests.pickled"
-        ) as refused:
+        with pytest.raises(DataError, match=f"^.*{name}: the column {where} is of the extension type tests.pickled.*$"):
             read()
-        assert "\n" not in str(refused.value)
     assert not marker.exists()
 
 
@@ -118,15 +105,13 @@ list_images(Images(path={str(tmp_path / "t.parquet")!r}))
 def test_offsets_that_point_elsewhere_are_refused(tmp_path):
     """Read as they are, they show what else is in the process's memory as a class's name, or end it."""
     column = pa.array(["a" * 8, "b" * 8] * 15)
-    batch = pa.record_batch({"image": [b"1"] * 30, "label": column})
-    with pa.ipc.new_stream(sink := io.BytesIO(), batch.schema) as writer:
-        writer.write_batch(batch)
+    path = write_table(tmp_path / "t.arrow", pa.table({"image": [b"1"] * 30, "label": column}))
     good = column.buffers()[1].to_pybytes()[:124]
     bad = np.frombuffer(good, np.int32).copy()
     bad[30] += 4096
-    path = tmp_path / "t.arrow"
-    path.write_bytes(sink.getvalue().replace(good, bad.tobytes()))
-    assert path.read_bytes() != sink.getvalue()
+    whole = path.read_bytes()
+    assert good in whole
+    path.write_bytes(whole.replace(good, bad.tobytes()))
     with pytest.raises(DataError, match="damaged"):
         list(list_rows(str(path), Counter(), Counter()))
 
@@ -141,7 +126,7 @@ def test_offsets_that_point_elsewhere_are_refused(tmp_path):
     ],
 )
 def test_an_image_column_of_another_type_is_refused_with_the_way_out(tmp_path, image, reason):
-    path = save(tmp_path / "t.parquet", pa.table({"image": image, "label": ["a", "b"]}))
+    path = write_table(tmp_path / "t.parquet", pa.table({"image": image, "label": ["a", "b"]}))
     with pytest.raises(DataError, match=reason):
         count_rows(str(path))
 
@@ -149,7 +134,7 @@ def test_an_image_column_of_another_type_is_refused_with_the_way_out(tmp_path, i
 def test_columns_of_one_name_and_old_feather_are_refused(tmp_path):
     twice = pa.Table.from_arrays([pa.array([b"1"]), pa.array(["a"]), pa.array(["b"])], ["image", "label", "label"])
     with pytest.raises(DataError, match="several columns label"):
-        count_rows(str(save(tmp_path / "t.parquet", twice)))
+        count_rows(str(write_table(tmp_path / "t.parquet", twice)))
     (tmp_path / "t.feather").write_bytes(b"FEA1" + bytes(64))
     with pytest.raises(DataError, match="feather's first version"):
         count_rows(str(tmp_path / "t.feather"))
@@ -171,7 +156,7 @@ def test_a_column_of_a_few_bytes_that_unpacks_to_many_is_refused_by_its_headers(
 def test_one_long_label_that_many_rows_share_is_refused_before_they_have_it(tmp_path, name):
     label = pa.array(["x" * (4 << 20)]).dictionary_encode()
     labels = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), label.dictionary)
-    path = save(tmp_path / name, pa.table({"image": pa.array([b""] * 5000), "label": labels}))
+    path = write_table(tmp_path / name, pa.table({"image": pa.array([b""] * 5000), "label": labels}))
     with pytest.raises(DataError, match=rf"{name}: the column label holds 4,194,304 bytes in one row"):
         list(list_rows(str(path), Counter(), Counter()))  # 20 GB, if each had its own
 
@@ -186,7 +171,7 @@ def test_an_extension_type_is_found_at_every_depth(tmp_path, registered, name, s
         "list": lambda: pa.ListArray.from_arrays([0, 1, 2], values),
         "map": lambda: pa.MapArray.from_arrays([0, 1, 2], ["x", "y"], values),
     }[shape]()
-    path = save(tmp_path / name, pa.table({"image": [b"1", b"2"], "other": made}))
+    path = write_table(tmp_path / name, pa.table({"image": [b"1", b"2"], "other": made}))
     with pytest.raises(DataError, match=r"the column other\..* is of the extension type tests"):
         count_rows(str(path))
     assert not marker.exists()
@@ -195,15 +180,15 @@ def test_an_extension_type_is_found_at_every_depth(tmp_path, registered, name, s
 def test_a_file_of_ours_holds_what_ours_hold_and_nothing_that_runs(tmp_path, registered):
     schema = pa.schema([("id", pa.string()), ("n", pa.int32())])
     good = pa.table({"id": ["a", "b"], "n": pa.array([1, None], pa.int32()), "more": [[1], [2]]})
-    path = str(save(tmp_path / "t.parquet", good))
+    path = str(write_table(tmp_path / "t.parquet", good))
     assert rows_of(read_table(path, schema)) == [{"id": "a", "n": 1}, {"id": "b", "n": None}]
     marker = tmp_path / "ran"
     pickled = pa.ExtensionArray.from_storage(Pickled(str(marker)), pa.array([b"1", b"2"]))
     for at, column in ((0, pickled), (2, pickled), (1, pa.array(["1", "2"])), (0, pa.array([1, 2]))):
-        save(tmp_path / "t.parquet", good.set_column(at, good.schema.names[at], column))
+        write_table(tmp_path / "t.parquet", good.set_column(at, good.schema.names[at], column))
         with pytest.raises(CheckpointError, match=r"t\.parquet is damaged \(.*(id|more|n)\b.*delete it and run"):
             read_table(path, schema)
-    save(tmp_path / "t.parquet", good.drop_columns("n"))
+    write_table(tmp_path / "t.parquet", good.drop_columns("n"))
     with pytest.raises(CheckpointError, match="no column n of the type int32"):
         read_table(path, schema)
     with pytest.raises(FileNotFoundError):
@@ -235,7 +220,7 @@ def test_a_decimal_of_no_such_scale_is_refused(tmp_path):
     """Arrow's own message names a class of Python's."""
     kind = pa.decimal128(5, 2_000_000_000)
     label = pa.Array.from_buffers(kind, 2, pa.array([1, 2], pa.decimal128(5, 0)).buffers())
-    path = save(tmp_path / "t.arrow", pa.table({"image": [b"1", b"2"], "label": label}))
+    path = write_table(tmp_path / "t.arrow", pa.table({"image": [b"1", b"2"], "label": label}))
     with pytest.raises(DataError, match="the column label holds decimal128"):
         list(list_rows(str(path), Counter(), Counter()))
 
@@ -243,7 +228,7 @@ def test_a_decimal_of_no_such_scale_is_refused(tmp_path):
 def test_very_many_columns_are_read_or_refused_soon(tmp_path):
     names = ["image", "label", *map(str, range(50_000))]
     table = pa.Table.from_arrays([pa.array([b"1"]), *[pa.array(["a"])] * 50_001], names)
-    assert count_rows(str(save(tmp_path / "t.arrow", table))) == 1
+    assert count_rows(str(write_table(tmp_path / "t.arrow", table))) == 1
     (tmp_path / "t.parquet").write_bytes(b"PAR1" + bytes(17 << 20) + (17 << 20).to_bytes(4, "little") + b"PAR1")
     with pytest.raises(DataError, match="a footer of 17,825,792 bytes"):
         count_rows(str(tmp_path / "t.parquet"))
@@ -276,19 +261,12 @@ def test_columns_nested_without_end_are_refused_before_arrow_follows_them(tmp_pa
 def test_a_footer_takes_no_more_than_it_has(footer, most_megabytes):
     tracemalloc.start()
     with contextlib.suppress(ValueError, EOFError, LookupError):
-        headers.footer(footer)
+        parquet_headers.footer(footer)
     assert tracemalloc.get_traced_memory()[1] < most_megabytes << 20
     tracemalloc.stop()
 
 
 BIG, NOISE = b"x" * (4 << 20), np.random.default_rng(0).bytes(4 << 20)
-
-
-def stream(path: Path, table: pa.Table, compression: str) -> None:
-    options = pa.ipc.IpcWriteOptions(compression=compression)
-    make = pa.ipc.new_file if path.name.startswith("file") else pa.ipc.new_stream
-    with pa.OSFile(str(path), "wb") as sink, make(sink, table.schema, options=options) as writer:
-        writer.write_table(table)
 
 
 def bombs(folder: Path) -> None:
@@ -310,10 +288,10 @@ def bombs(folder: Path) -> None:
     nulls = pa.table({"image": pa.nulls(10**7, pa.binary()), "label": pa.nulls(10**7, pa.string())})
     pq.write_table(nulls, folder / "nulls.parquet", row_group_size=10**7)
     for codec in ("lz4", "zstd"):
-        stream(folder / f"{codec}.arrow", big, codec)
-        stream(folder / f"file-{codec}.arrow", long, codec)
+        write_table(folder / f"{codec}.arrow", big, compression=codec)
+        write_table(folder / f"file-{codec}.arrow", long, compression=codec)
     ends = pa.RunEndEncodedArray.from_arrays(pa.array([2 * 10**9], pa.int32()), pa.array(["a"]))
-    save(folder / "ends.arrow", pa.table({"image": pa.nulls(2 * 10**9), "label": ends}))
+    write_table(folder / "ends.arrow", pa.table({"image": pa.nulls(2 * 10**9), "label": ends}))
     # Two good ones: large pictures in one row group, and one that is compressed as much as pictures are.
     rng = np.random.default_rng(1)
     large = pa.table({"image": [rng.bytes(400_000) for _ in range(800)], "label": ["a", "b"] * 400})
@@ -373,13 +351,8 @@ def test_a_file_of_many_parts_is_read_part_by_part_as_soon_as_at_once(tmp_path, 
     count = 2000 if name == "t.parquet" else 10_000
     labels = pa.array(["a", "b"] * (count // 2))
     table = pa.table({"image": [b"%d" % k for k in range(count)], "label": labels})
-    if name == "t.parquet":
-        pq.write_table(table, tmp_path / name, row_group_size=1)
-    else:
-        new = table.set_column(1, "label", labels.dictionary_encode()) if name == "dictionaries.arrow" else table
-        make = pa.ipc.new_file if name == "file.arrow" else pa.ipc.new_stream
-        with pa.OSFile(str(tmp_path / name), "wb") as sink, make(sink, new.schema) as writer:
-            writer.write_table(new, max_chunksize=1)
+    encoded = labels.dictionary_encode() if name == "dictionaries.arrow" else labels
+    write_table(tmp_path / name, table.set_column(1, "label", encoded), 1)
     path, some = str(tmp_path / name), range(0, count, 25)
     read = [found for first in some for found in read_rows(path, [first, first + 1])]
     assert read == [(k, b"%d" % k) for first in some for k in (first, first + 1)]
@@ -397,20 +370,18 @@ def test_a_column_in_very_many_pages_is_refused(tmp_path):
     assert [data for _, data in read_rows(str(tmp_path / "t.parquet"), [0, 19_999])] == [b"0", b"19999"]
 
 
-@pytest.mark.parametrize("make", [pa.ipc.new_file, pa.ipc.new_stream])
-def test_a_schema_of_any_length_is_refused(tmp_path, make):
+@pytest.mark.parametrize("name", ["file.arrow", "stream.arrow"])
+def test_a_schema_of_any_length_is_refused(tmp_path, name):
     table = pa.table({"image": [b"1"], "label": ["a"]}).replace_schema_metadata({"huggingface": "x" * (17 << 20)})
-    with pa.OSFile(str(tmp_path / "t.arrow"), "wb") as sink, make(sink, table.schema) as writer:
-        writer.write_table(table)
-    with pytest.raises(DataError, match=r"t\.arrow: .*17,8\d\d,\d\d\d bytes.*16,777,216"):
-        count_rows(str(tmp_path / "t.arrow"))
+    with pytest.raises(DataError, match=rf"{name}: .*17,8\d\d,\d\d\d bytes.*16,777,216"):
+        count_rows(str(write_table(tmp_path / name, table)))
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "file.arrow", "stream.arrow", "file.feather"])
 @pytest.mark.parametrize("kind", [pa.null(), pa.binary()])
 def test_millions_of_rows_without_pictures_are_refused_before_each_is(tmp_path, name, kind):
     labels = pa.DictionaryArray.from_arrays(pa.array(np.zeros(3 << 20, np.int8)), ["a"])
-    path = save(tmp_path / name, pa.table({"image": pa.nulls(3 << 20, kind), "label": labels}))
+    path = write_table(tmp_path / name, pa.table({"image": pa.nulls(3 << 20, kind), "label": labels}))
     for count in (count_rows, lambda path: next(list_rows(path, Counter(), Counter()))):
         with pytest.raises(DataError, match=r"3,145,728 rows from [\d,]+ bytes"):
             count(str(path))

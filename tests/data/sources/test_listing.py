@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,19 +11,18 @@ from collections import Counter
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from pyarrow import parquet
 
 from raydistill.config import Images
 from raydistill.data.sources import path_tables
 from raydistill.data.sources.listing import Listing, list_images, natural
 from raydistill.data.sources.reading import read_bytes_of
 from raydistill.errors import ConfigError, DataError
+from tests.image_files import picture, write_table
 
 
 def listed(path: Path | str, **options: object) -> Listing:
@@ -31,9 +31,8 @@ def listed(path: Path | str, **options: object) -> Listing:
 
 def facts(listing: Listing, root: Path) -> list[tuple[str, str | None, str | None]]:
     """(path below the root, label, split) of every entry."""
-    return sorted(
-        ((str(Path(e.path).relative_to(root)), e.label, e.split) for e in listing.entries), key=lambda fact: fact[0]
-    )
+    found = [(str(Path(e.path).relative_to(root)), e.label, e.split) for e in listing.entries]
+    return sorted(found, key=lambda fact: fact[0])
 
 
 def refusal(path: Path | str, **options: object) -> str:
@@ -59,12 +58,8 @@ def test_class_folders_without_splits(class_folders):
     root = class_folders({"cat": 2, "dog/small": 1, "dog": 1})
     listing = listed(root)
     assert listing.classes == ("cat", "dog")
-    assert facts(listing, root) == [
-        ("cat/0.png", "cat", None),
-        ("cat/1.png", "cat", None),
-        ("dog/0.png", "dog", None),
-        ("dog/small/0.png", "dog", None),
-    ]
+    expected = {"cat/0.png": "cat", "cat/1.png": "cat", "dog/0.png": "dog", "dog/small/0.png": "dog"}
+    assert facts(listing, root) == [(path, label, None) for path, label in expected.items()]
     assert listing.ignored == {}
     assert not listing.has_split("val")
 
@@ -77,13 +72,8 @@ def test_class_folders_in_splits(class_folders, train, val, test):
     root = class_folders({f"{train}/a": 1, f"{train}/b": 1, f"{val}/a": 1, f"{val}/b": 1, f"{test}/a": 1})
     listing = listed(root)
     assert listing.classes == ("a", "b")
-    assert {(label, split) for _, label, split in facts(listing, root)} == {
-        ("a", "train"),
-        ("b", "train"),
-        ("a", "val"),
-        ("b", "val"),
-        ("a", "test"),
-    }
+    expected = {(label, split) for label in "ab" for split in ("train", "val", "test")} - {("b", "test")}
+    assert {(label, split) for _, label, split in facts(listing, root)} == expected
     assert [listing.has_split(split) for split in ("train", "val", "test")] == [True, True, True]
 
 
@@ -96,17 +86,15 @@ def test_a_class_may_be_called_test_where_there_is_no_train_folder(class_folders
 
 @pytest.mark.parametrize("name", ["unlabelled", "unlabeled", "Unlabelled"])
 def test_unlabelled_folders_are_train_images_without_a_label(class_folders, name):
-    root = class_folders({"a": 1, "b": 1, name: 2})
-    assert [fact for fact in facts(listed(root), root) if fact[1] is None] == [
-        (f"{name}/0.png", None, "train"),
-        (f"{name}/1.png", None, "train"),
-    ]
-    inside = class_folders({"train/a": 1, "train/b": 1, f"train/{name}/deep": 1, f"{name}": 1}, "inside")
-    listing = listed(inside)
-    assert listing.classes == ("a", "b")
-    assert [fact[0] for fact in facts(listing, inside) if fact[1:] == (None, "train")] == sorted(
-        [f"train/{name}/deep/0.png", f"{name}/0.png"]
-    )
+    inner = [f"{name}/0.png", f"train/{name}/deep/0.png"]
+    for counts, expected in (
+        ({"a": 1, "b": 1, name: 2}, [f"{name}/0.png", f"{name}/1.png"]),
+        ({"train/a": 1, "train/b": 1, f"train/{name}/deep": 1, name: 1}, sorted(inner)),
+    ):
+        root = class_folders(counts, f"of {len(counts)}")
+        listing = listed(root)
+        assert listing.classes == ("a", "b")
+        assert [fact[0] for fact in facts(listing, root) if fact[1:] == (None, "train")] == expected
 
 
 def test_images_in_no_class_or_split_are_counted_not_used(class_folders):
@@ -159,13 +147,6 @@ def test_links_to_folders_and_files_are_followed(class_folders, tmp_path):
     assert read_bytes_of(listing.entries[0].path, 10**6) == (real / "a" / "0.png").read_bytes()
 
 
-def test_a_link_back_to_its_own_folder_ends(class_folders):
-    root = class_folders({"a": 1, "b": 1})
-    (root / "a" / "again").symlink_to(root, target_is_directory=True)
-    (root / "b" / "self").symlink_to(root / "b", target_is_directory=True)
-    assert len(listed(root).entries) == 2
-
-
 def test_folders_that_link_to_each_other_are_one_set_of_images(class_folders):
     root = class_folders({"a": 3, "b": 2})
     (root / "a" / "to_b").symlink_to(root / "b", target_is_directory=True)
@@ -210,8 +191,7 @@ def test_a_class_without_val_images_is_named(class_folders, how):
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_what_is_measured_on_needs_labels(tmp_path, split):
     (tmp_path / "t.csv").write_text(f"path,label,split\na.png,x,train\nb.png,y,train\nc.png,,{split}\nd.png,,train\n")
-    with pytest.raises(DataError, match=f"1 {split} images have no label"):
-        listed(tmp_path / "t.csv")
+    assert f"1 {split} images have no label" in refusal(tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -286,16 +266,10 @@ def test_the_order_of_classes_does_not_depend_on_the_process(class_folders):
     root = class_folders(dict.fromkeys(names, 1))
     code = "import sys\nfrom raydistill.config import Images\nfrom raydistill.data.sources.listing import list_images\n"
     code += "print(list_images(Images(path=sys.argv[1])).classes)"
-    orders = {
-        subprocess.run(
-            [sys.executable, "-c", code, str(root)],
-            env={**os.environ, "PYTHONHASHSEED": str(seed)},
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in (1, 2)
-    }
-    assert orders == {f"{listed(root).classes}\n".encode()}
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", code, str(root)], env=env, capture_output=True, check=True)
+        assert done.stdout == f"{listed(root).classes}\n".encode()
 
 
 # Tables
@@ -400,10 +374,8 @@ def test_tables_that_cannot_be_used_are_refused_where_they_fail(tmp_path, name, 
 )
 def test_commas_that_end_lines_are_no_fields(tmp_path, header, end):
     (tmp_path / "t.csv").write_text(f"{header}\na.png,x{end}\nb.png,y{end}\n")
-    assert {(entry.path, entry.label) for entry in listed(tmp_path / "t.csv").entries} == {
-        (str(tmp_path / "a.png"), "x"),
-        (str(tmp_path / "b.png"), "y"),
-    }
+    found = {Path(entry.path).name: entry.label for entry in listed(tmp_path / "t.csv").entries}
+    assert found == {"a.png": "x", "b.png": "y"}
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
@@ -415,62 +387,46 @@ def test_a_table_in_another_encoding_is_refused(tmp_path, encoding):
 # Parquet
 
 
-def as_png(value: int) -> bytes:
-    return np.asarray([value], np.uint8).tobytes() + b"png"
+def named(table: pa.Table, names: list[str]) -> pa.Table:
+    """The same with the names of its integer labels, as `datasets` writes them."""
+    features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    return table.replace_schema_metadata({"huggingface": json.dumps(features)})
 
 
 def test_parquet_with_bytes_and_names(tmp_path):
-    path = tmp_path / "t.parquet"
-    table = pa.table(
-        {
-            "image": [as_png(n) for n in range(5)],
-            "label": ["b", "a", None, "", "a"],
-            "split": ["train", "train", "train", None, "test"],
-            "other": [1, 2, 3, 4, 5],
-        }
-    )
-    parquet.write_table(table, path)
-    listing = listed(path)
+    splits = ["train", "train", "train", None, "test"]
+    columns = {"image": [b"1"] * 5, "label": ["b", "a", None, "", "a"], "split": splits, "other": range(5)}
+    listing = listed(write_table(tmp_path / "t.parquet", pa.table(columns)))
     assert listing.classes == ("a", "b")
-    assert [(e.row, e.label, e.split) for e in listing.entries] == [
-        (0, "b", "train"),
-        (1, "a", "train"),
-        (2, None, "train"),
-        (3, None, None),
-        (4, "a", "test"),
-    ]
+    assert [entry.row for entry in listing.entries] == list(range(5))
+    assert [entry.label for entry in listing.entries] == ["b", "a", None, None, "a"]
+    assert [entry.split for entry in listing.entries] == splits
 
 
 def test_parquet_as_hugging_face_datasets_writes_it(tmp_path):
-    path = tmp_path / "t.parquet"
-    features = {"info": {"features": {"label": {"names": ["zebra", "ant", "cat"], "_type": "ClassLabel"}}}}
-    images = [{"bytes": as_png(n), "path": f"{n}.png"} for n in range(4)]
+    images = [{"bytes": picture(n), "path": f"{n}.png"} for n in range(4)]
     table = pa.table({"image": images, "label": pa.array([0, 2, 1, -1], pa.int64())})
-    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
-    listing = listed(path)
+    listing = listed(write_table(tmp_path / "t.parquet", named(table, ["zebra", "ant", "cat"])))
     assert [entry.label for entry in listing.entries] == ["zebra", "cat", "ant", None]
     assert listing.classes == ("ant", "cat", "zebra")
 
 
 def test_parquet_with_categories(tmp_path):
-    path = tmp_path / "t.parquet"
-    labels = pa.array(["x", "y", "x"]).dictionary_encode()
-    parquet.write_table(pa.table({"image": [b"1", b"2", b"3"], "label": labels}), path)
+    table = pa.table({"image": [b"1", b"2", b"3"], "label": pa.array(["x", "y", "x"]).dictionary_encode()})
+    path = write_table(tmp_path / "t.parquet", table)
     assert [entry.label for entry in listed(path).entries] == ["x", "y", "x"]
 
 
 def test_parquet_that_cannot_be_used_is_refused(tmp_path):
     path = tmp_path / "t.parquet"
-    parquet.write_table(pa.table({"img": [b"1"], "label": ["a"]}), path)
-    assert "image" in refusal(path)
-    parquet.write_table(pa.table({"image": [b"1"], "label": ["a"], "split": ["holdout"]}), path)
-    assert "row 0" in refusal(path)
+    for table, where in (
+        (pa.table({"img": [b"1"], "label": ["a"]}), "image"),
+        (pa.table({"image": [b"1"], "label": ["a"], "split": ["holdout"]}), "row 0"),
+        (named(pa.table({"image": [b"1", b"2"], "label": [0, 2]}), ["a", "b"]), "row 1"),
+    ):
+        assert where in refusal(write_table(path, table))
     path.write_bytes(b"<html>")
     assert "t.parquet" in refusal(path)
-    features = {"info": {"features": {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}}}
-    table = pa.table({"image": [b"1", b"2"], "label": [0, 2]})
-    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
-    assert "row 1" in refusal(path)
 
 
 # The fingerprint (case C12)
@@ -486,8 +442,7 @@ def source(request, class_folders, tmp_path) -> tuple[Path, Path]:
         table = root / "table.csv"
         table.write_text("path,label\na/0.png,x\na/1.png,x\nb/0.png,y\nb/1.png,y\n")
         return table, root / "a" / "0.png"
-    path = root / "t.parquet"
-    parquet.write_table(pa.table({"image": [b"1", b"2"], "label": ["x", "y"]}), path)
+    path = write_table(root / "t.parquet", pa.table({"image": [b"1", b"2"], "label": ["x", "y"]}))
     return path, path
 
 
@@ -587,14 +542,8 @@ def test_max_per_class_keeps_that_many_of_each_class_and_split_and_says_so(class
     root = class_folders({"train/cat": 7, "train/dog": 2, "val/cat": 4, "val/dog": 1, "train/unlabelled": 5})
     whole = list_images(Images(path=str(root)))
     listing = list_images(Images(path=str(root), max_per_class=3))
-    counts = Counter((entry.split, entry.label) for entry in listing.entries)
-    assert counts == {
-        ("train", "cat"): 3,
-        ("train", "dog"): 2,
-        ("val", "cat"): 3,
-        ("val", "dog"): 1,
-        ("train", None): 3,
-    }
+    counts = Counter(f"{entry.split}/{entry.label}" for entry in listing.entries)
+    assert counts == {"train/cat": 3, "train/dog": 2, "val/cat": 3, "val/dog": 1, "train/None": 3}
     assert set(listing.entries) < set(whole.entries)
     assert sum(listing.ignored.values()) == 4 + 1 + 2
     assert listing.fingerprint != whole.fingerprint
@@ -624,6 +573,9 @@ def test_the_line_that_is_not_utf8_is_named_wherever_it_is(tmp_path):
     assert "line 5002 is not UTF-8" in refusal(tmp_path / "t.csv")
 
 
+MANY_CLASSES = "path,label\n" + "".join(f"{k}.png,class {k}\n" for k in range(140_000))
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
@@ -631,28 +583,19 @@ def test_the_line_that_is_not_utf8_is_named_wherever_it_is(tmp_path):
         ("t.csv", "path,label\na,b\n" + "\n" * 400_000, r"[\d,]+ rows from [\d,]+ bytes, too few for as many pictures"),
         ("t.jsonl", "\n" * 400_000, r"[\d,]+ rows from [\d,]+ bytes, too few"),
         pytest.param("t.csv", "path,label\n" + "a,b\n" * 400_000, r"[\d,]+ rows from", marks=pytest.mark.slow),
-        pytest.param(
-            "t.csv",
-            "path,label\n" + "".join(f"{k}.png,class {k}\n" for k in range(140_000)),
-            "131,073 classes",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param("t.csv", MANY_CLASSES, "131,073 classes", marks=pytest.mark.slow),
     ],
     ids=["blank", "json", "rows", "classes"],
 )
 def test_millions_of_rows_in_a_few_bytes_are_refused_soon(tmp_path, name, text, reason):
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=rf"t\.\w+: {reason}"):
-        listed(tmp_path / name)
+    assert re.search(rf"t\.\w+: {reason}", refusal(tmp_path / name))
 
 
 def test_lists_of_too_many_classes_are_refused(tmp_path):
     table = pa.table({"image": [b"1", b"2"], "label": [0, 1]})
-    names = {"info": {"features": {"label": {"names": [str(k) for k in range(140_000)]}}}}
-    parquet.write_table(table.replace_schema_metadata({b"huggingface": json.dumps(names)}), tmp_path / "t.parquet")
-    with pytest.raises(DataError, match=r"t\.parquet: 140,000 classes, above 131,072"):
-        listed(tmp_path / "t.parquet")
-    parquet.write_table(table, tmp_path / "t.parquet")
-    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(140_000))))
-    with pytest.raises(DataError, match=r"classes\.txt: 140,000 classes, above 131,072"):
-        listed(tmp_path / "t.parquet", classes=str(tmp_path / "classes.txt"))
+    names, path = [str(k) for k in range(140_000)], tmp_path / "t.parquet"
+    assert "t.parquet: 140,000 classes, above 131,072" in refusal(write_table(path, named(table, names)))
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    write_table(path, table)
+    assert "classes.txt: 140,000 classes, above 131,072" in refusal(path, classes=str(tmp_path / "classes.txt"))

@@ -1,0 +1,107 @@
+"""Arrow files: a stream, as `datasets` saves it, or an IPC file, which is also feather's second version."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raydistill.errors import DataError
+from raydistill.storage.tables import arrow_headers
+from raydistill.storage.tables.arrow_headers import Message
+from raydistill.storage.tables.columns import neutral, neutral_schema, refuse_extensions, refuse_other_types
+from raydistill.storage.tables.parts import Batches, Parts, any_of, bomb, is_bomb, refuse_few_bytes, refuse_many_rows
+
+_MOST_DICTIONARIES = 4096  # of a file; any row of it is read with all of them
+
+
+class ArrowFile(Parts):
+    """An open Arrow file without extension types."""
+
+    def __init__(self, file: Any, shown: str, known: dict[Any, Any]) -> None:
+        super().__init__(file, shown, known)
+        file.seek(0)
+        magic = file.read(8)
+        if magic.startswith(b"FEA1"):
+            raise DataError(f"{shown}: feather's first version is not read; write it again as the second")
+        self._is_file, self._begin = magic.startswith(b"ARROW1"), 0
+        if self._is_file:
+            self._header, end = self._footer(10)
+            self.schema = pa.ipc.open_file(pa.py_buffer(magic + neutral(self._header) + end)).schema
+        elif (first := arrow_headers.message(file, 0, self.size)) is None:
+            raise ValueError("it holds nothing")
+        else:
+            self._begin = first.end
+            file.seek(0)
+            self._header = file.read(self._begin)
+            self.schema = neutral_schema(self._header)
+        refuse_extensions(self.schema, self._header, shown)
+
+    @property
+    def _starts(self) -> np.ndarray:
+        return self._batches()[0]
+
+    def refuse_bombs(self, columns: Sequence[str]) -> None:
+        """By what all messages say, of any columns."""
+        refuse_few_bytes(self.num_rows, self.size, self._shown)
+
+    def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None) -> Batches:
+        """As that of parquet."""
+        refuse_other_types(self.schema, columns, self._shown)
+        options = pa.ipc.IpcReadOptions(included_fields=[self.schema.get_field_index(name) for name in columns])
+        starts, places = self._batches()
+        self._file.seek(0)
+        reader = (pa.ipc.open_file if self._is_file else pa.ipc.open_stream)(self._file, options=options)
+        parts = read = self._parts_of(wanted)
+        if not self._is_file and len(parts):  # a stream's dictionaries are read with the batch behind them
+            needed = np.flatnonzero(places[: parts[-1], 0] < places[: parts[-1], 1])
+            if not any(pa.types.is_dictionary(self.schema.field(name).type) for name in columns):
+                needed = needed[:1]  # Arrow asks for these in any case
+            read = np.union1d(parts, needed)
+        for part in map(int, read):
+            if self._is_file:
+                batch = reader.get_batch(part)
+            else:
+                self._file.seek(int(places[part, 0]))
+                batch = reader.read_next_batch()
+            first, end = map(int, starts[part : part + 2])
+            if any_of(wanted, first, end):
+                batch.validate(full=True)  # offsets that point elsewhere would show what else is in memory
+                yield first, batch.select(list(columns))
+
+    def _batches(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first row of each and the number of rows; and (batches, 2) where each begins, with the dictionaries
+        before it and without them."""
+        if "batches" not in self._known:
+            rows, places, before = [0], array("q"), self._begin
+            for message in self._messages():
+                if message.is_batch:
+                    rows.append(message.rows)
+                    places.extend((before, message.start))
+                    before = message.end
+            self._known["batches"] = np.cumsum(rows), np.array(places, np.int64).reshape(-1, 2)
+        found: tuple[np.ndarray, np.ndarray] = self._known["batches"]
+        return found
+
+    def _messages(self) -> Iterator[Message]:
+        """Those of batches and their dictionaries, each of a plausible size."""
+        packed = unpacked = rows = dictionaries = 0
+        if self._is_file:
+            found = arrow_headers.blocks(self._file, self._header, self.size)
+        else:
+            found = arrow_headers.stream(self._file, self._begin, self.size)
+        for message in found:
+            if message.is_batch:
+                own, what, rows = (message.packed, message.unpacked), "a batch", rows + message.rows
+            else:  # dictionaries stay in memory
+                packed, unpacked, dictionaries = packed + message.packed, unpacked + message.unpacked, dictionaries + 1
+                own, what = (packed, unpacked), "its dictionaries"
+            if dictionaries > _MOST_DICTIONARIES:
+                raise DataError(f"{self._shown}: more than {_MOST_DICTIONARIES:,} dictionaries; write larger batches")
+            if is_bomb(*own):
+                raise bomb(self._shown, what, *own)
+            refuse_many_rows(rows, self.size, self._shown)
+            yield message

@@ -1,0 +1,97 @@
+"""Columns of tables: their plain values, and the types that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import compute as pc
+
+from raydistill.errors import DataError
+from raydistill.strangers import shorter, written
+
+# Under the second name, of the same length, the first means nothing to Arrow.
+EXTENSION, NO_EXTENSION = b"ARROW:extension:name", b"arrow.extension.name"
+_MOST_DIGITS = 76  # of any decimal
+
+
+def values(column: Any) -> list[Any]:
+    """Those of an array or of a table's column. Raises DataError where reading them may run code."""
+    if found := _extension(pa.field("", column.type)):
+        raise DataError(f"a column is of the extension type {found[1]}, whose values may be code")
+    return list(column.to_pylist())
+
+
+def longest(column: Any) -> int:
+    """Bytes of the longest text in an array; 0 of other values."""
+    types, texts = pa.types, column.dictionary if isinstance(column, pa.DictionaryArray) else column
+    if types.is_string_view(texts.type) or types.is_binary_view(texts.type):  # Arrow has no function for their lengths
+        return max((len(text.as_buffer()) for text in texts if text.is_valid), default=0)
+    tests = (types.is_string, types.is_binary, types.is_large_string, types.is_large_binary)
+    return (pc.max(pc.binary_length(texts)).as_py() or 0) if any(test(texts.type) for test in tests) else 0
+
+
+def named(name: str) -> str:
+    """A column's name, as messages show it."""
+    return shorter(written(name))
+
+
+def neutral_schema(message: bytes) -> pa.Schema:
+    """An Arrow schema of a file, without extension types."""
+    return pa.ipc.read_schema(pa.py_buffer(neutral(message)))
+
+
+def neutral(header: bytes) -> bytes:
+    return header.replace(EXTENSION, NO_EXTENSION)
+
+
+def _extension(field: pa.Field, path: str = "") -> tuple[str, str] | None:
+    """Where in a column an extension type is, and its name."""
+    kind, path = field.type, f"{path}.{field.name}" if path else field.name
+    name = (field.metadata or {}).get(NO_EXTENSION)
+    if name is not None or isinstance(kind, pa.BaseExtensionType):
+        return named(path), named(kind.extension_name if name is None else name.decode(errors="replace"))
+    inner = [pa.field("", kind.value_type)] if pa.types.is_dictionary(kind) else map(kind.field, range(kind.num_fields))
+    return next(filter(None, (_extension(one, path) for one in inner)), None)
+
+
+def refuse_extensions(schema: pa.Schema, header: bytes, shown: str) -> None:
+    """Raises DataError, also where the file's `header` names a type in a place where only other readers look."""
+    found = next(filter(None, map(_extension, schema)), None)
+    if found or EXTENSION in header:
+        where = (
+            f"the column {found[0]} is of the extension type {found[1]}"
+            if found
+            else "a column is of an extension type"
+        )
+        raise DataError(
+            f"{shown}: {where}, whose values may be code and are not read; write the pictures as bytes and the labels "
+            "as text"
+        )
+
+
+def refuse_other_types(schema: pa.Schema, columns: Sequence[str], shown: str) -> None:
+    """Raises DataError for a column that is not plain."""
+    for name in columns:
+        if not _is_plain(kind := schema.field(name).type):
+            advice = "write the pictures as bytes and the labels as text or whole numbers"
+            if pa.types.is_nested(kind) and not pa.types.is_struct(kind):
+                advice = "multi-label data is not supported, an image has one class"
+            raise DataError(f"{shown}: the column {named(name)} holds {named(str(kind))}, which is not read; {advice}")
+
+
+def _is_plain(kind: Any, is_inner: bool = False) -> bool:
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _is_plain(kind.value_type, is_inner=True)
+    if types.is_decimal(kind):
+        return abs(kind.scale) <= _MOST_DIGITS
+    if types.is_struct(kind) and not is_inner:
+        return all(_is_plain(kind.field(k).type, is_inner=True) for k in range(kind.num_fields))
+    tests = (
+        types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary, types.is_string,
+        types.is_large_string, types.is_string_view, types.is_integer, types.is_floating, types.is_boolean,
+        types.is_null,
+    )  # fmt: skip
+    return any(test(kind) for test in tests)

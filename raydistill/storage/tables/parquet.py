@@ -1,0 +1,117 @@
+"""Parquet files, read batch by batch: no page is unpacked before its header has told its size."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet as pq
+
+from raydistill.errors import DataError
+from raydistill.storage.tables import parquet_headers
+from raydistill.storage.tables.columns import named, neutral_schema, refuse_extensions, refuse_other_types
+from raydistill.storage.tables.parquet_headers import Chunk
+from raydistill.storage.tables.parts import (
+    MOST_BYTES,
+    Batches,
+    Parts,
+    any_of,
+    bomb,
+    is_bomb,
+    refuse_few_bytes,
+    refuse_many_rows,
+)
+
+_MOST_TIMES_IN_ALL = 200  # that a whole column may unpack to, of its packed bytes
+_MOST_ROWS, _MOST_LEVELS = 16384, 64  # rows that are read together; levels of nested types
+# Under the second name, of the same length, the first means nothing to Arrow.
+_SCHEMA, _NO_SCHEMA = b"ARROW:schema", b"arrow.schema"
+
+
+class ParquetFile(Parts):
+    """An open parquet file without extension types."""
+
+    def __init__(self, file: Any, shown: str, known: dict[Any, Any]) -> None:
+        super().__init__(file, shown, known)
+        if "footer" not in known:
+            known["footer"] = self._read_footer()
+        metadata, self._groups, self._first_rows = known["footer"]
+        file.seek(0)
+        # Without a buffer Arrow holds the whole column of a row group. Bytes in memory need none.
+        size = 0 if isinstance(file, pa.BufferReader) else 1 << 22
+        self._parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=size, arrow_extensions_enabled=False)
+        self.schema = self._parquet.schema_arrow
+
+    def _read_footer(self) -> tuple[Any, list[list[Chunk]], np.ndarray]:
+        """As Arrow has it, and the columns and first rows of the row groups."""
+        footer, end = self._footer(8)
+        if end[4:] != b"PAR1":
+            raise ValueError("it is encrypted" if end[4:] == b"PARE" else "it does not end as one")
+        levels, groups = parquet_headers.footer(footer)
+        if levels > _MOST_LEVELS:  # Arrow calls itself for each
+            raise DataError(f"{self._shown}: columns are nested more than {_MOST_LEVELS} levels deep")
+        # Arrow makes types of what that key holds as soon as it reads a footer.
+        metadata = pq.read_metadata(io.BytesIO(b"PAR1" + footer.replace(_SCHEMA, _NO_SCHEMA) + end))
+        if stated := (metadata.metadata or {}).get(_NO_SCHEMA):
+            refuse_extensions(neutral_schema(base64.b64decode(stated)), b"", self._shown)
+        if any(not 0 <= c.start <= c.start + c.packed <= self.size for _, chunks in groups for c in chunks):
+            raise ValueError("a column without a place")
+        rows = [num_rows for num_rows, _ in groups]
+        if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+            raise ValueError(f"its row groups hold {sum(rows):,} rows, and its footer says {metadata.num_rows:,}")
+        refuse_many_rows(metadata.num_rows, self.size, self._shown)
+        return metadata, [chunks for _, chunks in groups], np.cumsum([0, *rows])
+
+    @property
+    def _starts(self) -> np.ndarray:
+        return self._first_rows
+
+    def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None) -> Batches:
+        """Batches of these columns, in order, each with the number of its first row; with `wanted` rows, only the
+        batches that hold some. Raises DataError: a column that is not plain, or a bomb."""
+        refuse_other_types(self.schema, columns, self._shown)
+        for group in map(int, self._parts_of(wanted)):
+            first, end = map(int, self._starts[group : group + 2])
+            for batch in self._batches(group, end - first, list(columns)):
+                if any_of(wanted, first, first + len(batch)):
+                    batch.validate(full=True)
+                    yield first, batch
+                first += len(batch)
+                if not any_of(wanted, first, end):
+                    break
+
+    def _batches(self, group: int, num_rows: int, columns: list[str]) -> Any:
+        sizes = [self._unpacked(chunk, num_rows) for chunk in _of(self._groups[group], columns)]
+        total, each = sum(total for total, _ in sizes), max((each for _, each in sizes), default=0)
+        if total <= MOST_BYTES and not each and num_rows <= _MOST_ROWS:
+            return self._parquet.read_row_group(group, columns, use_threads=False).to_batches()
+        together = max(1, min(_MOST_ROWS, MOST_BYTES // max(each, 1)))
+        return self._parquet.iter_batches(together, [group], columns, use_threads=False)
+
+    def refuse_bombs(self, columns: Sequence[str]) -> None:
+        """By what the footer says of all columns. The headers of pages are read with their rows."""
+        for chunk in (chunk for chunks in self._groups for chunk in _of(chunks, columns)):
+            if is_bomb(chunk.packed, chunk.unpacked, _MOST_TIMES_IN_ALL):
+                raise bomb(self._shown, f"the column {named(chunk.path)}", chunk.packed, chunk.unpacked)
+        refuse_few_bytes(self.num_rows, self.size, self._shown)
+
+    def _unpacked(self, chunk: Chunk, num_rows: int) -> tuple[int, int]:
+        """Bytes of all pages of a column chunk, and those that each row may add beyond these few."""
+        if chunk not in self._known:
+            total = largest = repeated = 0
+            for packed, unpacked, repeats in parquet_headers.pages(self._file, chunk, num_rows):
+                if is_bomb(packed, unpacked):
+                    raise bomb(self._shown, f"a page of the column {named(chunk.path)}", packed, unpacked)
+                total, largest = total + unpacked, max(largest, unpacked)
+                repeated = max(repeated, unpacked if repeats else 0)
+            self._known[chunk] = total, repeated if total <= MOST_BYTES else largest
+        found: tuple[int, int] = self._known[chunk]
+        return found
+
+
+def _of(chunks: Sequence[Chunk], columns: Sequence[str]) -> list[Chunk]:
+    return [chunk for chunk in chunks if chunk.path in columns or chunk.path.partition(".")[0] in columns]
