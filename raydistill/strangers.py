@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 # No name of a file system is longer than 255 bytes; a label in a table may be.
@@ -81,6 +82,11 @@ def shorter(text: str, most: int = 60) -> str:
     if len(line) <= most:
         return line
     return f"{line[: most // 2]}…{line[-(most // 4) :]} ({len(text):,} characters)"
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first of these names, and how many more there are."""
+    return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def markdown(text: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydistill.config import RunConfig
-from raydistill.data.sources.listing import first_of_table
+from raydistill.data.sources.entries import first_of_table
 from raydistill.errors import ConfigError
 from raydistill.runtime.versions import PACKAGES, installed
 from raydistill.secrets import redacted

@@ -76,8 +76,8 @@ def run_isolated(work: Work[I, T], items: Sequence[I]) -> list[T | Killed]:
 def map_isolated(
     work: Work[I, T], parts: Iterable[Sequence[I]], count: int
 ) -> Generator[tuple[Sequence[I], list[T | Killed]]]:
-    """Each part and what `run_isolated` gives of it, in order, `count` at once and as many ahead. The processes end when
-    the caller leaves early, as on an interruption."""
+    """Each part and what `run_isolated` gives of it, in order, `count` at once and as many ahead. When the caller
+    leaves early, as on an interruption, the processes end."""
     waiting = deque[tuple[Sequence[I], Future[list[T | Killed]]]]()
     with ThreadPoolExecutor(count) as pool:
         try:

@@ -14,6 +14,7 @@ import numpy as np
 from raydistill.config import Generate
 from raydistill.documents import TextLoader, read_mapping
 from raydistill.errors import ConfigError
+from raydistill.strangers import some
 
 logger = logging.getLogger(__name__)
 # The templates of Farhat & Chen 2024, by name.
@@ -180,7 +181,7 @@ def _names(file: str | None, classes: Sequence[str]) -> dict[str, tuple[tuple[st
     )
     refuse_unknown(entries, classes, f"generate.names={file}")
     if lacking := [name for name in classes if name not in entries]:
-        raise ConfigError(f"generate.names={file}: says nothing of {_some(lacking)}")
+        raise ConfigError(f"generate.names={file}: says nothing of {some(lacking)}")
     lists = {name: text for name, text in entries.items() if isinstance(text, str) and _first_synonym(text) != text}
     _say_synonyms({text: _first_synonym(text) for text in lists.values()})
     return {name: _entry(file, name, value) for name, value in entries.items()}
@@ -204,7 +205,7 @@ def refuse_unknown(given: Mapping[str, object], classes: Sequence[str], what: st
     """Raises ConfigError where `what`, a key or a file, names a class that the data has not."""
     known = set(classes)
     if unknown := [name for name in given if name not in known]:
-        raise ConfigError(f"{what}: the data has no class {_some(unknown)}; it has {_some(list(classes))}")
+        raise ConfigError(f"{what}: the data has no class {some(unknown)}; it has {some(list(classes))}")
 
 
 def _refuse_shared(found: dict[str, ClassPrompts]) -> None:
@@ -222,7 +223,3 @@ def _pairs(found: dict[str, ClassPrompts]) -> Iterator[tuple[str, str]]:
     for name, prompts in found.items():
         for text in prompts.sentences:
             yield name, text
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -26,8 +26,8 @@ from raydistill.cluster.plan import num_cores
 from raydistill.data.decode import working_images
 from raydistill.data.isolation import map_isolated, run_isolated
 from raydistill.data.sources.containers import EXTENSIONS, SUFFIXES, count_rows
+from raydistill.data.sources.entries import is_hidden
 from raydistill.data.sources.folders import files_below
-from raydistill.data.sources.listing import is_hidden
 from raydistill.data.sources.reading import read_pictures
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, DataError
