@@ -30,18 +30,18 @@ from raydistill.errors import DataError, reason_of
 
 _ORIENTATION, _ROWS_PER_STRIP, _TILE_SIDES = 0x0112, 278, (322, 323)  # EXIF's tag, and TIFF's
 BACKGROUND = (255, 255, 255)
-# Pixels above which a picture is worked on in strips, and those that a byte may stand for in one so large: a blank page
-# in black and white has 8,256, as PNG.
+# A picture with more pixels is worked on in strips, and has at most so many for each byte: a blank page in black and
+# white has 8,256, as PNG.
 _LARGE, _PIXELS_PER_BYTE = 1 << 24, 10_000
-_MOST_BYTES, _ALONE_BYTES = 1 << 30, 1 << 29  # of memory, for one picture, and from which on it is decoded alone
-# Steps in which a file may be gone through, beside one for 64 bytes, and bytes of the formats that Python decodes: what
-# takes more takes minutes. Scans of a progressive JPEG that always may be.
+_MOST_BYTES, _ALONE_BYTES = 1 << 30, 1 << 29  # of memory for one picture; a picture with more is decoded alone
+# Reads of a file, beside one for 64 bytes, and bytes of the formats that Python decodes: more would take minutes. Scans
+# that a progressive JPEG may always have.
 _MOST_STEPS, _MOST_PLAIN, _MOST_SCANS = 100_000, 16 << 20, 100
-# What Pillow may try. Of its other formats some start a program (Ghostscript for EPS), which no image file may do here.
+# What Pillow may try. Some of its other formats start a program (Ghostscript for EPS), which no file may do here.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
-# Of what is wrong in a file the reason of its refusal speaks. Pillow logs some of it as well, and libtiff writes it to
-# stderr, up to hundreds of lines a file. (Builds of Pillow that have libtiff inside them give no way to it.)
+# The reason of a refusal says what is wrong in a file. Pillow also logs it, and libtiff writes up to hundreds of lines
+# a file to stderr. (Builds of Pillow that have libtiff inside them do not let us stop that.)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 with contextlib.suppress(AttributeError, OSError):
     _pillow = ctypes.CDLL(Image.core.__file__)
@@ -51,8 +51,8 @@ with contextlib.suppress(AttributeError, OSError):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a file held: its format by content, pixels as they were stored, and what was done to it that its owner may
-    not expect, in words of `NOTES`."""
+    """What a file held: its format by content, its stored pixels, and those of `NOTES` that apply: what its owner may
+    not expect."""
 
     form: str
     width: int
@@ -80,7 +80,7 @@ def decode_with_facts(
         raise DataError("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's notes on odd metadata; what matters is whether it decodes
+            warnings.simplefilter("ignore")  # Pillow's, about odd metadata
             with contextlib.ExitStack() as held:
                 if early := _bytes_to_open(data, max_pixels):
                     held.enter_context(_memory.of(early))
@@ -88,7 +88,9 @@ def decode_with_facts(
                 image = Image.open(file, formats=FORMATS)
                 _refuse_pixels(image.width, image.height, max_pixels)
                 facts, scale = _facts(image), _scale(image)
-                image.draft("RGB", (2 * size, 2 * size))  # JPEG decodes at a fraction of its size where that is enough
+                image.draft(
+                    "RGB", (2 * size, 2 * size)
+                )  # a JPEG decodes at a fraction of its size where that is enough
                 if image.format == "JPEG2000" and image.width * image.height > _LARGE:
                     image.reduce = _wavelet_levels(image, data, 2 * size)  # type: ignore[assignment,method-assign]
                 if not early:
@@ -97,7 +99,7 @@ def decode_with_facts(
                         held.enter_context(_no_more_than(2 * wanted))
                 if _pnm_decoder(image) == "ppm":
                     image = Image.open(io.BytesIO(_common_pnm(image, data)), formats=("PPM",))
-                if isinstance(file, _Steps) and image.format in ("BMP", "DIB"):  # whose runs are read byte by byte
+                if isinstance(file, _Steps) and image.format in ("BMP", "DIB"):  # Pillow reads their runs byte by byte
                     file.count = False
                 image.load()
                 return _square(_rgb(image, scale, size, fit), size, fit), facts
@@ -109,7 +111,7 @@ def decode_with_facts(
         raise DataError(str(error)) from None
     except MemoryError:
         raise DataError("too large to decode in the memory there is") from None
-    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files; the reason is kept
+    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
         raise DataError(f"cannot be decoded: {reason_of(error)}") from None
 
 
@@ -119,13 +121,13 @@ def working_images(
     """(size, size, 3) uint8 of each file's bytes, or the reason why there is none."""
     for data in files:
         try:
-            yield np.array(decode(data, size, fit, max_pixels))  # torch asks for one that may be written to
+            yield np.array(decode(data, size, fit, max_pixels))  # torch wants an array that can be written to
         except DataError as error:
             yield str(error)
 
 
 class _Steps(io.BytesIO):
-    """A file that cannot be gone through in tiny steps, as one of nothing but empty blocks, or a header without end."""
+    """A file that refuses to be read in tiny steps, as Pillow reads empty blocks or an endless header."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -139,8 +141,8 @@ class _Steps(io.BytesIO):
 
 
 class _Memory:
-    """What the decoders of this process may hold together. Pictures that want much wait for all others of this user on
-    this machine that do, so that whether one is answered depends on its own size alone."""
+    """What the decoders of this process may hold together. Large pictures of all this user's processes on this machine
+    are decoded one at a time, so that the answer to one depends on its own size alone."""
 
     def __init__(self, most: int) -> None:
         self.most, self._held, self._changed = most, 0, threading.Condition()
@@ -160,28 +162,27 @@ class _Memory:
                 with self._changed:
                     self._held -= size
                     self._changed.notify_all()
-        if size > 1 << 26:  # glibc keeps what threads have freed, for ever where nobody asks
+        if size > 1 << 26:  # glibc keeps what threads have freed until it is asked to trim
             with contextlib.suppress(AttributeError, OSError):
                 ctypes.CDLL(None).malloc_trim(0)
 
 
-_memory = _Memory(_ALONE_BYTES)
-
-
-_thread = threading.local()
+_memory, _thread = _Memory(_ALONE_BYTES), threading.local()
+_most_bytes = _MOST_BYTES
+is_isolated = False  # whether this process decodes and does nothing else that needs memory
 
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(ImportError, OSError):  # where there are no such locks, each goes on
+        with contextlib.suppress(ImportError, OSError):  # on systems without such locks nothing waits
             import fcntl
 
             if not getattr(_thread, "is_alone", False):
                 flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
                 lock = os.open(f"{tempfile.gettempdir()}/raydistill-{os.getuid()}.lock", flags, 0o600)
                 held.callback(os.close, lock)
-                if os.fstat(lock).st_uid == os.getuid():  # another user might hold it for ever
+                if os.fstat(lock).st_uid == os.getuid():  # another user might hold the lock for ever
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 _thread.is_alone = True
                 held.callback(setattr, _thread, "is_alone", False)
@@ -190,27 +191,23 @@ def _alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def large_alone(size: int) -> Iterator[None]:
-    """For the reading and decoding of a file of so many bytes, which are held beside what decoding takes: where they
-    are a large part of what there is, no other such file is read meanwhile, nor any large picture decoded."""
+    """Around the reading and decoding of a file of so many bytes, which are held beside what decoding takes. While a
+    large file is, no other large one is read, and no large picture decoded."""
     with _alone() if size > _memory.most // 4 else contextlib.nullcontext():
         yield
 
 
 def limit_memory(total: int, processes: int) -> None:
-    """Of so many bytes that this machine or container has, for so many processes that decode: half may be theirs."""
+    """Let so many processes that decode use half of the `total` bytes of this machine or container."""
     global _most_bytes
     _most_bytes = min(_MOST_BYTES, total // 4)
     _memory.most = min(_ALONE_BYTES, total // 4 // processes)
 
 
-_most_bytes = _MOST_BYTES
-is_isolated = False  # in a process with no other thread that could want memory
-
-
 @contextlib.contextmanager
 def _no_more_than(size: int) -> Iterator[None]:
-    """For a decoder that follows the picture's own size where the header says a smaller one: what it allocates beyond
-    so many bytes, and its threads' stacks, fails."""
+    """Let a decoder allocate so many bytes and its threads' stacks, and no more: libavif follows the picture's own size
+    where its header states a smaller one."""
     if not is_isolated or sys.platform != "linux":
         yield
         return
@@ -234,20 +231,20 @@ def _refuse_pixels(width: int, height: int, most: int) -> None:
 
 
 def _bytes_to_decode(image: Image.Image, facts: Facts, data: bytes) -> int:
-    """An upper estimate, from the header alone. Raises DataError as `_upper_bytes`."""
+    """An upper bound, from the header alone. Raises DataError as `_upper_bytes`."""
     pixels, form, more = image.width * image.height, image.format, 0
     each = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}.get(image.mode, 4)
-    if form == "AVIF":  # planes of colour, and what is handed over
+    if form == "AVIF":  # planes of colour, and a copy for Pillow
         each, more = 16, 2 * len(data)
     elif form == "JPEG2000":
         each += 4 * len(image.getbands())
-    elif form == "JPEG" and image.info.get("progressive"):  # all coefficients, however small a draft is asked
+    elif form == "JPEG" and image.info.get("progressive"):  # all coefficients, however small the draft
         parts = [across * down for _, across, down, _ in image.layer]  # type: ignore[attr-defined]
         more = 2 * facts.width * facts.height * sum(parts) // max(parts)
         scans = data.count(b"\xff\xda")
         if scans > _MOST_SCANS and scans * facts.width * facts.height > _MOST_SCANS * _LARGE:
             raise DataError(f"{facts.width}x{facts.height} pixels in {scans} scans: a decompression bomb")
-    elif form == "TIFF":  # beside it one strip, which may be all of it, or one tile, which may be larger
+    elif form == "TIFF":  # and one strip, which may be the whole, or one tile, which may be larger
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
         rows, across, down = (int(np.ravel(tags.get(tag, 0))[0]) for tag in (_ROWS_PER_STRIP, *_TILE_SIDES))
         more = max(min(rows or image.height, image.height) * image.width, across * down) * each + 2 * len(data)
@@ -258,20 +255,20 @@ def _bytes_to_decode(image: Image.Image, facts: Facts, data: bytes) -> int:
 
 
 def _upper_bytes(mode: str, size: tuple[int, int], length: int, pixels: int, total: int) -> int:
-    """Of a picture of that size, in the file, of which so many pixels are decoded in `total` bytes. Raises DataError
-    where that is more than a picture may take, or where so many pixels come from next to nothing."""
+    """Of a picture of that size in a file of `length` bytes, of which so many pixels are decoded in `total` bytes.
+    Raises DataError where that is too much, or a decompression bomb."""
     words = f"{size[0]}x{size[1]} pixels"
     if pixels > _LARGE and pixels > _PIXELS_PER_BYTE * length * (8 if mode == "1" else 1):
         raise DataError(f"{words} from {length} bytes: a decompression bomb")
     if total > _most_bytes:
         raise DataError(f"{words} would take {total >> 20:,} MiB to decode, above {_most_bytes >> 20:,} MiB")
-    # What follows works on a strip of a large picture, and on copies of a small one; wide values become those of NumPy.
+    # The steps behind decoding work on a strip of a large picture and on copies of a small one, in NumPy's wide values.
     return total + min(pixels, _LARGE) * (40 if mode.startswith(("I", "F")) else 16)
 
 
 def _bytes_to_open(data: bytes, max_pixels: int) -> int | None:
-    """The same of a WebP or an ICO, for which Pillow takes memory as it opens them, by what their own bytes say; None
-    of other files, and of those that are cut off, which Pillow says."""
+    """The same for a WebP or an ICO, by their own bytes: Pillow takes memory as it opens them. None for other files,
+    and for those that are cut off, which Pillow refuses."""
     sizes = []
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
         if data[12:16] == b"VP8X":
@@ -281,7 +278,7 @@ def _bytes_to_open(data: bytes, max_pixels: int) -> int | None:
             sizes = [(1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))]
         elif data[12:16] == b"VP8 ":
             sizes = [(data[26] | (data[27] & 0x3F) << 8, data[28] | (data[29] & 0x3F) << 8)]
-    elif data[:4] == b"\0\0\1\0":  # its directory has one byte for a side; each picture in it says more
+    elif data[:4] == b"\0\0\1\0":  # an icon's directory has one byte for a side, and each picture in it states its own
         for number in range(int.from_bytes(data[4:6], "little")):
             at = int.from_bytes(data[18 + 16 * number : 22 + 16 * number], "little")
             form = ">8x8xII" if data[at : at + 4] == b"\x89PNG" else "<4xii"
@@ -300,8 +297,7 @@ def _pnm_decoder(image: Image.Image) -> str:
 
 
 def _common_pnm(image: Image.Image, data: bytes) -> bytes:
-    """The same PGM or PPM with the scale that Pillow would bring it to, value by value in Python: minutes for a large
-    one."""
+    """The same PGM or PPM on the scale to which Pillow would bring it value by value, in minutes for a large one."""
     tile: Any = image.tile[0]  # type: ignore[attr-defined]
     most, top = tile.args[-1], 65535 if image.mode == "I" else 255
     values = np.frombuffer(data, ">u2" if most > 255 else "u1", offset=tile.offset)
@@ -314,8 +310,8 @@ def _common_pnm(image: Image.Image, data: bytes) -> bytes:
 
 
 def _wavelet_levels(image: Image.Image, data: bytes, side: int) -> int:
-    """How often a JPEG 2000 may be halved down to `side`: its COD segment says how many levels it has. Pillow rounds
-    sizes in a way of its own, and fails where the decoder's way gives another."""
+    """How often a JPEG 2000 may be halved down to `side`. Its COD segment states its levels. Pillow fails where it
+    rounds a size in another way than the decoder."""
     at = data.find(b"\xff\x52", max(0, data.find(b"\xff\x4f\xff\x51")))
     most = data[at + 9] if 0 <= at < len(data) - 9 else 0
     fits = [
@@ -326,8 +322,8 @@ def _wavelet_levels(image: Image.Image, data: bytes, side: int) -> int:
 
 
 def _rgb(image: Image.Image, scale: _Scale | None, size: int, fit: Literal["crop", "pad"]) -> Image.Image:
-    """Upright, 8 bits a channel. A large picture is first shrunk by a whole number, in strips, for which no copy of it
-    is made; `_square` does that to others by the same rule."""
+    """Upright, 8 bits a channel. A large picture is first shrunk by a whole number, in strips, so that no copy of it is
+    made; `_square` shrinks others by the same rule."""
     side = min(image.size) if fit == "crop" else max(image.size)
     factor = side // (3 * size)
     if image.width * image.height <= _LARGE or factor < 2:
@@ -335,7 +331,7 @@ def _rgb(image: Image.Image, scale: _Scale | None, size: int, fit: Literal["crop
     rows = factor * max(1, _LARGE // 4 // (factor * image.width))
     tops = range(0, image.height, rows)
     boxes = [(0, top, image.width, min(top + rows, image.height)) for top in tops]
-    if scale is not None and image.mode == "I":  # whether it is of one shade the whole says, and no strip
+    if scale is not None and image.mode == "I":  # the whole shows whether it has one shade, a strip does not
         _levels(Image.fromarray(np.array([image.getextrema()], np.int32)), scale)
         scale = dataclasses.replace(scale, is_stated=True)
     strips = [_eight_bits(image.crop(box), scale).reduce(factor) for box in boxes]
@@ -361,7 +357,7 @@ def _facts(image: Image.Image) -> Facts:
 
 
 def encode(image: Image.Image) -> bytes:
-    """Lossless, so that what trains is bit for bit what is predicted on later."""
+    """Lossless: training sees the same bits as later predictions."""
     sink = io.BytesIO()
     image.save(sink, format="PNG", compress_level=3)
     return sink.getvalue()
@@ -381,8 +377,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """What black and white are in a file's grey values, and which of both is the lower. `is_stated`: by a tag of its
-    own, and not by the values' type."""
+    """A file's grey values of black (`low`) and white, or of white and black where `is_inverted`. `is_stated`: a tag
+    gives them, and not the values' type."""
 
     low: float
     high: float
@@ -392,11 +388,11 @@ class _Scale:
 
 
 def _scale(image: Image.Image) -> _Scale | None:
-    """Of an image with one channel of more than 8 bits, or of signed ones; None where Pillow's values are of 8 already.
+    """Of an image with one channel of more than 8 bits, or of signed ones; None where Pillow's values have 8 bits.
 
-    Pillow brings PNG, PGM and JPEG 2000 to 16 bits and leaves TIFF's values as they are stored: their range is that of
-    BitsPerSample and SampleFormat, unless SMinSampleValue and SMaxSampleValue state another (TIFF 6.0, section 19).
-    Raises DataError: a range that is not known, or that Pillow would not keep.
+    Pillow brings PNG, PGM and JPEG 2000 to 16 bits and keeps TIFF's values: their range is that of BitsPerSample and
+    SampleFormat, unless SMinSampleValue and SMaxSampleValue state another (TIFF 6.0, section 19). Raises DataError: the
+    range is unknown, or Pillow does not keep it.
     """
     if image.format != "TIFF":
         return _Scale(0, 65535) if image.mode.startswith("I") else None
@@ -440,16 +436,16 @@ def _levels(image: Image.Image, scale: _Scale) -> tuple[Image.Image, np.ndarray]
         levels = np.floor((values - scale.low) / (scale.high - scale.low) * 256)
     else:
         values = np.asarray(image).astype(np.int64)
-        if image.mode == "L":  # signed bytes, which Pillow takes for unsigned ones
+        if image.mode == "L":  # signed bytes, which Pillow reads as unsigned
             values = values.astype(np.int8).astype(np.int64)
-        elif scale.is_unsigned:
-            values = values & 0xFFFFFFFF  # which Pillow takes for signed ones
+        elif scale.is_unsigned:  # Pillow reads them as signed
+            values = values & 0xFFFFFFFF
         levels = (values - int(scale.low)) * 256 // (int(scale.high) - int(scale.low) + 1)
     levels = levels.clip(0, 255).astype(np.uint8)
     if scale.high - scale.low >= 2**24 and not scale.is_stated and levels.min() == levels.max():
         raise DataError(
             f"32-bit integer pixels from {values.min()} to {values.max()}, one shade on the scale of their type; save "
-            "it with 8 or 16 bits a channel, or state its SMaxSampleValue"
+            "them with 8 or 16 bits a channel, or state SMaxSampleValue"
         )
     return Image.fromarray(255 - levels if scale.is_inverted else levels), values
 
@@ -463,7 +459,7 @@ _OTHERS = {
 
 
 def _no_image(data: bytes) -> str:
-    """Why, as far as the first bytes tell."""
+    """What it is instead, as far as the first bytes tell."""
     if data[4:8] == b"ftyp":
         kind = "HEIC" if data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc") else "a film"
         return f"not an image: it is {kind}, which is not read; convert it to JPEG or PNG"
@@ -478,7 +474,7 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 def _square(image: Image.Image, size: int, fit: Literal["crop", "pad"]) -> Image.Image:
-    """Resized with an antialiasing bicubic filter; Pillow weighs colours by alpha, so hidden colours do not bleed."""
+    """Resized with an antialiasing bicubic filter. Pillow weighs colours by alpha, so hidden colours do not bleed."""
     width, height = image.size
     side = min(width, height) if fit == "crop" else max(width, height)
     if fit == "crop":

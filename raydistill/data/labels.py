@@ -1,4 +1,4 @@
-"""What a label's value means, whatever kind of file it stands in, and which names are the same class."""
+"""What a label's value means, in any kind of file, and which names are the same class."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from decimal import Decimal
 from raydistill.errors import DataError
 from raydistill.strangers import written
 
-MOST_CLASSES = 1 << 17  # of a set; more are numbers of its images
-# What programs write where there is no value. `none`, `NA` and `null` as classes are for people to write otherwise.
+MOST_CLASSES = 1 << 17  # of a set; a set with more of them numbers its images
+# What programs write where there is no value. People have to write a class called `null` in another way.
 _NOTHING = frozenset({"nan", "NaN", "NAN", "-nan", "NaT", "<NA>", "null", "NULL", "None", "N/A", "n/a", "#N/A"})
 _MINUS_ONE = re.compile(r"-1(\.0+)?")
 _WHOLE = re.compile(r"-?\d+(\.0+)?")
@@ -25,10 +25,8 @@ _ARRAY = re.compile(r"\[[-+.\d\s]+\]")
 
 
 def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
-    """A class's name, or None for no label. What is not as it may seem is counted in `notes`.
-
-    Raises DataError, which begins with `where`: neither text nor a whole number.
-    """
+    """A class's name, or None for no label. Counts in `notes` what is not as it may seem. Raises DataError, which
+    begins with `where`, for what is neither text nor a whole number."""
     match value:
         case None:
             return None
@@ -64,15 +62,13 @@ def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
         case dict():
             raise DataError(f"{where}: the label is a mapping; write the name of the class alone")
         case list() | tuple() | set():
-            kind = type(value).__name__
-            raise DataError(
-                f"{where}: the label is a {kind}; multi-label data is not supported, an image has one class"
-            )
+            what = f"the label is a {type(value).__name__}"
+            raise DataError(f"{where}: {what}; multi-label data is not supported, an image has one class")
     raise DataError(f"{where}: the label is of type {type(value).__name__}; write a name or a whole number")
 
 
 def _literal(text: str) -> object:
-    """The bytes, list or mapping that a program wrote as text; None of other text."""
+    """The bytes, list or mapping that a program wrote as text; None for other text."""
     if not _REPR.fullmatch(text):
         return None
     if _ARRAY.fullmatch(text):
@@ -91,8 +87,8 @@ def refuse_many_classes(count: int, where: str) -> None:
 
 
 def whole_numbers(labels: Iterable[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:
-    """`3.0` and the like, which pandas makes of whole numbers beside gaps, to `3`, where no label is anything else
-    than a whole number and the class list does not have them as they stand."""
+    """`3.0`, which pandas makes of whole numbers beside gaps, to `3`, where all labels are whole numbers and the class
+    list does not have them as they stand."""
     counts = Counter(labels)
     if not all(map(_WHOLE.fullmatch, counts)) or counts.keys() <= set(listed or ()):
         return {}
@@ -103,11 +99,9 @@ def whole_numbers(labels: Iterable[str], listed: Sequence[str] | None, notes: Co
 
 
 def one_spelling(labels: Iterable[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:
-    """Each label to its class. Those that look alike (composed or decomposed letters, spaces, invisible signs) are one,
-    in the spelling of the class list or else the commonest, which `notes` tells.
-
-    Raises DataError: two that differ in case alone, unless both are in the class list.
-    """
+    """Each label to its class. Labels that look alike (composed or decomposed letters, spaces, invisible signs) are one
+    class, spelt as in the class list or else as most of them; `notes` counts the others. Raises DataError for two that
+    differ in case alone, unless both are in the class list."""
     counts, alike, folded = Counter(labels), defaultdict[str, list[str]](list), defaultdict[str, set[str]](set)
     for name in {*counts, *(listed or ())}:
         alike[_look(name)].append(name)

@@ -1,4 +1,4 @@
-"""When two pictures show the same, and when one shows nothing.
+"""Whether two pictures show the same, and whether one shows nothing.
 
 Shapes: N hashes, B of their 256 bits.
 """
@@ -30,8 +30,8 @@ def hash_words(hashes: Sequence[bytes]) -> np.ndarray:
 def near_pairs(hashes: Sequence[bytes], distance: int) -> Iterator[tuple[int, int]]:
     """Every pair of different hashes that differ in at most `distance` bits, once.
 
-    Cut into `distance` + 1 bands, two such hashes agree in one band at least, so only those that share one are
-    compared: no table of all pairs is made.
+    Of `distance` + 1 bands, two such hashes have at least one in common. So only hashes that share a band are compared,
+    and no table of all pairs is made.
     """
     bits_NB = np.unpackbits(np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1), axis=1)
     words_N4, seen = hash_words(hashes), set[tuple[int, int]]()

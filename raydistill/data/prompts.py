@@ -1,4 +1,4 @@
-"""From class names to the sentences that a text-to-image pipeline gets, and the draw of one for each image."""
+"""From class names to the sentences for a text-to-image pipeline, and the choice of one for each image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ PRESETS = {
     "paper:scene": "the inside of a {class}",
     "paper:texture": "{class} texture",
 }
-# What stands for a code rather than for words.
+# Names that are codes rather than words.
 _CODE = re.compile(
     r"[a-z]{0,2}\d+"  # n01440764, 017
     r"|([a-z]+ |class|label|category|type|group|item|object|id)\d+"  # cat-17, class0
@@ -33,17 +33,17 @@ _CODE = re.compile(
     r"|(?-i:[b-df-hj-np-tv-xz]{3,4})",  # xkq, but not BMW
     re.IGNORECASE,
 )
-# A comma, `;` or `|` parts synonyms, as in ImageNet's names; not one inside a number or brackets.
+# A comma, `;` or `|` separates synonyms, as in ImageNet's names, except inside a number or brackets.
 _BETWEEN_SYNONYMS = re.compile(r"(?:(?<!\d),|,(?!\d)|[;|])(?![^()\[\]]*[)\]])")
 # Names of three letters and more run together: goldenRetriever, but not iPhone or McDonald.
 _HUMP = re.compile(r"(?<=[^\W\d_A-Z]{2})(?=[A-Z][^\W\d_A-Z])")
-# What is said with a vowel first, and what only looks so. inflect, the library for this, says "a 8-ball" and "a SUV".
+# What begins with the sound of a vowel. The library for this, inflect, says "a 8-ball" and "a SUV".
 _AN = re.compile(
     r"8|1[18](\d\d|(\d{3})*)(?!\d)"
     r"|(hour|heir|honest|hono)"
     r"|(?!eu|ew|ouija|one(s|\b)|once\b|uni([^nmd]|mo)|u(\b|[kv]\b)|u[bcfghjkqrst][aeiou]|(?-i:U[A-Z]{1,2}\b))[aeiou]"
     r"|y[^\Waeiou\d_]"
-    # Letters that are spelled, since no English word begins so: MRI, X-ray, F-150.
+    # Spelled letters, since no English word begins so: MRI, X-ray, F-150.
     r"|suv\b|(?-i:[FLMRS][B-DF-HJ-NP-TV-XZ]+\b)"
     r"|[hnx](?![aeiouy])|f(?![aeiouyjlr])|l(?![aeiouyl])|m(?![aeiouyn])|r(?![aeiouyh])|s(?![aeiouychklmnpqtw])",
     re.IGNORECASE,
@@ -66,9 +66,9 @@ class ClassPrompts:
 
 
 def words_of(name: str) -> str:
-    """A class's name as words, NFC. `_` and `-` are spaces, and words that run together are parted. Left out are a
-    leading number that orders folders (`17.Cardinal`, `017_cardinal`), but not a quantity (`3.5mm_jack`), WordNet's
-    number before a name (`n02085620-Chihuahua`), and the synonyms after the first name."""
+    """A class's name as words, NFC. `_` and `-` are spaces, and words that run together are separated. Left out are a
+    leading number that orders folders (`17.Cardinal`, `017_cardinal`; not a quantity such as `3.5mm_jack`), WordNet's
+    number before a name (`n02085620-Chihuahua`), and the synonyms behind the first name."""
     words = " ".join(re.split(r"[\s_\-]+", _HUMP.sub(" ", unicodedata.normalize("NFC", name).strip())))
     return re.sub(r"^(\d+\.(?!\d)|0\d* |n\d{8} )\s*(?=\S)", "", _first_synonym(words))
 
@@ -78,7 +78,7 @@ def _first_synonym(words: str) -> str:
 
 
 def class_words(classes: Sequence[str]) -> dict[str, str]:
-    """`words_of` each class, and without a number where one stands before every name and they count from 0 or 1."""
+    """`words_of` each class, without the numbers where every name begins with one and they count from 0 or 1."""
     words = {name: words_of(name) for name in classes}
     numbered = [re.fullmatch(r"(\d+) (\S.*)", text) for text in words.values()]
     counts = sorted(int(found[1]) for found in numbered if found)
@@ -93,14 +93,15 @@ def class_words(classes: Sequence[str]) -> dict[str, str]:
 def _say_synonyms(read: Mapping[str, str]) -> None:
     if read:
         logger.warning(
-            "synonyms in the names of %d class(es), of which the first is read (%s); generate.names takes others to "
-            "draw from", len(read), "; ".join(f"{name!r} as {words!r}" for name, words in list(read.items())[:3]),
-        )  # fmt: skip
+            "synonyms in the names of %d class(es): only the first is read (%s); list others in generate.names",
+            len(read),
+            "; ".join(f"{name!r} as {words!r}" for name, words in list(read.items())[:3]),
+        )
 
 
 def reading(text: str) -> str:
-    """What is left of a text where case, spaces, punctuation and Unicode's forms do not count: two texts of one reading
-    are one prompt to any model. Signs that tell names apart (`C#`, `C++`) and what parts digits (`3.5`) stay."""
+    """A text without case, spaces, punctuation and Unicode's forms: two texts of one reading are one prompt to any
+    model. Signs that distinguish names (`C#`, `C++`) and those between digits (`3.5`) stay."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
     def counts(at: int) -> bool:
@@ -111,12 +112,9 @@ def reading(text: str) -> str:
 
 
 def class_prompts(settings: Generate, classes: Sequence[str]) -> dict[str, ClassPrompts]:
-    """The prompts of every class. Only `{class}` and `{description}` are read in a template; all else in templates and
-    names, braces among it, is literal.
-
-    Raises ConfigError: two classes share a prompt, a names file or an override that does not fit the classes, a
-    template without a place for the class.
-    """
+    """The prompts of every class. A template's `{class}` and `{description}` are filled in; everything else in
+    templates and names is literal, also other braces. Raises ConfigError: two classes share a prompt, a names file or
+    an override does not fit the classes, a template has no place for the class."""
     names = _names(settings.names, classes)
     refuse_unknown(settings.overrides, classes, "generate.overrides")
     shared = settings.templates if isinstance(settings.templates, dict) else dict.fromkeys(settings.templates, 1.0)
@@ -127,7 +125,7 @@ def class_prompts(settings: Generate, classes: Sequence[str]) -> dict[str, Class
         templates = shared if own is None else dict.fromkeys(own, 1.0)
         words, description = names.get(name) or ((plain[name],), "")
         if name not in names and _CODE.fullmatch(words[0]):
-            logger.warning("class %r looks like a code, which no pipeline knows; give words in generate.names", name)
+            logger.warning("class %r looks like a code, which no pipeline knows; write words in generate.names", name)
         pairs = [
             (_checked_sentence(template, word, description), weight / len(words))
             for template, weight in templates.items()
@@ -151,12 +149,12 @@ def _checked_sentence(template: str, words: str, description: str) -> str:
 
 
 def sentence(template: str, words: str, description: str = "") -> str:
-    """The template with both in place; an `a` or `an` right before one follows its sound."""
+    """The template with both filled in. An `a` or `an` right before one follows its sound."""
     values = {"class": words, "description": description}
 
     def fill(found: re.Match[str]) -> str:
         article, space, what = found.groups()
-        if re.match(r"(?i)(an?|the)\s", values[what]):  # which brings its own
+        if re.match(r"(?i)(an?|the)\s", values[what]):  # it brings its own article
             return values[what]
         return (_article(article, values[what]) + space if article else "") + values[what]
 
@@ -164,7 +162,7 @@ def sentence(template: str, words: str, description: str = "") -> str:
 
 
 def _article(written: str, following: str) -> str:
-    """As written before what is not in Latin letters, of whose sound nothing is known."""
+    """As written before other than Latin letters, whose sound is unknown."""
     plain = "".join(c for c in unicodedata.normalize("NFD", following) if not unicodedata.combining(c))
     plain = plain.lstrip("\"'([“‘„« ")
     if not (plain[:1].isascii() and plain[:1].isalnum()):
@@ -176,9 +174,8 @@ def _names(file: str | None, classes: Sequence[str]) -> dict[str, tuple[tuple[st
     """Class name -> (its words and synonyms, its description)."""
     if file is None:
         return {}
-    entries = read_mapping(
-        file, "give a YAML or JSON file of class names and their words", TextLoader, "generate.names"
-    )
+    advice = "give a YAML or JSON file of class names and their words"
+    entries = read_mapping(file, advice, TextLoader, "generate.names")
     refuse_unknown(entries, classes, f"generate.names={file}")
     if lacking := [name for name in classes if name not in entries]:
         raise ConfigError(f"generate.names={file}: says nothing of {some(lacking)}")
@@ -191,9 +188,8 @@ def _entry(file: str, name: str, value: object) -> tuple[tuple[str, ...], str]:
     value = {"words": _first_synonym(value)} if isinstance(value, str) else value
     known = {"words", "synonyms", "description"}
     if not isinstance(value, Mapping) or not set(value) <= known or not isinstance(value.get("words", name), str):
-        raise ConfigError(
-            f"generate.names={file}: {name!r} must be words, or a mapping with {', '.join(sorted(known))}"
-        )
+        keys = ", ".join(sorted(known))
+        raise ConfigError(f"generate.names={file}: {name!r} must be words, or a mapping with {keys}")
     synonyms = value.get("synonyms") or []
     if isinstance(synonyms, str):
         synonyms = [synonyms]
@@ -210,16 +206,9 @@ def refuse_unknown(given: Mapping[str, object], classes: Sequence[str], what: st
 
 def _refuse_shared(found: dict[str, ClassPrompts]) -> None:
     owner: dict[str, str] = {}
-    for name, text in _pairs(found):
-        other = owner.setdefault(reading(text), name)
-        if other != name:
+    for name, text in ((name, text) for name, prompts in found.items() for text in prompts.sentences):
+        if (other := owner.setdefault(reading(text), name)) != name:
             raise ConfigError(
                 f"classes {other!r} and {name!r} share the prompt {text!r}, so their images would be the same; "
                 "give them different words in generate.names"
             )
-
-
-def _pairs(found: dict[str, ClassPrompts]) -> Iterator[tuple[str, str]]:
-    for name, prompts in found.items():
-        for text in prompts.sentences:
-            yield name, text

@@ -1,4 +1,4 @@
-"""Soft targets that were stored before for some of the images at hand: a set that grew pays for what is new.
+"""Stored soft targets of images that an earlier set had too: a set that grew pays for its new images alone.
 
 Shapes: M rows of all files, F files, R rows asked for, K views, D features.
 """
@@ -17,20 +17,20 @@ from raydistill.data.targets import read_all_targets, read_sample_ids
 from raydistill.errors import CheckpointError
 
 log = logging.getLogger(__name__)
-# By file: of each of its rows that is of use, the row that asks for it and its own number.
+# By file: the rows to read, each as the row that asks for it and its own number.
 Places = dict[str, list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
 class KnownRows:
-    """Where the features of images lie that the same teacher saw in the same views."""
+    """Where features lie that the same teacher has given of the same views."""
 
     files: tuple[str, ...]
     first_F: np.ndarray  # the number of each file's first row, counted through all files
     ids_M: pa.Array  # 16 bytes each
 
     def find(self, ids: Sequence[str]) -> Places:
-        """Where each of these images is, of those that are known."""
+        """Where each of these images lies; unknown ones are left out."""
         at_R = pc.index_in(_packed(bytes.fromhex("".join(ids))), self.ids_M).fill_null(-1).to_numpy()
         file_R = np.searchsorted(self.first_F, at_R, side="right") - 1
         places: Places = {}
@@ -41,22 +41,22 @@ class KnownRows:
 
 
 def find_known(files: Sequence[str]) -> KnownRows:
-    """What is in these files of soft targets; one that is damaged is named and left out."""
+    """What these files of soft targets hold. A damaged one is named and left out."""
     whole, ids = [], []
     for file in files:
         try:
             ids.append(read_sample_ids(file))
             whole.append(file)
         except CheckpointError as error:
-            log.warning("%s; it is of no use here", error)
+            log.warning("%s; it is left out here", error)
     ends = np.cumsum([len(one) // 16 for one in ids], dtype=np.int64)
     first_F = np.concatenate([[0], ends[:-1]]) if ids else ends
     return KnownRows(tuple(whole), first_F, _packed(b"".join(ids)))
 
 
 def read_known(places: Places, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the rows are known (R,), and (K, R, D) float16 features, of those alone that are; (0, R, 0) where none
-    is. Raises CheckpointError where a file is damaged."""
+    """Which of the rows are known (R,), and (K, R, D) float16 features of those; (0, R, 0) where none is. Raises
+    CheckpointError where a file is damaged."""
     is_known_R = np.zeros(num_rows, bool)
     features_KRD = np.empty((0, num_rows, 0), np.float16)
     for file, pairs in places.items():

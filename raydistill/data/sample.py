@@ -1,4 +1,4 @@
-"""The one row that flows through every stage, the shards that hold rows, and the order in which training visits them.
+"""The row that flows through every stage, the shards that hold rows, and the order in which training visits them.
 
 | column    | type   | meaning                                                                   |
 |-----------|--------|---------------------------------------------------------------------------|
@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
     ]
 )
 SPLITS = ("train", "val", "test")
-# Shards whose rows are shuffled together. A shard is a fair sample already, so a few of them mix well.
+# Shards whose rows are shuffled together. Each shard is a fair sample already, so a few mix well.
 WINDOW_SHARDS = 8
 
 
@@ -46,7 +46,7 @@ def _with_train(by_split: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """What `prepare` leaves behind. `ids` and `labels` are hashes: equal ones mean equal images, or equal labels."""
+    """What `prepare` leaves behind. Equal hashes in `ids` mean equal images; in `labels`, equal labels."""
 
     path: str
     classes: tuple[str, ...]
@@ -71,8 +71,8 @@ def sample_id(data: bytes) -> str:
 
 
 def seeded_rank(seed: int, purpose: str, sample: str) -> str:
-    """A number drawn from the seed and the image alone, as hex: sorting by it is a permutation that does not change
-    for the others when an image comes or goes."""
+    """A number drawn from the seed and the image alone, as hex. Sorted by it, images keep their order when others come
+    or go."""
     return hashlib.blake2b(f"{seed}/{purpose}/{sample}".encode(), digest_size=16).hexdigest()
 
 
@@ -118,8 +118,8 @@ def visit_order(rows_of_shard: Sequence[np.ndarray], seed: int, start: int = 0) 
     """The endless, deterministic order in which training visits rows: window after window, pass after pass.
 
     `rows_of_shard[k]` lists the rows of shard k that take part. Each pass visits every row once: shards in a seeded
-    order, the rows of WINDOW_SHARDS shards shuffled together. It depends on the seed and the pass alone, so every
-    worker and every resumed run sees the same one. `start` visits are skipped without being looked at.
+    order, the rows of WINDOW_SHARDS shards shuffled together. The order depends on the seed and the pass alone, so all
+    workers and resumed runs share it. The first `start` visits are skipped.
     """
     sizes = np.array([len(rows) for rows in rows_of_shard])
     total = int(sizes.sum())
@@ -134,7 +134,7 @@ def visit_order(rows_of_shard: Sequence[np.ndarray], seed: int, start: int = 0) 
             if skip >= length:
                 skip -= length
                 continue
-            # One more than `first`: to numpy the seeds [a, b] and [a, b, 0] are the same.
+            # One more than `first`: numpy takes the seeds [a, b] and [a, b, 0] for the same.
             shuffle = np.random.default_rng([seed, number, first + 1]).permutation(length)[skip:]
             shard = np.repeat(window, sizes[window])[shuffle]
             row = np.concatenate([rows_of_shard[k] for k in window])[shuffle]

@@ -23,8 +23,8 @@ _DRAWS = 2 * _ATTEMPTS + 2 + 4
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How one network wants to see an image: `size` pixels on a side. With `resized`, a whole image becomes as large
-    as that, and the network sees its centre."""
+    """How one network sees an image: `size` pixels on a side. With `resized`, a whole image is resized to that side,
+    and the network sees its centre."""
 
     size: int
     mean: tuple[float, float, float]
@@ -86,8 +86,7 @@ def render(images_BHWC: torch.Tensor, parameters_BP: torch.Tensor, preprocessing
 def view_filters(
     parameters_BP: torch.Tensor, rows: int, columns: int, preprocessing: Preprocessing
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, S, rows) and (B, S, columns): what cuts, resizes and flips an image of so many pixels, from the left and from
-    the right."""
+    """(B, S, rows) and (B, S, columns): the two matrices that cut, resize and flip an image of so many pixels."""
     left, top, width, height, flip = parameters_BP[:, :5].unbind(dim=1)
     size, kind = preprocessing.size, preprocessing.interpolation
     if preprocessing.resized is not None:

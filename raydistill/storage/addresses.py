@@ -1,7 +1,7 @@
-"""Addresses in a stranger's table: which of them are read, and how, so that no row reaches into the user's own network.
+"""Addresses in a stranger's table: which are read, and how. No row reaches into the user's own network.
 
-A row may name a bucket, or a place of the same kind as its table's own. What it names on the web is fetched from public
-hosts alone, wherever redirects and names lead, and within a time.
+A row may name a bucket, or a place of the same kind as its table's own. Its web addresses are fetched within a time
+limit, and from public hosts alone, wherever redirects and names lead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raydistill.storage.filesystems import open_filesystem, too_large
 _BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"})
 _WEB = frozenset({"http", "https"})
 SECONDS = 30
-# So often a host may let that time pass, one row after the other, before it is asked no more by this process.
+# So many rows in succession may wait that long for a host. Then this process asks the host no more.
 _MOST_SILENT = 3
 _silent = Counter[str]()
 
@@ -39,7 +39,7 @@ def read_address(address: str, source: str, most_bytes: int) -> bytes:
         raise OSError(errno.EINVAL, "it is no address")
     if "::" in address:
         raise OSError(
-            errno.EPERM, "an address in another, or of IPv6, is not followed; write the one where the picture lies"
+            errno.EPERM, "an address in another, or of IPv6, is not followed; write the picture's own address"
         )
     if not is_elsewhere(address, source) or scheme in _BUCKETS or (scheme == "file" and "://" not in source):
         fs, place = open_filesystem(address)
@@ -63,7 +63,7 @@ def _fetch(address: str, most_bytes: int) -> bytes:
     limit = aiohttp.ClientTimeout(total=SECONDS, sock_connect=10)
     fs, place = open_filesystem(address, patience=0, get_client=_client, client_kwargs={"timeout": limit})
     data = bytearray()
-    with fs.open(place, "rb", block_size=0, size=1) as file:  # as it comes: its size is not asked for, nor believed
+    with fs.open(place, "rb", block_size=0, size=1) as file:  # read as it comes: a stated size proves nothing
         while part := file.read(1 << 16):
             data += part
             if len(data) > most_bytes:
@@ -81,7 +81,7 @@ def _public(where: Any) -> socket.socket:
     """A socket to where a connection is about to go."""
     family, kind, protocol, _, (host, *_) = where
     if not ipaddress.ip_address(host).is_global:
-        raise OSError(errno.EPERM, "its host is in a network of this machine's own, where no table leads")
+        raise OSError(errno.EPERM, "its host is in this machine's own network, where no table may lead")
     return socket.socket(family, kind, protocol)
 
 

@@ -1,4 +1,4 @@
-"""Stage directories: `<workspace>/<stage>-<hash>/`. All in them appears whole or not at all, and DONE last."""
+"""Stage directories: `<workspace>/<stage>-<hash>/`. Each file in them appears whole or not at all, and DONE last."""
 
 from __future__ import annotations
 
@@ -17,20 +17,14 @@ from pydantic import BaseModel, NonNegativeFloat, NonNegativeInt
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError, StageError
 from raydistill.runtime.versions import PACKAGES, installed
-from raydistill.storage.filesystems import (
-    FileSystem,
-    make_private,
-    open_filesystem,
-    refuse_links,
-    write_bytes,
-)
+from raydistill.storage.filesystems import FileSystem, make_private, open_filesystem, refuse_links, write_bytes
 from raydistill.storage.state import read_state
 
-GENERATED = "generated"  # where the classes' own directories lie
+GENERATED = "generated"  # the folder of the classes' own directories
 
 
 class Bill(BaseModel):
-    """What `seconds.json` says, as far as it is read."""
+    """The fields of `seconds.json` that are read."""
 
     seconds: NonNegativeFloat = 0.0
     node_seconds: dict[str, NonNegativeFloat] = {}
@@ -42,7 +36,7 @@ class Bill(BaseModel):
 
 @dataclass(frozen=True)
 class StageDirectory:
-    """One stage's place in the workspace. Everything appears in it whole or not at all."""
+    """One stage's place in the workspace."""
 
     path: str
     stage: str
@@ -62,15 +56,15 @@ class StageDirectory:
         return self.path.rpartition("/")[2]
 
     def done(self) -> dict[str, Any] | None:
-        """The stage's result, or None where it has not finished. It lies here, whatever the marker says of places, and
-        wherever the workspace was before. Raises CheckpointError where a link lies in it, or a marker is damaged."""
+        """The stage's result, or None where it has not finished. Its path is this directory, whatever the marker says:
+        workspaces move. Raises CheckpointError for a link in the directory, or a damaged marker."""
         self._refuse_links()
         result = read_state(f"{self.path}/DONE", dict[str, Any])
         return None if result is None else result | {"path": self.path}
 
     def _refuse_links(self) -> None:
         if self.fs.is_local:
-            between = self.place.rpartition("/")[0]  # the workspace, which may be a link, or what is in it
+            between = self.place.rpartition("/")[0]  # the workspace, which may be a link, or a folder in it
             if between != self._root and os.path.islink(between):
                 refuse_links(between)
             refuse_links(self.place)
@@ -91,7 +85,7 @@ class StageDirectory:
         self.write(name, json.dumps(value, indent=2, ensure_ascii=False).encode())
 
     def make(self) -> None:
-        """The folder. A workspace that is not there yet is this user's alone; in one that is, `umask` counts."""
+        """The folder. A new workspace is this user's alone; in another one `umask` counts."""
         self._refuse_links()
         if self.fs.is_local:
             make_private(self._root)
@@ -105,12 +99,12 @@ class StageDirectory:
         self.write_json("DONE", {name: value for name, value in result.items() if name != "path"})
 
     def write_bill(self, bill: dict[str, Any]) -> None:
-        """What the run that finished the stage paid, and with which versions it ran: `read_bill` gives it back."""
+        """What the run that finished the stage paid, and its versions: `read_bill` gives it back."""
         self.write_json("seconds.json", bill | {"versions": installed(PACKAGES)})
 
 
 def free_bytes(config: RunConfig) -> float:
-    """On the workspace's disk; infinite in an object store, of which nothing is known."""
+    """On the workspace's disk; infinite in a bucket, which tells of no limit."""
     fs, root = open_filesystem(workspace_root(config))
     if not fs.is_local:
         return math.inf
@@ -122,20 +116,20 @@ def refuse_small_disk(config: RunConfig, what: str, need: float, advice: str) ->
     free = free_bytes(config)
     if need > free:
         raise ConfigError(
-            f"{what} may take {need:,.0f} bytes and {free:,.0f} are free in {workspace_root(config)}; "
-            f"{advice}, or make room"
+            f"{what} may take {need:,.0f} bytes and {free:,.0f} are free in {workspace_root(config)}; {advice}, or "
+            "make room"
         )
 
 
 def read_seconds(path: str) -> float:
-    """How long the run that finished a stage took for it; 0 where nothing is said. What an interrupted run had spent
-    on it before is not in it."""
+    """How long the run that finished a stage took for it, without what interrupted runs spent; 0 where it is
+    unknown."""
     return float(read_bill(path).get("seconds", 0.0))
 
 
 def read_bill(path: str) -> dict[str, Any]:
-    """`seconds` of the run that finished a stage; on a cluster `node_seconds` by node type and `lost_nodes`; and, where
-    a process or a node was lost, the `images_again` and `seconds_again` that this cost; `versions` by package."""
+    """`seconds` of the run that finished a stage and `versions` by package; on a cluster `node_seconds` by node type
+    and `lost_nodes`; where a process or a node was lost, the `images_again` and `seconds_again` that this cost."""
     bill = read_state(f"{path}/seconds.json", Bill)
     return {} if bill is None else bill.model_dump(exclude_unset=True)
 
@@ -154,7 +148,7 @@ def check_writable(config: RunConfig) -> None:
     """Raises ConfigError where nothing can be written to the workspace."""
     root = workspace_root(config)
     fs, path = open_filesystem(root)
-    mark = f".writable-{uuid.uuid4().hex}"  # of this command alone: another may be asking the same
+    mark = f".writable-{uuid.uuid4().hex}"  # another command may ask at the same time
     try:
         if fs.is_local:
             make_private(path)

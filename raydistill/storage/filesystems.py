@@ -1,7 +1,7 @@
-"""The one place that opens file systems: without caches of what they list, and with patience.
+"""The one place that opens file systems: without caches of listings, and with patience.
 
-fsspec keeps what a bucket listed for as long as a process lives, so a file that another process wrote is not there to
-this one. And storage that is far away does not always answer: a call is tried again for a while before a run ends.
+fsspec keeps a bucket's listing as long as a process lives, so this process would not see a file that another one wrote.
+And remote storage does not always answer: a call is tried again for a while before a run ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, TypeVar
 import tenacity
 from fsspec.config import conf
 from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from safetensors import SafetensorError
 
 from raydistill.errors import CheckpointError, ConfigError, DataError, StageError, StorageError, first_line_of
@@ -36,18 +36,17 @@ PATIENCE_SECONDS = 60.0
 # What to install for a protocol: `pip install 'raydistill[s3]'`.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _KEYS_IN_ADDRESS = re.compile(r"\w+://(?!arn:)[^/@:]*:[^@]*@")
-# These have buckets, which their owner makes on purpose, and no folders.
+# These have no folders, but buckets, which their owner makes on purpose.
 _WITH_BUCKETS = frozenset({*_EXTRAS, "adl", "oci", "oss", "hf"})
 _BUCKET = re.compile(r"\w+://(?:arn:[\w:/.-]+|[\w.-]+(?:@[\w.-]+)?)(?:/|$)")
-# What a disk that is mounted from elsewhere says while it is away, and what no disk or bucket takes back.
+# What a network disk says while it is away, and what no disk or bucket takes back.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EREMOTEIO}
 _FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM, errno.ENOSYS,
           errno.EMSGSIZE, errno.ENOTEMPTY, errno.EREMCHG}  # fmt: skip
 _FINAL_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-# What tells of the machine, which the next file would meet too.
+# What is wrong with the machine: the next file would meet it too.
 OF_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-# The clients of buckets have errors of their own. Of these the first say that there is no key, the others that the
-# client is not set up.
+# The clients of buckets have errors of their own: some say that there is no key, others that the client is not set up.
 _CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
 _NO_KEY = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
            "DefaultCredentialsError", "UnauthorizedSSOTokenError"}  # fmt: skip
@@ -56,8 +55,8 @@ _ASK_AGAIN = {408, 425, 429}  # HTTP's codes below 500 that pass
 
 
 class FileSystem:
-    """A file system of fsspec's, each call of which is tried again for `patience` seconds while storage does not
-    answer. Then it raises StorageError; and PermissionError where the key is refused."""
+    """A file system of fsspec's. Each call is tried again for `patience` seconds while storage does not answer, and
+    then raises StorageError; PermissionError where the key is refused."""
 
     def __init__(self, fs: Any, patience: float) -> None:
         self._fs, self._patience = fs, patience
@@ -79,7 +78,7 @@ class FileSystem:
         return not _WITH_BUCKETS.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
 
     def open(self, place: str, mode: str = "rb", **options: Any) -> Any:
-        """Raises OSError, also for what is to be read and is no regular file."""
+        """Raises OSError, also where the file to read is no regular one."""
         if self.is_local and mode == "rb":
             return patiently(open_file, True, self._patience, place)
         return patiently(self._fs.open, self.is_local, self._patience, place, mode, **options)
@@ -90,20 +89,20 @@ class FileSystem:
         return bytes(patiently(self._fs.cat_file, self.is_local, self._patience, place, start, end, **options))
 
     def read_at_most(self, place: str, most: int, is_small: bool = False) -> bytes:
-        """A whole file of a stranger; of one that `is_small` a bucket is not asked for the size first. Raises OSError,
-        also where it has more bytes."""
+        """A whole file of a stranger. The bucket of one that `is_small` is not asked for its size first. Raises
+        OSError, also where it has more bytes."""
         if self.is_local:
             return patiently(read_file, True, self._patience, place, most)
         if not is_small and (size := self.size(place) or 0) > most:
             raise too_large(size, most, place)
-        # To read in parts, s3fs would ask for the size.
+        # s3fs would ask for the size in order to read in parts.
         data = self.cat_file(place, **({"max_concurrency": 1} if "s3" in self._fs.protocol else {}))
         if len(data) > most:
             raise too_large(len(data), most, place)
         return data
 
     def make_folder(self, place: str) -> None:
-        """With all above it. A bucket has no folders, and is not made because a name was misspelt."""
+        """With all above it. A bucket has no folders, and a misspelt name makes no bucket."""
         if not self.has_buckets:
             self.makedirs(place, exist_ok=True)
 
@@ -122,7 +121,7 @@ class FileSystem:
             return None
 
     def remove_if_empty(self, folder: str) -> None:
-        """A folder of a disk. In a bucket one is gone with the last file in it."""
+        """A folder of a disk. In a bucket a folder goes with its last file."""
         with contextlib.suppress(OSError):
             if self.is_local:
                 self.rmdir(folder)
@@ -130,43 +129,41 @@ class FileSystem:
     def remove(self, place: str) -> None:
         """A file, or a folder with all that is in it, if it is still there."""
         try:
-            # All but the local one take signs such as [ for those of a pattern.
+            # All but the local one read signs such as [ as a pattern.
             self.rm(place if self.is_local else glob.escape(place), recursive=True)
         except FileNotFoundError:
             return
 
 
 def make_private(folder: str) -> None:
-    """A folder of this machine, for this user alone where it is new, with what is missing above it."""
+    """Make a folder of this machine, and what is missing above it. A new one is for this user alone."""
     with contextlib.suppress(FileExistsError):
         os.makedirs(folder, mode=0o700)
 
 
 def refuse_links(place: str) -> None:
-    """Raises CheckpointError where a path of this machine, or anything below it, is a link: a workspace may be a
-    stranger's, and nothing is read, written or deleted where its links lead."""
+    """Raises CheckpointError where a path of this machine, or anything below it, is a link. A workspace may be a
+    stranger's: nothing is read, written or deleted where its links lead."""
     waiting = [place]
     while waiting:
         folder = waiting.pop()
         if os.path.islink(folder):
             raise CheckpointError(
-                f"{folder} is a link to {os.readlink(folder)}, and nothing in a workspace leads out of it: delete the "
-                "link, or put in its place what it leads to"
+                f"{folder} is a link to {os.readlink(folder)}, and links in a workspace are not followed: delete the "
+                "link, or replace it with what it leads to"
             )
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
             waiting += [entry.path for entry in entries if entry.is_symlink() or entry.is_dir()]
 
 
 def open_filesystem(path: str, patience: float = PATIENCE_SECONDS, **options: Any) -> tuple[FileSystem, str]:
-    """The file system of a path or URL, and the path as that file system writes it.
-
-    Raises ConfigError where no package that is installed knows the protocol.
-    """
+    """The file system of a path or URL, and the path as that file system writes it. Raises ConfigError where no
+    installed package knows the protocol."""
     if "://" not in path and not path.startswith(("file:/", "local:/")):
-        # To fsspec the folders `a::b` and `file:x` of this machine are addresses.
+        # fsspec reads the folders `a::b` and `file:x` of this machine as addresses.
         full = os.path.expanduser(path)
         full = full if os.path.isabs(full) else os.path.join(os.getcwd(), full)
-        return FileSystem(LocalFileSystem(), patience), str(LocalFileSystem._strip_protocol(full))
+        return FileSystem(LocalFileSystem(), patience), make_path_posix(full).rstrip("/") or "/"
     protocol = path.partition("://")[0]
     if protocol in _EXTRAS and _KEYS_IN_ADDRESS.match(path):
         raise ConfigError(
@@ -174,34 +171,36 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS, **options: An
         )
     if protocol in _WITH_BUCKETS and not _BUCKET.match(path):
         raise ConfigError(
-            f"{path}: names no bucket that can be there; write {protocol}://BUCKET/FOLDER, the name of the bucket in "
-            "letters, digits, dots and dashes"
+            f"{path}: names no bucket; write {protocol}://BUCKET/FOLDER (letters, digits, dots and dashes)"
         )
     options["use_listings_cache"] = False
     set_up = "AWS_MAX_ATTEMPTS" in os.environ or "config_kwargs" in conf.get("s3", {})
     if _EXTRAS.get(protocol) == "s3" and not set_up:
-        # s3fs has a loop of retries around botocore's, and there is ours: with all three a wrong address took 14 s.
-        # And a line that takes what is sent and says nothing held each of its calls for five minutes.
-        seconds = (
-            {"connect_timeout": 10, "read_timeout": 30} if patience else {"connect_timeout": 4, "read_timeout": 10}
-        )
-        options["config_kwargs"] = {"retries": {"max_attempts": 1}, **seconds}
+        # s3fs retries around botocore's retries, and we retry around both: a wrong address took 14 s. And a server that
+        # accepts a request and says nothing held each call for five minutes.
+        connect, read = (10, 30) if patience else (4, 10)
+        options["config_kwargs"] = {
+            "retries": {"max_attempts": 1}, "connect_timeout": connect, "read_timeout": read,
+        }  # fmt: skip
     try:
         fs, place = url_to_fs(path, **options)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         advice = f"; pip install 'raydistill[{extra}]'" if extra else ""
         raise ConfigError(f"{path}: what reads {protocol}:// is not installed ({error}){advice}") from None
-    except (ValueError, OSError) as error:  # no such protocol, or one that calls its server, or opens its file, at once
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # an unknown protocol, or one that calls its server or opens its file at once
         raise ConfigError(f"{path}: {error}") from None
-    if not patience and hasattr(fs, "retries"):  # another one than that of patient calls, since its options differ
+    if not patience and hasattr(fs, "retries"):  # its options differ, so it is not the one of patient calls
         fs.retries = min(fs.retries, 2)
     return FileSystem(fs, patience), place
 
 
 def patiently(call: Callable[..., Result], is_local: bool, patience: float, /, *args: Any, **kwargs: Any) -> Result:
-    """What a call on storage gives in the end. What is wrong with the request itself, as with a file that is not there,
-    is raised as it is."""
+    """What a call on storage gives in the end. An error of the request itself, such as a missing file, is raised as it
+    is."""
     where = next((a for a in reversed(args) if isinstance(a, str)), "storage")
 
     def passes(error: BaseException) -> bool:
@@ -237,7 +236,7 @@ def patiently(call: Callable[..., Result], is_local: bool, patience: float, /, *
 
 
 def _passes(error: BaseException, is_local: bool) -> bool:
-    """Whether it is storage or the way there that failed, rather than what was asked of it."""
+    """Whether storage or the way there failed, and not the request."""
     if isinstance(error, _FINAL_ERRORS):
         return False
     response = getattr(error, "response", None)
@@ -251,8 +250,8 @@ def _passes(error: BaseException, is_local: bool) -> bool:
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file of this machine, to read. Raises OSError, also for what is no regular file: a pipe would be waited for,
-    and a device has no end. ValueError for a name that no file can have."""
+    """A file of this machine, to read. Raises OSError, also for a pipe, which would have to be waited for, and a
+    device, which has no end; ValueError for a name that no file can have."""
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -261,8 +260,8 @@ def open_file(path: str) -> BinaryIO:
 
 
 def read_file(path: str, most: int) -> bytes:
-    """A whole file of this machine, no further than it says it goes. Raises as `open_file` does, and OSError where it
-    has more bytes."""
+    """A whole file of this machine, up to the size that it states. Raises as `open_file`, and OSError where that is
+    more than `most` bytes."""
     with open_file(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise too_large(size, most, path)
@@ -274,13 +273,14 @@ def too_large(size: int, most: int, path: str | None = None) -> OSError:
 
 
 def version_of(path: str, file: Any) -> str:
-    """What storage tells of a file that is open: something else once it is written again."""
+    """What storage tells of an open file. It changes when the file is written again."""
     fs, place = open_filesystem(path)
     return str(getattr(file, "details", None) or fs.info(place))
 
 
 def refuse_unread(error: BaseException, shown: str) -> None:
-    """Raises what the system itself says of a file, or of the machine; other errors are of what the file holds."""
+    """Raises the error where the system itself speaks of the machine, and DataError where it speaks of the file. Other
+    errors are about what the file holds."""
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno in OF_MACHINE:
             raise error
@@ -312,8 +312,8 @@ def write_bytes(path: str, data: bytes) -> None:
 
 
 def create_file(path: str, data: bytes) -> None:
-    """Write a whole file where there is none. Raises FileExistsError, also where another process was first by a
-    moment: on disks and on S3, Google's and Azure's buckets."""
+    """Write a whole file where there is none. Raises FileExistsError, also where another process is first by a moment:
+    on disks, and in the buckets of S3, Google and Azure."""
     fs, target = open_filesystem(path)
     if not fs.is_local:
         fs.pipe_file(target, data, mode="create")
@@ -321,16 +321,14 @@ def create_file(path: str, data: bytes) -> None:
     temporary = f"{target}.{uuid.uuid4().hex}.tmp"
     try:
         Path(temporary).write_bytes(data)
-        os.link(temporary, target)  # unlike a rename it replaces nothing
+        os.link(temporary, target)  # unlike a rename, this replaces nothing
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
 def write_file(path: str, write: Callable[[str], object]) -> None:
-    """Let `write` write a whole file or none: to a temporary local file, then renamed or, to an object store, sent.
-
-    Raises StageError with the bytes that are free, where the disk is full.
-    """
+    """Let `write` write a whole file or none: to a temporary local file, which is then renamed or sent to a bucket.
+    Raises StageError with the bytes that are free, where the disk is full."""
     fs, target = open_filesystem(path)
     if not fs.is_local:
         with tempfile.TemporaryDirectory() as folder:
@@ -342,7 +340,7 @@ def write_file(path: str, write: Callable[[str], object]) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         write(temporary)
         with open(temporary, "rb") as written:
-            os.fsync(written.fileno())  # or a machine that loses power may keep the name and not the bytes
+            os.fsync(written.fileno())  # else a machine that loses power may keep the name and not the bytes
         os.replace(temporary, target)
     except BaseException as error:
         if os.path.exists(temporary):
@@ -371,15 +369,15 @@ def _no_bucket(place: str) -> str:
 
 
 def refuse_unreachable(path: str, key: str) -> None:
-    """Ask a place that is not on this machine once, so that a wrong address, a refused key or a bucket that does not
-    exist is said in seconds. Raises ConfigError, which names the key of the config."""
+    """Ask a remote place once, so that a wrong address, a refused key or a missing bucket is said within seconds.
+    Raises ConfigError, which names the key of the config."""
     if "://" not in path:
         return
     fs, place = open_filesystem(path, patience=0)
     try:
         fs.info(place)
     except FileNotFoundError as error:
-        if isinstance(error.__cause__, OSError):  # so fsspec tells that a web server does not answer
+        if isinstance(error.__cause__, OSError):  # fsspec's way to say that a web server does not answer
             raise ConfigError(f"{key}={path}: nobody answers there ({error.__cause__})") from None
         if fs.has_buckets and not fs.exists(place.lstrip("/").partition("/")[0]):
             raise ConfigError(f"{key}={path}: {_no_bucket(place)}") from None

@@ -1,8 +1,8 @@
-"""A lease on a stage directory: one command at a time makes what goes into it, on disks and in buckets alike.
+"""A lease on a stage directory: one command at a time writes to it, on disks and in buckets alike.
 
-Leases are files with rising numbers, of which the last one counts. A file is created only where there is none, so of
-any number of commands one gets the next number. And none is written over by another command, so a holder that was
-thought dead and was only slow finds a later one there.
+Leases are files with rising numbers; the last one counts. A file is created only where there is none, so one command
+gets the next number, however many ask. No command writes over another's file, so a holder that was only slow, and taken
+for dead, finds a later one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raydistill.storage.state import of_another_form, read_state
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_BEATS = 10.0
 _SECONDS_BETWEEN_LOOKS = 1.0
-# A holder on another machine that shows no sign of life for so long is gone; on this one its process is looked for.
+# A holder on another machine is gone after so long without a sign of life; on this machine its process is looked for.
 _SILENT_SECONDS = 120.0
 _PREFIX, _LAST = "lease-", 10**9 - 1
 
@@ -44,10 +44,10 @@ class _State(BaseModel):
 
 @contextlib.contextmanager
 def held(directory: StageDirectory, say: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the directory's lease for the time of the block; it is given whether the stage is still to be done.
+    """Hold the directory's lease during the block, which gets whether the stage is still to be done.
 
-    While another command holds it, this one waits, and says for whom. Raises StageError after the block where another
-    command took the lease over meanwhile, since this process had shown no sign of life.
+    While another command holds it, this one waits and says for whom. Raises StageError after the block where another
+    command took the lease meanwhile because this process had shown no sign of life.
     """
     number, state = _acquire(directory, say)
     lost, ended = threading.Event(), threading.Event()
@@ -62,8 +62,8 @@ def held(directory: StageDirectory, say: Callable[[str], None]) -> Iterator[bool
             _release(directory, number, state)
     if lost.is_set():
         raise StageError(
-            f"{directory.path}: another command took this stage over, since this process had shown no sign of life for "
-            f"{_SILENT_SECONDS:.0f} s; run the same command again, and it waits for that one"
+            f"{directory.path}: another command took this stage over, because this process had shown no sign of life "
+            f"for {_SILENT_SECONDS:.0f} s; run the same command again: it waits for that one"
         )
 
 
@@ -73,11 +73,11 @@ def _acquire(directory: StageDirectory, say: Callable[[str], None]) -> tuple[int
     directory.make()
     while True:
         latest = _latest(directory)
-        if latest != seen:  # by this machine's clock: those of others may be wrong
+        if latest != seen:  # timed by this machine's clock: others may be wrong
             seen, since = latest, time.monotonic()
         number, state = latest
         if number >= _LAST:
-            raise of_another_form(f"{directory.path}/{_PREFIX}{number:06d}", "nobody takes so many leases")
+            raise of_another_form(_path(directory, number), "nobody takes so many leases")
         if not number or _is_free(state, time.monotonic() - since):
             if _create(directory, number + 1, mine):
                 return number + 1, mine
@@ -85,9 +85,9 @@ def _acquire(directory: StageDirectory, say: Callable[[str], None]) -> tuple[int
             told = state.get("id", "?")
             host, _, pid, _ = state.get("process", "another-machine - ? -").split(" ")
             who = f"process {pid} on {host}, which is making {directory.path}"
-            file = f"{directory.path}/{_PREFIX}{number:06d}"
             if not state:
-                who = f"{_SILENT_SECONDS:.0f} s: {file} is damaged, and whose it is may still work; delete it to go on"
+                file = _path(directory, number)
+                who = f"{_SILENT_SECONDS:.0f} s: {file} is damaged, and its holder may still work; delete it to go on"
             say(f"{directory.stage:<9} waits for {who}")
         threading.Event().wait(_SECONDS_BETWEEN_LOOKS)
 
@@ -100,11 +100,11 @@ def _is_free(state: dict[str, Any], silent_for: float) -> bool:
 
 
 def _latest(directory: StageDirectory) -> tuple[int, dict[str, Any]]:
-    """The number of the last lease and what is in it; 0 where there is none."""
+    """The number of the last lease and its content; 0 where there is none."""
     number = max(_numbers(directory), default=0)
     try:
-        state = read_state(f"{directory.path}/{_PREFIX}{number:06d}", _State) if number else None
-    except CheckpointError:  # cut off, or a stranger's: its holder is waited for as one of which nothing is known
+        state = read_state(_path(directory, number), _State) if number else None
+    except CheckpointError:  # cut off, or a stranger's: the wait for its holder is that for an unknown one
         state = None
     return number, {} if state is None else state.model_dump(exclude_unset=True)
 
@@ -114,15 +114,15 @@ def _numbers(directory: StageDirectory) -> list[int]:
     return [int(number[1]) for number in found if number]
 
 
-def _place(directory: StageDirectory, number: int) -> str:
-    return f"{directory.place}/{_PREFIX}{number:06d}"
+def _path(directory: StageDirectory, number: int) -> str:
+    return f"{directory.path}/{_PREFIX}{number:06d}"
 
 
 def _create(directory: StageDirectory, number: int, state: dict[str, Any]) -> bool:
-    """Whether this command got the number. An answer that was lost on the way, and asked for again, says that the file
-    is there already; so whose it is counts."""
+    """Whether this command got the number. The file's content decides: when an answer is lost and the request repeated,
+    storage says that the file is there already."""
     with contextlib.suppress(FileExistsError):
-        create_file(f"{directory.path}/{_PREFIX}{number:06d}", json.dumps(state).encode())
+        create_file(_path(directory, number), json.dumps(state).encode())
     return _latest(directory) == (number, state)
 
 
@@ -143,14 +143,14 @@ def _beat(
 
 
 def _release(directory: StageDirectory, number: int, state: dict[str, Any]) -> None:
-    """Of a finished stage no lease is needed any more. Of another the number must stay, or a command that is about to
-    take the next one and a new one that begins at 1 would both hold it."""
+    """A finished stage needs no lease. Another one keeps its number: otherwise a command that is about to take the next
+    number and a new command that begins at 1 would both hold it."""
     try:
         if directory.done() is None:
             directory.write(f"{_PREFIX}{number:06d}", json.dumps({**state, "released": True}).encode())
         else:
             for old in _numbers(directory):
                 with contextlib.suppress(FileNotFoundError):
-                    directory.fs.rm_file(_place(directory, old))  # a folder is no lease of ours
+                    directory.fs.rm_file(f"{directory.place}/{_PREFIX}{old:06d}")  # a folder is no lease of ours
     except (OSError, StageError) as error:
         logger.warning("%s: its lease could not be given back (%s)", directory.path, error)

@@ -1,4 +1,4 @@
-"""The JSON that stages leave in a workspace, read as something that anybody may have written: workspaces are shared."""
+"""The JSON that stages leave in a workspace. Workspaces are shared, so anybody may have written what is read here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from raydistill.strangers import one_line, shorter
 
 T = TypeVar("T")
 _MOST_BYTES = 32 * 1024**2
-# What the system says of a file that no stage has written: too large, no regular file, at the end of odd links.
+# What pydantic says of a value, and the end of a sentence that begins with the value's place.
 _WORDS = (
     ("^Input should be an? valid (dictionary|instance).*", "has to be a mapping"), ("^Input should be ", "has to be "),
     ("^Field required", "is missing"), ("^Value error, ", "is wrong: "), (", unable to parse.*", ""),
@@ -29,6 +29,7 @@ _WORDS = (
     ("a valid integer", "a whole number"), ("a valid string", "text"), ("a valid (list|tuple|array)", "a list"),
     ("a valid boolean", "true or false"), ("an object", "a mapping"),
 )  # fmt: skip
+# What the system says of files that no stage writes: too large, no regular file, behind odd links.
 _UNUSUAL = {errno.EFBIG, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV}
 
 
@@ -39,33 +40,32 @@ def _of_an_epoch(record: dict[str, float]) -> dict[str, float]:
     return record
 
 
-# What training came to in an epoch. Losses may be no numbers: the scaler of fp16 passes over some steps.
+# The result of an epoch of training. Losses may be NaN: the scaler of fp16 passes over some steps.
 EpochRecord = Annotated[dict[str, float], AfterValidator(_of_an_epoch)]
 
 
 def read_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = _MOST_BYTES) -> T | None:
-    """A file that is of the `shape`; None where it is not there. Raises CheckpointError where it is of another one, is
-    too large or no regular file."""
+    """A file of the `shape`; None where it is missing. Raises CheckpointError where it is of another shape, too large
+    or no regular file."""
     fs, place = open_filesystem(path)
     try:
         data = fs.read(place, most_bytes)
     except OSError as error:
-        if error.errno not in _UNUSUAL:  # of the system or the way there, and no reason to delete anything
+        if error.errno not in _UNUSUAL:  # the system or the way there fails: no reason to delete anything
             raise
         raise of_another_form(path, str(error.strerror)) from None
     return None if data is None else from_json(data, path, shape, any_float)
 
 
 def read_json(path: str | Path, shape: type[T], any_form: bool = False) -> T:
-    """A file of this machine that no stage wrote here; in `any_form` as other tools write them, with numbers
-    that are none and keys that stand twice. Raises OSError, ValueError with the reason in one line."""
+    """A file of this machine that no stage wrote here; in `any_form`, with NaN and repeated keys, as other tools write
+    them. Raises OSError, ValueError with the reason in one line."""
     return parsed(read_file(str(path), _MOST_BYTES), shape, any_form, any_form)
 
 
 def needed_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = _MOST_BYTES) -> T:
-    """The same of one that has to be there."""
-    state = read_state(path, shape, any_float, most_bytes)
-    if state is None:
+    """The same, of a file that must be there."""
+    if (state := read_state(path, shape, any_float, most_bytes)) is None:
         raise of_another_form(path, "it is not there")
     return state
 
@@ -112,7 +112,6 @@ def of_another_form(path: str, reason: str) -> CheckpointError:
 
 
 def _in_our_words(message: str) -> str:
-    """What pydantic says of a value, as the end of a sentence that begins with its place."""
     for theirs, ours in _WORDS:
         message = re.sub(theirs, ours, message)
     return message

@@ -83,7 +83,7 @@ OTHER_KINDS = ("ftp", "sftp", "github", "memory", "nothing", "reference")
         ("s3://a]/b.png", "it is no address"),
         ("https:///a.png", "it is no address"),
         ("https://[::1]:1/a.png", "or of IPv6, is not followed"),
-        ("HTTPS://127.0.0.1:1/a.png", "its host is in a network of this machine's own"),
+        ("HTTPS://127.0.0.1:1/a.png", "its host is in this machine's own network"),
         ("https://[::1]/simplecache::file:///a.png", "an address in another"),
         ("simplecache::s3://a/b.png", "an address in another"),
         ("zip://a.png::https://example.org/a.zip", "an address in another"),

@@ -12,7 +12,7 @@ from raydistill.data.labels import label_of
 from raydistill.errors import DataError
 from raydistill.strangers import written
 
-# Of pictures, in folders and in tar files; what is in them is decided by their content.
+# Of pictures, in folders and in tar files. A file's content decides what is in it.
 EXTENSIONS = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
     ".pnm", ".avif", ".jp2", ".tga", ".ico",
@@ -26,8 +26,9 @@ _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _MOST_EXTENDED = 65536  # bytes of a header in which a name or attributes stand
 _MOST_SHARED = 100  # attributes that hold for all members, each of which has its copy
-_ALWAYS_FILES, _FEWEST_BYTES = 1 << 16, 1024  # of an archive, and of each of its others: a header and what it heads
-_MOST_BEHIND = 64 << 20  # bytes behind an archive's end in which another is looked for
+# Files that an archive may always have, and bytes for each other one: a header and its content.
+_ALWAYS_FILES, _FEWEST_BYTES = 1 << 16, 1024
+_MOST_BEHIND = 64 << 20  # bytes behind an archive's end in which a second archive is looked for
 _DIGITS = re.compile(rb"\d{1000}")  # longer than a name
 
 
@@ -43,7 +44,8 @@ Image = tuple[File, dict[str, File]]  # and the files beside it that may tell it
 
 
 class Member(tarfile.TarInfo):
-    """One whose headers are known to be short, and to lead forwards, before they are read as such."""
+    """A member whose headers are known to be short, and to lead forwards, before tarfile reads them. It overrides
+    a private method, seen in Python 3.11; the tests of damaged headers fail where tarfile no longer calls it."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.size < 0:
@@ -59,7 +61,7 @@ class Member(tarfile.TarInfo):
         found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         if len(archive.pax_headers) > _MOST_SHARED:
             raise tarfile.ReadError(f"more than {_MOST_SHARED} attributes of all its members")
-        # The others are never asked for, and stay as long as the archive is open.
+        # Nothing asks for the others, and they would stay in memory as long as the archive is open.
         found.pax_headers = {key: value for key, value in found.pax_headers.items() if key.startswith("GNU.sparse")}
         if found.size < 0 or archive.offset <= self.offset:
             raise tarfile.ReadError("a member of less than no bytes")
@@ -69,30 +71,30 @@ class Member(tarfile.TarInfo):
 
 
 def _is_whole(member: tarfile.TarInfo) -> bool:
-    """Whether it is a file whose bytes stand in the archive as they are: a sparse one says how many it makes of few."""
+    """Whether it is a file whose bytes stand in the archive as they are. A sparse file makes many of few."""
     is_sparse = member.issparse() or any(key.startswith("GNU.sparse") for key in member.pax_headers)
     return member.isreg() and not is_sparse
 
 
 def refuse_compressed(head: bytes, shown: str) -> None:
-    """Raises DataError with the way out: rows are read at random, which a compressed archive does not allow."""
+    """Raises DataError with the way out. Rows are read in any order, which a compressed archive does not allow."""
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
             raise DataError(f"{shown}: compressed with {name} unpacks it once); only plain .tar files are read")
 
 
 def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> list[Image]:
-    """Every image in the archive's order, with the label files of its key wherever they stand.
+    """Every image in the archive's order, with the label files of its key, wherever they stand.
 
-    An image's own key is its name without the last ending (`v1.2_001` of `v1.2_001.png`); where no label stands under
-    it, it is its whole name (`001.png.json`) or WebDataset's, the name up to its first dot (`001` of `001.input.png`).
-    Beside the image of a key, others that only begin like it (`001.mask.png`) are left out and counted. Raises
-    DataError: two images of one key, an archive that is cut off or holds another behind its end.
+    An image's key is its name without the last ending (`v1.2_001` of `v1.2_001.png`). Where no label has that key, the
+    key is the whole name (`001.png.json`) or WebDataset's, the name up to its first dot (`001` of `001.input.png`).
+    Other images that only begin with the key of an image (`001.mask.png`) are left out and counted. Raises DataError:
+    two images of one key, an archive that is cut off or has another one behind its end.
     """
     images, count = list[tuple[File, str]](), 0
     beside = defaultdict[str, dict[str, File]](dict)
     while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]  # where each stays with all that its header tells
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all headers
         file = File(member.name, member.offset_data, member.size)
         name = member.name.rpartition("/")[2]
         before, _, ending = name.rpartition(".")
@@ -139,7 +141,7 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
 
 
 def _refuse_cut(archive: tarfile.TarFile, shown: str) -> None:
-    """Of an archive that was read to its end, where tarfile stops without a word at half a header, at what is none, and
+    """Of an archive that was read to its end. tarfile stops without a word at half a header, at what is no header, and
     before a second archive."""
     file: Any = archive.fileobj
     file.seek(archive.offset)
@@ -159,7 +161,7 @@ def _up_to_first_dot(stem: str) -> str:
 
 
 def label_in(archive: Any, beside: dict[str, File], shown: str, notes: Counter[str]) -> str | None:
-    """What stands in `KEY.cls`, under `label` or `class` in `KEY.json`, or in `KEY.txt`, the first that tells one."""
+    """From `KEY.cls`, from `label` or `class` in `KEY.json`, or from `KEY.txt`: the first that gives one."""
     for suffix in (suffix for suffix in _LABELS if suffix in beside):
         member = beside[suffix]
         where = f"{shown}: {written(member.name)}"

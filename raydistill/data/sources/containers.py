@@ -1,6 +1,6 @@
 """Readers of files that hold many images: parquet, Arrow (as `datasets` saves to disk) and WebDataset tar files.
 
-Rows are numbered in the file's own order; only those that are asked for are read.
+Rows are numbered in the file's own order. Only the rows that are asked for are read.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from raydistill.strangers import written
 
 __all__ = ["EXTENSIONS", "MOST_BESIDE", "SUFFIXES", "Row", "count_rows", "list_rows", "read_rows"]
 SUFFIXES = (*tables.SUFFIXES, ".tar")
-MOST_BESIDE = 16 << 20  # bytes of a file that tells of others, such as a list of classes
+MOST_BESIDE = 16 << 20  # bytes of a file about others, such as a list of classes
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a file says of one of its images, besides the pixels: a class's name or None, a split as it is written."""
+    """What a file says of one of its images: its class's name or None, and its split as the file writes it."""
 
     number: int
     label: str | None
@@ -44,10 +44,8 @@ class Row:
 
 
 def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator[Row]:
-    """What the file holds besides images is counted in `ignored`, labels that are not as they may seem in `notes`.
-
-    Raises DataError: a damaged file, one without the columns it needs, a label that it has no name for.
-    """
+    """Counts in `ignored` what the file holds besides images, and in `notes` labels that are not as they may seem.
+    Raises DataError: a damaged file, a missing column, a label without a name."""
     if PurePosixPath(path).suffix.lower() == ".tar":
         with _open_tar(path) as archive:
             for number, (_, beside) in enumerate(images_of(archive, written(path), ignored)):
@@ -58,8 +56,8 @@ def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator
 
 
 def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf) -> Iterator[tuple[int, Any]]:
-    """Number and bytes, None where the row has none, of those rows, in the file's order. Raises DataError, also for a
-    file of more than `most_bytes` in a tar."""
+    """Number and bytes of those rows, in the file's order; None where a row has no bytes. Raises DataError, also for a
+    tar's file of more than `most_bytes`."""
     wanted = sorted(numbers)
     if PurePosixPath(path).suffix.lower() == ".tar":
         with _open_tar(path) as archive:
@@ -71,7 +69,7 @@ def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf)
                     raise DataError(f"it has {size:,} bytes, above {most_bytes:,} (images.max_bytes)")
                 file.seek(start)
                 if len(data := file.read(size)) < size:
-                    raise EOFError("it ends before its time")
+                    raise EOFError("it ends too early")
                 yield number, data
         return
     with open_table(path) as table:
@@ -83,7 +81,7 @@ def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf)
 
 
 def next_part(path: str, row: int) -> float:
-    """The first row behind those that are read together with `row`, as a row group is; infinity behind the last.
+    """The first row of the next part, such as a row group: rows of a part are read together. Infinity behind the last.
     Raises DataError."""
     if PurePosixPath(path).suffix.lower() == ".tar":
         return row + 1
@@ -104,8 +102,8 @@ def count_rows(path: str) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _places(path: str, version: str) -> np.ndarray:
-    """(images, 2) of a tar file: where the bytes of each begin, and how many there are. The rows of one file are read
-    in many calls, each of which would go through all headers again."""
+    """(images, 2) of a tar file: where the bytes of each image begin, and how many there are. Without the cache each
+    call for rows would read all headers again."""
     with _open_tar(path) as archive:
         images = images_of(archive, written(path), Counter())
         return np.array([(file.start, file.size) for file, _ in images], np.int64).reshape(-1, 2)
@@ -132,7 +130,7 @@ def _table_rows(path: str, table: ParquetFile | ArrowFile, notes: Counter[str]) 
     if lacking := {"image", "label"} - set(schema.names):
         found = ", ".join(map(written, schema.names[:10]))
         in_folder = any(part.startswith("label=") for part in PurePosixPath(path).parts)
-        advice = "that its folder's name tells one is not read, so write it as a column" if in_folder else "rename them"
+        advice = "a label in its folder's name is not read; write it as a column" if in_folder else "rename them"
         raise DataError(f"{shown}: no column {' and no column '.join(sorted(lacking))} among {found}; {advice}")
     _check_image_column(path, table)
     table.refuse_bombs(["image"])
@@ -154,7 +152,7 @@ def _table_rows(path: str, table: ParquetFile | ArrowFile, notes: Counter[str]) 
 
 
 def _check_image_column(path: str, table: ParquetFile | ArrowFile) -> None:
-    """Raises DataError where the column's type is none of bytes, or of the struct of bytes and path."""
+    """Raises DataError where the column holds neither bytes nor structs of bytes and path."""
     if "image" not in table.schema.names:
         found = ", ".join(map(written, table.schema.names[:10]))
         raise DataError(f"{written(path)}: no column image among {found}; rename the one that holds the pictures")
@@ -170,7 +168,7 @@ def _check_image_column(path: str, table: ParquetFile | ArrowFile) -> None:
 
 
 def _class_names(path: str, metadata: dict[bytes, bytes]) -> list[str]:
-    """The names that Hugging Face `datasets` keeps beside integer labels: in the file, or in the folder it saved."""
+    """The names of integer labels, which Hugging Face `datasets` keeps in the file or in the folder it saves."""
     trees = [_json(metadata.get(b"huggingface", b"{}")).get("info")]
     fs, place = open_filesystem(path)
     beside = posixpath.join(posixpath.dirname(place), "dataset_info.json")
@@ -194,7 +192,7 @@ def _beside(fs: FileSystem, place: str) -> bytes:
 
 
 def _json(data: bytes) -> dict[str, Any]:
-    """Empty where it is no JSON object: what stands there is another program's."""
+    """Empty where it is no JSON object: another program wrote it."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
@@ -203,18 +201,16 @@ def _json(data: bytes) -> dict[str, Any]:
 
 
 def saved_files(fs: FileSystem, folder: str) -> tuple[set[str], str | None] | None:
-    """The data files of a folder that `datasets` saved and its split, as its state.json says; None of another folder.
-
-    Raises DataError where rows of the files were chosen without writing them anew.
-    """
+    """The data files and the split of a folder that `datasets` saved, from its state.json; None of another folder.
+    Raises DataError where rows of the files were chosen without writing new files."""
     place = f"{folder}/state.json"
     if not fs.isfile(place):
         return None
     state = _json(_beside(fs, place))
     if state.get("_indices_files"):
         raise DataError(
-            f"{written(place)}: its rows were chosen or shuffled without being written anew; call `flatten_indices()` "
-            "and save it again"
+            f"{written(place)}: its rows were chosen or shuffled, and the files hold the old ones; call "
+            "`flatten_indices()` and save it again"
         )
     files = state.get("_data_files")
     if not isinstance(files, list):

@@ -1,4 +1,4 @@
-"""The one walk over a folder of this machine: what lies below it, for every command that reads folders."""
+"""All files below a folder of this machine, for every command that reads folders."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import heapq
 import os
 import posixpath
 from collections import Counter, deque
-from typing import NoReturn
 
 from raydistill.errors import DataError
 from raydistill.strangers import shorter, written
 
-_NAMED, _LONGEST = 5, 400  # places; signs of one
+_NAMED, _LONGEST = 5, 400  # links that a message names; characters of a path in it
 
 
 def files_below(root: str, ignored: Counter[str]) -> list[str]:
-    """Paths of all files, sorted. Each folder is read once, by its real path, at its own place before those of links
-    to it; links that lead back or to what is read elsewhere are named in `ignored`.
-
-    Raises DataError where a folder cannot be listed.
-    """
+    """Paths of all files, sorted. Each real folder is read once, in its own place rather than behind a link. Links that
+    lead back, or to a folder that is read elsewhere, are named in `ignored`. Raises DataError where a folder cannot be
+    listed."""
     files, links, again = list[str](), list[tuple[str, str]](), list[str]()
     waiting, read = deque([(root, os.path.realpath(root))]), dict[str, str]()
     while waiting or links:
@@ -34,8 +31,8 @@ def files_below(root: str, ignored: Counter[str]) -> list[str]:
         for entry in here:
             path = posixpath.join(folder, entry.name)
             if not (os.path.isdir(path) if entry.is_symlink() else entry.is_dir()):
-                files.append(path)  # pipes, devices and links that lead nowhere too, refused when they are read
-            elif not entry.is_symlink():  # asked for its real path, the system would go through all above it again
+                files.append(path)  # pipes, devices and broken links too, which are refused when they are read
+            elif not entry.is_symlink():  # `realpath` would ask the system for all folders above it again
                 waiting.append((path, posixpath.join(real, entry.name)))
             elif f"{real}{os.sep}".startswith(f"{(target := os.path.realpath(path)).rstrip(os.sep)}{os.sep}"):
                 again.append(f"{_below(path, root)} is {_below(read.get(target, target), root)}")
@@ -52,14 +49,11 @@ def _listed(folder: str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        _refuse_unreadable(error)
-
-
-def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise DataError(f"{shorter(written(str(error.filename)), _LONGEST)}: cannot be listed ({error.strerror})") from None
+        shown = shorter(written(str(error.filename)), _LONGEST)
+        raise DataError(f"{shown}: cannot be listed ({error.strerror})") from None
 
 
 def _below(path: str, root: str) -> str:
-    """As people find it: from the root, or whole where it lies elsewhere."""
+    """A path for people: from the root, or whole where it lies elsewhere."""
     inside = path.removeprefix(root)
     return written(path if inside == path else inside.lstrip("/") or ".")

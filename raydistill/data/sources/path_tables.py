@@ -25,7 +25,7 @@ _ADVICE = "`path` and `label` are needed, `split` is welcome"
 
 
 class PathRow(NamedTuple):
-    """A row: the path as it is written, the label, the split as it is written, and where it stands."""
+    """Path and split are as the table writes them; `number` is that of the line."""
 
     path: str
     label: str | None
@@ -39,11 +39,11 @@ class PathRow(NamedTuple):
 
 
 def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator[PathRow]:
-    """Raises DataError with the line: a row that does not fit, a column that is lacking or there twice, another
+    """Raises DataError with the line: a row that does not fit, a column that is missing or there twice, another
     encoding or delimiter."""
     shown, is_json = written(table), table.lower().endswith(".jsonl")
     lines = _lines(fs, table, shown, "\n" if is_json else "")
-    plain = dict[str, str]()  # labels that are what they seem: most rows have one that was there before
+    plain = dict[str, str]()  # labels that are as they seem: most rows repeat one
     for number, row in _json_rows(shown, lines) if is_json else _csv_rows(shown, lines):
         if "path" not in row or "label" not in row:
             found = ", ".join(written(str(name)) for name in list(row)[:5])
@@ -65,14 +65,14 @@ def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator
 
 
 def _lines(fs: FileSystem, table: str, shown: str, newline: str) -> Iterator[str]:
-    """One after the other, since a table may be larger than it should and a line without end."""
+    """One by one: a table may be very large, and a line endless."""
     try:
         with fs.open(table) as file:
             if (size := file.seek(0, 2)) > _MOST_BYTES:
                 raise DataError(f"{shown}: it has {size:,} bytes, above {_MOST_BYTES:,}; make several tables of it")
             file.seek(0)
             head = file.read(4)
-            if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:  # of a UTF-16 or UTF-32 without a mark
+            if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:  # a NUL: UTF-16 or UTF-32 without a mark
                 raise DataError(f"{shown}: UTF-16 or UTF-32, if it is text, not UTF-8; save it as such")
             file.seek(0)
             text = io.TextIOWrapper(file, "utf-8-sig", newline=newline)
@@ -90,7 +90,7 @@ def _lines(fs: FileSystem, table: str, shown: str, newline: str) -> Iterator[str
 
 
 def _undecodable(file: Any) -> int:
-    """The line's number: what decodes in blocks is further on by then."""
+    """The line's number. The text wrapper decodes in blocks, so it is further on by then."""
     file.seek(0)
     for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE), b""), 1):
         try:
@@ -123,7 +123,8 @@ def _csv_rows(shown: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str,
 
 
 def _fitted(cells: list[str], columns: list[str]) -> list[str]:
-    """Without empty cells beyond the header, and with those of columns without a name: a comma ends each line."""
+    """Without empty cells behind the header's columns, and with empty ones for columns without a name: in some tables a
+    comma ends each line."""
     if not any(columns[len(cells) :]):
         cells = cells + [""] * (len(columns) - len(cells))
     return cells if any(cells[len(columns) :]) else cells[: len(columns)]
@@ -138,13 +139,13 @@ def _check_header(columns: list[str], where: str, delimiter: str) -> None:
     other = next((sign for sign in (";", "\t", "|", ",") if sign != delimiter and sign in columns[0]), None)
     if len(columns) == 1 and other is not None:
         name = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}[other]
-        raise DataError(f"{where} ({found}): the fields stand between {name}; save it with "
-                        f"{'commas' if delimiter == ',' else 'tabs, or as .csv'}")  # fmt: skip
+        right = "commas" if delimiter == "," else "tabs, or as .csv"
+        raise DataError(f"{where} ({found}): the fields stand between {name}; save it with {right}")
     raise DataError(f"{where} ({found}) does not name the columns{_near(dict.fromkeys(columns))}; {_ADVICE}")
 
 
 def _near(row: dict[str, Any]) -> str:
-    """What was meant, where a name is right but for its case, and quotes or invisible signs around it."""
+    """Advice where a name is right but for its case, quotes or invisible signs around it."""
     meant = {name: name.strip(" \t\xa0\u200b\ufeff'\"").casefold() for name in map(str, row) if name not in _COLUMNS}
     near = [f"{written(name)} as {right}" for name, right in meant.items() if right in _COLUMNS]
     return f": write {', '.join(near)}" if near else ""

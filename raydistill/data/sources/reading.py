@@ -1,4 +1,4 @@
-"""The one place that reads pictures' bytes: whatever is wrong with one of them is the reason of its own refusal."""
+"""The one place that reads pictures' bytes. An error of one picture refuses that picture alone."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ NO_IMAGE = "no image in this row: there are no bytes, and a path alone is not fo
 def read_pictures(
     places: Sequence[tuple[str, int | None]], most_bytes: int, source: str | None = None
 ) -> Iterator[tuple[int, bytes | None, str]]:
-    """Of files, or of rows of one file of many, in its order: the number among `places` and the bytes, or None and why.
-    `source` is the images.path of a stranger's that names them; None: the user named them.
+    """The number among `places` and the bytes, or None and the reason: of files, or of rows of one file in its order.
+    `source` is a stranger's images.path that names them; None: the user named them.
 
-    Raises StageError, and what else tells of the machine or its network.
+    Raises StageError, and other errors of the machine or its network.
     """
     if places and places[0][1] is not None:
-        yield from _read_rows(
-            places[0][0], {row: k for k, (_, row) in enumerate(places) if row is not None}, most_bytes
-        )
+        number_of = {row: number for number, (_, row) in enumerate(places) if row is not None}
+        yield from _read_rows(places[0][0], number_of, most_bytes)
         return
     for number, (path, _) in enumerate(places):
         try:
@@ -45,20 +44,20 @@ def _read_rows(path: str, number_of: dict[int, int], most_bytes: int) -> Iterato
                 raise DataError(f"the file has no row {min(number_of)} any more")
         except Exception as error:
             reason, end = refusal(error), math.inf
-            with contextlib.suppress(DataError):  # where it cannot even be opened, all of its rows are lost
+            with contextlib.suppress(DataError):  # a file that cannot be opened loses all its rows
                 end = next_part(path, min(number_of))
             yield from ((number_of.pop(row), None, reason) for row in sorted(number_of) if row < end)
 
 
 def read_bytes_of(path: str, most_bytes: int, source: str | None = None) -> bytes:
     """Raises OSError, ValueError for a name that no file can have, ConfigError for a protocol that is not known."""
-    if "://" not in path:  # on this machine; fsspec would take as long again to find that out
+    if "://" not in path:  # on this machine; fsspec would take as long as the reading to find that out
         return read_file(path, most_bytes)
     return read_address(path, path if source is None else source, most_bytes)
 
 
 def refusal(error: Exception) -> str:
-    """Why one picture, row or file is left out. Raises the error again where it tells of the machine instead."""
+    """Why one picture, row or file is left out. Raises an error of the machine again."""
     number = getattr(error, "errno", None)
     if isinstance(error, MemoryError | StageError) or number in OF_MACHINE:
         raise error

@@ -16,9 +16,9 @@ _LONGEST_MESSAGE = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Of Arrow's stream: where it begins and ends, its rows, and the bytes of its body as they are and unpacked."""
+    """Where it begins and ends, its rows, and the bytes of its body, packed and unpacked."""
 
-    is_batch: bool  # or a dictionary, or a schema
+    is_batch: bool  # else a dictionary or a schema
     start: int
     end: int
     rows: int = 0
@@ -99,7 +99,7 @@ def _field(data: bytes, table: int, slot: int) -> int:
 
 
 def _vector(data: bytes, table: int, slot: int, width: int) -> Iterator[int]:
-    """Where each of its structs lies."""
+    """Where each struct of a table's vector lies."""
     if at := _field(data, table, slot):
         at = _indirect(data, at)
         for k in range(struct.unpack_from("<I", data, at)[0]):

@@ -76,21 +76,15 @@ class ParquetFile(Parts):
         refuse_other_types(self.schema, columns, self._shown)
         for group in map(int, self._parts_of(wanted)):
             first, end = map(int, self._starts[group : group + 2])
-            for batch in self._batches(group, end - first, list(columns)):
+            most = max((self._most_of_a_row(c, end - first) for c in _of(self._groups[group], columns)), default=0)
+            together = max(1, min(_MOST_ROWS, MOST_BYTES // max(most, 1)))
+            for batch in self._parquet.iter_batches(together, [group], list(columns), use_threads=False):
                 if any_of(wanted, first, first + len(batch)):
                     batch.validate(full=True)
                     yield first, batch
                 first += len(batch)
                 if not any_of(wanted, first, end):
                     break
-
-    def _batches(self, group: int, num_rows: int, columns: list[str]) -> Any:
-        sizes = [self._unpacked(chunk, num_rows) for chunk in _of(self._groups[group], columns)]
-        total, each = sum(total for total, _ in sizes), max((each for _, each in sizes), default=0)
-        if total <= MOST_BYTES and not each and num_rows <= _MOST_ROWS:
-            return self._parquet.read_row_group(group, columns, use_threads=False).to_batches()
-        together = max(1, min(_MOST_ROWS, MOST_BYTES // max(each, 1)))
-        return self._parquet.iter_batches(together, [group], columns, use_threads=False)
 
     def refuse_bombs(self, columns: Sequence[str]) -> None:
         """By what the footer says of all columns. The headers of pages are read with their rows."""
@@ -99,8 +93,8 @@ class ParquetFile(Parts):
                 raise bomb(self._shown, f"the column {named(chunk.path)}", chunk.packed, chunk.unpacked)
         refuse_few_bytes(self.num_rows, self.size, self._shown)
 
-    def _unpacked(self, chunk: Chunk, num_rows: int) -> tuple[int, int]:
-        """Bytes of all pages of a column chunk, and those that each row may add beyond these few."""
+    def _most_of_a_row(self, chunk: Chunk, num_rows: int) -> int:
+        """Bytes by which each further row may add to what is held, beyond the pages themselves where these are few."""
         if chunk not in self._known:
             total = largest = repeated = 0
             for packed, unpacked, repeats in parquet_headers.pages(self._file, chunk, num_rows):
@@ -108,9 +102,8 @@ class ParquetFile(Parts):
                     raise bomb(self._shown, f"a page of the column {named(chunk.path)}", packed, unpacked)
                 total, largest = total + unpacked, max(largest, unpacked)
                 repeated = max(repeated, unpacked if repeats else 0)
-            self._known[chunk] = total, repeated if total <= MOST_BYTES else largest
-        found: tuple[int, int] = self._known[chunk]
-        return found
+            self._known[chunk] = repeated if total <= MOST_BYTES else largest
+        return int(self._known[chunk])
 
 
 def _of(chunks: Sequence[Chunk], columns: Sequence[str]) -> list[Chunk]:

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_LONGEST_HEADERS = (1 << 12, 1 << 20)  # of a page: most, and all
-# Reads, of about half a microsecond: of a page's header, and of a footer.
+_LONGEST_HEADERS = (1 << 12, 1 << 20)  # bytes of most pages' headers, and of all
+# Reads, of about half a microsecond each, of a page's header and of a footer.
 _MOST_STEPS, _MOST_STEPS_OF_ALL = 1 << 9, 1 << 22
-# Pages that a column chunk may always have, and bytes and rows for each of its others.
+# Pages that a column chunk may always have, and bytes and rows for each other page.
 _ALWAYS_PAGES, _FEWEST_BYTES, _FEWEST_ROWS = 16, 256, 1024
 _DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7
 _BOOL, _BYTE, _INTEGERS, _DOUBLE, _BYTES, _LIST, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
 _FIXED = {_BYTE: 1, _DOUBLE: 8}
 
 
-class _Steps:
-    """Bytes in Thrift's compact protocol, read in no more than so many steps: few bytes could need minutes."""
+class _Thrift:
+    """Bytes in Thrift's compact protocol, read in at most so many steps: a few bytes could need minutes."""
 
     __slots__ = ("_data", "_left", "at")
 
@@ -66,7 +66,7 @@ class _Steps:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A column of a row group, as the footer tells it: Arrow's own object for it aborts the process on some damage."""
+    """A column of a row group, as the footer has it. Arrow's own object for it aborts the process on some damage."""
 
     path: str
     packed: int
@@ -75,8 +75,8 @@ class Chunk:
 
 
 def pages(file: Any, chunk: Chunk, num_rows: int) -> Iterator[tuple[int, int, bool]]:
-    """The bytes of each page of a column chunk as it is and unpacked, and whether many rows may repeat some of them: in
-    a dictionary, or as what begins the values before (DELTA_BYTE_ARRAY)."""
+    """The bytes of each page of a column chunk, packed and unpacked, and whether many rows may repeat some of them: a
+    dictionary's, or the beginning of earlier values (DELTA_BYTE_ARRAY)."""
     start, end = chunk.start, chunk.start + chunk.packed
     left = _ALWAYS_PAGES + chunk.packed // _FEWEST_BYTES + num_rows // _FEWEST_ROWS
     while start < end:
@@ -84,7 +84,7 @@ def pages(file: Any, chunk: Chunk, num_rows: int) -> Iterator[tuple[int, int, bo
             raise ValueError(f"a column of {chunk.packed:,} bytes in too many pages; write larger ones")
         for longest in _LONGEST_HEADERS:
             file.seek(start)
-            stream = _Steps(file.read(min(longest, end - start)), _MOST_STEPS)
+            stream = _Thrift(file.read(min(longest, end - start)), _MOST_STEPS)
             with contextlib.suppress(EOFError):
                 header = {number: _value(stream, kind) for number, kind in _fields(stream)}
                 break
@@ -99,9 +99,9 @@ def pages(file: Any, chunk: Chunk, num_rows: int) -> Iterator[tuple[int, int, bo
 
 
 def footer(data: bytes) -> tuple[int, list[tuple[int, list[Chunk]]]]:
-    """Of a parquet file: how deep its columns are nested, and the rows and columns of each row group. Of what else
-    stands in it nothing is kept, for a byte of it may be an object of Python's."""
-    stream, levels, groups = _Steps(data, _MOST_STEPS_OF_ALL), 0, list[tuple[int, list[Chunk]]]()
+    """How deep a parquet file's columns are nested, and the rows and columns of each row group. Nothing else is kept:
+    each byte of it might become an object of Python's."""
+    stream, levels, groups = _Thrift(data, _MOST_STEPS_OF_ALL), 0, list[tuple[int, list[Chunk]]]()
     for number, kind in _fields(stream):
         if number == 2:
             levels = _levels(stream, kind)
@@ -112,7 +112,7 @@ def footer(data: bytes) -> tuple[int, list[tuple[int, list[Chunk]]]]:
     return levels, groups
 
 
-def _group(stream: _Steps) -> tuple[int, list[Chunk]]:
+def _group(stream: _Thrift) -> tuple[int, list[Chunk]]:
     rows, chunks = None, list[Chunk]()
     for number, kind in _fields(stream):
         if number == 1:
@@ -126,7 +126,7 @@ def _group(stream: _Steps) -> tuple[int, list[Chunk]]:
     return rows, chunks
 
 
-def _chunk(stream: _Steps) -> Chunk:
+def _chunk(stream: _Thrift) -> Chunk:
     path, told = b"", dict[int, int]()
     for number, kind in _fields(stream):
         if number in (8, 9):
@@ -145,8 +145,8 @@ def _chunk(stream: _Steps) -> Chunk:
     return Chunk(path.decode(errors="replace"), told[7], told[6], min(starts))
 
 
-def _levels(stream: _Steps, kind: int) -> int:
-    deepest, left = 0, [1]  # in each group from the root down, the children that are still to come
+def _levels(stream: _Thrift, kind: int) -> int:
+    deepest, left = 0, [1]  # for each group from the root down, the number of children still to come
     for _ in _elements(stream, kind, _STRUCT):
         while len(left) > 1 and not left[-1]:
             left.pop()
@@ -161,21 +161,21 @@ def _levels(stream: _Steps, kind: int) -> int:
 
 
 def _whole(fields: Any, number: int) -> int | None:
-    """A whole number among a struct's fields; damage puts other kinds in its place."""
+    """A whole number among a struct's fields. Damage puts other kinds in its place."""
     value = fields.get(number) if isinstance(fields, dict) else None
     return value if isinstance(value, int) else None
 
 
-def _fields(stream: _Steps) -> Iterator[tuple[int, int]]:
-    """Number and kind of a struct's fields, each of whose values is read before the next."""
+def _fields(stream: _Thrift) -> Iterator[tuple[int, int]]:
+    """Number and kind of a struct's fields. The caller reads each value before the next field."""
     number = 0
     while head := stream.byte():
         number = number + (head >> 4) if head >> 4 else stream.integer()
         yield number, head & 15
 
 
-def _value(stream: _Steps, kind: int) -> Any:
-    """A whole number, or a struct's; of anything else nothing is kept."""
+def _value(stream: _Thrift, kind: int) -> Any:
+    """A whole number, or those of a struct. Nothing else is kept."""
     if kind in _INTEGERS:
         return stream.integer()
     if kind == _BYTE:
@@ -186,7 +186,7 @@ def _value(stream: _Steps, kind: int) -> Any:
     return None
 
 
-def _skip(stream: _Steps, kind: int) -> None:
+def _skip(stream: _Thrift, kind: int) -> None:
     if kind in _INTEGERS:
         stream.varint()
     elif kind in _FIXED:
@@ -204,15 +204,15 @@ def _skip(stream: _Steps, kind: int) -> None:
         raise ValueError("a header of another kind")
 
 
-def _elements(stream: _Steps, kind: int, wanted: int) -> Iterator[int]:
-    """Those of a list of the wanted kind, each of which is read before the next."""
+def _elements(stream: _Thrift, kind: int, wanted: int) -> Iterator[int]:
+    """Those of a list of the wanted kind. The caller reads each before the next."""
     count, own = _length(stream) if kind in _LIST else (1, 0)
     if count and own != wanted:
         raise ValueError("a list of another kind")
     yield from range(count)
 
 
-def _length(stream: _Steps) -> tuple[int, int]:
-    """Of a list, and its elements' kind."""
+def _length(stream: _Thrift) -> tuple[int, int]:
+    """A list's, and the kind of its elements."""
     head = stream.byte()
     return head >> 4 if head >> 4 < 15 else stream.varint(), head & 15

@@ -234,7 +234,7 @@ def test_a_second_tar_behind_the_end_of_the_first_is_refused(tmp_path):
 def test_labels_in_names_of_folders_of_tables_are_named(tmp_path):
     for label in ("cat", "dog"):
         write_table(tmp_path / f"label={label}" / "part-0.parquet", pa.table({"image": [picture(0)]}))
-    with pytest.raises(DataError, match="no column label among image; that its folder's name tells one is not read"):
+    with pytest.raises(DataError, match="no column label among image; a label in its folder's name is not read"):
         entries_of(tmp_path)
 
 
