@@ -1,7 +1,7 @@
 """YAML and JSON files that people write, or get from others: job files, overlays, spaces, names, clusters.
 
-Each loads, or is refused by a sentence with its name and line before it costs much time or memory: by its size, by how
-many values it comes to, each alias counted as often as it stands, by its depth, by a key that stands twice.
+A file loads, or one sentence with its name and line refuses it before it costs much time or memory: for its size, its
+depth, a repeated key, or its number of values, with each alias counted as often as it is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FLOAT = (
     list("-+.0123456789"),
 )
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
-_Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is of C, and many times as fast
+_Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is written in C, and many times as fast
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
@@ -41,7 +41,7 @@ class Loader(_Safe):
         super().__init__(text)
         self._values = 0
 
-    def descend_resolver(self, parent: Any, index: Any) -> None:  # which is called at each value
+    def descend_resolver(self, parent: Any, index: Any) -> None:  # PyYAML calls it at each value
         self._values += 1
         if self._values > self.most_values:
             raise _refusal(f"more than {self.most_values:,} values", parent)
@@ -49,23 +49,23 @@ class Loader(_Safe):
     def ascend_resolver(self) -> None: ...
 
     def construct_document(self, node: yaml.Node) -> Any:
-        self._weigh(node, {})  # before keys are merged, of which a few lines can make billions
+        self._weigh(node, {})  # before keys are merged: a few lines can make billions
         return super().construct_document(node)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if node.tag in _NO_SETTINGS:  # whose values would be refused as something else
+        if node.tag in _NO_SETTINGS:  # later the value would be refused as something else
             kind = node.tag.rpartition(":")[2]
             raise _refusal(f"!!{kind} makes a value that no key takes; write a mapping, a list or text", node)
         try:
             value = super().construct_object(node, deep)
-            if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # Python writes it nowhere
+            if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # Python refuses to write it
                 raise ValueError
             return value
         except (ValueError, LookupError, AttributeError, OverflowError):  # of `!!int x`, `!!bool x`, `!!timestamp x`
             raise _refusal(f"{node.value!r} is no {node.tag.rpartition(':')[2]}", node) from None
 
     def _weigh(self, node: yaml.Node, known: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:
-        """How many values a node comes to, and how deep they lie."""
+        """The number of a node's values, and their depth."""
         if isinstance(node, yaml.ScalarNode):
             return 1, 0
         if node in known:
@@ -91,7 +91,7 @@ class Loader(_Safe):
         seen = set[str]()
         for key in keys:
             if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:  # of which YAML would take the last
+                if key.value in seen:  # YAML would take the last
                     raise _refusal(f"{key.value!r} stands twice", key)
                 seen.add(key.value)
                 if self.keys_are_text and key.tag != _MERGE:
@@ -105,14 +105,14 @@ class JobLoader(Loader):
 
 
 class TextLoader(Loader):
-    """Whatever is written is text, as names are: `NO`, `017`, `2024-01-01`. For as many as a set has classes."""
+    """All values are text, as names are: `NO`, `017`, `2024-01-01`. Room for the names of all classes of a set."""
 
     most_bytes, most_values = 32 * 1024**2, 400_000
     keys_are_text = True
 
 
 def _resolvers(keep: Callable[[str], bool]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """Those of PyYAML, by the first sign, for some kinds of values."""
+    """PyYAML's, by the first character, for some kinds of values."""
     return {
         first: [(tag, pattern) for tag, pattern in found if keep(tag.rpartition(":")[2])]
         for first, found in _Safe.yaml_implicit_resolvers.items()
@@ -125,15 +125,15 @@ JobLoader.add_implicit_resolver(*_FLOAT)
 
 
 def read_documents(path: str, advice: str, loader: type[Loader] = Loader, key: str = "") -> list[Any]:
-    """What a file says, document by document, but for empty ones. Raises ConfigError, with the `advice` where there is
-    no such file and with the `key` of the config that names it."""
+    """The documents of a file that are not empty. Raises ConfigError, with the `advice` where there is no such file,
+    and with the `key` of the config that names it."""
     shown = f"{key}={path}" if key else path
     text = _text(path, shown, advice, loader.most_bytes)
     return parse(text, shown, loader, "JSON" if loader is TextLoader and path.lower().endswith(".json") else "YAML")
 
 
 def parse(text: str, shown: str, loader: type[Loader] = JobLoader, form: str = "YAML") -> list[Any]:
-    """The documents of a text, but for empty ones. Raises ConfigError, which names it as it is to be `shown`."""
+    """The documents of a text that are not empty. Raises ConfigError, which calls the text `shown`."""
     line = 0
     try:
         found = [_json(text, loader.most_values)] if form == "JSON" else list(yaml.load_all(text, loader))
@@ -147,7 +147,7 @@ def parse(text: str, shown: str, loader: type[Loader] = JobLoader, form: str = "
         reason = "nested too deeply" if "nesting depth" in reason else reason
     except yaml.reader.ReaderError as error:
         reason, line = f"{error.reason} (U+{int(error.character):04X})", 1 + text[: error.position].count("\n")
-    except ValueError as error:  # JSON's numbers of 5,000 digits, and keys that stand twice
+    except ValueError as error:  # JSON's numbers of 5,000 digits, and repeated keys
         reason = str(error)
     else:
         return [document for document in found if document is not None]
@@ -162,7 +162,7 @@ def _json(text: str, most_values: int) -> Any:
 
 
 def as_yaml(tree: dict[str, Any]) -> str:
-    """As YAML that `JobLoader` reads back to the same tree."""
+    """YAML that `JobLoader` reads back to the same tree."""
     return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
@@ -189,14 +189,14 @@ def _text(path: str, shown: str, advice: str, most: int) -> str:
             raise ConfigError(f"{shown}: no such file; {advice}")
         if not place.is_file():
             raise ConfigError(f"{shown}: {'a folder' if place.is_dir() else 'no file'}; {advice}")
-        with place.open("rb") as file:  # a file of the system itself may be longer than it says
+        with place.open("rb") as file:  # files of the system may be longer than they state
             data = file.read(most + 1)
         if (size := max(len(data), place.stat().st_size)) > most:
             raise ConfigError(f"{shown}: {size:,} bytes, and {most:,} are the most; {advice}")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{shown}: not UTF-8 (byte {error.start:,}); save it as UTF-8") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise ConfigError(f"{shown}: cannot be read: {one_line(str(error))}; {advice}") from None
 
 
@@ -205,7 +205,7 @@ def _refusal(reason: str, node: yaml.Node | None) -> yaml.MarkedYAMLError:
 
 
 class KeyTwiceError(ValueError):
-    """A JSON object names a key twice, of which Python would take the last."""
+    """A JSON object has a key twice; Python would take the last."""
 
 
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What can go wrong, each as one sentence that names the thing and the way out.
 
-Every error takes a single message string, so that it survives the trip between Ray processes unchanged.
-Passwords in it are hidden: messages name settings and repeat what libraries say.
+Every error takes one message string, so that it survives the trip between Ray processes unchanged. Passwords in it are
+hidden: messages quote settings and libraries.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def first_line_of(error: BaseException | None) -> str:
-    """The same where what follows the first line is of no use."""
+    """The same, of errors whose first line says all."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -55,10 +55,10 @@ class StorageError(StageError):
 
 
 class UselessStudentError(StageError):
-    """The student is at chance, so `export` wrote nothing. `outcome` is what the run came to before it."""
+    """The student is at chance, so `export` wrote nothing. `outcome` holds the run's results before it."""
 
     outcome: Any = None
 
 
 class DivergedError(StageError):
-    """The loss or its gradient is not finite. Every worker sees it at the same step, and a retry cannot help."""
+    """The loss or its gradient is not finite. Every worker sees it at the same step; a retry cannot help."""

@@ -1,7 +1,7 @@
 """Real images and real weights for the example jobs, fetched on first use into the user's cache.
 
-All of it lies in `~/.cache/raydistill`, made in a scratch folder there and renamed at the end: an interrupted fetch
-leaves nothing under the final name, and two processes that fetch at once do not disturb each other.
+They lie in `~/.cache/raydistill`. Each is made in a scratch folder there and renamed at the end: an interrupted fetch
+leaves nothing under the final name, and two processes may fetch at once.
 """
 
 from __future__ import annotations
@@ -38,17 +38,13 @@ _NOT_CLIP_ART = ("transportation/aiga-symbols/", "transportation/roadsigns/", "r
 
 
 def images_path(name: str) -> Path:
-    """What the readers read for `example:NAME`: a folder of class folders, a .parquet or a .csv.
-
-    Raises ConfigError: the name is unknown or a package is missing; DataError: the images could not be fetched.
-    """
+    """The folder of class folders, the .parquet or the .csv of `example:NAME`. Raises ConfigError: the name is unknown
+    or a package is missing; DataError: the images could not be fetched."""
     _check(name, IMAGES, "images")
     try:
         if name == "elpv":
             data = _demo_package("elpv-dataset==1.0.0.post1", name) / "data"
-            log.info(
-                "example:elpv: solar-cell images of the package elpv-dataset, CC-BY-NC-SA-4.0: non-commercial only"
-            )
+            log.info("example:elpv: solar-cell images from elpv-dataset, CC-BY-NC-SA-4.0: non-commercial use only")
             place = hashlib.sha256(str(data).encode()).hexdigest()[:8]  # the paths in the file are absolute
             return _once(f"elpv-{place}.csv", lambda scratch: _elpv(data, scratch))
         if name.startswith("fashion-mnist"):
@@ -62,16 +58,13 @@ def images_path(name: str) -> Path:
         log.warning("example:%s needs apt-get and dpkg-deb; EuroSAT (satellite images) stands in for it", name)
         return _once("open-clip-art-eurosat", _eurosat)
     except (OSError, RuntimeError, HTTPException) as error:
-        raise DataError(
-            f"example:{name} could not be fetched ({reason_of(error)}); give images.path=YOUR_FOLDER"
-        ) from error
+        what = f"example:{name} could not be fetched ({reason_of(error)})"
+        raise DataError(f"{what}; give images.path=YOUR_FOLDER") from error
 
 
 def weights_path(name: str) -> Path:
-    """A .safetensors of timm's `tf_efficientnet_lite0/2`, or a folder that transformers loads as a Dinov2Model.
-
-    Raises ConfigError: the name is unknown, a package is missing, or the weights could not be fetched.
-    """
+    """A .safetensors of timm's `tf_efficientnet_lite0/2`, or a folder that transformers loads as a Dinov2Model. Raises
+    ConfigError: the name is unknown, a package is missing, or the weights could not be fetched."""
     package = weights_fingerprint(name)
     file = package.replace("==", "-")
     try:
@@ -83,7 +76,7 @@ def weights_path(name: str) -> Path:
 
 
 def weights_fingerprint(name: str) -> str:
-    """The package and version that the weights come from; known without fetching them."""
+    """The package and version of the weights, known without fetching them."""
     _check(name, WEIGHTS, "weights")
     return _WEIGHT_PACKAGES[name]
 
@@ -153,7 +146,7 @@ def _elpv(data: Path, scratch: Path) -> None:
 
 
 def _efficientnet(name: str, package: str, scratch: Path) -> None:
-    """Both libraries build the same layers in the same order, so that the n-th tensor of one is that of the other."""
+    """Both libraries build the same layers in the same order: the n-th tensors are the same."""
     import timm
     import torch
     from safetensors.torch import save_file
@@ -167,9 +160,9 @@ def _efficientnet(name: str, package: str, scratch: Path) -> None:
 
 
 def _vit_s_saliency(package: str, scratch: Path) -> None:
-    """The backbone in the package's ONNX file, as transformers names it on disk, with its config and preprocessing.
+    """The backbone in the package's ONNX file, under the names of transformers, with its config and preprocessing.
 
-    Only a weight that is multiplied has lost its name; the bias that is added to the product still has its own.
+    Weights that are multiplied have lost their names there; the bias that is added to the product still has its own.
     """
     import onnx
     import torch
@@ -210,7 +203,7 @@ def _cached(name: str) -> Path:
 
 
 def _once(name: str, fetch: Callable[[Path], None]) -> Path:
-    """The cached file or folder of that name; without it, `fetch` leaves one in a scratch folder, as `made`."""
+    """The cached file or folder of that name. Where there is none, `fetch` makes it in a scratch folder, as `made`."""
     final = _cached(name)
     if not final.exists():
         final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -219,7 +212,7 @@ def _once(name: str, fetch: Callable[[Path], None]) -> Path:
             try:
                 (Path(scratch) / "made").rename(final)
             except OSError:
-                if not final.exists():  # else another process was first, and its copy is as good
+                if not final.exists():  # else another process was first
                     raise
     return final
 
@@ -238,7 +231,7 @@ def _has_apt() -> bool:
 
 
 def _unpack_debian(package: str, scratch: Path) -> Path:
-    """The files of a Debian package, got without root: with the system's package lists or else with private ones."""
+    """The files of a Debian package, without root: with the system's package lists, or else with private ones."""
     try:
         _run("apt-get", "download", package, cwd=scratch)
     except RuntimeError:

@@ -1,8 +1,7 @@
-"""Passwords, keys and tokens, and how no text of ours shows them.
+"""Passwords, keys and tokens: no text of ours shows them.
 
 They come in URIs that a job names (a tracking server, a database, signed links to images), and libraries repeat those
-in their errors. So texts are cleaned where they leave: what is printed, stored, logged or raised goes through
-`redacted`.
+in their errors. So all that is printed, stored, logged or raised goes through `redacted`.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from raydistill.strangers import on_terminal, printable
 
 HIDDEN = "***"
 _END = r"\s'\"<>`"  # what ends a URI in a text
-# A port is no password. A raw password may hold / ? # and @, so that it reaches to the last @.
+# A port is no password. A raw password may hold / ? # and @, so it reaches to the last @.
 _USER_INFO = (
     r"(?!\[[\d.:a-fA-F]+\])(?P<user>[^/?#:{end}]*)(?P<password>:(?!\d{{1,5}}(?:[/?#{end}]|$))[^{end}]{{0,300}})?@"
 )
 _IN_TEXT = re.compile(r"(?P<scheme>(?:\b[A-Za-z][A-Za-z0-9.+-]*:)?//)" + _USER_INFO.format(end=_END))
 _WHOLE = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9.+-]*://)" + _USER_INFO.format(end=r"\0"))
-_CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")  # before their @ stands where data lies, and no user
+_CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")  # before their @ stands a container, and no user
 _NAMES = re.compile(
     r"(?i)[\w.%-]*(?:token|secret|signature|credential|passw|passphrase|pwd|auth|jwt|session)[\w.%-]*"
     r"|[\w.%-]*key(?:[-_]?(?:pair[-_]?)?id)?|sig|sas|pass|pw|psw|pin|otp|hmac|policy|googleaccessid|creds?|ticket"
@@ -41,8 +40,8 @@ _ASSIGNED = re.compile(
     r"|(?<![/\w])passw(?:or)?d(?: for '[^']{0,300}')?: (?!unknown|terminal|No such))"
     r"(?P<value>[^\s'\"&;,)}\]]+)"
 )
-# Half a URI: before a host was written, and with nothing before the user. A port, a time and half of an IPv6 address
-# are no passwords, and a bucket's ARN is none.
+# Half a URI: without the host, or without what comes before the user. A port, a time, half of an IPv6 address and a
+# bucket's ARN are no passwords.
 _HOSTLESS = re.compile(
     rf"(?P<name>\b[A-Za-z][A-Za-z0-9.+-]*://(?!arn:)[^/?#:@{_END}]*:)"
     rf"(?P<value>(?![:$({{]|\d{{1,5}}(?!\w)|HOST|PORT)[^@{_END}]+)(?![^{_END}]*@)"
@@ -57,21 +56,21 @@ _HEADER = re.compile(
 )
 _SHAPES = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|(?:AKIA|ASIA)[0-9A-Z]{16})\b")
 _VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)(?:_ID)?$")
-# Shorter ones are found by where they stand alone: a word of three letters would be hidden everywhere.
+# Shorter secrets are found by their place alone: a word of three letters would be hidden everywhere.
 _LEAST, _LEAST_OF_ENVIRONMENT = 4, 8
 _known: set[str] = set()
 
 
 def redacted(text: str) -> str:
-    """The text with *** for each password, key and token in it: by where it stands, by its shape, and wherever one
-    stands that `remember` or the environment knows."""
+    """The text with *** for each password, key and token: found by its place, by its shape, or because `remember` or
+    the environment knows it."""
     for secret in sorted(_known | _of_environment(), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return without_secrets(text)
 
 
 def without_secrets(text: str) -> str:
-    """As `redacted`, from the text alone: equal in every process."""
+    """As `redacted`, from the text alone: the same in every process."""
     if "//" in text:
         text = _IN_TEXT.sub(_hide_user, text)
     text = _QUERY.sub(_hide_value, text)
@@ -92,7 +91,7 @@ def redacted_tree(value: Any, hide: Callable[[str], str] = redacted) -> Any:
 
 
 def on_page(value: Any) -> Any:
-    """For Jinja's `finalize`: each text of a template redacted and printable. Pictures and finished markup are left."""
+    """For Jinja's `finalize`: each text of a template, redacted and printable. Pictures and finished markup stay."""
     return printable(redacted(value)) if type(value) is str and not value.startswith("data:") else value
 
 
@@ -102,7 +101,7 @@ def has_secret(value: str) -> bool:
 
 
 def remember(values: Iterable[str]) -> None:
-    """Have `redacted` hide the secrets in these settings from now on, also where a library shows them alone."""
+    """Let `redacted` hide the secrets in these settings from now on, also where a library shows them alone."""
     for value in values:
         for secret in _secrets_of(value):
             forms = {secret, unquote(secret), quote(secret), quote(secret, safe=""), quote_plus(secret)}
@@ -123,7 +122,7 @@ def texts(tree: Any) -> Iterator[str]:
 
 
 class RedactedStream:
-    """A text stream that writes `redacted` text without escapes of strangers: for what libraries print on their own."""
+    """A text stream that writes `redacted` text without escapes of strangers. What libraries print goes through it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -154,8 +153,8 @@ def _secrets_of(value: str) -> Iterator[str]:
         if found["password"] is not None:
             password = found["password"][1:]
             yield password
-            if "@" in password:  # a library that reads to the first @ shows what is left as the host
-                yield from (part for part in password.split("@"))
+            if "@" in password:  # a library that reads to the first @ shows the rest as the host
+                yield from password.split("@")
         elif found["scheme"].lower() not in _CONTAINERS and len(found["user"]) >= _LEAST_OF_ENVIRONMENT:
             yield found["user"]
     yield from (found["value"] for found in _QUERY.finditer(value) if _is_secret(found))
@@ -164,7 +163,7 @@ def _secrets_of(value: str) -> Iterator[str]:
 
 
 def _hide_value(found: re.Match[str], within: bool = True) -> str:
-    """Of what is no secret itself, the value may be a quoted URI that holds one."""
+    """Where the value is no secret itself, it may be a quoted URI that holds one."""
     value = found["value"]
     inner = _QUERY.sub(lambda part: _hide_value(part, False), value) if within else value
     return found["name"] + (HIDDEN if _is_secret(found) else inner)

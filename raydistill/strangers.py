@@ -1,8 +1,8 @@
-"""Names and words of strangers, and how terminals, pages, cards and pictures show them.
+"""How terminals, pages, cards and pictures show the names and words of strangers.
 
-They may hold what is taken for something else than text: escapes that clear the screen or set a link, marks that turn
-the direction of writing, lines of their own, markup. What is stored and compared stays as it is. A file is named by
-`written`, which tells any two names apart; `on_terminal` is the last look at all that is printed.
+They may hold more than text: escapes that clear the screen or set a link, marks that change the direction of writing,
+line ends, markup. What is stored and compared stays as it is. `written` names files, no two alike; `on_terminal` is the
+last look at all that is printed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-# No name of a file system is longer than 255 bytes; a label in a table may be.
+# A file's name has at most 255 bytes; a label in a table may have more.
 _LONGEST_NAME = 300
-_JOINERS = "\u200c\u200d"  # which Persian, Indian scripts and emoji are written with; between Latin letters they hide
+_JOINERS = "\u200c\u200d"  # Persian, Indian scripts and emoji need them; between Latin letters they hide
 _SIGNS = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd]")  # formats, and yet seen
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats (marks of direction, tags), half characters, separators
-_LINKED = re.compile(r"(?i)://|www\.|@|mailto:|xmpp:")  # which hubs make links of, escaped or not, but in code
-# What progress bars and colours of libraries need: none of it clears a screen, sets a title, or makes a link.
+_LINKED = re.compile(r"(?i)://|www\.|@|mailto:|xmpp:")  # hubs make links of these, escaped or not, except in code
+# What progress bars and colours of libraries need. None of it clears a screen, sets a title or makes a link.
 _OF_BARS = re.compile(r"(\r|\x1b\[[\d;]*[mKAB]|\x1b\[\?25[hl])")
 
 
 def _escaped(text: str, kept: str = "") -> str:
-    """Each character that is no text as Python and bash write it: `\\x1b`, `\\u202e`."""
+    """With each character that is no text as Python and bash write it: `\\x1b`, `\\u202e`."""
     if text.isprintable():
         return text
     return "".join(
@@ -44,40 +44,40 @@ def _escape(code: int) -> str:
 
 
 def written(name: str) -> str:
-    r"""The name itself or, where it holds what cannot be shown, the form of `ls` and bash, which can be pasted back:
-    `$'caf\xe9.png'`. No two names are written alike, and what comes out is always UTF-8 on one line."""
+    r"""The name itself or, where it cannot be shown, the form of `ls` and bash, which can be pasted back:
+    `$'caf\xe9.png'`. No two names are written alike. The result is always UTF-8 on one line."""
     if _escaped(name) == name and not name.startswith("$'"):
         return name
     return "$'" + _escaped(re.sub(r"[\\']", r"\\\g<0>", name)) + "'"
 
 
 def printable(text: str) -> str:
-    """The text with each character that is no text as an escape; longer names than any file has cut in their middle.
-    Line ends stay: a name of one line is for `one_line`."""
+    """The text with escapes for characters that are no text. Names longer than any file's are cut in the middle. Line
+    ends stay; `one_line` is for names."""
     return re.sub(
         rf"[^\s/]{{{_LONGEST_NAME + 1},}}", lambda found: shorter(found[0], _LONGEST_NAME), _escaped(text, "\n\t")
     )
 
 
 def one_line(text: str) -> str:
-    """The same of what stands in a line of its own, whose line ends are escapes too."""
+    """The same with escapes for line ends too."""
     return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def on_terminal(text: str) -> str:
-    """What a terminal may get of libraries and of other machines: text, lines, colours and bars."""
+    """What a terminal may get from libraries and other machines: text, lines, colours and bars."""
     if text.isprintable():
         return text
     return "".join(part if k % 2 else _escaped(part, "\n\t") for k, part in enumerate(_OF_BARS.split(text)))
 
 
 def in_figure(name: str) -> str:
-    """For matplotlib, to which what stands between dollars is a formula; it leaves room for the picture."""
+    """For matplotlib, which reads a formula between dollars; short enough to leave room for the picture."""
     return shorter(one_line(name), 40).replace("$", r"\$")
 
 
 def shorter(text: str, most: int = 60) -> str:
-    """In one line, of so many characters at most and a word on how many there were: for pictures and headings."""
+    """In one line of about `most` characters, with the number that there were: for pictures and headings."""
     line = text.replace("\n", "\\n")
     if len(line) <= most:
         return line
@@ -97,7 +97,7 @@ def markdown(text: str) -> str:
 
 
 def code_span(text: str) -> str:
-    """The text between as many backticks as end it nowhere sooner."""
+    """The text between so many backticks that none in it ends the span."""
     line = one_line(text).replace("|", "\\|")
     fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
     pad = " " if "`" in line else ""
@@ -105,7 +105,7 @@ def code_span(text: str) -> str:
 
 
 def plain_console(**options: Any) -> Any:
-    """rich's Console, to which every text is plain: neither markup nor escapes of strangers."""
+    """rich's Console for plain text: neither markup nor escapes of strangers."""
     from rich.console import Console
     from rich.text import Text
 

@@ -1,7 +1,7 @@
 """The one configuration tree: every key a user can type, its default, its bounds, and what it is for.
 
-Defaults live here alone and are the paper's where the paper has one. Neither torch nor ray is imported, so that
-`raydistill --help` and `raydistill show` answer at once.
+Defaults live here alone, and are the paper's where it has one. Nothing here imports torch or ray, so `raydistill
+--help` and `raydistill show` answer at once.
 """
 
 from raydistill.config.cluster import Cluster
@@ -21,30 +21,7 @@ from raydistill.config.tracking import Tracking
 from raydistill.config.views import Views
 
 __all__ = [
-    "SHARD_BYTES",
-    "ClassPrompt",
-    "Cluster",
-    "Compare",
-    "Distill",
-    "Evaluate",
-    "Export",
-    "Filter",
-    "Generate",
-    "Images",
-    "Loss",
-    "RunConfig",
-    "Section",
-    "Student",
-    "Teacher",
-    "Tracking",
-    "Tune",
-    "Views",
-    "fine_tuning",
-    "known_keys",
-    "load_config",
-    "merged",
-    "overlay",
-    "shown_yaml",
-    "suggest_key",
-    "to_yaml",
-]
+    "SHARD_BYTES", "ClassPrompt", "Cluster", "Compare", "Distill", "Evaluate", "Export", "Filter", "Generate", "Images",
+    "Loss", "RunConfig", "Section", "Student", "Teacher", "Tracking", "Tune", "Views", "fine_tuning", "known_keys",
+    "load_config", "merged", "overlay", "shown_yaml", "suggest_key", "to_yaml",
+]  # fmt: skip

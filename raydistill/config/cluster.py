@@ -11,24 +11,24 @@ from raydistill.config.section import Count, Section, Weight
 
 class Cluster(Section):
     address: str | None = None
-    """Ray cluster to join; null: one of its own on this machine, for as long as the command runs."""
+    """Ray cluster to join; null: start one on this machine for the time of the command."""
     teacher_actors: tuple[Count, Count] = (1, 4)
-    """Fewest and most teacher actors; the plan lowers the second to what fits."""
+    """Fewest and most teacher actors. The plan lowers the second to what fits."""
     generator_actors: tuple[Annotated[int, Field(ge=0)], Count] = (1, 8)
-    """Fewest and most generator actors at once, while `generate` runs; before and after it there are none."""
+    """Fewest and most generator actors at once, while `generate` runs. Before and after it there are none."""
     generator_labels: dict[str, str] | None = None
-    """Node labels that generator actors ask for, as {pool: spot}; null: any node will do."""
+    """Node labels that generator actors ask for, as {pool: spot}; null: any node."""
     generator_fallback: dict[str, str] | None = None
-    """Labels that will do where no node has the first, {} for any node; null: wait for one."""
+    """Labels to fall back on where no node has the first, {} for any node; null: wait for one."""
     spill_directory: str | None = None
-    """Where this machine's own Ray writes what its memory does not hold; null: in Ray's folder, under /tmp."""
+    """Where Ray on this machine writes what its memory does not hold; null: in Ray's folder, under /tmp."""
     grows_to: dict[Literal["CPU", "GPU"], Annotated[float, Field(ge=0)]] | None = None
-    """The most CPUs and GPUs that the cluster's autoscaler may start, as {CPU: 48, GPU: 6}; null: what is there."""
+    """CPUs and GPUs that the cluster's autoscaler may start at most, as {CPU: 48, GPU: 6}; null: what is there."""
 
     price_per_hour: Weight | None = None
-    """What the machines cost an hour, in any currency, for the forecast and the bill of `tune`; null: seconds alone."""
+    """Cost of the machines an hour, in any currency, for the forecast and the bill of `tune`; null: seconds alone."""
     prices: dict[str, Weight] = Field(default_factory=dict)
-    """What a node of each type costs an hour, as {train: 0.98, spot: 0.35, head: 0.4}, by the node's label `pool`."""
+    """Cost of a node of each type an hour, as {train: 0.98, spot: 0.35, head: 0.4}, by the node's label `pool`."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Cluster:

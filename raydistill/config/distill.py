@@ -15,12 +15,12 @@ class Distill(Section):
     batch_size: Count = 64
     """Images in one optimizer step, over all workers together."""
     labelled_share: Share | None = None
-    """Share of each batch drawn from labelled images; null: their share of the train split, a third at least."""
+    """Share of each batch drawn from labelled images; null: their share of the train split, at least a third."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Positive = 1e-3
     """Highest learning rate, reached after the warm-up."""
     body_rate: Share = 1.0
-    """Learning rate of all but the classifier, relative to the classifier's; 0 freezes it, batch norm included."""
+    """Learning rate of all layers but the classifier, relative to the classifier's; 0 freezes them, with batch norm."""
     weight_decay: Weight = 1e-2
     momentum: Share = 0.9
     """For `sgd`."""
@@ -28,26 +28,26 @@ class Distill(Section):
     warmup_epochs: Weight = 0.0
     """Epochs (or a fraction) over which the learning rate rises from zero."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the weights, which then is the student; null: none."""
+    """Decay of an exponential moving average of the weights, which becomes the student; null: none."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast of the student's forward pass; losses stay in fp32."""
     channels_last: bool = True
-    """Lay images out pixel by pixel: convolutions are faster so, others no slower."""
+    """Lay images out pixel by pixel: convolutions are faster that way, other layers no slower."""
     clip_norm: Positive | None = None
-    """Largest norm of the gradient; null: not clipped."""
+    """Largest norm of the gradient; null: no clipping."""
     val_every: Count = 5
-    """Epochs between measurements on the val split; the last epoch is always measured."""
+    """Epochs between measurements on the val split. The last epoch is always measured."""
     keep: Literal["auto", "best", "last"] = "auto"
-    """Which epoch ships: the `last`, or, of those measured, the `best` on val (of equals the latest). `auto`: the best
-    where the val images tell that it is better than the last (McNemar's test at 5 %, divided by the epochs that it is
-    the best of), else the last, and a better epoch is named."""
+    """Which epoch ships: the `last`, or the `best` of those measured on val (the latest of equals). `auto`: the best
+    where the val images show that it is better than the last (McNemar's test at 5 %, divided by the number of epochs
+    measured), else the last, and a better epoch is named."""
     num_workers: Annotated[int, Field(ge=0)] | tuple[Count, Count] = 1
-    """Ray Train workers; 0: in this process; (min, max): as many as the cluster has at the moment."""
+    """Ray Train workers; 0: in this process; (min, max): as many as the cluster has room for at the moment."""
     cache: Literal["auto", "memory", "stream"] = "auto"
-    """Where a worker keeps the train split: `memory` loads it once, `stream` reads shards as they are needed."""
+    """Where a worker keeps the train split: `memory` loads it once, `stream` reads shards when they are needed."""
     checkpoint_seconds: Weight = 5.0
-    """Between checkpoints, within epochs too, and at least four times as long as one takes to be written; a lost
-    process costs what came after. 0: at the end of every epoch, and nowhere else."""
+    """Between checkpoints, also within epochs, and at least four times as long as it takes to write one. A lost process
+    loses what came after the last. 0: at the end of every epoch, and only there."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Lost workers that Ray Train replaces before the run fails (preemptions do not count)."""
 

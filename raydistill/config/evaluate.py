@@ -11,4 +11,4 @@ class Evaluate(Section):
     calibration_bins: Count = 15
     """Bins of the reliability diagram and of the expected calibration error."""
     time_teacher: bool = False
-    """Measure the teacher's images a second too, here and in `export`."""
+    """Also measure the teacher's images a second, here and in `export`."""

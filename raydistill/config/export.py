@@ -1,4 +1,4 @@
-"""export: in which forms the student ships, and where to."""
+"""export: the forms in which the student ships, and where it goes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ class Export(Section):
     """The forms in which `export` writes the student."""
 
     formats: tuple[Literal["onnx", "torch_export"], ...] = ("onnx", "torch_export")
-    """Beside the folder that timm or transformers loads, which is always written."""
+    """Beside the folder for timm or transformers, which is always written."""
     preprocessing: bool = False
-    """Put resizing and normalising inside the graphs: they take square uint8 images (N, H, H, 3) of images.size then,
+    """Put resizing and normalising inside the graphs. They then take square uint8 images (N, H, H, 3) of images.size,
     and otherwise normalised ones (N, 3, S, S) of student.size."""
     int8: Literal["dynamic", "static"] | None = None
     """Also an ONNX file with INT8 weights; `static`: and INT8 activations, calibrated on train images."""
     int8_max_drop: Share = 0.05
-    """The accuracy on val that INT8 may lose, 0.05 being five points; without labels, the share of answers that it may
-    change. A file that loses more is left out. 1: any."""
+    """The accuracy on val that INT8 may lose, where 0.05 is five points; without labels, the share of answers that it
+    may change. A file that loses more is left out. 1: any loss."""
     allow_useless: bool = False
-    """Export a student that is no better than always naming the commonest class, too."""
+    """Also export a student that is no better than always naming the commonest class."""
     hub: str | None = None
     """A repository on the Hugging Face hub to push the folder to; private, if it is new."""
     register_as: str | None = None

@@ -10,7 +10,7 @@ from raydistill.config.section import Count, Positive, Section, Share, Weight
 
 
 class ClassPrompt(Section):
-    """What `generate` does differently for one class; null: as for the others."""
+    """What `generate` does in another way for one class; null: as for the others."""
 
     templates: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     negative_prompt: str | None = None
@@ -19,15 +19,15 @@ class ClassPrompt(Section):
 
 
 class Filter(Section):
-    """What of the generated images is kept. Each rejection is in the ledger with its reason."""
+    """Which generated images are kept. The ledger has each rejection with its reason."""
 
     contrast: Weight = 3.0
-    """Smallest standard deviation of an image's brightness, of 255; below it the image is near-constant."""
+    """Smallest standard deviation of an image's brightness, of 255. Below it the image is nearly constant."""
     duplicate_distance: Annotated[int, Field(ge=0, le=256)] | None = 4
-    """Images of one class, or an image and one of val or test, are duplicates when at most this many of the 256 bits of
-    their difference hashes differ; null: only equal files are."""
+    """Two images of one class, or one image and one of val or test, are duplicates when at most this many of the 256
+    bits of their difference hashes differ; null: only equal files are."""
     confidence: Share | None = None
-    """Smallest probability that the adapted teacher must give the class; null: not asked."""
+    """Smallest probability that the adapted teacher must give the class; null: any."""
     class_confidence: dict[str, Share] = Field(default_factory=dict)
     """The same for single classes, by name."""
     agreement: bool = False
@@ -45,7 +45,7 @@ class Generate(Section):
     """A diffusion pipeline of diffusers: a name on the hub or a local folder. Text-to-image, image-to-image (with
     `strength`), class-conditional or unconditional."""
     revision: str | None = None
-    """Revision (a commit hash for choice) of a hub pipeline."""
+    """Revision of a hub pipeline; a commit hash is best."""
     ratio: Weight = 1.0
     """Generated images of a class for each of its labelled train images."""
     per_class: Count | None = None
@@ -60,7 +60,7 @@ class Generate(Section):
     """Settings of single classes, by name."""
     negative_prompt: str | None = None
     class_ids: dict[str, Annotated[int, Field(ge=0)]] | None = None
-    """The pipeline's number of each class, for a class-conditional one; null: by the names it brings."""
+    """The number of each class in a class-conditional pipeline; null: by the names it brings."""
     scheduler: str | None = None
     """Class name of a scheduler of diffusers; null: the pipeline's own."""
     steps: Count = 50
@@ -72,14 +72,14 @@ class Generate(Section):
     """Side in pixels of what the pipeline makes; null: its own."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     batch_size: Count = 8
-    """Images in one call on a GPU, and in one file; on CPUs they are made one by one, so that it changes no image."""
+    """Images in one call on a GPU, and in one file. On CPUs each image is made alone, so this changes none."""
     safety_checker: bool = True
-    """Reject what the pipeline's safety checker flags; a text-to-image pipeline without one is refused."""
+    """Reject what the pipeline's safety checker flags. A text-to-image pipeline without one is refused."""
     attempts: Count = 3
-    """How often an image is tried, each time with another recorded seed, before it counts as missing."""
+    """Tries for an image, each with another recorded seed, before it counts as missing."""
     filter: Filter = Filter()
     task_weight: Share = 1.0
-    """Weight of generated images in the cross-entropy; 0: they are learnt from through soft targets alone."""
+    """Weight of generated images in the cross-entropy; 0: the student learns from their soft targets alone."""
     share: Share | None = None
     """Share of generated images in each batch; null: their share of all train images."""
 

@@ -19,21 +19,21 @@ class Images(Section):
     fit: Literal["crop", "pad"] = "crop"
     """How a picture becomes square: cut to its centre, or padded with white."""
     classes: str | None = None
-    """A text file with one class name a line; without it the classes are those of the train split, sorted."""
+    """A text file with one class name a line; null: the classes of the train split, sorted."""
     val_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of each class for validation, where the data names no validation split."""
+    """Share of each class for validation, where the data has no validation split."""
     test_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of each class for the test, where the data names no test split."""
+    """Share of each class for the test, where the data has no test split."""
     max_per_class: Count | None = None
-    """Use no more than this many images of a class in a split (and unlabelled ones), chosen by name; null: all."""
+    """Images of a class in a split (and unlabelled ones) at most, chosen by name; null: all."""
     num_labelled: Count | None = None
     """Keep the labels of this many train images (stratified, seeded); the others become unlabelled."""
     num_unlabelled: Annotated[int, Field(ge=0)] | None = None
     """Keep this many of the train images without a label (seeded); null: all."""
     allow_missing_val: bool = False
-    """Accept a class that has no validation image; it is then never scored on val."""
+    """Accept a class without a validation image. It is then never scored on val."""
     max_bad_share: Share = 0.05
-    """Above this share of unreadable files the run stops."""
+    """The run stops above this share of unreadable files."""
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 178_956_970
     """A picture with more pixels is refused before it is decoded (Pillow's own limit for decompression bombs)."""
     max_bytes: Count = 256 * 1024**2
@@ -43,5 +43,5 @@ class Images(Section):
 
     @property
     def rows_per_shard(self) -> int:
-        """What `shard_size` comes to at this `size`. A shard goes through a worker's memory in one piece."""
+        """`shard_size`, or less at a large `size`: a shard goes through a worker's memory in one piece."""
         return max(1, min(self.shard_size, SHARD_BYTES // (3 * self.size**2)))

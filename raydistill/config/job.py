@@ -25,14 +25,15 @@ class RunConfig(Section):
     """One run: what it learns from, what it learns, and where things go."""
 
     name: str = "raydistill"
-    """The MLflow experiment and the title of the report; without it MLFLOW_EXPERIMENT_NAME names the first."""
+    """The MLflow experiment and the title of the report. Where it is not given, MLFLOW_EXPERIMENT_NAME names the
+    experiment."""
     workspace: str = "./workspace"
-    """Where stage directories go: any fsspec path that all nodes can see. It holds no password: every stage writes down
-    where it lies."""
+    """Where stage directories go: any fsspec path that all nodes see, without a password, since every stage records its
+    place."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     images: Images
     teacher: Teacher | None = Teacher()
-    """null: no teacher, which a run without soft targets needs none of."""
+    """null: no teacher; a run without soft targets needs none."""
     student: Student = Student()
     views: Views = Views()
     generate: Generate | None = None
@@ -50,8 +51,8 @@ class RunConfig(Section):
     def _consistent(self) -> RunConfig:
         if has_secret(self.workspace):
             raise ValueError(
-                f"workspace={self.workspace} holds a password or a key, which every stage would write down; leave it "
-                "out and give it by the environment (AWS_…, or FSSPEC_PROTOCOL_KEYWORD as in FSSPEC_SFTP_PASSWORD)"
+                f"workspace={self.workspace} holds a password or a key, which every stage would record; leave it out "
+                "and give it by the environment (AWS_…, or FSSPEC_PROTOCOL_KEYWORD as in FSSPEC_SFTP_PASSWORD)"
             )
         if self.teacher is None and self.loss.needs_teacher:
             with_teacher = ", ".join(f"loss.{term}_weight" for term in self.loss.terms if term != "task")
@@ -74,17 +75,17 @@ class RunConfig(Section):
             )
         if self.generate is not None and self.generate.filter.needs_teacher and not self.loss.needs_teacher:
             raise ValueError(
-                "generate.filter asks the teacher (confidence, agreement or weigh), but no term of the loss needs one "
-                "and none is adapted; leave those out"
+                "generate.filter asks the teacher (confidence, agreement or weigh), but no term of the loss needs one, "
+                "so none is adapted; leave them out"
             )
         if self.generate is not None and self.generate.task_weight == 0 and not self.loss.needs_teacher:
             raise ValueError(
-                "generate.task_weight is 0 and no term of the loss needs a teacher, so nothing would be learnt from "
-                "the generated images; raise it, or set generate=null"
+                "generate.task_weight is 0 and no term of the loss needs a teacher, so the student would learn nothing "
+                "from generated images; raise it, or set generate=null"
             )
         if self.teacher is not None and self.teacher.head == "fine_tune" and self.teacher.center_crop:
             raise ValueError(
-                "teacher.center_crop is of a model as it comes, and teacher.head=fine_tune trains it; drop one"
+                "teacher.center_crop is for a model that is not trained; drop it or teacher.head=fine_tune"
             )
         if self.teacher is not None and self.teacher.head == "zero_shot":
             if plain := [prompt for prompt in self.teacher.prompts if "{class}" not in prompt]:
@@ -93,8 +94,8 @@ class RunConfig(Section):
 
     @property
     def streams_generated(self) -> bool:
-        """The teacher sees the stored views of generated images as they are made: on a cluster, which has room for
-        both; on one machine the two would only slow each other down."""
+        """The teacher sees the stored views of generated images as they are made. A cluster has room for both; on one
+        machine they would slow each other down."""
         stored = self.loss.needs_teacher and self.views.per_image != "fresh"
         return self.generate is not None and stored and self.cluster.address is not None
 
@@ -105,14 +106,14 @@ class RunConfig(Section):
 
 
 def fine_tuning(config: RunConfig) -> RunConfig:
-    """The run that fine-tunes the teacher of `config`: its model is the student of the task alone, from its own
-    weights, the new head ten times as fast as the body (the paper's recipe)."""
+    """The run that fine-tunes the teacher of `config`: its model is a student of the task alone, from its own weights,
+    with a head ten times as fast as the body (the paper's recipe)."""
     teacher = config.teacher
     assert teacher is not None
     student = Student(
         model=teacher.model, init="pretrained", weights=teacher.weights, revision=teacher.revision, size=teacher.size
     )
-    # How the student is trained has no say in it: searching the student's settings trains no teacher again.
+    # The student's settings play no part, so a search over them trains no teacher again.
     where = config.distill.model_dump(
         include={"num_workers", "precision", "channels_last", "cache", "checkpoint_seconds", "max_failures"}
     )

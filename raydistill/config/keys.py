@@ -1,4 +1,4 @@
-"""The job's keys as users type them: which there are, and which one was meant."""
+"""The job's keys as users type them: which there are, and which one a user meant."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
 
 
 def suggest_key(dotted: str) -> str:
-    """The end of a sentence on an unknown key: the known one that it looks like."""
+    """The end of a sentence about an unknown key: the known key that it looks like."""
     section, _, leaf = dotted.rpartition(".")
     keys = [key.rpartition(".") for key in known_keys()]
     beside = {name: (place, name) for place, _, name in keys if place == section}
@@ -41,7 +41,7 @@ def suggest_key(dotted: str) -> str:
 
 
 def user_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The part of a pydantic location that names fields: the rest are the names of union members."""
+    """The part of a pydantic location that names fields. The rest names members of unions."""
     keys: list[str] = []
     model: type[BaseModel] | None = RunConfig
     for part in map(str, location):
@@ -55,7 +55,7 @@ def user_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def takes_text(dotted: str, or_null: bool = False) -> bool:
-    """Whether a key's value is text and nothing else or, with `or_null`, may be null as well."""
+    """Whether a key's value is text alone or, with `or_null`, text or null."""
     model: type[BaseModel] | None = RunConfig
     *sections, leaf = dotted.split(".")
     for name in sections:

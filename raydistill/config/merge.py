@@ -1,4 +1,4 @@
-"""One merge of job files, overlays and single settings, and what a wrong one is answered."""
+"""The merge of job files, overlays and single settings, and the answer to a wrong one."""
 
 from __future__ import annotations
 
@@ -15,20 +15,15 @@ from raydistill.secrets import redacted_tree, remember, texts
 
 
 def overlay(config: RunConfig, tree: Mapping[str, Any]) -> RunConfig:
-    """The config with `tree` laid over it. Raises ConfigError where the result is none."""
+    """The config with `tree` laid over it. Raises ConfigError where the result is not valid."""
     remember(texts(tree))
-    try:
-        return RunConfig.model_validate(merged(config.model_dump(mode="json"), dict(tree)))
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error))) from None
+    return _validated(merged(config.model_dump(mode="json"), dict(tree)))
 
 
 def load_config(words: Sequence[str]) -> RunConfig:
     """Merge job file, overlays and `key=value` words from left to right and validate the result. The value of a word is
-    YAML, but for keys whose value is text: there it is taken as it was typed, without quotes or comments of YAML's.
-
-    Raises ConfigError: a file is missing or is not YAML, a key is unknown, a value is out of bounds.
-    """
+    YAML; for a key whose value is text it is taken as typed, also with quotes and `#`. Raises ConfigError: a file is
+    missing or not YAML, a key is unknown, a value is out of bounds."""
     tree: Any = {}
     remember(word.partition("=")[2] for word in words)
     for word in words:
@@ -37,6 +32,10 @@ def load_config(words: Sequence[str]) -> RunConfig:
         except TypeError as error:
             raise ConfigError(f"{word}: does not fit what it is laid over: {error}") from None
     remember(texts(tree))
+    return _validated(tree)
+
+
+def _validated(tree: Any) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -49,12 +48,12 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def shown_yaml(config: RunConfig) -> str:
-    """The resolved config for who reads it, without its passwords."""
+    """The resolved config to show to people, without its passwords."""
     return as_yaml(redacted_tree(config.model_dump(mode="json")))
 
 
 def merged(under: Any, over: Any) -> Any:
-    """The second tree laid over the first. Raises TypeError where a section is laid over what is none."""
+    """The second tree laid over the first. Raises TypeError where a section is laid over a value."""
     if not isinstance(over, dict):
         return over
     if not isinstance(under, dict | None):
@@ -68,7 +67,7 @@ def _read_word(word: str) -> Any:
     if not equals or "/" in key:
         return read_mapping(word, "give a job file, an overlay, or key=value")
     tree: Any
-    if takes_text(key):  # as it was typed: to YAML `set #2`, `day: one`, `2024` and `no` are other things than words
+    if takes_text(key):  # YAML reads `set #2`, `day: one`, `2024` and `no` as other things than words
         tree = None if not value or (value == "null" and takes_text(key, or_null=True)) else value
     else:
         tree = next(iter(parse(value, word)), None)
@@ -78,7 +77,7 @@ def _read_word(word: str) -> Any:
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
-    # A field that takes one of several types reports each of them: one line then says them all.
+    # A field that takes one of several types reports each: one line says them all.
     heads: dict[str, str] = {}
     tails: dict[str, list[str]] = {}
     for item in error.errors():
@@ -87,7 +86,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
             head, tail = f"{dotted}: ", f"unknown key{suggest_key(dotted)}"
         elif dotted in ("images", "images.path") and (item["type"] == "missing" or item["input"] in (None, "")):
             head, tail = "images.path: ", "required; for instance: raydistill run images.path=./my_images"
-        elif item["type"] == "value_error":  # a check of ours, whose sentence names its keys
+        elif item["type"] == "value_error":  # our own check: its sentence names the keys
             head, tail = "", str(item["ctx"]["error"])
         elif item["type"] == "string_unicode":
             head, tail = f"{dotted}={item['input']!r}: ", "not UTF-8; give it another name, or a link that has one"

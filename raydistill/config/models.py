@@ -15,7 +15,7 @@ class Teacher(Section):
     weights: str | None = None
     """A .safetensors or .pth state dict, or `example:NAME`; null: what the model's name stands for."""
     revision: str | None = None
-    """Revision (a commit hash for choice) of a hub model."""
+    """Revision of a hub model; a commit hash is best."""
     head: Literal["linear_probe", "native", "fine_tune", "zero_shot"] = "linear_probe"
     """`linear_probe`: fitted here on the labelled train images; `native`: the model's own, matched by class name;
     `fine_tune`: the whole model is trained on them first; `zero_shot`: from the class names, by a CLIP-like model."""
@@ -32,12 +32,12 @@ class Teacher(Section):
     size: Annotated[int, Field(ge=8, le=2048)] | None = None
     """Side in pixels that the teacher sees; null: the size it was trained at."""
     center_crop: bool = False
-    """Of whole images, cut off the margin that the model's own configuration cuts off (timm's `crop_pct`, a center
-    crop of transformers; a folder of raydistill's has none). Of a view nothing is cut off, unless it is whole."""
+    """Cut off the margin of whole images that the model's own configuration cuts off (timm's `crop_pct`, a center crop
+    of transformers; none in a folder of raydistill). A view keeps its margin unless it is the whole image."""
     batch_size: Count = 64
     """Views in one forward pass of a teacher actor."""
     allow_near_chance: bool = False
-    """Go on although the teacher's val accuracy is hardly above that of guessing."""
+    """Go on although the teacher's val accuracy is hardly better than guessing."""
 
 
 class Student(Section):
@@ -48,6 +48,6 @@ class Student(Section):
     weights: str | None = None
     """A state dict or `example:NAME` for `init: pretrained`."""
     revision: str | None = None
-    """Revision (a commit hash for choice) of a hub model."""
+    """Revision of a hub model; a commit hash is best."""
     size: Annotated[int, Field(ge=8, le=2048)] | None = 64
-    """Side in pixels that the student sees, in training and ever after; null: the size its model was made for."""
+    """Side in pixels that the student sees, in training and later; null: the size its model was made for."""

@@ -1,4 +1,4 @@
-"""compare, tune: which ways to train are set beside each other, and which settings are searched."""
+"""compare, tune: the ways to train that are compared, and how settings are searched."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Arm = Literal[
 
 
 class Compare(Section):
-    """What `compare` trains; the other stages do not read it."""
+    """What `compare` trains. The other stages do not read it."""
 
     arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = (
         "scratch", "linear_probe", "fine_tune", "kd", "align_uniform", "crd", "distill_pretrained",
     )  # fmt: skip
     """Ways to train the student. `linear_probe`, `fine_tune` and `distill_pretrained` start from a pre-trained one."""
     seeds: Count = 3
-    """Runs of each arm, with the seeds that follow the job's."""
+    """Runs of each arm. Their seeds follow the job's."""
     student_weights: str | None = None
     """Pre-trained weights of the student, for the arms that need them: a state dict or `example:NAME`; null: the
     hub's."""
@@ -35,24 +35,24 @@ Objective = Literal[
 
 
 class Tune(Section):
-    """How `tune` searches; the other stages do not read it."""
+    """How `tune` searches. The other stages do not read it."""
 
     space: str | None = None
-    """A YAML file of distributions by config key; `tune_spaces/` has some."""
+    """A YAML file of distributions by config key. `tune_spaces/` has some."""
     trials: Count = 30
-    """Trials in all, the first of which has the job's own values; raise it and the search goes on."""
+    """Trials in all. The first has the job's own values. A higher number continues the search."""
     sampler: Literal["tpe", "gp", "cmaes", "qmc", "random", "grid"] = "tpe"
     """Optuna's sampler, seeded by the job's seed."""
     pruner: Literal["asha", "median", "none"] = "asha"
-    """Ends trials that fall behind: asynchronous successive halving, or below the median of those before."""
+    """Ends trials that fall behind: by asynchronous successive halving, or below the median of earlier trials."""
     grace_epochs: Count | None = None
     """Epochs that every trial gets; null: a fifth of distill.epochs."""
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("val_accuracy",)
-    """What is optimised; several give a Pareto front, of which `best` is the one that is first in the first."""
+    """What is optimised. Several give a Pareto front, and `best` is its best trial by the first objective."""
     concurrent: Count | None = None
     """Trials at once; null: one on each GPU or, without any, one on every 4 CPUs."""
     confirm_seeds: Annotated[int, Field(ge=0)] = 3
-    """New seeds with which the best and the job's own values are trained again, and measured on test; 0: none."""
+    """New seeds with which the best and the job's own values are trained again and measured on test; 0: none."""
     storage: str | None = None
     """URL of a database for Optuna's study; null: SQLite in the stage directory."""
 

@@ -1,4 +1,4 @@
-"""What every section of the job is: frozen, closed, with a text for each key."""
+"""The base of every section of the job: frozen, closed, with a text for each key."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Tracking(Section):
         uri = self.uri or "://"
         if uri.startswith("file:") or not (uri.startswith("databricks") or "://" in uri):
             raise ValueError(
-                f"tracking.uri={self.uri} is a folder, in which MLflow keeps no runs any more; use "
+                f"tracking.uri={self.uri} is a folder, where MLflow no longer keeps runs; use "
                 "sqlite:////PATH/mlflow.db or a server's http://HOST:PORT"
             )
         return self

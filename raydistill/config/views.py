@@ -11,7 +11,7 @@ from raydistill.config.section import Count, Section, Share
 
 class Views(Section):
     per_image: Count | Literal["fresh"] = 8
-    """K views an image, their soft targets stored once and replayed; or `fresh`: a new view in each epoch."""
+    """K views an image, whose soft targets are stored once and replayed; `fresh`: a new view in each epoch."""
     min_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
     """Smallest share of the image's area that a random crop keeps (RandomResizedCrop)."""
     max_ratio: Annotated[float, Field(ge=1)] = 4 / 3

@@ -1,7 +1,7 @@
-"""Soft targets in shards that line up with the sample shards, and what the trainer reads: both, row by row.
+"""Soft targets in shards that line up with the sample shards, and the batches that the trainer reads from both.
 
-Target shard k holds the teacher's features of the rows of sample shard k, in order, for each stored view. The logits
-follow from the features by the teacher's linear head, so a new head costs no teacher pass.
+Target shard k holds the teacher's features of the rows of sample shard k, in order, for each stored view. The teacher's
+linear head makes logits of them, so a new head costs no teacher pass.
 
 Shapes: K views, R rows of a shard, D features, V visits, N rows of the split, H pixels.
 """
@@ -65,12 +65,7 @@ def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.nd
 
 def read_all_targets(path: str) -> tuple[list[str], np.ndarray]:
     """Sample ids and (K, R, D) float16 features of a whole file. Raises CheckpointError where it is damaged."""
-    return all_targets(read_bytes(path), path)
-
-
-def all_targets(data: bytes, name: str) -> tuple[list[str], np.ndarray]:
-    """The same of its bytes."""
-    sample_ids, features_KRD = _decode(data, name)
+    sample_ids, features_KRD = _decode(read_bytes(path), path)
     return [row.tobytes().hex() for row in sample_ids], features_KRD
 
 
@@ -86,14 +81,14 @@ def read_sample_ids(path: str) -> bytes:
     """The ids of a file's rows, 16 bytes each, without its features. Raises CheckpointError where it is damaged."""
     fs, place = open_filesystem(path)
     try:
-        # The layout of safetensors: the length of its JSON header, the header, the tensors at the header's offsets.
+        # safetensors: the length of a JSON header, the header, and the tensors at the header's offsets.
         start = 8 + int.from_bytes(fs.cat_file(place, 0, 8), "little")
         begin, end = parsed(fs.cat_file(place, 8, start), dict[str, Any])["sample_ids"]["data_offsets"]
         data = bytes(fs.cat_file(place, start + begin, start + end))
         if len(data) < end - begin:
             raise ValueError("it ends too early")
         return data
-    except (ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:  # the last two of lengths
+    except (ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:  # the last two for false lengths
         raise CheckpointError(f"{path} is damaged ({error}); delete it and run the command again") from None
 
 
@@ -131,8 +126,8 @@ def labels_of(table: pa.Table) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Part:
-    """Train shards in one place. `targets` is None where no teacher takes part; `weights` are those of the rows' hard
-    labels by sample id, None where all are 1."""
+    """Train shards in one place. `targets`: None where no teacher takes part. `weights`: of the hard labels, by sample
+    id; None where all are 1."""
 
     samples: SampleSet
     targets: str | None
@@ -146,7 +141,7 @@ class Part:
 
 @dataclass(frozen=True)
 class TrainSplit:
-    """Where the train split lies and how its views are drawn: the real images' shards, then the generated ones'."""
+    """Where the train split lies, real images before generated ones, and how its views are drawn."""
 
     parts: tuple[Part, ...]
     views: Views
@@ -175,11 +170,11 @@ class TrainSplit:
         return Shard(ids, values(table["image"]), labels, features, weights)
 
     def labels(self) -> list[np.ndarray]:
-        """The labels of every shard: all that the order of visits needs to know."""
+        """The labels of every shard: the order of visits needs nothing else."""
         return [read_labels(part.samples, "train", k) for part in self.parts for k in range(part.num_shards)]
 
     def num_bytes(self, feature_bytes: int) -> int:
-        """Memory that the whole split takes, given the bytes of one image's features."""
+        """Of memory that the whole split takes."""
         return sum(self.shard_rows) * (self.parts[0].samples.size ** 2 * 3 + feature_bytes)
 
     def batch(
@@ -191,7 +186,7 @@ class TrainSplit:
         return Batch(images, parameters, labels, features, first_row[visits.shard] + visits.row, weights)
 
     def view_indices(self, visits: Visits) -> np.ndarray:
-        """Stored views are replayed in turn; fresh ones never come again."""
+        """Stored views are replayed in turn; a fresh view never comes again."""
         return visits.visit if self.views.per_image == "fresh" else visits.visit % self.views.per_image
 
 
@@ -224,7 +219,7 @@ class InMemory:
                 shard = split.shard(k)
                 for row, image in enumerate(pool.map(pixels, shard.images), int(first)):
                     self._images[row] = image
-                shards.append(replace(shard, images=[]))  # encoded they would take as much again
+                shards.append(replace(shard, images=[]))  # the encoded images would take as much again
         self._ids = [i for shard in shards for i in shard.ids]
         self._labels = np.concatenate([shard.labels for shard in shards])
         features = [shard.features_KRD for shard in shards if shard.features_KRD is not None]
@@ -233,10 +228,8 @@ class InMemory:
         self._weights_N = np.concatenate(weights) if weights else None
 
     def gather(self, visits: Visits) -> Batch:
-        rows = self._first_row[visits.shard] + visits.row
-        features = None
-        if self._features_KND is not None:
-            features = self._features_KND[self._split.view_indices(visits), rows]
+        rows, views = self._first_row[visits.shard] + visits.row, self._split.view_indices(visits)
+        features = None if self._features_KND is None else self._features_KND[views, rows]
         weights = None if self._weights_N is None else self._weights_N[rows]
         ids = [self._ids[row] for row in rows]
         return self._split.batch(visits, ids, self._images[rows], self._labels[rows], features, weights)
@@ -247,18 +240,18 @@ def _decode_all(encoded: list[bytes]) -> np.ndarray:
 
 
 class Streamed:
-    """Shards are read when a visit needs them and forgotten some windows later; only visited rows are decoded.
+    """Shards are read when a visit needs them and dropped some windows later; only visited rows are decoded.
 
-    Labelled and unlabelled rows of each part are visited in windows of their own, so a batch is of as many windows at
-    once as there are such pools. There is room for two of each, the one before and the one that is visited, in
-    `most_bytes` of memory: beyond those the shards that were not used for longest go, and this is said.
+    Labelled and unlabelled rows of each part are visited in windows of their own, so a batch takes from as many windows
+    as there are such pools. `most_bytes` of memory hold two windows of each, the last and the current one. Where they
+    do not, the shards that were not used for longest go, with a warning.
     """
 
     def __init__(self, split: TrainSplit, decode_threads: int, most_bytes: float = math.inf) -> None:
         self._split = split
         self._num_threads = decode_threads
         self._threads = ThreadPoolExecutor(decode_threads)
-        self._held: OrderedDict[int, Shard] = OrderedDict()  # the latest used last
+        self._held: OrderedDict[int, Shard] = OrderedDict()  # the last used one last
         self._in_windows = 2 * len(split.parts) * WINDOW_SHARDS
         self._most_bytes, self._bytes, self._said = most_bytes, 0, False
 
@@ -277,7 +270,7 @@ class Streamed:
         if not self._said and len(self._held) < min(self._in_windows, len(self._split.shard_rows)):
             self._said = True
             logger.warning(
-                "%d shards of train images take %s bytes, more than the %s there are for them: they are read again and "
+                "%d shards of train images take %s bytes, more than the %s there are for them, and are read again and "
                 "again; lower images.shard_size, or give the workers more memory",
                 len(self._held) + 1, f"{self._bytes:,}", f"{self._most_bytes:,.0f}",
             )  # fmt: skip
@@ -290,18 +283,13 @@ class Streamed:
         needed = {int(k): self._shard(int(k)) for k in np.unique(visits.shard)}
         rows = [(needed[int(k)], int(r), int(v)) for k, r, v in zip(visits.shard, visits.row, views, strict=True)]
         encoded = [shard.images[r] for shard, r, _ in rows]
-        # A task a thread: handing over single images costs as much as they do.
+        # One task a thread: to hand over single images costs as much as to decode them.
         each = -(-len(encoded) // self._num_threads)
         chunks = [encoded[first : first + each] for first in range(0, len(encoded), each)]
         images = np.concatenate(list(self._threads.map(_decode_all, chunks)))
         labels = np.array([shard.labels[r] for shard, r, _ in rows])
         features = [shard.features_KRD[v, r] for shard, r, v in rows if shard.features_KRD is not None]
         weights = [shard.weights_R[r] for shard, r, _ in rows if shard.weights_R is not None]
-        return self._split.batch(
-            visits,
-            [shard.ids[r] for shard, r, _ in rows],
-            images,
-            labels,
-            np.stack(features) if features else None,
-            np.array(weights, np.float32) if weights else None,
-        )
+        features_VD = np.stack(features) if features else None
+        weights_V = np.array(weights, np.float32) if weights else None
+        return self._split.batch(visits, [s.ids[r] for s, r, _ in rows], images, labels, features_VD, weights_V)
