@@ -10,7 +10,7 @@ from raydistill.cli.main import _explain
 KINDS = [errors.ConfigError, errors.DataError, errors.CheckpointError, errors.StageError, errors.DivergedError]
 
 
-@pytest.mark.parametrize(("kind", "exit_code"), zip(KINDS, [2, 2, 2, 1, 1], strict=True))
+@pytest.mark.parametrize(("kind", "exit_code"), [*zip(KINDS, [2, 2, 2, 1, 1], strict=True)])
 def test_an_error_arrives_as_it_was_raised(kind, exit_code):
     found = pickle.loads(pickle.dumps(kind("the disk is full: café")))
     assert type(found) is kind
