@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import timm
+from huggingface_hub import EvalResult, ModelCardData
 from pydantic import BaseModel
 
 from raydistill.config import RunConfig
@@ -49,19 +49,17 @@ def model_card(
 
 
 def _front_matter(about: dict[str, Any], report: Report) -> str:
-    lines = [
-        "---", f"library_name: {about['library']}", "pipeline_tag: image-classification",
-        "tags: [image-classification, distillation, raydistill]", "license: other",
-    ]  # fmt: skip
+    measured: dict[str, Any] = {}
     if report.student:
         split = "test" if "test" in report.student else "val"
-        lines += [
-            "model-index:", f"- name: {json.dumps(about['model'])}", "  results:",
-            "  - task: {type: image-classification}",
-            f"    dataset: {{name: own data, type: own, split: {split}}}",
-            f"    metrics: [{{type: accuracy, value: {report.student[split]['accuracy']:.4f}}}]",
-        ]  # fmt: skip
-    return "\n".join([*lines, "---"])
+        accuracy = round(report.student[split]["accuracy"], 4)
+        result = EvalResult("image-classification", "own", "own data", "accuracy", accuracy, dataset_split=split)
+        measured = {"model_name": about["model"], "eval_results": [result]}
+    data = ModelCardData(
+        library_name=about["library"], pipeline_tag="image-classification", license="other",
+        tags=["image-classification", "distillation", "raydistill"], **measured,
+    )  # fmt: skip
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _purpose(about: dict[str, Any]) -> str:
