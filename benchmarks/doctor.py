@@ -103,9 +103,8 @@ def main() -> None:
     table.add_row("peak memory of check, MB: all and a tenth", f"{large:,.0f} and {small:,.0f}", f"{large / small:.2f}")
     Console(stderr=options.json == STDOUT).print(table)
     if options.json:
-        Path(options.json).write_text(
-            json.dumps({"doctor_ratio": ratio, "doctor_memory_ratio": large / small}, indent=2)
-        )
+        with open(options.json, "w") as sink:
+            json.dump({"doctor_ratio": ratio, "doctor_memory_ratio": large / small}, sink, indent=2)
 
 
 if __name__ == "__main__":

@@ -123,9 +123,8 @@ def main() -> None:
         table, f"{len(CLASSES) * per_class} images in {whole:.0f} s with Ray's start and the choosing"
     )
     if options.json:
-        Path(options.json).write_text(
-            json.dumps({"generate_ratio": ratio, "generate_batched_ratio": ours / batched}, indent=2)
-        )
+        with open(options.json, "w") as sink:
+            json.dump({"generate_ratio": ratio, "generate_batched_ratio": ours / batched}, sink, indent=2)
 
 
 if __name__ == "__main__":
