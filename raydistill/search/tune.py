@@ -88,11 +88,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
         progress.line(f"tune: tune.sampler={config.tune.sampler} draws at random, and learns nothing of: "
                       f"{', '.join(at_random)}")  # fmt: skip
     # Trials that another command has begun would look like those of a killed one.
-    with (
-        held(directory, progress.line),
-        Clock(study) as clock,
-        Tracker(config, directory.name, "tune") as tracker,
-    ):
+    with held(directory, progress.line), Clock(study) as clock, Tracker(config, directory.name, "tune") as tracker:
         display = SearchDisplay(config, progress, read_trials(study), num_trials(config, space), clock)
         tracker.end_orphans()
         display.record_ended(tracker)
