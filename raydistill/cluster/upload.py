@@ -10,7 +10,7 @@ from pathlib import Path
 from raydistill.errors import ConfigError
 from raydistill.secrets import has_secret
 
-_CODE = (".py", ".html")  # of the package, with the pages that it fills in
+_CODE = (".py", ".html", ".md")  # of the package, with the templates of its pages
 # Files that hold keys or passwords, by the names that tools give them.
 _PRIVATE = re.compile(
     r"(?i)\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|gpg|asc|ovpn|env)$|^id_(rsa|dsa|ecdsa|ed25519)|^_?netrc$|kubeconfig"
