@@ -20,7 +20,8 @@ from raydistill.search.optuna_private import CmaEsSampler
 from raydistill.search.space import Choice, Space
 from raydistill.storage.directory import StageDirectory
 from raydistill.strangers import one_line
-from raydistill.tracking.stores import UnusableError, database_alone, reason, refuse_programs
+from raydistill.tracking.stores import UnusableError, database_alone, reason
+from raydistill.tracking.workspace_store import refuse_programs
 
 SECONDS_OF = "seconds of command "
 _STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +20,13 @@ from safetensors.torch import save_file
 
 from raydistill import errors
 from raydistill.cluster import submit as submitting
-from raydistill.cluster.submit import check_address, pack, pinned, submit
+from raydistill.cluster.submit import check_address, pinned, submit
+from raydistill.cluster.upload import pack
 from raydistill.config import load_config
 from raydistill.errors import ConfigError, StageError
+from tests.processes import python, wait_for
+
+SILENT = (".pyc", ".typed")  # what no code reads
 
 
 @pytest.fixture
@@ -66,7 +69,7 @@ def test_the_package_and_the_job_travel_and_nothing_else(job, tmp_path, monkeypa
     assert "raydistill/__main__.py" in code
     assert all(name.endswith((".py", ".html", ".md")) for name in code)
     source = Path(errors.__file__).parent
-    wanted = {str(p.relative_to(source.parent)) for p in source.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    wanted = {str(p.relative_to(source.parent)) for p in source.rglob("*") if p.is_file() and p.suffix not in SILENT}
     assert code == wanted  # whatever the package reads beside its code travels, too
     assert found - code == {"job.yaml", "files/generate.names.yaml", "files/tune.space.yaml"}
     assert not any("hunter2" in file.read_text() for file in (tmp_path / "upload").rglob("*") if file.is_file())
@@ -273,14 +276,14 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
              "--dashboard-host=127.0.0.1", "--object-store-memory=100000000", f"--temp-dir=/tmp/rd{port}"]  # fmt: skip
     node = subprocess.Popen([str(ray), *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                             start_new_session=True)  # fmt: skip
+
+    def answers() -> bool:
+        assert node.poll() is None, "the head ended"
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
     try:
-        end = time.monotonic() + 90
-        while time.monotonic() < end:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert node.poll() is None, "the head ended"
-            time.sleep(0.5)
+        wait_for(answers, 90)
         yield environment
     finally:
         if node.poll() is None:
@@ -289,9 +292,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def raydistill(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "raydistill", *words], env=environment, capture_output=True, text=True, timeout=280
-    )
+    return python("-m", "raydistill", *words, env=environment)
 
 
 def test_a_job_may_bring_its_requirements(job, tmp_path, monkeypatch) -> None:
@@ -380,15 +381,8 @@ def test_jobs_on_a_head_with_a_token(head, job, tmp_path) -> None:
     stopped = raydistill(head, "job", "stop", name)
     assert stopped.returncode == 0, stopped.stderr
     assert raydistill(head, "job", "logs", name).returncode == 3
-    states = raydistill(head, "job", "status").stdout
-    assert [line.split()[0] for line in states.splitlines()] == [
-        "SUCCEEDED",
-        "SUCCEEDED",
-        "SUCCEEDED",
-        "FAILED",
-        "FAILED",
-        "STOPPED",
-    ]
+    states = raydistill(head, "job", "status").stdout.splitlines()
+    assert [line.split()[0] for line in states] == ["SUCCEEDED"] * 3 + ["FAILED"] * 2 + ["STOPPED"]
 
     stranger = raydistill(head | {"RAY_AUTH_TOKEN": "f" * 64}, "job", "status")
     assert stranger.returncode == 2
