@@ -1,6 +1,6 @@
 """The stages in order, a row each. Whatever orders, skips, names, shows or records stages reads this table.
 
-Nothing here imports torch or ray, so that `raydistill show` answers at once: a stage's function is imported when the
+Importing it loads nothing else, so that `raydistill --help` answers at once; a stage's function is imported when the
 stage is to run. A new stage is a row here and a file in `stages/`.
 """
 
@@ -8,28 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from raydistill.config import RunConfig
-from raydistill.data.sample import SampleSet, samples_from_json
-from raydistill.data.sources.listing import Listing, list_images
-from raydistill.identity import (
-    adapt_directory,
-    distill_directory,
-    evaluate_directory,
-    export_directory,
-    fine_tune_directory,
-    fine_tunes,
-    generate_directory,
-    held_out_directory,
-    prepare_directory,
-    teach_directory,
-    teach_generated_directory,
-    tuned,
-)
-from raydistill.storage.directory import StageDirectory, workspace_root
-from raydistill.storage.filesystems import refuse_unreachable
-
-Makers = Callable[[RunConfig, SampleSet], Sequence[StageDirectory]]
+if TYPE_CHECKING:
+    from raydistill.config import RunConfig
+    from raydistill.data.sample import SampleSet
+    from raydistill.data.sources.listing import Listing
+    from raydistill.storage.directory import StageDirectory
 
 
 @dataclass(frozen=True)
@@ -41,7 +27,9 @@ class Stage:
     function: str  # module:name of its `(Execution) -> None`
     takes: tuple[str, ...]  # the stages whose results it reads
     settings: tuple[str, ...]
-    directories: Makers  # all are done when it is; given the teacher as fine-tuning left it
+    directories: Callable[
+        [RunConfig, SampleSet], Sequence[StageDirectory]
+    ]  # all are done when it is; given the teacher as fine-tuning left it
     wanted: Callable[[RunConfig], bool] = lambda config: True
     needs_ray: Callable[[RunConfig], bool] = lambda config: True
 
@@ -51,12 +39,21 @@ def _streams(config: RunConfig) -> bool:
     return config.views.per_image == "fresh" and config.loss.needs_teacher
 
 
+def _directory(kind: str) -> Callable[[RunConfig, SampleSet], Sequence[StageDirectory]]:
+    """The one that `identity` names."""
+    return lambda config, samples: [getattr(import_module("raydistill.identity"), f"{kind}_directory")(config, samples)]
+
+
 def _adapted(config: RunConfig, samples: SampleSet) -> Sequence[StageDirectory]:
+    from raydistill.identity import adapt_directory, held_out_directory
+
     tested = [held_out_directory(config, samples)] if samples.num_rows("test") else []
     return [adapt_directory(config, samples), *tested]
 
 
 def _taught(config: RunConfig, samples: SampleSet) -> Sequence[StageDirectory]:
+    from raydistill.identity import teach_directory, teach_generated_directory
+
     generated = [] if config.generate is None else [teach_generated_directory(config, samples)]
     return [teach_directory(config, samples), *generated]
 
@@ -85,7 +82,7 @@ STAGES = (
         "raydistill.stages.generate:generate",
         takes=("prepare", "adapt"),
         settings=("generate", "seed"),
-        directories=lambda config, samples: [generate_directory(config, samples)],
+        directories=_directory("generate"),
         wanted=lambda config: config.generate is not None,
     ),
     Stage(
@@ -103,7 +100,7 @@ STAGES = (
         "raydistill.stages.distill:distill",
         takes=("prepare", "adapt", "generate", "teach"),
         settings=("student", "loss", "distill", "views", "seed"),
-        directories=lambda config, samples: [distill_directory(config, samples)],
+        directories=_directory("distill"),
         needs_ray=lambda config: bool(config.distill.num_workers) or _streams(config),
     ),
     Stage(
@@ -112,7 +109,7 @@ STAGES = (
         "raydistill.stages.evaluate:evaluate",
         takes=("prepare", "adapt", "distill"),
         settings=("evaluate",),
-        directories=lambda config, samples: [evaluate_directory(config, samples)],
+        directories=_directory("evaluate"),
         needs_ray=lambda config: False,
     ),
     Stage(
@@ -121,7 +118,7 @@ STAGES = (
         "raydistill.stages.export:export",
         takes=("prepare", "generate", "distill", "evaluate"),
         settings=("export",),
-        directories=lambda config, samples: [export_directory(config, samples)],
+        directories=_directory("export"),
         needs_ray=lambda config: False,
     ),
 )
@@ -152,6 +149,12 @@ class Work:
 def find_work(config: RunConfig, until: str | None = None) -> Work:
     """Look at the images' names and the workspace, for the stages up to `until` or for all; everything after `prepare`
     is undone as long as that is, and everything after fine-tuning as long as that is."""
+    from raydistill.data.sample import samples_from_json
+    from raydistill.data.sources.listing import list_images
+    from raydistill.identity import fine_tune_directory, fine_tunes, prepare_directory, tuned
+    from raydistill.storage.directory import workspace_root
+    from raydistill.storage.filesystems import refuse_unreachable
+
     refuse_unreachable(workspace_root(config), "workspace")
     listing = list_images(config.images)
     prepared = prepare_directory(config, listing)

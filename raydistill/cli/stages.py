@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 import time
@@ -65,17 +66,11 @@ def show(words: Words = None) -> None:
     from raydistill.cluster.bill import bill_words
     from raydistill.config import load_config, shown_yaml
     from raydistill.storage.directory import read_bill
-    from raydistill.tracking.experiments import experiment_name
-    from raydistill.tracking.stores import tracking_uri
+    from raydistill.tracking.stores import experiment_name, tracking_uri
 
     config = load_config(words or [])
-    console = plain_console()
-    console.print(shown_yaml(config), markup=False)
+    plain_console().print(shown_yaml(config), markup=False)
     work = find_work(config)
-    if config.tracking.enabled:
-        (uri, named), (experiment, named_too) = tracking_uri(config), experiment_name(config)
-        where = f"{uri} (by {named}), experiment {experiment} (by {named_too})" if uri else "nowhere: set tracking.uri"
-        console.print(f"MLflow: {where}", markup=False, soft_wrap=True)
     table = Table("stage", "directory", "state", box=None, pad_edge=False)
     for stage, directories in work.directories.items():
         if directories is None:
@@ -86,13 +81,19 @@ def show(words: Words = None) -> None:
                 took = bill_words(read_bill(directory.path), config.cluster.prices)
                 state = f"done, {took}" if took else "done"
             table.add_row(directory.stage, directory.path, state)
-    listing = work.listing
-    console.print(f"images: {len(listing.entries)} in {len(listing.classes)} classes")
-    for what, count in listing.ignored.items():
-        console.print(f"ignored: {count} {what}", markup=False, soft_wrap=True)
-    for what, count in listing.notes.items():
-        console.print(f"mind: {count} {what}", markup=False, soft_wrap=True)
-    console.print(table, soft_wrap=True)
+    told = plain_console(width=2000, file=io.StringIO())
+    if config.tracking.enabled:
+        (uri, named), (experiment, named_too) = tracking_uri(config), experiment_name(config)
+        where = f"{uri} (by {named}), experiment {experiment} (by {named_too})" if uri else "nowhere: set tracking.uri"
+        told.print(f"MLflow: {where}", markup=False)
+    told.print(f"images: {len(work.listing.entries)} in {len(work.listing.classes)} classes")
+    for what, count in work.listing.ignored.items():
+        told.print(f"ignored: {count} {what}", markup=False)
+    for what, count in work.listing.notes.items():
+        told.print(f"mind: {count} {what}", markup=False)
+    told.print(table)
+    for line in told.file.getvalue().splitlines():  # comments, so that what `show` says is a job again
+        print(f"# {line}".rstrip())
 
 
 def _run(words: list[str] | None, until: str | None, command: str) -> None:

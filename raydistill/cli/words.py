@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import Annotated, Any
 
@@ -14,18 +15,37 @@ GOES_ON = "the same command goes on from here"
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[JOB.yaml] [OVERLAY.yaml] [key=value] …",
-        help="A job file, overlays and single settings, merged from left to right; the later one wins.",
+        metavar="[IMAGES] [JOB.yaml] [OVERLAY.yaml] [key=value] …",
+        help="A folder of images, job files, overlays and single settings, merged from left to right; the later wins.",
     ),
 ]
 app = typer.Typer(
     help="Distil a small image classifier on your task from a large pre-trained teacher.\n\n"
-    "Start with: raydistill run images.path=./my_images",
+    "Start with: raydistill run ./my_images",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={
+        "terminal_width": max(100, shutil.get_terminal_size().columns),
+        "help_option_names": ["-h", "--help"],
+    },
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from raydistill.runtime.versions import installed
+
+        print("raydistill", installed(["raydistill"])["raydistill"])
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None: ...
 
 
 def announce(words: str, stream: Any = None) -> None:

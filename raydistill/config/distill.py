@@ -17,14 +17,17 @@ class Distill(Section):
     labelled_share: Share | None = None
     """Share of each batch drawn from labelled images; null: their share of the train split, at least a third."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Which optimizer takes the steps."""
     learning_rate: Positive = 1e-3
     """Highest learning rate, reached after the warm-up."""
     body_rate: Share = 1.0
     """Learning rate of all layers but the classifier, relative to the classifier's; 0 freezes them, with batch norm."""
     weight_decay: Weight = 1e-2
+    """How much all weights shrink in a step, times the learning rate (decoupled for `adamw`)."""
     momentum: Share = 0.9
     """For `sgd`."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: to zero along a cosine, or not at all."""
     warmup_epochs: Weight = 0.0
     """Epochs (or a fraction) over which the learning rate rises from zero."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

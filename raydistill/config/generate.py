@@ -59,11 +59,13 @@ class Generate(Section):
     overrides: dict[str, ClassPrompt] = Field(default_factory=dict)
     """Settings of single classes, by name."""
     negative_prompt: str | None = None
+    """What images should not show."""
     class_ids: dict[str, Annotated[int, Field(ge=0)]] | None = None
     """The number of each class in a class-conditional pipeline; null: by the names it brings."""
     scheduler: str | None = None
     """Class name of a scheduler of diffusers; null: the pipeline's own."""
     steps: Count = 50
+    """Steps of denoising for one image."""
     guidance: Weight = 7.5
     """Classifier-free guidance; 1 or less: none."""
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -71,6 +73,7 @@ class Generate(Section):
     size: Annotated[int, Field(ge=8, le=2048)] | None = None
     """Side in pixels of what the pipeline makes; null: its own."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """The numbers that the pipeline computes in."""
     batch_size: Count = 8
     """Images in one call on a GPU, and in one file. On CPUs each image is made alone, so this changes none."""
     safety_checker: bool = True

@@ -31,6 +31,7 @@ class RunConfig(Section):
     """Where stage directories go: any fsspec path that all nodes see, without a password, since every stage records its
     place."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """What is drawn at random, from splits to views, follows from it."""
     images: Images
     teacher: Teacher | None = Teacher()
     """null: no teacher; a run without soft targets needs none."""

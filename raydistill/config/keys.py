@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from raydistill.config.job import RunConfig
 
@@ -18,6 +22,68 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator
         yield prefix + name
         if section := _section_of(model, name):
             yield from known_keys(section, f"{prefix}{name}.")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting of a job."""
+
+    name: str
+    default: Any
+    values: str  # the type and the bounds, in words
+    meaning: str
+
+    def __str__(self) -> str:
+        default = "required" if self.default is PydanticUndefined else json.dumps(self.default, default=str)
+        return f"{self.name} = {default} ({self.values}). {self.meaning}"
+
+
+def describe_keys(word: str = "") -> Iterator[Key]:
+    """The settings whose name or meaning has the word, in the order of the job."""
+    return (key for key in _keys_of(RunConfig, "") if word.lower() in f"{key.name} {key.meaning}".lower())
+
+
+def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[Key]:
+    for name, field in model.model_fields.items():
+        if section := _section_of(model, name):
+            yield from _keys_of(section, f"{prefix}{name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            bounds = [_in_words(bound) for bound in _bounds(field)]
+            values = ", ".join([_type_words(field.annotation), *filter(None, bounds)])
+            yield Key(prefix + name, default, values, " ".join((field.description or "").split()))
+
+
+def _bounds(field: FieldInfo) -> Iterator[Any]:
+    yield from field.metadata
+    for kind in get_args(field.annotation):  # of `Count | None` the bounds lie within
+        yield from getattr(kind, "__metadata__", ())
+
+
+def _in_words(bound: Any) -> str:
+    if isinstance(bound, FieldInfo):
+        return ", ".join(filter(None, map(_in_words, bound.metadata)))
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    return ", ".join(f"{sign} {getattr(bound, name):g}" for name, sign in signs.items() if hasattr(bound, name))
+
+
+def _type_words(annotation: Any) -> str:
+    if annotation is NoneType:
+        return "null"
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_words(inside[0])
+    if origin is Literal:
+        return " | ".join(map(str, inside))
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(map(_type_words, inside)))
+    if origin in (list, tuple):
+        return f"list of {_type_words(inside[0])}"
+    if origin is dict:
+        return f"{_type_words(inside[1])} by name"
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true | false"}.get(
+        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
+    )
 
 
 def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,10 +22,11 @@ def overlay(config: RunConfig, tree: Mapping[str, Any]) -> RunConfig:
     return _validated(merged(config.model_dump(mode="json"), dict(tree)))
 
 
-def load_config(words: Sequence[str]) -> RunConfig:
-    """Merge job file, overlays and `key=value` words from left to right and validate the result. The value of a word is
-    YAML; for a key whose value is text it is taken as typed, also with quotes and `#`. Raises ConfigError: a file is
-    missing or not YAML, a key is unknown, a value is out of bounds."""
+def load_config(words: Sequence[str], settings: Mapping[str, Any] | None = None) -> RunConfig:
+    """Merge job files, overlays, places of images and `key=value` words from left to right, lay `settings` over them
+    (dotted keys, or sections) and validate the result. The value of a word is YAML; for a key whose value is text it is
+    taken as typed, also with quotes and `#`. Raises ConfigError: a file is missing or not YAML, a key is unknown, a
+    value is out of bounds."""
     tree: Any = {}
     remember(word.partition("=")[2] for word in words)
     for word in words:
@@ -31,6 +34,8 @@ def load_config(words: Sequence[str]) -> RunConfig:
             tree = merged(tree, _read_word(word))
         except TypeError as error:
             raise ConfigError(f"{word}: does not fit what it is laid over: {error}") from None
+    for key, value in (settings or {}).items():
+        tree = merged(tree, nested(key, value))
     remember(texts(tree))
     return _validated(tree)
 
@@ -65,14 +70,31 @@ def merged(under: Any, over: Any) -> Any:
 def _read_word(word: str) -> Any:
     key, equals, value = word.partition("=")
     if not equals or "/" in key:
-        return read_mapping(word, "give a job file, an overlay, or key=value")
+        if is_job(word):
+            return read_mapping(word, "give a job file, an overlay, key=value, or a folder of images")
+        return nested("images.path", word)
     tree: Any
     if takes_text(key):  # YAML reads `set #2`, `day: one`, `2024` and `no` as other things than words
         tree = None if not value or (value == "null" and takes_text(key, or_null=True)) else value
     else:
         tree = next(iter(parse(value, word)), None)
+    return nested(key, tree)
+
+
+def is_job(word: str) -> bool:
+    """Whether a word names a job file or an overlay, and not the images: YAML and JSON are jobs, and so is what has no
+    ending and is no folder, which is told what it should be."""
+    ending = PurePosixPath(word.rstrip("/")).suffix.lower()
+    if ending in (".yaml", ".yml", ".json"):
+        return True
+    return not os.path.isdir(word) and "://" not in word and not (ending and os.path.exists(word))
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """The tree of one dotted key."""
     for part in reversed(key.split(".")):
-        tree = {part: tree}
+        value = {part: value}
+    tree: dict[str, Any] = value
     return tree
 
 

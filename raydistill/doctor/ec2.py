@@ -11,8 +11,7 @@ from datetime import date
 from functools import lru_cache
 from typing import Any
 
-from raydistill.doctor.cluster_documents import mapping, meant
-from raydistill.doctor.node_types import NodeType
+from raydistill.doctor.node_types import NodeType, mapping, meant
 
 # What Ray's AWS provider and its launcher read; its schema lets any key pass.
 PROVIDER_KEYS = {

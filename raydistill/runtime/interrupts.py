@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import sys
 import threading
@@ -17,8 +16,6 @@ import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
-
-import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SECONDS_OF_ONE_PRESS = 0.2  # `timeout` and others signal a process and then its group, so that it hears twice
@@ -40,7 +37,7 @@ _how_to_go_on = "nothing was written"
 last_words: list[Callable[[], object]] = []
 _terminal = -1
 _leaving, _told, _all_heard = False, -1, threading.Event()
-_ending, _main_ends = threading.Lock(), False
+_ending = threading.Lock()
 
 
 def begin() -> None:
@@ -72,13 +69,13 @@ def pressed() -> bool:
 
 
 def go_on_by(words: str) -> None:
-    """Set what the message of an interruption says about how to continue."""
+    """What the message of an interruption says of how to go on."""
     global _how_to_go_on
     _how_to_go_on = words
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this code or, after a signal, which may come at the last moment, as `end` does."""
+    """End the process with this code; after a signal, which may come at the last moment, as `end` does."""
     global _leaving
     _leaving = True
     os.write(_told, b"\0")
@@ -96,25 +93,17 @@ def leave(code: int) -> NoReturn:
 
 def end() -> NoReturn:
     """Say the interruption, end all child processes, and exit with 128 and the signal's number, as shells do."""
-    global _main_ends
     assert _signal is not None, "a signal has come"
-    # A handler of one more signal would wait below for the thread that it interrupts, for ever.
-    _main_ends = _main_ends or threading.current_thread() is threading.main_thread()
     _ending.acquire()  # never given back: whoever else comes here waits for the end
     shown = "\033[?25h" if sys.stdout is not None and sys.stdout.isatty() else ""  # a bar hides the cursor
-    words = f"{shown}interrupted ({signal.Signals(_signal).name}); {_how_to_go_on}\n"
-    with contextlib.suppress(OSError, ValueError):
-        # A pipe that is full, or a terminal that is stopped, may never take them.
-        if select.select([], [_terminal], [], _SECONDS_OF_LAST_WORDS)[1]:
-            os.write(_terminal, words.encode())
+    with contextlib.suppress(OSError):
+        os.write(_terminal, f"{shown}interrupted ({signal.Signals(_signal).name}); {_how_to_go_on}\n".encode())
     _kill_children()
     os._exit(128 + _signal)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
     global _signal, _raised
-    if _main_ends:
-        return
     if _signal is None:
         _signal = number
     if _leaving:
@@ -184,6 +173,8 @@ def _end_by_force() -> NoReturn:
 
 
 def _kill_children() -> None:
+    import psutil
+
     with contextlib.suppress(psutil.Error, OSError):
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):

@@ -14,6 +14,7 @@ import pytest
 
 from raydistill.engine.checkpoints import latest_step, read_progress
 from raydistill.errors import CheckpointError
+from raydistill.search import study
 from raydistill.stages import distill
 from raydistill.stages.generate import generated_from_json
 from raydistill.storage import filesystems
@@ -105,6 +106,9 @@ def test_every_reader_of_a_stage_directory_refuses_it(tmp_path: Path, file: str,
     }
     with pytest.raises(CheckpointError, match=f"{file} is not what raydistill writes"):
         readers[file]()
+    if file.startswith("epochs"):
+        with pytest.raises(CheckpointError, match=f"{file} is not what raydistill writes"):
+            study.read_epochs(path, 1)
 
 
 @pytest.mark.parametrize("record", [{"step": 4.0}, {"epoch": 1.0}, {"epoch": -1.0, "step": 4.0}])

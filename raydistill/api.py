@@ -1,0 +1,204 @@
+"""The front door for Python: the same jobs, settings and errors as the command line.
+
+Imports that take time stand inside the functions, so that `import raydistill` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
+
+    from raydistill.config import RunConfig
+    from raydistill.config.keys import Key
+    from raydistill.doctor.images import Checkup
+    from raydistill.inference.student import Pictures, Prediction, Student
+    from raydistill.results import Outcome, Report
+    from raydistill.runtime.progress import Progress
+    from raydistill.search.tune import Search
+    from raydistill.search.verdict import Comparison
+
+    Path = str | os.PathLike[str]
+
+# One job at a time in a process: the first one to end would take Ray away from the other.
+_ONE = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of results as one HTML file. A notebook shows it."""
+
+    path: str
+
+    def _repr_html_(self) -> str:
+        import html
+
+        from raydistill.storage.filesystems import read_bytes
+
+        page = html.escape(read_bytes(self.path).decode())
+        return f'<iframe srcdoc="{page}" sandbox="" style="width: 100%; height: 80vh; border: 0"></iframe>'
+
+    def __str__(self) -> str:
+        return self.path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished job: `config` as it was resolved, and `outcome` with every stage's result."""
+
+    config: RunConfig
+    outcome: Outcome
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Shares of right answers, expected calibration errors and agreement: `test_accuracy`, `teacher_test_accuracy`,
+        `val_top5`, `agreement_test`… of the splits that there are."""
+        report = self._report
+        measured = {"": report.student, "teacher_": report.teacher or {}}
+        found = {
+            f"{who}{split}_{name}": float(of_split[name])
+            for who, splits in measured.items()
+            for split, of_split in splits.items()
+            for name in ("accuracy", "top5", "ece")
+        }
+        return found | {f"agreement_{split}": share for split, share in (report.agreement or {}).items()}
+
+    @property
+    def report(self) -> Page:
+        """report.html. A notebook shows it; `str()` of it is its path."""
+        assert self.outcome.page is not None, "distill() writes it"
+        return Page(self.outcome.page)
+
+    @property
+    def path(self) -> str:
+        """The folder that `export` wrote, for `load`, `raydistill predict` and `raydistill serve`."""
+        assert self.outcome.exported is not None, "distill() exports"
+        return self.outcome.exported.path
+
+    @cached_property
+    def student(self) -> Student:
+        """The student as a torch module, with its preprocessing and its classes."""
+        return load(self.path)
+
+    def predict(self, pictures: Pictures) -> list[Prediction]:
+        """What the student says of pictures: paths, folders, PIL images, or (H, W, 3) uint8 arrays."""
+        return self.student.predict(pictures)
+
+    @property
+    def _report(self) -> Report:
+        assert self.outcome.report is not None, "distill() evaluates"
+        return self.outcome.report
+
+
+def distill(
+    images: Path,
+    teacher: str | Mapping[str, Any] | None = None,
+    student: str | Mapping[str, Any] | None = None,
+    *,
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Distil a student on a folder, table or file of images, or as a job file says; finished stages are not done again.
+
+    `teacher` and `student` are models, as `timm:resnet10t`, or their whole sections. `settings` are the keys of the
+    job, nested or dotted: `distill={"epochs": 30}`, `**{"loss.temperature": 2}`, `workspace="runs"`. `keys()` lists
+    them. With `progress=False` nothing is printed.
+
+    Raises ConfigError and DataError where the job cannot work, UselessStudentError where the student is at chance
+    (export.allow_useless), StageError where a stage fails.
+    """
+    config = _config(images, teacher, student, settings)
+    from raydistill.run import run_stages
+
+    with _ONE:
+        outcome = run_stages(config, _progress(progress), None, command=f"raydistill.distill({str(images)!r}, …)")
+    return Run(config, outcome)
+
+
+def check(images: Path, *, strict: bool = False, progress: bool = True, **settings: Any) -> Checkup:
+    """Look at every image, as `raydistill check` does: what would stop a run, and what deserves a look. Writes nothing.
+
+    Raises ConfigError, DataError.
+    """
+    config = _config(images, None, None, settings)
+    from raydistill.doctor.images import check_images
+
+    return check_images(config, _progress(progress), strict)
+
+
+def compare(images: Path, *, learning_curve: bool = False, progress: bool = True, **settings: Any) -> Comparison:
+    """Train the student in several ways over several seeds (`compare.arms`, `compare.seeds`) and say which to ship.
+
+    Raises RaydistillError.
+    """
+    config = _config(images, None, None, settings)
+    from raydistill.search.compare import compare_arms
+
+    with _ONE:
+        return compare_arms(config, _progress(progress), learning_curve)[0]
+
+
+def tune(images: Path, space: Path, *, progress: bool = True, **settings: Any) -> Search:
+    """Search the settings of a space, a file such as `tune_spaces/loss.yaml`, and confirm the best with new seeds.
+
+    Raises RaydistillError.
+    """
+    config = _config(images, None, None, {**settings, "tune.space": str(space)})
+    from raydistill.search.tune import tune_job
+
+    with _ONE:
+        return tune_job(config, _progress(progress))
+
+
+def load(student: Path) -> Student:
+    """An exported student from its folder, or from the Hugging Face hub (`OWNER/NAME`, or `hf:OWNER/NAME`).
+
+    Raises ConfigError where it is none.
+    """
+    from raydistill.inference.student import load_student
+
+    return load_student(str(student))
+
+
+def keys(word: str = "") -> list[Key]:
+    """The settings of a job whose name or meaning has `word`: dotted name, default, values allowed, meaning."""
+    from raydistill.config.keys import describe_keys
+
+    return list(describe_keys(word))
+
+
+def _config(
+    images: Path,
+    teacher: str | Mapping[str, Any] | None,
+    student: str | Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> RunConfig:
+    from raydistill.config import load_config
+    from raydistill.preflight import refuse_early
+    from raydistill.runtime.environment import prepare_environment
+
+    prepare_environment()
+    tree: dict[str, Any] = {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        if model is not None:
+            tree[name] = {"model": model} if isinstance(model, str) else dict(model)
+    config = load_config([str(images)], {**tree, **settings})
+    refuse_early(config)
+    return config
+
+
+def _progress(shown: bool) -> Progress:
+    from rich.console import Console
+
+    from raydistill.runtime.progress import Progress
+    from raydistill.strangers import plain_console
+
+    return Progress(plain_console() if shown else Console(quiet=True))
+
+
+__all__: Sequence[str] = ("Page", "Run", "check", "compare", "distill", "keys", "load", "tune")

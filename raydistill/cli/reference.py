@@ -1,0 +1,29 @@
+"""keys: what a job can say."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from raydistill.cli.words import app
+from raydistill.errors import ConfigError
+from raydistill.strangers import plain_console
+
+
+@app.command("keys")
+def list_keys(
+    word: Annotated[str, typer.Argument(metavar="[WORD]", help="Only those whose name or meaning has it.")] = "",
+) -> None:
+    """Every setting of a job: its default, the values it takes, and what it is for."""
+    from rich.padding import Padding
+
+    from raydistill.config.keys import describe_keys
+
+    console, found = plain_console(), list(describe_keys(word))
+    if not found:
+        raise ConfigError(f"no key has {word!r} in its name or meaning; `raydistill keys` lists all")
+    for key in found:
+        head, _, rest = str(key).partition("). ")
+        console.print(f"{head})", markup=False, soft_wrap=True)
+        console.print(Padding(rest, (0, 0, 0, 4)), markup=False)
