@@ -38,6 +38,11 @@ def write_text(path: Path, text: str = "some") -> None:
     path.write_text(text)
 
 
+def write_program(path: Path, script: str) -> None:
+    write_text(path, f"#!/bin/sh\n{script}")
+    path.chmod(0o755)
+
+
 def no_apt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
@@ -144,20 +149,17 @@ def test_the_pool_of_clip_art_has_no_stand_in(monkeypatch, cache):
 
 @has_apt
 def test_apt_without_lists_gets_private_ones(monkeypatch, tmp_path):
-    control = tmp_path / "package/DEBIAN/control"
-    control.parent.mkdir(parents=True)
-    control.write_text("Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x.org>\nDescription: x\n")
+    control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x.org>\nDescription: x\n"
+    write_text(tmp_path / "package/DEBIAN/control", control)
     write_package(tmp_path / "package")
     subprocess.run(["dpkg-deb", "-b", "package", "x.deb"], cwd=tmp_path, check=True, capture_output=True)
-    script = tmp_path / "bin/apt-get"
-    script.parent.mkdir()
-    script.write_text(
-        f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n'
+    write_program(
+        tmp_path / "bin/apt-get",
+        f'echo "$*" >> {tmp_path}/calls\n'
         'if [ "$1" = download ]; then echo "E: Unable to locate package" >&2; exit 100; fi\n'
-        f'case "$*" in *download*) cp {tmp_path}/x.deb . ;; esac\n'
+        f'case "$*" in *download*) cp {tmp_path}/x.deb . ;; esac\n',
     )
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", str(script.parent), prepend=":")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     assert len(relative_files(examples.images_path("open-clip-art"))) == 2 * len(CLIP_ART) + 1
     first, update, second = (tmp_path / "calls").read_text().splitlines()
     assert first == "download openclipart-png"
@@ -168,10 +170,7 @@ def test_apt_without_lists_gets_private_ones(monkeypatch, tmp_path):
 
 def test_failed_apt_names_the_way_out(monkeypatch, tmp_path, cache):
     for program in ("apt-get", "dpkg-deb"):
-        script = tmp_path / "bin" / program
-        script.parent.mkdir(exist_ok=True)
-        script.write_text('#!/bin/sh\necho "E: No network" >&2\nexit 100\n')
-        script.chmod(0o755)
+        write_program(tmp_path / "bin" / program, 'echo "E: No network" >&2\nexit 100\n')
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     with pytest.raises(DataError, match=r"open-clip-art .*E: No network.* give images\.path=YOUR_FOLDER"):
         examples.images_path("open-clip-art")
@@ -183,9 +182,8 @@ def test_without_apt_eurosat_stands_in_and_says_so_each_time(monkeypatch, caplog
         def __init__(self, root: str, download: bool) -> None:
             assert download
             for label, count in (("River", 203), ("Forest", 2)):
-                (Path(root) / "eurosat/2750" / label).mkdir(parents=True)
                 for index in range(count):
-                    (Path(root) / "eurosat/2750" / label / f"{label}_{index:03}.jpg").write_text(str(index))
+                    write_text(Path(root) / "eurosat/2750" / label / f"{label}_{index:03}.jpg")
             self.samples = [(str(file), 0) for file in Path(root).rglob("*.jpg")]
 
     no_apt(monkeypatch)

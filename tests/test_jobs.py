@@ -94,16 +94,14 @@ def test_recipes_have_the_papers_settings_whatever_the_data() -> None:
 
 @pytest.fixture(scope="session")
 def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Writes a state dict of a timm model, made once however often it is asked for."""
+    """Writes the state dict of a timm model, once for each."""
     import timm
-    import torch
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("weights")
 
     @functools.cache
     def write(model: str) -> Path:
-        torch.manual_seed(0)
         path = folder / f"{model}.safetensors"
         save_file({k: v.contiguous() for k, v in timm.create_model(model).state_dict().items()}, path)
         return path
@@ -144,8 +142,6 @@ def test_a_recipe_runs_under_smoke(recipe: str, smoke, tmp_path: Path) -> None:
 
 
 ONE_MACHINE = "jobs/overlays/one_machine.yaml"
-
-
 # In the place of teachers that take minutes on a CPU.
 SMALL_VIT = ("teacher.model=timm:vit_tiny_patch16_224", "teacher.size=224")
 

@@ -191,9 +191,8 @@ def test_bash_gives_the_names_bytes_back():
     names = [bytes([k]) * 2 + b"x" for k in range(1, 256)] + ["é\u202e\u200b".encode(), b"$'a'", b"\\'\xe9'\\n"]
     shown = [written(name.decode(errors="surrogateescape")) for name in names]
     words = " ".join(text if text.startswith("$'") else "'" + text.replace("'", "'\\''") + "'" for text in shown)
-    done = subprocess.run(
-        ["bash", "-c", f"printf '%s\\0' {words}"], env={"LC_ALL": "C.UTF-8"}, capture_output=True, check=True
-    )
+    command = ["bash", "-c", f"printf '%s\\0' {words}"]
+    done = subprocess.run(command, env={"LC_ALL": "C.UTF-8"}, capture_output=True, check=True)
     assert done.stdout.split(b"\0")[:-1] == names
 
 

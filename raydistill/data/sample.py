@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -143,36 +144,34 @@ def visit_order(rows_of_shard: Sequence[np.ndarray], seed: int, start: int = 0) 
         number += 1
 
 
-def batch_order(
-    labelled: Sequence[np.ndarray],
-    others: Sequence[np.ndarray],
-    labelled_share: float,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    generated: Sequence[np.ndarray] = (),
-    generated_share: float = 0.0,
-) -> Iterator[Visits]:
+@dataclass(frozen=True)
+class Pools:
+    """Rows of each shard, by pool. Of all visits `generated_share` goes to generated rows; of the rest,
+    `labelled_share` goes to labelled rows."""
+
+    labelled: Sequence[np.ndarray]
+    others: Sequence[np.ndarray]
+    labelled_share: float
+    generated: Sequence[np.ndarray] = ()
+    generated_share: float = 0.0
+
+    def visits_of(self, total: int) -> tuple[int, int, int]:
+        """How many of the first `total` visits go to each pool."""
+        generated = int(np.floor(total * self.generated_share + 1e-9))
+        labelled = int(np.floor((total - generated) * self.labelled_share + 1e-9))
+        return labelled, total - generated - labelled, generated
+
+
+def batch_order(pools: Pools, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Visits]:
     """Endless global batches of exactly `batch_size` visits from `start_step` on.
 
-    A share `generated_share` of all visits goes to generated rows; of the rest, `labelled_share` to labelled rows and
-    what is left to the others. The split of a batch is the difference of rounded running totals, so the shares hold
-    over any stretch, and every row of a pool is visited equally often whatever the batch size: no last short batch, and
-    none dropped.
+    The split of a batch is the difference of rounded running totals, so the shares hold over any stretch, and every row
+    of a pool is visited equally often whatever the batch size: no last short batch, and none dropped.
     """
-    pools = (labelled, others, generated)
-
-    def drawn(pool: int, steps: int) -> int:
-        from_generated = int(np.floor(steps * batch_size * generated_share + 1e-9))
-        real = steps * batch_size - from_generated
-        from_labelled = int(np.floor(real * labelled_share + 1e-9))
-        return (from_labelled, real - from_labelled, from_generated)[pool]
-
+    begun = pools.visits_of(start_step * batch_size)
     seeds = (seed * 2, seed * 2 + 1, 2**34 + seed)
-    orders = [
-        visit_order(rows, seeds[pool], drawn(pool, start_step)) if sum(map(len, rows)) else None
-        for pool, rows in enumerate(pools)
-    ]
+    rows = (pools.labelled, pools.others, pools.generated)
+    orders = [visit_order(*each) if sum(map(len, each[0])) else None for each in zip(rows, seeds, begun, strict=True)]
     left: list[Visits | None] = [None, None, None]
 
     def take(pool: int, count: int) -> Iterator[Visits]:
@@ -184,8 +183,7 @@ def batch_order(
             left[pool] = block[count:] if len(block) > count else None
             count -= min(count, len(block))
 
-    step = start_step
-    while True:
-        parts = [part for pool in range(3) for part in take(pool, drawn(pool, step + 1) - drawn(pool, step))]
-        yield Visits.concat(parts)
-        step += 1
+    for step in itertools.count(start_step + 1):
+        ended = pools.visits_of(step * batch_size)
+        yield Visits.concat([part for pool in range(3) for part in take(pool, ended[pool] - begun[pool])])
+        begun = ended

@@ -19,7 +19,7 @@ import numpy as np
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import RunConfig
-from raydistill.data.sample import SampleSet, Visits, batch_order
+from raydistill.data.sample import Pools, SampleSet, Visits, batch_order
 from raydistill.data.targets import UNLABELLED, Batch, InMemory, Part, Streamed, TrainSplit
 from raydistill.engine.checkpoints import latest_step
 from raydistill.engine.teacher_pool import fresh_views
@@ -102,8 +102,8 @@ class DistillJob:
             beside = num_labelled if share == 1.0 else num_labelled + num_others
             natural = num_generated / (num_generated + beside)
             generated_share = natural if self.config.generate.share is None else self.config.generate.share
-        seed = self.config.seed
-        return batch_order(labelled, others, share, self.batch_size, seed, start_step, generated, generated_share)
+        pools = Pools(labelled, others, share, generated, generated_share)
+        return batch_order(pools, self.batch_size, self.config.seed, start_step)
 
 
 def worker_batches(job: DistillJob, worker: Worker, step: int) -> Iterator[Batch]:

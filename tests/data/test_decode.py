@@ -93,11 +93,8 @@ BAD = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_what_cannot_be_used_is_refused_with_a_reason(what):
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError, match=r"^.*\S.*$"):
         decode(BAD[what], 32, "crop", LIMIT)
-    (reason,) = refused.value.args
-    assert reason.strip()
-    assert "\n" not in reason
 
 
 def test_the_limit_on_pixels_is_exact_and_pillows_own_stays_on():
@@ -192,18 +189,13 @@ def test_a_broken_exif_block_costs_no_picture(exif):
 
 
 @pytest.mark.parametrize(
-    ("data", "noise_level"),
-    [
-        (saved(scene().convert("CMYK"), "JPEG", quality=95), 0.5),
-        (saved(scene().convert("CMYK"), "TIFF"), 0),
-        (saved(scene().convert("YCbCr"), "TIFF"), 2),
-        (saved(scene().convert("RGBA")), 0),
-        (saved(scene().quantize(256)), 3),
-    ],
-    ids=["CMYK JPEG", "CMYK TIFF", "YCbCr TIFF", "opaque RGBA", "palette"],
+    ("mode", "kind", "noise_level"),
+    [("CMYK", "JPEG", 0.5), ("CMYK", "TIFF", 0), ("YCbCr", "TIFF", 2), ("RGBA", "PNG", 0), ("P", "PNG", 3)],
 )
-def test_colour_models_end_in_the_same_picture(data, noise_level):
-    assert np.abs(decoded(data) - decoded(saved(scene()))).mean() <= noise_level
+def test_colour_models_end_in_the_same_picture(mode, kind, noise_level):
+    picture = scene().quantize(256) if mode == "P" else scene().convert(mode)
+    options = {"quality": 95} if kind == "JPEG" else {}
+    assert np.abs(decoded(saved(picture, kind, **options)) - decoded(saved(scene()))).mean() <= noise_level
 
 
 def test_grey_and_one_bit_become_equal_channels():
@@ -344,19 +336,16 @@ def test_a_hidden_colour_stays_hidden_and_white_shows(kind, size):
     assert (np.abs(found[..., 1] - found[..., 2]) <= 1).all()
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        saved(solid((90, 0), "LA")),
-        raw_png(8, 2, bytes(GREEN) * 64, struct.pack(">3H", *GREEN)),
-        raw_png(8, 0, bytes([90]) * 64, struct.pack(">H", 90)),
-        raw_png(16, 0, b"\x12\x34" * 64, b"\x12\x34"),
-        raw_png(1, 0, bytes(8), b"\0\0"),
-    ],
-    ids=["LA", "RGB with a key", "grey with a key", "16-bit grey with a key", "1 bit with a key"],
-)
-def test_what_is_wholly_transparent_is_white(data):
-    assert (decoded(data) == WHITE).all()
+TRANSPARENT = {
+    "LA": saved(solid((90, 0), "LA")), "RGB with a key": raw_png(8, 2, bytes(GREEN) * 64, struct.pack(">3H", *GREEN)),
+    "grey with a key": raw_png(8, 0, bytes([90]) * 64, struct.pack(">H", 90)),
+    "16-bit grey": raw_png(16, 0, b"\x12\x34" * 64, b"\x12\x34"), "1 bit": raw_png(1, 0, bytes(8), b"\0\0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TRANSPARENT)
+def test_what_is_wholly_transparent_is_white(what):
+    assert (decoded(TRANSPARENT[what]) == WHITE).all()
 
 
 def test_half_transparency_is_laid_on_white():
@@ -430,11 +419,6 @@ def test_a_large_jpeg_is_as_sharp_as_its_lossless_copy(shape, fit):
 @given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 20), st.integers(1, 20), st.just(3))))
 def test_a_working_image_is_stored_without_loss(values):
     np.testing.assert_array_equal(pixels(encode(Image.fromarray(values))), values)
-
-
-def test_equal_files_give_equal_bytes():
-    data = saved(noise(), "JPEG")
-    assert encode(decode(data, 40, "crop", LIMIT)) == encode(decode(data, 40, "crop", LIMIT))
 
 
 def blank_png(width: int, height: int, depth: int) -> bytes:

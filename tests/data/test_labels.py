@@ -1,7 +1,6 @@
 """What labels mean, in every kind of file alike, and which names are one class."""
 
 import json
-import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -72,19 +71,21 @@ def test_whole_numbers_that_pandas_wrote_beside_gaps(tmp_path, suffix):
     assert listed(write(tmp_path / f"v{suffix}", ["1.0", "1.5", "2.0"])).classes == ("1.0", "1.5", "2.0")
 
 
-@pytest.mark.parametrize("suffix", TYPED)
-@pytest.mark.parametrize("label", [["cat"], ["cat", "dog"], []])
-def test_several_labels_are_refused_in_one_sentence(tmp_path, suffix, label):
-    with pytest.raises(DataError, match="multi-label data is not supported") as refused:
-        listed(write(tmp_path / f"t{suffix}", [label, label]))
-    assert "\n" not in str(refused.value)
-    assert f"t{suffix}: " in str(refused.value)
+MULTI = "multi-label data is not supported"
 
 
 @pytest.mark.parametrize("suffix", TYPED)
-def test_a_mapping_is_refused_and_not_called_several_labels(tmp_path, suffix):
-    with pytest.raises(DataError, match="the label is a mapping; write the name of the class alone"):
-        listed(write(tmp_path / f"t{suffix}", [{"name": "cat"}, {"name": "dog"}]))
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ([["cat"], ["cat"]], MULTI), ([["cat", "dog"], ["cat"]], MULTI), ([[], []], MULTI),
+        ([{"name": "cat"}, {"name": "dog"}], "the label is a mapping; write the name of the class alone"),
+        ([1.0, 0.5], r"the label is 0\.5, a fraction"),
+    ],
+)  # fmt: skip
+def test_what_is_no_class_is_refused_in_one_sentence(tmp_path, suffix, labels, reason):
+    with pytest.raises(DataError, match=rf"^.*t{suffix}: .*{reason}.*$"):
+        listed(write(tmp_path / f"t{suffix}", labels))
 
 
 @pytest.mark.parametrize("suffix", [*TEXT, *TYPED])
@@ -122,12 +123,6 @@ def test_what_programs_write_of_bytes_and_lists_as_text(tmp_path, suffix):
 )
 def test_decimals_and_padded_bytes(tmp_path, labels, classes):
     assert listed(write(tmp_path / "t.parquet", labels)).classes == classes
-
-
-@pytest.mark.parametrize("suffix", TYPED)
-def test_fractions_are_no_classes(tmp_path, suffix):
-    with pytest.raises(DataError, match=r"the label is 0\.5, a fraction"):
-        listed(write(tmp_path / f"t{suffix}", [1.0, 0.5]))
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
@@ -181,17 +176,10 @@ def test_names_of_a_class_label_in_the_file_or_in_the_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [
-        ("café", unicodedata.normalize("NFD", "café")),
-        ("black cat", "black  cat"),
-        ("cat", "cat\u200b"),
-        ("a b", "a\u00a0b"),
-    ],
+    [("café", "cafe\u0301"), ("black cat", "black  cat"), ("cat", "cat\u200b"), ("a b", "a\u00a0b")],
 )
 def test_names_that_look_the_same_are_one_class_and_that_is_said(tmp_path, one, other):
-    path = tmp_path / "t.jsonl"
-    write(path, [one, one, other, "dog"])
-    listing = listed(path)
+    listing = listed(path := write(tmp_path / "t.jsonl", [one, one, other, "dog"]))
     assert Counter(entry.label for entry in listing.entries) == {one: 3, "dog": 1}
     assert listing.notes == {f"labels {other!a}, read as {one!a}, which looks the same": 1}
     (tmp_path / "classes.txt").write_text(f"dog\n{one}\n", encoding="utf-8")
@@ -200,7 +188,7 @@ def test_names_that_look_the_same_are_one_class_and_that_is_said(tmp_path, one, 
 
 
 def test_folders_that_look_the_same_are_one_class(class_folders):
-    listing = listed(class_folders({"café": 2, unicodedata.normalize("NFD", "café"): 1, "dog": 1, "dog ": 1}))
+    listing = listed(class_folders({"café": 2, "cafe\u0301": 1, "dog": 1, "dog ": 1}))
     assert Counter(entry.label for entry in listing.entries) == {"café": 3, "dog": 2}
     assert sum(listing.notes.values()) == 2
 

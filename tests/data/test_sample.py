@@ -1,6 +1,5 @@
 """Shards and the order of visits: every row once a pass, any start is the tail of the whole, shares that add up."""
 
-import hashlib
 import itertools
 
 import numpy as np
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from raydistill.data.sample import (
     SCHEMA,
+    Pools,
     Visits,
     batch_order,
     decode_shard,
@@ -105,29 +105,24 @@ def pools(draw):
     if not shares:
         labelled, shares = [np.array([0])], [1.0]
         others = [np.array([], int)]
-    return labelled, others, draw(st.sampled_from(shares))
+    return Pools(labelled, others, draw(st.sampled_from(shares)))
 
 
 @given(pools=pools(), batch_size=st.integers(1, 17), seed=seeds, steps=st.integers(1, 12))
 def test_batches_are_full_and_hold_the_labelled_share_over_any_stretch(pools, batch_size, seed, steps):
-    labelled, others, share = pools
-    is_labelled = set(rows_of(labelled))
-    batches = [triples(b) for b in itertools.islice(batch_order(labelled, others, share, batch_size, seed), steps)]
+    is_labelled = set(rows_of(pools.labelled))
+    batches = [triples(b) for b in itertools.islice(batch_order(pools, batch_size, seed), steps)]
     assert [len(batch) for batch in batches] == [batch_size] * steps
     counts = np.cumsum([0, *(sum(visit[:2] in is_labelled for visit in batch) for batch in batches)])
     for begin, end in itertools.combinations(range(steps + 1), 2):
-        assert abs(counts[end] - counts[begin] - (end - begin) * batch_size * share) < 1 + 1e-6
+        assert abs(counts[end] - counts[begin] - (end - begin) * batch_size * pools.labelled_share) < 1 + 1e-6
 
 
 @given(pools=pools(), batch_size=st.integers(1, 17), seed=seeds, steps=st.integers(1, 12))
 def test_rows_of_a_pool_are_visited_equally_often_and_counted(pools, batch_size, seed, steps):
-    labelled, others, share = pools
-    visits = [
-        visit
-        for batch in itertools.islice(batch_order(labelled, others, share, batch_size, seed), steps)
-        for visit in triples(batch)
-    ]
-    for pool in (rows_of(labelled), rows_of(others)):
+    batches = itertools.islice(batch_order(pools, batch_size, seed), steps)
+    visits = triples(Visits.concat(list(batches)))
+    for pool in (rows_of(pools.labelled), rows_of(pools.others)):
         of_row: dict[tuple[int, int], list[int]] = {row: [] for row in pool}
         for shard, row, visit in visits:
             if (shard, row) in of_row:
@@ -135,46 +130,31 @@ def test_rows_of_a_pool_are_visited_equally_often_and_counted(pools, batch_size,
         times = [len(seen) for seen in of_row.values()]
         assert not times or max(times) - min(times) <= 1
         assert all(seen == list(range(len(seen))) for seen in of_row.values())
-    taking_part = {*rows_of(labelled), *rows_of(others)}
+    taking_part = {*rows_of(pools.labelled), *rows_of(pools.others)}
     assert {visit[:2] for visit in visits} <= taking_part
 
 
 @given(pools=pools(), batch_size=st.integers(1, 17), seed=seeds, start=st.integers(0, 40))
 def test_batches_from_any_step_are_the_tail_of_the_unbroken_sequence(pools, batch_size, seed, start):
-    labelled, others, share = pools
-    whole = itertools.islice(batch_order(labelled, others, share, batch_size, seed), start, start + 4)
-    resumed = itertools.islice(batch_order(labelled, others, share, batch_size, seed, start), 4)
+    whole = itertools.islice(batch_order(pools, batch_size, seed), start, start + 4)
+    resumed = itertools.islice(batch_order(pools, batch_size, seed, start), 4)
     assert [triples(batch) for batch in resumed] == [triples(batch) for batch in whole]
 
 
 def test_the_two_pools_are_shuffled_apart():
     """With one row of each in a batch, a labelled row keeps meeting other company."""
     none = np.array([], int)
-    batches = itertools.islice(batch_order([np.arange(40), none], [none, np.arange(40)], 0.5, 2, 0), 40)
+    batches = itertools.islice(batch_order(Pools([np.arange(40), none], [none, np.arange(40)], 0.5), 2, 0), 40)
     equal = sum(int(batch.row[0]) == int(batch.row[1]) for batch in batches)
     assert equal < 8  # one in 40 by chance
 
 
-@given(workers=st.integers(1, 5), batch_size=st.integers(5, 12), seed=seeds)
-def test_the_workers_parts_make_up_the_global_batch(workers, batch_size, seed):
-    rows, none = [np.arange(7), np.arange(4)], [np.array([], int)] * 2
-    batch = next(batch_order(rows, none, 1.0, batch_size, seed))
-    parts = [triples(batch[rank::workers]) for rank in range(workers)]
-    assert all(parts)
-    assert sorted(itertools.chain(*parts)) == sorted(triples(batch))
-
-
 def table_of(count: int) -> pa.Table:
-    return pa.table(
-        {
-            "sample_id": [sample_id(bytes([n])) for n in range(count)],
-            "image": [bytes([n]) * n for n in range(count)],
-            "label": pa.array([None if n % 3 == 0 else n for n in range(count)], pa.int32()),
-            "source": ["real"] * count,
-            "split": ["train"] * count,
-        },
-        schema=SCHEMA,
-    )
+    rows = [
+        {"sample_id": sample_id(bytes([n])), "image": bytes([n]) * n, "label": n if n % 3 else None, "source": "real",
+         "split": "train"} for n in range(count)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 @pytest.mark.parametrize("count", [0, 1, 10])
@@ -206,11 +186,6 @@ def test_equal_rows_give_equal_bytes():
     assert encode_shard(table_of(9)) == encode_shard(table_of(9))
 
 
-def test_an_id_is_the_hash_of_the_files_bytes():
-    assert sample_id(b"abc") == hashlib.blake2b(b"abc", digest_size=16).hexdigest()
-    assert sample_id(b"abc") != sample_id(b"abd")
-
-
 @given(names=st.lists(st.text(max_size=8), min_size=2, max_size=30, unique=True), seed=seeds, gone=st.integers(0, 29))
 def test_a_rank_does_not_change_when_other_images_come_or_go(names, seed, gone):
     order = sorted(names, key=lambda name: seeded_rank(seed, "split", name))
@@ -221,11 +196,8 @@ def test_a_rank_does_not_change_when_other_images_come_or_go(names, seed, gone):
 
 def test_ranks_differ_by_seed_and_purpose_and_favour_no_image():
     names = [str(n) for n in range(200)]
-    orders = [
-        tuple(sorted(names, key=lambda name: seeded_rank(seed, purpose, name)))
-        for seed in range(40)
-        for purpose in ("split", "order", "label")
-    ]
+    kinds = itertools.product(range(40), ("split", "order", "label"))
+    orders = [tuple(sorted(names, key=lambda name: seeded_rank(*kind, name))) for kind in kinds]
     assert len(set(orders)) == len(orders)
     places = np.mean([[order.index(name) for name in names] for order in orders], axis=0)
     # The mean of 120 uniform places scatters by 200 / sqrt(12 * 120) = 5.3.
@@ -252,12 +224,10 @@ def test_generated_rows_get_their_share_and_the_others_theirs_of_the_rest(share,
     empty = np.empty(0, np.int64)
     labelled, others = [np.arange(5), np.arange(0), empty], [np.arange(5, 9), np.arange(7), empty]
     generated = [empty, empty, np.arange(6)]
-    order = batch_order(labelled, others, share, batch_size, 3, start, generated, generated_share)
-    from_start = batch_order(labelled, others, share, batch_size, 3, 0, generated, generated_share)
-    whole = list(itertools.islice(from_start, start + 30))
-    for resumed, unbroken in zip(order, whole[start:], strict=False):
-        np.testing.assert_array_equal(resumed.shard, unbroken.shard)
-        np.testing.assert_array_equal(resumed.row, unbroken.row)
+    pools = Pools(labelled, others, share, generated, generated_share)
+    whole = list(itertools.islice(batch_order(pools, batch_size, 3), start + 30))
+    for resumed, unbroken in zip(batch_order(pools, batch_size, 3, start), whole[start:], strict=False):
+        assert triples(resumed) == triples(unbroken)
     visits = Visits.concat(whole)
     from_generated = visits.shard == 2
     assert abs(from_generated.sum() - generated_share * len(visits)) <= 1
@@ -277,6 +247,6 @@ WAS = (
 def test_without_generated_rows_the_order_is_what_it_was():
     """Runs that were made before there were generated images are still theirs."""
     labelled, others = [np.arange(5), np.arange(3)], [np.arange(5, 9), np.arange(3, 7)]
-    order = Visits.concat(list(itertools.islice(batch_order(labelled, others, 0.4, 6, 1), 4)))
+    order = Visits.concat(list(itertools.islice(batch_order(Pools(labelled, others, 0.4), 6, 1), 4)))
     assert order.shard.tolist() == WAS[0]
     assert order.row.tolist() == WAS[1]

@@ -17,6 +17,7 @@ from raydistill.data.decode import encode
 from raydistill.data.sample import (
     SCHEMA,
     WINDOW_SHARDS,
+    Pools,
     SampleSet,
     Visits,
     batch_order,
@@ -103,7 +104,7 @@ def some_visits(
     labels = split.labels()
     labelled = [np.flatnonzero(shard != UNLABELLED) for shard in labels]
     others = [np.flatnonzero(shard == UNLABELLED) for shard in labels]
-    return list(itertools.islice(batch_order(labelled, others, share, batch_size, seed), batches))
+    return list(itertools.islice(batch_order(Pools(labelled, others, share), batch_size, seed), batches))
 
 
 @pytest.mark.parametrize("reader", [InMemory, Streamed])
@@ -167,7 +168,7 @@ def test_a_streamed_shard_is_read_once_in_each_pass_of_a_pool(pools, share, gene
     labelled, others = [rows[:first]] * SHARDS, [rows[first:]] * SHARDS
     generated = [*none, *[rows] * SHARDS] if pools == 3 else ()
     steps, visited = 150, np.zeros(3)
-    order = batch_order(labelled, others, share, 64, SEED, 0, generated, generated_share)
+    order = batch_order(Pools(labelled, others, share, generated, generated_share), 64, SEED)
     for visits in itertools.islice(order, steps):
         source.ids(visits)
         real = visits.shard < SHARDS
@@ -184,7 +185,7 @@ def test_streamed_shards_stay_within_the_bytes_there_are_and_too_few_are_said_on
     split = CountingSplit((Part(samples, None),), Views(per_image="fresh"), SEED)
     most = 5 * split.shard(0).num_bytes
     source = Streamed(split, 1, most)
-    order = batch_order([np.arange(ROWS_OF_SHARD)] * SHARDS, [np.arange(0)] * SHARDS, 1.0, 16, SEED)
+    order = batch_order(Pools([np.arange(ROWS_OF_SHARD)] * SHARDS, [np.arange(0)] * SHARDS, 1.0), 16, SEED)
     for visits in itertools.islice(order, 60):
         source.ids(visits)
         assert sum(shard.num_bytes for shard in source._held.values()) <= most

@@ -68,12 +68,9 @@ def test_views_of_one_job_stay_those_that_soft_targets_were_stored_for():
 
 
 @given(
-    seed=st.integers(0, 2**32 - 1),
-    min_scale=st.floats(0.01, 1),
-    max_ratio=st.floats(1, 4),
-    flip=st.sampled_from([0.0, 0.5, 1.0]),
-    strength=st.floats(0, 1),
-)
+    seed=st.integers(0, 2**32 - 1), min_scale=st.floats(0.01, 1), max_ratio=st.floats(1, 4),
+    flip=st.sampled_from([0.0, 0.5, 1.0]), strength=st.floats(0, 1),
+)  # fmt: skip
 def test_every_view_lies_in_the_image_and_in_its_bounds(seed, min_scale, max_ratio, flip, strength):
     views = Views(
         min_scale=min_scale, max_ratio=max_ratio, flip=flip, brightness=strength, contrast=strength, saturation=strength
@@ -83,10 +80,8 @@ def test_every_view_lies_in_the_image_and_in_its_bounds(seed, min_scale, max_rat
     assert rows.dtype == np.float32
     left, top, width, height = rows[:, :4].astype(np.float64).T
     slack = 1e-6  # of float32
-    assert (left >= 0).all()
-    assert (top >= 0).all()
-    assert (left + width <= 1 + slack).all()
-    assert (top + height <= 1 + slack).all()
+    assert min(left.min(), top.min()) >= 0
+    assert max((left + width).max(), (top + height).max()) <= 1 + slack
     assert (width * height >= min_scale - slack).all()
     whole = (width == 1) & (height == 1)
     ratio = width / height
@@ -143,26 +138,11 @@ def test_equals_pillows_resize_of_the_box(photo, interpolation, size):
         np.testing.assert_allclose(found, (expected / 255).clip(0, 1), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("size", [32, 224])
-def test_is_within_a_step_of_pillows_eight_bit_picture(photo, size):
-    """Half a step for each of the two roundings of Pillow's passes."""
-    expected = np.asarray(Image.fromarray(photo).resize((size, size), PILLOW["bilinear"], box=(13.5, 7.25, 101, 90)))
-    parameters = crop(13.5 / 128, 7.25 / 128, 87.5 / 128, 82.75 / 128)
-    found = one(photo, parameters, plain(size)).permute(1, 2, 0).numpy()
-    assert np.abs(found - expected / 255).max() <= 1.001 / 255
-
-
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_whole_image_at_its_own_size_is_itself(photo, interpolation):
-    found = one(photo, WHOLE_IMAGE, plain(128, interpolation))
-    expected = torch.from_numpy(photo).permute(2, 0, 1) / 255
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_a_crop_of_whole_pixels_at_its_own_size_is_a_cut(photo, interpolation):
-    found = one(photo, crop(16 / 128, 32 / 128, 64 / 128, 64 / 128), plain(64, interpolation))
-    expected = torch.from_numpy(photo[32:96, 16:80]).permute(2, 0, 1) / 255
+@pytest.mark.parametrize(("left", "top", "side"), [(0, 0, 128), (16, 32, 64)])
+def test_a_crop_of_whole_pixels_at_its_own_size_is_a_cut(photo, interpolation, left, top, side):
+    found = one(photo, crop(left / 128, top / 128, side / 128, side / 128), plain(side, interpolation))
+    expected = torch.from_numpy(photo[top : top + side, left : left + side]).permute(2, 0, 1) / 255
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -222,17 +202,14 @@ def test_the_input_is_left_as_it_was(photo):
     images, parameters = torch.from_numpy(photo)[None], torch.from_numpy(crop(0.2, 0.2, 0.5, 0.5, True))[None]
     before = images.clone(), parameters.clone()
     render(images, parameters, plain(32))
-    assert torch.equal(images, before[0])
-    assert torch.equal(parameters, before[1])
+    assert all(map(torch.equal, (images, parameters), before))
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_extreme_crops_stay_finite_and_in_range(photo, interpolation):
     for box in ((0, 0, 1e-4, 1e-4), (1 - 1e-4, 1 - 1e-4, 1e-4, 1e-4), (0, 0.5, 1, 1e-4), (0.999, 0, 1e-3, 1)):
         found = one(photo, crop(*box), plain(16, interpolation))
-        assert torch.isfinite(found).all()
-        assert found.min() >= 0
-        assert found.max() <= 1
+        assert ((found >= 0) & (found <= 1)).all()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pickle
 import re
 import socket
 from pathlib import Path
+from unittest.mock import Mock
 
 import boto3
 import fsspec
@@ -159,14 +160,7 @@ def test_what_will_not_change_is_not_asked_again(hiccups) -> None:
 def test_a_disk_that_is_mounted_from_elsewhere_is_asked_again(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a").write_bytes(b"here")
     answers = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error"), b"here"]
-
-    def cat_file(self, path, start=None, end=None, **kwargs):
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(LocalFileSystem, "cat_file", cat_file)
+    monkeypatch.setattr(LocalFileSystem, "cat_file", Mock(side_effect=answers))
     assert read_bytes(str(tmp_path / "a")) == b"here"
 
 

@@ -24,16 +24,13 @@ from raydistill.storage.filesystems import write_bytes
 from tests.image_files import picture, write_table, write_tar
 
 
-def features(names: list[str]) -> dict[bytes, bytes]:
-    label = {"names": names, "_type": "ClassLabel"}
-    return {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": label}}}).encode()}
-
-
-def as_arrow(path: Path, count: int, first: int = 0) -> Path:
-    """The file that `datasets.save_to_disk` writes: a stream of record batches, images as structs."""
+def as_datasets(path: Path, count: int, first: int = 0) -> Path:
+    """A file of `datasets`: images as structs, labels as numbers whose names are in the schema."""
     images = [{"bytes": picture(first + k), "path": f"{k}.png"} for k in range(count)]
-    table = pa.table({"image": images, "label": pa.array([k % 2 for k in range(count)], pa.int64())})
-    return write_table(path, table.replace_schema_metadata(features(["cat", "dog"])), 3)
+    table = pa.table({"image": images, "label": [k % 2 for k in range(count)]})
+    label = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+    info = {"info": {"features": {"image": {"_type": "Image"}, "label": label}}}
+    return write_table(path, table.replace_schema_metadata({"huggingface": json.dumps(info)}), 3)
 
 
 def entries_of(path: str | Path):
@@ -45,8 +42,7 @@ def bytes_of(listing) -> dict[tuple[str, int | None], bytes]:
     for chunk in chunks(listing.entries, Images(path="x")):
         for index, data, reason in read_chunk(chunk, Images(path="-")):
             assert reason == ""
-            entry = listing.entries[index]
-            found[entry.path, entry.row] = data
+            found[listing.entries[index].path, listing.entries[index].row] = data
     return found
 
 
@@ -55,10 +51,9 @@ def test_webdataset_shards_with_their_labels_and_splits(tmp_path):
     for split, number, first in (("train", 0, 0), ("train", 1, 6), ("val", 0, 12)):
         files: dict[str, bytes] = {}
         for k in range(first, first + 6):
-            label = "cat" if k % 2 else "dog"
-            files[f"some.folder/{k:04d}.png" if k % 3 else f"{k:04d}.png"] = picture(k)
+            label, kind = "cat" if k % 2 else "dog", ("cls", "json", "txt")[k % 3]
             key = f"some.folder/{k:04d}" if k % 3 else f"{k:04d}"
-            kind = ("cls", "json", "txt")[k % 3]
+            files[f"{key}.png"] = picture(k)
             files[f"{key}.{kind}"] = json.dumps({"label": label}).encode() if kind == "json" else f"{label}\n".encode()
             made[picture(k)] = (label, split)
         write_tar(tmp_path / "set" / f"{split}-{number:06d}.tar", files)
@@ -72,26 +67,11 @@ def test_webdataset_shards_with_their_labels_and_splits(tmp_path):
         assert (entry.label, entry.split) == made[read[entry.path, entry.row]]
 
 
-def test_an_image_without_a_label_beside_it_is_unlabelled(tmp_path):
-    files = {"a.jpg": picture(0), "a.cls": b"0", "b.jpg": picture(1), "b.cls": b"1", "c.JPG": picture(2), "d.cls": b"1"}
-    rows = list(list_rows(str(write_tar(tmp_path / "t.tar", files)), Counter(), Counter()))
-    assert [(row.number, row.label) for row in rows] == [(0, "0"), (1, "1"), (2, None)]
-
-
-def test_two_images_under_one_key_are_refused(tmp_path):
-    path = write_tar(tmp_path / "t.tar", {"a.jpg": picture(0), "a.png": picture(1), "a.cls": b"0"})
-    with pytest.raises(DataError, match=r"a\.jpg and a\.png stand under one key"):
-        list(list_rows(str(path), Counter(), Counter()))
-    path = write_tar(tmp_path / "u.tar", {"a.jpg": picture(0), "a.json": b"{"})
-    with pytest.raises(DataError, match=r"a\.json cannot be read as text or JSON"):
-        list(list_rows(str(path), Counter(), Counter()))
-
-
 def test_a_data_set_saved_to_disk_by_datasets(tmp_path):
     root = tmp_path / "saved"
-    as_arrow(root / "train" / "data-00000-of-00002.arrow", 7)
-    as_arrow(root / "train" / "data-00001-of-00002.arrow", 5, first=7)
-    as_arrow(root / "test" / "data-00000-of-00001.arrow", 4, first=50)
+    as_datasets(root / "train" / "data-00000-of-00002.arrow", 7)
+    as_datasets(root / "train" / "data-00001-of-00002.arrow", 5, first=7)
+    as_datasets(root / "test" / "data-00000-of-00001.arrow", 4, first=50)
     (root / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     (root / "train" / "state.json").write_text("{}")
     listing = entries_of(root)
@@ -104,10 +84,7 @@ def test_a_data_set_saved_to_disk_by_datasets(tmp_path):
 
 def test_the_parquet_files_of_a_hub_repository(tmp_path):
     for split, first in (("train", 0), ("validation", 20)):
-        images = [{"bytes": picture(first + k), "path": None} for k in range(6)]
-        table = pa.table({"image": images, "label": pa.array([k % 2 for k in range(6)], pa.int64())})
-        table = table.replace_schema_metadata(features(["cat", "dog"]))
-        write_table(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet", table)
+        as_datasets(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet", 6, first)
     listing = entries_of(tmp_path / "set")
     assert {e.split for e in listing.entries} == {"train", "val"}
     assert len(bytes_of(listing)) == 12
@@ -145,10 +122,8 @@ def test_any_rows_are_read_in_the_files_order(tmp_path, kind):
     path = tmp_path / f"t.{kind}"
     if kind == "tar":
         write_tar(path, {f"{k}.png": picture(k) for k in range(10)})
-    elif kind == "arrow":
-        as_arrow(path, 10)
     else:
-        write_table(path, pa.table({"image": [picture(k) for k in range(10)], "label": ["a", "b"] * 5}), 4)
+        as_datasets(path, 10)
     assert count_rows(str(path)) == 10
     for rows in ([3], [9, 0], [2, 3, 4, 5], range(10), []):
         assert list(read_rows(str(path), rows)) == [(k, picture(k)) for k in sorted(rows)]
@@ -196,6 +171,7 @@ def packed(path: Path, *names: str, ignored: Counter[str] | None = None) -> list
         (["a.b/1.PNG", "a.b/1.CLS=x", "./c/1.Jpg", './c/1.json={"class": 3}'], ["x", "3"]),
         (["1.png", "1.json={}", "1.txt=x"], ["x"]),
         (["1.png", "1.cls=-1", "2.png", "2.cls= nan "], [None, None]),
+        (["a.jpg", "a.cls=0", "b.jpg", "b.cls=1", "c.JPG", "d.cls=1"], ["0", "1", None]),
         (["../../1.png", "../../1.cls=x", "/abs/2.png", "/abs/2.cls=y"], ["x", "y"]),
     ],
 )
@@ -247,11 +223,17 @@ def test_what_a_tar_holds_besides_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names",
-    [["1.left.jpg", "1.right.jpg", "1.cls=x"], ["1.png", "1.cls=x", "2.png", "1.png"], ["1.png", "1.cls=x", "1.cls=y"]],
+    ("names", "reason"),
+    [
+        (["1.left.jpg", "1.right.jpg", "1.cls=x"], r"1\..* is the image\?"),
+        (["1.png", "1.cls=x", "2.png", "1.png"], r"1\..* is the image\?"),
+        (["1.jpg", "1.png", "1.cls=x"], r"1\.jpg and 1\.png stand under one key; which is the image\?"),
+        (["1.png", "1.cls=x", "1.cls=y"], r"1\..* is the label\?"),
+        (["1.png", "1.json={"], r"1\.json cannot be read as text or JSON"),
+    ],
 )
-def test_a_key_with_two_images_or_labels_is_refused_by_name(tmp_path, names):
-    with pytest.raises(DataError, match=r"1\..* is the (image|label)\?"):
+def test_a_key_with_two_images_or_labels_or_a_damaged_one_is_refused_by_name(tmp_path, names, reason):
+    with pytest.raises(DataError, match=reason):
         packed(tmp_path / "t.tar", *names)
 
 
@@ -291,9 +273,9 @@ def test_a_compressed_tar_is_refused_with_the_way_out(tmp_path, data, way_out):
 def test_what_datasets_keeps_of_its_work_is_not_read(tmp_path):
     root = tmp_path / "saved"
     for split, first in (("train", 0), ("test", 50)):
-        as_arrow(root / split / "data-00000-of-00001.arrow", 6, first)
-        as_arrow(root / split / "cache-0123456789abcdef.arrow", 6, first + 100)
-        as_arrow(root / split / "old.arrow", 6, first + 200)
+        as_datasets(root / split / "data-00000-of-00001.arrow", 6, first)
+        as_datasets(root / split / "cache-0123456789abcdef.arrow", 6, first + 100)
+        as_datasets(root / split / "old.arrow", 6, first + 200)
         state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": split}
         (root / split / "state.json").write_text(json.dumps(state))
     (root / "train" / "cache-fedcba9876543210_00000_of_00002.arrow").write_bytes(b"junk")
@@ -310,7 +292,7 @@ def test_what_datasets_keeps_of_its_work_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("beside", ["assets/preview.png", "README_files/a.png", "data/preview.jpg"])
 def test_a_preview_beside_data_is_no_class(tmp_path, beside):
-    as_arrow(tmp_path / "set" / "data" / "train.arrow", 8)
+    as_datasets(tmp_path / "set" / "data" / "train.arrow", 8)
     (tmp_path / "set" / beside).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "set" / beside).write_bytes(picture(70))
     listing = entries_of(tmp_path / "set")
@@ -320,5 +302,5 @@ def test_a_preview_beside_data_is_no_class(tmp_path, beside):
 
 def test_numbered_shards_are_data_whatever_pictures_lie_beside_them(tmp_path, class_folders):
     root = class_folders({"images": 2, "docs/figures": 2})
-    as_arrow(root / "data" / "train-00000-of-00001.arrow", 8)
+    as_datasets(root / "data" / "train-00000-of-00001.arrow", 8)
     assert entries_of(root).classes == ("cat", "dog")
