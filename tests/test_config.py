@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from raydistill.config import Images, RunConfig, known_keys, load_config, overlay, to_yaml
+from raydistill.config import RunConfig, known_keys, load_config, overlay, to_yaml
 from raydistill.errors import ConfigError
 
 PATH = "images.path=./my_images"
@@ -314,8 +314,7 @@ def test_values_that_do_not_go_together_are_named(words, named):
 
 
 def test_each_wrong_value_has_its_line():
-    lines = refusal(PATH, "seed=-1", "distill.epochs=0", "distill.zzz=1", "student.size=1")
-    assert len(lines) == 4
+    assert len(refusal(PATH, "seed=-1", "distill.epochs=0", "distill.zzz=1", "student.size=1")) == 4
 
 
 @pytest.mark.parametrize("words", [[], ["images=null"], ["images.size=64"], ["images.path="]])
@@ -346,13 +345,6 @@ def test_a_job_file_that_is_no_mapping_is_refused_by_its_name(job, text):
 def test_a_job_file_that_is_no_text_is_refused(tmp_path, content):
     (tmp_path / "job.yaml").write_bytes(content)
     assert "job.yaml" in one_refusal(str(tmp_path / "job.yaml"))
-
-
-def test_a_job_file_runs_no_code(job, tmp_path):
-    marker = tmp_path / "marker"
-    for tag in ("python/object/apply:os.system", "python/object/new:os.system"):
-        one_refusal(job(f"name: !!{tag} ['touch {marker}']\n"))
-    assert not marker.exists()
 
 
 def test_an_empty_job_file_changes_nothing(job):
@@ -406,7 +398,3 @@ def test_help_does_not_wait_for_torch_and_ray(module):
     code += "sys.exit(bool({'torch', 'ray', 'transformers', 'mlflow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1], env=os.environ)
     assert done.returncode == 0
-
-
-def test_images_alone_have_the_defaults_of_a_run():
-    assert Images(path="./my_images") == loaded().images

@@ -47,6 +47,7 @@ HOSTILE = {
     "twice": ("a: 1\nb: 2\na: 3\n", "line 3: not YAML: 'a' stands twice"),
     "twice, of two types": ("a: {1: x, '1': y}\n", "line 1: not YAML: '1' stands twice"),
     "an object": ("a: 1\nb: !!python/object/apply:os.system [touch RAN]\n", "line 2: not YAML: could not determine"),
+    "a new object": ("a: !!python/object/new:os.system [touch RAN]\n", "line 1"),
     "a module": ("a: !!python/module:antigravity\n", "line 1"),
     "a tab": ("a:\n\tb: 1\n", "line 2"),
     "a zero": ("a: 1\nb: \x00\n", "line 2"),

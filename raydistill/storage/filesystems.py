@@ -10,7 +10,6 @@ import contextlib
 import errno
 import functools
 import glob
-import logging
 import os
 import re
 import stat
@@ -19,18 +18,15 @@ import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
-import tenacity
 from fsspec.config import conf
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from safetensors import SafetensorError
 
-from raydistill.errors import CheckpointError, ConfigError, DataError, StageError, StorageError, first_line_of
-
-logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
+from raydistill.errors import CheckpointError, ConfigError, DataError, StageError, StorageError
+from raydistill.storage.retries import patiently
 
 PATIENCE_SECONDS = 60.0
 # What to install for a protocol: `pip install 'raydistill[s3]'`.
@@ -39,19 +35,8 @@ _KEYS_IN_ADDRESS = re.compile(r"\w+://(?!arn:)[^/@:]*:[^@]*@")
 # These have no folders, but buckets, which their owner makes on purpose.
 _WITH_BUCKETS = frozenset({*_EXTRAS, "adl", "oci", "oss", "hf"})
 _BUCKET = re.compile(r"\w+://(?:arn:[\w:/.-]+|[\w.-]+(?:@[\w.-]+)?)(?:/|$)")
-# What a network disk says while it is away, and what no disk or bucket takes back.
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EREMOTEIO}
-_FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM, errno.ENOSYS,
-          errno.EMSGSIZE, errno.ENOTEMPTY, errno.EREMCHG}  # fmt: skip
-_FINAL_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 # What is wrong with the machine: the next file would meet it too.
 OF_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-# The clients of buckets have errors of their own: some say that there is no key, others that the client is not set up.
-_CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
-_NO_KEY = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
-           "DefaultCredentialsError", "UnauthorizedSSOTokenError"}  # fmt: skip
-_NOT_SET_UP = {"ProfileNotFound", "ParamValidationError", "NoRegionError", "InvalidRegionError", "ConfigParseError"}
-_ASK_AGAIN = {408, 425, 429}  # HTTP's codes below 500 that pass
 
 
 class FileSystem:
@@ -188,65 +173,11 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS, **options: An
         extra = _EXTRAS.get(protocol)
         advice = f"; pip install 'raydistill[{extra}]'" if extra else ""
         raise ConfigError(f"{path}: what reads {protocol}:// is not installed ({error}){advice}") from None
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # an unknown protocol, or one that calls its server or opens its file at once
+    except (ValueError, OSError) as error:  # an unknown protocol, or one that opens a connection or a file at once
         raise ConfigError(f"{path}: {error}") from None
     if not patience and hasattr(fs, "retries"):  # its options differ, so it is not the one of patient calls
         fs.retries = min(fs.retries, 2)
     return FileSystem(fs, patience), place
-
-
-def patiently(call: Callable[..., Result], is_local: bool, patience: float, /, *args: Any, **kwargs: Any) -> Result:
-    """What a call on storage gives in the end. An error of the request itself, such as a missing file, is raised as it
-    is."""
-    where = next((a for a in reversed(args) if isinstance(a, str)), "storage")
-
-    def passes(error: BaseException) -> bool:
-        return _passes(error, is_local)
-
-    def say(state: tenacity.RetryCallState) -> None:
-        if state.attempt_number == 1 and state.outcome is not None:
-            logger.warning(
-                "%s: storage does not answer (%s); trying again", where, first_line_of(state.outcome.exception())
-            )
-
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(passes),
-        stop=tenacity.stop_after_delay(patience),
-        wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
-        before_sleep=say,
-        reraise=True,
-    )
-    try:
-        return retrying(call, *args, **kwargs)
-    except Exception as error:  # every client has its own
-        if type(error).__name__ in _NO_KEY or (isinstance(error, PermissionError) and not is_local):
-            raise PermissionError(
-                f"{where}: storage refuses access ({first_line_of(error)}); check this process's keys and what they "
-                "allow"
-            ) from None
-        if not passes(error):
-            raise
-        raise StorageError(
-            f"{where}: storage does not answer ({first_line_of(error)}); check the address and the network, and run "
-            "the same command again: what is finished stays"
-        ) from None
-
-
-def _passes(error: BaseException, is_local: bool) -> bool:
-    """Whether storage or the way there failed, and not the request."""
-    if isinstance(error, _FINAL_ERRORS):
-        return False
-    response = getattr(error, "response", None)
-    status = getattr(error, "status", None) or getattr(response, "status_code", None)
-    if isinstance(status, int) and 400 <= status < 500 and status not in _ASK_AGAIN:
-        return False
-    if isinstance(error, OSError):
-        return error.errno in _PASSING if is_local else error.errno not in _FINAL
-    name = type(error).__name__
-    return type(error).__module__.partition(".")[0] in _CLIENTS and name not in _NO_KEY and name not in _NOT_SET_UP
 
 
 def open_file(path: str) -> BinaryIO:
