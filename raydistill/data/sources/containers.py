@@ -24,13 +24,13 @@ import pyarrow as pa
 from raydistill.data.labels import label_of, refuse_many_classes
 from raydistill.data.sources.archives import EXTENSIONS, MOST_BYTES, Member, images_of, label_in, refuse_compressed
 from raydistill.errors import DataError
-from raydistill.storage import tables
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unread, version_of
-from raydistill.storage.tables import ArrowFile, ParquetFile, longest, open_table, values
+from raydistill.storage.tables import SUFFIXES as TABLE_SUFFIXES
+from raydistill.storage.tables import Table, longest, open_table, values
 from raydistill.strangers import written
 
 __all__ = ["EXTENSIONS", "MOST_BESIDE", "SUFFIXES", "Row", "count_rows", "list_rows", "read_rows"]
-SUFFIXES = (*tables.SUFFIXES, ".tar")
+SUFFIXES = (*TABLE_SUFFIXES, ".tar")
 MOST_BESIDE = 16 << 20  # bytes of a file about others, such as a list of classes
 
 
@@ -46,7 +46,7 @@ class Row:
 def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator[Row]:
     """Counts in `ignored` what the file holds besides images, and in `notes` labels that are not as they may seem.
     Raises DataError: a damaged file, a missing column, a label without a name."""
-    if PurePosixPath(path).suffix.lower() == ".tar":
+    if _is_tar(path):
         with _open_tar(path) as archive:
             for number, (_, beside) in enumerate(images_of(archive, written(path), ignored)):
                 yield Row(number, label_in(archive.fileobj, beside, written(path), notes), None)
@@ -59,10 +59,10 @@ def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf)
     """Number and bytes of those rows, in the file's order; None where a row has no bytes. Raises DataError, also for a
     tar's file of more than `most_bytes`."""
     wanted = sorted(numbers)
-    if PurePosixPath(path).suffix.lower() == ".tar":
+    if _is_tar(path):
         with _open_tar(path) as archive:
             file: Any = archive.fileobj
-            places = _places(path, version_of(path, archive.fileobj))
+            places = _places(path, version_of(path, file))
             for number in wanted:
                 start, size = map(int, places[number])
                 if size > most_bytes:
@@ -83,7 +83,7 @@ def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf)
 def next_part(path: str, row: int) -> float:
     """The first row of the next part, such as a row group: rows of a part are read together. Infinity behind the last.
     Raises DataError."""
-    if PurePosixPath(path).suffix.lower() == ".tar":
+    if _is_tar(path):
         return row + 1
     with open_table(path) as table:
         return table.end_of_part(row)
@@ -91,13 +91,17 @@ def next_part(path: str, row: int) -> float:
 
 def count_rows(path: str) -> int:
     """How many images a file holds, whether it has labels or not. Raises DataError as `list_rows` does."""
-    if PurePosixPath(path).suffix.lower() == ".tar":
+    if _is_tar(path):
         with _open_tar(path) as archive:
             return len(_places(path, version_of(path, archive.fileobj)))
     with open_table(path) as table:
         _check_image_column(path, table)
         table.refuse_bombs(["image"])
         return table.num_rows
+
+
+def _is_tar(path: str) -> bool:
+    return path.lower().endswith(".tar")
 
 
 @functools.lru_cache(maxsize=8)
@@ -124,7 +128,7 @@ def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
         raise DataError(f"{written(path)}: not a tar file, or a damaged one ({reason})") from None
 
 
-def _table_rows(path: str, table: ParquetFile | ArrowFile, notes: Counter[str]) -> Iterator[Row]:
+def _table_rows(path: str, table: Table, notes: Counter[str]) -> Iterator[Row]:
     """Columns `image` (bytes, or the struct of bytes and path that `datasets` writes), `label`, and maybe `split`."""
     schema, shown = table.schema, written(path)
     if lacking := {"image", "label"} - set(schema.names):
@@ -151,7 +155,7 @@ def _table_rows(path: str, table: ParquetFile | ArrowFile, notes: Counter[str]) 
             yield Row(number, label_of(value, where, notes), None if text is None else str(text))
 
 
-def _check_image_column(path: str, table: ParquetFile | ArrowFile) -> None:
+def _check_image_column(path: str, table: Table) -> None:
     """Raises DataError where the column holds neither bytes nor structs of bytes and path."""
     if "image" not in table.schema.names:
         found = ", ".join(map(written, table.schema.names[:10]))
