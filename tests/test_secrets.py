@@ -117,8 +117,7 @@ def test_no_password_of_any_setting_is_shown(key: str, uri: str, tail: str, esca
 
 
 def test_a_stream_hides_what_libraries_print() -> None:
-    sink = io.StringIO()
-    print("at http://me:pw@h", file=RedactedStream(sink))
+    print("at http://me:pw@h", file=RedactedStream(sink := io.StringIO()))
     assert sink.getvalue() == "at http://***@h\n"
 
 

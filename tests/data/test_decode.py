@@ -1,11 +1,9 @@
 """From bytes to the square RGB picture: damaged files are refused with a reason (case C01), orientation, colour and
 transparency come out right (case C04), and the square is cut or padded where it should be."""
 
-import contextlib
 import functools
 import io
 import json
-import stat
 import struct
 import subprocess
 import sys
@@ -18,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import EpsImagePlugin, Image, ImageOps
@@ -124,7 +122,7 @@ def test_no_program_is_started_for_a_postscript_file(tmp_path, monkeypatch):
     """Pillow hands such files to Ghostscript, whatever their name."""
     marker, program = tmp_path / "started", tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch {marker}\necho 10.0\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
     page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
@@ -136,21 +134,6 @@ def test_no_program_is_started_for_a_postscript_file(tmp_path, monkeypatch):
 LOSSY = {"JPEG": 2, "WEBP": 3, "GIF": 4, "ICO": 0.5}  # format -> mean difference of a smooth picture, of 255
 KINDS = [*LOSSY, "PNG", "BMP", "TIFF", "TGA", "PPM", "JPEG2000"]
 WHOLE = {kind: saved(scene(40, 30), kind) for kind in KINDS}
-
-
-@settings(max_examples=200)
-@given(
-    kind=st.sampled_from(KINDS),
-    cut=st.floats(0, 1),
-    changes=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=5),
-)
-def test_a_damaged_file_is_a_picture_or_a_data_error(kind, cut, changes):
-    data = bytearray(WHOLE[kind])
-    for place, value in changes:
-        data[int(place * len(data))] = value
-    data = data[: max(1, int(cut * len(data)))] if cut < 0.5 else data
-    with contextlib.suppress(DataError):
-        assert decoded(bytes(data), max_pixels=10**6).shape[2] == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,11 +182,10 @@ def test_colour_models_end_in_the_same_picture(mode, kind, noise_level):
 
 
 def test_grey_and_one_bit_become_equal_channels():
-    grey = ImageOps.grayscale(scene())
-    found = decoded(saved(grey), size=64)
-    np.testing.assert_array_equal(found, np.asarray(grey)[..., None].repeat(3, axis=2))
     black_and_white = Image.fromarray(np.arange(64 * 64).reshape(64, 64) // 64 % 2 == 1)
-    assert set(np.unique(decoded(saved(black_and_white), size=64))) == {0, 255}
+    for picture in (ImageOps.grayscale(scene()), black_and_white):
+        expected = np.asarray(picture.convert("L"))[..., None].repeat(3, axis=2)
+        np.testing.assert_array_equal(decoded(saved(picture), size=64), expected)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -273,13 +255,6 @@ EXPECTED = (RAMP * 256).astype(int)
 def test_values_are_read_on_the_scale_that_the_file_states(data, expected):
     found = decoded(data, size=64)
     np.testing.assert_array_equal(found, expected[..., None].repeat(3, axis=2))
-
-
-@pytest.mark.parametrize("most", [100, 1000, 1023, 4095])
-def test_a_pgm_states_its_white(most):
-    values = np.round(RAMP * most).astype(np.uint16)
-    data = f"P5 64 64 {most}\n".encode() + values.astype(">u2" if most > 255 else np.uint8).tobytes()
-    assert np.abs(decoded(data, size=64)[..., 0] - 255.0 * values / most).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -363,9 +338,7 @@ def test_of_an_animation_the_first_frame_counts(kind):
 
 
 def test_a_wide_picture_is_cut_to_its_centre():
-    strip = Image.new("RGB", (60, 20), GREEN)
-    strip.paste(RED, (0, 0, 20, 20))
-    strip.paste(BLUE, (40, 0, 60, 20))
+    strip = Image.fromarray(np.repeat([[RED, GREEN, BLUE]], 20, axis=0).repeat(20, axis=1).astype(np.uint8))
     assert (decoded(saved(strip), size=20) == GREEN).all()
     assert (decoded(saved(strip.transpose(Image.Transpose.ROTATE_90)), size=20) == GREEN).all()
 
