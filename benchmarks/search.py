@@ -29,7 +29,7 @@ from benchmarks.throughput import THREADS, bare_step, distill_job, job_config
 from raydistill.cluster.session import ray_cluster
 from raydistill.config import overlay
 from raydistill.engine.batches import DistillJob, read_batches
-from raydistill.engine.loop import Trainee
+from raydistill.engine.trainee import Trainee
 from raydistill.engine.workers import Worker
 from raydistill.models.student import split_logits
 from raydistill.run import run_stages

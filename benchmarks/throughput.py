@@ -36,7 +36,7 @@ from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_nam
 from raydistill.data.targets import read_samples
 from raydistill.data.views import render, view_parameters
 from raydistill.engine.batches import Batch, DistillJob, read_batches
-from raydistill.engine.loop import Trainee
+from raydistill.engine.trainee import Trainee
 from raydistill.engine.workers import Worker
 from raydistill.losses.total import distillation_loss
 from raydistill.models.teacher import load_teacher

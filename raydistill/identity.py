@@ -8,30 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from raydistill.config import RunConfig, Student, Teacher, Views, fine_tuning
+from raydistill.config import RunConfig, Teacher, Views, fine_tuning
 from raydistill.data.sample import SampleSet
 from raydistill.data.sources.listing import Listing
-from raydistill.errors import ConfigError
-from raydistill.examples import weights_fingerprint
-from raydistill.models.shards import weight_files
+from raydistill.models.fingerprints import content_hash, model_identity, pipeline_identity
 from raydistill.storage.directory import GENERATED, StageDirectory, workspace_root
 from raydistill.storage.state import read_state
 
-# Raise the number of a stage whose results change for equal inputs; what was made before is then made again.
+# Raise the number of a stage whose results change for equal inputs, so that they are made again.
 FORMATS = {
     "decoded": 2, "prepare": 3, "features": 3, "adapt": 3, "generated": 1, "generate": 3, "teach": 2, "distill": 7,
     "evaluate": 4, "export": 4, "compare": 2, "tune": 2,
 }  # fmt: skip
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
-_SECONDS_OF_A_FRESH_FILE = 2.0
-# What `distill` leaves in its folder beside these is about its making; the last is there for transformers models.
-_STUDENT_FILES = ("student.json", "student.safetensors", "config.json")
 
 
 def stage_directory(config: RunConfig, stage: str, identity: dict[str, Any]) -> StageDirectory:
@@ -41,7 +32,7 @@ def stage_directory(config: RunConfig, stage: str, identity: dict[str, Any]) -> 
 
 
 def decoded_directory(config: RunConfig, listing: Listing) -> StageDirectory:
-    """All images at the working size, which no seed and no label has a say in; `prepare` sorts them into place."""
+    """All images at the working size, whatever the seed and the labels; `prepare` sorts them into place."""
     images = config.images.model_dump(include={"size", "fit", "max_pixels", "max_bytes"})
     return stage_directory(config, "decoded", {"images": images, "files": listing.fingerprint})
 
@@ -49,11 +40,8 @@ def decoded_directory(config: RunConfig, listing: Listing) -> StageDirectory:
 def prepare_directory(config: RunConfig, listing: Listing) -> StageDirectory:
     images = config.images.model_dump(exclude={"path", "classes", "allow_missing_val"})
     images["shard_size"] = config.images.rows_per_shard
-    return stage_directory(
-        config,
-        "prepare",
-        {"images": images, "classes": listing.classes, "files": listing.fingerprint, "seed": config.seed},
-    )
+    identity = {"images": images, "classes": listing.classes, "files": listing.fingerprint, "seed": config.seed}
+    return stage_directory(config, "prepare", identity)
 
 
 def features_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
@@ -63,8 +51,8 @@ def features_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 
 def held_out_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """The same of the test split, for `evaluate` alone. All test images have labels, and which train images have them
-    does not matter here: a learning curve pays for these once."""
+    """The same of the test split, for `evaluate` alone. The labels of train images do not count, so a learning curve
+    computes these once."""
     identity = {"backbone": _backbone(config), "ids": {"test": samples.ids["test"]}, "images": _pixels(config)}
     return replace(stage_directory(config, "features", identity), stage="test_features")
 
@@ -74,11 +62,8 @@ def adapt_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     head = config.teacher.model_dump(include={"head", "class_balanced"})
     if config.teacher.head == "zero_shot":
         head["prompts"] = config.teacher.prompts
-    return stage_directory(
-        config,
-        "adapt",
-        {"features": features_directory(config, samples).name, "head": head, "classes": samples.classes},
-    )
+    identity = {"features": features_directory(config, samples).name, "head": head, "classes": samples.classes}
+    return stage_directory(config, "adapt", identity)
 
 
 def fine_tune_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
@@ -92,8 +77,8 @@ def fine_tunes(config: RunConfig) -> bool:
 
 
 def tuned(config: RunConfig, samples: SampleSet) -> RunConfig | None:
-    """The config as the stages after fine-tuning see it, in which the teacher is the folder that this wrote, with its
-    own head; None as long as it is not done. Without fine-tuning it is the config itself."""
+    """The config for the stages after fine-tuning: its teacher is the fine-tuned one, with its native head. None until
+    that exists; the config itself where nothing is fine-tuned."""
     if config.teacher is None or not fine_tunes(config):
         return config
     directory = fine_tune_directory(config, samples)
@@ -104,19 +89,19 @@ def tuned(config: RunConfig, samples: SampleSet) -> RunConfig | None:
 
 
 def generate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """The chosen images. How they are trained on is no part of it.
+    """The chosen images; how they are trained on does not count.
 
-    Of a pipeline on the hub the name and the revision count, and not the commit that a branch stands at, which only the
-    network knows: what is done stays done when the branch moves. The classes' own directories, in which images are
-    looked for, do count it, so one choice never mixes the images of two commits; `generate.json` says which it was.
+    Of a pipeline on the hub the name and the revision count. The commit of a branch does not, since only the network
+    knows it: a finished stage stays finished when the branch moves. The classes' own directories count the commit, so
+    one choice never mixes the images of two commits; `generate.json` names it.
     """
     settings = config.generate
     assert settings is not None
     kept = settings.model_dump(exclude={"pipeline", "names", "batch_size", "share", "task_weight"})
     identity = {
         "generate": kept,
-        "pipeline": _pipeline(config),
-        "names": None if settings.names is None else _content(settings.names),
+        "pipeline": pipeline_identity(config.generate),
+        "names": None if settings.names is None else content_hash(settings.names),
         "classes": samples.classes,
         "ids": samples.ids,
         "labels": samples.labels["train"],
@@ -129,9 +114,9 @@ def generate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 
 def class_directory(config: RunConfig, recipe: dict[str, Any]) -> StageDirectory:
-    """Everything that was ever made of one class by one recipe, kept or not: a stage that asks for more images, or
-    filters them in another way, pays for no image twice."""
-    identity = {"pipeline": _pipeline(config), "seed": config.seed, **recipe}
+    """Every image of one class by one recipe, kept or not. A stage that wants more images, or filters them in another
+    way, makes no image twice."""
+    identity = {"pipeline": pipeline_identity(config.generate), "seed": config.seed, **recipe}
     directory = stage_directory(config, "generated", identity)
     digest = directory.name.removeprefix("generated-")
     return replace(directory, path=f"{workspace_root(config)}/{GENERATED}/{digest}")
@@ -139,39 +124,32 @@ def class_directory(config: RunConfig, recipe: dict[str, Any]) -> StageDirectory
 
 def teach_generated_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     """The soft targets of the generated images, apart from those of the real ones, which stay what they are."""
-    identity = {
-        "backbone": _backbone(config),
-        "generate": generate_directory(config, samples).name,
-        "images": _pixels(config),
-        "views": config.views.model_dump(),
-        "seed": config.seed,
-    }
+    identity = _stored_views(config) | {"generate": generate_directory(config, samples).name}
     return replace(stage_directory(config, "teach", identity), stage="teach_generated")
 
 
 def backbone_name(config: RunConfig) -> str:
     """A short name of the teacher's backbone and of the working images that it sees."""
-    return hashlib.sha256(json.dumps([_backbone(config), _pixels(config)], sort_keys=True).encode()).hexdigest()[:12]
+    return _short_name([_backbone(config), _pixels(config)])
 
 
 def views_name(views: Views, seed: int) -> str:
     """A short name of the stored views of any image."""
-    return hashlib.sha256(json.dumps([views.model_dump(), seed], sort_keys=True).encode()).hexdigest()[:12]
+    return _short_name([views.model_dump(), seed])
+
+
+def _short_name(identity: object) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     """Neither labels nor the head are part of it: with new ones the soft targets' features stay as they are."""
-    return stage_directory(
-        config,
-        "teach",
-        {
-            "backbone": _backbone(config),
-            "ids": samples.ids["train"],
-            "images": _pixels(config),
-            "views": config.views.model_dump(),
-            "seed": config.seed,
-        },
-    )
+    return stage_directory(config, "teach", _stored_views(config) | {"ids": samples.ids["train"]})
+
+
+def _stored_views(config: RunConfig) -> dict[str, Any]:
+    views, seed = config.views.model_dump(), config.seed
+    return {"backbone": _backbone(config), "images": _pixels(config), "views": views, "seed": seed}
 
 
 def taught_before(directory: StageDirectory) -> list[str]:
@@ -196,18 +174,9 @@ def _apart_from_images(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def distill_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    student = config.student.model_dump(exclude={"weights"}) | _identity_of_model(config.student)
-    loss = config.loss.model_dump() if config.loss.needs_teacher else {"task_weight": config.loss.task_weight}
     identity = {
-        "student": student,
-        "loss": loss,
-        "distill": config.distill.model_dump(exclude={"cache", "checkpoint_seconds", "max_failures"}),
-        "views": config.views.model_dump(),
-        "images": _pixels(config),
-        **_train_and_val(samples),
-        "classes": samples.classes,
-        "seed": config.seed,
-    }
+        **_training(config), **_train_and_val(samples), "images": _pixels(config), "classes": samples.classes,
+    }  # fmt: skip
     if config.generate is not None:
         identity["generate"] = generate_directory(config, samples).name
         identity["generated"] = config.generate.model_dump(include={"share", "task_weight"})
@@ -216,37 +185,43 @@ def distill_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     return stage_directory(config, "distill", identity)
 
 
+def _training(config: RunConfig) -> dict[str, Any]:
+    return {
+        "student": config.student.model_dump(exclude={"weights"}) | model_identity(config.student),
+        "loss": config.loss.model_dump() if config.loss.needs_teacher else {"task_weight": config.loss.task_weight},
+        "distill": config.distill.model_dump(exclude={"cache", "checkpoint_seconds", "max_failures"}),
+        "views": config.views.model_dump(),
+        "seed": config.seed,
+    }
+
+
 def evaluate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     identity = {
         "student": distill_directory(config, samples).name,
         "test": [samples.ids["test"], samples.labels["test"]],
-        "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
+        **_evaluating(config),
     }
     return stage_directory(config, "evaluate", identity)
 
 
 def export_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     """The measures that its card tells are those of `evaluate`."""
-    identity = {
-        "evaluate": evaluate_directory(config, samples).name,
-        "export": config.export.model_dump(exclude={"allow_useless", "hub", "register_as"}),
-    }
+    identity = {"evaluate": evaluate_directory(config, samples).name, **_exporting(config)}
     return stage_directory(config, "export", identity)
 
 
+def _evaluating(config: RunConfig) -> dict[str, Any]:
+    return {"evaluate": config.evaluate.model_dump(exclude={"batch_size"})}
+
+
+def _exporting(config: RunConfig) -> dict[str, Any]:
+    return {"export": config.export.model_dump(exclude={"allow_useless", "hub", "register_as"})}
+
+
 def student_key(config: RunConfig, prepared: StageDirectory) -> str:
-    """A short name of all that decides the student, its measures and its exports, while none of the stages that name
-    their directories by what they find has run."""
-    identity: dict[str, Any] = {
-        "prepare": prepared.name,
-        "student": config.student.model_dump(exclude={"weights"}) | _identity_of_model(config.student),
-        "loss": config.loss.model_dump() if config.loss.needs_teacher else {"task_weight": config.loss.task_weight},
-        "distill": config.distill.model_dump(exclude={"cache", "checkpoint_seconds", "max_failures"}),
-        "views": config.views.model_dump(),
-        "evaluate": config.evaluate.model_dump(exclude={"batch_size"}),
-        "export": config.export.model_dump(exclude={"allow_useless", "hub", "register_as"}),
-        "seed": config.seed,
-    }
+    """A short name of all that decides the student, its measures and its exports. Unlike directories' names, it can be
+    computed before any stage has run."""
+    identity = _training(config) | _evaluating(config) | _exporting(config) | {"prepare": prepared.name}
     if config.loss.needs_teacher and config.teacher is not None:
         tuning = {key for key in Teacher.model_fields if key.startswith("fine_tune_")}
         of_heads = {"zero_shot": {"prompts"}, "fine_tune": tuning}
@@ -254,10 +229,9 @@ def student_key(config: RunConfig, prepared: StageDirectory) -> str:
         identity["teacher"] = _backbone(config) | config.teacher.model_dump(include=used)
     if config.generate is not None:
         settings = config.generate.model_dump(exclude={"pipeline", "names", "batch_size"})
-        names = None if config.generate.names is None else _content(config.generate.names)
-        identity["generate"] = {**settings, **_pipeline(config), "names": names}
-    text = json.dumps(identity, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+        names = None if config.generate.names is None else content_hash(config.generate.names)
+        identity["generate"] = {**settings, **pipeline_identity(config.generate), "names": names}
+    return _short_name(identity)
 
 
 def _train_and_val(samples: SampleSet) -> dict[str, Any]:
@@ -274,70 +248,10 @@ def _pixels(config: RunConfig) -> dict[str, Any]:
 def _backbone(config: RunConfig) -> dict[str, Any]:
     teacher: Teacher | None = config.teacher
     assert teacher is not None
-    identity = teacher.model_dump(include={"revision", "size"}) | _identity_of_model(teacher)
+    identity = teacher.model_dump(include={"revision", "size"}) | model_identity(teacher)
     if teacher.center_crop:
         identity["center_crop"] = True
     if not teacher.model.startswith("timm:"):
         # The native head of a transformers model may read other features than its backbone gives.
         identity["head"] = teacher.head
     return identity
-
-
-def _identity_of_model(section: Teacher | Student) -> dict[str, Any]:
-    """A model's name and weights, by content where they are files."""
-    identity: dict[str, Any] = {"model": section.model, "weights": _weights(section.weights, section)}
-    folder = section.model.removeprefix("hf:").removeprefix("timm:local-dir:")
-    if os.path.isdir(folder):
-        identity["model"] = _folder(folder)
-    elif section.model.startswith("example:"):
-        identity["model"] = _weights(section.model, section)
-    return identity
-
-
-def _pipeline(config: RunConfig) -> dict[str, Any]:
-    """A diffusion pipeline by its hub name and revision or, where it is a folder, by the content of its files."""
-    assert config.generate is not None
-    name, revision = config.generate.pipeline, config.generate.revision
-    if not os.path.isdir(name):
-        return {"pipeline": name, "revision": revision}
-    paths = sorted(str(p) for p in Path(name).rglob("*") if p.is_file() and p.name.endswith(_MODEL_FILES))
-    return {"pipeline": {os.path.relpath(path, name): _content(path) for path in paths}}
-
-
-def _folder(folder: str) -> str:
-    """A model saved in a folder is known by the content of the files that a library reads, wherever it lies."""
-    names = [name for name in os.listdir(folder) if name.endswith(_MODEL_FILES)]
-    if "student.json" in names:
-        names = list(_STUDENT_FILES)
-    files = {name: os.path.join(folder, name) for name in names}
-    return json.dumps({name: _content(path) for name, path in sorted(files.items()) if os.path.isfile(path)})
-
-
-def _weights(weights: str | None, section: Teacher | Student) -> str | None:
-    """Weights are known by their content: another file under the same name is another teacher."""
-    if weights is None:
-        return None
-    if weights.startswith("example:"):
-        return weights_fingerprint(weights.removeprefix("example:"))
-    files = weight_files(weights, f"{type(section).__name__.lower()}.weights")
-    return (
-        _content(str(files[0])) if len(files) == 1 else json.dumps({file.name: _content(str(file)) for file in files})
-    )
-
-
-def _content(path: str) -> str:
-    try:
-        found = os.stat(path)
-        # As git does: a file may change twice within one tick of the clock that its time of change is read from.
-        fresh = time.time_ns() if time.time() - found.st_mtime < _SECONDS_OF_A_FRESH_FILE else 0
-        return _hash_of(path, found.st_ino, found.st_size, found.st_mtime_ns, fresh)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); it is named as a model or its weights") from None
-
-
-@lru_cache(maxsize=1024)
-def _hash_of(path: str, inode: int, size: int, changed: int, fresh: int) -> str:
-    """Read once as long as it stays the same file: every stage, and every class of `generate`, asks, and a model may
-    have gigabytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -80,7 +80,7 @@ def check_run(config: RunConfig, work: Work) -> None:
     _check_counts(config, work.listing)
     _check_models(config, work.listing, work.undone)
     if "generate" in work.undone:
-        from raydistill.stages.generate import check_generate
+        from raydistill.generation.forecast import check_generate
 
         check_generate(config, work.listing.classes)
 
@@ -120,8 +120,10 @@ def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -
     """Build what will be needed: a name, a size or weights that do not fit are cheap to find now."""
     if undone.isdisjoint({"adapt", "teach", "distill"}):
         return
+    from raydistill.models.heads import match_native_head
     from raydistill.models.student import build_student, has_batch_norm
-    from raydistill.models.teacher import load_teacher, match_native_head, zero_shot_head
+    from raydistill.models.teacher import load_teacher
+    from raydistill.models.zero_shot import zero_shot_head
 
     if "distill" in undone:
         student = build_student(config.student, len(listing.classes))

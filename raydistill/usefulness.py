@@ -44,9 +44,11 @@ def usefulness(measured: Mapping[str, Mapping[str, Any]]) -> Usefulness:
         what, decides = "test", counts["test"]
     state, warnings = _state(decides), []
     if state == "at chance":
-        warnings.append(f"The student is of no use as it is: {_beside_chance(decides, what)}.")
+        warnings.append(f"The student is of no use as it is: {_compared_with_chance(decides, what)}.")
     elif state == "unknown":
-        warnings.append(f"The {what} images cannot tell if the student is of use: {_beside_chance(decides, what)}.")
+        warnings.append(
+            f"The {what} images cannot tell if the student is of use: {_compared_with_chance(decides, what)}."
+        )
     if never := [(name, images) for name, (images, answers, _) in both.items() if images and not answers]:
         warnings.append(_unnamed(never, both, " and ".join(counts)))
     return Usefulness(state, tuple(warnings))
@@ -78,7 +80,7 @@ def _state(counts: Counts) -> State:
     return "at chance" if binom.cdf(right, total, chance + _SOME_USE * (1 - chance)) <= LEVEL else "unknown"
 
 
-def _beside_chance(counts: Counts, what: str) -> str:
+def _compared_with_chance(counts: Counts, what: str) -> str:
     total, right = sum(images for images, _, _ in counts.values()), sum(right for _, _, right in counts.values())
     commonest = max(counts, key=lambda name: counts[name][0])
     most = counts[commonest][0]

@@ -302,17 +302,9 @@ def term(
     return formulas[name]()
 
 
-def total(
-    weights: Mapping[str, float],
-    student: Said,
-    teacher: Said,
-    labels: Sequence[int],
-    negatives: Negatives | None = None,
-    settings: Settings = DEFAULTS,
-) -> float:
-    return sum(
-        weight * term(name, student, teacher, labels, negatives, settings) for name, weight in weights.items() if weight
-    )
+def total(weights: Mapping[str, float], *batch: object, **more: object) -> float:
+    """Of `term`, which is given what stands behind the weights."""
+    return sum(weight * term(name, *batch, **more) for name, weight in weights.items() if weight)
 
 
 def slopes(function: Callable[[list[list[float]]], float], point: Matrix, step: float = 1e-5) -> list[list[float]]:

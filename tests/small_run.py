@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,14 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from raydistill.config import RunConfig, load_config
+from raydistill.config import Student as StudentConfig
 from raydistill.data.decode import encode
 from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
 from raydistill.data.targets import encode_targets
 from raydistill.engine import speed
 from raydistill.engine.batches import DistillJob
+from raydistill.models.heads import LinearHead, encode_head
 from raydistill.models.student import Student, build_student, write_student
-from raydistill.models.teacher import LinearHead, encode_head
 from raydistill.results import Exported
 from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
@@ -41,6 +42,28 @@ def painted(label: int, rng: np.random.Generator, size: int = SIZE) -> Image.Ima
     return Image.fromarray(np.clip(rng.normal(colour, 50, (size, size, 3)), 0, 255).astype(np.uint8))
 
 
+def save_student(
+    folder: Path, config: StudentConfig, classes: Sequence[str] = CLASSES, student: Student | None = None
+) -> Path:
+    """What `distill` leaves of a student, or else of a new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    student = build_student(config, len(classes)) if student is None else student
+    for name, data in write_student(student, config, classes, {"size": SIZE, "fit": "crop"}).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_shard(
+    folder: Path, name: str, images: Sequence[bytes], labels: Sequence[int | None], of: Sequence[bytes] | None = None
+) -> list[str]:
+    """A shard of working images as `prepare` writes it, and their ids, which are those of the files they are `of`."""
+    ids = [sample_id(file) for file in (images if of is None else of)]
+    columns = {"sample_id": ids, "image": images, "label": pa.array(labels, pa.int32())}
+    columns |= {"source": ["real"] * len(ids), "split": [name.partition("-")[0]] * len(ids)}
+    (folder / f"{name}.parquet").write_bytes(encode_shard(pa.table(columns)))
+    return ids
+
+
 class TinySet:
     """Writes a sample set with soft targets that know the class, and makes jobs on it."""
 
@@ -56,18 +79,8 @@ class TinySet:
             for k, first in enumerate(range(0, count, shard_size)):
                 truth = [(first + i) % len(CLASSES) for i in range(min(shard_size, count - first))]
                 images = [encode(painted(t, rng)) for t in truth]
-                ids = [sample_id(image) for image in images]
                 shown = [t if split != "train" or first + i < labelled else None for i, t in enumerate(truth)]
-                table = pa.table(
-                    {
-                        "sample_id": ids,
-                        "image": images,
-                        "label": pa.array(shown, pa.int32()),
-                        "source": ["real"] * len(ids),
-                        "split": [split] * len(ids),
-                    }
-                )
-                (root / "samples" / f"{shard_name(split, k)}.parquet").write_bytes(encode_shard(table))
+                ids = write_shard(root / "samples", shard_name(split, k), images, shown)
                 features = centres[truth] + rng.normal(0, 0.1, (NUM_VIEWS, len(ids), NUM_FEATURES))
                 if split == "train":
                     (root / "teach" / f"{shard_name(split, k)}.safetensors").write_bytes(encode_targets(ids, features))
@@ -124,11 +137,7 @@ def exported(tiny_set: TinySet, tmp_path: Path, progress: Progress, monkeypatch)
         student = build_student(job.config.student, len(CLASSES))
         torch.nn.init.normal_(student.classifier.weight)  # or all logits would be near zero
         change(student)
-        checkpoint = tmp_path / "student"
-        checkpoint.mkdir()
-        image = {"size": SIZE, "fit": "crop"}
-        for name, data in write_student(student, job.config.student, classes, image).items():
-            (checkpoint / name).write_bytes(data)
+        checkpoint = save_student(tmp_path / "student", job.config.student, classes, student)
         directory = StageDirectory(str(tmp_path / "export"), "export", "{}")
 
         def card(about: dict, exported: Exported) -> str:

@@ -4,6 +4,7 @@ C20)."""
 import dataclasses
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -56,131 +57,65 @@ def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
     return {stage for stage in STAGES if before[stage] != after[stage]}
 
 
-# For each key a change, and the stages that have to be done again because of it.
-EFFECTS = {
-    "name=other": NOTHING,
-    "workspace=/elsewhere": NOTHING,
-    "seed=1": {"prepare"} | VIEWS,
-    "images.path=elsewhere": NOTHING,  # the listing tells what lies there
-    "images.size=64": {"decoded", "prepare"} | TEACHER,
-    "images.fit=pad": {"decoded", "prepare"} | TEACHER,
-    "images.shard_size=32": {"prepare"} | TEACHER,
-    "images.classes=list.txt": NOTHING,  # as for the path
-    "images.val_share=0.2": {"prepare"},
-    "images.test_share=0.2": {"prepare"},
-    "images.num_labelled=2": {"prepare"},
-    "images.num_unlabelled=2": {"prepare"},
-    "images.max_per_class=1": {"prepare"},
-    "images.allow_missing_val=true": NOTHING,
-    "images.max_bad_share=0.5": {"prepare"},
-    "images.max_pixels=1000": {"decoded", "prepare"},
-    "images.max_bytes=1000": {"decoded", "prepare"},
-    "teacher.model=timm:resnet18": TEACHER,
-    "teacher.weights=example:efficientnet-lite2": TEACHER,
-    "teacher.revision=abc": TEACHER,
-    "teacher.head=native": HEAD,
-    "teacher.class_balanced=true": HEAD,
-    "teacher.size=64": TEACHER,
-    "teacher.center_crop=true": TEACHER,
-    "teacher.batch_size=7": NOTHING,
-    "teacher.allow_near_chance=true": NOTHING,
-    "student.model=timm:resnet18": STUDENT,
-    "student.init=pretrained": STUDENT,
-    "student.weights=example:efficientnet-lite0 student.init=pretrained": STUDENT,
-    "student.size=32": STUDENT,
-    "views.per_image=9": VIEWS,
-    "views.min_scale=0.5": VIEWS,
-    "views.max_ratio=2": VIEWS,
-    "views.flip=0": VIEWS,
-    "views.brightness=0.1": VIEWS,
-    "views.contrast=0.1": VIEWS,
-    "views.saturation=0.1": VIEWS,
-    "loss.task_weight=2": STUDENT,
-    "loss.kd_weight=2": STUDENT,
-    "loss.temperature=2": STUDENT,
-    "loss.alignment_weight=2": STUDENT,
-    "loss.uniformity_weight=2": STUDENT,
-    "loss.alignment_alpha=1": STUDENT,
-    "loss.uniformity_t=1": STUDENT,
-    "loss.projection_dim=64": STUDENT,
-    "loss.info_nce_weight=1": STUDENT,
-    "loss.crd_weight=1": STUDENT,
-    "loss.contrastive_temperature=0.1": STUDENT,
-    "loss.crd_negatives=8": STUDENT,
-    "loss.crd_memory=9": STUDENT,
-    "loss.srrl_weight=1": STUDENT,
-    "loss.dkd_weight=1": STUDENT,
-    "loss.dkd_target_factor=2": STUDENT,
-    "loss.dkd_other_factor=2": STUDENT,
-    "loss.dist_weight=1": STUDENT,
-    "loss.standardised_kd_weight=1": STUDENT,
-    "loss.feature_weight=1": STUDENT,
-    "loss.feature_distance=cosine": STUDENT,
-    "loss.rkd_distance_weight=1": STUDENT,
-    "loss.rkd_angle_weight=1": STUDENT,
-    "loss.projection_head=linear": STUDENT,
-    "loss.adapter=linear": STUDENT,
-    "student.revision=abc": STUDENT,
-    "distill.body_rate=0.5": STUDENT,
-    "loss.kd_weight=[1,0]": STUDENT,
-    "teacher.fine_tune_epochs=3": NOTHING,
-    "teacher.fine_tune_learning_rate=0.1": NOTHING,
-    "teacher.fine_tune_batch_size=32": NOTHING,
-    "teacher.prompts=['{class}']": NOTHING,
-    "compare.arms=[kd]": NOTHING,
-    "compare.seeds=2": NOTHING,
-    "cluster.price_per_hour=2": NOTHING,
-    'cluster.prices={"spot":2}': NOTHING,
-    "tune.space=space.yaml": NOTHING,
-    "tune.trials=3": NOTHING,
-    "tune.sampler=random": NOTHING,
-    "tune.pruner=none": NOTHING,
-    "tune.grace_epochs=2": NOTHING,
-    "tune.objectives=[loss]": NOTHING,
-    "tune.concurrent=2": NOTHING,
-    "tune.confirm_seeds=1": NOTHING,
-    "tune.storage=postgresql://host/studies": NOTHING,
-    "compare.student_weights=example:efficientnet-lite0": NOTHING,
-    "compare.label_shares=[0.5]": NOTHING,
-    "distill.epochs=3": STUDENT,
-    "distill.batch_size=8": STUDENT,
-    "distill.labelled_share=0.5": STUDENT,
-    "distill.optimizer=sgd": STUDENT,
-    "distill.learning_rate=0.1": STUDENT,
-    "distill.weight_decay=0": STUDENT,
-    "distill.momentum=0": STUDENT,
-    "distill.schedule=constant": STUDENT,
-    "distill.warmup_epochs=1": STUDENT,
-    "distill.ema_decay=0.9": STUDENT,
-    "distill.precision=bf16": STUDENT,
-    "distill.channels_last=false": STUDENT,
-    "distill.clip_norm=1": STUDENT,
-    "distill.val_every=1": STUDENT,
-    "distill.num_workers=2": STUDENT,
-    "distill.cache=stream": NOTHING,
-    "distill.keep=last": STUDENT,
-    "distill.checkpoint_seconds=0": NOTHING,
-    "distill.max_failures=0": NOTHING,
-    "evaluate.batch_size=5": NOTHING,
-    "evaluate.calibration_bins=10": {"evaluate", "export"},
-    "evaluate.time_teacher=true": {"evaluate", "export"},
-    "export.formats=[onnx]": {"export"},
-    "export.preprocessing=true": {"export"},
-    "export.int8=static": {"export"},
-    "export.int8_max_drop=0.1": {"export"},
-    "export.allow_useless=true": NOTHING,
-    "export.hub=me/student": NOTHING,
-    "export.register_as=student": NOTHING,
-    "cluster.address=ray://head:10001": NOTHING,
-    "cluster.teacher_actors=[2,3]": NOTHING,
-    "cluster.generator_actors=[2,3]": NOTHING,
-    "cluster.spill_directory=/scratch/spill": NOTHING,
-    'cluster.grows_to={"CPU":8}': NOTHING,
-    'cluster.generator_labels={"pool":"spot"}': NOTHING,
-    'cluster.generator_fallback={"pool":"train"}': NOTHING,
-    "tracking.enabled=false": NOTHING,
-    "tracking.uri=http://host:5000": NOTHING,
-}
+def by_change(*table: tuple[set[str], str]) -> dict[str, set[str]]:
+    """What a row makes new, by each of its changes: these stand two spaces or a line apart."""
+    return {change: stages for stages, changes in table for change in re.split(r"\s{2,}", changes.strip())}
+
+
+# A change of each key, by the stages that have to be done again because of it. What images.path and images.classes name
+# is told by the listing.
+EFFECTS = by_change(
+    (NOTHING, """
+        name=other  workspace=/elsewhere  images.path=elsewhere  images.classes=list.txt
+        images.allow_missing_val=true  teacher.batch_size=7  teacher.allow_near_chance=true
+        teacher.fine_tune_epochs=3  teacher.fine_tune_learning_rate=0.1  teacher.fine_tune_batch_size=32
+        teacher.prompts=['{class}']  compare.arms=[kd]  compare.seeds=2  cluster.price_per_hour=2
+        cluster.prices={"spot":2}  tune.space=space.yaml  tune.trials=3  tune.sampler=random  tune.pruner=none
+        tune.grace_epochs=2  tune.objectives=[loss]  tune.concurrent=2  tune.confirm_seeds=1
+        tune.storage=postgresql://host/studies  compare.student_weights=example:efficientnet-lite0
+        compare.label_shares=[0.5]  distill.cache=stream  distill.checkpoint_seconds=0  distill.max_failures=0
+        evaluate.batch_size=5  export.allow_useless=true  export.hub=me/student  export.register_as=student
+        cluster.address=ray://head:10001  cluster.teacher_actors=[2,3]  cluster.generator_actors=[2,3]
+        cluster.spill_directory=/scratch/spill  cluster.grows_to={"CPU":8}  cluster.generator_labels={"pool":"spot"}
+        cluster.generator_fallback={"pool":"train"}  tracking.enabled=false  tracking.uri=http://host:5000
+    """),
+    ({"prepare"} | VIEWS, "seed=1"),
+    ({"decoded", "prepare"} | TEACHER, "images.size=64  images.fit=pad"),
+    ({"prepare"} | TEACHER, "images.shard_size=32"),
+    ({"prepare"}, """
+        images.val_share=0.2  images.test_share=0.2  images.num_labelled=2  images.num_unlabelled=2
+        images.max_per_class=1  images.max_bad_share=0.5
+    """),
+    ({"decoded", "prepare"}, "images.max_pixels=1000  images.max_bytes=1000"),
+    (TEACHER, """
+        teacher.model=timm:resnet18  teacher.weights=example:efficientnet-lite2  teacher.revision=abc
+        teacher.size=64  teacher.center_crop=true
+    """),
+    (HEAD, "teacher.head=native  teacher.class_balanced=true"),
+    (STUDENT, """
+        student.model=timm:resnet18  student.init=pretrained
+        student.weights=example:efficientnet-lite0 student.init=pretrained  student.size=32  loss.task_weight=2
+        loss.kd_weight=2  loss.temperature=2  loss.alignment_weight=2  loss.uniformity_weight=2
+        loss.alignment_alpha=1  loss.uniformity_t=1  loss.projection_dim=64  loss.info_nce_weight=1
+        loss.crd_weight=1  loss.contrastive_temperature=0.1  loss.crd_negatives=8  loss.crd_memory=9
+        loss.srrl_weight=1  loss.dkd_weight=1  loss.dkd_target_factor=2  loss.dkd_other_factor=2  loss.dist_weight=1
+        loss.standardised_kd_weight=1  loss.feature_weight=1  loss.feature_distance=cosine
+        loss.rkd_distance_weight=1  loss.rkd_angle_weight=1  loss.projection_head=linear  loss.adapter=linear
+        student.revision=abc  distill.body_rate=0.5  loss.kd_weight=[1,0]  distill.epochs=3  distill.batch_size=8
+        distill.labelled_share=0.5  distill.optimizer=sgd  distill.learning_rate=0.1  distill.weight_decay=0
+        distill.momentum=0  distill.schedule=constant  distill.warmup_epochs=1  distill.ema_decay=0.9
+        distill.precision=bf16  distill.channels_last=false  distill.clip_norm=1  distill.val_every=1
+        distill.num_workers=2  distill.keep=last
+    """),
+    (VIEWS, """
+        views.per_image=9  views.min_scale=0.5  views.max_ratio=2  views.flip=0  views.brightness=0.1
+        views.contrast=0.1  views.saturation=0.1
+    """),
+    ({"evaluate", "export"}, "evaluate.calibration_bins=10  evaluate.time_teacher=true"),
+    ({"export"}, """
+        export.formats=[onnx]  export.preprocessing=true  export.int8=static  export.int8_max_drop=0.1
+    """),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("words", EFFECTS)
@@ -217,35 +152,19 @@ def test_the_table_above_has_every_key():
 
 IMAGES = {"generate", "teach_generated", *STUDENT}
 # With generated images, what a change of their settings does; no real image is taught again.
-EFFECTS_OF_GENERATED = {
-    "generate.pipeline=other/name": IMAGES,
-    "generate.revision=abc": IMAGES,
-    "generate.ratio=2": IMAGES,
-    "generate.per_class=3": IMAGES,
-    "generate.balance=true": IMAGES,
-    "generate.templates=['{class}']": IMAGES,
-    "generate.names=null": NOTHING,
-    'generate.overrides={"a":{"steps":3}}': IMAGES,
-    "generate.negative_prompt=blurred": IMAGES,
-    'generate.class_ids={"a":3}': IMAGES,
-    "generate.scheduler=DDIMScheduler": IMAGES,
-    "generate.steps=3": IMAGES,
-    "generate.guidance=1": IMAGES,
-    "generate.strength=0.5": IMAGES,
-    "generate.size=64": IMAGES,
-    "generate.dtype=fp16": IMAGES,
-    "generate.batch_size=3": NOTHING,
-    "generate.safety_checker=false": IMAGES,
-    "generate.attempts=1": IMAGES,
-    "generate.filter.contrast=1": IMAGES,
-    "generate.filter.duplicate_distance=null": IMAGES,
-    "generate.filter.confidence=0.5": IMAGES,
-    'generate.filter.class_confidence={"a":0.5}': IMAGES,
-    "generate.filter.agreement=true": IMAGES,
-    "generate.filter.weigh=true": IMAGES,
-    "generate.task_weight=0.5": STUDENT,
-    "generate.share=0.5": STUDENT,
-}
+EFFECTS_OF_GENERATED = by_change(
+    (IMAGES, """
+        generate.pipeline=other/name  generate.revision=abc  generate.ratio=2  generate.per_class=3
+        generate.balance=true  generate.templates=['{class}']  generate.overrides={"a":{"steps":3}}
+        generate.negative_prompt=blurred  generate.class_ids={"a":3}  generate.scheduler=DDIMScheduler
+        generate.steps=3  generate.guidance=1  generate.strength=0.5  generate.size=64  generate.dtype=fp16
+        generate.safety_checker=false  generate.attempts=1  generate.filter.contrast=1
+        generate.filter.duplicate_distance=null  generate.filter.confidence=0.5
+        generate.filter.class_confidence={"a":0.5}  generate.filter.agreement=true  generate.filter.weigh=true
+    """),
+    (NOTHING, "generate.names=null  generate.batch_size=3"),
+    (STUDENT, "generate.task_weight=0.5  generate.share=0.5"),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("words", EFFECTS_OF_GENERATED)

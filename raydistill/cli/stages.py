@@ -39,7 +39,7 @@ def generate(
 
     config = load_config(words or [])
     announce(f"generate: {config.images.path}, a forecast")
-    from raydistill.stages.generate import forecast
+    from raydistill.generation.forecast import forecast
 
     console = plain_console()
     for line in forecast(config):

@@ -23,18 +23,17 @@ from raydistill.data.decode import NOTES, Facts
 from raydistill.data.isolation import Killed, map_isolated, start_processes
 from raydistill.data.likeness import near_pairs
 from raydistill.data.sources.listing import Entry, Listing, entry_name, list_images
-from raydistill.errors import DataError
-from raydistill.runtime.progress import Progress
-from raydistill.stages.prepare import (
+from raydistill.data.splits import (
     Decoded,
-    chunks,
     draw_labelled,
     draw_splits,
     fewer_unlabelled,
     lacking_classes,
-    refuse_too_many_bad,
     without_duplicates,
 )
+from raydistill.errors import DataError
+from raydistill.runtime.progress import Progress
+from raydistill.stages.prepare import chunks, refuse_too_many_bad
 
 EXAMPLES = 5
 # Formats that Pillow names apart and the names of files do not: phones write MPO into .jpg.

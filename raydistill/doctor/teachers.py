@@ -23,8 +23,9 @@ from raydistill.data.sample import seeded_rank
 from raydistill.data.sources.listing import Entry, list_images
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import ConfigError, DataError
+from raydistill.models.heads import match_native_head
 from raydistill.models.student import build_student
-from raydistill.models.teacher import TeacherBackbone, load_teacher, match_native_head
+from raydistill.models.teacher import TeacherBackbone, load_teacher
 from raydistill.runtime.progress import Progress
 from raydistill.stages.adapt import fit_linear_probe
 from raydistill.stages.prepare import chunks

@@ -1,4 +1,4 @@
-"""What one student is trained on: the job that travels to the workers, and each worker's batches.
+"""What a student is trained on: the job that is sent to the workers, and each worker's batches.
 
 Shapes: V images of this worker's share of a batch, H working pixels, P parameters of a view, D features.
 """
@@ -24,7 +24,7 @@ from raydistill.data.targets import UNLABELLED, Batch, InMemory, Part, Streamed,
 from raydistill.engine.checkpoints import latest_step
 from raydistill.engine.teacher_pool import fresh_views
 from raydistill.engine.workers import Worker
-from raydistill.models.teacher import load_head
+from raydistill.models.heads import load_head
 from raydistill.runtime.memory import available_bytes
 from raydistill.storage.filesystems import write_bytes
 
@@ -34,8 +34,8 @@ _STEPS_IN_UNIT = 8
 # With 100 labels in 10,000 images a batch of 64 would hold one or none of them, and the cross-entropy would be that of
 # single images: with this an EfficientNet-Lite0 reached 0.56 where it had reached 0.45.
 _LEAST_LABELLED_SHARE = 0.33
-# Share of the free memory of a node that `cache: auto` lets the train split take in all its workers together, and that
-# shards take that are streamed.
+# The share of a node's free memory that the train split may take with `cache: auto`, in all workers together, and that
+# streamed shards may take.
 _MEMORY_SHARE = 0.25
 
 
@@ -99,8 +99,8 @@ class DistillJob:
             share = 1.0
         generated_share = 0.0
         if self.config.generate is not None and num_generated:
-            beside = num_labelled if share == 1.0 else num_labelled + num_others
-            natural = num_generated / (num_generated + beside)
+            num_real = num_labelled if share == 1.0 else num_labelled + num_others
+            natural = num_generated / (num_generated + num_real)
             generated_share = natural if self.config.generate.share is None else self.config.generate.share
         pools = Pools(labelled, others, share, generated, generated_share)
         return batch_order(pools, self.batch_size, self.config.seed, start_step)
@@ -118,7 +118,7 @@ def worker_batches(job: DistillJob, worker: Worker, step: int) -> Iterator[Batch
 
 
 def _note_first(job: DistillJob, source: Iterator[Batch]) -> Iterator[Batch]:
-    """When training began is worth knowing: everything before it is fixed cost."""
+    """Write down when training began: everything before it is fixed cost."""
     first = next(source)
     write_bytes(f"{job.path}/first_batch.json", json.dumps({"time": time.time()}).encode())
     yield first
@@ -126,7 +126,7 @@ def _note_first(job: DistillJob, source: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def stream_batches(job: DistillJob, worker: Worker) -> Iterator[Batch]:
-    """What the teacher pool sends: fresh views' features beside the images."""
+    """Fresh views and their features, from the teacher pool."""
     size = job.batch_size // worker.size
     for rows in worker.stream.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2, drop_last=True):
         weights = rows.get("weight")
@@ -137,7 +137,7 @@ def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[B
     """This worker's share of every global batch from `first_step` on, prepared a few batches ahead in a thread."""
     split = job.train_split
     labels = split.labels()
-    most_bytes, threads = _MEMORY_SHARE * available_bytes() / worker.beside, worker.threads
+    most_bytes, threads = _MEMORY_SHARE * available_bytes() / worker.workers_on_node, worker.threads
     source = InMemory(split, threads) if _fits_in_memory(job, worker) else Streamed(split, threads, most_bytes)
     mine = (source.gather(visits[worker.rank :: worker.size]) for visits in job.order(labels, first_step))
     with ThreadPoolExecutor(1) as pool:
@@ -147,7 +147,7 @@ def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[B
                 batch = ahead.popleft().result()
                 ahead.append(pool.submit(next, mine))
                 yield batch
-        finally:  # the loop has ended: nobody will ask for these
+        finally:  # the loop has ended and needs no more
             for future in ahead:
                 future.cancel()
 
@@ -160,11 +160,11 @@ def _fits_in_memory(job: DistillJob, worker: Worker) -> bool:
     per_image = 0
     if job.targets is not None and job.head is not None and job.config.views.per_image != "fresh":
         per_image = 2 * job.config.views.per_image * load_head(job.head).weight_CD.shape[1]
-    return job.train_split.num_bytes(per_image) * worker.beside < _MEMORY_SHARE * available_bytes()
+    return job.train_split.num_bytes(per_image) * worker.workers_on_node < _MEMORY_SHARE * available_bytes()
 
 
 class FreshStream:
-    """Makes Ray's stream of fresh views from wherever training stands when its workers start."""
+    """Makes Ray's stream of fresh views from the step at which the workers start."""
 
     def __init__(self, job: DistillJob, plan: Plan) -> None:
         self._job, self._plan = job, plan
@@ -176,7 +176,7 @@ class FreshStream:
             {"first": first, "steps": min(_STEPS_IN_UNIT, job.total_steps - first)}
             for first in range(latest_step(job.path), job.total_steps, _STEPS_IN_UNIT)
         ]
-        # Nothing is left to stream where a run was killed after its last step; a plan needs a row all the same.
+        # A run that was killed after its last step has nothing left to stream, but Ray Data needs a row.
         units, tries = units or [{"first": 0, "steps": 1}], new_tries()
         return fresh_views(job.config.teacher, _GatherUnit(job, tries), units, self._plan, tries)
 

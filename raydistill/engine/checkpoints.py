@@ -50,8 +50,8 @@ class Checkpoint:
 
 
 def bytes_to_write(path: str, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Of the checkpoints that are kept, and of the next one before the oldest of them goes, less those that are there.
-    AdamW has two moments of each number that learns, SGD one, and neither has any before its first step."""
+    """The bytes of the checkpoints that are kept and of the next one, less those that exist. AdamW has two moments of
+    each number that learns, SGD one, and neither has any before its first step."""
     tensors = [tensor for module in modules.values() for tensor in module.state_dict().values()]
     moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
     learning = [p for group in optimizer.param_groups for p in group["params"]]
@@ -68,17 +68,11 @@ class _Meta(BaseModel, extra="allow"):  # the packages' versions beside it
     checksums: dict[Literal["weights.safetensors", "state.pt"], int] = {}
 
 
-class _Progress(BaseModel):
-    step: NonNegativeInt
-    lost_steps: NonNegativeInt = 0
-
-
 class CheckpointWriter:
     """Writes checkpoints in a thread of its own while training goes on; the `with` block ends when all are written.
 
-    Each is a whole one, after which all but it and the one before it are dropped: what a killed run left half-written,
-    and damaged ones of later steps that this run did not start from, among them. Raises CheckpointError where a link
-    stands in the way.
+    After each, all but the last two are dropped, also those that a killed run left half-written, and damaged ones of
+    later steps. Raises CheckpointError where a link stands in the way.
     """
 
     def __init__(self, path: str) -> None:
@@ -136,15 +130,15 @@ class CheckpointWriter:
         meta = {**meta, "checksums": sums}
         write_file(f"{folder}/checkpoint.json", lambda temporary: Path(temporary).write_text(json.dumps(meta)))
         self.seconds = time.monotonic() - self._began
-        # A pointer says which are whole and newest; to list them would be to trust what lies there.
+        # A pointer names the whole ones, newest first; a listing could hold anything.
         kept = [name, *(other for other in _whole(self._path) if other < name)][:_KEPT]
         write_bytes(f"{self._path}/checkpoints/{_POINTER}", json.dumps(kept).encode())
         drop_checkpoints(self._path, kept)
 
 
 def drop_checkpoints(path: str, kept: Collection[str] = ()) -> None:
-    """Those of a stage directory but for the `kept` ones, and without any the pointer to them, too: file by file, for
-    what else lies among them is not raydistill's."""
+    """Remove the checkpoints of a stage directory except the `kept` ones. With none kept, remove the pointer to them,
+    too. Other files among them stay."""
     fs, place = _open(path)
     for name in fs.names(place):
         if _STEP.fullmatch(name) and name not in kept:
@@ -178,9 +172,9 @@ def _copied(value: Any, before: Any) -> Any:
 
 
 def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]] | None:
-    """Weights, optimizer state and JSON of the newest whole checkpoint; a damaged one is named and passed over.
+    """Weights, optimizer state and JSON of the newest whole checkpoint; damaged ones are skipped with a warning.
 
-    Raises CheckpointError where one is as it was written and does not load.
+    Raises CheckpointError where an undamaged one does not load.
     """
     fs, place = _open(path)
     for name in _whole(path):
@@ -208,7 +202,7 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
 
 def does_not_fit(path: str, meta: dict[str, Any], error: Exception) -> CheckpointError:
-    """For a whole checkpoint, of which `meta` is the JSON, that this installation makes nothing of."""
+    """The error for a whole checkpoint that this installation cannot load; `meta` is its JSON."""
     here = installed(_PACKAGES)
     wrote, runs = (", ".join(f"{name} {v.get(name, 'unknown')}" for name in here) for v in (meta, here))
     return CheckpointError(
@@ -242,24 +236,3 @@ def _whole(path: str) -> list[str]:
     except CheckpointError:
         logger.warning("%s/checkpoints/%s is damaged; training begins anew", path, _POINTER)
         return []
-
-
-def write_progress(path: str, step: int, lost_steps: int) -> None:
-    """How far training has come since the last checkpoint, and how many steps were taken again in all."""
-    write_bytes(f"{path}/progress.json", json.dumps({"step": step, "lost_steps": lost_steps}).encode())
-
-
-def note_lost_steps(path: str, step: int) -> int:
-    """Count as lost what a process had done after the checkpoint of `step`, from which another goes on, and give the
-    number of all that were lost so far."""
-    came_to, lost_steps = read_progress(path)
-    if came_to > step:
-        lost_steps += came_to - step
-        write_progress(path, step, lost_steps)
-    return lost_steps
-
-
-def read_progress(path: str) -> tuple[int, int]:
-    """What `write_progress` was given last; zeros where it was not called yet."""
-    written = read_state(f"{path}/progress.json", _Progress) or _Progress(step=0)
-    return written.step, written.lost_steps

@@ -19,7 +19,8 @@ from raydistill.cluster.restarts import Restart, trying
 from raydistill.config import RunConfig, Teacher
 from raydistill.data.views import render
 from raydistill.errors import StageError
-from raydistill.models.teacher import load_head, load_teacher
+from raydistill.models.heads import load_head
+from raydistill.models.teacher import load_teacher
 from raydistill.storage.directory import refuse_small_disk
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pickle
-import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.session import configure_ray_data
+from raydistill.engine.workarounds import trainer_without_signal_handler
 from raydistill.errors import DivergedError, RaydistillError, StageError
 
 
@@ -25,26 +24,10 @@ class Worker:
     size: int
     device: str
     threads: int
-    preempted: Callable[[int], bool]  # is a node about to be taken? All workers ask at the same steps
+    preempted: Callable[[int], bool]  # is a node about to be lost? All workers ask at the same steps
     stream: Any = None  # a Ray Data iterator, where the data comes through Ray
-    on_epoch: Callable[[dict[str, float]], None] = lambda record: None  # in this process: what it raises ends the loop
-    beside: int = 1  # workers that share the node's memory, this one included: of this training, and of others
-
-
-# Numbers of glibc's malloc.h, and what they are set to.
-_MALLOC = {"M_MMAP_THRESHOLD": (-3, 2**30), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep what its tensors free for those of the next step. Given back, as glibc does with large
-    blocks, every step has its pages zeroed and mapped anew: ten thousand of them and 4 % of the CPU time in the demo.
-    Other C libraries are left as they are."""
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for number, value in _MALLOC.values():
-            mallopt(ctypes.c_int(number), ctypes.c_int(value))
+    on_epoch: Callable[[dict[str, float]], None] = lambda record: None  # in this process; what it raises ends the loop
+    workers_on_node: int = 1  # that share its memory, this one included: of this training and of others
 
 
 # A training loop: the job and the worker in, the last record out.
@@ -56,15 +39,13 @@ def run_workers(
     loop: Loop,
     job: Any,
     plan: Plan,
-    storage: str,
-    max_failures: int,
     stream: Callable[[], Any] | None = None,
     on_epoch: Callable[[dict[str, float]], None] = lambda record: None,
 ) -> dict[str, float]:
-    """Run a loop in this process or on Ray Train workers, and give rank 0's result.
+    """Run a loop in this process or on Ray Train workers. Returns rank 0's result.
 
     `on_epoch` gets each epoch's record, in this process alone. `stream()` makes the Dataset that feeds the workers; it
-    is called anew whenever workers start. Ray Train replaces lost workers; the loop resumes from its own checkpoints.
+    is called whenever workers start. Ray Train replaces lost workers; the loop resumes from its own checkpoints.
     Raises StageError.
     """
     if plan.train_workers == 0:
@@ -73,19 +54,13 @@ def run_workers(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         shard = None if stream is None else stream().iterator()
         return loop(job, Worker(0, 1, device, plan.train_threads, lambda step: False, shard, on_epoch, plan.trainings))
+    from ray.data import ExecutionOptions
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
-    # Workers stay where the command was given, or a relative path in the job would name nothing there.
+    # Workers stay in the folder of the command, or a relative path in the job would name nothing there.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     resources = {"CPU": plan.train_cpus} | ({"GPU": plan.train_gpus} if plan.train_gpus else {})
-    datasets: dict[str, Any] = {} if stream is None else {"train": _StreamInController(stream)}
-
-    class Trainer(TorchTrainer):
-        def _register_sigint_handler(self, controller: Any) -> None:
-            """Ray's would stay for as long as the process lives, and end it with code 1, or 0 at the third press."""
-
-    trainer = Trainer(
+    trainer = trainer_without_signal_handler()(
         _worker_loop,
         train_loop_config={
             # As bytes, so that Ray Train's controller need not load the models' libraries to pass it on.
@@ -101,12 +76,12 @@ def run_workers(
         run_config=RunConfig(
             # Checkpoints are the loop's own, so no run of Ray Train's is ever restored: a new name each time.
             name=uuid.uuid4().hex,
-            **_storage(storage),
+            **_storage(f"{job.path}/ray"),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=job.config.distill.max_failures, controller_failure_limit=3),
         ),
-        datasets=datasets,
-        dataset_config=DataConfig(execution_options=_in_order()),
+        datasets={} if stream is None else {"train": _StreamInController(stream)},
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
     )
     try:
         result: dict[str, Any] = trainer.fit().return_value
@@ -118,8 +93,7 @@ def run_workers(
 
 
 def _storage(path: str) -> dict[str, Any]:
-    """Where Ray Train keeps what it notes of a run. Of places that are not local it knows a few by itself; it is given
-    the file system that all else goes through."""
+    """Where Ray Train keeps its own notes. Places that are not local go through the same file system as all else."""
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     from raydistill.storage.filesystems import open_filesystem
@@ -141,19 +115,12 @@ class _StreamInController:
         return self._stream()
 
 
-def _in_order() -> Any:
-    from ray.data import ExecutionOptions
-
-    return ExecutionOptions(preserve_order=True)
-
-
 def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs in each worker. A failure that a retry cannot mend is returned, not raised."""
     import ray.train
     import torch
 
-    context = ray.train.get_context()
-    preempted_before: set[str] = set()
+    context, preempted_before = ray.train.get_context(), set[str]()
 
     def preempted(step: int) -> bool:
         if step % _STEPS_BETWEEN_PREEMPTION_CHECKS:
@@ -164,23 +131,24 @@ def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
         preempted_before.update(nodes)
         return bool(new)
 
-    device = str(ray.train.torch.get_device())
-    shard = ray.train.get_dataset_shard("train") if config["streams"] else None
-    size = context.get_world_size()
-    beside = context.get_local_world_size() * config["trainings"]
-    rank = context.get_world_rank()
-    worker = Worker(rank, size, device, config["threads"], preempted, shard, beside=beside)
+    worker = Worker(
+        rank=context.get_world_rank(),
+        size=context.get_world_size(),
+        device=str(ray.train.torch.get_device()),
+        threads=config["threads"],
+        preempted=preempted,
+        stream=ray.train.get_dataset_shard("train") if config["streams"] else None,
+        workers_on_node=context.get_local_world_size() * config["trainings"],
+    )
     torch.set_num_threads(config["threads"])
-    with contextlib.suppress(OSError):  # another node may not have it, and sees no relative path in any case
+    with contextlib.suppress(OSError):  # another node may not have it
         os.chdir(config["folder"])
     loop, job = pickle.loads(config["work"])  # noqa: TID251 - what this command sent
     try:
         return dict(loop(job, worker))
-    except DivergedError as error:
-        return {"error": str(error)}
     except RaydistillError as error:
-        if size > 1:  # the others wait for this one, so Ray has to end them all
-            raise
+        if worker.size > 1 and not isinstance(error, DivergedError):
+            raise  # the others wait for this one, so Ray has to end them all
         return {"error": str(error)}
 
 
@@ -188,6 +156,10 @@ def _worker_failure(error: Exception) -> str:
     """The last line of the first worker's traceback, with its rank."""
     failures = getattr(error, "worker_failures", None) or getattr(error.__cause__, "worker_failures", None)
     if not failures:
-        return f"Ray Train failed: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}"
+        return f"Ray Train failed: {_last_line(error)}"
     rank, cause = next(iter(failures.items()))
-    return f"worker {rank} failed: {(str(cause).strip().splitlines() or [type(cause).__name__])[-1]}"
+    return f"worker {rank} failed: {_last_line(cause)}"
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -1,5 +1,5 @@
-"""Generated images shown to the teacher while others are still being made: whole, for the filter that asks it, and in
-their stored views, so that `teach` waits for no last image.
+"""The teacher's features of generated images, while others are still being made: of whole images, for the filter that
+asks the teacher, and of their stored views, so that `teach` need not wait for the last image.
 
 Shapes: K views, R rows of a shard, N images of a file, D features.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,26 +19,26 @@ from ray.data import ActorPoolStrategy
 
 from raydistill.cluster.plan import LEAST_SHARE, Plan
 from raydistill.cluster.restarts import new_tries, trying
-from raydistill.config import Images, RunConfig, Teacher, Views
+from raydistill.config import Images, RunConfig, Views
 from raydistill.data.decode import decode
 from raydistill.data.sample import SampleSet, sample_id, shard_name
 from raydistill.data.targets import encode_targets, read_all_targets, read_ids
 from raydistill.data.views import WHOLE_IMAGE, stored_views
 from raydistill.engine.teacher_pool import TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
-from raydistill.generation.recipes import MADE
+from raydistill.generation.recipes import images_in
 from raydistill.identity import backbone_name, views_name
 from raydistill.results import SoftTargets
 from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import StageDirectory, workspace_root
 from raydistill.storage.filesystems import exists, write_bytes
-from raydistill.storage.tables import read_table, rows_of, values
+from raydistill.storage.tables import read_table, rows_of
 
 
 def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Dataset:
     """Each file of images goes on to a teacher actor as it comes from the generators."""
     return made.map_batches(
         FileTeacher,
-        fn_constructor_kwargs=teacher_settings(config, new_tries()),
+        fn_constructor_kwargs={"config": config, "name": backbone_name(config), "tries": new_tries()},
         batch_size=1,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=1),
@@ -47,39 +47,16 @@ def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Data
     )
 
 
-class TeacherSettings(TypedDict):
-    """What a FileTeacher is made with. `name` is the teacher's in the names of files; `tries` is None outside Ray."""
-
-    teacher: Teacher
-    images: Images
-    views: Views | None
-    seed: int
-    name: str
-    tries: Any
-
-
-def teacher_settings(config: RunConfig, tries: Any, with_views: bool = True) -> TeacherSettings:
-    """The job's teacher and, where generated images are streamed to it, the views that it is to see."""
-    assert config.teacher is not None
-    return {
-        "teacher": config.teacher,
-        "images": config.images,
-        "views": config.views if with_views and config.streams_generated else None,
-        "seed": config.seed,
-        "name": backbone_name(config),
-        "tries": tries,
-    }
-
-
 class FileTeacher(TeacherActor):
-    """Writes the teacher's features of the images in one file beside it: each seen whole and, with `views`, in each
-    stored view. A call that Ray repeats finds what was written."""
+    """Writes the teacher's features of the images in one file beside it: each seen whole and, where generated images
+    are streamed and it is to see views, in each stored view. A repeated call finds what was written."""
 
-    def __init__(
-        self, teacher: Teacher, images: Images, views: Views | None, seed: int, name: str, tries: Any = None
-    ) -> None:
-        super().__init__(teacher, threads=1, tries=tries)
-        self._images, self._views, self._seed, self._name = images, views, seed, name
+    def __init__(self, config: RunConfig, name: str, sees_views: bool = True, tries: Any = None) -> None:
+        """`name` is the teacher's in the names of files; `tries` is None outside Ray."""
+        assert config.teacher is not None
+        super().__init__(config.teacher, threads=1, tries=tries)
+        self._images, self._seed, self._name = config.images, config.seed, name
+        self._views = config.views if sees_views and config.streams_generated else None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         file = str(batch["file"][0])
@@ -107,10 +84,10 @@ class FileTeacher(TeacherActor):
 def teach_files(
     config: RunConfig, generated: SampleSet, head: str, directory: StageDirectory, plan: Plan, progress: Progress
 ) -> SoftTargets:
-    """What `teach` does for generated images that are streamed: the views of files that were not seen as they came,
+    """What `teach` does for generated images that are streamed: the views of files that the teacher has not seen yet,
     and then the soft targets of each shard, put together from its images' files.
 
-    A file is the unit of every pass, so that the features are the same to the bit whenever it was seen. `head` is the
+    A file is the unit of every pass, so its features are the same to the bit whenever it was seen. `head` is the
     directory of `adapt`. Raises ConfigError where the disk may be too small.
     """
     directory.begin()
@@ -151,7 +128,7 @@ def _teach_missing(config: RunConfig, files: list[str], plan: Plan) -> Iterator[
         dataset = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
         seen = dataset.map_batches(
             FileTeacher,
-            fn_constructor_kwargs=teacher_settings(config, new_tries()),
+            fn_constructor_kwargs={"config": config, "name": backbone_name(config), "tries": new_tries()},
             batch_size=1,
             batch_format="numpy",
             **teacher_pool(plan, len(files)),
@@ -161,9 +138,8 @@ def _teach_missing(config: RunConfig, files: list[str], plan: Plan) -> Iterator[
 
 
 def made_images(file: str) -> list[bytes]:
-    """The pictures in one file of what was made, those left out that came to nothing."""
-    table = read_table(file, pa.schema([MADE.field("image")]))
-    return [image for image in values(table["image"]) if image]
+    """The pictures in one file, without those that could not be made."""
+    return [image for image in images_in(file) if image]
 
 
 def whole_features(file: str, teacher: str) -> str:

@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Picture:
-    """What came of a request: RGB, or None and the reason."""
+    """The RGB image of a request, or None and the reason."""
 
     image: Image.Image | None
     reason: str = ""
@@ -56,7 +56,7 @@ class Generator:
         self._settings, self._facts, self._device = settings, facts, device
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.dtype]
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "revision": facts.commit}
-        options["low_cpu_mem_usage"] = False  # or diffusers asks for accelerate, of which nothing here has a use
+        options["low_cpu_mem_usage"] = False  # or diffusers asks for accelerate, which nothing here needs
         if facts.kind in ("text", "image") and not settings.safety_checker:
             options |= {"safety_checker": None, "requires_safety_checker": False}
         loader = {

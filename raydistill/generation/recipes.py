@@ -233,15 +233,20 @@ class GeneratorActor:
         return None if source is None else Image.fromarray(pixels(self._shard(source[1])[source[2]]))
 
 
-def read_made(recipe: Recipe) -> dict[tuple[int, int], Made]:
+def images_in(file: str) -> list[Any]:
+    """The picture in each row of a file of made images, None where there is none."""
+    return values(read_table(file, pa.schema([MADE.field("image")]))["image"])
+
+
+def read_made(recipe: Recipe) -> dict[Key, Made]:
     """All that lies in a class's directory, without the pixels; an image that was made twice is the same one."""
-    directory, found = recipe.directory, dict[tuple[int, int], Made]()
+    directory, found = recipe.directory, dict[Key, Made]()
     if not directory.started():
         return found
     schema = pa.schema([field for field in MADE if field.name != "image"])
     for name in (name for name in directory.fs.names(directory.place) if name.endswith(".parquet")):
         path = f"{directory.path}/{name}"
         for row, r in enumerate(rows_of(read_table(path, schema))):
-            key = (r.pop("index"), r.pop("attempt"))
+            key = (recipe.name, r.pop("index"), r.pop("attempt"))
             found[key] = Made(file=path, row=row, **r)
     return found

@@ -18,10 +18,10 @@ from raydistill.data.decode import pixels
 from raydistill.data.likeness import difference_hash, hash_words
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import read_all_targets, read_samples
-from raydistill.generation.features import FileTeacher, made_images, teacher_settings, whole_features, working_image
+from raydistill.generation.features import FileTeacher, made_images, whole_features, working_image
 from raydistill.generation.recipes import Key, Made
 from raydistill.identity import backbone_name
-from raydistill.models.teacher import load_head
+from raydistill.models.heads import load_head
 from raydistill.storage.filesystems import exists
 from raydistill.storage.tables import values
 
@@ -41,7 +41,7 @@ class Chosen:
 def choose(
     settings: Generate,
     wanted: Mapping[str, int],
-    made: Mapping[str, Mapping[tuple[int, int], Made]],
+    made: Mapping[Key, Made],
     leaked: Container[str],
     likely: Mapping[str, np.ndarray] | None,
 ) -> Chosen:
@@ -60,7 +60,7 @@ def choose(
                 continue
             for attempt in range(settings.attempts):
                 key = (name, index, attempt)
-                one = made[name].get((index, attempt))
+                one = made.get(key)
                 if one is None:
                     chosen.needed.append(key)
                     break
@@ -127,9 +127,9 @@ class HeldOut:
         self._read: set[str] = set()
         self._shown: set[str] = set()
 
-    def shown_by(self, made: Mapping[str, Mapping[tuple[int, int], Made]]) -> set[str]:
+    def shown_by(self, made: Mapping[Key, Made]) -> set[str]:
         """Sample ids of the images that show one of them. Each file is looked at once."""
-        files = {one.file for of_class in made.values() for one in of_class.values() if one.id}
+        files = {one.file for one in made.values() if one.id}
         for file in sorted(files - self._read if len(self._real) else ()):
             for image in made_images(file):
                 own = difference_hash(working_image(image, self._images))
@@ -147,14 +147,14 @@ class Judge:
         self._read: set[str] = set()
         self._likely: dict[str, np.ndarray] = {}
 
-    def of(self, made: Mapping[str, Mapping[tuple[int, int], Made]]) -> dict[str, np.ndarray]:
+    def of(self, made: Mapping[Key, Made]) -> dict[str, np.ndarray]:
         """Probabilities of the classes by sample id. Files that this teacher has not seen yet are shown to it here."""
-        files = {one.file for of_class in made.values() for one in of_class.values() if one.id}
+        files = {one.file for one in made.values() if one.id}
         teacher, threads = None, torch.get_num_threads()
         for file in sorted(files - self._read):
             place = whole_features(file, self._name)
             if not exists(place):
-                teacher = teacher or FileTeacher(**teacher_settings(self._config, None, with_views=False))
+                teacher = teacher or FileTeacher(self._config, self._name, sees_views=False)
                 teacher({"file": np.array([file])})
             ids, features_1ND = read_all_targets(place)
             logits_NC = torch.from_numpy(self._head.logits(features_1ND[0].astype(np.float32)))

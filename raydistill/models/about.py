@@ -1,5 +1,5 @@
-"""What a student's folder says of it, in `student.json` and `raydistill.json`, by anybody's hand; read without torch,
-so that a wrong folder is said at once."""
+"""`student.json` and `raydistill.json`, which describe a student. They may come from strangers. They are read without
+torch, so that a wrong folder is refused at once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from raydistill.storage.state import parsed, read_json
 from raydistill.strangers import written
 
 Engine = Literal["onnx", "torch"]
-ABOUT_FILE = "raydistill.json"  # beside the exported files: what a program has to know to use them
-# What an export has to say of itself, section by section.
+ABOUT_FILE = "raydistill.json"  # what a program has to know to use the exported files
+# The keys that it needs, by section.
 _SAID = {
     "": {"model", "library", "classes", "preprocessing", "image", "input"},
     "image": {"size", "fit", "max_pixels"},

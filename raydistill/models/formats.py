@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from raydistill.models.graphs import check_graph
 from raydistill.models.state_dicts import sizes_of
 from raydistill.models.student import Student, TimmClassifier
 
-PREPROCESS_FILE = "preprocess.py"  # beside the exported files: what reads pictures for them
+PREPROCESS_FILE = "preprocess.py"  # reads pictures for the exported files
 INT8_FILE = "model_int8.onnx"
 Run = Callable[[np.ndarray], np.ndarray]  # inputs to logits (B, C)
 
@@ -53,8 +54,7 @@ class Shipped(nn.Module):
             images_B3HH = images.permute(0, 3, 1, 2).float()
             images_B3SS = self.filter_SH @ images_B3HH @ self.filter_SH.transpose(-1, -2)
             images = (images_B3SS.div(255).clamp(0, 1) - self.mean) / self.std
-        logits_BC: torch.Tensor = self.network(images) if self._is_timm else self.network(pixel_values=images).logits
-        return logits_BC
+        return self.network(images) if self._is_timm else self.network(pixel_values=images).logits
 
 
 def network_inputs(images_BHH3: np.ndarray, preprocessing: Preprocessing, from_pixels: bool) -> np.ndarray:
@@ -84,8 +84,8 @@ def save_for_library(student: Student, classes: Sequence[str], fit: str, folder:
     """`model.safetensors` and `config.json` as timm's `local-dir:` and `hf-hub:` names read them; for a transformers
     model as `from_pretrained` does, with its image processor.
 
-    The transforms of either library come as near to ours as they can be told to: they know no white behind
-    transparency, and pad with the mean colour. Only `preprocess_source` is the same."""
+    The transforms of both libraries only come near to ours: they put no white behind transparency, and pad with the
+    mean colour. Only `preprocess_source` gives the same images."""
     wanted, network = student.preprocessing, student.network
     if isinstance(student.body, TimmClassifier):
         seen = {
@@ -93,7 +93,7 @@ def save_for_library(student: Student, classes: Sequence[str], fit: str, folder:
             "interpolation": wanted.interpolation, "crop_pct": 1.0,
             "crop_mode": "center" if fit == "crop" else "border",
         }  # fmt: skip
-        # A transformer is built for one size, which is said when it is built again.
+        # A transformer is built for one size, so the size has to be in the file.
         sized = {"img_size": wanted.size} if network.pretrained_cfg.get("fixed_input_size") else None
         timm.models.save_for_hf(
             network, folder, {"label_names": list(classes)}, sized, safe_serialization=True, data_config=seen
@@ -122,13 +122,10 @@ def load_from_library(folder: Path, is_timm: bool) -> nn.Module:
     if sizes_of(folder) is None:
         raise ConfigError(f"{folder}: has no model.safetensors")
     if is_timm:
-
-        def load(folder: str, trust_remote_code: bool) -> nn.Module:
-            network: nn.Module = timm.create_model(f"local-dir:{Path(folder).absolute()}", pretrained=True)
-            return network
-
-        network: nn.Module = load_or_refuse(str(folder), load, str(folder))
-        return network.eval()
+        name = f"local-dir:{folder.absolute()}"
+        return load_or_refuse(
+            str(folder), lambda *_, **__: timm.create_model(name, pretrained=True), str(folder)
+        ).eval()
     import transformers
 
     loaded = load_or_refuse(str(folder), transformers.AutoModelForImageClassification.from_pretrained, str(folder))
@@ -141,8 +138,7 @@ class _Logits(nn.Module):
         self.network = network
 
     def forward(self, images_B3SS: torch.Tensor) -> torch.Tensor:
-        logits_BC: torch.Tensor = self.network(pixel_values=images_B3SS).logits
-        return logits_BC
+        return self.network(pixel_values=images_B3SS).logits
 
 
 def to_onnx(network: nn.Module, example: torch.Tensor, about: dict[str, Any], file: Path) -> None:
@@ -168,6 +164,11 @@ def to_program(network: nn.Module, example: torch.Tensor, about: dict[str, Any],
     extra = {"raydistill.json": json.dumps(about, ensure_ascii=False)}
     torch.export.save(program, sink, extra_files=extra)
     file.write_bytes(sink.getvalue())
+
+
+def program_run(file: Path) -> Run:
+    """Logits of what `to_program` wrote."""
+    return torch_run(torch.export.load(file).module())
 
 
 def onnx_run(file: Path, threads: int = 0) -> Run:
@@ -203,8 +204,7 @@ def onnx_run(file: Path, threads: int = 0) -> Run:
 def torch_run(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:
     @torch.inference_mode()
     def run(inputs: np.ndarray) -> np.ndarray:
-        logits_BC: np.ndarray = network(torch.from_numpy(inputs)).float().numpy()
-        return logits_BC
+        return network(torch.from_numpy(inputs)).float().numpy()
 
     return run
 
@@ -218,20 +218,10 @@ def quantise(file: Path, to: Path, calibration: Sequence[np.ndarray] | None) -> 
     if calibration is None:
         quantization.quantize_dynamic(str(ready), str(to), weight_type=quantization.QuantType.QInt8)
     else:
-        reader = _Batches(calibration)
+        batches = iter(calibration)
+        reader = SimpleNamespace(get_next=lambda: next(({"images": batch} for batch in batches), None))
         quantization.quantize_static(
             str(ready), str(to), reader, quant_format=quantization.QuantFormat.QDQ, per_channel=True,
             weight_type=quantization.QuantType.QInt8, activation_type=quantization.QuantType.QUInt8,
         )  # fmt: skip
     ready.unlink()
-
-
-class _Batches:
-    """ONNX Runtime's calibration reader."""
-
-    def __init__(self, batches: Sequence[np.ndarray]) -> None:
-        self._batches = iter(batches)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {"images": batch}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers  # its classes are loaded when they are named, below, so that timm models do not wait for them
@@ -72,8 +72,8 @@ def new_classifier(
     what: str,
     sizes: Sequence[int] | None = None,
 ) -> nn.Module:
-    """A classifier for `num_classes`, with random weights or with those of the folder but for its last layer; `sizes`
-    are those of weights that it will be given.
+    """A classifier for `num_classes`, with random weights, or with those of the folder except its last layer. `sizes`
+    are those of the weights that it will be given.
 
     Raises ConfigError: weights are missing or do not fit, the model is no image classifier.
     """
@@ -91,21 +91,31 @@ def new_classifier(
         except ValueError as error:
             raise ConfigError(f"{what} is no image classifier ({reason_of(error)})") from None
         return network
+    loaded = load_weights(what, transformers.AutoModelForImageClassification, folder, config=settings)
+    classifier = last_linear(loaded.network, num_classes, what)
+    own = next(name for name, module in loaded.network.named_modules() if module is classifier)
+    refuse_missing(what, {key for key in loaded.missing | loaded.mismatched if not key.startswith(f"{own}.")})
+    return loaded.network
+
+
+class Loaded(NamedTuple):
+    """A network with a folder's weights, and the names of those that did not fit."""
+
+    network: nn.Module
+    missing: set[str]
+    mismatched: set[str]
+    unexpected: set[str]
+
+
+def load_weights(what: str, kind: Any, folder: str, **options: Any) -> Loaded:
+    """In fp32 whatever the checkpoint is stored in: on the CPU half precision is slow, and numpy knows no bfloat16.
+    Raises ConfigError."""
     network, info = load_or_refuse(
-        what,
-        transformers.AutoModelForImageClassification.from_pretrained,
-        folder,
-        config=settings,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    classifier = last_linear(network, num_classes, what)
-    own = next(name for name, module in network.named_modules() if module is classifier)
-    lacking = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
-    refuse_missing(what, {key for key in lacking if not key.startswith(f"{own}.")}, set())
-    return network
+        what, kind.from_pretrained, folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True, **options,
+    )  # fmt: skip
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    return Loaded(network, set(info["missing_keys"]), mismatched, set(info["unexpected_keys"]))
 
 
 def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
@@ -128,9 +138,9 @@ def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
     return loaded
 
 
-def refuse_missing(what: str, keys: set[str], mismatched: set[str]) -> None:
+def refuse_missing(what: str, keys: set[str]) -> None:
     """Raises ConfigError where weights would have stayed random."""
-    if keys := keys | mismatched:
+    if keys:
         some = ", ".join(sorted(keys)[:5])
         raise ConfigError(f"{what}: {len(keys)} weights are missing or of another model: {some} …")
 

@@ -1,6 +1,6 @@
 """From a picture to what the files of an exported student take, by Pillow and NumPy alone.
 
-`export` writes this module, behind `decode`'s own code, beside those files: whoever has the folder needs no raydistill.
+`export` writes this module, after `decode`'s own code, beside those files, so that the folder needs no raydistill.
 
 Shapes: H working pixels on a side, S pixels on a side of what the network sees.
 """

@@ -32,7 +32,7 @@ State = dict[str, torch.Tensor]
 # What torch.compile, FSDP and activation checkpoints put into the names of a module that they wrap.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGED = re.compile(r"(?<![^\W_])(ema|swa|averaged?|shadow)(?![^\W_])", re.IGNORECASE)
-# Plain data that training scripts keep beside their weights; no more than these is made of a pickle.
+# Plain data that training scripts save with their weights. A pickle may hold these types and no others.
 _PLAIN: list[Any] = [
     argparse.Namespace, pathlib.PosixPath, np.dtype, *(type(np.dtype(c)) for c in "?bBhHiIlLqQefd"),
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
@@ -46,7 +46,7 @@ class _Reading(NamedTuple):
 
     where: str
     state: State
-    others: list[str]  # what stands beside them, without the prefix
+    others: list[str]  # the tensors without the prefix
 
 
 def read_weights(weights: str, key: str) -> Mapping[str, Any]:
@@ -126,7 +126,7 @@ def _read(path: Path, key: str) -> Any:
         if is_safetensors:
             return load_file(path)
         with torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that it may not read; whether it does is what matters
+            warnings.simplefilter("ignore")  # torch warns of pickles before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises nearly everything
         if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):  # torch advises to run it
@@ -140,11 +140,11 @@ def _read(path: Path, key: str) -> Any:
 
 
 def fitting(tree: Mapping[str, Any], expected: Mapping[str, torch.Tensor], optional: Sequence[str], what: str) -> State:
-    """The tensors that a network with the `expected` state wants, by its names; those under `optional`, its
-    classifier's, come along where they are there. Whatever wraps them, as a container or a prefix, is taken away.
+    """The tensors that a network with the `expected` state needs, by its names, without containers and prefixes.
+    Tensors under `optional`, the classifier's, are included where they exist.
 
-    Of several that fit the averaged ones are taken, or else the first. What is not taken is said. What still does not
-    fit is left to `load_strictly`.
+    Of several sets that fit, an averaged one is taken, or else the first; a warning names the others. `load_strictly`
+    refuses what does not fit.
     """
     readings = [reading for place, state in _state_dicts(tree) for reading in _readings(place, state, expected)]
 
@@ -157,7 +157,7 @@ def fitting(tree: Mapping[str, Any], expected: Mapping[str, torch.Tensor], optio
     best = [reading for reading in readings if faults(reading) == fewest]
     averaged = [reading for reading in best if _AVERAGED.search(reading.where)]
     chosen = (averaged or best)[0]
-    if fewest[0] > len(expected) / 2:  # another model's: names are told as they stand
+    if fewest[0] > len(expected) / 2:  # another model's: the message shall show the names of the file
         return max((state for _, state in _state_dicts(tree)), key=len)
     if others := [reading.where for reading in best if reading is not chosen]:
         log.warning(

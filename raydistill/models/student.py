@@ -1,6 +1,6 @@
-"""The small network that ships, and the projection heads that only training sees.
+"""The small network that ships: how it is built, written and read again, and its logits of a split.
 
-Shapes: B images, S pixels on a side, C classes, D features, P dimensions of the projection.
+Shapes: B images, S pixels on a side, C classes, D features.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from timm.data import resolve_model_data_config
 from torch import nn
-from torch.nn import functional
 
 from raydistill.config import Student as StudentConfig
 from raydistill.data.decode import pixels
@@ -36,14 +34,16 @@ from raydistill.models.from_transformers import (
 from raydistill.models.state_dicts import no_larger_than, refuse_not_finite
 from raydistill.models.weights import (
     STUDENT_FILE,
-    known_interpolation,
     load_timm_weights,
     model_kind,
     resolve_hf_folder,
+    timm_preprocessing,
 )
 from raydistill.storage.filesystems import read_bytes
 from raydistill.storage.state import needed_state
 from raydistill.storage.tables import values
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class TimmClassifier(nn.Module):
@@ -55,8 +55,7 @@ class TimmClassifier(nn.Module):
 
     @property
     def classifier(self) -> nn.Module:
-        classifier: nn.Module = self.network.get_classifier()
-        return classifier
+        return self.network.get_classifier()
 
     def forward(self, images_B3SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, C) and features (B, D)."""
@@ -81,8 +80,7 @@ class Student(nn.Module):
 
     @property
     def classifier(self) -> nn.Linear:
-        classifier: nn.Linear = self.body.classifier
-        return classifier
+        return self.body.classifier
 
     def body_parameters(self) -> list[nn.Parameter]:
         """All but the classifier's."""
@@ -105,53 +103,7 @@ class Student(nn.Module):
 
     def forward(self, images_B3SS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, C) and features (B, D)."""
-        result: tuple[torch.Tensor, torch.Tensor] = self.body(images_B3SS)
-        return result
-
-
-class ProjectionHead(nn.Module):
-    """A trained map from features to the unit sphere, in one of the four forms of the paper's code: `linear`;
-    `two_layer`, that of MoCo v2 (arXiv 2003.04297); `simclr` with batch norm (2002.05709); `simclrv2` with a third
-    layer (2006.10029). The hidden layers are as wide as the features."""
-
-    def __init__(self, kind: str, num_features: int, projection_dim: int) -> None:
-        super().__init__()
-        if kind == "linear":
-            layers: list[nn.Module] = [nn.Linear(num_features, projection_dim)]
-        elif kind == "two_layer":
-            layers = [
-                nn.Linear(num_features, num_features),
-                nn.ReLU(inplace=True),
-                nn.Linear(num_features, projection_dim),
-            ]
-        else:
-            num_hidden = {"simclr": 1, "simclrv2": 2}[kind]
-            layers = []
-            for _ in range(num_hidden):
-                layers += [nn.Linear(num_features, num_features, bias=False), nn.BatchNorm1d(num_features)]
-                layers += [nn.ReLU(inplace=True)]
-            layers += [nn.Linear(num_features, projection_dim, bias=False)]
-            layers += [nn.BatchNorm1d(projection_dim, affine=False)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, features_BD: torch.Tensor) -> torch.Tensor:
-        projected_BP = self.layers(features_BD)
-        # The gradient is divided by the length, and the dtype has to hold it.
-        return functional.normalize(projected_BP.float(), dim=1, eps=torch.finfo(projected_BP.dtype).eps)
-
-
-class Adapter(nn.Sequential):
-    """A trained map from the student's features to the teacher's, for losses that compare the two. `two_layer` is half
-    as wide as both together, as in the code of SRRL, but ends without a ReLU, since features may be negative."""
-
-    def __init__(self, kind: str, num_features: int, teacher_features: int) -> None:
-        hidden = (num_features + teacher_features) // 2
-        if kind == "linear":
-            super().__init__(nn.Linear(num_features, teacher_features))
-        else:
-            super().__init__(
-                nn.Linear(num_features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, teacher_features)
-            )
+        return self.body(images_B3SS)
 
 
 def build_student(config: StudentConfig, num_classes: int) -> Student:
@@ -197,13 +149,7 @@ def _build_timm(config: StudentConfig, name: str, num_classes: int) -> Student:
         network = timm.create_model(name, pretrained=False, num_classes=num_classes, **extra)
     else:
         network = load_timm_weights(name, config.weights, config.revision, "student", num_classes=num_classes, **extra)
-    data = resolve_model_data_config(network)
-    preprocessing = Preprocessing(
-        config.size or int(data["input_size"][1]),
-        tuple(data["mean"]),
-        tuple(data["std"]),
-        known_interpolation(data["interpolation"], f"student.model={config.model}"),
-    )
+    preprocessing = timm_preprocessing(network, config.size, f"student.model={config.model}")
     if not isinstance(network.get_classifier(), nn.Linear):
         raise ConfigError(
             f"student.model={config.model} is not one linear classifier on pooled features; name another student"
@@ -302,7 +248,7 @@ def _agrees_with_network(student: Student) -> bool:
 
 
 def has_batch_norm(network: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    return any(isinstance(module, _BATCH_NORMS) for module in network.modules())
 
 
 def _takes_image_size(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from functools import cache
 from http.client import HTTPException
@@ -13,8 +14,10 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import timm
+from timm.data import resolve_model_data_config
 from torch import nn
 
+from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, StorageError, first_line_of
 from raydistill.examples import weights_path
 from raydistill.models.shards import check_settings
@@ -133,6 +136,15 @@ def load_timm_weights(
         state |= {key: value for key, value in fresh.items() if key.startswith(classifiers[0])}
     load_strictly(network, state, tree, what, name)
     return network
+
+
+def timm_preprocessing(network: nn.Module, size: int | None, what: str, center_crop: bool = False) -> Preprocessing:
+    """What a timm network was trained on, at `size` or at its own."""
+    data = resolve_model_data_config(network)
+    side = size or int(data["input_size"][1])
+    interpolation = known_interpolation(data["interpolation"], what)
+    resized = math.floor(side / data["crop_pct"]) if center_crop else None  # as timm's transforms_imagenet_eval rounds
+    return Preprocessing(side, tuple(data["mean"]), tuple(data["std"]), interpolation, resized)
 
 
 @cache

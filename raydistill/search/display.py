@@ -14,9 +14,10 @@ from rich.live import Live
 from rich.table import Table
 
 from raydistill.config import RunConfig
+from raydistill.engine.records import read_epochs
 from raydistill.runtime.progress import Progress
 from raydistill.search.space import Choice
-from raydistill.search.study import MAXIMISED, SECONDS_OF, Trial, directory_of, read_epochs, seconds_noted
+from raydistill.search.study import MAXIMISED, SECONDS_OF, Trial, directory_of, seconds_noted
 from raydistill.search.trials import logged
 from raydistill.storage.directory import workspace_root
 from raydistill.strangers import one_line, shorter

@@ -20,7 +20,6 @@ from raydistill.engine.checkpoints import drop_checkpoints
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.search.space import Choice, Space
 from raydistill.storage.directory import StageDirectory
-from raydistill.storage.state import EpochRecord, read_state
 from raydistill.strangers import one_line
 from raydistill.tracking.stores import UnusableError, database_alone, reason, refuse_programs
 
@@ -74,13 +73,6 @@ def open_study(config: RunConfig, directory: StageDirectory, own: dict[str, Choi
 def read_trials(study: optuna.Study) -> list[Trial]:
     """All trials that were begun, in order."""
     return [read_trial(frozen) for frozen in study.trials if frozen.state is not TrialState.WAITING]
-
-
-def read_epochs(directory: str, most: int) -> list[dict[str, float]]:
-    """The records of a trial's epochs, up to the `most`-th, as far as they are there."""
-    paths = (f"{directory}/epochs/{epoch:05d}.json" for epoch in range(1, most + 1))
-    records = (read_state(path, EpochRecord, any_float=True) for path in paths)
-    return [record for record in records if record is not None]
 
 
 def drop_pruned(trials: list[Trial], root: str) -> None:

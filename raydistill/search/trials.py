@@ -36,13 +36,14 @@ from raydistill.config import Loss, RunConfig
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.checkpoints import latest_step
 from raydistill.engine.loop import distill_loop
+from raydistill.engine.records import read_epochs
 from raydistill.engine.workers import Worker
 from raydistill.errors import ConfigError, RaydistillError
 from raydistill.models.student import read_student, split_logits
 from raydistill.results import StudentCheckpoint
 from raydistill.runtime.progress import Progress
 from raydistill.search.space import Choice, Space
-from raydistill.search.study import Trial, make_sampler, num_trials, read_epochs, read_trial
+from raydistill.search.study import Trial, make_sampler, num_trials, read_trial
 from raydistill.stages.distill import distill_student
 from raydistill.storage.directory import StageDirectory, read_seconds
 from raydistill.storage.lease import held

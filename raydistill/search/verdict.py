@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from raydistill.engine.records import read_epochs
 from raydistill.results import Outcome
 from raydistill.search.learning_curve import learning_curve
 from raydistill.search.significance import (
@@ -28,7 +29,6 @@ from raydistill.search.significance import (
     p_words,
     read_answers,
 )
-from raydistill.stages.distill import read_epochs
 from raydistill.storage.directory import read_seconds
 from raydistill.strangers import markdown
 

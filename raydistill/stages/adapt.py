@@ -17,7 +17,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
-from raydistill.cluster.plan import Plan
 from raydistill.config import RunConfig, Teacher, fine_tuning
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import labels_of, read_samples, read_targets
@@ -31,37 +30,17 @@ from raydistill.identity import (
     held_out_directory,
     tuned,
 )
-from raydistill.models.teacher import (
-    HEAD_FILE,
-    LinearHead,
-    encode_head,
-    load_teacher,
-    match_native_head,
-    zero_shot_head,
-)
+from raydistill.models.heads import HEAD_FILE, LinearHead, encode_head, match_native_head
+from raydistill.models.teacher import load_teacher
+from raydistill.models.zero_shot import zero_shot_head
 from raydistill.results import AdaptedTeacher
-from raydistill.runtime.progress import Progress
-from raydistill.stages.teach import write_features
+from raydistill.stages.teach import FeaturePass, write_features
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import result_of
 from raydistill.storage.tables import values
 
 # Inverse strengths of the L2 penalty that are tried, from a prior that outweighs the data to hardly any.
 INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
-
-
-def write_plain_features(
-    config: RunConfig,
-    samples: SampleSet,
-    splits: Sequence[str],
-    directory: StageDirectory,
-    plan: Plan,
-    progress: Progress,
-) -> None:
-    """The teacher's features of every labelled image of the splits as it is, without augmentation."""
-    directory.begin()
-    width = write_features(config, samples, splits, 0, directory, plan, progress, directory.stage)
-    directory.finish({"path": directory.path, "num_features": width})
 
 
 def adapt_teacher(
@@ -151,7 +130,8 @@ def fit_linear_probe(
             probe.fit(scaled_ND, train_labels)
         loss = 0.0
         if len(val_labels):
-            likely_NC = _all_classes(probe.predict_proba(scaler.transform(val_ND)), probe, num_classes)
+            assert len(probe.classes_) == num_classes, "prepare leaves no class without a labelled train image"
+            likely_NC = np.clip(probe.predict_proba(scaler.transform(val_ND)), 1e-7, 1)
             loss = float(log_loss(val_labels, likely_NC, labels=range(num_classes)))
         worse = worse + 1 if best is not None and loss >= best[0] else 0
         if best is None or loss < best[0]:
@@ -166,12 +146,6 @@ def fit_linear_probe(
     weight_CD = weight_CD / scaler.scale_
     bias_C = bias_C - weight_CD @ scaler.mean_
     return LinearHead(weight_CD.astype(np.float32), bias_C.astype(np.float32)), 1 / probe.C
-
-
-def _all_classes(likely_NK: np.ndarray, probe: LogisticRegression, num_classes: int) -> np.ndarray:
-    """Probabilities with a column for every class; every class has a labelled train image, so none is lacking."""
-    assert list(probe.classes_) == list(range(num_classes)), "prepare leaves no class without a labelled train image"
-    return np.clip(likely_NK, 1e-7, 1)
 
 
 def adapt(execution: Execution) -> None:
@@ -218,8 +192,12 @@ def _fine_tune(execution: Execution) -> None:
 
 
 def _infer(execution: Execution, directory: StageDirectory, splits: tuple[str, ...]) -> None:
+    """The teacher's features of every labelled image of the splits as it is, without augmentation."""
+
     def work(_: Any) -> None:
-        config, samples = execution.config, execution.samples
-        write_plain_features(config, samples, splits, directory, execution.plan(), execution.progress)
+        directory.begin()
+        wanted = FeaturePass(execution.config, execution.samples, splits, 0, directory.path)
+        width = write_features(wanted, directory.stage, execution.plan(), execution.progress)
+        directory.finish({"path": directory.path, "num_features": width})
 
     execution.result(directory, work)

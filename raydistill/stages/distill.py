@@ -13,14 +13,9 @@ from typing import Any
 from raydistill.cluster.plan import Plan
 from raydistill.config import RunConfig
 from raydistill.engine.batches import DistillJob, FreshStream
-from raydistill.engine.checkpoints import (
-    drop_checkpoints,
-    latest_checkpoint,
-    latest_step,
-    note_lost_steps,
-    read_progress,
-)
+from raydistill.engine.checkpoints import drop_checkpoints, latest_checkpoint, latest_step
 from raydistill.engine.loop import distill_loop
+from raydistill.engine.records import drop_epochs_after, note_lost_steps, read_epoch, read_epochs, read_progress
 from raydistill.engine.workers import run_workers
 from raydistill.errors import DataError
 from raydistill.execution import Execution
@@ -30,8 +25,7 @@ from raydistill.results import Outcome, StudentCheckpoint
 from raydistill.runtime.progress import Progress
 from raydistill.stages.generate import label_weights
 from raydistill.storage.directory import StageDirectory
-from raydistill.storage.filesystems import open_filesystem
-from raydistill.storage.state import EpochRecord, needed_state, read_state, result_of
+from raydistill.storage.state import result_of
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -48,7 +42,7 @@ def distill_student(
     """Train the student, in this process or on Ray Train workers, and write it in the form in which it ships.
 
     `on_epoch` gets each epoch's record as it is written; where the loop runs in this process, what it raises ends the
-    training after that epoch's checkpoint. A directory that a killed run left is gone on with.
+    training after that epoch's checkpoint. A killed run resumes from its last checkpoint.
     Raises DataError where too few images take part.
     """
     _refuse_too_few_images(job)
@@ -57,19 +51,13 @@ def distill_student(
             "distill.keep=best chooses by val, and there is no labelled val image; add some, or keep the last"
         )
     directory.begin()
-    _forget_what_was_lost(job, directory)
+    start = latest_step(job.path)
+    note_lost_steps(job.path, start)
+    drop_epochs_after(job.path, start)  # or those who follow would take them for done
     stream = FreshStream(job, plan) if job.config.views.per_image == "fresh" and job.head is not None else None
     in_process = plan.train_workers == 0
-    with _following(job, directory, progress, _nothing if in_process else on_epoch, title):
-        record = run_workers(
-            distill_loop,
-            job,
-            plan,
-            f"{directory.path}/ray",
-            job.config.distill.max_failures,
-            stream,
-            on_epoch if in_process else _nothing,
-        )
+    with _following(job, start, progress, _nothing if in_process else on_epoch, title):
+        record = run_workers(distill_loop, job, plan, stream, on_epoch if in_process else _nothing)
     _, lost_steps = read_progress(job.path)
     again = lost_steps * job.batch_size
     progress.again(title, again, again / record["images_per_second"])
@@ -135,15 +123,6 @@ def kept_words(job: DistillJob, epochs: list[dict[str, float]], kept_epoch: int)
     return f"{words}: {images} val images do not tell that it is better (distill.keep=best ships it all the same)"
 
 
-def _forget_what_was_lost(job: DistillJob, directory: StageDirectory) -> None:
-    """Steps and epochs after the checkpoint are still to come: whoever follows may not take them for done."""
-    step = latest_step(job.path)
-    note_lost_steps(job.path, step)
-    for record in read_epochs(job.path):
-        if record["step"] > step:
-            directory.fs.remove(f"{directory.place}/epochs/{int(record['epoch']):05d}.json")
-
-
 def _write_student(job: DistillJob, directory: StageDirectory, training: dict[str, object]) -> int:
     checkpoint = latest_checkpoint(job.path)
     assert checkpoint is not None, "the loop ends with a checkpoint"
@@ -161,20 +140,15 @@ def _write_student(job: DistillJob, directory: StageDirectory, training: dict[st
 
 @contextlib.contextmanager
 def _following(
-    job: DistillJob,
-    directory: StageDirectory,
-    progress: Progress,
-    on_epoch: Callable[[dict[str, float]], None],
-    title: str,
+    job: DistillJob, start: int, progress: Progress, on_epoch: Callable[[dict[str, float]], None], title: str
 ) -> Iterator[None]:
-    """Shows and passes on what the loop writes, from wherever it runs, until the block ends."""
-    start = at = latest_step(job.path)
-    epoch, ended = start // job.steps_per_epoch, threading.Event()
+    """Show and pass on what the loop writes, wherever it runs, until the block ends. `start` is its first step."""
+    at, epoch, ended = start, start // job.steps_per_epoch, threading.Event()
     with progress.task(title, job.total_steps, "steps", done=start) as advance:
 
         def look() -> None:
             nonlocal at, epoch
-            while record := read_state(f"{directory.path}/epochs/{epoch + 1:05d}.json", EpochRecord, any_float=True):
+            while record := read_epoch(job.path, epoch + 1):
                 epoch += 1
                 on_epoch(record)
                 advance(max(int(record["step"]) - at, 0), _note(record))
@@ -184,17 +158,15 @@ def _following(
             at = max(step, at)
 
         def follow() -> None:
-            trouble = ""
-            while True:
+            trouble, last_look = "", False
+            while not last_look:
                 last_look = ended.wait(_SECONDS_BETWEEN_LOOKS)
                 try:
                     look()
                     trouble = ""
-                except Exception as error:  # storage is away; training may go on all the same, and is seen again later
+                except Exception as error:  # storage is away; training may go on, and is seen again later
                     if str(error) != trouble:
                         logger.warning("%s: cannot be followed for now (%s)", title, trouble := str(error))
-                if last_look:
-                    return
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -210,15 +182,8 @@ def _note(record: dict[str, float]) -> str:
     return f"epoch {int(record['epoch'])}, loss {record['loss']:.3f}{accuracy}"
 
 
-def read_epochs(path: str) -> list[dict[str, float]]:
-    """The records of all epochs of a student's directory, in order."""
-    fs, folder = open_filesystem(f"{path}/epochs")
-    names = [name for name in fs.names(folder) if name.endswith(".json")]
-    return [needed_state(f"{path}/epochs/{name}", EpochRecord, any_float=True) for name in names]
-
-
 def distill_job(config: RunConfig, outcome: Outcome) -> tuple[DistillJob, StageDirectory]:
-    """What `distill` trains on once the stages before it are done, and where the student goes. A teacher that no term
+    """What `distill` trains on once the stages before it are done, and the student's directory. A teacher that no term
     of the loss needs is left out."""
     samples, generated, taught = outcome.samples, outcome.generated, config.loss.needs_teacher
     assert samples is not None, "prepare has run"

@@ -15,17 +15,18 @@ from pyarrow import parquet as pq
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_fscore_support
-from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_samples
+from raydistill.engine.records import read_epochs
 from raydistill.engine.speed import images_per_second
 from raydistill.execution import Execution
 from raydistill.identity import evaluate_directory, held_out_directory
+from raydistill.models.heads import load_head
 from raydistill.models.student import read_student, split_logits
-from raydistill.models.teacher import load_head, load_teacher
+from raydistill.models.teacher import load_teacher
 from raydistill.pages.figures import (
     Answers,
     confused_pairs,
@@ -37,7 +38,6 @@ from raydistill.pages.figures import (
 from raydistill.results import PREDICTIONS_FILE, AdaptedTeacher, Report, StudentCheckpoint
 from raydistill.runtime.progress import Progress
 from raydistill.stages.adapt import split_features
-from raydistill.stages.distill import read_epochs
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import result_of
 
@@ -79,12 +79,19 @@ def evaluate_student(
                 measured["student"][split]["ece_calibrated"] = _calibration_error(
                     logits["student"] / temperature, labels_N, config.evaluate.calibration_bins
                 )
-            _draw(config, samples, directory, split, {who: Answers.of(v) for who, v in logits.items()}, labels_N)
+            answers, bins = {who: Answers.of(v) for who, v in logits.items()}, config.evaluate.calibration_bins
+            confusion = confusion_figure(answers["student"].class_N, labels_N, samples.classes, split)
+            directory.write(f"confusion_{split}.png", confusion)
+            directory.write(f"reliability_{split}.png", reliability_figure(answers, labels_N, bins, split))
+            directory.write(f"per_class_{split}.png", per_class_figure(answers, labels_N, samples.classes, split))
             predictions.append(_predictions(samples, split, logits))
             advance(len(all_labels))
-    teacher_network = None
+    teacher_parameters = teacher_speed = None
     if adapted is not None and config.teacher is not None:
-        teacher_network = load_teacher(config.teacher)[0].to(device)
+        teacher = load_teacher(config.teacher).backbone.to(device)
+        teacher_parameters = sum(parameter.numel() for parameter in teacher.parameters())
+        if config.evaluate.time_teacher:
+            teacher_speed = images_per_second(teacher, teacher.preprocessing.size, device)
     report = Report(
         path=directory.path,
         student=measured["student"],
@@ -92,16 +99,16 @@ def evaluate_student(
         agreement=agreements or None,
         temperature=temperature,
         student_parameters=student.num_parameters,
-        teacher_parameters=None if teacher_network is None else _count(teacher_network),
+        teacher_parameters=teacher_parameters,
         student_images_per_second=images_per_second(network, network.preprocessing.size, device),
-        teacher_images_per_second=None
-        if teacher_network is None or not config.evaluate.time_teacher
-        else images_per_second(teacher_network, teacher_network.preprocessing.size, device),
+        teacher_images_per_second=teacher_speed,
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         kept=student.kept,
     )
     directory.write("curves.png", curves_figure(read_epochs(student.path), student.kept_epoch))
-    directory.write(PREDICTIONS_FILE, _parquet(predictions))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables(predictions) if predictions else pa.table({}), sink)
+    directory.write(PREDICTIONS_FILE, bytes(sink.getvalue().to_pybytes()))
     directory.write_json("report.json", asdict(report))
     directory.finish(asdict(report))
     return report
@@ -195,33 +202,9 @@ def _columns(logits_NC: np.ndarray | None, num_rows: int, num_classes: int) -> d
     return {name: pa.array(list(found[name]), kind) for name, kind in kinds.items()}
 
 
-def _parquet(tables: list[pa.Table]) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.concat_tables(tables) if tables else pa.table({}), sink)
-    return bytes(sink.getvalue().to_pybytes())
-
-
 def agreement(student_logits_NC: np.ndarray, teacher_logits_NC: np.ndarray) -> float:
     """Share of images on which both name the same class first."""
     return float((student_logits_NC.argmax(1) == teacher_logits_NC.argmax(1)).mean())
-
-
-def _count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def _draw(
-    config: RunConfig,
-    samples: SampleSet,
-    directory: StageDirectory,
-    split: str,
-    answers: dict[str, Answers],
-    labels_N: np.ndarray,
-) -> None:
-    student_N, bins = answers["student"].class_N, config.evaluate.calibration_bins
-    directory.write(f"confusion_{split}.png", confusion_figure(student_N, labels_N, samples.classes, split))
-    directory.write(f"reliability_{split}.png", reliability_figure(answers, labels_N, bins, split))
-    directory.write(f"per_class_{split}.png", per_class_figure(answers, labels_N, samples.classes, split))
 
 
 def evaluate(execution: Execution) -> None:

@@ -33,6 +33,7 @@ from raydistill.models.formats import (
     network_inputs,
     onnx_run,
     preprocess_source,
+    program_run,
     quantise,
     save_for_library,
     to_onnx,
@@ -86,9 +87,10 @@ def export_student(
         differences = {"model.safetensors": _compare(library, plain_N, logits_NC, "model.safetensors")}
         advance(1)
         runs = {"torch": torch_run(shipped)}
-        for name, write_and_load in _FORMATS.items():
+        for name, (file, write, read) in _FORMATS.items():
             if name in settings.formats:
-                file, run = write_and_load(shipped, torch.from_numpy(inputs_N[:2]), about, folder)
+                write(shipped, torch.from_numpy(inputs_N[:2]), about, folder / file)
+                run = read(folder / file)
                 differences[file] = _compare(run, inputs_N, logits_NC, file)
                 runs |= {"onnx": run} if name == "onnx" else {}
                 advance(1)
@@ -150,17 +152,11 @@ def about_student(path: str, from_pixels: bool, images: Images) -> dict[str, Any
     return about | {"image": image, "input": "pixels" if from_pixels else "normalised"}
 
 
-def _write_onnx(shipped: Shipped, example: torch.Tensor, about: dict[str, Any], folder: Path) -> tuple[str, Run]:
-    to_onnx(shipped, example, about, folder / "model.onnx")
-    return "model.onnx", onnx_run(folder / "model.onnx")
-
-
-def _write_program(shipped: Shipped, example: torch.Tensor, about: dict[str, Any], folder: Path) -> tuple[str, Run]:
-    to_program(shipped, example, about, folder / "model.pt2")
-    return "model.pt2", torch_run(torch.export.load(folder / "model.pt2").module())
-
-
-_FORMATS = {"onnx": _write_onnx, "torch_export": _write_program}
+# By the name of a format its file, what writes it, and what reads it back.
+_FORMATS: dict[str, tuple[str, Callable[..., None], Callable[[Path], Run]]] = {
+    "onnx": ("model.onnx", to_onnx, onnx_run),
+    "torch_export": ("model.pt2", to_program, program_run),
+}
 
 
 def _some_images(samples: SampleSet, split: str, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """prepare: every usable image, upright RGB, content-addressed, split and permuted, in parquet shards.
 
-Images are decoded into a directory of their own first, which no seed, split or choice of labels has a say in: so they
-are decoded once for all seeds, and a command that was killed goes on.
+Images are first decoded into a directory that does not depend on the seed, the splits or the labels. So they are
+decoded once for all seeds, and a killed command resumes.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,10 @@ from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import SHARD_BYTES, Images, RunConfig
 from raydistill.data.chunks import Chunk, decode_isolated
-from raydistill.data.sample import (
-    SPLITS,
-    SampleSet,
-    encode_shard,
-    samples_from_json,
-    seeded_rank,
-    shard_name,
-)
+from raydistill.data.sample import SPLITS, SampleSet, encode_shard, samples_from_json, shard_name
 from raydistill.data.sources.listing import Entry, Listing, entry_name
 from raydistill.data.sources.reading import UNREADABLE
+from raydistill.data.splits import Decoded, Drawn, draw, lacking_classes, without_duplicates
 from raydistill.errors import DataError
 from raydistill.execution import Execution
 from raydistill.identity import decoded_directory
@@ -57,15 +50,6 @@ _DECODED = pa.schema(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """What is known of an entry once it is decoded: its id, or the reason why there is none."""
-
-    entry: Entry
-    id: str
-    reason: str
-
-
 def prepare_samples(
     config: RunConfig, listing: Listing, directory: StageDirectory, plan: Plan, progress: Progress
 ) -> SampleSet:
@@ -77,17 +61,14 @@ def prepare_samples(
     directory.begin()
     files, known = _decode_images(config, listing, plan, progress)
     kept, refused = without_duplicates(known)
-    splits = draw_splits(config, listing, kept)
-    labelled = draw_labelled(config, listing, splits["train"])
-    num_train = len(splits["train"])
-    splits["train"] = fewer_unlabelled(config, splits["train"], labelled)
-    if fewer := num_train - len(splits["train"]):
+    drawn = draw(config, listing, kept)
+    if drawn.num_left_out:
         most = config.images.num_unlabelled
-        progress.line(f"prepare   {fewer} unlabelled images are left out: images.num_unlabelled={most}")
-    _check_train(config.images, listing, splits["train"])
-    for what, names in lacking_classes(listing, splits).items():
+        progress.line(f"prepare   {drawn.num_left_out} unlabelled images are left out: images.num_unlabelled={most}")
+    _check_train(listing, drawn.splits["train"])
+    for what, names in lacking_classes(listing, drawn.splits).items():
         progress.line(f"prepare   {len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
-    result = _write(config, listing, directory, splits, labelled, files, len(refused), plan)
+    result = _write(config, listing, directory, drawn, files, len(refused), plan)
     directory.write_json("refused.json", redacted_tree(refused))
     directory.finish(dataclasses.asdict(result))
     return result
@@ -181,94 +162,7 @@ def refuse_too_many_bad(images: Images, bad: Sequence[Decoded], seen: int, total
         )
 
 
-def without_duplicates(known: list[Decoded]) -> tuple[list[Decoded], list[dict[str, str]]]:
-    """One entry for each distinct file. Of copies the test split's stays, then val's, then a labelled one; an image
-    under two labels belongs to neither."""
-    refused = [{"path": entry_name(d.entry), "reason": d.reason} for d in known if d.reason]
-    copies: dict[str, list[Decoded]] = defaultdict(list)
-    for d in known:
-        if not d.reason:
-            copies[d.id].append(d)
-    kept = []
-    for group in copies.values():
-        labels = sorted({d.entry.label for d in group if d.entry.label})
-        if len(labels) > 1:
-            reason = f"the same file stands under {len(labels)} labels: {', '.join(labels)}"
-            refused += [{"path": entry_name(d.entry), "reason": reason} for d in group]
-            continue
-        order = {"test": 0, "val": 1}
-        first, *others = sorted(group, key=lambda d: (order.get(d.entry.split or "", 2), d.entry.label is None))
-        kept.append(first)
-        refused += [{"path": entry_name(d.entry), "reason": f"a copy of {entry_name(first.entry)}"} for d in others]
-    return kept, refused
-
-
-def draw_splits(config: RunConfig, listing: Listing, kept: list[Decoded]) -> dict[str, list[Decoded]]:
-    """The splits that the data names; of classes without a named one, seeded shares drawn by content."""
-    splits: dict[str, list[Decoded]] = {split: [] for split in SPLITS}
-    to_share: dict[str, list[Decoded]] = defaultdict(list)
-    has_val, has_test = listing.has_split("val"), listing.has_split("test")
-    for d in kept:
-        if d.entry.label and (d.entry.split is None or (d.entry.split == "train" and not has_val)):
-            to_share[d.entry.label].append(d)
-        else:
-            splits[d.entry.split or "train"].append(d)
-    # A test split is drawn only where the data names none at all.
-    test_share = 0.0 if has_val or has_test else config.images.test_share
-    val_share = 0.0 if has_val else config.images.val_share
-    for group in to_share.values():
-        group.sort(key=lambda d: seeded_rank(config.seed, "split", d.id))
-        num_test = _share_of(len(group), test_share, spare=2 if val_share else 1)
-        num_val = _share_of(len(group) - num_test, val_share, spare=1)
-        splits["test"] += group[:num_test]
-        splits["val"] += group[num_test : num_test + num_val]
-        splits["train"] += group[num_test + num_val :]
-    for rows in splits.values():
-        rows.sort(key=lambda d: seeded_rank(config.seed, "order", d.id))
-    return splits
-
-
-def _share_of(count: int, share: float, spare: int) -> int:
-    """At least one where a share is asked for, while `spare` images are left over."""
-    return min(max(round(count * share), 1), max(count - spare, 0)) if share else 0
-
-
-def draw_labelled(config: RunConfig, listing: Listing, train: list[Decoded]) -> set[str]:
-    """Ids of train samples that keep their label: all, or `images.num_labelled` of them, each class in proportion."""
-    by_class: dict[str, list[str]] = {name: [] for name in listing.classes}
-    for d in train:
-        if d.entry.label:
-            by_class[d.entry.label].append(d.id)
-    wanted, total = config.images.num_labelled, sum(map(len, by_class.values()))
-    if wanted is None or wanted >= total:
-        return {i for ids in by_class.values() for i in ids}
-    if wanted < len(by_class):
-        raise DataError(
-            f"images.num_labelled={wanted} is fewer than the {len(by_class)} classes; give each at least one"
-        )
-    exact = {name: max(1.0, wanted * len(ids) / total) for name, ids in by_class.items()}
-    counts = {name: int(value) for name, value in exact.items()}
-    # Largest remainders first, until the number is met; then, if the minimum of one overshot it, largest classes first.
-    order = sorted(exact, key=lambda name: counts[name] - exact[name])
-    for step in range(wanted - sum(counts.values())):
-        counts[order[step % len(order)]] += 1
-    for _ in range(sum(counts.values()) - wanted):
-        counts[max(counts, key=lambda name: counts[name])] -= 1
-    ranked = {n: sorted(ids, key=lambda i: seeded_rank(config.seed, "label", i)) for n, ids in by_class.items()}
-    return {i for name, ids in ranked.items() for i in ids[: counts[name]]}
-
-
-def lacking_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> dict[str, list[str]]:
-    """Classes with too few images in a split, by what they lack."""
-    counts = {split: Counter(d.entry.label for d in members) for split, members in splits.items()}
-    found = {"classes with a single train image": [c for c in listing.classes if counts["train"][c] == 1]}
-    for split in ("val", "test"):
-        if splits[split]:
-            found[f"classes without a {split} image"] = [c for c in listing.classes if not counts[split][c]]
-    return {what: names for what, names in found.items() if names}
-
-
-def _check_train(images: Images, listing: Listing, train: list[Decoded]) -> None:
+def _check_train(listing: Listing, train: list[Decoded]) -> None:
     counts = Counter(d.entry.label for d in train)
     if lacking := [name for name in listing.classes if not counts[name]]:
         raise DataError(
@@ -281,8 +175,7 @@ def _write(
     config: RunConfig,
     listing: Listing,
     directory: StageDirectory,
-    splits: dict[str, list[Decoded]],
-    labelled: set[str],
+    drawn: Drawn,
     files: list[str],
     num_refused: int,
     plan: Plan,
@@ -292,11 +185,11 @@ def _write(
     entry_index = {(e.path, e.row): number for number, e in enumerate(listing.entries)}
     size = config.images.rows_per_shard
     rows, names = [], []
-    for split, members in splits.items():
+    for split, members in drawn.splits.items():
         for first in range(0, len(members), size):
             names.append((shard_name(split, first // size), len(members[first : first + size])))
         for d in members:
-            keeps = d.entry.label and (split != "train" or d.id in labelled)
+            keeps = d.entry.label and (split != "train" or d.id in drawn.labelled)
             label = index_of[d.entry.label] if keeps and d.entry.label else None
             rows.append((entry_index[d.entry.path, d.entry.row], d.id, label, split))
     facts = pa.table(
@@ -310,6 +203,31 @@ def _write(
     )
     fact_of_entry = np.full(len(listing.entries), -1)
     fact_of_entry[[r[0] for r in rows]] = np.arange(len(rows))
+    buffer: pa.Table | None = None
+    pending = iter(names)
+    expected = next(pending, None)
+    placed = _sorted_images(files, facts, fact_of_entry, plan)
+    for block in placed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        buffer = block if buffer is None else pa.concat_tables([buffer, block])
+        while expected and buffer.num_rows >= expected[1]:
+            directory.write(f"{expected[0]}.parquet", encode_shard(buffer.slice(0, expected[1])))
+            buffer, expected = buffer.slice(expected[1]), next(pending, None)
+    assert expected is None, "every shard is written"
+    assert buffer is None or buffer.num_rows == 0, "every sample reaches a shard"
+    return SampleSet(
+        path=directory.path,
+        classes=listing.classes,
+        size=config.images.size,
+        shards={split: tuple(count for name, count in names if name.startswith(f"{split}-")) for split in SPLITS},
+        num_labelled={s: sum(r[2] is not None for r in rows if r[3] == s) for s in SPLITS},
+        num_refused=num_refused,
+        ids={s: _digest([d.id for d in members]) for s, members in drawn.splits.items()},
+        labels={s: _digest([listing.classes, *((r[1], r[2]) for r in rows if r[3] == s)]) for s in SPLITS},
+    )
+
+
+def _sorted_images(files: list[str], facts: pa.Table, fact_of_entry: np.ndarray, plan: Plan) -> ray.data.Dataset:
+    """The rows of `facts` with their images, in order. `fact_of_entry` has the row of each entry, or -1."""
     shared = ray.put((facts, fact_of_entry))
 
     def place(batch: dict[str, np.ndarray]) -> pa.Table:
@@ -321,21 +239,7 @@ def _write(
     placed = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files)).map_batches(
         place, batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
     )
-    buffer: pa.Table | None = None
-    pending = iter(names)
-    expected = next(pending, None)
-    for block in placed.sort("position").iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        buffer = block if buffer is None else pa.concat_tables([buffer, block])
-        while expected and buffer.num_rows >= expected[1]:
-            directory.write(f"{expected[0]}.parquet", encode_shard(buffer.slice(0, expected[1])))
-            buffer, expected = buffer.slice(expected[1]), next(pending, None)
-    assert expected is None, "every shard is written"
-    assert buffer is None or buffer.num_rows == 0, "every sample reaches a shard"
-    digests = {s: _digest([d.id for d in members]) for s, members in splits.items()}
-    shards = {split: tuple(count for name, count in names if name.startswith(f"{split}-")) for split in SPLITS}
-    counts = {s: sum(r[2] is not None for r in rows if r[3] == s) for s in SPLITS}
-    labels = {s: _digest([listing.classes, *((r[1], r[2]) for r in rows if r[3] == s)]) for s in SPLITS}
-    return SampleSet(directory.path, listing.classes, config.images.size, shards, counts, num_refused, digests, labels)
+    return placed.sort("position")
 
 
 def _read_decoded(file: str, columns: list[str]) -> pa.Table:
@@ -344,14 +248,6 @@ def _read_decoded(file: str, columns: list[str]) -> pa.Table:
 
 def _digest(values: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
-def fewer_unlabelled(config: RunConfig, train: list[Decoded], labelled: set[str]) -> list[Decoded]:
-    """Without the unlabelled samples beyond `images.num_unlabelled`."""
-    most = config.images.num_unlabelled
-    others = sorted((d.id for d in train if d.id not in labelled), key=lambda i: seeded_rank(config.seed, "pool", i))
-    left_out = set() if most is None else set(others[most:])
-    return [d for d in train if d.id not in left_out]
 
 
 def prepare(execution: Execution) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -48,39 +48,41 @@ def stream_soft_targets(
     known = find_known(before) if before else None
     missing = [n for k, n in enumerate(samples.shards["train"]) if not exists(_file(directory.path, "train", k))]
     refuse_large_targets(config, sum(missing), head)
-    width = write_features(config, samples, ("train",), views, directory, plan, progress, "teach", known)
+    wanted = FeaturePass(config, samples, ("train",), views, directory.path, known)
+    width = write_features(wanted, "teach", plan, progress)
     result = SoftTargets(directory.path, samples.num_rows("train"), views, width)
     directory.finish(asdict(result))
     return result
 
 
-def write_features(
-    config: RunConfig,
-    samples: SampleSet,
-    splits: Sequence[str],
-    num_views: int,
-    directory: StageDirectory,
-    plan: Plan,
-    progress: Progress,
-    title: str,
-    known: KnownRows | None = None,
-) -> int:
-    """Features of `num_views` random views of every row or, with 0, of the whole image of the labelled rows; a file for
-    each sample shard.
+@dataclass(frozen=True)
+class FeaturePass:
+    """What the teacher is to look at: `num_views` random views of every row or, with 0, the whole image of the labelled
+    rows. Files go to `path`, one for each sample shard. Views of images that are `known` are copied."""
+
+    config: RunConfig
+    samples: SampleSet
+    splits: Sequence[str]
+    num_views: int
+    path: str
+    known: KnownRows | None = None
+
+
+def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progress) -> int:
+    """Write the teacher's features, and return their width D.
 
     One Ray Data row is one shard: a task reads and decodes it, an actor of the pool renders, infers and commits the
-    file by rename. So a lost actor or node costs its open shards, and a later run makes only what is missing. Views of
-    images that are `known` are copied. Returns D.
+    file by rename. So a lost actor or node costs its open shards, and a later run makes only what is missing.
     """
-    rows = {name: count for name, count in _rows_to_do(samples, splits, labelled_only=num_views == 0).items() if count}
+    rows = {name: count for name, count in _rows_to_do(wanted).items() if count}
     if not rows:  # no image was generated, since none was wanted
         return 0
-    missing = [n for n in rows if not exists(_file(directory.path, *n))]
-    each = max(num_views, 1)
+    missing = [n for n in rows if not exists(_file(wanted.path, *n))]
+    each = max(wanted.num_views, 1)
     total, todo = sum(rows.values()) * each, sum(rows[name] for name in missing) * each
     copied = 0
     with progress.task(title, total, "views", done=total - todo) as advance:
-        for written in _pool(config, samples, missing, num_views, directory.path, plan, known) if missing else ():
+        for written in _pool(wanted, missing, plan) if missing else ():
             found = int(written["copied"]) * each
             advance(found, worked=False)
             advance(int(written["views"]) - found)
@@ -88,52 +90,38 @@ def write_features(
             copied += int(written["copied"])
     if copied:
         progress.line(f"{title:<9} {copied:,} of these images were known: their views were copied, not seen again")
-    width: int = load(read_bytes(_file(directory.path, *next(iter(rows)))))["features"].shape[2]
-    return width
+    return load(read_bytes(_file(wanted.path, *next(iter(rows)))))["features"].shape[2]
 
 
 def _file(path: str, split: str, shard: int) -> str:
     return f"{path}/{shard_name(split, shard)}.safetensors"
 
 
-def _rows_to_do(samples: SampleSet, splits: Sequence[str], labelled_only: bool) -> dict[tuple[str, int], int]:
-    names = [(split, k) for split in splits for k in range(len(samples.shards[split]))]
-    if not labelled_only:
+def _rows_to_do(wanted: FeaturePass) -> dict[tuple[str, int], int]:
+    samples = wanted.samples
+    names = [(split, k) for split in wanted.splits for k in range(len(samples.shards[split]))]
+    if wanted.num_views:
         return {(split, k): samples.shards[split][k] for split, k in names}
     return {(split, k): int((read_labels(samples, split, k) != UNLABELLED).sum()) for split, k in names}
 
 
-def _pool(
-    config: RunConfig,
-    samples: SampleSet,
-    shards: list[tuple[str, int]],
-    num_views: int,
-    path: str,
-    plan: Plan,
-    known: KnownRows | None,
-) -> Iterator[dict[str, Any]]:
+def _pool(wanted: FeaturePass, shards: list[tuple[str, int]], plan: Plan) -> Iterator[dict[str, Any]]:
     """What each actor call wrote, as the shards are finished."""
-    assert config.teacher is not None
+    config, samples, known, tries = wanted.config, wanted.samples, wanted.known, new_tries()
     units = [
         {"split": s, "shard": k, "known": json.dumps({} if known is None else known.find(read_ids(samples, s, k)))}
         for s, k in shards
     ]
-    dataset = ray.data.from_items(units, override_num_blocks=len(units))
-    tries = new_tries()
-    shards_read = dataset.map_batches(
-        _LoadShard(samples, config.views, config.seed, num_views, tries),
+    shards_read = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        _LoadShard(samples, config.views, config.seed, wanted.num_views, tries),
         batch_size=1,
         batch_format="numpy",
         num_cpus=plan.load_cpus,
     )
+    teacher = {"teacher": config.teacher, "threads": plan.teacher_threads, "path": wanted.path, "tries": tries}
     written = shards_read.map_batches(
         ShardTeacher,
-        fn_constructor_kwargs={
-            "teacher": config.teacher,
-            "threads": plan.teacher_threads,
-            "path": path,
-            "tries": tries,
-        },
+        fn_constructor_kwargs=teacher,
         batch_size=1,
         batch_format="numpy",
         **teacher_pool(plan, len(shards)),
@@ -142,8 +130,8 @@ def _pool(
 
 
 class _LoadShard:
-    """A Ray Data task: one sample shard, read and decoded, with the parameters of its views; one row out. Of images
-    that are known it has the features instead."""
+    """A Ray Data task: one sample shard, read and decoded, with the parameters of its views, as one row. Known images
+    come with their features instead."""
 
     def __init__(self, samples: SampleSet, views: Views, seed: int, num_views: int, tries: Any) -> None:
         self._samples, self._views, self._seed, self._num_views = samples, views, seed, num_views
@@ -175,8 +163,8 @@ class _LoadShard:
 
 
 class ShardTeacher(TeacherActor):
-    """Makes one target shard a call. A call that Ray repeats, since its actor was lost once the file was written, finds
-    the file and is done."""
+    """Makes one target shard a call. Ray repeats a call whose actor was lost; it finds the file where that was
+    written."""
 
     def __init__(self, teacher: Teacher, threads: int, path: str, tries: Any = None) -> None:
         super().__init__(teacher, threads, tries)
@@ -206,12 +194,8 @@ class ShardTeacher(TeacherActor):
 
 def teach(execution: Execution) -> None:
     config, samples, generated = execution.config, execution.samples, execution.outcome.generated
-    head, plan, progress, directory = (
-        execution.head,
-        execution.plan,
-        execution.progress,
-        teach_directory(config, samples),
-    )
+    head, plan, progress = execution.head, execution.plan, execution.progress
+    directory = teach_directory(config, samples)
     execution.result(directory, lambda _: stream_soft_targets(config, samples, head, directory, plan(), progress))
     if generated is not None:
         apart, shown = teach_generated_directory(config, samples), generated.samples

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from raydistill.engine import checkpoints
 from raydistill.engine.checkpoints import Checkpoint, CheckpointWriter, latest_checkpoint, latest_step
 from raydistill.errors import CheckpointError, StageError
+from tests.pickles import Malicious
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = ("weights.safetensors", "state.pt", "checkpoint.json")
@@ -306,11 +307,7 @@ def test_a_pickle_in_the_place_of_the_state_runs_no_code(tmp_path, saved):
     saved(4, 8)
     marker = tmp_path / "marker"
 
-    class Malicious:
-        def __reduce__(self):
-            return Path.touch, (marker,)
-
-    torch.save({"optimizer": Malicious(), "scaler": {}}, folder(tmp_path, 8) / "state.pt")
+    torch.save({"optimizer": Malicious(marker), "scaler": {}}, folder(tmp_path, 8) / "state.pt")
     assert latest_checkpoint(str(tmp_path))[2]["step"] == 4
     assert not marker.exists()
 

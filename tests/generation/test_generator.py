@@ -7,7 +7,6 @@ import fnmatch
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import diffusers
 import huggingface_hub
@@ -22,6 +21,7 @@ from raydistill.config import Generate
 from raydistill.errors import ConfigError
 from raydistill.generation.generator import Generator, Request
 from raydistill.generation.pipelines import check_steps, class_numbers, inspect_pipeline
+from tests.pickles import Malicious
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -377,16 +377,6 @@ def test_weights_that_are_missing_are_refused_when_it_is_loaded(class_pipeline, 
     (tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ConfigError, match="cannot be loaded"):
         generator(tmp_path / "pipeline")
-
-
-class Malicious:
-    """Its pickle makes a file when it is read."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
 
 
 @pytest.mark.parametrize(

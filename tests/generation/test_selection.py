@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +17,14 @@ from PIL import Image
 from raydistill.config import Generate, Images, load_config
 from raydistill.data.decode import decode, encode
 from raydistill.data.likeness import contrast, difference_hash
-from raydistill.data.sample import SampleSet, encode_shard, sample_id
+from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.views import WHOLE_IMAGE, render
 from raydistill.generation.features import working_image
-from raydistill.generation.recipes import Made, image_seed
+from raydistill.generation.recipes import Key, Made, image_seed
 from raydistill.generation.selection import HeldOut, Judge, choose
-from raydistill.models.teacher import LinearHead, encode_head, load_teacher
+from raydistill.models.heads import LinearHead, encode_head
+from raydistill.models.teacher import load_teacher
+from tests.small_run import write_shard
 
 CLASSES = ("cat", "dog")
 NOTHING: set[str] = set()
@@ -41,11 +44,11 @@ def one(name: str, **changes: object) -> Made:
     return Made(**{**plain, **changes})
 
 
-def all_made(count: int, attempts: int = 3, **faults: Made) -> dict[str, dict[tuple[int, int], Made]]:
+def all_made(count: int, attempts: int = 3, **faults: Made) -> dict[Key, Made]:
     """Everything that could be asked for; `cat_2_0` replaces attempt 0 at image 2 of the cats."""
     return {
-        c: {(i, a): faults.get(f"{c}_{i}_{a}") or one(f"{c}/{i}/{a}") for i in range(count) for a in range(attempts)}
-        for c in CLASSES
+        (c, i, a): faults.get(f"{c}_{i}_{a}") or one(f"{c}/{i}/{a}")
+        for c, i, a in itertools.product(CLASSES, range(count), range(attempts))
     }
 
 
@@ -85,7 +88,7 @@ def test_after_the_last_attempt_the_image_is_missing():
 
 
 def test_what_is_not_made_yet_is_asked_for_one_attempt_at_a_time():
-    made = {"cat": {(0, 0): one("x", contrast=0.0)}, "dog": {}}
+    made = {("cat", 0, 0): one("x", contrast=0.0)}
     chosen = choose(settings(), {"cat": 2, "dog": 1}, made, NOTHING, None)
     assert chosen.needed == [("cat", 0, 1), ("dog", 0, 0), ("cat", 1, 0)]
 
@@ -114,7 +117,7 @@ def test_asking_for_more_only_adds(few, more, bad, twins):
     assert list(second.kept)[: len(first.kept)] == list(first.kept)
     for key, verdict in first.verdicts.items():
         assert second.verdicts[key] == verdict
-    ids = [made[name][index, attempt].id for name, index, attempt in second.kept]
+    ids = [made[key].id for key in second.kept]
     assert len(set(ids)) == len(ids)
     for name in CLASSES:
         count = sum(key[0] == name for key in second.kept)
@@ -123,9 +126,7 @@ def test_asking_for_more_only_adds(few, more, bad, twins):
 
 def test_the_teacher_has_its_say():
     made = all_made(1)
-    likely = {m.id: np.array([0.6, 0.4]) for m in made["cat"].values()} | {
-        m.id: np.array([0.7, 0.3]) for m in made["dog"].values()
-    }
+    likely = {m.id: np.array([0.6, 0.4] if key[0] == "cat" else [0.7, 0.3]) for key, m in made.items()}
     wanted = {"cat": 1, "dog": 1}
 
     def ask(**filters: object):
@@ -147,20 +148,12 @@ def test_a_copy_of_a_held_out_image_is_known_at_whatever_size_is_trained_on(tmp_
     pictures = [small, *(Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).convert("RGB") for _ in range(20))]
     files, images = [encode(picture) for picture in pictures], Images(path="x", size=size)
     held = files[:11]
-    table = pa.table(
-        {
-            "sample_id": [sample_id(file) for file in held],
-            "image": [encode(working_image(file, images)) for file in held],
-            "label": pa.array([0] * len(held), pa.int32()),
-            "source": ["real"] * len(held),
-            "split": ["test"] * len(held),
-        }
-    )
-    (tmp_path / "test-00000.parquet").write_bytes(encode_shard(table))
+    working = [encode(working_image(file, images)) for file in held]
+    write_shard(tmp_path, "test-00000", working, [0] * len(held), of=held)
     samples = SampleSet(str(tmp_path), CLASSES, size, {"test": (len(held),)}, {}, 0, {}, {})
     made_file = f"{tmp_path}/made.parquet"
     pq.write_table(pa.table({"image": pa.array([None, *files], pa.binary())}), made_file)
-    made = {"cat": {(k, 0): one(f"{k}", file=made_file, row=k + 1, id=sample_id(f)) for k, f in enumerate(files)}}
+    made = {("cat", k, 0): one(f"{k}", file=made_file, row=k + 1, id=sample_id(f)) for k, f in enumerate(files)}
     assert HeldOut(samples, images, distance=4).shown_by(made) == {sample_id(file) for file in held}
 
 
@@ -180,7 +173,7 @@ def test_the_judge_sees_every_image_once_and_files_without_any_not_at_all(words,
         png = None if picture is None else encode(picture)
         pq.write_table(pa.table({"image": pa.array([png], pa.binary())}), tmp_path / f"{name}.parquet")
         rows.append(one(name, file=f"{tmp_path}/{name}.parquet", id=sample_id(png) if png else ""))
-    made = {"cat": {(0, 0): rows[0], (0, 1): rows[1]}}
+    made = {("cat", 0, 0): rows[0], ("cat", 0, 1): rows[1]}
     threads = torch.get_num_threads()
     judge = Judge(config, str(tmp_path))
     likely = judge.of(made)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raydistill.engine.checkpoints import read_progress, write_progress
+from raydistill.engine.records import read_progress, write_progress
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.inference.predict import Predictor
 from raydistill.results import StudentCheckpoint

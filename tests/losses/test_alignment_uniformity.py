@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from raydistill.losses.alignment_uniformity import alignment, uniformity
-from tests import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,30 +16,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def on_sphere(seed: int, images: int, dimensions: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return normalize(torch.randn(images, dimensions, generator=generator), dim=1)
-
-
-@given(
-    seed=st.integers(0, 10**6),
-    images=st.integers(1, 9),
-    dimensions=st.integers(2, 20),
-    alpha=st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, 4.0]),
-)
-def test_alignment_equals_the_reference(seed, images, dimensions, alpha):
-    student, teacher = on_sphere(seed, images, dimensions), on_sphere(seed + 1, images, dimensions)
-    expected = reference.alignment(student.tolist(), teacher.tolist(), alpha)
-    assert alignment(student, teacher, alpha).item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
-@given(
-    seed=st.integers(0, 10**6),
-    images=st.integers(2, 9),
-    dimensions=st.integers(2, 20),
-    t=st.sampled_from([0.5, 2.0, 5.0]),
-)
-def test_uniformity_equals_the_reference(seed, images, dimensions, t):
-    points = on_sphere(seed, images, dimensions)
-    expected = reference.uniformity(points.tolist(), t)
-    assert uniformity(points, t).item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_the_regression_vector_of_the_papers_code():
@@ -53,39 +28,11 @@ def test_the_regression_vector_of_the_papers_code():
     assert total.item() == pytest.approx(-1.896446, abs=1e-6)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 2.0, 3.0])
-def test_alignment_gradients_equal_differences_of_the_reference(alpha):
-    student, teacher = on_sphere(0, 4, 3).requires_grad_(), on_sphere(1, 4, 3).requires_grad_()
-    alignment(student, teacher, alpha).backward()
-    of_student = reference.slopes(lambda x: reference.alignment(x, teacher.tolist(), alpha), student.tolist())
-    of_teacher = reference.slopes(lambda x: reference.alignment(student.tolist(), x, alpha), teacher.tolist())
-    torch.testing.assert_close(student.grad, torch.tensor(of_student), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(teacher.grad, torch.tensor(of_teacher), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("t", [0.5, 2.0])
-def test_uniformity_gradient_equals_differences_of_the_reference(t):
-    points = on_sphere(0, 5, 3).requires_grad_()
-    uniformity(points, t).backward()
-    expected = reference.slopes(lambda x: reference.uniformity(x, t), points.tolist())
-    torch.testing.assert_close(points.grad, torch.tensor(expected), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 3.0])
 def test_alignment_of_known_angles(alpha):
     north, east = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     assert alignment(north, -north, alpha).item() == pytest.approx(2**alpha, rel=1e-6)
     assert alignment(north, east, alpha).item() == pytest.approx(math.sqrt(2) ** alpha, rel=1e-6)
-
-
-@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0, 3.0])
-@pytest.mark.parametrize("images", [1, 6])
-def test_aligned_networks_have_no_distance_and_a_finite_gradient(alpha, images):
-    student = on_sphere(0, images, 16).requires_grad_()
-    loss = alignment(student, student.detach().clone(), alpha)
-    loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-6)
-    assert torch.isfinite(student.grad).all()
 
 
 @pytest.mark.parametrize("t", [0.5, 2.0])
@@ -117,21 +64,3 @@ def test_uniformity_does_not_depend_on_order_or_orientation(seed):
     expected = uniformity(points, 2.0).item()
     assert uniformity(turned, 2.0).item() == pytest.approx(expected, rel=1e-5)
     assert uniformity(shuffled, 2.0).item() == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_batch_of_one_has_uniformity_zero_and_no_gradient(dtype):
-    point = on_sphere(0, 1, 128).to(dtype).requires_grad_()
-    loss = uniformity(point, 2.0)
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(point.grad, torch.zeros_like(point))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_points_are_computed_in_fp32(dtype):
-    student, teacher = on_sphere(0, 16, 128).to(dtype), on_sphere(1, 16, 128).to(dtype)
-    distance, spread = alignment(student, teacher, 2.0), uniformity(student, 2.0)
-    assert distance.dtype == spread.dtype == torch.float32
-    assert distance.item() == pytest.approx(reference.alignment(student.tolist(), teacher.tolist(), 2.0), rel=1e-6)
-    assert spread.item() == pytest.approx(reference.uniformity(student.tolist(), 2.0), rel=1e-6)

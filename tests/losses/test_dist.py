@@ -18,24 +18,6 @@ def random_logits(seed: int = 0, images: int = 6, classes: int = 5) -> tuple[tor
     return 2 * torch.randn(images, classes, generator=generator), 2 * torch.randn(images, classes, generator=generator)
 
 
-@given(seed=st.integers(0, 10**6), images=st.integers(1, 9), classes=st.integers(2, 12), temperature=st.floats(1, 4))
-def test_equals_the_reference(seed, images, classes, temperature):
-    student, teacher = random_logits(seed, images, classes)
-    expected = reference.dist(student.tolist(), teacher.tolist(), temperature) / temperature**2
-    # Held before the factor T^2, which multiplies fp32's rounding too.
-    assert dist(student, teacher, temperature).item() / temperature**2 == pytest.approx(expected, abs=5e-6)
-
-
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize(("images", "classes"), [(4, 5), (1, 4), (5, 3)])
-def test_gradient_equals_differences_of_the_reference(temperature, images, classes):
-    student, teacher = random_logits(1, images, classes)
-    student.requires_grad_()
-    dist(student, teacher, temperature).backward()
-    expected = reference.slopes(lambda x: reference.dist(x, teacher.tolist(), temperature), student.tolist())
-    torch.testing.assert_close(student.grad, torch.tensor(expected), rtol=1e-4, atol=1e-5)
-
-
 @given(seed=st.integers(0, 10**6), share=st.floats(0.2, 1.0), images=st.integers(2, 9), classes=st.integers(2, 12))
 def test_zero_for_any_student_whose_probabilities_are_those_of_the_teacher_drawn_towards_equality(
     seed, share, images, classes
@@ -47,16 +29,6 @@ def test_zero_for_any_student_whose_probabilities_are_those_of_the_teacher_drawn
     assume(min(probabilities.std(dim=dim).min() for dim in (0, 1)) > 1e-3)
     student = (share * probabilities + (1 - share) / classes).log()
     assert dist(student, teacher, 1.0).item() == pytest.approx(0, abs=1e-5)
-
-
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_zero_where_student_and_teacher_agree(temperature):
-    _, teacher = random_logits()
-    student = (teacher + torch.arange(6.0)[:, None]).requires_grad_()  # a constant per image changes no softmax
-    loss = dist(student, teacher, temperature)
-    loss.backward()
-    assert loss.item() / temperature**2 == pytest.approx(0, abs=1e-6)
-    torch.testing.assert_close(student.grad, torch.zeros(6, 5), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -104,23 +76,3 @@ def test_it_lies_between_its_bounds_and_the_order_of_images_and_classes_does_not
     shuffled = dist(student[order][:, classes], teacher[order][:, classes], temperature).item()
     assert shuffled == pytest.approx(plain, rel=1e-4, abs=1e-5)
     assert dist(teacher, student, temperature).item() == pytest.approx(plain, rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("images", [1, 6])
-def test_logits_far_apart_stay_finite(dtype, images):
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = ((1e4 * torch.randn(images, 5, generator=generator)).to(dtype) for _ in range(2))
-    student.requires_grad_()
-    loss = dist(student, teacher, 4.0)
-    loss.backward()
-    assert torch.isfinite(loss)
-    assert torch.isfinite(student.grad).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_are_computed_in_fp32(dtype):
-    student, teacher = (logits.to(dtype) for logits in random_logits(2, 32, 20))
-    loss = dist(student, teacher, 4.0)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(reference.dist(student.tolist(), teacher.tolist(), 4.0), rel=1e-5)

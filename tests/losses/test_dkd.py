@@ -14,8 +14,6 @@ from tests import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TEMPERATURES = [1.0, 2.0, 4.0]
-
 
 def random_case(seed: int, images: int = 6, classes: int = 5, unlabelled: float = 0.3) -> tuple[torch.Tensor, ...]:
     """Student, teacher, labels."""
@@ -24,35 +22,6 @@ def random_case(seed: int, images: int = 6, classes: int = 5, unlabelled: float 
     labels = torch.randint(classes, (images,), generator=generator)
     labels[torch.rand(images, generator=generator) < unlabelled] = UNLABELLED
     return student, teacher, labels
-
-
-@given(
-    seed=st.integers(0, 10**6),
-    images=st.integers(1, 9),
-    classes=st.integers(2, 12),
-    unlabelled=st.sampled_from([0.0, 0.5, 1.0]),
-    temperature=st.floats(1, 4),
-    factors=st.tuples(*[st.sampled_from([0.0, 0.5, 1.0, 8.0])] * 2),
-)
-def test_equals_the_reference(seed, images, classes, unlabelled, temperature, factors):
-    student, teacher, labels = random_case(seed, images, classes, unlabelled)
-    expected = reference.dkd(student.tolist(), teacher.tolist(), labels.tolist(), temperature, *factors)
-    # Held before the factor T^2, which multiplies fp32's rounding too.
-    found = dkd(student, teacher, labels, temperature, *factors).item() / temperature**2
-    assert found == pytest.approx(expected / temperature**2, rel=2e-6, abs=2e-6)
-
-
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("factors", [(1.0, 0.0), (0.0, 1.0), (1.0, 8.0)])
-@pytest.mark.parametrize("classes", [2, 5])
-def test_gradient_equals_differences_of_the_reference(temperature, factors, classes):
-    student, teacher, labels = random_case(1, 4, classes)
-    student.requires_grad_()
-    dkd(student, teacher, labels, temperature, *factors).backward()
-    expected = reference.slopes(
-        lambda x: reference.dkd(x, teacher.tolist(), labels.tolist(), temperature, *factors), student.tolist()
-    )
-    torch.testing.assert_close(student.grad, torch.tensor(expected), rtol=1e-5, atol=5e-6)
 
 
 @given(seed=st.integers(0, 10**6), classes=st.integers(2, 12), temperature=st.floats(1, 4), labelled=st.booleans())
@@ -111,26 +80,6 @@ def test_with_two_classes_nothing_is_left_to_compare_among_the_others():
     torch.testing.assert_close(whole, soft_target_kl(student, teacher, 2.0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_zero_without_gradient_where_student_and_teacher_agree(temperature):
-    _, teacher, labels = random_case(0)
-    student = (teacher + torch.arange(6.0)[:, None]).requires_grad_()  # a constant per image changes no softmax
-    loss = dkd(student, teacher, labels, temperature, 1.0, 8.0)
-    loss.backward()
-    assert loss.item() / temperature**2 == pytest.approx(0, abs=1e-6)
-    torch.testing.assert_close(student.grad, torch.zeros(6, 5), rtol=0, atol=5e-6)
-
-
-@given(seed=st.integers(0, 10**6), temperature=st.floats(1, 4))
-def test_never_negative_and_the_order_of_images_does_not_matter(seed, temperature):
-    student, teacher, labels = random_case(seed)
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-    plain = dkd(student, teacher, labels, temperature, 1.0, 8.0).item()
-    assert plain >= 0
-    shuffled = dkd(student[order], teacher[order], labels[order], temperature, 1.0, 8.0).item()
-    assert shuffled == pytest.approx(plain, rel=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("label", [0, 1, UNLABELLED])
 def test_logits_far_apart_do_not_overflow(dtype, label):
@@ -142,13 +91,3 @@ def test_logits_far_apart_do_not_overflow(dtype, label):
     assert torch.isfinite(loss)
     assert loss.item() > 1e4
     assert torch.isfinite(student.grad).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_are_computed_in_fp32(dtype):
-    student, teacher, labels = random_case(2, 32, 20)
-    student, teacher = student.to(dtype), teacher.to(dtype)
-    loss = dkd(student, teacher, labels, 4.0, 1.0, 8.0)
-    assert loss.dtype == torch.float32
-    expected = reference.dkd(student.tolist(), teacher.tolist(), labels.tolist(), 4.0, 1.0, 8.0)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)

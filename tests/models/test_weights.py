@@ -28,20 +28,11 @@ from raydistill.models.weights import (
     model_kind,
     resolve_hf_folder,
 )
+from tests.pickles import Malicious
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAME = "test_resnet"
-
-
-class Malicious:
-    """Its pickle makes a file when it is read."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
 
 
 def refusal(call, *arguments, **options) -> str:

@@ -25,8 +25,7 @@ from raydistill.generation.features import FileTeacher
 from raydistill.generation.pipelines import inspect_pipeline
 from raydistill.generation.recipes import GeneratorActor
 from raydistill.stages import teach
-from raydistill.stages.teach import ShardTeacher, write_features
-from raydistill.storage.directory import StageDirectory
+from raydistill.stages.teach import FeaturePass, ShardTeacher, write_features
 from tests.small_run import painted
 
 Call = tuple[Callable[[dict], dict], dict]
@@ -45,9 +44,7 @@ def file_teacher(words: list[str], folder: Path, _: Path) -> Call:
     config = load_config(words)
     image = encode(painted(0, np.random.default_rng(0), 32))
     pq.write_table(pa.table({"image": pa.array([image], pa.binary())}), folder / "made.parquet")
-    return FileTeacher(config.teacher, config.images, None, config.seed, "teacher"), {
-        "file": np.array([f"{folder}/made.parquet"])
-    }
+    return FileTeacher(config, "teacher"), {"file": np.array([f"{folder}/made.parquet"])}
 
 
 def generator(words: list[str], folder: Path, pipeline: Path) -> Call:
@@ -171,10 +168,10 @@ def test_a_shard_that_kills_the_teacher_is_named(deaths, taught, words, progress
     notes.mkdir()
     samples = next((tmp_path / "workspace").glob("prepare-*/DONE"))
     samples = samples_from_json(json.loads(samples.read_text()) | {"path": str(samples.parent)})
-    directory = StageDirectory(str(tmp_path / "again"), "teach", "{}")
+    path = str(tmp_path / "again")
 
     def write() -> None:
-        write_features(config, samples, ("train",), 2, directory, live_plan(config), progress, "teach")
+        write_features(FeaturePass(config, samples, ("train",), 2, path), "teach", live_plan(config), progress)
 
     if deaths == 2:
         write()

@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from raydistill.models.teacher import LinearHead, encode_head, load_head
+from raydistill.models.heads import LinearHead, encode_head, load_head
 from raydistill.stages.adapt import INVERSE_STRENGTHS, fit_linear_probe, near_chance
 
 

@@ -175,14 +175,14 @@ def test_int8_needs_onnx(tiny_set):
 
 
 def test_a_form_that_differs_is_refused_and_nothing_is_exported(exported, tmp_path, monkeypatch):
-    write = export.to_onnx
+    file, write, read = export._FORMATS["onnx"]
 
     def write_another(network, example, about, file):
         with torch.no_grad():
             network.network.get_classifier().weight[0] *= 1.01
         write(network, example, about, file)
 
-    monkeypatch.setattr(export, "to_onnx", write_another)
+    monkeypatch.setitem(export._FORMATS, "onnx", (file, write_another, read))
     with pytest.raises(StageError, match=r"model\.onnx gives other logits than the checkpoint, by up to"):
         exported("timm:test_resnet")
     assert {file.name for file in (tmp_path / "export").iterdir()} == {"identity.json"}

@@ -30,7 +30,7 @@ from raydistill.cluster.plan import plan_resources
 from raydistill.cluster.session import RayStart, configure_ray_data
 from raydistill.config import Generate, RunConfig, load_config
 from raydistill.data.decode import decode, encode
-from raydistill.data.sample import SampleSet, decode_shard, encode_shard, sample_id
+from raydistill.data.sample import SampleSet, decode_shard, sample_id
 from raydistill.data.sources.listing import Listing
 from raydistill.data.targets import read_targets
 from raydistill.errors import ConfigError, StageError
@@ -38,10 +38,12 @@ from raydistill.execution import Execution
 from raydistill.generation.features import (
     working_image,
 )
+from raydistill.generation.forecast import check_generate, forecast
 from raydistill.generation.generator import Generator, Request
 from raydistill.generation.pipelines import PipelineFacts, class_numbers, inspect_pipeline
 from raydistill.generation.recipes import GeneratorActor, Made, make_recipes, read_made
 from raydistill.generation.selection import Chosen
+from raydistill.generation.sheets import draw_sheets
 from raydistill.graph import Work
 from raydistill.identity import generate_directory, stage_directory, views_name
 from raydistill.pages.report import write_report
@@ -51,9 +53,10 @@ from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
 from raydistill.search.compare import _arms
 from raydistill.stages import generate
-from raydistill.stages.generate import check_generate, forecast, label_weights
+from raydistill.stages.generate import label_weights
 from raydistill.storage.directory import StageDirectory, check_writable
 from raydistill.storage.filesystems import FileSystem
+from tests.small_run import write_shard
 
 # No node of the tests' cluster has the label, and any will do.
 ANYWHERE = ["cluster.generator_labels={pool: spot}", "cluster.generator_fallback={}"]
@@ -366,16 +369,8 @@ def test_killed_drivers_at_random_times_make_the_same_set(generating, progress, 
 
 def with_test_split(samples: SampleSet, config: RunConfig, files: list[bytes]) -> SampleSet:
     """As `prepare` would have made them of these files."""
-    table = pa.table(
-        {
-            "sample_id": [sample_id(file) for file in files],
-            "image": [encode(working_image(file, config.images)) for file in files],
-            "label": pa.array([0] * len(files), pa.int32()),
-            "source": ["real"] * len(files),
-            "split": ["test"] * len(files),
-        }
-    )
-    (Path(samples.path) / "test-00000.parquet").write_bytes(encode_shard(table))
+    working = [encode(working_image(file, config.images)) for file in files]
+    write_shard(Path(samples.path), "test-00000", working, [0] * len(files), of=files)
     return dataclasses.replace(samples, shards={**samples.shards, "test": (len(files),)})
 
 
@@ -445,7 +440,7 @@ def test_what_was_made_is_read_without_its_pixels(generating, in_this_process, s
             return data
 
     monkeypatch.setattr(FileSystem, "open", lambda _, path: Counting(path))
-    assert set(read_made(recipe)) == {(0, 0), (1, 0)}
+    assert set(read_made(recipe)) == {("red", 0, 0), ("red", 1, 0)}
     assert 0 < sum(read) < 200_000
 
 
@@ -537,10 +532,7 @@ def test_every_class_has_a_contact_sheet(tmp_path) -> None:
     chosen = Chosen(dict.fromkeys(keys[1:], 1.0), dict.fromkeys(keys, "kept") | {keys[0]: "not finite"}, None, [], {})
     directory = StageDirectory(str(tmp_path), "generate", "")
     picture = encode(Image.new("RGB", (8, 8)))
-    generate._draw_sheets(
-        directory, dict.fromkeys(names, 1), {name: {(0, 0): one} for name in names}, chosen,
-        dict.fromkeys(keys[1:], picture),
-    )  # fmt: skip
+    draw_sheets(directory, names, dict.fromkeys(keys, one), chosen, dict.fromkeys(keys[1:], picture))
     assert {p.name for p in tmp_path.iterdir()} == {f"sheet-{k:03d}.png" for k in range(103)}
 
 

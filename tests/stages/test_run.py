@@ -38,7 +38,7 @@ from raydistill.errors import ConfigError, DataError
 from raydistill.graph import find_work
 from raydistill.identity import taught_before, teach_directory, tuned
 from raydistill.inference.predict import find_units, predict_locally
-from raydistill.models.student import build_student, read_student, write_student
+from raydistill.models.student import read_student
 from raydistill.models.teacher import load_teacher
 from raydistill.preflight import check_run
 from raydistill.run import run_stages
@@ -46,7 +46,7 @@ from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import read_bill
 from tests.models.conftest import classifier
 from tests.processes import ray_processes, wait_for
-from tests.small_run import CLASSES, painted
+from tests.small_run import CLASSES, painted, save_student
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -246,11 +246,7 @@ def test_fine_tuning_knows_classes_that_differ_in_case_and_workspaces_that_are_u
 def test_a_teacher_that_cannot_be_fine_tuned_is_refused_before_anything_is_written(words, progress, tmp_path) -> None:
     alone = load_config([*words, *FINE_TUNE, "teacher.fine_tune_batch_size=1", "student.model=timm:test_vit",
                          "student.size=32", "loss.projection_head=two_layer"])  # fmt: skip
-    settings, student = Student(model="timm:test_resnet", size=32), tmp_path / "student"
-    student.mkdir()
-    image = {"size": 32, "fit": "crop"}
-    for name, data in write_student(build_student(settings, 3), settings, ["a", "b", "c"], image).items():
-        (student / name).write_bytes(data)
+    student = save_student(tmp_path / "student", Student(model="timm:test_resnet", size=32), ["a", "b", "c"])
     a_student = load_config([*words, *FINE_TUNE, f"teacher.model={student}", "teacher.weights=null"])
     with pytest.raises(ConfigError, match=r"teacher\.fine_tune_batch_size=1 .*test_resnet has batch norm"):
         run_stages(alone, progress)
@@ -432,11 +428,7 @@ def test_a_teacher_that_sees_nothing_stops_before_it_teaches(words, progress, tm
 
 @pytest.mark.usefixtures("taught")
 def test_classes_that_the_teacher_does_not_know_end_the_run_before_it_teaches(words, progress, tmp_path) -> None:
-    settings = Student(model="timm:test_resnet", size=32)
-    student = build_student(settings, 3)
-    for name, data in write_student(student, settings, ("red", "green", "azure"), {"size": 32, "fit": "crop"}).items():
-        (tmp_path / "teacher").mkdir(exist_ok=True)
-        (tmp_path / "teacher" / name).write_bytes(data)
+    save_student(tmp_path / "teacher", Student(model="timm:test_resnet", size=32), ("red", "green", "azure"))
     before = markers(tmp_path / "workspace")
     more = ["teacher.weights=null", "teacher.size=null", "teacher.head=native", f"teacher.model={tmp_path}/teacher"]
     message = r"of 3 classes, these have no single output among the teacher's 3 \(others: 'azure'\): 'blue'"

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from raydistill.engine.checkpoints import latest_step, read_progress
+from raydistill.engine.checkpoints import latest_step
+from raydistill.engine.records import read_epochs, read_progress
 from raydistill.errors import CheckpointError
-from raydistill.search import study
-from raydistill.stages import distill
 from raydistill.stages.generate import generated_from_json
 from raydistill.storage import filesystems
 from raydistill.storage.directory import StageDirectory, read_bill
@@ -102,13 +101,10 @@ def test_every_reader_of_a_stage_directory_refuses_it(tmp_path: Path, file: str,
         "DONE": StageDirectory(path, "distill", "{}").done,
         "seconds.json": lambda: read_bill(path),
         "progress.json": lambda: read_progress(path),
-        "epochs/00001.json": lambda: distill.read_epochs(path),
+        "epochs/00001.json": lambda: read_epochs(path),
     }
     with pytest.raises(CheckpointError, match=f"{file} is not what raydistill writes"):
         readers[file]()
-    if file.startswith("epochs"):
-        with pytest.raises(CheckpointError, match=f"{file} is not what raydistill writes"):
-            study.read_epochs(path, 1)
 
 
 @pytest.mark.parametrize("record", [{"step": 4.0}, {"epoch": 1.0}, {"epoch": -1.0, "step": 4.0}])
@@ -116,10 +112,10 @@ def test_the_record_of_an_epoch_counts(tmp_path: Path, record: dict[str, float])
     (tmp_path / "epochs").mkdir()
     good = {"epoch": 1.0, "step": 4.0, "loss": float("nan")}  # fp16 passes over steps whose loss is no number
     (tmp_path / "epochs/00001.json").write_text(json.dumps(good))
-    assert [set(one) for one in distill.read_epochs(str(tmp_path))] == [set(good)]
+    assert [set(one) for one in read_epochs(str(tmp_path))] == [set(good)]
     (tmp_path / "epochs/00002.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="is no count"):
-        distill.read_epochs(str(tmp_path))
+        read_epochs(str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", sorted(set(DAMAGED) - {"too large"}))

@@ -1,0 +1,64 @@
+"""What a running `distill` says of itself: the record of each epoch, and how many steps it has taken and lost."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import BaseModel, NonNegativeInt
+
+from raydistill.storage.filesystems import open_filesystem, write_bytes
+from raydistill.storage.state import EpochRecord, read_state
+
+
+class _Progress(BaseModel):
+    step: NonNegativeInt
+    lost_steps: NonNegativeInt = 0
+
+
+def write_epoch(path: str, record: dict[str, float]) -> None:
+    write_bytes(_epoch_file(path, int(record["epoch"])), json.dumps(record).encode())
+
+
+def read_epoch(path: str, epoch: int) -> dict[str, float] | None:
+    return read_state(_epoch_file(path, epoch), EpochRecord, any_float=True)
+
+
+def read_epochs(path: str, most: int | None = None) -> list[dict[str, float]]:
+    """The records of all epochs in a student's directory, or of those up to `most`, in order."""
+    fs, folder = open_filesystem(f"{path}/epochs")
+    names = [
+        name for name in fs.names(folder) if name.endswith(".json") and (most is None or name <= f"{most:05d}.json")
+    ]
+    records = (read_state(f"{path}/epochs/{name}", EpochRecord, any_float=True) for name in names)
+    return [record for record in records if record is not None]
+
+
+def drop_epochs_after(path: str, step: int) -> None:
+    for record in read_epochs(path):
+        if record["step"] > step:
+            fs, file = open_filesystem(_epoch_file(path, int(record["epoch"])))
+            fs.remove(file)
+
+
+def _epoch_file(path: str, epoch: int) -> str:
+    return f"{path}/epochs/{epoch:05d}.json"
+
+
+def write_progress(path: str, step: int, lost_steps: int) -> None:
+    """How far training has come since the last checkpoint, and how many steps were taken again in all."""
+    write_bytes(f"{path}/progress.json", json.dumps({"step": step, "lost_steps": lost_steps}).encode())
+
+
+def read_progress(path: str) -> tuple[int, int]:
+    """What `write_progress` was given last; zeros before its first call."""
+    written = read_state(f"{path}/progress.json", _Progress) or _Progress(step=0)
+    return written.step, written.lost_steps
+
+
+def note_lost_steps(path: str, step: int) -> int:
+    """Count as lost the steps after the checkpoint of `step`, from which training resumes. Returns all lost so far."""
+    came_to, lost_steps = read_progress(path)
+    if came_to > step:
+        lost_steps += came_to - step
+        write_progress(path, step, lost_steps)
+    return lost_steps

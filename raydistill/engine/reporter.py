@@ -1,0 +1,114 @@
+"""What the workers of a training report: sums over the steps of an epoch, its record, and when a checkpoint is due."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from raydistill.engine.batches import DistillJob
+from raydistill.engine.records import note_lost_steps, write_epoch, write_progress
+from raydistill.engine.trainee import BestStudent
+from raydistill.engine.workers import Worker
+from raydistill.errors import DivergedError
+from raydistill.models.student import split_logits
+
+_SECONDS_BETWEEN_REPORTS = 1.0
+_MOST_SKIPPED_STEPS = 20
+# Seconds between two checkpoints for each second that one takes to write, however short `checkpoint_seconds` is.
+_LEAST_GAP = 4.0
+
+
+class Reporter:
+    """Writes how training goes into the stage directory, where those who follow it read it."""
+
+    def __init__(self, job: DistillJob, worker: Worker, first_step: int, partial: dict[str, float]) -> None:
+        self._job, self._worker = job, worker
+        self._skipped = 0
+        self._written = self._saved = time.monotonic()
+        self._begin_epoch(partial)
+        if worker.rank == 0:
+            self._lost_steps = note_lost_steps(job.path, first_step)
+
+    def _begin_epoch(self, partial: dict[str, float]) -> None:
+        """`partial` holds the sums of the epoch's steps before the checkpoint that training resumes from."""
+        self._sums = dict(partial)
+        self._started = time.monotonic() - self._sums.pop("seconds", 0.0)
+
+    def partial_epoch(self) -> dict[str, float]:
+        """Sums over the steps of the epoch so far, and over all workers: `images`, `seconds`, the terms' means."""
+        return self._sums and {**self._sums, "seconds": time.monotonic() - self._started}
+
+    def refuse_not_finite(self, step: int, norm: torch.Tensor, scaler: Any, terms: dict[str, torch.Tensor]) -> None:
+        """Raises DivergedError. The gradient is averaged over workers, so all see a bad one at the same step. The
+        scaler of fp16 skips a few such steps while it looks for its scale."""
+        if bool(torch.isfinite(norm)):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        if scaler.is_enabled() and self._skipped <= _MOST_SKIPPED_STEPS:
+            return
+        shown = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
+        raise DivergedError(
+            f"distill: the loss or its gradient is not finite at step {step} (epoch "
+            f"{step // self._job.steps_per_epoch}): {shown}; lower distill.learning_rate, set distill.clip_norm=1, or "
+            f"use distill.precision=fp32. The last good checkpoint stays in {self._job.path}/checkpoints"
+        )
+
+    def count(self, images: int, terms: dict[str, torch.Tensor]) -> None:
+        """Add a step. The sums always cover all workers, so that a checkpoint may come after any step."""
+        values = torch.tensor([float(value.detach()) for value in terms.values()] + [images], dtype=torch.float64)
+        if self._worker.size > 1:
+            on_device = values.to(self._worker.device)
+            torch.distributed.all_reduce(on_device)
+            values = on_device.cpu()
+            values[:-1] /= self._worker.size
+        for name, value in zip([*terms, "images"], values.tolist(), strict=True):
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def end_epoch(
+        self, step: int, student: nn.Module, best: BestStudent | None, optimizer: torch.optim.Optimizer
+    ) -> dict[str, float]:
+        """The epoch's record: the images that all workers saw, the mean of each term over them, and the val accuracy
+        where it is due."""
+        job, worker, sums = self._job, self._worker, self.partial_epoch()
+        epoch, images, seconds = step // job.steps_per_epoch, sums.pop("images"), sums.pop("seconds")
+        record = {"epoch": float(epoch), "step": float(step), "images_per_second": images / max(seconds, 1e-9)}
+        record["images"] = images
+        record |= {name: sums[name] / job.steps_per_epoch for name in sorted(sums)}
+        record["learning_rate"] = optimizer.param_groups[0]["lr"]
+        due = epoch % job.config.distill.val_every == 0 or step == job.total_steps
+        if due and worker.rank == 0 and job.samples.num_rows("val"):
+            device, size = torch.device(worker.device), job.config.evaluate.batch_size
+            logits, labels = split_logits(student, job.samples, "val", device, size)
+            right = torch.from_numpy(logits.argmax(1) == labels)
+            record["val_accuracy"] = float(right.double().mean())
+            if best is not None:
+                best.offer(student, epoch, right)
+                looks = -(-epoch // job.config.distill.val_every)
+                is_better = job.config.distill.keep == "best" or best.is_better_than(right, looks)
+                if not is_better and step == job.total_steps:
+                    best.take(student, epoch, right)
+                record["kept_epoch"] = float(best.epoch if is_better else epoch)
+        if worker.rank == 0:
+            write_epoch(job.path, record)
+            write_progress(job.path, step, self._lost_steps)
+        self._begin_epoch({})  # measuring val is not training
+        return record
+
+    def checkpoint_due(self, step: int, ended: bool, took: float) -> bool:
+        """After the last step, and by time. The last one `took` so many seconds to write; writing may not take most of
+        the time."""
+        now, seconds = time.monotonic(), self._job.config.distill.checkpoint_seconds
+        due = ended if seconds == 0 else now - self._saved >= max(seconds, _LEAST_GAP * took)
+        if due or step == self._job.total_steps:
+            self._saved = now
+            return True
+        return False
+
+    def progress(self, step: int) -> None:
+        if self._worker.rank == 0 and time.monotonic() - self._written > _SECONDS_BETWEEN_REPORTS:
+            self._written = time.monotonic()
+            write_progress(self._job.path, step, self._lost_steps)

@@ -1,0 +1,87 @@
+"""What training holds: the student with projection heads, an adapter and the teacher's head, and the best one so far.
+
+Shapes: V images, D features, E features of the student, C classes.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from scipy.special import bdtrc
+from torch import nn
+
+from raydistill.engine.batches import DistillJob
+from raydistill.losses.total import Outputs
+from raydistill.models.heads import load_head
+from raydistill.models.projections import Adapter, ProjectionHead
+from raydistill.models.student import Student, build_student
+
+_SIGNIFICANCE = 0.05  # of shipping another epoch than the last, though it is no better
+
+
+class Trainee(nn.Module):
+    """The student with what only training sees: the projection heads of both sides, the adapter, and the teacher's
+    linear head, which does not learn."""
+
+    def __init__(self, job: DistillJob) -> None:
+        super().__init__()
+        loss = job.config.loss
+        self.student: Student = build_student(job.config.student, len(job.samples.classes))
+        if job.config.distill.body_rate == 0:
+            self.student.freeze_body()
+        head = None if job.head is None else load_head(job.head)
+        self.student_projection = self.teacher_projection = self.adapter = None
+        if head is not None:
+            self.register_buffer("head_weight", torch.from_numpy(head.weight_CD), persistent=False)
+            self.register_buffer("head_bias", torch.from_numpy(head.bias_C), persistent=False)
+            width, teacher_width = self.student.num_features, head.weight_CD.shape[1]
+            if loss.needs_projection:
+                self.student_projection = ProjectionHead(loss.projection_head, width, loss.projection_dim)
+                self.teacher_projection = ProjectionHead(loss.projection_head, teacher_width, loss.projection_dim)
+            if loss.needs_adapter:
+                self.adapter = Adapter(loss.adapter, width, teacher_width)
+
+    def forward(self, images: torch.Tensor, features_VD: torch.Tensor | None) -> tuple[Outputs, Outputs | None]:
+        logits_VC, student_VE = self.student(images)
+        if features_VD is None:
+            return Outputs(logits_VC), None
+        adapted_VD = None if self.adapter is None else self.adapter(student_VE)
+        with torch.autocast(images.device.type, enabled=False):
+            teacher_logits_VC = self._head(features_VD)
+            adapted_logits_VC = None if adapted_VD is None else self._head(adapted_VD.float())
+        student_projected = self.student_projection and self.student_projection(student_VE)
+        teacher_projected = self.teacher_projection and self.teacher_projection(features_VD)
+        student = Outputs(logits_VC, student_VE, student_projected, adapted_VD, adapted_logits_VC)
+        return student, Outputs(teacher_logits_VC, features_VD, teacher_projected)
+
+    def _head(self, features_VD: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(features_VD, self.head_weight, self.head_bias)
+
+
+class BestStudent(nn.Module):
+    """The student of the best epoch on val so far. It is a part of each checkpoint, so it belongs to the moment that
+    training resumes from. `right` says which of the V labelled val images it knows."""
+
+    def __init__(self, student: nn.Module, num_val: int) -> None:
+        super().__init__()
+        self.student = copy.deepcopy(student).requires_grad_(False)
+        self.register_buffer("epoch", torch.tensor(0))
+        self.register_buffer("right", torch.zeros(num_val, dtype=torch.bool))
+
+    def offer(self, student: nn.Module, epoch: int, right_V: torch.Tensor) -> None:
+        """Keep it if it is the best so far. Of equals the latest is kept: it has learnt longest, at the lowest rate."""
+        if right_V.sum() >= self.right.sum():
+            self.take(student, epoch, right_V)
+
+    def take(self, student: nn.Module, epoch: int, right_V: torch.Tensor) -> None:
+        self.student.load_state_dict(student.state_dict())
+        self.epoch.fill_(epoch)
+        self.right.copy_(right_V)
+
+    def is_better_than(self, right_V: torch.Tensor, looks: int) -> bool:
+        """Whether it is significantly better than a student that is right on `right_V`, though it is the best of so
+        many `looks`: McNemar's exact one-sided test with Bonferroni's correction."""
+        only_kept, only_other = int((self.right & ~right_V).sum()), int((right_V & ~self.right).sum())
+        # The tail of the binomial distribution; scipy.stats would take a worker a second to load.
+        return bool(bdtrc(only_kept - 1, only_kept + only_other, 0.5) <= _SIGNIFICANCE / looks)

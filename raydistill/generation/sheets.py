@@ -1,0 +1,61 @@
+"""Contact sheets of generated images, and the working images of those that are kept."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+
+from raydistill.config import Images
+from raydistill.data.decode import encode, pixels
+from raydistill.generation.features import working_image
+from raydistill.generation.recipes import Key, Made, images_in
+from raydistill.generation.selection import Chosen
+from raydistill.pages.figures import contact_sheet
+from raydistill.storage.directory import StageDirectory
+
+# On one contact sheet, of kept and of rejected images each; and on all sheets together, where classes are many.
+_MOST_PICTURES, _FEWEST_PICTURES, _PICTURES_IN_ALL = 24, 4, 2400
+
+
+def kept_pictures(images: Images, made: Mapping[Key, Made], chosen: Chosen) -> dict[Key, bytes]:
+    """Working images of what was kept, each file read once."""
+    by_file: dict[str, list[Key]] = defaultdict(list)
+    for key in chosen.kept:
+        by_file[made[key].file].append(key)
+    found: dict[Key, bytes] = {}
+    for file, keys in by_file.items():
+        raw = images_in(file)
+        found |= {key: encode(working_image(raw[made[key].row], images)) for key in keys}
+    return found
+
+
+def draw_sheets(
+    directory: StageDirectory,
+    names: Sequence[str],
+    made: Mapping[Key, Made],
+    chosen: Chosen,
+    pictures: Mapping[Key, bytes],
+) -> None:
+    """A contact sheet for each class: kept images, and rejected ones with the reason."""
+    most = min(max(_PICTURES_IN_ALL // len(names), _FEWEST_PICTURES), _MOST_PICTURES)
+    kept: dict[str, list[Key]] = defaultdict(list)
+    rejected: dict[str, list[Key]] = defaultdict(list)
+    for key, verdict in chosen.verdicts.items():
+        shown = kept if verdict == "kept" else rejected
+        if len(shown[key[0]]) < most:
+            shown[key[0]].append(key)
+    for number, name in enumerate(names):
+        good = [Image.fromarray(pixels(pictures[key])) for key in kept[name]]
+        raw = _raw_images([made[key] for key in rejected[name]])
+        bad = [(image, chosen.verdicts[key]) for key, image in zip(rejected[name], raw, strict=True)]
+        if good or bad:
+            directory.write(f"sheet-{number:03d}.png", contact_sheet(name or "no class", good, bad))
+
+
+def _raw_images(wanted: Sequence[Made]) -> list[Image.Image | None]:
+    """As the pipeline made them; None where it made none. Each file is read once."""
+    images = {file: images_in(file) for file in {one.file for one in wanted if one.id}}
+    return [Image.open(io.BytesIO(images[one.file][one.row])) if one.id else None for one in wanted]

@@ -1,0 +1,97 @@
+"""The linear head of a teacher, from features to logits, and how a model's own head is matched to the data's classes.
+
+Shapes: B images, D features, C classes, M outputs of the model's own head.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors.numpy import load, save
+from torch import nn
+
+from raydistill.errors import ConfigError
+from raydistill.storage.filesystems import read_bytes
+
+HEAD_FILE = "head.safetensors"
+_MOST_PROBLEMS = 10
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """`logits = features @ weight.T + bias`."""
+
+    weight_CD: np.ndarray
+    bias_C: np.ndarray
+
+    def logits(self, features_BD: np.ndarray) -> np.ndarray:
+        return features_BD.astype(np.float32) @ self.weight_CD.T + self.bias_C
+
+
+def encode_head(head: LinearHead) -> bytes:
+    """safetensors bytes. The library writes memory as it is, so the arrays have to be contiguous."""
+    return save({"weight": np.ascontiguousarray(head.weight_CD), "bias": np.ascontiguousarray(head.bias_C)})
+
+
+def load_head(directory: str) -> LinearHead:
+    """The head that `adapt` wrote into its directory."""
+    tensors = load(read_bytes(f"{directory}/{HEAD_FILE}"))
+    return LinearHead(tensors["weight"], tensors["bias"])
+
+
+def head_of(classifier: nn.Module) -> LinearHead | None:
+    """None where the classifier is no single linear layer."""
+    if not isinstance(classifier, nn.Linear):
+        return None
+    weight = classifier.weight.detach().numpy()
+    bias = np.zeros(len(weight), np.float32) if classifier.bias is None else classifier.bias.detach().numpy()
+    return LinearHead(weight, bias)
+
+
+def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], classes: Sequence[str]) -> LinearHead:
+    """The rows of the model's own head that carry the data set's class names.
+
+    Names match without regard to case, `_` and `-` where none is the same to the letter; an output may have several
+    names (ImageNet's synonyms, or its synset id). Raises ConfigError with the classes that match none or several, and
+    the nearest names.
+    """
+    if head is None or not names:
+        raise ConfigError("teacher.head=native: the model has no head with class names; use teacher.head=linear_probe")
+    rows: dict[str, list[int]] = {}
+    exact: dict[str, list[int]] = {}
+    for index, synonyms in enumerate(names):
+        for synonym in {_plain(synonym) for synonym in synonyms}:
+            rows.setdefault(synonym, []).append(index)
+        for synonym in set(synonyms):
+            exact.setdefault(synonym, []).append(index)
+    problems: list[str] = []
+    picked, taken = [], dict[int, str]()
+    for name in classes:
+        found = exact.get(name) or rows.get(_plain(name), [])
+        picked += found[:1]
+        if not found:  # looking for names that are near takes long among many
+            near = difflib.get_close_matches(_plain(name), rows, n=2) if len(problems) < _MOST_PROBLEMS else []
+            problems.append(f"{name!r} (nearest: {', '.join(near)})" if near else repr(name))
+        elif len(found) > 1:
+            problems.append(f"{name!r} (stands for outputs {found})")
+        elif found[0] in taken:
+            problems.append(f"{name!r} (stands for the same output as {taken[found[0]]!r})")
+        taken.update(dict.fromkeys(found[:1], name))
+    if problems:
+        used, more = set(picked), len(problems) - _MOST_PROBLEMS
+        spare = [synonyms[0] for index, synonyms in enumerate(names) if index not in used]
+        others = f" (others: {', '.join(map(repr, spare))})" if 0 < len(spare) <= 10 else ""
+        raise ConfigError(
+            f"teacher.head=native: of {len(classes)} classes, these have no single output among the teacher's "
+            f"{len(names)}{others}: {'; '.join(problems[:_MOST_PROBLEMS])}"
+            f"{f' and {more:,} more' if more > 0 else ''}. Rename the classes, or use teacher.head=linear_probe"
+        )
+    return LinearHead(head.weight_CD[picked], head.bias_C[picked])
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.split(r"[\s_\-]+", name.strip())).casefold()
