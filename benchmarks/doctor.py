@@ -33,7 +33,7 @@ from raydistill.data.decode import decode
 from raydistill.doctor.images import check_images
 from raydistill.runtime.progress import Progress
 
-STDOUT = Path("-")
+STDOUT = 1  # its file descriptor
 CLASSES, DISTINCT, SIDE, SIZE = ("ant", "bee", "cow", "dog"), 500, 256, 128
 
 
@@ -78,7 +78,7 @@ def peak_megabytes(folder: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
+        "--json", nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
     )
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--only-check", type=Path, help=argparse.SUPPRESS)
@@ -102,11 +102,9 @@ def main() -> None:
     table.add_row("bare loop, before and after", f"{before:,.0f} and {after:,.0f}", f"{ratio:.2f}")
     table.add_row("peak memory of check, MB: all and a tenth", f"{large:,.0f} and {small:,.0f}", f"{large / small:.2f}")
     Console(stderr=options.json == STDOUT).print(table)
-    text = json.dumps({"doctor_ratio": ratio, "doctor_memory_ratio": large / small}, indent=2)
-    if options.json == STDOUT:
-        print(text)
-    elif options.json is not None:
-        options.json.write_text(text)
+    if options.json:
+        with open(options.json, "w") as sink:
+            json.dump({"doctor_ratio": ratio, "doctor_memory_ratio": large / small}, sink, indent=2)
 
 
 if __name__ == "__main__":

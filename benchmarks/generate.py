@@ -32,7 +32,7 @@ from raydistill.config import load_config
 from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
 
-STDOUT = Path("-")
+STDOUT = 1  # its file descriptor
 THREADS = len(os.sched_getaffinity(0))
 STEPS, BATCH, SECONDS = 10, 8, 20.0
 CLASSES = ("blue", "green", "red")
@@ -99,7 +99,7 @@ def stage(root: Path, pipeline: Path, count: int, actors: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
+        "--json", nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -122,11 +122,9 @@ def main() -> None:
     Console(stderr=options.json == STDOUT).print(
         table, f"{len(CLASSES) * per_class} images in {whole:.0f} s with Ray's start and the choosing"
     )
-    text = json.dumps({"generate_ratio": ratio, "generate_batched_ratio": ours / batched}, indent=2)
-    if options.json == STDOUT:
-        print(text)
-    elif options.json is not None:
-        options.json.write_text(text)
+    if options.json:
+        with open(options.json, "w") as sink:
+            json.dump({"generate_ratio": ratio, "generate_batched_ratio": ours / batched}, sink, indent=2)
 
 
 if __name__ == "__main__":

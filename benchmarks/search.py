@@ -36,7 +36,7 @@ from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
 from raydistill.search.tune import tune_job
 
-STDOUT = Path("-")
+STDOUT = 1  # its file descriptor
 ROUNDS, TRIALS = 3, 5  # of a round's trials the first starts a process and does not count
 SPACE = Path(__file__).parents[1] / "tune_spaces" / "loss.yaml"
 
@@ -61,7 +61,7 @@ def bare_seconds(job: DistillJob) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
+        "--json", nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
     )
     arguments = parser.parse_args()
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command line does
@@ -93,11 +93,9 @@ def main() -> None:
     console.print(f"bare, by turns with {ROUNDS} rounds of trials: {', '.join(f'{b:.1f} s' for b in bare)}")
     for name, value in figures.items():
         console.print(f"{name}: {value:.2f}" if isinstance(value, float) else f"{name}: {value}")
-    text = json.dumps(figures, indent=2)
-    if arguments.json == STDOUT:
-        print(text)
-    elif arguments.json is not None:
-        arguments.json.write_text(text)
+    if arguments.json:
+        with open(arguments.json, "w") as sink:
+            json.dump(figures, sink, indent=2)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from raydistill.results import Outcome
 from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
 
-STDOUT = Path("-")
+STDOUT = 1  # its file descriptor
 JOB = Path(__file__).parents[1] / "jobs" / "demo.yaml"
 THREADS = len(os.sched_getaffinity(0))
 SECONDS = 10.0  # of each bare measurement
@@ -182,7 +182,7 @@ print(1024 * int(next(line for line in open("/proc/self/status") if line.startsw
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
+        "--json", nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
     )
     parser.add_argument("--only", nargs="*", default=["teach", "distill", "online", "start", "memory"])
     return parser.parse_args()
@@ -251,11 +251,9 @@ def main() -> None:
             figures["peak_memory_growth"] = ten / one
             rates.append(("peak_memory_growth", f"{ten / 1e6:,.0f} MB", f"{one / 1e6:,.0f} MB", f"{ten / one:.2f}"))
     console.print(rates_table(rates))
-    text = json.dumps(figures, indent=2)
-    if options.json == STDOUT:
-        print(text)
-    elif options.json is not None:
-        options.json.write_text(text)
+    if options.json:
+        with open(options.json, "w") as sink:
+            json.dump(figures, sink, indent=2)
 
 
 if __name__ == "__main__":

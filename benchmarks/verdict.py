@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product, repeat
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -32,11 +31,12 @@ from rich.table import Table
 from scipy.special import ndtr, ndtri
 from scipy.stats import norm
 
+from raydistill.search.arms import Arm
 from raydistill.search.learning_curve import learning_curve
 from raydistill.search.significance import LEVEL, Answers
-from raydistill.search.verdict import Arm, Comparison, Row, summarise
+from raydistill.search.verdict import Comparison, Row, summarise
 
-STDOUT = Path("-")
+STDOUT = 1  # its file descriptor
 KINDS, OVERLAP, GAINS = 10, 0.2, (0.02, 0.05)
 ARM_ON_IMAGE = 0.3  # against 1 of the image: two arms with 70 % right differ on 13 % of the images
 
@@ -192,7 +192,7 @@ def measure(setting: Setting, repetitions: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
+        "--json", nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
     )
     parser.add_argument("--repetitions", type=int, default=2000, help="comparisons of equal arms in each setting")
     parser.add_argument("--processes", type=int, default=2)
@@ -215,11 +215,9 @@ def main() -> None:
     figures["monte_carlo_error"] = float(np.sqrt(0.05 * 0.95 / arguments.repetitions))
     for name in ("max_false_alarms", "max_curve_false_alarms", "monte_carlo_error"):
         console.print(f"{name}: {figures[name]:.4f}")
-    text = json.dumps(figures, indent=2)
-    if arguments.json == STDOUT:
-        print(text)
-    elif arguments.json is not None:
-        arguments.json.write_text(text)
+    if arguments.json:
+        with open(arguments.json, "w") as sink:
+            json.dump(figures, sink, indent=2)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from raydistill.cluster.bill import NodeClock
+from raydistill.cluster.bill import billed
 from raydistill.cluster.plan import Plan, local_plan
 from raydistill.cluster.session import RayStart
 from raydistill.config import RunConfig
@@ -49,8 +49,8 @@ class Execution:
         self._settings = self.config.model_dump(mode="json", include=set(stage.settings))
 
     def result(self, directory: StageDirectory, work: Callable[[Any], object]) -> dict[str, Any]:
-        """What lies in a directory: the result of an earlier command, of another one that is at it now, or of doing the
-        work here. `work` is given its MLflow run."""
+        """The result in a directory: of an earlier command, of another command that works on it now, or of `work` here,
+        which gets its MLflow run."""
         self.outcome.directories[directory.stage] = directory.path
         done = directory.done()
         if done is None:
@@ -67,12 +67,12 @@ class Execution:
         started, progress = time.monotonic(), self.progress
         images_again, seconds_again = progress.images_again, progress.seconds_again
         with self.tracker.child(directory.stage, directory.name, self._settings) as record:
-            with NodeClock(self.config) as clock:
+            with billed(self.config) as nodes:
                 work(record)
             done = directory.done()
             assert done is not None, "a stage ends by marking itself done"
             seconds = time.monotonic() - started
-            bill = {"seconds": seconds, **clock.record()}
+            bill = {"seconds": seconds, **nodes}
             if images := progress.images_again - images_again:
                 bill |= {"images_again": images, "seconds_again": progress.seconds_again - seconds_again}
             directory.write_bill(bill)

@@ -1,4 +1,4 @@
-"""What of a job can be seen to be wrong: before anything that takes time is loaded, and before anything is written."""
+"""Refuses a job that cannot work, before anything slow is loaded and before anything is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
 def refuse_early(config: RunConfig) -> None:
-    """Raises ConfigError: a model of no kind there is, a file that is not there, a cluster nobody answers for."""
+    """Raises ConfigError for a model of no known kind, a missing file, or a cluster that does not answer."""
     if config.teacher is not None and config.loss.needs_teacher:
         _check_model("teacher.model", config.teacher.model, also_here="or a folder that timm, transformers or distill")
         _check_file("teacher.weights", config.teacher.weights)
@@ -57,7 +57,7 @@ def _check_file(key: str, path: str | None) -> None:
 
 
 def _probe(address: str) -> None:
-    """A cluster whose HOST:PORT takes no connection is not waited for."""
+    """Raises ConfigError at once where HOST:PORT takes no connection."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "://" in address:
         return  # `auto` and the like, which Ray resolves

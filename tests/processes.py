@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from http.server import ThreadingHTTPServer
 
 import psutil
 
@@ -16,6 +19,29 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
+
+
+def python(
+    *words: str, env: Mapping[str, str] = os.environ, timeout: float = 280, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run this Python with these words, and with `more` in its environment."""
+    return subprocess.run(
+        [sys.executable, *words], env={**env, **more}, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@contextlib.contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[str]:
+    """Gives the address of a server that answers for the time of a `with` block."""
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def together(program: str, *arguments: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 
 import pytest
 
 from raydistill.config import load_config
 from raydistill.errors import ConfigError
 from raydistill.preflight import refuse_early
+from tests.processes import python
 
 OFF = ["teacher=null", *(f"loss.{name}_weight=0" for name in ("kd", "alignment", "uniformity"))]
 
@@ -18,15 +17,9 @@ OFF = ["teacher=null", *(f"loss.{name}_weight=0" for name in ("kd", "alignment",
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["teacher.model=vit_base_patch16_224"],
-            "teacher.model=vit_base_.*did you mean timm:vit_base_patch16_224 or hf:",
-        ),
+        (["teacher.model=vit_base_patch16_224"], "teacher.model=vit_base_.*did you mean timm:vit_base_.* or hf:"),
         (["student.model=./no/folder"], "student.model=./no/folder: no such folder; use timm:NAME, hf:NAME"),
-        (
-            ["student.model=timm:resnet_18"],
-            "student.model=timm:resnet_18: timm has no model .* did you mean timm:resnet18",
-        ),
+        (["student.model=timm:resnet_18"], "=timm:resnet_18: timm has no model .* did you mean timm:resnet18"),
         (["teacher.model=timm:vit_bas_patch16_224.mae"], "timm:vit_bas.* did you mean timm:vit_base_patch16_224"),
         (["student.model=timm:resnet10t/../x"], "timm has no model of this name"),
         (["student.model=timm:"], "student.model=timm:: no such folder"),
@@ -65,12 +58,11 @@ def test_a_cluster_that_nobody_answers_for_is_not_waited_for() -> None:
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        with pytest.raises(
-            ConfigError, match=rf"cluster.address=127.0.0.1:{port}: nobody answers there \(Connection ref"
-        ):
-            refuse_early(load_config(["images.path=x", f"cluster.address=127.0.0.1:{port}"]))
+        config = load_config(["images.path=x", f"cluster.address=127.0.0.1:{port}"])
+        with pytest.raises(ConfigError, match=rf"address=127.0.0.1:{port}: nobody answers there \(Connection ref"):
+            refuse_early(config)
         taken.listen()
-        refuse_early(load_config(["images.path=x", f"cluster.address=127.0.0.1:{port}"]))
+        refuse_early(config)
 
 
 def test_a_run_that_cannot_work_loads_neither_torch_nor_ray(tmp_path) -> None:
@@ -79,7 +71,7 @@ def test_a_run_that_cannot_work_loads_neither_torch_nor_ray(tmp_path) -> None:
     words = [f"images.path={tmp_path}", "teacher.model=vit_tiny", f"workspace={tmp_path}/w"]
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from raydistill.cli import main; main()"
     for command in ("run", "compare", "tune"):
-        ended = subprocess.run([sys.executable, "-c", code, command, *words], capture_output=True, text=True)
+        ended = python("-c", code, command, *words)
         assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
         assert "teacher.model=vit_tiny: no such folder" in ended.stderr
         assert ended.stdout.startswith(f"{command}: ")

@@ -55,7 +55,7 @@ def serve(
     """Answer over HTTP on this machine: POST a picture to /predict, or drop one on the page at /."""
     interrupts.go_on_by("the server has ended")
     announce(f"serve: loading {folder}")
-    from raydistill.inference.listening import check_name, listen
+    from raydistill.inference.listening import ServeSettings, check_name, listen
     from raydistill.models.about import check_export
 
     check_export(folder, engine)
@@ -63,5 +63,5 @@ def serve(
     allowed, sockets = [check_name(name) for name in allow_host or []], listen(host, port)
     from raydistill.inference.command import serve_command  # with torch, which takes seconds
 
-    most_bytes, most_pixels = int(max_megabytes * 1e6), int(max_megapixels * 1e6)
-    serve_command(folder, engine, host, sockets, allowed, most_bytes, most_pixels, window / 1000)
+    settings = ServeSettings(int(max_megabytes * 1e6), int(max_megapixels * 1e6), window / 1000, allowed)
+    serve_command(folder, engine, host, sockets, settings)

@@ -44,6 +44,7 @@ def submit(
     import tempfile
 
     from raydistill.cluster import submit as jobs_api
+    from raydistill.cluster.upload import pack
     from raydistill.config import load_config
 
     if install and python != "python":
@@ -53,7 +54,7 @@ def submit(
     given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
     flags = ("--learning-curve",) if learning_curve else ()
     with tempfile.TemporaryDirectory() as folder:
-        package = jobs_api.pack(load_config([*(words or []), *given]), command, flags, folder, python, send_outside)
+        package = pack(load_config([*(words or []), *given]), command, flags, folder, python, send_outside)
         print(f"uploads {len(package.files)} files, {package.size:,} bytes:")
         for file, size in package.files:
             print(one_line(f"  {file} {size:,}"))

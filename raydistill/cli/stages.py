@@ -66,7 +66,8 @@ def show(words: Words = None) -> None:
     from raydistill.cluster.bill import bill_words
     from raydistill.config import load_config, shown_yaml
     from raydistill.storage.directory import read_bill
-    from raydistill.tracking.stores import experiment_name, tracking_uri
+    from raydistill.tracking.experiments import experiment_name
+    from raydistill.tracking.stores import tracking_uri
 
     config = load_config(words or [])
     plain_console().print(shown_yaml(config), markup=False)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raydistill.config import RunConfig
+from raydistill.runtime.repeat import repeated
 
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 5.0
@@ -18,46 +19,21 @@ _LOST = (2, 3)
 
 
 class NodeClock:
-    """Adds up, for the time of a `with` block, how long nodes of each type were there: a thread looks every few seconds
-    at a cluster that was joined. The machine alone is measured by the seconds themselves.
+    """Adds up how long nodes of each type were there, by looks at the cluster.
 
     `seconds` is by node type: the label `pool`, `head` for a head without one, `nodes` for others. `lost` counts nodes
     that died or were preempted.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.lost = 0
-        self._joins = config.cluster.address is not None
-        self._over = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._looked = 0.0
+        self._looked = time.monotonic()
         self._alive: set[str] = set()
         self._failed = False
 
-    def __enter__(self) -> NodeClock:
-        if self._joins:
-            self._looked = time.monotonic()
-            self._thread = threading.Thread(target=self._watch, name="node-clock", daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._thread is not None:
-            self._over.set()
-            self._thread.join()
-            self._look()
-
-    def record(self) -> dict[str, Any]:
-        """What of it is kept beside a stage's seconds; empty where no cluster was joined."""
-        return {"node_seconds": dict(self.seconds), "lost_nodes": self.lost} if self._joins else {}
-
-    def _watch(self) -> None:
-        self._look()  # nobody has waited yet, but who is here now may be lost before the next look
-        while not self._over.wait(_SECONDS_BETWEEN_LOOKS):
-            self._look()
-
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Count the time since the last look for all nodes that are there."""
         import ray
 
         now = time.monotonic()
@@ -78,6 +54,22 @@ class NodeClock:
             elif node["NodeID"] in self._alive:
                 self._alive.discard(node["NodeID"])
                 self.lost += node.get("DeathReason") in _LOST
+
+
+@contextlib.contextmanager
+def billed(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Gives what is kept beside a stage's seconds, filled when the `with` block ends. It stays empty where no cluster
+    was joined: the machine alone is measured by the seconds themselves."""
+    bill: dict[str, Any] = {}
+    if config.cluster.address is None:
+        yield bill
+        return
+    clock = NodeClock()
+    clock.look()  # who is here now may be lost before the next look
+    with repeated(clock.look, _SECONDS_BETWEEN_LOOKS, "node-clock"):
+        yield bill
+    clock.look()
+    bill |= {"node_seconds": dict(clock.seconds), "lost_nodes": clock.lost}
 
 
 def node_type(node: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The first worker process of a Ray that was just started here: Ray replaces one that dies as it starts for ever."""
+"""Waits for the first worker process of a new local Ray. Ray would replace one that dies at its start for ever."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ _SECONDS_WITHOUT_ANY = 20.0
 _SECONDS_OF_A_START = 40.0  # Ray itself ends one that has not reported after a minute, as on a machine that is too busy
 
 
-def refuse_dying_workers() -> None:
-    """Wait for a worker process, which later work is given too. Raises StageError with what it died of, or could not
-    load, and where its log is."""
-    from ray._private.worker import _global_node
-
-    raylet = psutil.Process(_global_node.all_processes["raylet"][0].process.pid)
-    logs = Path(_global_node.get_logs_dir_path())
+def refuse_dying_workers(logs: Path) -> None:
+    """Raises StageError with what the first worker process died of, or could not load, and where its log is. Later work
+    gets the same process."""
+    raylet = next(child for child in psutil.Process().children() if child.name() == "raylet")
     born, began = dict[int, float](), time.monotonic()
     asked = ray.remote(num_cpus=0, max_retries=0)(_answer).remote()
     while not ray.wait([asked], timeout=_SECONDS_BETWEEN_LOOKS)[0]:
@@ -52,7 +49,7 @@ def _words(process: psutil.Process) -> str:
 
 
 def _last_line(logs: Path, dead: list[int]) -> str:
-    """Of the processes' own logs or, where they did not come to open them, of what they wrote to the raylet's."""
+    """The last line of the processes' own logs, or of the raylet's, where they write before they open their own."""
     own = [log for pid in dead for log in logs.glob(f"worker-*-{pid}.err")]
     lines = [line for log in (logs / "raylet.err", *own) for line in log.read_text(errors="replace").splitlines()]
     told = [line for line in lines if line.strip() and not line.startswith((":", "[", "Extension modules:"))]

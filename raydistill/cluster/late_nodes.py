@@ -1,41 +1,35 @@
-"""Nodes that join a cluster while work is going on are looked at as those before them were."""
+"""Checks nodes that join a cluster while work is going on, as those before them were."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Iterator
 
 from raydistill.config import RunConfig
 from raydistill.errors import reason_of
+from raydistill.runtime.repeat import repeated
 
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 5.0
 
 
 @contextlib.contextmanager
-def watched(config: RunConfig) -> Iterator[None]:
-    """For the time of a `with` block, drain whatever node joins and is not fit, and say why; the work goes on on the
-    others, and what an actor there had begun is begun again."""
+def late_nodes_checked(config: RunConfig) -> Iterator[None]:
+    """For the time of a `with` block, drain whatever node joins and is not fit, and say why. The work goes on with the
+    others, and begins again what an actor on that node had begun."""
     import ray
 
-    over, known = threading.Event(), {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    known = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
-    def watch() -> None:
-        while not over.wait(_SECONDS_BETWEEN_LOOKS):
-            try:
-                _look(config, known)
-            except Exception as error:  # Ray's and its connection's: the look after this one may tell
-                log.warning("nodes that join are not looked at for now: %s", reason_of(error))
+    def look() -> None:
+        try:
+            _look(config, known)
+        except Exception as error:  # Ray's and its connection's: the next look may tell
+            log.warning("nodes that join are not checked for now: %s", reason_of(error))
 
-    thread = threading.Thread(target=watch, name="newcomers", daemon=True)
-    thread.start()
-    try:
+    with repeated(look, _SECONDS_BETWEEN_LOOKS, "late-nodes"):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _look(config: RunConfig, known: set[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from raydistill.config import RunConfig
 from raydistill.data.sources.entries import first_of_table
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, first_line_of
 from raydistill.runtime.versions import PACKAGES, installed
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
@@ -50,8 +50,7 @@ def look_at(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     root, mark, places = workspace_root(config), uuid.uuid4().hex, _places(config)
-    marker = f"{root}/.seen-{mark}"
-    write_bytes(marker, mark.encode())
+    write_bytes(f"{root}/.seen-{mark}", mark.encode())
     look = ray.remote(num_cpus=0, max_retries=2)(_look)
     asked = {
         node["NodeID"]: look.options(
@@ -65,13 +64,9 @@ def look_at(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
             seen[node["NodeID"]] = ray.get(asked[node["NodeID"]], timeout=_SECONDS)
         except Exception as error:  # Ray's errors, or whatever its worker failed of
             lines = [line for line in str(error).strip().splitlines() if line.strip()]
-            findings.append(
-                Finding(
-                    _name(node),
-                    f"runs no task ({lines[-1] if lines else type(error).__name__})",
-                    "raydistill has to be installed there: see its log, `ray logs cluster`",
-                )
-            )
+            found = f"runs no task ({lines[-1] if lines else type(error).__name__})"
+            advice = "install raydistill there: see its log, `ray logs cluster`"
+            findings.append(Finding(_name(node), found, advice))
     fs, folder = open_filesystem(root)
     try:
         findings += _versions(nodes, seen)
@@ -90,9 +85,9 @@ def refuse_unfit(config: RunConfig) -> None:
 
 
 def _places(config: RunConfig) -> dict[str, str]:
-    """What stands under each key that names a place, as the driver sees it: a file or, of a folder, the first thing in
-    it, since nodes may have the folder without what is mounted there; of a table of images the first of them as well.
-    What is not there is a name on a hub."""
+    """A file for each key that names a place the driver sees. For a folder it is the first thing inside, since nodes
+    may have the folder without what is mounted there. A table of images adds its first image. What the driver does not
+    see is a name on a hub."""
     found = {}
     for key in PLACES:
         section, _, name = key.rpartition(".")
@@ -112,7 +107,7 @@ def _places(config: RunConfig) -> dict[str, str]:
 
 
 def _sees(place: str) -> str | None:
-    """A folder, or a file by its size and the checksum of its beginning, which tells weights of one shape apart; None
+    """`a folder`, or a file's size and the checksum of its beginning, which differs between weights of one shape. None
     where nothing is."""
     try:
         fs, path = open_filesystem(place)
@@ -126,8 +121,8 @@ def _sees(place: str) -> str | None:
 
 
 def _look(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, Any]:
-    """On a node: its versions, whether it reads what the driver wrote to the workspace and can write there too, and
-    what it sees in the places."""
+    """Runs on a node: its versions, whether it reads what the driver wrote to the workspace, and what it sees in the
+    places. It writes to the workspace too."""
     fs, folder = open_filesystem(root)
     path, error = f"{folder}/.seen-{mark}", ""
     try:
@@ -135,7 +130,7 @@ def _look(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, 
         if reads:
             write_bytes(f"{root}/.seen-{mark}-{node}", b"")
     except Exception as problem:  # every file system has its own errors
-        reads, error = False, (str(problem).splitlines() or [type(problem).__name__])[0]
+        reads, error = False, first_line_of(problem)
     sees = {key: _sees(place) for key, place in places.items()}
     return {"versions": _installed(), "reads": reads, "error": error, "sees": sees}
 
@@ -145,13 +140,12 @@ def _installed() -> dict[str, str]:
 
 
 def _name(node: dict[str, Any]) -> str:
-    labels = node.get("Labels") or {}
-    group = labels.get("pool")
-    return f"{node['NodeManagerAddress']} ({group})" if group else str(node["NodeManagerAddress"])
+    pool = (node.get("Labels") or {}).get("pool")
+    return f"{node['NodeManagerAddress']} ({pool})" if pool else str(node["NodeManagerAddress"])
 
 
 def _versions(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]]) -> list[Finding]:
-    """Against the driver's: it is what writes the config that the others read."""
+    """Compared with the driver's, which writes the config that the nodes read."""
     mine, findings = _installed(), []
     for node in nodes:
         theirs = seen.get(node["NodeID"], {}).get("versions", mine)
@@ -170,17 +164,13 @@ def _workspace(
 ) -> list[Finding]:
     advice = "give one that all nodes see under this name, as workspace=s3://bucket/runs or a shared folder"
     findings = []
-    for node in nodes:
-        if node["NodeID"] not in seen:
-            continue
-        answer = seen[node["NodeID"]]
+    for node in (node for node in nodes if node["NodeID"] in seen):
+        answer, workspace = seen[node["NodeID"]], f"workspace={config.workspace}"
         if not answer["reads"]:
             why = f": {answer['error']}" if answer["error"] else ""
-            findings.append(Finding(_name(node), f"does not see workspace={config.workspace}{why}", advice))
+            findings.append(Finding(_name(node), f"does not see {workspace}{why}", advice))
         elif not wrote[node["NodeID"]]:
-            findings.append(
-                Finding(_name(node), f"writes workspace={config.workspace} where others do not see", advice)
-            )
+            findings.append(Finding(_name(node), f"writes {workspace} where others do not see", advice))
     return findings or [Finding("workspace", f"{len(seen)} node(s) read and write {workspace_root(config)}")]
 
 
@@ -203,13 +193,8 @@ def _tracking(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
     if not config.tracking.enabled:
         return [Finding("tracking", "off")]
     if uri.startswith("sqlite") and len(nodes) > 1:
-        return [
-            Finding(
-                "tracking",
-                f"{uri} is a file, and a cluster's head may go with all its files",
-                "set tracking.uri to an MLflow server, or tracking.enabled=false",
-            )
-        ]
+        advice = "set tracking.uri to an MLflow server, or tracking.enabled=false"
+        return [Finding("tracking", f"{uri} is a file, and a cluster's head may go with all its files", advice)]
     return [Finding("tracking", uri or "off: SQLite needs a local workspace; set tracking.uri to an MLflow server")]
 
 
@@ -224,6 +209,5 @@ def _labels(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
         return [Finding("generator nodes", f"{len(fit)} with {words}")]
     there = {f"{k}={v}" for n in nodes for k, v in (n.get("Labels") or {}).items() if not k.startswith("ray.io")}
     waits = "" if config.cluster.generator_fallback is not None else "; generating waits until one comes"
-    return [
-        Finding("generator nodes", f"none with {words} yet (there are {', '.join(sorted(there)) or 'none'}){waits}")
-    ]
+    found = f"none with {words} yet (there are {', '.join(sorted(there)) or 'none'}){waits}"
+    return [Finding("generator nodes", found)]

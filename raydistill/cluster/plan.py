@@ -40,29 +40,31 @@ class Plan:
 
     def describe(self) -> list[str]:
         """The plan in words, a line for each stage that uses Ray."""
-        fewest, most = self.teacher_actors
-        actors = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        share = f"{self.teacher_cpus:g} CPU" + (f" + {self.teacher_gpus:g} GPU" if self.teacher_gpus else "")
         lines = [
             f"machine: {self.cpus:g} CPUs, {self.gpus:g} GPUs",
             f"prepare: decoding tasks of {self.decode_cpus:g} CPU",
         ]
         if self.generator_actors[1]:
-            few, many = self.generator_actors
-            count = f"{few}" if few == many else f"{few} to {many}"
-            gpu = f" + {self.generator_gpus:g} GPU" if self.generator_gpus else ""
-            lines.append(f"generate: {count} generator actor(s) of {self.generator_cpus:g} CPU{gpu}")
-        if most:
-            lines.append(f"teach:   {actors} teacher actor(s) of {share}, fed by tasks of {self.load_cpus:g} CPU")
+            share = _share_words(self.generator_cpus, self.generator_gpus)
+            lines.append(f"generate: {_count_words(self.generator_actors)} generator actor(s) of {share}")
+        if self.teacher_actors[1]:
+            actors = f"{_count_words(self.teacher_actors)} teacher actor(s)"
+            share = _share_words(self.teacher_cpus, self.teacher_gpus)
+            lines.append(f"teach:   {actors} of {share}, fed by tasks of {self.load_cpus:g} CPU")
         if self.train_workers == 0:
             return [*lines, f"distill: in this process, {self.train_threads} thread(s)"]
-        gpu = f" + {self.train_gpus:g} GPU" if self.train_gpus else ""
-        workers = self.train_workers
-        count = f"{workers[0]} to {workers[1]}" if isinstance(workers, tuple) else f"{workers}"
-        return [
-            *lines,
-            f"distill: {count} worker(s) of {self.train_cpus:g} CPU{gpu}, {self.train_threads} thread(s) each",
-        ]
+        workers = f"{_count_words(self.train_workers)} worker(s)"
+        share = _share_words(self.train_cpus, self.train_gpus)
+        return [*lines, f"distill: {workers} of {share}, {self.train_threads} thread(s) each"]
+
+
+def _count_words(count: int | tuple[int, int]) -> str:
+    fewest, most = count if isinstance(count, tuple) else (count, count)
+    return f"{fewest}" if fewest == most else f"{fewest} to {most}"
+
+
+def _share_words(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
 
 
 def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> Plan:
@@ -156,17 +158,13 @@ def _share(cpus: float, parts: int, what: str) -> float:
 
 def local_plan(config: RunConfig) -> Plan:
     """The plan for a cluster of this machine alone, made without starting Ray."""
-    return plan_resources(config, float(num_cores()), float(_local_gpus()), num_cores())
+    import torch  # the driver of a run loads it anyway; `--help` and `show` never come here
+
+    return plan_resources(config, float(num_cores()), float(torch.cuda.device_count()), num_cores())
 
 
 def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _local_gpus() -> int:
-    import torch  # the driver of a run loads it anyway; `--help` and `show` never come here
-
-    return torch.cuda.device_count()
 
 
 def live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:

@@ -10,20 +10,19 @@ with code 0 after draining or on SIGTERM, with 2 for wrong arguments; what else 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from http.client import HTTPException
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.request import HTTPHandler, OpenerDirector, Request
 
+from raydistill.cluster.ray_private import drain_preempted, gcs_client, raylets_here
 from raydistill.errors import RaydistillError
 
 # What a cloud has to provide: asked once a poll, gives the time (UTC) at which the node is taken, or None. Raises
@@ -35,7 +34,6 @@ Notice = Callable[[], datetime | None]
 MARGIN_SECONDS = 10.0
 # The service answers from the machine itself: within milliseconds, or not at all.
 _HTTP_SECONDS = 2.0
-_RAY_SECONDS = 10.0
 _TOKEN_SECONDS = 6 * 3600  # the most that the service grants
 
 Answer = TypeVar("Answer")
@@ -113,65 +111,19 @@ NOTICES: dict[str, Callable[[str], Notice]] = {"aws": AwsNotice}
 def find_node(node_id: str | None, address: str) -> tuple[str, str]:
     """The hex id of this machine's Ray node and the `host:port` of its GCS, by the command lines of the raylets here.
     What is given is not looked for. Raises RaydistillError where there is no raylet, or more than one."""
-    from ray._private import services  # ray is loaded where it is needed, so that wrong arguments are said at once
-
-    services.find_gcs_addresses.cache_clear()  # Ray may have been started anew, for another cluster
-    nodes = {node_id} if node_id else services.find_node_ids()
-    addresses = {address} if address != "auto" else services.find_gcs_addresses()
+    nodes, addresses = raylets_here()
+    nodes = {node_id} if node_id else nodes
+    addresses = {address} if address != "auto" else addresses
     if not nodes or not addresses:
         raise RaydistillError("no raylet runs on this machine")
     if len(nodes) > 1 or len(addresses) > 1:
         raise RaydistillError("several raylets run on this machine; name one with --node-id and --address")
-    return nodes.pop(), set(addresses).pop()
-
-
-@contextlib.contextmanager
-def _asking_ray(address: str) -> Iterator[None]:
-    """What Ray raises comes as RaydistillError; what its C++ layer writes of that to stderr, each time, is hidden."""
-    from ray.exceptions import RayError
-
-    stderr = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    except RayError as error:
-        raise RaydistillError(f"Ray at {address} does not do what is asked: {str(error)[:300]!r}") from error
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
-
-def connect(node_id: str, address: str) -> Any:
-    """A client of the GCS at `address`, which knows `node_id` as alive. Raises RaydistillError."""
-    from ray import NodeID
-    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # not in Ray's own stub
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
-
-    with _asking_ray(address):
-        # Without a token where one is asked for, the client would abort this process.
-        ensure_token_if_auth_enabled(None, create_token_if_missing=False)
-        client = GcsClient(address=address)
-        alive = client.get_all_node_info(timeout=_RAY_SECONDS, state_filter=GcsNodeInfo.ALIVE)
-    # To drain a node that it does not know, or not yet, is a success to the GCS.
-    if NodeID.from_hex(node_id) not in alive:
-        raise RaydistillError(f"node {node_id} is not among the living nodes of the cluster at {address}")
-    return client
+    return nodes.pop(), addresses.pop()
 
 
 def drain(node_id: str, reason: str, seconds: float, address: str) -> None:
-    """Tell Ray that the node will be taken in `seconds`; ends nothing by itself. Raises RaydistillError. The one place
-    that calls what Ray has for it, the unstable `GcsClient.drain_node`, as `ray drain-node` does."""
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-
-    deadline_ms = round((time.time() + seconds) * 1000)  # before connecting, which may take a while
-    preemption = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    client = connect(node_id, address)
-    with _asking_ray(address):
-        accepted, why_not = client.drain_node(node_id, preemption, reason, deadline_ms, timeout=_RAY_SECONDS)
-    if not accepted:
-        raise RaydistillError(f"Ray at {address} does not drain node {node_id}: {why_not}")
+    """Tell Ray that the node will be taken in `seconds`; ends nothing by itself. Raises RaydistillError."""
+    drain_preempted(node_id, reason, round((time.time() + seconds) * 1000), address)
 
 
 def wait_for(ask: Callable[[], Answer | None], pause: float) -> Answer:
@@ -209,7 +161,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
     def find_living_node() -> str:
         node_id, address = find_node(arguments.node_id, arguments.address)
-        connect(node_id, address)
+        gcs_client(node_id, address)
         return f"node {node_id} of the cluster at {address}"
 
     def drain_here(seconds: float) -> str:  # looks again: Ray may have been started anew since, under another id

@@ -1,5 +1,4 @@
-"""What it costs that an actor, or the node under it, was lost: the work that it had open is begun again. And an end to
-that, where it is the work that the actor dies of."""
+"""What a lost actor costs: its open work begins again. Work that kills its actor each time is given up."""
 
 from __future__ import annotations
 
@@ -20,10 +19,10 @@ _MOST_TRIES = 4
 
 
 class Restart:
-    """What an actor that stands in for a lost one pays for it: its own start, and the call that the other had open.
+    """What an actor pays that replaces a lost one: its own start, and the call that the lost one had open.
 
-    Made first of all by every actor of a pool. Ray restarts a lost actor, on another node if need be, and makes its
-    open call again, so that the first call after a restart is taken for work that had been begun.
+    Every actor of a pool makes it first of all. Ray restarts a lost actor, on another node if need be, and repeats its
+    open call: the first call after a restart counts as work that began before.
     """
 
     def __init__(self) -> None:
@@ -36,23 +35,21 @@ class Restart:
         return f"{model}, to be loaded by actor {self._actor}"
 
     def note(self, images: int) -> dict[str, np.ndarray]:
-        """Of a call that made so many images' work: how many of them were begun before, and the seconds since the
-        restart."""
+        """For a call of so many images: how many of them were begun before, and the seconds since the restart."""
         again, self._again = self._again, False
         seconds = time.monotonic() - self._since if again else 0.0
         return {"images_again": np.array([images if again else 0]), "seconds_again": np.array([seconds])}
 
 
 class Tries:
-    """What was begun and not brought to an end. Ray Data replaces actors and repeats tasks for ever, and does not say
-    which piece of work a process died of, nor whether its node went with it."""
+    """Counts how often work begins without an end. Ray Data replaces actors and repeats tasks for ever, and does not
+    say which work killed a process, nor whether its node was lost."""
 
     def __init__(self) -> None:
         self._begun: dict[str, list[str]] = defaultdict(list)
 
     def begin(self, work: str, node: str) -> int:
-        """How often the work has been begun, now included. A node that is gone took along whatever it had open, so what
-        was begun there does not count."""
+        """How often the work has begun, this time included. What began on a node that is gone does not count."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         self._begun[work] = [*(node for node in self._begun[work] if node in alive), node]
         return len(self._begun[work])
@@ -62,7 +59,7 @@ class Tries:
 
 
 def new_tries() -> Any:
-    """An actor that holds the Tries of one pool, beside the driver, for as long as that has a use for it."""
+    """An actor beside the driver that holds the Tries of one pool."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     endless = {"max_restarts": -1, "max_task_retries": -1}
     return ray.remote(num_cpus=0, **endless)(Tries).options(scheduling_strategy=here).remote()
@@ -70,9 +67,9 @@ def new_tries() -> Any:
 
 @contextlib.contextmanager
 def trying(tries: Any, work: str) -> Iterator[int]:
-    """For the time of a piece of work of an actor or a task, which may be begun a few times and no more: this is which.
+    """Around a piece of work of an actor or a task. Gives the number of this try; raises StageError after too many.
 
-    `tries` is None outside Ray. Raises StageError.
+    `tries` is None outside Ray.
     """
     if tries is None:
         yield 1

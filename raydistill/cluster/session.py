@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import shutil
-import signal
 import stat
-import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-from raydistill.cluster.late_nodes import watched
+from raydistill.cluster.late_nodes import late_nodes_checked
 from raydistill.cluster.plan import Plan, live_plan, num_cores
+from raydistill.cluster.ray_private import leave_uv_alone, on_loopback, own_signals, stderr_into
 from raydistill.config import RunConfig
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, first_line_of
 from raydistill.runtime.environment import private_folder
 from raydistill.runtime.memory import object_store_bytes
 from raydistill.storage.filesystems import make_private
@@ -48,7 +44,7 @@ def ray_cluster(config: RunConfig, reserved: float = 0.0, dashboard: bool = Fals
                 from raydistill.cluster.nodes import refuse_unfit
 
                 refuse_unfit(config)
-            stack.enter_context(watched(config))
+            stack.enter_context(late_nodes_checked(config))
         yield live_plan(config, reserved)
 
 
@@ -67,22 +63,18 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
     if ray.is_initialized():  # a cluster of the caller's, which stays
         yield
         return
-    from ray._private import ray_constants
-
-    # Ray would take it that `uv run` stands for the project's folder, and send all of it to its workers.
-    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+    leave_uv_alone()
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
-    with warnings.catch_warnings(), _quiet_native_log(), _own_signals():
+    with warnings.catch_warnings(), _quiet_native_log(), own_signals():
         warnings.simplefilter("ignore", FutureWarning)
         if config.cluster.address is None:
-            # Else whoever asks, on any interface and without a token, is told Ray's metrics, tasks by name among them.
+            # Else Ray shows its metrics, with the names of tasks, to all who ask, on any interface, without a token.
             for name, off in _NO_METRICS.items():
                 os.environ.setdefault(name, off)
-            # Else ray.init waits for worker processes, for ever where they die as they start.
+            # Else ray.init waits for worker processes, and for ever where they die at their start.
             os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-            # Without clusters, as on macOS, Ray's servers listen on the loopback interface alone.
-            with patch.multiple(ray_constants, ENABLE_RAY_CLUSTER=False):
-                ray.init(
+            with on_loopback():
+                joined = ray.init(
                     address="local",
                     num_cpus=num_cores(),
                     dashboard_host="127.0.0.1",
@@ -95,35 +87,32 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
                 )
         else:
             try:
-                ray.init(address=config.cluster.address, **quiet)
+                joined = ray.init(address=config.cluster.address, **quiet)
             except (ConnectionError, TimeoutError) as error:
-                reason = (str(error).strip().splitlines() or ["no answer"])[0]
                 raise ConfigError(
-                    f"cluster.address={config.cluster.address}: no Ray cluster can be joined there ({reason}); start "
-                    "one (`ray start --head`, `ray up cluster.yaml`), and give its token where it asks for one"
+                    f"cluster.address={config.cluster.address}: no Ray cluster can be joined there "
+                    f"({first_line_of(error)}); start one (`ray start --head`, `ray up cluster.yaml`), and give its "
+                    "token where it asks for one"
                 ) from None
     _protect_token()
-    session = ray._private.worker._global_node.get_session_dir_path()
+    session = joined.address_info["session_dir"]
     try:
         if config.cluster.address is None:
-            refuse_dying_workers()
+            refuse_dying_workers(Path(session, "logs"))
         yield
     finally:
-        with _own_signals():
+        with own_signals():
             ray.shutdown()
     if config.cluster.address is None:  # sessions would pile up; where something went wrong, Ray's logs stay
         shutil.rmtree(session, ignore_errors=True)
 
 
 def _ray_folder() -> str:
-    """Where Ray's sessions go. Ray opens its folders to all, and whoever else may write to them can lead this user's
-    writing elsewhere by links; so they lie in one that is this user's alone, in RAY_TMPDIR, TMPDIR or /tmp. (Not in
-    XDG_RUNTIME_DIR, which is in memory, of which what Ray spills has to get out.) Linux takes names of sockets of up to
-    107 bytes."""
-    from ray._common.utils import get_default_system_temp_dir
-
+    """Where Ray's sessions go: a folder of this user alone in RAY_TMPDIR, TMPDIR or /tmp. Ray opens its folders to all,
+    and others could put links there that redirect this user's writes. XDG_RUNTIME_DIR will not do: it is in memory, and
+    Ray spills to disk. Linux takes names of sockets of up to 107 bytes."""
     room = 107 - len(f"/raydistill-{os.getuid()}/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
-    own, trouble = get_default_system_temp_dir(), ""
+    own, trouble = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", ""
     for above in dict.fromkeys((own, tempfile.gettempdir(), "/tmp")):
         for make in (private_folder, _new_folder) if len(os.fsencode(above)) <= room else ():
             try:
@@ -145,7 +134,7 @@ def _new_folder(above: str) -> Path:
 
 
 def _spill_directory(config: RunConfig) -> str | None:
-    """Made here: where Ray cannot write to it, Ray itself ends without a word of why."""
+    """Makes the folder: where Ray cannot write to it, Ray ends without a reason."""
     if config.cluster.spill_directory is None:
         return None
     folder = Path(config.cluster.spill_directory).expanduser().absolute()
@@ -159,63 +148,23 @@ def _spill_directory(config: RunConfig) -> str | None:
 
 @contextlib.contextmanager
 def _quiet_native_log() -> Iterator[None]:
-    """Ray's C++ layer writes to the terminal of what its Python layer raises or retries anyway. It is told not to; the
-    line in which it says that it was told is left out of what is written to the terminal meanwhile."""
+    """Tells Ray's C++ layer not to write to the terminal what its Python layer raises or retries anyway. The line by
+    which it confirms that is dropped from what is written to the terminal meanwhile."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    sys.stderr.flush()
-    terminal = os.dup(2)
     with tempfile.TemporaryFile() as written:
-        os.dup2(written.fileno(), 2)
         try:
-            yield
+            with stderr_into(written):
+                yield
         finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)
             written.seek(0)
             os.write(2, b"".join(line for line in written if b"RAY_BACKEND_LOG_LEVEL" not in line))
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray begins and ends without a say in how this process ends. Its Python handler of SIGTERM would exit with 15, and
-    is not installed; its native one, which ends the process on the spot, is taken out again at once, and so is the
-    system's, which Ray leaves behind. Its processes get a session of their own: Ctrl-C, a closed terminal and `timeout`
-    signal all of a group, and a Ray that goes first takes this process with it before anything is closed. They do not
-    inherit that SIGINT is ignored, as of a command that a script began with `&`: by it Ray cancels their tasks."""
-    from ray._private import utils
-
-    native, own, started = ctypes.CDLL(None), ctypes.create_string_buffer(1024), threading.Event()  # of any sigaction
-    native.sigaction(signal.SIGTERM, None, own)
-
-    def keep() -> None:
-        while not started.wait(0.01):
-            native.sigaction(signal.SIGTERM, own, None)
-
-    die_with_parent = utils.set_kill_on_parent_death_linux
-
-    def begin_process() -> None:  # between fork and exec
-        os.setsid()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        die_with_parent()
-
-    keeper = threading.Thread(target=keep, daemon=True)
-    keeper.start()
-    try:
-        with patch.multiple(
-            utils, set_sigterm_handler=lambda handler: None, set_kill_on_parent_death_linux=begin_process
-        ):
-            yield
-    finally:
-        started.set()
-        keeper.join()
-        native.sigaction(signal.SIGTERM, own, None)
 
 
 class RayStart:
     """Ray, started in a thread of its own while the main one loads torch and the models, or not at all.
 
-    The thread lives as long as Ray does: the system ends Ray's processes with the thread that started them. A Ray
-    `of_command` that is still starting when something goes wrong is not waited for: it ends with the process.
+    The thread lives as long as Ray does: the system ends Ray's processes with the thread that started them. When
+    something goes wrong, a Ray `of_command` that is still starting is left to end with the process.
     """
 
     def __init__(self, config: RunConfig, of_command: bool = False) -> None:
@@ -255,15 +204,15 @@ def _protect_token() -> None:
 
 
 def configure_ray_data() -> None:
-    """Rows in order, one block a shard, and no bars beside ours. For each process that makes a Dataset."""
+    """Keeps rows in order, one block a shard, and Ray's bars off. Each process that makes a Dataset calls it."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    # Ray would end an execution in which no block moves for half an hour. A block of ours may take longer, as a file of
-    # images that a slow pipeline makes on one CPU does, and so may a spot node that is waited for.
+    # Ray would end an execution in which no block moves for half an hour. A file of generated images may take longer on
+    # one CPU, and so may a spot node.
     context.execution_no_progress_timeout_s = -1
     context.target_max_block_size = 1024**3  # a shard's rows stay in one block, so that one actor call sees them all
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import ipaddress
 import os
-import re
-import shlex
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,119 +20,15 @@ from urllib.parse import urlsplit
 import aiohttp
 from packaging.requirements import Requirement
 
-from raydistill import errors
-from raydistill.cluster.nodes import PLACES
-from raydistill.cluster.upload import code_of, refuse_private
-from raydistill.config import RunConfig, overlay, to_yaml
-from raydistill.errors import ConfigError, StageError, reason_of
-from raydistill.graph import STAGES
-from raydistill.secrets import has_secret, texts
+from raydistill.cluster.upload import Package
+from raydistill.errors import ConfigError, StageError, first_line_of, reason_of
 
-COMMANDS = ("run", *(stage.name for stage in STAGES), "compare", "tune")
 STOPPED = 3  # the exit code of a job that was stopped, beside 0 (done), 1 (the run failed) and 2 (config or data)
-# The package has about 1 MiB. Whatever makes an upload large is no job file.
-_MOST_BYTES = 16 * 1024**2
 # Ray's own default is 3 s, in which no checkpoint of any size reaches a bucket.
 _STOP_SECONDS = 120
 _HEAD_SECONDS = 60.0
-_JOB_FILE = "job.yaml"
-# Keys that name small text files, which travel with the job.
-_SHIPPED = ("images.classes", "generate.names", "tune.space")
 # What the nodes were made with: the first is how they were joined, the others fit their GPUs.
 _OF_THE_NODE = ("ray", "torch", "torchvision")
-
-
-@dataclass(frozen=True)
-class Package:
-    """What a submission uploads: a folder, its files with their bytes, the command, and the id that follows from
-    them."""
-
-    folder: str
-    files: list[tuple[str, int]]
-    entrypoint: str
-    id: str
-    left_out: tuple[str, ...] = ()  # of the package's folder, what is no code of it
-
-    @property
-    def size(self) -> int:
-        return sum(size for _, size in self.files)
-
-
-def pack(
-    config: RunConfig, command: str, flags: tuple[str, ...], folder: str, python: str = "python",
-    send_outside: bool = False,
-) -> Package:  # fmt: skip
-    """Copy what the job needs into an empty folder.
-
-    Raises ConfigError: a secret in the config, a file that is missing, or lies outside of the current folder without
-    `send_outside`, more than the upload may hold.
-    """
-    if command not in COMMANDS:
-        raise ConfigError(f"submit: {command!r} is no command of a job; it is one of {', '.join(COMMANDS)}")
-    _refuse_secrets(config.model_dump(mode="json"))
-    config = _on_the_cluster(config, folder, send_outside)
-    Path(folder, _JOB_FILE).write_text(to_yaml(config))
-    source = Path(errors.__file__).parent
-    code, left_out = code_of(source)
-    for name in code:
-        target = Path(folder, "raydistill", name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target)
-    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    files = [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
-    digest = hashlib.sha256(" ".join([command, *flags]).encode())
-    for path in paths:
-        digest.update(f"\n{path.relative_to(folder)}\n".encode() + path.read_bytes())
-    package = Package(
-        folder,
-        sorted(files, key=lambda file: -file[1]),
-        shlex.join([python, "-m", "raydistill", command, _JOB_FILE, *flags]),
-        re.sub(r"[^A-Za-z0-9_.-]", "-", f"{config.name}-{command}-{digest.hexdigest()[:10]}"),
-        tuple(left_out),
-    )
-    if package.size > _MOST_BYTES:
-        largest = ", ".join(f"{name} {size:,} bytes" for name, size in package.files[:3])
-        raise ConfigError(
-            f"submit: the job would upload {package.size:,} bytes, and {_MOST_BYTES:,} is the most ({largest}); "
-            "images and weights belong where all nodes can read them"
-        )
-    return package
-
-
-def _refuse_secrets(tree: dict[str, Any], prefix: str = "") -> None:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            _refuse_secrets(value, f"{prefix}{key}.")
-        elif any(map(has_secret, texts(value))):
-            raise ConfigError(
-                f"submit: {prefix}{key} holds a password or a key, and a job's files can be read by all who reach the "
-                "cluster; leave it out and give it to the nodes' environment (MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD, AWS_… or an instance profile)"
-            )
-
-
-def _on_the_cluster(config: RunConfig, folder: str, send_outside: bool) -> RunConfig:
-    """The config as the job reads it: small files beside it, local places by their full names, the cluster joined."""
-    tree: dict[str, Any] = {"cluster": {"address": config.cluster.address or "auto"}}
-    for key in (*_SHIPPED, "workspace", *PLACES):
-        section, _, name = key.rpartition(".")
-        holder = getattr(config, section) if section else config
-        value = None if holder is None else getattr(holder, name)
-        if not isinstance(value, str) or "://" in value or value.startswith("example:"):
-            continue
-        if key in _SHIPPED:
-            if not os.path.isfile(value):
-                raise ConfigError(f"{key}={value}: no such file")
-            refuse_private(key, value, send_outside)
-            new = f"files/{key}{Path(value).suffix}"
-            Path(folder, "files").mkdir(exist_ok=True)
-            shutil.copyfile(value, Path(folder, new))
-        elif key in ("workspace", "images.path") or os.path.exists(value):
-            new = os.path.abspath(os.path.expanduser(value))
-        else:
-            continue  # the name of a model
-        (tree.setdefault(section, {}) if section else tree)[name] = new
-    return overlay(config, tree)
 
 
 def check_address(address: str) -> str:
@@ -198,7 +89,7 @@ def job_client(address: str) -> Any:
             else f"{address} wants a token; set RAY_AUTH_TOKEN or write it to ~/.ray/auth_token"
         ) from None
     except (ConnectionError, OSError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line_of(error)
         if "404" in reason:  # Ray's words for it are of an old version of Ray
             reason = "what answers there is no Ray dashboard"
         raise ConfigError(
@@ -223,20 +114,19 @@ def _start(client: Any, entrypoint: str, name: str, environment: dict[str, Any])
             client.submit_job(
                 entrypoint=entrypoint, submission_id=name, runtime_env=environment, metadata={"raydistill": entrypoint}
             )
+            return
         except RuntimeError as error:
-            if "No available agent" in str(error) and time.monotonic() < end:
-                time.sleep(1)
-                continue
-            raise StageError(
-                f"submit: the head does not take the job ({reason_of(error)}); see its log: ray logs cluster"
-            ) from None
-        return
+            if "No available agent" not in str(error) or time.monotonic() >= end:
+                raise StageError(
+                    f"submit: the head does not take the job ({reason_of(error)}); see its log: ray logs cluster"
+                ) from None
+        time.sleep(1)
 
 
 def submit(client: Any, package: Package, install: bool = False) -> tuple[str, bool]:
-    """Start the job, or find it: an equal job that runs or is done is not started again. Returns its id and whether it
-    is new. One that failed or was stopped is started again, under the next number. With `install` Ray first gives each
-    node an environment for this job with what is `pinned`."""
+    """Start the job, unless an equal one runs or is done. Returns its id and whether it is new. A job that failed or
+    was stopped is started again under the next number. With `install` Ray first makes an environment for this job on
+    each node, with what is `pinned`."""
     packages = {"pip": {"packages": pinned(), "pip_check": False}} if install else {}
     for number in range(1, 1000):
         name = package.id if number == 1 else f"{package.id}-{number}"
@@ -273,8 +163,8 @@ def existing_job(client: Any, name: str) -> Any:
 
 
 def follow(client: Any, name: str, write: Callable[[str], object]) -> int:
-    """Write the job's log as it grows, until it ends, and return the job's exit code. Where a connection breaks, the
-    next one goes on from there."""
+    """Write the job's log as it grows, until it ends, and return the job's exit code. A connection that breaks is made
+    again, and no text is written twice."""
     written = 0
     while True:
         written = asyncio.run(_tail(client, name, written, write))
@@ -286,8 +176,7 @@ def follow(client: Any, name: str, write: Callable[[str], object]) -> int:
 
 
 async def _tail(client: Any, name: str, written: int, write: Callable[[str], object]) -> int:
-    """Write all of the log but its first `written` characters, for as long as the connection lasts; returns how many
-    are written now."""
+    """Write the log from character `written` on, while the connection lasts; returns how many are written now."""
     seen = 0
     # The ways in which a connection breaks; the next one tells whether the cluster is gone.
     with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):

@@ -1,16 +1,32 @@
-"""What a job may carry off: the package's own code, and small files that are what they seem to be."""
+"""What a job uploads: the package's own code, the resolved job file, and small files that are what they seem to be."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import shlex
+import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from raydistill import errors
+from raydistill.cluster.nodes import PLACES
+from raydistill.config import RunConfig, overlay, to_yaml
 from raydistill.errors import ConfigError
-from raydistill.secrets import has_secret
+from raydistill.graph import STAGES
+from raydistill.secrets import has_secret, texts
 
-_CODE = (".py", ".html", "py.typed")  # of the package, with the pages that it fills in
+COMMANDS = ("run", *(stage.name for stage in STAGES), "compare", "tune")
+# The package has about 1 MiB. Whatever makes an upload large is no job file.
+_MOST_BYTES = 16 * 1024**2
+_JOB_FILE = "job.yaml"
+# Keys that name small text files, which travel with the job.
+_SHIPPED = ("images.classes", "generate.names", "tune.space")
+
+_CODE = (".py", ".html", ".md", "py.typed")  # of the package, with the templates of its pages
 # Files that hold keys or passwords, by the names that tools give them.
 _PRIVATE = re.compile(
     r"(?i)\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|gpg|asc|ovpn|env)$|^id_(rsa|dsa|ecdsa|ed25519)|^_?netrc$|kubeconfig"
@@ -21,9 +37,102 @@ _KEY = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY")
 _LOOKED_AT = 1024**2
 
 
+@dataclass(frozen=True)
+class Package:
+    """What a submission uploads: a folder, its files with their bytes, the command, and the id that follows from
+    them."""
+
+    folder: str
+    files: list[tuple[str, int]]
+    entrypoint: str
+    id: str
+    left_out: tuple[str, ...] = ()  # of the package's folder, what is no code of it
+
+    @property
+    def size(self) -> int:
+        return sum(size for _, size in self.files)
+
+
+def pack(
+    config: RunConfig, command: str, flags: tuple[str, ...], folder: str, python: str = "python",
+    send_outside: bool = False,
+) -> Package:  # fmt: skip
+    """Copy what the job needs into an empty folder.
+
+    Raises ConfigError: a secret in the config, a file that is missing, or lies outside of the current folder without
+    `send_outside`, more than the upload may hold.
+    """
+    if command not in COMMANDS:
+        raise ConfigError(f"submit: {command!r} is no command of a job; it is one of {', '.join(COMMANDS)}")
+    _refuse_secrets(config.model_dump(mode="json"))
+    config = _on_the_cluster(config, folder, send_outside)
+    Path(folder, _JOB_FILE).write_text(to_yaml(config))
+    source = Path(errors.__file__).parent
+    code, left_out = code_of(source)
+    for name in code:
+        target = Path(folder, "raydistill", name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target)
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    files = [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
+    digest = hashlib.sha256(" ".join([command, *flags]).encode())
+    for path in paths:
+        digest.update(f"\n{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    package = Package(
+        folder,
+        sorted(files, key=lambda file: -file[1]),
+        shlex.join([python, "-m", "raydistill", command, _JOB_FILE, *flags]),
+        re.sub(r"[^A-Za-z0-9_.-]", "-", f"{config.name}-{command}-{digest.hexdigest()[:10]}"),
+        tuple(left_out),
+    )
+    if package.size > _MOST_BYTES:
+        largest = ", ".join(f"{name} {size:,} bytes" for name, size in package.files[:3])
+        raise ConfigError(
+            f"submit: the job would upload {package.size:,} bytes, and {_MOST_BYTES:,} is the most ({largest}); "
+            "images and weights belong where all nodes can read them"
+        )
+    return package
+
+
+def _refuse_secrets(tree: dict[str, Any], prefix: str = "") -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _refuse_secrets(value, f"{prefix}{key}.")
+        elif any(map(has_secret, texts(value))):
+            raise ConfigError(
+                f"submit: {prefix}{key} holds a password or a key, and a job's files can be read by all who reach the "
+                "cluster; leave it out and give it to the nodes' environment (MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, AWS_… or an instance profile)"
+            )
+
+
+def _on_the_cluster(config: RunConfig, folder: str, send_outside: bool) -> RunConfig:
+    """The config as the job reads it: small files beside it, local places by their full names, the cluster joined."""
+    tree: dict[str, Any] = {"cluster": {"address": config.cluster.address or "auto"}}
+    for key in (*_SHIPPED, "workspace", *PLACES):
+        section, _, name = key.rpartition(".")
+        holder = getattr(config, section) if section else config
+        value = None if holder is None else getattr(holder, name)
+        if not isinstance(value, str) or "://" in value or value.startswith("example:"):
+            continue
+        if key in _SHIPPED:
+            if not os.path.isfile(value):
+                raise ConfigError(f"{key}={value}: no such file")
+            refuse_private(key, value, send_outside)
+            new = f"files/{key}{Path(value).suffix}"
+            Path(folder, "files").mkdir(exist_ok=True)
+            shutil.copyfile(value, Path(folder, new))
+        elif key in ("workspace", "images.path") or os.path.exists(value):
+            new = os.path.abspath(os.path.expanduser(value))
+        else:
+            continue  # the name of a model
+        (tree.setdefault(section, {}) if section else tree)[name] = new
+    return overlay(config, tree)
+
+
 def code_of(source: Path) -> tuple[list[str], list[str]]:
-    """The files of the package that travel, and what else lies in its folder: what is no code, what is hidden or looks
-    like a key, links that lead out of it, and what the repository that it may lie in ignores."""
+    """The package's files that are uploaded, and those that are not: what is no code, is hidden, holds a key, is a link
+    that leads out of the folder, or is ignored by the repository around it."""
     ignored, code, left_out = _ignored(source), list[str](), list[str]()
     for folder, folders, files in os.walk(source):  # it enters no link
         hidden = {name for name in folders if name.startswith(".") or Path(folder, name).is_symlink()}
@@ -53,8 +162,8 @@ def _holds_key(file: Path) -> bool:
 
 
 def refuse_private(key: str, value: str, may_lie_outside: bool = False) -> None:
-    """What the job names is sent as it is, so it must be what it seems to be and, unless it `may_lie_outside`, lie in
-    the folder where the command was given. Raises ConfigError."""
+    """Raises ConfigError where a file that the job names looks private or, unless it `may_lie_outside`, is not in the
+    current folder."""
     named, here = Path(os.path.abspath(value)), Path.cwd()
     real = named.resolve()
     home = named.parent if may_lie_outside and not named.is_relative_to(here) else here

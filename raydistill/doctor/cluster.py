@@ -7,7 +7,7 @@ from raydistill.cluster.plan import live_plan
 from raydistill.cluster.session import joined_cluster
 from raydistill.config import RunConfig, overlay
 from raydistill.doctor import cluster_file, kuberay_file
-from raydistill.doctor.node_types import read_documents
+from raydistill.doctor.cluster_documents import read_documents
 from raydistill.errors import ConfigError
 
 
@@ -25,9 +25,8 @@ def check_cluster(config: RunConfig) -> list[Finding]:
 
 
 def check_offers(config: RunConfig | None, path: str) -> list[Finding]:
-    """Against the node types of a cluster.yaml or of KubeRay's file, which may scale from none: what all of them come
-    to, and whether there is one for every label asked for."""
-
+    """Look at the node types of a cluster.yaml or of KubeRay's file, which may scale from none: what they add up to,
+    and whether one has the labels that the job asks for."""
     if any("kind" in document for document in read_documents(path)):  # as all have that are for Kubernetes
         faults, offered, then = kuberay_file.check_kuberay_file(path), kuberay_file.offered, "kubectl apply"
     else:

@@ -6,31 +6,16 @@ nothing, or shows only when the nodes are paid for and do not join.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
+from raydistill.cluster.ray_private import cluster_file_schema, refuse_cluster_file, refuse_labels
+from raydistill.doctor.cluster_documents import mapping, meant, read_documents
 from raydistill.doctor.ec2 import aws_faults
-from raydistill.doctor.kuberay_file import check_kuberay_file
-from raydistill.doctor.node_types import (
-    LOOPBACK,
-    NodeType,
-    idle_fault,
-    kept_gpus,
-    mapping,
-    meant,
-    other_ray,
-    read_documents,
-    unlabelled,
-    without_fallback,
-    wrong_flags,
-)
+from raydistill.doctor.node_types import LOOPBACK, NodeType, idle_fault, kept_gpus, other_ray, type_faults, wrong_flags
 from raydistill.errors import ConfigError, reason_of
-
-__all__ = ["NodeType", "check_cluster_file", "check_kuberay_file", "offered"]
 
 # The words of JSON Schema in plainer ones.
 TYPES = {"array": "a list", "object": "keys and values", "string": "text, in quotes", "boolean": "true or false"}
@@ -69,7 +54,6 @@ def check_cluster_file(path: str) -> list[str]:
     if faults:
         return faults
     types, kind = _node_types(file), file["provider"]["type"]
-    prefix = "available_node_types"
     if kind == "aws":
         of_cloud = list(aws_faults(file, types))
     else:
@@ -82,9 +66,8 @@ def check_cluster_file(path: str) -> list[str]:
         *_limits(file),
         *of_cloud,
         *_head(file),
-        *unlabelled(prefix, types),
         *_workers(file, types),
-        *without_fallback(prefix, types),
+        *type_faults("available_node_types", types),
         *_idle(file),
         *_starts(file),
         *_installs(file),
@@ -100,20 +83,16 @@ def _read(path: str) -> dict[str, Any]:
 
 def _refused_by_ray(file: dict[str, Any]) -> list[str]:
     """By Ray's own validation, whose defaults are left out: everything that they would fill in is asked for."""
-    import ray.autoscaler
     from jsonschema import Draft7Validator  # type: ignore[import-untyped]  # comes with ray
-    from ray.autoscaler._private.util import validate_config
 
-    with open(f"{os.path.dirname(ray.autoscaler.__file__)}/ray-schema.json", encoding="utf-8") as text:
-        validator = Draft7Validator(_of_text(json.load(text)))
-
+    validator = Draft7Validator(_of_text(cluster_file_schema()))
     missing = [key for key in ("max_workers", "head_node_type", "available_node_types") if key not in file]
     if missing:
         return [f"{key}: missing, and Ray's default is another cluster; add it" for key in missing]
     try:
         if faults := [fault for error in validator.iter_errors(file) for fault in _schema_faults(error)]:
             return faults
-        validate_config({"cluster_synced_files": [], **file})
+        refuse_cluster_file(file)
     except TypeError as error:
         return [f"the file: a key is not text ({error}); write keys in quotes that YAML takes for something else"]
     except ValueError as error:  # about numbers and names, which are said here with the figures
@@ -202,15 +181,13 @@ def _head(file: dict[str, Any]) -> Iterator[str]:
 
 
 def _workers(file: dict[str, Any], types: list[NodeType]) -> Iterator[str]:
-    from ray._private.label_utils import validate_node_label_syntax
-
     for node_type in types:
         key, entry = f"available_node_types.{node_type.name}", file["available_node_types"][node_type.name]
         for name in node_type.resources:
             if name not in RESOURCES and (slip := meant(name, RESOURCES, "")):
                 yield f"{key}.resources.{name}: no resource of Ray's{slip}"
         try:
-            validate_node_label_syntax(node_type.labels)
+            refuse_labels(node_type.labels)
         except ValueError as error:
             yield f"{key}.labels: {reason_of(error)}"
         if node_type.name == file["head_node_type"]:

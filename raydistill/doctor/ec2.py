@@ -11,7 +11,8 @@ from datetime import date
 from functools import lru_cache
 from typing import Any
 
-from raydistill.doctor.node_types import NodeType, mapping, meant
+from raydistill.doctor.cluster_documents import mapping, meant
+from raydistill.doctor.node_types import NodeType
 
 # What Ray's AWS provider and its launcher read; its schema lets any key pass.
 PROVIDER_KEYS = {

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from posixpath import splitext
-from typing import Literal
 
 from PIL import Image
 
@@ -49,12 +48,17 @@ class Finding:
     """One kind of thing that was found. `stop`: a run would refuse the data; `loses`: it would leave images out;
     `look`: it would go on, and a person had better look; `note`: all is well, but not as it may seem."""
 
-    severity: Literal["stop", "loses", "look", "note"]
+    severity: str
     what: str
     count: int
     examples: tuple[str, ...]
     done: str  # what a run does about it
     change: str  # how to have it otherwise
+
+
+def _found(names: Sequence[str], severity: str, what: str, done: str, change: str) -> list[Finding]:
+    """The finding that so many are of a kind; none where none is."""
+    return [Finding(severity, what, len(names), tuple(names[:EXAMPLES]), done, change)] if names else []
 
 
 @dataclass(frozen=True)
@@ -141,14 +145,10 @@ def _judge(
     used = [look for look in looks if look.decoded.entry in entries]
     findings += _near_copies(used, split_of)
     findings += _of_pixels(config, used)
-    findings += [
-        Finding("note", what, count, (), "ignored", "rename or move them, if they are pictures to learn from")
-        for what, count in listing.ignored.items()
-    ]
-    findings += [
-        Finding("look", what, count, (), "as it says", "write them as they are meant")
-        for what, count in listing.notes.items()
-    ]
+    rename = "rename or move them, if they are pictures to learn from"
+    findings += [Finding("note", what, count, (), "ignored", rename) for what, count in listing.ignored.items()]
+    meant = "write them as they are meant"
+    findings += [Finding("look", what, count, (), "as it says", meant) for what, count in listing.notes.items()]
     counts = {s: dict(Counter(d.entry.label or "" for d in members)) for s, members in splits.items() if members}
     order = ("stop", "loses", "look", "note")
     return sorted(findings, key=lambda f: order.index(f.severity)), counts
@@ -159,10 +159,10 @@ def _unusable(images: Images, known: list[Decoded], total: int, strict: bool) ->
     bad = [d for d in known if d.reason]
     for d in bad:
         by_reason[d.reason.partition(":")[0]].append(f"{entry_name(d.entry)}: {d.reason}")
-    for reason, examples in by_reason.items():
-        severity: Literal["stop", "loses"] = "stop" if strict else "loses"
-        done = "the look ended here" if strict else "left out, and listed in refused.json"
-        yield Finding(severity, reason, len(examples), tuple(examples[:EXAMPLES]), done, "mend or remove the files")
+    severity = "stop" if strict else "loses"
+    done = "the look ended here" if strict else "left out, and listed in refused.json"
+    for reason, names in by_reason.items():
+        yield from _found(names, severity, reason, done, "mend or remove the files")
     try:
         refuse_too_many_bad(images, bad, len(known), total)
     except DataError as error:
@@ -183,7 +183,7 @@ def _copies(known: list[Decoded]) -> Iterator[Finding]:
             across.append(group)
         elif len(group) > 1:
             within.append(group)
-    kinds: list[tuple[list[list[Entry]], str, str, str]] = [
+    kinds = [
         (two_labels, "one file under several labels", "left out under each of them",
          "keep it under the label that is right"),
         (across, "one file in several splits", "the test split keeps it, then val", "keep it in one split"),
@@ -217,26 +217,22 @@ def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding
             across.append(words)
         else:
             within.append(words)
-    if across:
-        yield Finding("look", "all but the same picture in two splits", len(across), tuple(across[:EXAMPLES]),
-                      "both stay, so val and test flatter the student",
-                      "keep what belongs together in one split, by naming splits in the data")  # fmt: skip
-    if labels:
-        yield Finding("look", "all but the same picture under two labels", len(labels), tuple(labels[:EXAMPLES]),
-                      "both stay", "look which label is right")  # fmt: skip
-    if within:
-        yield Finding("note", "all but the same picture in one split", len(within), tuple(within[:EXAMPLES]),
-                      "both stay", "take one out, if they are no two pictures")  # fmt: skip
+    flatters, apart = "both stay, so val and test flatter the student", "keep what belongs together in one split"
+    yield from _found(across, "look", "all but the same picture in two splits", flatters, apart)
+    yield from _found(
+        labels, "look", "all but the same picture under two labels", "both stay", "correct the wrong label"
+    )
+    yield from _found(within, "note", "all but the same picture in one split", "both stay", "remove one of the two")
 
 
 def _of_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[Finding]:
     train = Counter(d.entry.label for d in splits["train"])
-    if lacking := [name for name in listing.classes if not train[name]]:
-        yield Finding("stop", "classes without a usable train image", len(lacking), tuple(lacking[:EXAMPLES]),
-                      "a run refuses to start", "add images, or take the class out of the data")  # fmt: skip
+    lacking = [name for name in listing.classes if not train[name]]
+    yield from _found(lacking, "stop", "classes without a usable train image", "a run refuses to start",
+                      "add images, or take the class out of the data")  # fmt: skip
     for what, names in lacking_classes(listing, splits).items():
-        yield Finding("look", what, len(names), tuple(names[:EXAMPLES]), "they are taken as they are",
-                      "add images, or name the splits in the data")  # fmt: skip
+        yield from _found(names, "look", what, "they are taken as they are",
+                          "add images, or name the splits in the data")  # fmt: skip
     for split in ("val", "test"):
         if not splits[split]:
             yield Finding("look", f"no {split} image at all", 1, (), f"nothing is measured on {split}",
@@ -273,7 +269,7 @@ def _of_pixels(config: RunConfig, used: list[Look]) -> Iterator[Finding]:
             long.append(f"{name} is {facts.width}x{facts.height}")
     shape = "all but the central square is cut away" if fit == "crop" else "most of the square is white"
     other_fit = "images.fit=pad keeps the whole picture" if fit == "crop" else "cut out what matters beforehand"
-    kinds: list[tuple[list[str], Literal["look", "note"], str, str, str]] = [
+    kinds = [
         (blank, "look", "pictures that show next to nothing", "they are used", "look at them, and take them out"),
         (long, "look", f"more than {_LONG:g} times as long as wide", shape, other_fit),
         (huge, "note", f"more than {_HUGE / 1e6:.0f} million pixels", "read, slowly", "store them smaller"),
@@ -281,6 +277,5 @@ def _of_pixels(config: RunConfig, used: list[Look]) -> Iterator[Finding]:
         (other_form, "note", "content of another format than the name says", "the content decides", "rename them"),
         *((by_note[note], "note", note, "as it says", "nothing is needed") for note in NOTES),
     ]  # fmt: skip
-    for names, severity, what, done, change in kinds:
-        if names:
-            yield Finding(severity, what, len(names), tuple(names[:EXAMPLES]), done, change)
+    for kind in kinds:
+        yield from _found(*kind)

@@ -6,19 +6,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from raydistill.cluster.ray_private import autoscaling_of
+from raydistill.doctor.cluster_documents import mapping, meant, read_documents
 from raydistill.doctor.kubernetes_schema import document_faults, has_client
 from raydistill.doctor.node_types import (
     LOOPBACK,
     NodeType,
     idle_fault,
     kept_gpus,
-    mapping,
-    meant,
     other_ray,
-    read_documents,
     start_options,
-    unlabelled,
-    without_fallback,
+    type_faults,
 )
 
 # Ray drains a pod's node for up to 30 seconds, and a training step and its checkpoint come on top.
@@ -101,7 +99,7 @@ def _cluster(key: str, spec: dict[str, Any], kind: str) -> list[str]:
     if kind == "RayCluster":  # a job's own cluster goes with it
         for node_type in types:
             faults += kept_gpus(f"{key}.{node_type.name}.minReplicas", node_type)
-    return [*faults, *unlabelled(key, types), *without_fallback(key, types)]
+    return [*faults, *type_faults(key, types)]
 
 
 def _replicas(key: str, group: dict[str, Any]) -> Iterator[str]:
@@ -193,11 +191,9 @@ def _resources(key: str, resources: dict[str, Any]) -> Iterator[str]:
 
 
 def _node_types(spec: dict[str, Any]) -> list[NodeType]:
-    """The groups as Ray's autoscaler reads them, by a function that is not public; the head's first."""
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-
+    """The groups as Ray's autoscaler reads them; the head's first."""
     document = {"metadata": {"name": "cluster", "namespace": "default"}, "spec": spec}
-    entries = _derive_autoscaling_config_from_ray_cr(document)["available_node_types"].items()
+    entries = autoscaling_of(document)["available_node_types"].items()
     return [
         NodeType(
             "headGroupSpec" if position == 0 else f"workerGroupSpecs.{name}",

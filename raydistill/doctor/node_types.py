@@ -1,15 +1,12 @@
-"""What is common to the files that describe a cluster: how they are read, and the kinds of nodes they offer."""
+"""The kinds of nodes that a file about a cluster offers, and what may be wrong with them on AWS and on Kubernetes."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from raydistill import documents
-from raydistill.errors import ConfigError
+from raydistill.doctor.cluster_documents import meant
 
 # What a dashboard may listen on: code can be run through it.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -31,26 +28,6 @@ class NodeType:
     max_workers: int
     spot: bool
     priority: int = 0
-
-
-def read_documents(path: str) -> list[dict[str, Any]]:
-    """The YAML documents of a file. Raises ConfigError where it cannot be read or is no YAML of keys and values."""
-    found = documents.read_documents(path, "give a cluster.yaml, or KubeRay's")
-    if not found or not all(isinstance(document, dict) for document in found):
-        raise ConfigError(f"{path} is no YAML of keys and values")
-    return found
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    """What stands where keys are expected, or none where something else does."""
-    return value if isinstance(value, dict) else {}
-
-
-def meant(key: object, known: Iterable[str], else_: str = "; leave it out", likeness: float = 0.6) -> str:
-    """The nearest of the known names, capitals aside, or what else to do."""
-    by_small = {name.casefold(): name for name in known}
-    close = difflib.get_close_matches(str(key).casefold(), by_small, n=1, cutoff=likeness)
-    return f"; did you mean {by_small[close[0]]}?" if close else else_
 
 
 def kept_gpus(key: str, node_type: NodeType) -> Iterator[str]:
@@ -100,14 +77,11 @@ def wrong_flags(key: str, command: str) -> Iterator[str]:
                 yield f"{key}: `ray start` takes no --{flag}{meant(flag, start_options())}"
 
 
-def unlabelled(prefix: str, types: list[NodeType]) -> Iterator[str]:
+def type_faults(prefix: str, types: list[NodeType]) -> Iterator[str]:
+    """Types without labels, and spot types without an on-demand type of the same GPUs that Ray prefers less."""
     for node_type in types:
         if not node_type.labels:
             yield f"{prefix}.{node_type.name}.labels: none, so no work can ask for this kind; write {{pool: ...}}"
-
-
-def without_fallback(prefix: str, types: list[NodeType]) -> Iterator[str]:
-    """Spot types without an on-demand type of the same GPUs that Ray prefers less."""
     for spot in types:
         needed = {name: count for name, count in spot.resources.items() if name not in ("CPU", "memory")}
         if spot.spot and not any(

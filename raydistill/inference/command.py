@@ -15,18 +15,9 @@ from raydistill.config import RunConfig
 from raydistill.data.decode import working_images
 from raydistill.data.isolation import start_processes
 from raydistill.errors import DataError
-from raydistill.inference.predict import (
-    LARGE,
-    Answer,
-    Predictor,
-    best,
-    check_output,
-    find_units,
-    predict_locally,
-    predict_on_ray,
-    without_first,
-    write_answers,
-)
+from raydistill.inference.answers import Answer, best, check_output, write_answers
+from raydistill.inference.listening import ServeSettings
+from raydistill.inference.predict import LARGE, Predictor, find_units, predict_locally, predict_on_ray, without_first
 from raydistill.models.about import Engine, check_export
 from raydistill.runtime import interrupts
 from raydistill.runtime.progress import Progress
@@ -93,10 +84,7 @@ def predict_command(
         raise DataError("not one of the pictures could be read")
 
 
-def serve_command(
-    folder: str, engine: str, host: str, sockets: list[socket.socket], allowed: Sequence[str],
-    most_bytes: int, most_pixels: int, window_seconds: float,
-) -> None:  # fmt: skip
+def serve_command(folder: str, engine: str, host: str, sockets: list[socket.socket], settings: ServeSettings) -> None:
     """Until it is interrupted. Raises ConfigError where the folder is no exported student."""
     from raydistill.inference.listening import addresses, own_names, run
     from raydistill.inference.serve import make_app
@@ -105,13 +93,13 @@ def serve_command(
     start_processes(working_images, num_cores())
     predictor = Predictor(folder, cast(Engine, engine))
     title = f"{about['model']}, {len(predictor.classes)} classes"
-    app = make_app(predictor, title, most_bytes, most_pixels, window_seconds, own, allowed)
+    app = make_app(predictor, title, own, settings)
     urls, is_open = addresses(sockets)
     plain_console().print(f"serving {folder} at {' and '.join(urls)} (Ctrl-C ends it)", soft_wrap=True)
     if is_open:
         print(
             f"warning: whoever reaches {host} may ask; there is no login and no encryption\n"
-            f"it answers to {', '.join(sorted({*own, *allowed}))}; every further name, "
+            f"the server answers to {', '.join(sorted({*own, *settings.allowed}))}; every further name, "
             "as a proxy's or a service's, needs --allow-host NAME",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""Sockets and connections of `serve`: where it listens, and how long a slow client is borne."""
+"""Sockets and connections of `serve`: where it listens, and how long it waits for slow clients."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import errno
 import ipaddress
 import re
 import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -20,6 +22,17 @@ from raydistill.errors import ConfigError
 MOST_CONNECTIONS = 512
 # For a request's head; for all of a request, its body and answer; for open requests once the server is told to end.
 HEAD_SECONDS, EXCHANGE_SECONDS, GOODBYE_SECONDS = 10, 600, 3
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Limits of a request's bytes and of a picture's pixels, the seconds in which requests gather, and further names
+    that the server answers to."""
+
+    most_bytes: int
+    most_pixels: int
+    window_seconds: float
+    allowed: Sequence[str] = ()
 
 
 class _Protocol(H11Protocol):

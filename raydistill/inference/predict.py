@@ -1,17 +1,14 @@
-"""predict: an exported student names the class of pictures, from exactly the pixels that it was trained to see.
+"""predict: an exported student names the class of pictures, from exactly the pixels that training would show it.
 
 Shapes: B images, H working pixels on a side, C classes.
 """
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from pyarrow import parquet as pq
 from scipy.special import softmax
 
 from raydistill.cluster.plan import num_cores
@@ -31,25 +27,15 @@ from raydistill.data.sources.folders import files_below
 from raydistill.data.sources.reading import read_pictures
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, DataError
+from raydistill.inference.answers import Answer, chunks
 from raydistill.models.about import Engine, check_export
 from raydistill.models.formats import load_from_library, network_inputs, onnx_run, torch_run
-from raydistill.storage.filesystems import write_file
 from raydistill.strangers import written
 
 Unit = tuple[str, int, int]  # a file; or, of a file of many images, the first of its rows and how many
 # More pictures than this go through a pool of actors, which takes some ten seconds to start.
 LARGE = 10_000
 _TOGETHER, _HELD_BYTES = 64, 64 << 20
-OUTPUTS = (".csv", ".json", ".jsonl", ".parquet")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the student says of one picture: the probability of each class in their order, or why it says nothing."""
-
-    name: str
-    probabilities_C: np.ndarray | None
-    error: str = ""
 
 
 class Predictor:
@@ -89,8 +75,8 @@ class Predictor:
         return probabilities_BC
 
     def answer(self, units: Sequence[Unit]) -> Iterator[Answer]:
-        """One for each picture, in order; one that cannot be read, or kills the process that decodes it, takes no other
-        along."""
+        """One for each picture, in order. A picture that cannot be read, or kills the process that decodes it, harms no
+        other."""
         most_bytes = self._image["max_bytes"]
         return self._answers(picture for unit in _merged(units) for picture in _read(unit, most_bytes))
 
@@ -101,7 +87,7 @@ class Predictor:
     def _answers(self, pictures: Iterable[tuple[str, bytes | None, str]]) -> Iterator[Answer]:
         for part in _together(pictures, self.most_together):
             cores = num_cores()
-            files = _chunks((data or b"" for _, data, _ in part), max(1, len(part) // (4 * cores)))
+            files = chunks((data or b"" for _, data, _ in part), max(1, len(part) // (4 * cores)))
             made = [image for _, some in map_isolated(self._decode, files, cores) for image in some]
             images = [image for image in made if not isinstance(image, str)]
             found = iter(self.probabilities(np.stack(images)) if images else ())
@@ -110,7 +96,7 @@ class Predictor:
 
 
 def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> list[Unit]:
-    """Files as they are named, and every picture below folders; what else is there is counted by reason.
+    """Files as they are named, and every picture below folders. What else is there counts in `ignored`, by reason.
 
     Raises DataError where there is nothing at a path, or no picture, or a table without the column `image`.
     """
@@ -173,7 +159,7 @@ def predict_on_ray(folder: str, engine: Engine, units: Sequence[Unit]) -> Iterat
 
     from raydistill.cluster.restarts import new_tries
 
-    parts = [{"units": json.dumps(part)} for part in _chunks(units, _TOGETHER)]
+    parts = [{"units": json.dumps(part)} for part in chunks(units, _TOGETHER)]
     most = max(1, min(int(ray.cluster_resources().get("CPU", 1)), len(parts)))
     answered = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         _PredictActor, fn_constructor_args=(folder, engine, new_tries()), batch_size=1, batch_format="numpy",
@@ -196,110 +182,11 @@ class _PredictActor:
         with trying(self._tries, f"{len(units)} pictures, {written(units[0][0])} the first"):
             answers = list(self._predictor.answer(units))
         nothing: list[float] = []
-        return pa.table(
-            {
-                "name": [answer.name for answer in answers],
-                "error": [answer.error for answer in answers],
-                "probabilities": pa.array(
-                    [nothing if a.probabilities_C is None else a.probabilities_C for a in answers],
-                    pa.list_(pa.float32()),
-                ),
-            }
-        )
-
-
-def best(answer: Answer, classes: Sequence[str], top: int) -> list[tuple[str, int, float]]:
-    """Name, number and probability of the `top` likeliest classes, the likeliest first; 0: all of them. A class's
-    number is its place in the export's list, and the graphs' logits."""
-    if answer.probabilities_C is None:
-        return []
-    order = np.argsort(-answer.probabilities_C, kind="stable")[: top or None]
-    return [(classes[k], int(k), float(answer.probabilities_C[k])) for k in order]
-
-
-def check_output(path: str) -> None:
-    """Raises ConfigError where the ending is none that answers are written as."""
-    if Path(path).suffix.lower() not in OUTPUTS:
-        raise ConfigError(f"--out {path}: use a name that ends in {', '.join(OUTPUTS)}")
-
-
-def write_answers(answers: Iterable[Answer], classes: Sequence[str], top: int, path: str) -> None:
-    """As CSV, JSON, JSON lines or parquet, by the path's ending, row by row. Where the answers end in an exception, an
-    interruption too, those before it are written all the same, and it is raised again.
-
-    Raises ConfigError where the ending is another, StageError where the file cannot be written.
-    """
-    check_output(path)
-    count, every, ends = min(top, len(classes)) or len(classes), iter(answers), list[BaseException]()
-    first = list(itertools.islice(every, 1))  # where not even one comes, there is no file
-
-    def rows() -> Rows:
-        try:
-            for answer in itertools.chain(first, every):
-                yield answer, best(answer, classes, top)
-        except BaseException as error:
-            ends.append(error)
-
-    writers: dict[str, Callable[[str], None]] = {
-        ".csv": lambda file: _write_csv(rows(), count, file),
-        ".json": lambda file: _write_json(rows(), file),
-        ".jsonl": lambda file: _write_lines(rows(), file),
-        ".parquet": lambda file: _write_parquet(rows(), file),
-    }
-    write_file(path, writers[Path(path).suffix.lower()])
-    if ends:
-        raise ends[0]
-
-
-Rows = Iterator[tuple[Answer, list[tuple[str, int, float]]]]
-
-
-def _write_csv(rows: Rows, count: int, file: str) -> None:
-    columns, places = ("class", "number", "probability"), range(1, count + 1)
-    titles = [f"{what}{'' if k == 1 else f'_{k}'}" for k in places for what in columns]
-    with open(file, "w", newline="", encoding="utf-8") as sink:
-        writer = csv.writer(sink)
-        writer.writerow(["picture", *titles, "error"])
-        for answer, found in rows:
-            cells = [cell for name, k, p in found for cell in (name, k, f"{p:.6f}")] or [""] * len(titles)
-            writer.writerow([answer.name, *cells, answer.error])
-
-
-def _as_json(answer: Answer, found: list[tuple[str, int, float]]) -> str:
-    row: dict[str, Any] = {"picture": answer.name}
-    if answer.error:
-        row["error"] = answer.error
-    else:
-        row["classes"] = [{"class": name, "number": k, "probability": round(p, 6)} for name, k, p in found]
-    return json.dumps(row, ensure_ascii=False)
-
-
-def _write_json(rows: Rows, file: str) -> None:
-    with open(file, "w", encoding="utf-8") as sink:
-        for number, row in enumerate(rows):
-            sink.write(f"{',' if number else '['}\n{_as_json(*row)}")
-        sink.write("\n]\n")
-
-
-def _write_lines(rows: Rows, file: str) -> None:
-    with open(file, "w", encoding="utf-8") as sink:
-        sink.writelines(f"{_as_json(*row)}\n" for row in rows)
-
-
-def _write_parquet(rows: Rows, file: str) -> None:
-    item = pa.struct([("class", pa.string()), ("number", pa.int32()), ("probability", pa.float32())])
-    schema = pa.schema([("picture", pa.string()), ("classes", pa.list_(item)), ("error", pa.string())])
-    with pq.ParquetWriter(file, schema) as writer:
-        for part in _chunks(rows, 4096):
-            items = [
-                {
-                    "picture": answer.name,
-                    "classes": [{"class": name, "number": k, "probability": p} for name, k, p in found],
-                    "error": answer.error or None,
-                }
-                for answer, found in part
-            ]
-            writer.write_table(pa.Table.from_pylist(items, schema))
+        probabilities = [nothing if a.probabilities_C is None else a.probabilities_C for a in answers]
+        return pa.table({
+            "name": [answer.name for answer in answers], "error": [answer.error for answer in answers],
+            "probabilities": pa.array(probabilities, pa.list_(pa.float32())),
+        })  # fmt: skip
 
 
 def _merged(units: Sequence[Unit]) -> list[Unit]:
@@ -325,7 +212,7 @@ def _read(unit: Unit, most_bytes: int) -> Iterator[tuple[str, bytes | None, str]
 def _together(
     pictures: Iterable[tuple[str, bytes | None, str]], most: int
 ) -> Iterator[list[tuple[str, bytes | None, str]]]:
-    """Lists of up to so many, which end where their bytes are as many as are held at once."""
+    """Lists of up to `most` pictures, and of no more bytes than may be held at once."""
     part, held = [], 0
     for picture in pictures:
         part.append(picture)
@@ -335,9 +222,3 @@ def _together(
             part, held = [], 0
     if part:
         yield part
-
-
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk

@@ -1,7 +1,7 @@
-"""serve: an exported student behind HTTP on this machine, for trying it out and for products that live beside it.
+"""serve: an exported student behind HTTP on this machine, for a trial and for products that live beside it.
 
-`GET /` is a page to drop a picture on, `GET /health` says what is served, `POST /predict` takes pictures (intake.py)
-and answers with classes, their numbers and probabilities. Requests that come within a few milliseconds go
+`GET /` is a page to drop a picture on, `GET /health` names the model and its classes, `POST /predict` takes pictures
+(intake.py) and answers with classes, their numbers and probabilities. Requests that come within a few milliseconds go
 through the network together.
 """
 
@@ -28,9 +28,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raydistill.errors import DataError
+from raydistill.inference.answers import Answer, best
 from raydistill.inference.intake import WANTED, Intake
-from raydistill.inference.listening import host_name
-from raydistill.inference.predict import Answer, Predictor, best
+from raydistill.inference.listening import ServeSettings, host_name
+from raydistill.inference.predict import Predictor
 
 _TOP = 5
 _GONE = 499  # nginx's number for a client that left before its answer
@@ -62,7 +63,7 @@ class Batcher:
             images = np.stack([image for image, _ in batch])
             try:
                 found = await run_in_threadpool(self._predictor.probabilities, images)
-            except Exception as error:  # those who wait are told; the next batch may fare better
+            except Exception as error:  # it answers those who wait; the next batch may succeed
                 for _, answer in batch:
                     if not answer.done():
                         answer.set_exception(RuntimeError(str(error)))
@@ -72,13 +73,11 @@ class Batcher:
                     answer.set_result(probabilities_C)
 
 
-def make_app(
-    predictor: Predictor, title: str, most_bytes: int, most_pixels: int, window_seconds: float,
-    own: Collection[str], allowed: Collection[str] = (),
-) -> ASGIApp:  # fmt: skip
-    """The ASGI application, which logs each request. It answers to its `own` names and addresses, and to those that its
-    owner `allowed`, from whose pages it may be asked too."""
-    batcher, intake = Batcher(predictor, window_seconds), Intake(most_bytes)
+def make_app(predictor: Predictor, title: str, own: Collection[str], settings: ServeSettings) -> ASGIApp:
+    """The ASGI application, which logs each request. It answers to its `own` names and addresses, and to those that the
+    settings allow; pages from the latter may ask it too."""
+    batcher, intake = Batcher(predictor, settings.window_seconds), Intake(settings.most_bytes)
+    most_pixels = settings.most_pixels
     # Apart from the network's thread, so that pictures which wait for memory keep no answer waiting.
     decoders = CapacityLimiter(max(2, os.cpu_count() or 2))
 
@@ -125,7 +124,9 @@ def make_app(
 
     routes = [Route("/", page), Route("/health", health), Route("/predict", predict, methods=["POST"])]
     handlers: dict[Any, Any] = {HTTPException: say, ClientDisconnect: gone, RuntimeError: failed}
-    return _logged(_guarded(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), own, allowed))
+    return _logged(
+        _guarded(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), own, settings.allowed)
+    )
 
 
 def _top(request: Request) -> int:
@@ -136,9 +137,9 @@ def _top(request: Request) -> int:
 
 
 def _guarded(app: ASGIApp, own: Collection[str], allowed: Collection[str]) -> ASGIApp:
-    """Without what other sites have a browser ask: under a name of theirs that they point at this machine (DNS
-    rebinding), or from a page of theirs. Starlette's TrustedHostMiddleware looks at no Origin, and its answer names
-    neither the host nor the way out."""
+    """Refuses what other sites have a browser ask: under a name of theirs that points at this machine (DNS rebinding),
+    or from a page of theirs. Starlette's TrustedHostMiddleware checks no Origin, and its answer names neither the host
+    nor the way out."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -175,9 +176,8 @@ def _logged(app: ASGIApp) -> ASGIApp:
         try:
             await app(scope, receive, noted)
         finally:
-            path = (
-                scope.get("raw_path", b"").decode("ascii", "replace")[:200].split("?")[0]
-            )  # as sent: no control signs
+            # As sent, escaped: no control characters.
+            path = scope.get("raw_path", b"").decode("ascii", "replace")[:200].split("?")[0]
             client, took = (scope.get("client") or ["-"])[0], 1000 * (time.perf_counter() - began)
             when = time.strftime("%Y-%m-%d %H:%M:%S")
             print(f"{when} {client} {scope['method'][:20]} {path} {status} {took:.0f} ms", file=sys.stderr, flush=True)

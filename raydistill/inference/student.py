@@ -15,7 +15,8 @@ from PIL import Image
 from torch import nn
 
 from raydistill.errors import ConfigError, DataError
-from raydistill.inference.predict import Predictor, best, find_units
+from raydistill.inference.answers import best
+from raydistill.inference.predict import Predictor, find_units
 from raydistill.models.formats import network_inputs
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")

@@ -1,15 +1,13 @@
-"""What `check` found, as a table, as JSON, and as a page with pictures."""
+"""The findings of `check` as a table, as JSON, and as a page with pictures."""
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
 from PIL import Image
 from rich.table import Table
 
@@ -18,7 +16,8 @@ from raydistill.data.chunks import decode_isolated
 from raydistill.data.decode import pixels
 from raydistill.data.sources.listing import Entry, entry_name, list_images
 from raydistill.errors import ConfigError
-from raydistill.secrets import on_page, redacted_tree
+from raydistill.pages.templates import data_uri, file_name, page
+from raydistill.secrets import redacted_tree
 from raydistill.storage.filesystems import write_bytes
 from raydistill.strangers import written
 
@@ -49,29 +48,27 @@ def write_checkup(config: RunConfig, checkup: Checkup, path: str) -> None:
         tree = redacted_tree({"is_sound": checkup.is_sound, **asdict(checkup)})
         write_bytes(path, json.dumps(tree, indent=2, ensure_ascii=False).encode())
     elif suffix in (".html", ".htm"):
-        write_bytes(path, _page(config, checkup).encode())
+        write_bytes(path, _page(config, checkup))
     else:
         raise ConfigError(f"--out {path}: use a name that ends in .html or .json")
 
 
-def _page(config: RunConfig, checkup: Checkup) -> str:
-    template = (Path(__file__).parent / "check.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=on_page
-    )
-    entries = (
-        {entry_name(e): e for e in list_images(config.images).entries}
-        if checkup.counts or checkup.is_interrupted
-        else {}
-    )
+def _page(config: RunConfig, checkup: Checkup) -> bytes:
+    is_listed = checkup.counts or checkup.is_interrupted
+    entries = {entry_name(e): e for e in list_images(config.images).entries} if is_listed else {}
     pictures = [
         [(example, _pictures(example, entries, config.images)) for example in finding.examples]
         for finding in checkup.findings
     ]
-    return environment.from_string(template).render(
-        path=written(config.images.path), checkup=checkup, pictures=pictures, signs=_SIGNS,
-        classes=sorted({name for of_split in checkup.counts.values() for name in of_split}),
-    )  # fmt: skip
+    classes = sorted({name for of_split in checkup.counts.values() for name in of_split})
+    return page(
+        "check.html",
+        path=written(config.images.path),
+        checkup=checkup,
+        pictures=pictures,
+        signs=_SIGNS,
+        classes=classes,
+    )
 
 
 def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[str]:
@@ -86,11 +83,11 @@ def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[s
             if one["image"]:
                 sink = io.BytesIO()
                 Image.fromarray(pixels(one["image"])).save(sink, "JPEG", quality=80)
-                found.append("data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode())
+                found.append(data_uri(sink.getvalue(), "jpeg"))
     return found
 
 
 def _short(example: str) -> str:
     """The last folder and the name of each path."""
-    parts = [(word, "/".join(word.split("/")[-2:])) for word in example.split(" ")]
+    parts = [(word, file_name(word)) for word in example.split(" ")]
     return " ".join("$'" + short if word.startswith("$'") and word != short else short for word, short in parts)

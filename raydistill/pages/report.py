@@ -1,14 +1,11 @@
-"""report.html: what came of a run, on one page that needs no network, for people who decide whether to ship it."""
+"""report.html: the results of a run on one page that needs no network, for people who decide whether to ship it."""
 
 from __future__ import annotations
 
-import base64
 import platform
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
-import jinja2
 import pyarrow as pa
 from pyarrow import compute as pc
 from pydantic import BaseModel
@@ -20,9 +17,9 @@ from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_samples
 from raydistill.errors import ConfigError
 from raydistill.identity import evaluate_directory
+from raydistill.pages.templates import data_uri, file_name, page
 from raydistill.results import PREDICTIONS, PREDICTIONS_FILE, Outcome, Report
 from raydistill.runtime.versions import PACKAGES, installed
-from raydistill.secrets import on_page
 from raydistill.storage.directory import read_bill
 from raydistill.storage.filesystems import exists, read_bytes, write_bytes
 from raydistill.storage.state import needed_state, result_of
@@ -50,13 +47,10 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
     report, samples = outcome.report, outcome.samples
     assert report is not None
     assert samples is not None
-    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=on_page
-    )
-    # Whoever looks at single test images chooses by them; only where there is nothing else they are shown.
+    # Who looks at single test images chooses by them, so the page shows them only where there is no val split.
     shown = "val" if "val" in report.student else "test"
-    page = environment.from_string(template).render(
+    html = page(
+        "report.html",
         name=config.name,
         config=config,
         report=report,
@@ -64,7 +58,7 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
         main="test" if "test" in report.student else "val",
         baselines=_baselines(config, samples),
         without_generated=outcome.without_generated,
-        figures={name: _data_uri(f"{report.path}/{name}.png") for name in _figures(report)},
+        figures={name: data_uri(read_bytes(f"{report.path}/{name}.png")) for name in _figures(report)},
         disagreements=_disagreements(report, samples, shown),
         shown=shown,
         generated=outcome.generated,
@@ -80,7 +74,7 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
         command=command,
     )
     path = f"{report.path}/report.html"
-    write_bytes(path, page.encode())
+    write_bytes(path, html)
     return path
 
 
@@ -89,12 +83,8 @@ def _figures(report: Report) -> list[str]:
     return ["curves", *(f"{kind}_{split}" for split in report.student for kind in kinds)]
 
 
-def _data_uri(path: str) -> str:
-    return "data:image/png;base64," + base64.b64encode(read_bytes(path)).decode()
-
-
 def _baselines(config: RunConfig, samples: SampleSet) -> dict[str, Report]:
-    """Those of jobs/overlays that were run on this job, by name."""
+    """By name, those of jobs/overlays that were run on this job."""
     found = {}
     for name, tree in OVERLAYS.items():
         student = dict(tree.get("student", {}))
@@ -113,7 +103,7 @@ def _baselines(config: RunConfig, samples: SampleSet) -> dict[str, Report]:
 
 
 def _disagreements(report: Report, samples: SampleSet, split: str) -> list[Disagreement]:
-    """Those on which the two are surest together, the surest first."""
+    """The images on which both are surest, the surest first."""
     if report.agreement is None:
         return []
     table = read_table(f"{report.path}/{PREDICTIONS_FILE}", PREDICTIONS)
@@ -142,7 +132,7 @@ def _images(samples: SampleSet, split: str, wanted: set[str]) -> dict[str, str]:
         table = read_samples(samples, split, shard)
         table = table.filter(pc.is_in(table["sample_id"], pa.array(wanted, pa.string())))
         for sample, image in zip(values(table["sample_id"]), values(table["image"]), strict=True):
-            found[sample] = "data:image/png;base64," + base64.b64encode(image).decode()
+            found[sample] = data_uri(image)
     return found
 
 
@@ -151,7 +141,7 @@ def _sheets(outcome: Outcome) -> list[str]:
     if generated is None:
         return []
     paths = [f"{generated.samples.path}/sheet-{number:03d}.png" for number in range(len(generated.wanted))]
-    return [_data_uri(path) for path in [path for path in paths if exists(path)][:_MOST_SHEETS]]
+    return [data_uri(read_bytes(path)) for path in [path for path in paths if exists(path)][:_MOST_SHEETS]]
 
 
 class _Refused(BaseModel):
@@ -164,7 +154,7 @@ def _refused(samples: SampleSet) -> list[tuple[str, int, list[str]]]:
     refused = needed_state(f"{samples.path}/refused.json", list[_Refused], most_bytes=_MOST_OF_REFUSED)
     reasons = Counter(_reason(one.reason) for one in refused)
     return [
-        (reason, count, [_short(one.path) for one in refused if _reason(one.reason) == reason][:_EXAMPLES])
+        (reason, count, [file_name(one.path) for one in refused if _reason(one.reason) == reason][:_EXAMPLES])
         for reason, count in reasons.most_common(_MOST_REASONS)
     ]
 
@@ -174,11 +164,6 @@ def _reason(words: str) -> str:
     if words.startswith("a copy of "):
         return "a copy of another image"
     return words.partition(":")[0] if words.startswith("the same file stands under ") else words
-
-
-def _short(path: str) -> str:
-    """The last folder and the name."""
-    return "/".join(path.split("/")[-2:])
 
 
 def _other_versions(outcome: Outcome) -> dict[str, str]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -18,72 +17,55 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
 from raydistill.errors import reason_of
-from raydistill.secrets import on_page
+from raydistill.pages.templates import data_uri, page
 from raydistill.strangers import in_figure
 
 _MOST_KEYS_IN_CONTOUR = 3
-_INTERVAL = 110  # dots an inch
+_DOTS_PER_INCH = 110
 
 
 def search_page(study: optuna.Study, verdict: str, objectives: Sequence[str]) -> bytes:
     """History, importance, slices and contours or, of several objectives, the Pareto front and each one's importance.
 
-    Where trials were ended early, few came to an end, and all are compared after the last epoch that each of them
-    reached. A picture that these trials do not suffice for is named with the reason.
+    Where trials ended early, all are compared after the last epoch that each of them reached. A picture for which
+    these trials do not suffice is named with the reason.
     """
     matplotlib.use("Agg")  # Optuna draws with pyplot
     trials, when = _compared(study)
     whole = _without_short_trials(trials, study.directions)
     pictures: list[tuple[str, Callable[[], Any]]] = []
     for number, name in enumerate(objectives):
-        target = _target(number) if len(objectives) > 1 else {}
-        pictures.append((f"{name} by trial", _history(study, name, target)))
-        pictures.append(
+        options: dict[str, Any] = {"target_name": name}
+        if len(objectives) > 1:
+            options["target"] = partial(_value, number)
+        pictures += [
+            (f"{name} by trial", partial(_history, study, options)),
             (f"Which settings {name}{when} depends on (fANOVA)",
-             _call(plots.plot_param_importances, whole, name, target))
-        )  # fmt: skip
-        pictures.append((f"{name}{when} by each setting", _call(plots.plot_slice, whole, name, target)))
+             partial(plots.plot_param_importances, whole, **options)),
+            # A slice has one panel for each setting and takes no more than that many.
+            (f"{name}{when} by each setting", partial(plots.plot_slice, whole, **options)),
+        ]  # fmt: skip
     if len(objectives) > 1:
-        front = lambda: plots.plot_pareto_front(study, target_names=list(objectives))  # noqa: E731
-        pictures.insert(0, ("Pareto front", front))
+        pictures.insert(0, ("Pareto front", partial(plots.plot_pareto_front, study, target_names=list(objectives))))
     else:
-        keys = _important(whole)
-        pictures.append((
-            f"{objectives[0]}{when} by two settings at a time, those that matter most",
-            lambda: _contour(whole, keys, objectives[0]),
-        ))  # fmt: skip
-    parts = [f"<h2>{html.escape(on_page(title))}</h2>\n{_image(draw)}" for title, draw in pictures]
-    head = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>raydistill tune</title><style>'
-    head += (
-        "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}</style></head>"
-    )
-    return "\n".join(
-        [f"{head}<body>", f"<h1>Search</h1>\n<p>{html.escape(on_page(verdict))}</p>", *parts, "</body></html>\n"]
-    ).encode()
+        title = f"{objectives[0]}{when} by two settings at a time, those that matter most"
+        pictures.append((title, partial(_contour, whole, objectives[0])))
+    return page("study.html", verdict=verdict, pictures=[(title, *_drawn(draw)) for title, draw in pictures])
 
 
-def _call(plot: Callable[..., Any], study: optuna.Study, name: str, target: dict[str, Any]) -> Callable[[], Any]:
-    # A slice has one panel for each setting and takes no more than that many.
-    return lambda: plot(study, target_name=name, **target)
+def _value(number: int, trial: FrozenTrial) -> float:
+    return trial.values[number]
 
 
-def _target(number: int) -> dict[str, Any]:
-    return {"target": lambda trial: trial.values[number]}
-
-
-def _history(study: optuna.Study, name: str, target: dict[str, Any]) -> Callable[[], Any]:
-    """Optuna's, with the trials that were ended early at what they had reached."""
-
-    def draw() -> Any:
-        axes = plots.plot_optimization_history(study, target_name=name, **target)
-        pruned = [t for t in study.get_trials(states=(TrialState.PRUNED,)) if t.intermediate_values]
-        if pruned:
-            reached = [t.intermediate_values[max(t.intermediate_values)] for t in pruned]
-            axes.scatter([t.number for t in pruned], reached, marker="x", color="grey", label="ended early, so far")
-            axes.legend(loc="lower right")
-        return axes
-
-    return draw
+def _history(study: optuna.Study, options: dict[str, Any]) -> Any:
+    """Optuna's, with the trials that ended early at what they had reached."""
+    axes = plots.plot_optimization_history(study, **options)
+    pruned = [t for t in study.get_trials(states=(TrialState.PRUNED,)) if t.intermediate_values]
+    if pruned:
+        reached = [t.intermediate_values[max(t.intermediate_values)] for t in pruned]
+        axes.scatter([t.number for t in pruned], reached, marker="x", color="grey", label="ended early, so far")
+        axes.legend(loc="lower right")
+    return axes
 
 
 def _compared(study: optuna.Study) -> tuple[list[FrozenTrial], str]:
@@ -132,36 +114,31 @@ def _in_figure(trial: FrozenTrial) -> FrozenTrial:
     )  # fmt: skip
 
 
-def _contour(study: optuna.Study, keys: list[str], name: str) -> Any:
+def _contour(study: optuna.Study, name: str) -> Any:
+    try:
+        keys = list(optuna.importance.get_param_importances(study))[:_MOST_KEYS_IN_CONTOUR]
+    except (ValueError, RuntimeError):  # too few trials
+        keys = []
     if len(keys) < 2:  # Optuna would draw nothing
         raise ValueError("it takes two settings that matter")
     return plots.plot_contour(study, params=keys, target_name=name)
 
 
-def _important(study: optuna.Study) -> list[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return list(optuna.importance.get_param_importances(study))[:_MOST_KEYS_IN_CONTOUR]
-    except (ValueError, RuntimeError):  # too few trials
-        return []
-
-
-def _image(draw: Callable[[], Any]) -> str:
+def _drawn(draw: Callable[[], Any]) -> tuple[str, str]:
+    """The picture as a data URI, or nothing and the reason."""
     from matplotlib import pyplot
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             axes = draw()
-        figure = np.ravel(axes)[0].figure
-        panels = np.shape(axes)
+        figure, panels = np.ravel(axes)[0].figure, np.shape(axes)
         if len(panels) == 2:  # a contour for each pair
             figure.set_size_inches(4.2 * panels[1], 4 * panels[0])
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=_INTERVAL, bbox_inches="tight")
-        pyplot.close("all")
+        figure.savefig(file, format="png", dpi=_DOTS_PER_INCH, bbox_inches="tight")
+        return data_uri(file.getvalue()), ""
     except Exception as error:  # Optuna's plots fail in many ways where trials are few or alike
+        return "", reason_of(error)
+    finally:
         pyplot.close("all")
-        return f"<p>These trials do not suffice for it ({html.escape(on_page(reason_of(error)))}).</p>"
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'

@@ -33,8 +33,8 @@ def prepare_environment() -> None:
 
 
 class _Output(io.FileIO):
-    """Standard output. Where its reader has gone, as `head` does, the command ends as of SIGPIPE; no thread that
-    writes to it fails."""
+    """Standard output. When its reader has gone, as `head` does, the command ends as by SIGPIPE, and no thread that
+    writes fails."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -53,9 +53,9 @@ def open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
     output = io.BufferedWriter(_Output(1, "w", closefd=False))
-    # Line by line also where nobody looks on: what a log says is then said when it happened.
+    # Line by line, also into a file: a log's lines then appear when things happen.
     sys.stdout = io.TextIOWrapper(output, encoding, errors="backslashreplace", line_buffering=True)
-    # Not by descriptor 2, which others point elsewhere for a while, as when Ray starts: an error may be said meanwhile.
+    # A copy of descriptor 2: Ray's start points the usual one elsewhere for a while, and an error may come meanwhile.
     encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
     sys.stderr = open(os.dup(2), "w", 1, encoding, "backslashreplace")  # noqa: SIM115
 
@@ -84,8 +84,8 @@ def private_folder(above: str) -> Path:
 
 
 def _find_a_home(temporary: str) -> None:
-    """Ray's token and the libraries' caches lie in the home. Where none can be written to, a private folder is one for
-    now; models that the read-only one holds are still found."""
+    """Ray's token and the libraries' caches are in the home. Where that cannot be written to, a private folder stands
+    in; models in a read-only home are still found."""
     home = Path(os.path.expanduser("~"))
     if home.is_absolute() and os.access(home, os.W_OK | os.X_OK):
         return

@@ -1,47 +1,42 @@
-"""Work that does not move is said to stand still, with what it waits for."""
+"""Says that work has not moved for long, and what Ray waits for."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 from raydistill.errors import reason_of
+from raydistill.runtime.repeat import repeated
 
 _SECONDS = 120.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @contextlib.contextmanager
-def noticed(say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def idle_noticed(say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Gives a function to call whenever something has moved. Where it is not called for two minutes, and each time
     that this doubles, `say` is given a sentence, from a thread of its own."""
-    over, moved, limit = threading.Event(), time.monotonic(), _SECONDS
+    moved, limit = time.monotonic(), _SECONDS
 
     def move() -> None:
         nonlocal moved, limit
         moved, limit = time.monotonic(), _SECONDS
 
-    def watch() -> None:
+    def look() -> None:
         nonlocal limit
-        while not over.wait(_SECONDS_BETWEEN_LOOKS):
-            if (still := time.monotonic() - moved) >= limit:
-                limit *= 2
-                say(f"nothing has moved for {still:.0f} s{waiting_words()}")
+        if (idle := time.monotonic() - moved) >= limit:
+            limit *= 2
+            say(f"nothing has moved for {idle:.0f} s{waiting_words()}")
 
-    thread = threading.Thread(target=watch, name="stillness", daemon=True)
-    thread.start()
-    try:
+    # The last look may be asking a head that does not answer.
+    with repeated(look, _SECONDS_BETWEEN_LOOKS, "idle", patience=_SECONDS_BETWEEN_LOOKS):
         yield move
-    finally:
-        over.set()
-        thread.join(_SECONDS_BETWEEN_LOOKS)  # it may be asking a head that does not answer
 
 
 def waiting_words() -> str:
-    """What Ray has been asked for and cannot place, and what is free of that; empty without Ray.
+    """What Ray cannot place, and how much of that is free; empty without Ray.
 
     `; Ray waits to place 2 x {GPU: 1}; free: GPU 0 of 1`.
     """

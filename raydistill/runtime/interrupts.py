@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
+
+import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SECONDS_OF_ONE_PRESS = 0.2  # `timeout` and others signal a process and then its group, so that it hears twice
@@ -37,7 +40,7 @@ _how_to_go_on = "nothing was written"
 last_words: list[Callable[[], object]] = []
 _terminal = -1
 _leaving, _told, _all_heard = False, -1, threading.Event()
-_ending = threading.Lock()
+_ending, _main_ends = threading.Lock(), False
 
 
 def begin() -> None:
@@ -69,13 +72,13 @@ def pressed() -> bool:
 
 
 def go_on_by(words: str) -> None:
-    """What the message of an interruption says of how to go on."""
+    """Set what the message of an interruption says about how to continue."""
     global _how_to_go_on
     _how_to_go_on = words
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this code; after a signal, which may come at the last moment, as `end` does."""
+    """End the process with this code or, after a signal, which may come at the last moment, as `end` does."""
     global _leaving
     _leaving = True
     os.write(_told, b"\0")
@@ -93,17 +96,25 @@ def leave(code: int) -> NoReturn:
 
 def end() -> NoReturn:
     """Say the interruption, end all child processes, and exit with 128 and the signal's number, as shells do."""
+    global _main_ends
     assert _signal is not None, "a signal has come"
+    # A handler of one more signal would wait below for the thread that it interrupts, for ever.
+    _main_ends = _main_ends or threading.current_thread() is threading.main_thread()
     _ending.acquire()  # never given back: whoever else comes here waits for the end
     shown = "\033[?25h" if sys.stdout is not None and sys.stdout.isatty() else ""  # a bar hides the cursor
-    with contextlib.suppress(OSError):
-        os.write(_terminal, f"{shown}interrupted ({signal.Signals(_signal).name}); {_how_to_go_on}\n".encode())
+    words = f"{shown}interrupted ({signal.Signals(_signal).name}); {_how_to_go_on}\n"
+    with contextlib.suppress(OSError, ValueError):
+        # A pipe that is full, or a terminal that is stopped, may never take them.
+        if select.select([], [_terminal], [], _SECONDS_OF_LAST_WORDS)[1]:
+            os.write(_terminal, words.encode())
     _kill_children()
     os._exit(128 + _signal)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
     global _signal, _raised
+    if _main_ends:
+        return
     if _signal is None:
         _signal = number
     if _leaving:
@@ -173,8 +184,6 @@ def _end_by_force() -> NoReturn:
 
 
 def _kill_children() -> None:
-    import psutil
-
     with contextlib.suppress(psutil.Error, OSError):
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):

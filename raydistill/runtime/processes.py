@@ -13,7 +13,7 @@ _CLOCK_SECONDS = 60.0
 
 
 def process_name(pid: int | None = None) -> str:
-    """This process, or one beside it, as no other is called on any machine: numbers of processes come again, and
+    """A name of this process, or of one beside it, that no other has on any machine: numbers of processes repeat, and
     containers have their own."""
     pid = os.getpid() if pid is None else pid
     space = "/proc/self/ns/pid"
@@ -22,8 +22,7 @@ def process_name(pid: int | None = None) -> str:
 
 
 def is_running(name: str) -> bool | None:
-    """Whether the process of this name is there; None of one on another machine, of which nothing is known here, and
-    of what is no such name."""
+    """Whether the process of this name is there. None for one on another machine, and for what is no such name."""
     found = re.fullmatch(r"(\S* \S+) ([0-9]{1,9}) ([0-9]{1,12})", name)
     if found is None or found[1].split(" ") != process_name().split(" ")[:-2]:
         return None

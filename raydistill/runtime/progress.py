@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from raydistill.runtime.idle import noticed
+from raydistill.runtime.idle import idle_noticed
 from raydistill.strangers import printable
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -45,7 +45,7 @@ class SpeedMeter:
         self._marks = deque([(self._began, 0.0)])  # when so many units were done
 
     def add(self, units: float) -> None:
-        """So many were done since the last call. What a run before this one had done is not to be told."""
+        """So many were done since the last call. What an earlier run had done does not count."""
         if not units:
             return
         now, self._units = self._clock(), self._units + units
@@ -102,7 +102,7 @@ class _Speed(ProgressColumn):
 
 class Progress:
     """Shows one task at a time. `advance(count)` moves it; `advance(count, note)` adds a word on how it goes. A task
-    that does not move for long is said to stand still, with what it waits for.
+    that does not move for long is said to be idle, with what it waits for.
 
     `images_again` and `seconds_again` add up what was begun again because a process or its node was lost.
     """
@@ -112,7 +112,7 @@ class Progress:
         self.images_again, self.seconds_again = 0, 0.0
 
     def again(self, name: str, images: int, seconds: float) -> None:
-        """Count, and say, what had been begun and was lost; nothing is said of nothing."""
+        """Count what was begun and lost, and say it, if it is anything."""
         if images:
             self.images_again, self.seconds_again = self.images_again + images, self.seconds_again + seconds
             self.line(f"{name:<9} {images:,} image(s) begun again, {seconds:.0f} s: a process or its node was lost")
@@ -125,8 +125,8 @@ class Progress:
         """Gives `advance(count, note, worked)`. What was `done` before, and what is found done (`worked=False`), moves
         the task and is no speed."""
         show, meter = self._bar if self.console.is_terminal else self._lines, SpeedMeter(time.monotonic)
-        still = noticed(lambda words: self.line(f"{name:<9} {words}"))
-        with show(name, total, unit, done, meter) as advance, still as move:
+        idle = idle_noticed(lambda words: self.line(f"{name:<9} {words}"))
+        with show(name, total, unit, done, meter) as advance, idle as move:
 
             def advance_and_note(count: int, note: str | None = None, worked: bool = True) -> None:
                 move()

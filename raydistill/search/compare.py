@@ -24,9 +24,10 @@ from raydistill.identity import stage_directory
 from raydistill.preflight import check_measurable, check_run
 from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
+from raydistill.search.arms import Arm, arm_of
+from raydistill.search.directory import trained_settings
 from raydistill.search.figures import draw_comparison, draw_curve
-from raydistill.search.verdict import Arm, Comparison, arm_of, summarise
-from raydistill.secrets import redacted_tree, without_secrets
+from raydistill.search.verdict import Comparison, summarise
 from raydistill.storage.directory import StageDirectory, check_writable
 from raydistill.tracking.tracker import Tracker
 
@@ -186,12 +187,8 @@ def _curve_trials(config: RunConfig, progress: Progress) -> list[_Trial]:
 
 
 def _directory(config: RunConfig, trials: list[_Trial], learning_curve: bool) -> StageDirectory:
-    left_out = {"workspace", "cluster", "tracking", "name", "export", "compare", "tune"}
     identity = {
-        "trials": [
-            [t.arm, t.seed, redacted_tree(t.config.model_dump(mode="json", exclude=left_out), without_secrets)]
-            for t in trials
-        ],
+        "trials": [[t.arm, t.seed, trained_settings(t.config)] for t in trials],
         "files": list_images(config.images).fingerprint,
         "learning_curve": list(config.compare.label_shares) if learning_curve else None,
     }

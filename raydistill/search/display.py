@@ -1,4 +1,4 @@
-"""What is seen of a search while it runs: a live table or lines, a run of MLflow's for each trial, and the clock."""
+"""What a search shows while it runs: a live table or lines, an MLflow run for each trial, and the clock."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from raydistill.config import RunConfig
 from raydistill.engine.records import read_epochs
 from raydistill.runtime.progress import Progress
 from raydistill.search.space import Choice
-from raydistill.search.study import MAXIMISED, SECONDS_OF, Trial, directory_of, seconds_noted
-from raydistill.search.trials import logged
+from raydistill.search.study import SECONDS_OF, Trial, directory_of, logged, ranked, seconds_noted
 from raydistill.storage.directory import workspace_root
 from raydistill.strangers import one_line, shorter
 from raydistill.tracking.recording import ChildRun
@@ -32,8 +31,8 @@ def minutes(seconds: float) -> str:
 
 
 class Clock:
-    """How long commands have worked on a search, from its first to its last. Each notes its own time in the study as it
-    goes, so that one that is killed counts too."""
+    """How long all commands have worked on a search. Each notes its own time in the study as it goes, so a command that
+    is killed counts too."""
 
     def __init__(self, study: optuna.Study) -> None:
         self._study, self._mine = study, f"{SECONDS_OF}{uuid.uuid4().hex}"
@@ -81,18 +80,18 @@ class SearchDisplay:
         return max(self._most - len(self._ended), 0)
 
     def record_ended(self, tracker: Tracker) -> None:
-        """Write the runs of the trials that have ended, less those that are as they should be: MLflow's writer comes
-        behind the study, and may have been killed on its way."""
+        """Write the MLflow runs of the trials that have ended, where they are not complete: MLflow's writer lags behind
+        the study, and may have been killed."""
         for trial in self._ended.values():
             run = ChildRun(tracker, _run_name(trial.number), ended=_status(trial))
             run.params({**trial.choices, "own values": trial.own})
             if directory := directory_of(trial, workspace_root(self._config)):
-                run.log_each(functools.partial(_epochs, directory, self._config.distill.epochs))
+                run.log_each(functools.partial(_epochs, directory))
             self._close(run, trial)
 
     @contextlib.contextmanager
     def shown(self, tracker: Tracker) -> Iterator[None]:
-        """For as long as trials run; those that are cut short end as killed."""
+        """For as long as trials run. A trial that is cut short ends as killed."""
         self._tracker, self._began = tracker, time.monotonic()
         console = self._progress.console
         live = Live(self._table(), console=console, auto_refresh=False) if console.is_terminal else None
@@ -144,8 +143,7 @@ class SearchDisplay:
 
     def _summary(self) -> str:
         counts = Counter(trial.state for trial in self._ended.values())
-        best = self._best()
-        words = [] if best is None else [f"best {best.values[0]:.4g} (trial {best.number})"]  # type: ignore[index]
+        words = [f"best {(best.values or [0.0])[0]:.4g} (trial {best.number})" for best in self._best()[:1]]
         words += [f"{len(self._ended)} of {self._most} ended"]
         words += [f"{counts[state]} {state}" for state in ("pruned", "failed") if counts[state]]
         now = len(self._ended) - self._ended_before
@@ -153,10 +151,8 @@ class SearchDisplay:
             words.append(f"about {minutes((time.monotonic() - self._began) / now * self.left)} left")
         return ", ".join(words)
 
-    def _best(self) -> Trial | None:
-        sign = 1 if self._config.tune.objectives[0] in MAXIMISED else -1
-        complete = [trial for trial in self._ended.values() if trial.values]
-        return max(complete, key=lambda t: sign * (t.values or [0.0])[0], default=None)
+    def _best(self) -> list[Trial]:
+        return ranked(self._ended.values(), self._config.tune.objectives)
 
     def _news(self) -> None:
         self._clock.tick()
@@ -167,21 +163,19 @@ class SearchDisplay:
         table = Table(title=f"tune: {self._summary()}", box=None, pad_edge=False, title_justify="left")
         for title in ("trial", "state", self._config.tune.objectives[0], "seconds", "settings"):
             table.add_column(title)
-        sign = 1 if self._config.tune.objectives[0] in MAXIMISED else -1
-        best = sorted((t for t in self._ended.values() if t.values), key=lambda t: -sign * (t.values or [0.0])[0])[:5]
         for number, (choices, record) in self._running.items():
             at = f"epoch {record['epoch']:.0f}" if record else "begins"
             value = record.get(self._config.tune.objectives[0])
             table.add_row(str(number), at, "" if value is None else f"{value:.4g}", "", _short(choices))
-        for trial in best:
+        for trial in self._best()[:5]:
             assert trial.values is not None
             words = "the job's own values" if trial.own else _short(trial.choices)
             table.add_row(str(trial.number), trial.state, f"{trial.values[0]:.4g}", f"{trial.seconds:.0f}", words)
         return table
 
 
-def _epochs(directory: str, most: int) -> list[tuple[dict[str, float], int]]:
-    return [(logged(record), int(record["step"])) for record in read_epochs(directory, most)]
+def _epochs(directory: str) -> list[tuple[dict[str, float], int]]:
+    return [(logged(record), int(record["step"])) for record in read_epochs(directory)]
 
 
 def _run_name(number: int) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from raydistill.pages.figures import png
-from raydistill.search.verdict import Comparison, is_baseline
+from raydistill.search.arms import is_baseline
+from raydistill.search.verdict import Comparison
 from raydistill.strangers import in_figure
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from raydistill.search.arms import Arm
 from raydistill.search.significance import LEVEL, accuracy_interval, align, difference, gain_words, needed_words
-
-if TYPE_CHECKING:
-    from raydistill.search.verdict import Arm
 
 _WORTH = 0.02  # a difference that anybody would act on
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
-import pickle
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from raydistill.config import RunConfig
+from raydistill.config import Loss, RunConfig
 from raydistill.engine.checkpoints import drop_checkpoints
 from raydistill.errors import CheckpointError, ConfigError
+from raydistill.search.optuna_private import CmaEsSampler
 from raydistill.search.space import Choice, Space
 from raydistill.storage.directory import StageDirectory
 from raydistill.strangers import one_line
-from raydistill.tracking.stores import UnusableError, database_alone, reason, refuse_programs
+from raydistill.tracking.stores import UnusableError, database_alone, reason
+from raydistill.tracking.workspace_store import refuse_programs
 
 SECONDS_OF = "seconds of command "
+_STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 MAXIMISED = ("val_accuracy", "val_balanced_accuracy", "val_top5")
 
 
@@ -73,6 +74,21 @@ def open_study(config: RunConfig, directory: StageDirectory, own: dict[str, Choi
 def read_trials(study: optuna.Study) -> list[Trial]:
     """All trials that were begun, in order."""
     return [read_trial(frozen) for frozen in study.trials if frozen.state is not TrialState.WAITING]
+
+
+def ranked(trials: Iterable[Trial], objectives: Sequence[str]) -> list[Trial]:
+    """Those that came to an end, the best in the first objective first; of equal ones the earlier."""
+    sign = 1 if objectives[0] in MAXIMISED else -1
+    return sorted((t for t in trials if t.values), key=lambda t: -sign * (t.values or [0.0])[0])
+
+
+_TERMS = [key.removesuffix("_weight") for key in Loss.model_fields if key.endswith("_weight")]
+_LOGGED = ("epoch", "step", "loss", "val_accuracy", "images_per_second", "learning_rate", *_TERMS)
+
+
+def logged(record: dict[str, Any]) -> dict[str, float]:
+    """What of an epoch's record is worth following."""
+    return {key: float(record[key]) for key in _LOGGED if key in record}
 
 
 def drop_pruned(trials: list[Trial], root: str) -> None:
@@ -125,12 +141,11 @@ def drawn_at_random(config: RunConfig, space: Space) -> list[str]:
 
 def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     """Raises CheckpointError for one that is not as raydistill writes them."""
-    state = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
     attributes = frozen.user_attrs
     try:
         trial = Trial(
             number=frozen.number,
-            state=state.get(frozen.state, "running"),
+            state=_STATES.get(frozen.state, "running"),
             choices=dict(frozen.params),
             values=list(frozen.values) if frozen.state is TrialState.COMPLETE else None,
             own=bool(attributes.get("own")),
@@ -180,35 +195,6 @@ def _pruner(config: RunConfig) -> optuna.pruners.BasePruner:
     if settings.pruner == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=grace)
     return optuna.pruners.NopPruner()
-
-
-class CmaEsSampler(optuna.samplers.CmaEsSampler):
-    """Optuna keeps the state of CMA-ES in the study as a pickle, and a study may be a stranger's: what is no such
-    state is refused."""
-
-    def _restore_optimizer(self, completed_trials: list[optuna.trial.FrozenTrial]) -> Any:
-        for trial in reversed(completed_trials):
-            if parts := [key for key in trial.system_attrs if key.startswith(self._attr_key_optimizer)]:
-                text = "".join(str(trial.system_attrs[f"{self._attr_key_optimizer}:{k}"]) for k in range(len(parts)))
-                return _StateOfCma(io.BytesIO(bytes.fromhex(text))).load()
-        return None
-
-
-class _StateOfCma(pickle.Unpickler):  # noqa: TID251 - knows only the classes below
-    _CLASSES = frozenset({
-        ("cmaes._cma", "CMA"), ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.random._mt19937", "MT19937"),
-        ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"),
-        ("numpy._core.numeric", "_frombuffer"), ("numpy.random._pickle", "__randomstate_ctor"),
-        ("numpy.random._pickle", "__bit_generator_ctor"),
-    })  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._CLASSES:
-            raise CheckpointError(
-                f"the study holds {module}.{name} as state of CMA-ES, which could run code and is not loaded; begin "
-                "another search in another workspace or tune.storage"
-            )
-        return super().find_class(module, name)
 
 
 def make_sampler(config: RunConfig, space: Space, number: int) -> optuna.samplers.BaseSampler:

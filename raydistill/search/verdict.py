@@ -14,12 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from raydistill.engine.records import read_epochs
-from raydistill.results import Outcome
+from raydistill.search.arms import BASELINES, Arm
 from raydistill.search.learning_curve import learning_curve
 from raydistill.search.significance import (
     LEVEL,
-    Answers,
     Spread,
     accuracy_interval,
     align,
@@ -27,43 +25,10 @@ from raydistill.search.significance import (
     gain_words,
     needed_words,
     p_words,
-    read_answers,
 )
-from raydistill.storage.directory import read_seconds
 from raydistill.strangers import markdown
 
-BASELINES = ("scratch", "linear_probe", "fine_tune")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One run: its answers, and seconds of each part of the work, shared or not."""
-
-    arm: str
-    seed: int
-    label_share: float
-    num_labelled: int
-    val_accuracy: float
-    test: Answers
-    adapt_seconds: float
-    generate_seconds: float
-    teach_seconds: float
-    train_seconds: float
-    steps: int
-    epochs: list[dict[str, float]]
-    seconds_by_epoch: list[float]  # of training, up to the end of each epoch
-
-    @property
-    def test_accuracy(self) -> float:
-        return float(self.test.right.mean())
-
-    @property
-    def seconds(self) -> float:
-        return self.seconds_before + self.train_seconds
-
-    @property
-    def seconds_before(self) -> float:
-        return self.adapt_seconds + self.generate_seconds + self.teach_seconds
+_SECONDS = ("adapt_seconds", "generate_seconds", "teach_seconds", "train_seconds", "seconds")
 
 
 @dataclass(frozen=True)
@@ -150,41 +115,6 @@ NOTES = (
 )
 
 
-def arm_of(name: str, seed: int, label_share: float, outcome: Outcome) -> Arm:
-    """The figures of a finished run, read from its stage directories, whichever command made them."""
-    report, samples, student = outcome.report, outcome.samples, outcome.student
-    assert report is not None
-    assert samples is not None
-    assert student is not None
-    epochs = read_epochs(student.path)
-    spent = training_seconds(epochs, student.batch_size)
-    seconds = {stage: read_seconds(path) for stage, path in outcome.directories.items()}
-    return Arm(
-        arm=name,
-        seed=seed,
-        label_share=label_share,
-        num_labelled=samples.num_labelled["train"],
-        val_accuracy=report.student["val"]["accuracy"],
-        test=read_answers(report.path, "test"),
-        adapt_seconds=sum(seconds.get(stage, 0.0) for stage in ("fine_tune", "features", "adapt")),
-        generate_seconds=0.0 if outcome.generated is None else outcome.generated.actor_seconds,
-        teach_seconds=seconds.get("teach", 0.0) + seconds.get("teach_generated", 0.0),
-        train_seconds=spent[-1],
-        steps=student.steps,
-        epochs=epochs,
-        seconds_by_epoch=spent,
-    )
-
-
-def training_seconds(epochs: list[dict[str, float]], batch_size: int) -> list[float]:
-    """Seconds of training up to the end of each epoch, from the rates: measuring val does not count, and a resumed
-    epoch counts once."""
-    steps = np.diff([0.0, *(epoch["step"] for epoch in epochs)])
-    return list(
-        np.cumsum([batch_size * n / epoch["images_per_second"] for n, epoch in zip(steps, epochs, strict=True)])
-    )
-
-
 def summarise(arms: list[Arm], curve: list[Arm], num_seeds: int) -> Comparison:
     """Tables and verdict of the runs of all arms over the same seeds."""
     by_arm: dict[str, list[Arm]] = {}
@@ -203,16 +133,9 @@ def summarise(arms: list[Arm], curve: list[Arm], num_seeds: int) -> Comparison:
     ship, verdict = _verdict(rows, evidence)
     points, curve_verdict = learning_curve(curve) if curve else ([], None)
     return Comparison(
-        rows=rows,
-        curve=points,
-        best_baseline=best_baseline,
-        best=rows[0].arm,
-        cheapest=order[0],
-        ship=ship,
-        verdict=verdict,
-        curve_verdict=curve_verdict,
-        num_seeds=num_seeds,
-    )
+        rows=rows, curve=points, best_baseline=best_baseline, best=rows[0].arm, cheapest=order[0], ship=ship,
+        verdict=verdict, curve_verdict=curve_verdict, num_seeds=num_seeds,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -261,31 +184,14 @@ def _row(runs: list[Arm], baseline: list[Arm] | None, evidence: _Evidence) -> Ro
     pairs = zip(runs, baseline, strict=True) if baseline is not None else ()
     reached = [_seconds_to(run, other.val_accuracy) for run, other in pairs]
     times = [seconds for seconds in reached if seconds is not None]
-    mean = {key: float(np.mean([getattr(run, key) for run in runs]))
-            for key in ("val_accuracy", "adapt_seconds", "generate_seconds", "teach_seconds", "train_seconds",
-                        "seconds")}  # fmt: skip
     return Row(
-        arm=name,
-        seeds=[run.seed for run in runs],
-        val=[run.val_accuracy for run in runs],
-        test=test,
-        val_mean=mean["val_accuracy"],
-        test_mean=float(np.mean(test)),
-        test_low=low,
-        test_high=high,
-        gain=gain,
-        gain_low=gain_low,
-        gain_high=gain_high,
-        p_value=p_value,
+        arm=name, seeds=[run.seed for run in runs], val=[run.val_accuracy for run in runs], test=test,
+        val_mean=float(np.mean([run.val_accuracy for run in runs])), test_mean=float(np.mean(test)),
+        test_low=low, test_high=high, gain=gain, gain_low=gain_low, gain_high=gain_high, p_value=p_value,
         is_better=evidence.is_better(name),
-        adapt_seconds=mean["adapt_seconds"],
-        generate_seconds=mean["generate_seconds"],
-        teach_seconds=mean["teach_seconds"],
-        train_seconds=mean["train_seconds"],
-        seconds=mean["seconds"],
-        seconds_to_baseline=float(np.mean(times)) if len(times) == len(runs) else None,
-        steps=runs[0].steps,
-    )
+        seconds_to_baseline=float(np.mean(times)) if len(times) == len(runs) else None, steps=runs[0].steps,
+        **{key: float(np.mean([getattr(run, key) for run in runs])) for key in _SECONDS},
+    )  # fmt: skip
 
 
 def _seconds_to(run: Arm, accuracy: float) -> float | None:
@@ -334,11 +240,6 @@ def _undecided(arm: str, top: str, evidence: _Evidence) -> str:
         f"{other}, which is cheaper than {arm} ({evidence.words(arm, other)}); "
         f"{needed_words(evidence.gain(arm, other), evidence.level, 'compare.seeds')}."
     )
-
-
-def is_baseline(arm: str) -> bool:
-    """An arm without a teacher, with generated images or without."""
-    return arm.removesuffix("+generated") in BASELINES
 
 
 def _what(row: Row) -> str:

@@ -1,5 +1,5 @@
-"""One run of MLflow's and what is recorded in it, each thing once: a command may be asked again, be resumed, or work
-beside an equal one."""
+"""One MLflow run. Everything is recorded once, though a command may be repeated, be resumed, or run beside an equal
+one."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def named(text: str) -> str:
 
 
 class Run:
-    """A run that is found by the tags of its `key`, and gone on with, or made with them and `more`. Where it has the
-    status `ended` already, nothing is written."""
+    """A run that is found by the tags of its `key`, or made with them and `more`. Nothing is written to one that
+    already has the status `ended`."""
 
     def __init__(
         self, tracker: Tracker, name: str, key: dict[str, str], more: dict[str, str], ended: str | None = None
@@ -82,8 +82,8 @@ class Run:
         self.log_each(lambda: [(metrics, step)])
 
     def log_each(self, read: Callable[[], list[tuple[dict[str, float], int]]]) -> None:
-        """Metrics at several steps, which are read when they are to be written. What the run has at a later step, or as
-        it is at this one, is there already."""
+        """Metrics at several steps, read when they are written. Left out is what the run has at a later step, or equal
+        at this one."""
         now = int(time.time() * 1000)
 
         def write() -> None:
@@ -170,7 +170,7 @@ class Run:
         self._submit(name, lambda: self._tracker.keep_text(self.id, text, name))
 
     def once(self, folder: str, make: Callable[[str], None]) -> None:
-        """A folder of files, which is made for the purpose, if it is not there whole; in the writer's thread."""
+        """Makes a folder of files and keeps it, unless it is there already; in the writer's thread."""
         tag = f"raydistill.has.{folder}"
         if tag in self._tracker.client.get_run(self.id).data.tags:
             return
@@ -202,7 +202,7 @@ class ChildRun(Run):
 
 
 def fingerprint(samples: SampleSet) -> str:
-    """Of what a sample set holds: its images and labels in order, and the names of its classes."""
+    """A hash of a sample set's images and labels, in order, and of its class names."""
     whole = json.dumps([samples.classes, samples.ids, samples.labels], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
@@ -226,7 +226,7 @@ def save_model(onnx_file: str, example: np.ndarray, about: dict[str, Any], folde
 
 
 def _source() -> dict[str, str]:
-    """Who began a run and by what, as MLflow's pages show it."""
+    """Tags by which MLflow's pages show who started a run, and how."""
     program, *words = sys.argv
     name = "raydistill" if Path(program).name == "__main__.py" else Path(program).name
     user = str(os.getuid())

@@ -1,5 +1,5 @@
-"""The stores that runs are recorded in, MLflow's and Optuna's: which one a job means, whether it can be used, and that
-several processes which come to a new one at once do not make it together."""
+"""The stores of MLflow and Optuna: which one a job means, whether it can be used, and one process at a time to make
+it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ import fcntl
 import logging
 import os
 import re
-import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from raydistill.config import RunConfig
-from raydistill.errors import CheckpointError
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
-from raydistill.storage.filesystems import make_private, refuse_links
-from raydistill.strangers import one_line
+from raydistill.storage.filesystems import make_private
 
 _ANSWER_SECONDS, _CONNECT_SECONDS = 5, 10
 _REQUEST_SECONDS = "30"  # MLflow's own are 120, twice, which a command's end would wait for
@@ -31,7 +27,6 @@ _LOCKS = {
     "mysql": "SELECT GET_LOCK('raydistill', 600)",
     "mariadb": "SELECT GET_LOCK('raydistill', 600)",
 }
-_PROGRAMS = "select type, name from sqlite_master where type = 'view' or (type = 'trigger' and tbl_name != 'secrets')"
 _DRIVERS = {"MySQLdb": "mysqlclient"}  # packages that have another name than their module
 _REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED")
 
@@ -41,8 +36,8 @@ class UnusableError(Exception):
 
 
 def tracking_uri(config: RunConfig) -> tuple[str, str]:
-    """MLflow's store, and what names it. The environment counts where the config is silent, and then SQLite in the
-    workspace, which has to be local: the address is empty where it is not."""
+    """MLflow's store, and what names it: the config, the environment, or SQLite in the workspace. A workspace that is
+    not local can have none: the address is empty."""
     if config.tracking.uri is not None:
         return config.tracking.uri, "tracking.uri"
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
@@ -51,19 +46,11 @@ def tracking_uri(config: RunConfig) -> tuple[str, str]:
     return ("" if "://" in root else f"sqlite:///{root}/mlflow.db"), "the workspace"
 
 
-def experiment_name(config: RunConfig) -> tuple[str, str]:
-    """MLflow's experiment, and what names it: `name` or, where it is not set, the environment."""
-    told = os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    if told and config.name == RunConfig.model_fields["name"].default:
-        return told, "MLFLOW_EXPERIMENT_NAME"
-    return one_line(config.name), "name"
-
-
 @contextlib.contextmanager
 def alone(uri: str, folder: str = "") -> Iterator[None]:
-    """One process at a time with a store: by a lock file beside SQLite's, by the lock of a database server, and for
-    other servers by a file in `folder`, where that is local. File systems without locks are gone on with."""
-    path = _sqlite_file(uri)
+    """One process at a time uses a store: by a lock file beside SQLite's, or in `folder` for servers, where that is
+    local. A file system without locks is no error."""
+    path = sqlite_file(uri)
     if path is None and "://" not in folder and folder:
         path = f"{folder}/mlflow"
     with contextlib.ExitStack() as stack:
@@ -80,12 +67,12 @@ def _without_links(path: str, flags: int) -> int:
 
 @contextlib.contextmanager
 def database_alone(uri: str) -> Iterator[None]:
-    """As `alone`, for the time in which a database gets its tables, and over all machines where it is a server."""
+    """As `alone`, while a database gets its tables; over all machines, where it is a server."""
     import sqlalchemy
 
     with alone(uri), contextlib.ExitStack() as stack:
         if lock := _LOCKS.get(uri.partition(":")[0].partition("+")[0]):
-            stack.enter_context(_engine(uri).connect()).execute(sqlalchemy.text(lock))
+            stack.enter_context(engine_of(uri).connect()).execute(sqlalchemy.text(lock))
         yield
 
 
@@ -122,58 +109,6 @@ def connect(uri: str) -> Any:
         MLFLOW_HTTP_REQUEST_TIMEOUT.set(usual)
 
 
-def refuse_programs(uri: str) -> None:
-    """Raises UnusableError where a workspace's own SQLite file is none, or holds what would run while it is used, and
-    may have no end: triggers and views. Of MLflow's own there is one, on a table that nothing here writes to."""
-    path = _sqlite_file(uri)
-    if path is None or not os.path.lexists(path):
-        return
-    if not os.path.isfile(path):
-        raise UnusableError("is no regular file: delete it, or name another store")
-    with contextlib.closing(sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True)) as store:
-        try:
-            found = store.execute(_PROGRAMS).fetchone()
-        except sqlite3.Error as error:
-            raise UnusableError(f"cannot be read ({reason(error)}): delete it, or name another store") from None
-    if found:
-        raise UnusableError(
-            f"holds a {found[0]}, {one_line(found[1])!r:.100}, which would run while it is used: drop it, or name "
-            "another store"
-        )
-
-
-def refuse_links_of(uri: str) -> None:
-    """Raises UnusableError where a workspace's own store, its lock and journal, or a file of its runs is a link."""
-    path = Path(_sqlite_file(uri) or "")
-    try:
-        for place in (*path.parent.glob("mlflow.*"), path.parent / "mlartifacts"):
-            refuse_links(str(place))
-    except CheckpointError as error:
-        raise UnusableError(f"is not used: {error}") from None
-
-
-def put_files(uri: str, experiment: str, place: str) -> list[str]:
-    """Have a workspace's own store tell that the files of an experiment's runs are in folders below `place`; some of
-    what it told otherwise."""
-    import sqlalchemy
-
-    told = {"experiment": experiment, "place": place}
-    of_run = ":place || '/' || run_uuid || '/artifacts'"
-    with _engine(uri).begin() as connection:
-
-        def execute(words: str) -> Any:
-            return connection.execute(sqlalchemy.text(words), told)
-
-        runs = f"where experiment_id = :experiment and artifact_uri != {of_run}"
-        experiments = "where experiment_id = :experiment and artifact_location != :place"
-        found = f"select artifact_location from experiments {experiments} union select artifact_uri from runs {runs}"
-        odd = [str(one) for one in execute(f"{found} limit 5").scalars()]
-        if odd:
-            execute(f"update runs set artifact_uri = {of_run} {runs}")
-            execute(f"update experiments set artifact_location = :place {experiments}")
-    return odd
-
-
 def may_pass(error: Exception) -> bool:
     """Whether it is the store or the way there that failed, rather than what it was asked."""
     from mlflow.exceptions import MlflowException
@@ -188,7 +123,7 @@ def may_pass(error: Exception) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """The words of an error that matter: libraries wrap what the system said in many lines of their own."""
+    """The words of an error that matter: libraries wrap the system's words in many lines of their own."""
     text = str(error).strip()
     known = (
         r"\[Errno -?\d+\] [^'\")\n]+|\[SSL: \w+\]|certificate verify failed[^)\n]*"
@@ -217,7 +152,7 @@ def _never(error: Any) -> str | None:
     return None
 
 
-def _sqlite_file(uri: str) -> str | None:
+def sqlite_file(uri: str) -> str | None:
     if not uri.startswith("sqlite"):
         return None
     from sqlalchemy import make_url
@@ -226,7 +161,7 @@ def _sqlite_file(uri: str) -> str | None:
     return database if database and database != ":memory:" else None
 
 
-def _engine(uri: str) -> Any:
+def engine_of(uri: str) -> Any:
     import sqlalchemy
 
     patient = {} if uri.startswith(("sqlite", "mssql")) else {"connect_timeout": _CONNECT_SECONDS}
@@ -243,7 +178,7 @@ def _ready(uri: str) -> None:
     """A database with MLflow's tables of this version. Raises UnusableError, OperationalError."""
     import sqlalchemy
 
-    path = _sqlite_file(uri)
+    path = sqlite_file(uri)
     try:
         if path is not None:
             make_private(str(Path(path).parent))
@@ -262,8 +197,7 @@ def _ready(uri: str) -> None:
 
 
 def _make(uri: str, path: str | None) -> None:
-    """MLflow's tables. SQLite's file appears whole or not at all: one that was left in the middle of the migrations is
-    of no use to anybody."""
+    """MLflow's tables. SQLite's file appears whole or not at all: half of the migrations would be of no use."""
     import mlflow
     import sqlalchemy
 
@@ -287,7 +221,7 @@ def _has_tables(uri: str) -> bool:
     script = ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
     wanted, before = script.get_current_head(), ""
     for look in range(_LOOKS):
-        with _engine(uri).connect() as connection:
+        with engine_of(uri).connect() as connection:
             tables = set(sqlalchemy.inspect(connection).get_table_names())
             version = "".join(MigrationContext.configure(connection).get_current_heads())
         if version == wanted or not tables - {"alembic_version"}:

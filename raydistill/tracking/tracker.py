@@ -20,34 +20,25 @@ import numpy as np
 
 from raydistill.config import RunConfig, shown_yaml
 from raydistill.runtime import interrupts
-from raydistill.runtime.processes import is_running, process_name
+from raydistill.runtime.processes import process_name
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
-from raydistill.tracking.recording import ChildRun, Run, named
-from raydistill.tracking.stores import (
-    UnusableError,
-    alone,
-    connect,
-    experiment_name,
-    may_pass,
-    put_files,
-    reason,
-    refuse_links_of,
-    refuse_programs,
-    tracking_uri,
-)
+from raydistill.tracking.experiments import experiment_name, find_experiment, mention_old_runs
+from raydistill.tracking.liveness import end_children, end_dead, is_gone, signs_of_life
+from raydistill.tracking.recording import ChildRun, Run, named, save_model
+from raydistill.tracking.stores import UnusableError, alone, connect, may_pass, reason, tracking_uri
+from raydistill.tracking.workspace_store import put_files, refuse_links_of, refuse_programs
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_TRIES = 5.0
 _GRACE_SECONDS = 30.0
 _GRACE_OF_STRANGERS = 5.0  # for a store that never answered
 _SECONDS_BETWEEN_BEATS = 60.0
-_SILENT_SECONDS = 15 * 60.0  # room for clocks that differ, and for a server that was away for a while
 
 
 class Tracker:
-    """One parent run for each `job`, one child for each stage directory; a resumed stage goes on in its old run, and
-    what is recorded already is not recorded again.
+    """One parent run for each `job`, one child for each stage directory. A resumed stage continues its old run, and
+    nothing is recorded twice.
 
     Every call returns at once. While MLflow does not answer, what is to be recorded waits, until the run has ended and
     half a minute more; what it refuses is left out. Each is a warning, and the last one names what is missing.
@@ -66,8 +57,8 @@ class Tracker:
         self.uri, self._whence = tracking_uri(config)
         self._shown = redacted(self.uri)
         root = workspace_root(config)
-        # Where runs have their files. A workspace's own store may be a stranger's, or have been copied with it: where
-        # it tells that they lie does not count.
+        # Where runs have their files. A workspace's own store may be a stranger's, or a copy: the place that it names
+        # does not count.
         is_own = self.uri == f"sqlite:///{root}/mlflow.db"
         self._files = Path(root, "mlartifacts").as_uri() if is_own else ""
         self._failed = not config.tracking.enabled
@@ -75,10 +66,10 @@ class Tracker:
             logger.warning("no MLflow run: SQLite needs a local workspace; set tracking.uri to a server")
             self._failed = True
         if not self._failed:
-            self._mention_old_runs()
+            mention_old_runs(root, self._shown)
         self.submit("the run", self._open)
         self.parent = Run(
-            self, f"{config.name} · {title}" if title else config.name, {"raydistill.job": named(job)}, _signs_of_life()
+            self, f"{config.name} · {title}" if title else config.name, {"raydistill.job": named(job)}, signs_of_life()
         )
         self.submit("the run's settings", self._begin)
         interrupts.last_words.append(self._kill)
@@ -116,25 +107,27 @@ class Tracker:
             logger.warning("nothing of this run is in MLflow at %s", self._shown)
         elif self._missing:
             what = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in self._missing.items())
-            logger.warning(
-                "%d record(s) of this run are not in MLflow at %s: %s", self._missing.total(), self._shown, what
-            )
+            words = "%d record(s) of this run are not in MLflow at %s: %s"
+            logger.warning(words, self._missing.total(), self._shown, what)
 
     def _kill(self) -> None:
         self.end_orphans()
         self.close("KILLED")
 
     def end_orphans(self) -> None:
-        """Children that a killed command left open end as killed; one that is gone on with is opened again."""
-        self.submit("runs that were killed", lambda: None if self._guest else self._end_children(self.parent.id))
+        """Children that a killed command left open end as killed; one that is resumed is opened again."""
+
+        def end() -> None:
+            if not self._guest:
+                end_children(self.client, self.experiment, self.parent.id)
+
+        self.submit("runs that were killed", end)
 
     def log_model(self, onnx_file: str, example: np.ndarray, about: dict[str, Any], register_as: str | None) -> None:
         """The ONNX file as the run's MLflow model, `model`, with its signature and an input example; once. Registered,
         where a name is given, if no version of it is this run's."""
 
         def write() -> None:
-            from raydistill.tracking.recording import save_model
-
             run = self.parent.id
             self.parent.once("model", lambda folder: save_model(onnx_file, example, about, folder))
             if register_as is None or self.client.search_model_versions(f"run_id = '{run}'"):
@@ -142,8 +135,7 @@ class Tracker:
             if not self.client.search_registered_models(f"name = '{register_as}'"):
                 self.client.create_registered_model(register_as)
             place = f"{self._files}/{run}/artifacts" if self._files else self.client.get_run(run).info.artifact_uri
-            source = f"{place}/model"
-            self.client.create_model_version(register_as, source, run)
+            self.client.create_model_version(register_as, f"{place}/model", run)
 
         self.submit("the model", write)
 
@@ -192,14 +184,12 @@ class Tracker:
                 if not may_pass(error):
                     self._failed = not self._recording  # there is nothing to record in
                     self._missing[what] += 1
-                    logger.warning(
-                        "MLflow at %s refuses a record, which is left out: %s (%s)", self._shown, what, reason(error)
-                    )
+                    words = "MLflow at %s refuses a record, which is left out: %s (%s)"
+                    logger.warning(words, self._shown, what, reason(error))
                     return
                 if not self._trouble:
-                    logger.warning(
-                        "MLflow at %s does not answer (%s); what is to be recorded waits", self._shown, reason(error)
-                    )
+                    words = "MLflow at %s does not answer (%s); what is to be recorded waits"
+                    logger.warning(words, self._shown, reason(error))
                 self._trouble = True
                 if self._closing.wait(_SECONDS_BETWEEN_TRIES):
                     time.sleep(min(_SECONDS_BETWEEN_TRIES, 1.0))
@@ -218,21 +208,12 @@ class Tracker:
         self.client = connect(self.uri)
         name, whence = experiment_name(self._config)
         with self.alone():
-            found = self.client.get_experiment_by_name(name)
-            self.experiment = found.experiment_id if found else self._new_experiment(name)
-        if not self.experiment:
-            raise UnusableError("is no MLflow server (it knows no experiments): look at host, port and path")
-        if found is not None and found.lifecycle_stage == "deleted":
-            raise UnusableError(
-                f"has an experiment {name!r} that was deleted: restore it (`mlflow experiments restore --experiment-id "
-                f"{self.experiment}`), or set another one by {whence}"
-            )
+            self.experiment = find_experiment(self.client, name, whence, self._files)
         if self._files:
             for place in put_files(self.uri, self.experiment, self._files):
-                logger.warning(
-                    "MLflow at %s tells that files lie in %s; they go into the workspace", self._shown, place
-                )
-        self._end_dead()
+                words = "MLflow at %s names %s as the place of files; they go into the workspace"
+                logger.warning(words, self._shown, place)
+        end_dead(self.client, self.experiment)
 
     def _begin(self) -> None:
         """What the parent run is begun with, when it is found or made."""
@@ -250,15 +231,13 @@ class Tracker:
         """This process is the one that the run lives and ends with."""
         self._guest = False
         self.client.update_run(self.parent.id, status="RUNNING")
-        for tag, value in _signs_of_life().items():
+        for tag, value in signs_of_life().items():
             self.client.set_tag(self.parent.id, tag, value)
 
     def _end(self, status: str) -> None:
-        """A run that another process works on as well ends with that one. Where a finished run was asked for again and
-        nothing was new, it ended when it did."""
-        if not self.parent.id:
-            return
-        if self._guest and self._is_led():
+        """A run that another process works on too ends with that process. A finished run that is asked for again keeps
+        its end time, where nothing is new."""
+        if not self.parent.id or (self._guest and self._is_led()):
             return
         before = self.parent.before
         same = before is not None and before.info.status == status and not self.changed
@@ -267,8 +246,7 @@ class Tracker:
     def _is_led(self) -> bool:
         """Whether another process works on this run."""
         run = self.client.get_run(self.parent.id)
-        process, alive = (run.data.tags.get(f"raydistill.{tag}") for tag in ("process", "alive"))
-        return run.info.status == "RUNNING" and process is not None and not _is_gone(process, alive)
+        return run.info.status == "RUNNING" and is_gone(run) is False
 
     def _beat(self) -> None:
         """Every minute, a sign of life on the parent run, for who looks from another machine; one at a time, however
@@ -286,57 +264,6 @@ class Tracker:
                 self._beating.set()
                 with contextlib.suppress(RuntimeError):  # the writer is closed a moment after the wait has ended
                     self.submit("a sign of life", write)
-
-    def _new_experiment(self, name: str) -> str:
-        """Its files lie beside the workspace's own database: MLflow would put them wherever the command was given."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            made: str = self.client.create_experiment(name, artifact_location=self._files or None)
-            return made
-        except MlflowException:  # another machine may have made it just now
-            found = self.client.get_experiment_by_name(name)
-            if found is None:
-                raise
-            return str(found.experiment_id)
-
-    def _mention_old_runs(self) -> None:
-        """MLflow kept runs in folders before it wanted a database. Today's `mlruns` has files alone, no meta.yaml."""
-        for place in sorted({Path.cwd(), Path(workspace_root(self._config)).parent}):
-            if any(place.glob("mlruns/*/meta.yaml")):
-                logger.warning(
-                    "%s/mlruns has runs that are not in MLflow at %s; to see them: mlflow migrate-filestore --source "
-                    "%s --target sqlite:///old.db, then mlflow ui --backend-store-uri sqlite:///old.db",
-                    place, self._shown, place,
-                )  # fmt: skip
-
-    def _end_children(self, parent: str) -> None:
-        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
-        for run in self.client.search_runs([self.experiment], query):
-            self.client.set_terminated(run.info.run_id, "KILLED")
-
-    def _end_dead(self) -> None:
-        """Runs whose process is gone, as after SIGKILL, and another machine's that are silent for a quarter of an hour
-        end as killed; this job's is opened again."""
-        for run in self.client.search_runs([self.experiment], "attributes.status = 'RUNNING'"):
-            process = run.data.tags.get("raydistill.process")
-            if process is not None and _is_gone(process, run.data.tags.get("raydistill.alive")):
-                self._end_children(run.info.run_id)
-                self.client.set_terminated(run.info.run_id, "KILLED")
-
-
-def _signs_of_life() -> dict[str, str]:
-    return {"raydistill.process": process_name(), "raydistill.alive": f"{time.time():.0f}"}
-
-
-def _is_gone(process: str, alive: str | None) -> bool:
-    """Whether a process of this machine has ended, or one of another was silent since `alive`, in seconds of the epoch,
-    for so long that it has, too. Without that sign nothing is known of it here."""
-    running = is_running(process)
-    if running is None:
-        seconds = re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", alive or "")  # another program may write there, too
-        return seconds is not None and time.time() - float(seconds[0]) > _SILENT_SECONDS
-    return not running
 
 
 def _how_it_ended(kind: type[BaseException]) -> str:

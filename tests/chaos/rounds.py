@@ -7,13 +7,11 @@ is a command of its own in the round, which gets the SIGTERM that `ray job stop`
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -62,6 +60,7 @@ FAULTS = (
 )  # fmt: skip
 _ENDS_DRIVER = ("driver_killed", "torn_checkpoint")
 _FAILING_SECONDS = 3.0
+_SMALL: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 1024**2}
 
 
 def moments_of(fault: str) -> tuple[str, ...]:
@@ -114,17 +113,12 @@ def make_inputs(folder: Path) -> list[str]:
         "views": {"per_image": 30},
         "generate": {"pipeline": str(folder / "pipeline"), "per_class": 24, "batch_size": 3, "steps": 3},
         "loss": {"projection_dim": 8, "projection_head": "two_layer", "uniformity_weight": 0},
-        "distill": {
-            "epochs": EPOCHS,
-            "batch_size": 16,
-            "num_workers": 2,
-            "labelled_share": 0.5,
-            "checkpoint_seconds": 0,
-        },
+        "distill": {"epochs": EPOCHS, "batch_size": 16, "num_workers": 2, "labelled_share": 0.5,
+                    "checkpoint_seconds": 0},
         "cluster": {"teacher_actors": [1, 2], "generator_actors": [1, 2]},
         "export": {"allow_useless": True},
         "tracking": {"enabled": False},
-    }
+    }  # fmt: skip
     (folder / "job.yaml").write_text(json.dumps(job))
     return [str(folder / "job.yaml")]
 
@@ -143,25 +137,19 @@ def play(words: list[str], folder: Path, fault: str = "none", moment: str = "tea
 
 def _command(words: list[str], folder: Path, fault: str, moment: str, count: int) -> str | None:
     """One command in a process of its own, and what it said where it ended without a result."""
-    strike = ["--fault", fault, "--moment", moment, "--count", str(count)]
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as home:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.rounds", *words, *strike],
+            [sys.executable, "-m", "tests.chaos.rounds", json.dumps([words, fault, moment, count])],
             cwd=ROOT, env=_environment(folder, home, fault), start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         try:
             if fault in _ENDS_DRIVER:
-                torn = fault == "torn_checkpoint"
-                wait_for(
-                    lambda: (
-                        (_reached(folder, moment, count) and (not torn or _checkpoints(folder)))
-                        or process.poll() is not None
-                    ),
-                    300,
-                )
+                wait_for(lambda: _reached(folder, moment, count) or process.poll() is not None, 300)
+                if fault == "torn_checkpoint":
+                    wait_for(lambda: _checkpoints(folder) or process.poll() is not None, 300)
                 _kill_all(process)
-                if torn:
+                if fault == "torn_checkpoint":
                     _tear_newest_checkpoint(folder)
             out, err = process.communicate(timeout=400)
         finally:
@@ -229,10 +217,9 @@ def _environment(folder: Path, home: str, fault: str) -> dict[str, str]:
 def _kill_all(process: subprocess.Popen[str]) -> None:
     """The round and all that it started: what Ray starts has sessions of its own."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
+        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                member.send_signal(signal.SIGKILL)
+                member.kill()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -256,10 +243,9 @@ def _reached(folder: Path, moment: str, count: int) -> bool:
 def _cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 1024**2}
-    cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={**_SMALL, "include_dashboard": False})
     for _ in range(2):
-        cluster.add_node(**small, labels={"pool": "spot"})
+        cluster.add_node(**_SMALL, labels={"pool": "spot"})
     try:
         yield cluster
     finally:
@@ -289,8 +275,7 @@ def _round(words: list[str], fault: str, moment: str, count: int) -> None:
 
 def _stop_job(words: list[str], folder: Path, moment: str, count: int) -> None:
     """A driver that ends as told, with the exit code of an interruption, before the command that goes on."""
-    code = "from raydistill.cli import main; main()"
-    job = subprocess.Popen([sys.executable, "-c", code, "run", *words], stdout=subprocess.DEVNULL)
+    job = subprocess.Popen([sys.executable, "-m", "raydistill", "run", *words], stdout=subprocess.DEVNULL)
     wait_for(lambda: _reached(folder, moment, count) or job.poll() is not None, 300)
     job.terminate()
     if (ended := job.wait(60)) != 143:
@@ -310,7 +295,7 @@ def _strike(fault: str, cluster: Any, folder: Path) -> None:
             time.sleep(5)
         cluster.remove_node(node, allow_graceful=False)
     elif fault == "node_joins":
-        cluster.add_node(num_cpus=1, object_store_memory=100 * 1024**2, labels={"pool": "spot"})
+        cluster.add_node(**_SMALL, labels={"pool": "spot"})
     else:
         (folder / "failing").write_text(str(errno.ENOSPC if fault == "disk_full" else errno.EIO))
         time.sleep(_FAILING_SECONDS)
@@ -318,14 +303,8 @@ def _strike(fault: str, cluster: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("words", nargs="+")
-    parser.add_argument("--fault", default="none")
-    parser.add_argument("--moment", default="teach")
-    parser.add_argument("--count", type=int, default=1)
-    asked = parser.parse_args()
     try:
-        _round(asked.words, asked.fault, asked.moment, asked.count)
+        _round(*json.loads(sys.argv[1]))
         answer: dict[str, str] = {}
     except Exception as error:  # whatever a command would end with
         answer = {"error": f"{type(error).__name__}: {error}"}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from raydistill.cluster import bill as node_hours
-from raydistill.cluster.bill import NodeClock, bill_words, cost
+from raydistill.cluster import bill as bills
+from raydistill.cluster.bill import NodeClock, bill_words, billed, cost
 from raydistill.config import RunConfig
 
 
@@ -41,14 +41,11 @@ class ScriptedRay:
 def clock_over(monkeypatch: pytest.MonkeyPatch, looks: list[list[dict[str, Any]] | None]) -> NodeClock:
     scripted = ScriptedRay(looks)
     monkeypatch.setitem(sys.modules, "ray", scripted)
-    monkeypatch.setattr(node_hours.time, "monotonic", scripted.monotonic)
-    monkeypatch.setattr(NodeClock, "_watch", lambda self: None)
-    config = RunConfig.model_validate({"images": {"path": "x"}, "cluster": {"address": "auto"}})
-    with NodeClock(config) as clock:
-        for _ in looks[:-1]:
-            scripted.now += 10
-            clock._look()
-        scripted.now += 10  # the last look is that of the block's end
+    monkeypatch.setattr(bills.time, "monotonic", scripted.monotonic)
+    clock = NodeClock()
+    for _ in looks:
+        scripted.now += 10
+        clock.look()
     return clock
 
 
@@ -61,12 +58,12 @@ def test_nodes_count_from_when_they_come_to_when_they_go(monkeypatch) -> None:
         [HEAD, node("a", "spot", alive=False, reason=3), node("b", "spot", alive=False, reason=4), node("c")],
     ]
     clock = clock_over(monkeypatch, looks)
-    assert clock.record() == {"node_seconds": {"head": 40.0, "spot": 30.0, "nodes": 30.0}, "lost_nodes": 1}
+    assert (clock.seconds, clock.lost) == ({"head": 40.0, "spot": 30.0, "nodes": 30.0}, 1)
 
 
 def test_a_node_that_was_lost_before_is_not_lost_again(monkeypatch) -> None:
     gone = node("old", "spot", alive=False, reason=2)
-    assert clock_over(monkeypatch, [[HEAD, gone], [HEAD, gone]]).record()["lost_nodes"] == 0
+    assert clock_over(monkeypatch, [[HEAD, gone], [HEAD, gone]]).lost == 0
 
 
 def test_a_stage_does_not_fail_because_nobody_answers_what_it_cost(monkeypatch, caplog) -> None:
@@ -74,7 +71,7 @@ def test_a_stage_does_not_fail_because_nobody_answers_what_it_cost(monkeypatch, 
         raise ConnectionError("the head is gone")
 
     monkeypatch.setattr(ScriptedRay, "nodes", refuse)
-    assert clock_over(monkeypatch, [[HEAD]] * 3).record() == {"node_seconds": {}, "lost_nodes": 0}
+    assert clock_over(monkeypatch, [[HEAD]] * 3).seconds == {}
     assert [record.getMessage() for record in caplog.records] == [
         "the hours of nodes are incomplete: Ray does not answer (the head is gone)"
     ]
@@ -82,9 +79,17 @@ def test_a_stage_does_not_fail_because_nobody_answers_what_it_cost(monkeypatch, 
 
 def test_the_machine_alone_is_not_looked_at(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # an import would raise
-    with NodeClock(RunConfig.model_validate({"images": {"path": "x"}})) as clock:
+    with billed(RunConfig.model_validate({"images": {"path": "x"}})) as bill:
         pass
-    assert clock.record() == {}
+    assert bill == {}
+
+
+def test_a_joined_cluster_is_billed_for_the_block(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ScriptedRay([[HEAD]]))
+    with billed(RunConfig.model_validate({"images": {"path": "x"}, "cluster": {"address": "auto"}})) as bill:
+        pass
+    assert bill["node_seconds"]["head"] > 0
+    assert bill["lost_nodes"] == 0
 
 
 def test_money_needs_a_price_for_every_type() -> None:

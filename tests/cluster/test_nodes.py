@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from raydistill.config import load_config
 from raydistill.doctor.cluster import check_offers
+from tests.processes import python
 
 CLUSTER_FILE = Path(__file__).parents[2] / "cluster.yaml"
 # In a process of its own: the nodes of such a cluster, and its Ray, are not those of the other tests.
@@ -22,7 +21,7 @@ import ray
 from ray.cluster_utils import Cluster
 from raydistill.config import load_config
 from raydistill.errors import ConfigError
-from raydistill.cluster import session as joining, late_nodes as newcomers, preemption, nodes as preflight
+from raydistill.cluster import session as joining, late_nodes, preemption, nodes as preflight
 from tests.processes import wait_for
 
 root = sys.argv[1]
@@ -79,11 +78,11 @@ except ConfigError as error:
     answers["refused"] = str(error)
 preflight._installed = installed
 
-newcomers._SECONDS_BETWEEN_LOOKS = 0.5
+late_nodes._SECONDS_BETWEEN_LOOKS = 0.5
 looked, look_at = [], preflight.look_at
 preflight.look_at = lambda config, nodes: [looked.append(found := look_at(config, nodes)), found][1]
 records = []
-newcomers.log.addHandler(handler := logging.Handler())
+late_nodes.log.addHandler(handler := logging.Handler())
 handler.emit = lambda record: records.append(record.getMessage())
 drain, drains = preemption.drain, []
 
@@ -113,10 +112,7 @@ print("ANSWERS" + json.dumps(answers))
 @pytest.mark.timeout(400)
 def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
-    ended = subprocess.run(
-        [sys.executable, "-c", _TWO_NODES, str(tmp_path)],
-        env=environment, capture_output=True, text=True, timeout=380,
-    )  # fmt: skip
+    ended = python("-c", _TWO_NODES, str(tmp_path), env=environment, timeout=380)
     assert "ANSWERS" in ended.stdout, ended.stdout + ended.stderr
     answers = json.loads(ended.stdout.partition("ANSWERS")[2])
     assert [advice for *_, advice in answers["sound"]] == [None] * 4
@@ -149,7 +145,7 @@ def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
     drained, failed, again = answers["newcomer"]
     assert "a node that joined is drained, since it is not fit" in drained
     assert "(here 0.0.1)" in drained
-    assert failed == "nodes that join are not looked at for now: the head is busy"
+    assert failed == "nodes that join are not checked for now: the head is busy"
     assert again == drained, "what failed is tried again"
     assert not list((tmp_path / "w").glob(".*")), "no marker is left"
     assert not list((tmp_path / "here" / "w").glob(".*"))

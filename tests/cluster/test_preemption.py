@@ -20,6 +20,7 @@ import pytest
 
 from raydistill.cluster.preemption import MARGIN_SECONDS, AwsNotice, drain, main, wait_for, watch
 from raydistill.errors import RaydistillError
+from tests.processes import python, serving
 
 NOTICE, REBALANCE = "/latest/meta-data/spot/instance-action", "/latest/meta-data/events/recommendations/rebalance"
 NO_SERVICE = "http://127.0.0.1:9"
@@ -28,11 +29,9 @@ NO_SERVICE = "http://127.0.0.1:9"
 class Metadata(ThreadingHTTPServer):
     """Hands out session tokens by PUT, refuses (401) what comes without one that is valid, and knows of no notice."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.url = ""
         # Statuses and bodies in turn, the last one for ever; None hangs until the server is closed.
         self.answers: dict[str, list[tuple[int, bytes] | None]] = {}
         self.clock: Callable[[], float] = time.monotonic
@@ -87,16 +86,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve() -> Iterator[Metadata]:
-    server = Metadata()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.closing.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(server := Metadata()) as server.url:
+        try:
+            yield server
+        finally:
+            server.closing.set()
 
 
 @pytest.fixture
@@ -105,17 +99,18 @@ def metadata() -> Iterator[Metadata]:
         yield server
 
 
-class Drained:
-    """In the place of Ray: keeps the seconds it is given, after as many failures as it is told."""
+def drained_after(metadata: Metadata, failures: int = 0) -> list[float]:
+    """Watches until a notice drains, after as many failures as it is told: the seconds that Ray was given each time."""
+    given = list[float]()
 
-    def __init__(self, failures: int = 0) -> None:
-        self.failures, self.seconds = failures, list[float]()
-
-    def __call__(self, seconds: float) -> str:
-        self.seconds.append(seconds)
-        if len(self.seconds) <= self.failures:
+    def drain_here(seconds: float) -> str:
+        given.append(seconds)
+        if len(given) <= failures:
             raise RaydistillError("the GCS is busy")
         return "node"
+
+    watch(AwsNotice(metadata.url), drain_here, 0.01)
+    return given
 
 
 def notice_in(seconds: float, action: str = "terminate") -> str:
@@ -125,9 +120,7 @@ def notice_in(seconds: float, action: str = "terminate") -> str:
 
 def test_no_notice_drains_nothing_and_a_notice_drains_once(metadata: Metadata) -> None:
     metadata.answers[NOTICE] = [(404, b"")] * 5 + [(200, notice_in(120).encode())]
-    drained = Drained()
-    watch(AwsNotice(metadata.url), drained, 0.01)
-    (seconds,) = drained.seconds
+    (seconds,) = drained_after(metadata)
     assert 90 - MARGIN_SECONDS < seconds <= 120 - MARGIN_SECONDS
 
 
@@ -141,9 +134,7 @@ def test_the_time_is_read_in_utc(metadata: Metadata, action: str, written: str) 
 @pytest.mark.parametrize("ago", [0, 5, 10**6])
 def test_a_time_in_the_past_drains_at_once(metadata: Metadata, ago: int) -> None:
     metadata.give(notice_in(-ago))
-    drained = Drained()
-    watch(AwsNotice(metadata.url), drained, 0.01)
-    assert drained.seconds == [0.0]
+    assert drained_after(metadata) == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -159,9 +150,7 @@ def test_a_notice_that_cannot_be_read_is_asked_for_again(metadata: Metadata, gar
     with pytest.raises(RaydistillError):
         AwsNotice(metadata.url)()
     metadata.give(garbage, garbage, notice_in(120))
-    drained = Drained()
-    watch(AwsNotice(metadata.url), drained, 0.01)
-    assert len(drained.seconds) == 1
+    assert len(drained_after(metadata)) == 1
 
 
 def test_the_token_is_renewed_before_it_expires(metadata: Metadata) -> None:
@@ -191,9 +180,7 @@ def test_a_service_that_refuses_every_token_is_an_error(metadata: Metadata) -> N
 
 def test_a_service_that_hangs_or_fails_is_asked_again(metadata: Metadata) -> None:
     metadata.answers[NOTICE] = [None, (500, b""), (503, b"busy"), (404, b""), (200, notice_in(120).encode())]
-    drained = Drained()
-    watch(AwsNotice(metadata.url), drained, 0.01)
-    assert len(drained.seconds) == 1
+    assert len(drained_after(metadata)) == 1
 
 
 def test_no_service_is_an_error_that_names_it() -> None:
@@ -223,10 +210,9 @@ def test_neither_a_proxy_nor_a_redirect_sees_what_is_asked(metadata: Metadata, m
 
 def test_a_drain_that_fails_is_tried_again_with_the_time_that_is_left(metadata: Metadata) -> None:
     metadata.give(notice_in(120))
-    drained = Drained(failures=3)
-    watch(AwsNotice(metadata.url), drained, 0.01)
-    assert len(drained.seconds) == 4
-    assert drained.seconds == sorted(set(drained.seconds), reverse=True)
+    given = drained_after(metadata, failures=3)
+    assert len(given) == 4
+    assert given == sorted(set(given), reverse=True)
 
 
 def test_trouble_is_said_when_it_changes_with_a_time_in_utc(capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,13 +256,9 @@ def test_a_notice_drains_its_node_and_no_other() -> None:
         }  # fmt: skip
         environment.pop("RAY_ADDRESS", None)
         root = Path(__file__).parents[2]
-        code = f"from {__name__} import drain_the_second_node as run; run()"
-        ended = subprocess.run(
-            [sys.executable, "-c", f"{code}; print('drained')"], cwd=root, env=environment, stdout=subprocess.PIPE,
-            text=True, timeout=240,
-        )  # fmt: skip
-        assert ended.returncode == 0
-        assert ended.stdout.endswith("drained\n")
+        code = f"import sys; sys.path.insert(0, {str(root)!r}); from {__name__} import drain_the_second_node as run"
+        ended = python("-c", f"{code}; run(); print('drained')", env=environment)
+        assert ended.stdout.endswith("drained\n"), ended.stdout + ended.stderr
 
 
 def drain_the_second_node() -> None:

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import stat
-import subprocess
-import sys
 import tempfile
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,6 +17,7 @@ from raydistill.cluster import session as cluster
 from raydistill.cluster.session import joined_cluster
 from raydistill.config import load_config
 from raydistill.errors import ConfigError
+from tests.processes import python
 
 # In a process of its own, with a home of its own for the token.
 _LOCAL = """
@@ -82,24 +81,21 @@ with joined_cluster(load_config(["images.path=x"]), dashboard=True):
 
 
 def is_loopback(address: str) -> bool:
+    """An IPv4 address of a socket for both kinds is loopback where the address is."""
     found = ip_address(address)
-    return (getattr(found, "ipv4_mapped", None) or found).is_loopback  # as a socket for both kinds of address has it
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_local_ray_lets_in_nobody_without_its_token_which_is_closed_to_others(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
-    ended = subprocess.run([sys.executable, "-c", _LOCAL], env=environment, capture_output=True, text=True, timeout=280)
+    ended = python("-c", _LOCAL, env=environment)
     assert "ANSWERS" in ended.stdout, ended.stdout + ended.stderr
     heard, asked, entered, modes, length = json.loads(ended.stdout.partition("ANSWERS")[2])
     for part in ("gcs_server", "raylet", "dashboard/dashboard.py", "DashboardAgent", "RuntimeEnvAgent", "ray::"):
         assert any(part in command for command, _, _ in heard), part
-    # An IPv4 address of a socket for both kinds is loopback where the address is.
-    off = [
-        (c, a) for c, a, _ in heard if not (getattr(ip_address(a), "ipv4_mapped", None) or ip_address(a)).is_loopback
-    ]
-    assert off == []
+    assert [(command, address) for command, address, _ in heard if not is_loopback(address)] == []
     # Of each service, the one port that has it asks for the token; an HTTP port takes no such call.
     assert {code for _, code in asked} <= {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE", "INTERNAL"}
     assert len({call for call, code in asked if code == "UNAUTHENTICATED"}) == 6
@@ -153,9 +149,7 @@ def test_sessions_of_ray_lie_in_a_folder_of_this_user_alone(tmp_path: Path, monk
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_what_memory_does_not_hold_is_written_where_one_says(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", _SPILLS, str(tmp_path / "spilled")], capture_output=True, text=True, timeout=280
-    )
+    ended = python("-c", _SPILLS, str(tmp_path / "spilled"))
     assert "SPILLED" in ended.stdout, ended.stdout + ended.stderr
     assert int(ended.stdout.partition("SPILLED ")[2]) >= 4 * 20 * 1024**2
 
@@ -182,7 +176,7 @@ with joined_cluster(load_config(["images.path=x"])):
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_work_is_cancelled_where_the_command_ignores_ctrl_c() -> None:
-    ended = subprocess.run([sys.executable, "-c", _CANCELS], capture_output=True, text=True, timeout=200)
+    ended = python("-c", _CANCELS)
     assert "CANCELLED" in ended.stdout, ended.stdout + ended.stderr
 
 
@@ -199,7 +193,7 @@ if any("default_worker.py" in word for word in sys.orig_argv):
     ("does", "said"),
     [
         (
-            "os.write(2, b'ImportError: libgone.so.1: no such file\\n'); os._exit(1)",
+            "os.write(2, b'ImportError: libgone.so.1: no such\\n'); os._exit(1)",
             "start: ImportError: libgone.so.1: no s",
         ),
         ("os.kill(os.getpid(), 9)", "start: without a word, as where memory runs out"),
@@ -211,10 +205,7 @@ def test_workers_that_die_as_they_start_are_named(does: str, said: str, class_fo
     (tmp_path / "sitecustomize.py").write_text(_IN_WORKERS.format(does))
     there = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     words = [f"images.path={class_folders({'a': 8, 'b': 8})}", f"workspace={tmp_path}/runs", "tracking.enabled=false"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "raydistill", "prepare", *words],
-        env=os.environ | {"PYTHONPATH": there}, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    ended = python("-m", "raydistill", "prepare", *words, PYTHONPATH=there)
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert len(errors) == 1
@@ -232,8 +223,6 @@ def test_rows_come_in_order_on_a_ray_that_the_caller_began(monkeypatch) -> None:
 def test_a_place_that_cannot_be_written_to_is_named_before_ray_starts(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another test's Ray may run in this process
     (tmp_path / "file").touch()
-    with (
-        pytest.raises(ConfigError, match=r"cluster\.spill_directory=.*/file/deep cannot be written to \(Not a dir"),
-        joined_cluster(load_config(["images.path=x", f"cluster.spill_directory={tmp_path}/file/deep"])),
-    ):
-        pass
+    config = load_config(["images.path=x", f"cluster.spill_directory={tmp_path}/file/deep"])
+    with pytest.raises(ConfigError, match=r"cluster\.spill_directory=.*/file/deep cannot be written to \(Not a dir"):
+        joined_cluster(config).__enter__()

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +20,11 @@ from safetensors.torch import save_file
 
 from raydistill import errors
 from raydistill.cluster import submit as submitting
-from raydistill.cluster.submit import check_address, pack, pinned, submit
+from raydistill.cluster.submit import check_address, pinned, submit
+from raydistill.cluster.upload import pack
 from raydistill.config import load_config
 from raydistill.errors import ConfigError, StageError
+from tests.processes import python, wait_for
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_the_package_and_the_job_travel_and_nothing_else(job, tmp_path, monkeypa
     found = {name for name, _ in package.files}
     code = {name for name in found if name.startswith("raydistill/")}
     assert "raydistill/__main__.py" in code
-    assert all(name.endswith((".py", ".html", "py.typed")) for name in code)
+    assert all(name.endswith((".py", ".html", ".md", "py.typed")) for name in code)
     source = Path(errors.__file__).parent
     wanted = {str(p.relative_to(source.parent)) for p in source.rglob("*") if p.is_file() and p.suffix != ".pyc"}
     assert code == wanted  # whatever the package reads beside its code travels, too
@@ -117,7 +118,7 @@ def test_nothing_private_travels_with_the_package(strange_package, job, tmp_path
     assert {"pasted.py", "linked.py", "linked_folder/", "infra/local_settings.py", ".env", ".ssh/"} <= left_out
     code = {name for name in sent if name.startswith("raydistill/")}
     source = Path(submitting.__file__).parents[1]
-    wanted = [*source.rglob("*.py"), *source.rglob("*.html"), *source.rglob("py.typed")]
+    wanted = [*source.rglob("*.py"), *source.rglob("*.html"), *source.rglob("*.md"), *source.rglob("py.typed")]
     assert code == {str(file.relative_to(source.parent)) for file in wanted}
 
 
@@ -274,14 +275,14 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
              "--dashboard-host=127.0.0.1", "--object-store-memory=100000000", f"--temp-dir=/tmp/rd{port}"]  # fmt: skip
     node = subprocess.Popen([str(ray), *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                             start_new_session=True)  # fmt: skip
+
+    def answers() -> bool:
+        assert node.poll() is None, "the head ended"
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
     try:
-        end = time.monotonic() + 90
-        while time.monotonic() < end:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert node.poll() is None, "the head ended"
-            time.sleep(0.5)
+        wait_for(answers, 90)
         yield environment
     finally:
         if node.poll() is None:
@@ -290,9 +291,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def raydistill(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "raydistill", *words], env=environment, capture_output=True, text=True, timeout=280
-    )
+    return python("-m", "raydistill", *words, env=environment)
 
 
 def test_a_job_may_bring_its_requirements(job, tmp_path, monkeypatch) -> None:
@@ -381,15 +380,8 @@ def test_jobs_on_a_head_with_a_token(head, job, tmp_path) -> None:
     stopped = raydistill(head, "job", "stop", name)
     assert stopped.returncode == 0, stopped.stderr
     assert raydistill(head, "job", "logs", name).returncode == 3
-    states = raydistill(head, "job", "status").stdout
-    assert [line.split()[0] for line in states.splitlines()] == [
-        "SUCCEEDED",
-        "SUCCEEDED",
-        "SUCCEEDED",
-        "FAILED",
-        "FAILED",
-        "STOPPED",
-    ]
+    states = raydistill(head, "job", "status").stdout.splitlines()
+    assert [line.split()[0] for line in states] == ["SUCCEEDED"] * 3 + ["FAILED"] * 2 + ["STOPPED"]
 
     stranger = raydistill(head | {"RAY_AUTH_TOKEN": "f" * 64}, "job", "status")
     assert stranger.returncode == 2

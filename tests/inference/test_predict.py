@@ -27,16 +27,10 @@ from raydistill.data.decode import decode, encode, pixels
 from raydistill.data.isolation import end_processes
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import CheckpointError, ConfigError, DataError
+from raydistill.inference.answers import OUTPUTS, write_answers
 from raydistill.inference.command import predict_command
-from raydistill.inference.predict import (
-    OUTPUTS,
-    Predictor,
-    find_units,
-    predict_locally,
-    predict_on_ray,
-    without_first,
-    write_answers,
-)
+from raydistill.inference.listening import ServeSettings
+from raydistill.inference.predict import Predictor, find_units, predict_locally, predict_on_ray, without_first
 from raydistill.inference.serve import make_app
 from raydistill.models.formats import network_inputs
 from raydistill.models.student import read_student
@@ -317,7 +311,7 @@ def test_a_picture_that_kills_its_process_takes_no_other_along(exported, picture
         else:
             assert answer.error == sound[answer.name].error
             np.testing.assert_array_equal(answer.probabilities_C, sound[answer.name].probabilities_C)
-    app = make_app(predictor, "a student", 10**6, 10**6, 0.0, {"testserver"})
+    app = make_app(predictor, "a student", {"testserver"}, ServeSettings(10**6, 10**6, 0.0))
     with TestClient(app) as client, ThreadPoolExecutor(4) as pool:
         files = [bad.read_bytes(), (pictures / "hidden.png").read_bytes()] * 3
         replies = list(pool.map(lambda data: client.post("/predict", content=data), files))

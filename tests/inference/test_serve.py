@@ -16,6 +16,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,14 @@ import pytest
 from starlette.testclient import TestClient
 
 from raydistill.errors import ConfigError
-from raydistill.inference.listening import addresses, check_name, listen, own_names
+from raydistill.inference.listening import ServeSettings, addresses, check_name, listen, own_names
 from raydistill.inference.predict import Predictor
 from raydistill.inference.serve import make_app
 from tests.data.test_decode import blank_png
 from tests.small_run import CLASSES, painted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS = ServeSettings(10**7, 10**6, 0.0)
 
 
 def picture(label: int, seed: int = 0, form: str = "PNG") -> bytes:
@@ -197,7 +199,7 @@ IMPATIENT = """if True:
     intake.BODY_SECONDS = 2.0
     sockets = listening.listen("127.0.0.1", 0)
     print(*listening.addresses(sockets)[0], flush=True)
-    listening.run(make_app(Student(), "a student", 10**6, 10**6, 0.0, {"127.0.0.1"}), sockets)
+    listening.run(make_app(Student(), "a student", {"127.0.0.1"}, listening.ServeSettings(10**6, 10**6, 0.0)), sockets)
 """
 
 
@@ -305,7 +307,9 @@ class Student:
 )
 def test_only_its_own_names_and_pages_are_answered(host, origin, status):
     sockets = listen("127.0.0.1", 0)
-    app = make_app(Student(), "a student", 10**6, 10**6, 0.0, own_names(sockets, "127.0.0.1"), ["models.example.org"])
+    app = make_app(
+        Student(), "a student", own_names(sockets, "127.0.0.1"), replace(SETTINGS, allowed=["models.example.org"])
+    )
     sockets[0].close()
     headers = {"host": host} | ({} if origin is None else {"origin": origin})
     with TestClient(app) as client:
@@ -318,7 +322,7 @@ def test_only_its_own_names_and_pages_are_answered(host, origin, status):
 
 
 def test_one_strange_origin_of_several_is_enough():
-    app = make_app(Student(), "a student", 10**6, 10**6, 0.0, {"localhost"})
+    app = make_app(Student(), "a student", {"localhost"}, SETTINGS)
     with TestClient(app, base_url="http://localhost") as client:
         for origins in (["http://localhost", "http://evil.example"], ["", "http://evil.example"]):
             reply = client.get("/health", headers=[("Origin", one) for one in origins])
@@ -338,7 +342,7 @@ def test_bodies_of_many_small_things_are_refused_before_they_are_made(capsys):
         "none of the keys": (b'{"' + b"k" * 4_000_000 + b'": 1}', "application/json"),
         "has no file": (part * 5 + b"--b--\r\n", form),
     }
-    app = make_app(Student(), "a student", 10**7, 10**6, 0.0, {"localhost"})
+    app = make_app(Student(), "a student", {"localhost"}, SETTINGS)
     began = time.process_time()
     with TestClient(app, base_url="http://localhost") as client:
         for said, (body, kind) in bodies.items():
@@ -358,7 +362,7 @@ def test_bodies_of_many_small_things_are_refused_before_they_are_made(capsys):
             came.append(data)
             return np.zeros((2, 2, 3), np.uint8)
 
-    app = make_app(Curious(), "a student", 10**7, 10**6, 0.0, {"localhost"})
+    app = make_app(Curious(), "a student", {"localhost"}, SETTINGS)
     with TestClient(app, base_url="http://localhost") as client:
         reply = client.post("/predict", data={"image": base64.b64encode(white).decode()})
         assert (reply.status_code, came) == (200, [white])

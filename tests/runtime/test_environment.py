@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.processes import python
+
 SHOW = [sys.executable, "-m", "raydistill", "show"]
 
 
@@ -45,7 +47,7 @@ def test_an_error_is_said_while_somebody_else_has_the_descriptor() -> None:
         "import os, sys\nfrom raydistill.runtime.environment import open_streams\nopen_streams()\n"
         "os.dup2(os.open(os.devnull, os.O_WRONLY), 2)\nprint('error: why', file=sys.stderr)\nos._exit(1)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    ended = python("-c", program)
     assert (ended.returncode, ended.stderr) == (1, "error: why\n")
 
 
@@ -76,6 +78,5 @@ print(getpass.getuser(), Path.home())
     for place in tmp_path.parents:  # pytest's own, which it closes to others
         if place.owner() == "root" and not place.stat().st_mode & 0o001:
             place.chmod(0o755)
-    alone = {"HOME": "/", "TMPDIR": str(tmp_path), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    ended = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True)
+    ended = python("-c", code, env={}, HOME="/", TMPDIR=str(tmp_path), PYTHONPATH=os.environ.get("PYTHONPATH", ""))
     assert ended.stdout == f"user54321 {tmp_path}/raydistill-54321\n", ended.stderr

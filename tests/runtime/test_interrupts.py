@@ -112,6 +112,26 @@ def test_the_signal_of_timeout_which_comes_twice_is_one() -> None:
     assert command.end() == (143, "closed\ninterrupted (SIGTERM); nothing was written\n")
 
 
+def test_signals_that_do_not_stop_end_the_command_once() -> None:
+    """Some come while the process says its last words and ends its children."""
+    child = "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    command = Command("-c", BEGIN + child + "try:\n    print('runs', flush=True)\n    time.sleep(60)\n" + LEAVE)
+    command.wait_for_line("runs")
+    began = time.monotonic()
+    while command.process.poll() is None and time.monotonic() - began < 20:
+        command.process.terminate()
+    assert command.end(10) == (143, "interrupted (SIGTERM); nothing was written\n")
+
+
+def test_last_words_that_nobody_takes_are_not_waited_for() -> None:
+    """A pipe that is full, and whose reader has stopped."""
+    fills = "os.set_blocking(1, False)\ntry:\n    while True: os.write(1, b'x' * 4096)\nexcept BlockingIOError: pass\n"
+    runs = "os.set_blocking(1, True)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    command = Command("-c", f"{BEGIN}try:\n    time.sleep(0)\n    exec({(fills + runs)!r})\n{LEAVE}")
+    assert command.process.wait(15) == 143
+    command.process.stdout.close()
+
+
 def test_a_signal_while_the_process_leaves_is_not_taken_for_success() -> None:
     flush = "class Slow:\n    def flush(self): os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n    isatty = bool\n"
     code, said = Command("-c", f"{BEGIN}{flush}sys.stdout = Slow()\ninterrupts.leave(0)\n").end(10)

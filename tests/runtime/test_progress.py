@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from raydistill.runtime import idle as stillness
-from raydistill.runtime import progress
+from raydistill.runtime import idle, progress
 from raydistill.runtime.progress import Progress, SpeedMeter, speed_words
 from tests.processes import wait_for
 from tests.small_run import ray_session
@@ -22,8 +21,8 @@ __all__ = ["ray_session"]
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stillness, "_SECONDS", 0.3)
-    monkeypatch.setattr(stillness, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(idle, "_SECONDS", 0.3)
+    monkeypatch.setattr(idle, "_SECONDS_BETWEEN_LOOKS", 0.01)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -125,7 +124,7 @@ def test_what_was_done_before_is_no_speed(terminal, each, seconds, speed, monkey
     """Neither what a killed run had done, nor what is found done on the way: both are told of at once."""
     clock, said = Clock(), io.StringIO()
     monkeypatch.setattr(progress.time, "monotonic", clock)
-    monkeypatch.setattr(stillness, "_SECONDS", 1e9)
+    monkeypatch.setattr(idle, "_SECONDS", 1e9)
     with Progress(Console(file=said, force_terminal=terminal, width=140)).task(
         "teach", 10**6, "views", 28876
     ) as advance:
@@ -152,12 +151,12 @@ def test_what_waits_is_named_with_what_is_free() -> None:
     def never() -> None: ...
 
     asked = [never.remote(), never.remote()]
-    wait_for(lambda: "waits" in stillness.waiting_words())
-    assert stillness.waiting_words() == "; Ray waits to place 2 x {spot: 3}; free: none of it"
+    wait_for(lambda: "waits" in idle.waiting_words())
+    assert idle.waiting_words() == "; Ray waits to place 2 x {spot: 3}; free: none of it"
     for task in asked:
         ray.cancel(task)
-    wait_for(lambda: stillness.waiting_words() == "; all that Ray was asked to place is running")
+    wait_for(lambda: idle.waiting_words() == "; all that Ray was asked to place is running")
     cpus = [ray.remote(num_cpus=99)(lambda: None).remote()]
-    wait_for(lambda: "waits" in stillness.waiting_words())
-    assert re.fullmatch(r"; Ray waits to place 1 x \{CPU: 99\}; free: CPU \d of 2", stillness.waiting_words())
+    wait_for(lambda: "waits" in idle.waiting_words())
+    assert re.fullmatch(r"; Ray waits to place 1 x \{CPU: 99\}; free: CPU \d of 2", idle.waiting_words())
     ray.cancel(cpus[0])

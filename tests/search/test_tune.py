@@ -36,9 +36,13 @@ from raydistill.pages.study import search_page
 from raydistill.results import Outcome
 from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
-from raydistill.search import trials as trials_module
+from raydistill.search import forecast
 from raydistill.search import tune as tune_module
+from raydistill.search.confirmation import gains_of, search_verdict
+from raydistill.search.directory import tune_directory
 from raydistill.search.display import Clock, SearchDisplay
+from raydistill.search.forecast import forecast_lines, seconds_per_step
+from raydistill.search.layout import lay_out
 from raydistill.search.significance import Answers
 from raydistill.search.space import read_space
 from raydistill.search.study import (
@@ -50,8 +54,9 @@ from raydistill.search.study import (
     read_trials,
     refuse_others,
 )
-from raydistill.search.trials import _run_trial, _Search, _Work, lay_out, seconds_per_step
-from raydistill.search.tune import forecast_lines, gains_of, tune_job
+from raydistill.search.trainable import TrialWork, run_trial
+from raydistill.search.trials import StudySearch
+from raydistill.search.tune import tune_job
 from raydistill.storage.directory import StageDirectory, workspace_root
 from raydistill.tracking.recording import ChildRun
 from raydistill.tracking.tracker import Tracker
@@ -82,7 +87,7 @@ class Silent:
     def ended(self, trial) -> None: ...
 
 
-def engine(config: RunConfig, folder: Path) -> tuple[_Search, optuna.Study]:
+def engine(config: RunConfig, folder: Path) -> tuple[StudySearch, optuna.Study]:
     """The search algorithm on the study in a folder, with trials that train nothing."""
     directory = StageDirectory(str(folder), "tune", "{}")
     folder.mkdir(exist_ok=True)
@@ -93,7 +98,7 @@ def engine(config: RunConfig, folder: Path) -> tuple[_Search, optuna.Study]:
         name = f"distill-{hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:12]}"
         return None, StageDirectory(f"{workspace_root(config)}/{name}", "distill", "{}")
 
-    return _Search(config, space, study, make_job, None, Silent()), study
+    return StudySearch(config, space, study, make_job, None, Silent()), study
 
 
 def score(choices: dict) -> float:
@@ -102,12 +107,12 @@ def score(choices: dict) -> float:
     return 1 / choices["loss.temperature"] + 0.1 * wide + 0.001 * choices.get("loss.projection_dim", 0)
 
 
-def play(search: _Search, study, most: int) -> Iterator[int]:
+def play(search: StudySearch, study, most: int) -> Iterator[int]:
     """Up to `most` trials from proposal to end; numbers as they are proposed, before they end."""
     for turn in range(most):
         if search.suggest(f"t{turn}") == "FINISHED":
             return
-        number = search._ot_trials[f"t{turn}"].number
+        number = search._running[f"t{turn}"][0].number
         yield number
         choices = next(t for t in read_trials(study) if t.number == number).choices
         result = {"finished": True, "epoch": 3, "seconds": 1.0, "val_accuracy": score(choices)}
@@ -316,7 +321,7 @@ class Following(Silent):
 
 def test_every_epoch_is_followed_and_those_with_a_value_are_judged(words, space_file, tmp_path) -> None:
     search, study = engine(load_config([*words, space_file(), "tune.grace_epochs=2"]), tmp_path / "study")
-    search._watcher = Following()
+    search._display = Following()
     search.suggest("t")
     for epoch in (1, 2, 3):
         record = {"epoch": epoch, "step": 4 * epoch, "loss": 1.0, "pid": 7, "seconds": 1.0}
@@ -324,8 +329,8 @@ def test_every_epoch_is_followed_and_those_with_a_value_are_judged(words, space_
     assert study.trials[0].intermediate_values == {2: 0.5}
     last = {"epoch": 4, "step": 16, "loss": 0.5, "val_accuracy": 0.7, "finished": True}
     assert not search.falls_behind("t", last)
-    assert [record["epoch"] for _, record in search._watcher.told] == [1, 2, 3, 4]
-    assert search._watcher.told[-1] == (0, {"epoch": 4, "step": 16, "loss": 0.5, "val_accuracy": 0.7})
+    assert [record["epoch"] for _, record in search._display.told] == [1, 2, 3, 4]
+    assert search._display.told[-1] == (0, {"epoch": 4, "step": 16, "loss": 0.5, "val_accuracy": 0.7})
 
 
 @pytest.mark.parametrize("pruner", ["asha", "median"])
@@ -370,7 +375,7 @@ class Heard:
 
 
 @pytest.fixture
-def run_trial(tiny_set, monkeypatch):
+def trained(tiny_set, monkeypatch):
     """Runs the trainable of a trial of 4 epochs, val measured on the 2nd and 4th, in this process."""
     monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "2")
 
@@ -381,7 +386,7 @@ def run_trial(tiny_set, monkeypatch):
         plan = dataclasses.replace(plan_resources(job.config, 2.0, 0.0, 1), train_workers=0)
         monkeypatch.setattr(tune, "report", heard)
         with pytest.raises(SystemExit) if heard.stop_at else contextlib.nullcontext():
-            _run_trial({"work": pickle.dumps(_Work(job, directory, plan, ("val_accuracy",)))})
+            run_trial({"work": pickle.dumps(TrialWork(job, directory, plan, ("val_accuracy",)))})
         return directory
 
     return run
@@ -391,28 +396,26 @@ def learnt(records: list[dict]) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
 
 
-def test_a_trial_tells_of_every_epoch_and_again_of_those_before_it_was_killed(run_trial) -> None:
+def test_a_trial_tells_of_every_epoch_and_again_of_those_before_it_was_killed(trained) -> None:
     unbroken, first, second, done = Heard(), Heard(stop_at=3), Heard(), Heard()
-    run_trial(unbroken, "unbroken")
+    trained(unbroken, "unbroken")
     assert [r["epoch"] for r in unbroken.records] == [1, 2, 3, 4]
     assert ["val_accuracy" in r for r in unbroken.records] == [False, True, False, True]
     assert [r.get("finished", False) for r in unbroken.records] == [False, False, False, True]
     # Tune waits for the end of a trial that it ended, before the next one takes its process.
     assert os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] == "600"
-    run_trial(first)
+    trained(first)
     assert [r["epoch"] for r in first.records] == [1, 2, 3]
-    directory = run_trial(second)
+    directory = trained(second)
     assert learnt(second.records) == learnt(unbroken.records)
-    run_trial(done)
+    trained(done)
     assert [r.get("trained_before") for r in done.records] == [True, True, True, None]
     took = json.loads((Path(directory.path) / "seconds.json").read_text())["seconds"]
     assert done.records[-1]["seconds"] == took > 0
     assert learnt(done.records)[-1] == learnt(unbroken.records)[-1]
 
 
-def test_a_trial_that_tune_has_ended_says_nothing_more_whatever_goes_wrong_on_its_way_out(
-    run_trial, monkeypatch
-) -> None:
+def test_a_trial_that_tune_has_ended_says_nothing_more_whatever_goes_wrong_on_its_way_out(trained, monkeypatch) -> None:
     """Its last checkpoint cannot be written: this comes up after Tune's end, which nobody may wait for."""
     written = []
     save = checkpoints.save_file
@@ -425,14 +428,14 @@ def test_a_trial_that_tune_has_ended_says_nothing_more_whatever_goes_wrong_on_it
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     heard = Heard(stop_at=2)
-    run_trial(heard)
+    trained(heard)
     assert len(written) == 2
     assert [r["epoch"] for r in heard.records] == [1, 2]
 
 
-def test_whatever_a_trial_fails_of_is_told_with_its_kind(run_trial, monkeypatch) -> None:
+def test_whatever_a_trial_fails_of_is_told_with_its_kind(trained, monkeypatch) -> None:
     heard = Heard()
-    run_trial(heard, targets="/nowhere")
+    trained(heard, targets="/nowhere")
     (record,) = heard.records
     assert record["failed"].startswith("FileNotFoundError: ")
     assert "/nowhere" in record["failed"]
@@ -607,7 +610,7 @@ def test_a_forecast_of_steps_that_cannot_be_taken_is_unknown(tiny_set, monkeypat
     def out_of_memory(job, worker):
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(trials_module, "distill_loop", out_of_memory)
+    monkeypatch.setattr(forecast, "distill_loop", out_of_memory)
     assert seconds_per_step(tiny_set.job("a"), 1) is None
 
 
@@ -665,7 +668,7 @@ def test_runs_that_a_killed_command_did_not_come_to_are_written_by_the_next(
 def test_the_order_of_labels_and_of_keys_makes_another_search(words, space_file, progress) -> None:
     def name(text: str) -> str:
         config = load_config([*words, space_file(text)])
-        return tune_module._directory(config, read_space(config.tune.space, config), progress).name
+        return tune_directory(config, read_space(config.tune.space, config), progress).name
 
     families = ["kd: {kd_weight: 1}", "dkd: {dkd_weight: 1}"]
     texts = [f"loss: {{categorical: {{{', '.join(order)}}}}}\n" for order in (families, families[::-1])]
@@ -679,7 +682,7 @@ def test_what_makes_another_search_is_said_line_by_line(words, space_file) -> No
     progress = Progress(Console(file=said, width=200))
     for text, sampler in (("[1, 2]", "tpe"), ("[1, 3]", "random"), ("[1, 3]", "random")):
         config = load_config([*words, space_file(f"loss.temperature: {{log: {text}}}\n"), f"tune.sampler={sampler}"])
-        directory = tune_module._directory(config, read_space(config.tune.space, config), progress)
+        directory = tune_directory(config, read_space(config.tune.space, config), progress)
         directory.begin()
     first, *changes = (line.strip() for line in said.getvalue().splitlines())
     assert first.startswith("tune: a new search, since this changed from the one in ")
@@ -715,7 +718,8 @@ def test_trials_that_ended_early_are_compared_at_an_epoch_that_all_reached() -> 
     assert len(compared) == 12
     assert all(t.value == pytest.approx(t.params["loss.temperature"] / 9) for t in compared)
     assert when == " after epoch 1, which all 12 trials reached,"
-    assert study_page._important(study_page._without_short_trials(compared, study.directions))[0] == "loss.temperature"
+    importances = optuna.importance.get_param_importances(study_page._without_short_trials(compared, study.directions))
+    assert next(iter(importances)) == "loss.temperature"
     page = search_page(study, "a verdict", ["val_accuracy"]).decode()
     assert page.count("<img") == 4
     assert "Which settings val_accuracy after epoch 1, which all 12 trials reached, depends on" in page
@@ -813,7 +817,7 @@ def test_what_the_search_did_not_choose_by_decides(words, gain, seeds, said) -> 
     gains = gains_of(answers)
     assert {g.split: pytest.approx(g.gain) for g in gains} == gain
     config = load_config([*words, f"tune.confirm_seeds={seeds}"])
-    assert said in tune_module._verdict(config, trials[1], trials, gains)
+    assert said in search_verdict(config, trials[1], trials, gains)
 
 
 def test_objectives_that_are_known_at_the_end_alone_cannot_prune(words):

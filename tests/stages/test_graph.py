@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from raydistill.config import load_config
 from raydistill.graph import STAGES, find_work
+from tests.processes import python
 
 ALONE = ("teacher=null", "loss.kd_weight=0", "loss.alignment_weight=0", "loss.uniformity_weight=0")
 STAGE = """
@@ -50,9 +49,8 @@ def test_a_new_stage_is_a_file_and_a_row(taught, words, tmp_path: Path) -> None:
     (tmp_path / "counting.py").write_text(STAGE)
 
     def raydistill(*given: str) -> str:
-        ended = subprocess.run(
-            [sys.executable, "-c", ROW, *given], capture_output=True, text=True, cwd=tmp_path, check=True
-        )
+        ended = python("-c", ROW, *given, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
+        assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
     assert "Count the images." in raydistill("--help")
@@ -80,7 +78,4 @@ def test_what_a_command_wants_is_what_its_stage_takes(words) -> None:
         "evaluate": ["prepare", "adapt", "teach", "distill", "evaluate"],
     }
     assert list(find_work(config).directories) == [name for name in order if name != "generate"]
-    alone = load_config(
-        [*words, "teacher=null", "loss.kd_weight=0", "loss.alignment_weight=0", "loss.uniformity_weight=0"]
-    )
-    assert list(find_work(alone).directories) == ["prepare", "distill", "evaluate", "export"]
+    assert list(find_work(load_config([*words, *ALONE])).directories) == ["prepare", "distill", "evaluate", "export"]

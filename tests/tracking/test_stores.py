@@ -13,8 +13,9 @@ import pytest
 
 from raydistill.config import load_config
 from raydistill.tracking import stores
-from raydistill.tracking.stores import UnusableError, connect, experiment_name, may_pass, reason, tracking_uri
-from tests.processes import together
+from raydistill.tracking.experiments import experiment_name
+from raydistill.tracking.stores import UnusableError, connect, may_pass, reason, tracking_uri
+from tests.processes import serving, together
 
 
 @pytest.fixture
@@ -36,10 +37,8 @@ def server() -> Iterator[tuple[str, list[tuple[int, str]]]]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    web = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=web.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{web.server_port}", answers
-    web.shutdown()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Answers)) as address:
+        yield address, answers
 
 
 @pytest.mark.parametrize(

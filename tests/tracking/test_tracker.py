@@ -50,6 +50,11 @@ def workspace_with_store(new_store, tmp_path) -> None:
     shutil.copy(new_store, tmp_path / "mlflow.db")
 
 
+def runs_of(tracker: Tracker) -> dict[str, mlflow.entities.Run]:
+    client = mlflow.MlflowClient(tracking_uri=tracker.uri)
+    return {run.info.run_name: run for run in client.search_runs([tracker.experiment])}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_no_name_ends_the_record(tmp_path, caplog) -> None:
     words = [f"workspace={tmp_path}", "images.path=x", "name=Ann's set", "generate.pipeline=p"]
@@ -60,9 +65,7 @@ def test_no_name_ends_the_record(tmp_path, caplog) -> None:
                 record.log({"recall of 'größe+1'": 0.5})
             tracker.parent.log({"kd+generated_test_accuracy": 0.25})
     assert not caplog.records
-    client = mlflow.MlflowClient(tracking_uri=tracker.uri)
-    experiment = client.get_experiment_by_name("Ann's set")
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    runs = runs_of(tracker)
     assert len(runs) == 2
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     parent = runs.pop("Ann's set")
@@ -107,11 +110,6 @@ def test_files_lie_in_the_workspace_wherever_the_command_is_given(tmp_path, monk
     assert not any(path for name in ("here", "there") for path in (tmp_path / name).iterdir())
 
 
-def runs_of(tracker: Tracker) -> dict[str, mlflow.entities.Run]:
-    client = mlflow.MlflowClient(tracking_uri=tracker.uri)
-    return {run.info.run_name: run for run in client.search_runs([tracker.experiment])}
-
-
 def test_long_values_are_in_the_config_alone_and_changed_ones_are_tags(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)  # MLflow puts a local store's artifacts there
     words = [f"workspace={tmp_path}", "images.path=x", f"teacher.prompts=['{'a' * 500} {{class}}']", "name=n"]
@@ -130,16 +128,12 @@ def test_long_values_are_in_the_config_alone_and_changed_ones_are_tags(tmp_path,
 
 @pytest.mark.parametrize(("error", "status"), [(StageError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
 def test_a_run_ends_as_its_stage_did(error, status, tmp_path) -> None:
-    def run() -> None:
-        with tracker:
-            with tracker.child("prepare-1"):
-                pass
-            with tracker.child("adapt-1"):
-                raise error
-
     tracker = Tracker(load_config([f"workspace={tmp_path}", "images.path=x", "name=n"]), job="j")
-    with pytest.raises(type(error)):
-        run()
+    with pytest.raises(type(error)), tracker:  # noqa: PT012
+        with tracker.child("prepare-1"):
+            pass
+        with tracker.child("adapt-1"):
+            raise error
     ends = {name: run.info.status for name, run in runs_of(tracker).items()}
     assert ends == {"n": status, "prepare-1": "FINISHED", "adapt-1": status}
 
@@ -153,8 +147,7 @@ def test_runs_whose_process_is_gone_end_as_killed(tmp_path) -> None:
         return tracker.parent.id
 
     words = [f"workspace={tmp_path}", "images.path=x"]
-    ended = subprocess.Popen(["true"])
-    ended.wait()
+    (ended := subprocess.Popen(["true"])).wait()
     *place, _, began = process_name().split(" ")
     now, quarter = time.time(), 15 * 60
     there = {
@@ -209,25 +202,18 @@ def test_runs_in_a_folder_are_mentioned(tmp_path, caplog, monkeypatch) -> None:
     assert f"{tmp_path}/mlruns has runs that are not in MLflow at sqlite:///{tmp_path}/mlflow.db" in caplog.text
 
 
-def recorded(folder: Path) -> mlflow.entities.Run:
-    """The child of a run of ten epochs, each with its metric."""
+def recorded(folder: Path) -> tuple[str, list[float]]:
+    """A run of ten epochs, each with its metric: the status of its child, and what is in the store."""
     config = load_config([f"workspace={folder}", "images.path=x"])
     with Tracker(config, job="j") as tracker, tracker.child("distill-1") as record:
         for epoch in range(10):
             record.log({"loss": float(epoch)}, epoch)
-    return child_of(tracker)
+    return losses_of(tracker)
 
 
-def child_of(tracker: Tracker) -> mlflow.entities.Run:
-    client = mlflow.MlflowClient(tracking_uri=tracker.uri)
-    (run,) = client.search_runs([tracker.experiment], "tags.`raydistill.stage` = 'distill-1'")
-    return run
-
-
-def epochs_of(run: mlflow.entities.Run, uri: str) -> list[float]:
-    return [
-        metric.value for metric in mlflow.MlflowClient(tracking_uri=uri).get_metric_history(run.info.run_id, "loss")
-    ]
+def losses_of(tracker: Tracker) -> tuple[str, list[float]]:
+    run, client = runs_of(tracker)["distill-1"], mlflow.MlflowClient(tracking_uri=tracker.uri)
+    return run.info.status, [metric.value for metric in client.get_metric_history(run.info.run_id, "loss")]
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], calls: range) -> None:
@@ -246,9 +232,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], cal
 @pytest.mark.parametrize("error", [ConnectionResetError, lambda: MlflowException("API request failed")])
 def test_no_metric_is_lost_while_mlflow_does_not_answer(error, monkeypatch, tmp_path, caplog) -> None:
     failing(monkeypatch, error, range(3, 9))
-    run = recorded(tmp_path)
-    assert epochs_of(run, f"sqlite:///{tmp_path}/mlflow.db") == list(range(10))
-    assert run.info.status == "FINISHED"
+    assert recorded(tmp_path) == ("FINISHED", list(range(10)))
     said = [record.getMessage().partition("mlflow.db ")[2] for record in caplog.records]
     assert len(said) == 2
     assert said[0].startswith("does not answer")
@@ -257,8 +241,7 @@ def test_no_metric_is_lost_while_mlflow_does_not_answer(error, monkeypatch, tmp_
 
 def test_what_mlflow_refuses_is_left_out_alone(monkeypatch, tmp_path, caplog) -> None:
     failing(monkeypatch, lambda: MlflowException("no", error_code=INVALID_PARAMETER_VALUE), range(4, 5))
-    run = recorded(tmp_path)
-    assert epochs_of(run, f"sqlite:///{tmp_path}/mlflow.db") == [e for e in range(10) if e != 4]
+    assert recorded(tmp_path)[1] == [epoch for epoch in range(10) if epoch != 4]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert "refuses a record, which is left out: metrics of distill-1 (no)" in caplog.text
     assert "1 record(s) of this run are not in MLflow" in caplog.text
@@ -268,9 +251,8 @@ def test_a_run_does_not_wait_for_ever_for_mlflow(monkeypatch, tmp_path, caplog) 
     failing(monkeypatch, ConnectionRefusedError, range(2, 10**6))
     monkeypatch.setattr(tracking, "_GRACE_SECONDS", 0.1)
     started = time.monotonic()
-    run = recorded(tmp_path)
+    assert recorded(tmp_path)[1] == [0, 1]
     assert time.monotonic() - started < 30
-    assert epochs_of(run, f"sqlite:///{tmp_path}/mlflow.db") == [0, 1]
     # Eight metrics, and that the child and the parent came to an end.
     assert "10 record(s) of this run are not in MLflow" in caplog.text
 
@@ -305,15 +287,13 @@ def test_a_server_that_was_down_has_all_metrics_in_the_end(monkeypatch, tmp_path
         config = load_config([f"workspace={tmp_path}", "images.path=x", f"tracking.uri={uri}"])
         with Tracker(config, "j") as tracker, tracker.child("distill-1") as record:
             record.log({"loss": 0.0}, 0)
-            wait_for(lambda: record.id and epochs_of(child_of(tracker), uri) == [0.0], 60)
+            wait_for(lambda: record.id and losses_of(tracker)[1] == [0.0], 60)
             os.killpg(server.pid, 9)
             for epoch in range(1, 10):
                 record.log({"loss": float(epoch)}, epoch)
             wait_for(lambda: "does not answer" in caplog.text, 60)
             server = serve()
-        run = child_of(tracker)
-        assert epochs_of(run, uri) == list(range(10))
-        assert run.info.status == "FINISHED"
+        assert losses_of(tracker) == ("FINISHED", list(range(10)))
         assert "answers again" in caplog.text
         assert capfd.readouterr().out == ""
     finally:
@@ -367,9 +347,9 @@ def test_processes_on_one_new_store_lose_nothing_and_record_equal_things_once(tm
     assert together(TOGETHER, *((str(folder), name) for name in names)) == [("", "")] * 3
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
     for name in set(names):
-        experiment = client.get_experiment_by_name(name)
-        runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-        assert sorted(run.info.run_name for run in client.search_runs([experiment.experiment_id])) == ["distill", name]
+        found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+        runs = {run.info.run_name: run for run in found}
+        assert sorted(run.info.run_name for run in found) == ["distill", name]
         assert {run.info.status for run in runs.values()} == {"FINISHED"}
         losses = client.get_metric_history(runs["distill"].info.run_id, "loss")
         assert [metric.value for metric in losses] == [1 / (1 + epoch) for epoch in range(10)]
@@ -404,9 +384,9 @@ def test_a_finished_run_that_is_asked_for_again_stays_as_it_was(tmp_path) -> Non
 
 
 def test_where_nothing_is_new_a_run_ended_when_it_did(tmp_path) -> None:
-    config, ends = load_config([f"workspace={tmp_path}", "images.path=x", "name=n"]), []
+    ends = []
     for _ in range(2):
-        with Tracker(config, "j") as tracker:
+        with Tracker(load_config([f"workspace={tmp_path}", "images.path=x", "name=n"]), "j") as tracker:
             tracker.parent.log({"accuracy": 0.5})
         ends.append(runs_of(tracker)["n"].info.end_time)
     assert ends[0] == ends[1]

@@ -1,0 +1,30 @@
+"""Reads the files that describe a cluster, and guesses what a wrong name in them means."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from raydistill import documents
+from raydistill.errors import ConfigError
+
+
+def read_documents(path: str) -> list[dict[str, Any]]:
+    """The YAML documents of a file. Raises ConfigError where it cannot be read or is no YAML of keys and values."""
+    found = documents.read_documents(path, "give a cluster.yaml, or KubeRay's")
+    if not found or not all(isinstance(document, dict) for document in found):
+        raise ConfigError(f"{path} is no YAML of keys and values")
+    return found
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """What stands where keys are expected, or none where something else does."""
+    return value if isinstance(value, dict) else {}
+
+
+def meant(key: object, known: Iterable[str], else_: str = "; leave it out", likeness: float = 0.6) -> str:
+    """The nearest of the known names, capitals aside, or what else to do."""
+    by_small = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(str(key).casefold(), by_small, n=1, cutoff=likeness)
+    return f"; did you mean {by_small[close[0]]}?" if close else else_

@@ -1,0 +1,39 @@
+"""Pages and cards from the templates beside this file."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from raydistill.secrets import on_page, redacted
+from raydistill.strangers import code_span, markdown
+
+_PAGES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+    trim_blocks=True, finalize=on_page,
+)  # fmt: skip
+_CARDS = _PAGES.overlay(autoescape=False, finalize=None)
+_CARDS.filters = {**_CARDS.filters, "md": markdown, "code": code_span}
+
+
+def page(template: str, **values: Any) -> bytes:
+    """The template's page. Every value is escaped, printable and without secrets."""
+    return _PAGES.get_template(template).render(values).encode()
+
+
+def card(template: str, **values: Any) -> str:
+    """The template's Markdown, without secrets. Its filters `md` and `code` show text of strangers as it is."""
+    return redacted(_CARDS.get_template(template).render(values)).strip() + "\n"
+
+
+def data_uri(picture: bytes, kind: str = "png") -> str:
+    """A picture as a page holds it, without a file of its own."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def file_name(path: str) -> str:
+    """The last folder and the name."""
+    return "/".join(path.split("/")[-2:])

@@ -1,0 +1,26 @@
+"""What is done again and again beside the work, in a thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def repeated(call: Callable[[], object], seconds: float, name: str, patience: float | None = None) -> Iterator[None]:
+    """Call it every so many seconds for the time of a `with` block, whose end waits for an open call; no longer than
+    `patience` seconds, where that is given."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(patience)

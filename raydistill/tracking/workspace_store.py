@@ -1,0 +1,69 @@
+"""The SQLite store that lies in a workspace: it may be a stranger's, so nothing in it runs or leads files elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from raydistill.errors import CheckpointError
+from raydistill.storage.filesystems import refuse_links
+from raydistill.strangers import one_line
+from raydistill.tracking.stores import UnusableError, engine_of, reason, sqlite_file
+
+_PROGRAMS = "select type, name from sqlite_master where type = 'view' or (type = 'trigger' and tbl_name != 'secrets')"
+
+
+def refuse_programs(uri: str) -> None:
+    """Raises UnusableError where a workspace's own SQLite file is none, or holds triggers or views, which would run
+    while it is used, and may have no end. MLflow has one of its own, on a table that nothing here writes to."""
+    path = sqlite_file(uri)
+    if path is None or not os.path.lexists(path):
+        return
+    if not os.path.isfile(path):
+        raise UnusableError("is no regular file: delete it, or name another store")
+    with contextlib.closing(sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True)) as store:
+        try:
+            found = store.execute(_PROGRAMS).fetchone()
+        except sqlite3.Error as error:
+            raise UnusableError(f"cannot be read ({reason(error)}): delete it, or name another store") from None
+    if found:
+        raise UnusableError(
+            f"holds a {found[0]}, {one_line(found[1])!r:.100}, which would run while it is used: drop it, or name "
+            "another store"
+        )
+
+
+def refuse_links_of(uri: str) -> None:
+    """Raises UnusableError where a workspace's own store, its lock and journal, or a file of its runs is a link."""
+    path = Path(sqlite_file(uri) or "")
+    try:
+        for place in (*path.parent.glob("mlflow.*"), path.parent / "mlartifacts"):
+            refuse_links(str(place))
+    except CheckpointError as error:
+        raise UnusableError(f"is not used: {error}") from None
+
+
+def put_files(uri: str, experiment: str, place: str) -> list[str]:
+    """Set where the files of an experiment's runs are, in a workspace's own store: in folders below `place`. Returns
+    some of the other places that it named."""
+    import sqlalchemy
+
+    told = {"experiment": experiment, "place": place}
+    of_run = ":place || '/' || run_uuid || '/artifacts'"
+    with engine_of(uri).begin() as connection:
+
+        def execute(words: str) -> Any:
+            return connection.execute(sqlalchemy.text(words), told)
+
+        runs = f"where experiment_id = :experiment and artifact_uri != {of_run}"
+        experiments = "where experiment_id = :experiment and artifact_location != :place"
+        found = f"select artifact_location from experiments {experiments} union select artifact_uri from runs {runs}"
+        odd = [str(one) for one in execute(f"{found} limit 5").scalars()]
+        if odd:
+            execute(f"update runs set artifact_uri = {of_run} {runs}")
+            execute(f"update experiments set artifact_location = :place {experiments}")
+    return odd
