@@ -111,25 +111,20 @@ def fine_tuning(config: RunConfig) -> RunConfig:
     with a head ten times as fast as the body (the paper's recipe)."""
     teacher = config.teacher
     assert teacher is not None
-    student = Student(
-        model=teacher.model, init="pretrained", weights=teacher.weights, revision=teacher.revision, size=teacher.size
-    )
+    of_model = teacher.model_dump(include={"model", "weights", "revision", "size"})
     # The student's settings play no part, so a search over them trains no teacher again.
     where = config.distill.model_dump(
         include={"num_workers", "precision", "channels_last", "cache", "checkpoint_seconds", "max_failures"}
     )
     distill = Distill(
-        epochs=teacher.fine_tune_epochs,
-        batch_size=teacher.fine_tune_batch_size,
-        learning_rate=teacher.fine_tune_learning_rate,
-        body_rate=0.1,
-        **where,
-    )
+        epochs=teacher.fine_tune_epochs, batch_size=teacher.fine_tune_batch_size,
+        learning_rate=teacher.fine_tune_learning_rate, body_rate=0.1, **where,
+    )  # fmt: skip
     return config.model_copy(
         update={
             "teacher": None,
             "generate": None,
-            "student": student,
+            "student": Student(**of_model, init="pretrained"),
             "views": config.views.model_copy(update={"per_image": "fresh"}),
             "loss": Loss(kd_weight=0, alignment_weight=0, uniformity_weight=0),
             "distill": distill,

@@ -108,16 +108,14 @@ def suggest_key(dotted: str) -> str:
 
 def user_keys(location: tuple[int | str, ...]) -> list[str]:
     """The part of a pydantic location that names fields. The rest names members of unions."""
-    keys: list[str] = []
-    model: type[BaseModel] | None = RunConfig
-    for part in map(str, location):
-        keys.append(part)
-        if model is None or part not in model.model_fields:
-            break
-        model = _section_of(model, part)
-        if model is None:
-            break
-    return keys
+    parts = [str(part) for part in location]
+    model: type[BaseModel] = RunConfig
+    for depth, part in enumerate(parts, 1):
+        section = _section_of(model, part) if part in model.model_fields else None
+        if section is None:
+            return parts[:depth]
+        model = section
+    return parts
 
 
 def takes_text(dotted: str, or_null: bool = False) -> bool:

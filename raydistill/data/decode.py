@@ -338,16 +338,19 @@ def _rgb(image: Image.Image, scale: _Scale | None, size: int, fit: Literal["crop
     whole = Image.new(strips[0].mode, (strips[0].width, sum(strip.height for strip in strips)))
     for top, strip in zip(tops, strips, strict=True):
         whole.paste(strip, (0, top // factor))
-    with contextlib.suppress(Exception):  # a broken EXIF block, which turns nothing
-        whole.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+    whole.getexif()[_ORIENTATION] = _orientation(image)
     return _upright(whole)
 
 
-def _facts(image: Image.Image) -> Facts:
+def _orientation(image: Image.Image) -> Any:
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block, which turns nothing
-        orientation = 1
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block turns nothing
+        return 1
+
+
+def _facts(image: Image.Image) -> Facts:
+    orientation = _orientation(image)
     found = (
         orientation in range(2, 9), image.mode == "CMYK", image.mode in ("1", "L", "LA", "La", "I", "I;16", "I;16B"),
         image.mode.startswith("I"), _is_transparent(image), bool(getattr(image, "is_animated", False)),
@@ -421,9 +424,7 @@ def _eight_bits(image: Image.Image, scale: _Scale | None) -> Image.Image:
         image, values = _levels(image, scale)
         if hidden is not None:
             image.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
-    if _is_transparent(image):
-        return image.convert("RGBA")
-    return image.convert("RGB")
+    return image.convert("RGBA" if _is_transparent(image) else "RGB")
 
 
 def _levels(image: Image.Image, scale: _Scale) -> tuple[Image.Image, np.ndarray]:

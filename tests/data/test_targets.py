@@ -164,12 +164,11 @@ def test_a_streamed_shard_is_read_once_in_each_pass_of_a_pool(pools, share, gene
     CountingSplit.reads = 0
     source = Streamed(CountingSplit(parts, Views(per_image="fresh"), SEED), 1)
     first = ROWS_OF_SHARD if pools == 1 else ROWS_OF_SHARD // 2  # of each real shard so many rows are labelled
-    none, rows = [np.arange(0)] * SHARDS, np.arange(ROWS_OF_SHARD)
+    none, rows, visited = [np.arange(0)] * SHARDS, np.arange(ROWS_OF_SHARD), np.zeros(3)
     labelled, others = [rows[:first]] * SHARDS, [rows[first:]] * SHARDS
     generated = [*none, *[rows] * SHARDS] if pools == 3 else ()
-    steps, visited = 150, np.zeros(3)
     order = batch_order(Pools(labelled, others, share, generated, generated_share), 64, SEED)
-    for visits in itertools.islice(order, steps):
+    for visits in itertools.islice(order, 150):
         source.ids(visits)
         real = visits.shard < SHARDS
         visited += [(real & (visits.row < first)).sum(), (real & (visits.row >= first)).sum(), (~real).sum()]
