@@ -1,4 +1,4 @@
-"""The configuration: what a user may type, what comes of it, and one clear line for each thing that is wrong."""
+"""The configuration: what a user may type, the config that results, and one clear line for each mistake."""
 
 import functools
 import operator

@@ -433,7 +433,7 @@ def _levels(image: Image.Image, scale: _Scale) -> tuple[Image.Image, np.ndarray]
     if image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all():
-            raise DataError("float pixels of which some are not finite")
+            raise DataError("float pixels, some of them not finite")
         levels = np.floor((values - scale.low) / (scale.high - scale.low) * 256)
     else:
         values = np.asarray(image).astype(np.int64)

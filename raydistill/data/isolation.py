@@ -178,6 +178,6 @@ def serve(descriptor: int) -> None:
 
 def _end_with_parent(descriptor: int) -> None:
     ends = select.poll()
-    ends.register(descriptor, 0)  # poll tells of a closed pipe in any case
+    ends.register(descriptor, 0)  # poll reports a closed pipe in any case
     ends.poll()
     os._exit(1)

@@ -104,7 +104,7 @@ class StageDirectory:
 
 
 def free_bytes(config: RunConfig) -> float:
-    """On the workspace's disk; infinite in a bucket, which tells of no limit."""
+    """On the workspace's disk; infinite in a bucket, which states no limit."""
     fs, root = open_filesystem(workspace_root(config))
     if not fs.is_local:
         return math.inf

@@ -25,7 +25,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip (gunzip", b"\x28\xb5\x2f\xfd": "zstd (unzstd",
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _MOST_EXTENDED = 65536  # bytes of a header in which a name or attributes stand
-_MOST_SHARED = 100  # attributes that hold for all members, each of which has its copy
+_MOST_SHARED = 100  # attributes of all members; each member has a copy
 # Files that an archive may always have, and bytes for each other one: a header and its content.
 _ALWAYS_FILES, _FEWEST_BYTES = 1 << 16, 1024
 _MOST_BEHIND = 64 << 20  # bytes behind an archive's end in which a second archive is looked for
@@ -66,7 +66,7 @@ class Member(tarfile.TarInfo):
         if found.size < 0 or archive.offset <= self.offset:
             raise tarfile.ReadError("a member of less than no bytes")
         if _is_whole(found) and found.offset_data + found.size > archive.offset:
-            raise tarfile.ReadError(f"a member of {found.size:,} bytes, of which some are not its own")
+            raise tarfile.ReadError(f"a member of {found.size:,} bytes, some of them not its own")
         return found
 
 

@@ -49,8 +49,8 @@ def entry_name(entry: Entry) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """`folder` is that of the source's paths, `files` are all below it with what storage tells of them; empty for a
-    single file. `has_class_folders`: folders name the classes."""
+    """Its entries; the `folder` that their paths begin with; all `files` below it with what storage says of them, none
+    for a single file; and whether folders name the classes."""
 
     entries: list[Entry]
     folder: str
@@ -59,8 +59,8 @@ class Source:
 
 
 def read_source(fs: FileSystem, root: str, ignored: Counter[str], notes: Counter[str]) -> Source | None:
-    """None of a file that is no source. What holds no image is counted in `ignored`, and in `notes` what is not as it
-    may seem. Raises DataError."""
+    """None for a file that is no source. Counts in `ignored` what holds no image, and in `notes` what is read in
+    another way than it may seem. Raises DataError."""
     if fs.isfile(root):
         if _suffix(root) in SUFFIXES:
             return Source(list(_of_file(fs, root, None, ignored, notes)), posixpath.dirname(root), {})

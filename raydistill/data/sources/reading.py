@@ -41,7 +41,7 @@ def _read_rows(path: str, number_of: dict[int, int], most_bytes: int) -> Iterato
             for row, data in read_rows(path, number_of, most_bytes):
                 yield number_of.pop(row), *_checked(data, most_bytes)
             if number_of:
-                raise DataError(f"the file has no row {min(number_of)} any more")
+                raise DataError(f"the file no longer has a row {min(number_of)}")
         except Exception as error:
             reason, end = refusal(error), math.inf
             with contextlib.suppress(DataError):  # a file that cannot be opened loses all its rows

@@ -49,7 +49,7 @@ class Parts:
         return np.unique(np.searchsorted(self._starts, inside, "right") - 1)
 
     def _footer(self, tail: int) -> tuple[bytes, bytes]:
-        """The footer of the file and the `tail` bytes behind it, of which the first four are the footer's length."""
+        """The footer of the file, and the `tail` bytes behind it. The first four of these are the footer's length."""
         self._file.seek(max(self.size - tail, 0))
         end = self._file.read(tail)
         length = int.from_bytes(end[:4], "little")
@@ -83,7 +83,7 @@ def refuse_many_rows(num_rows: int, size: int, shown: str) -> None:
 
 
 def refuse_few_bytes(num_rows: int, size: int, shown: str) -> None:
-    """Rows without a picture are refused one by one. That takes minutes for many more rows than can have one."""
+    """Rows without a picture are refused one by one, so far more rows than can have one would take minutes."""
     if num_rows > _ALWAYS_ROWS + size // _FEWEST_BYTES:
         raise DataError(
             f"{shown}: {num_rows:,} rows from {size:,} bytes, too few for as many pictures; leave out the rows that "

@@ -56,7 +56,7 @@ GOOD = member(b"1.png") + member(b"1.cls", b"a")
         (header(b"pax", 1 << 30, b"g"), "a header of 1,073,741,824 bytes"),
         (header(b"././@LongLink", 1 << 34, b"L"), "a header of 17,179,869,184 bytes"),
         (header(b"././@LongLink", 1 << 34, b"K"), "a header of 17,179,869,184 bytes"),
-        (pax(("size", "6000000000"), kind=b"g") + GOOD, "6,000,000,000 bytes, of which some are not its own"),
+        (pax(("size", "6000000000"), kind=b"g") + GOOD, "6,000,000,000 bytes, some of them not its own"),
         (header(b"pax", 65536, b"x") + b"1" * 65536 + GOOD, "a number that is too long"),
         (header(b"pax", 98, b"x") + padded(b"9" * 90 + b" a=bcde\n") + GOOD, "a damaged one"),
         (pax(("comment", "x")) * 2000 + GOOD, "headers of headers without end"),
