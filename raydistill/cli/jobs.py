@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.cli.words import Words, announce, app
+from raydistill.cli.words import Words, announce, app, tune_words
 from raydistill.errors import ConfigError
 from raydistill.runtime import interrupts
 from raydistill.strangers import one_line
@@ -51,7 +51,7 @@ def submit(
         raise ConfigError("submit: --install makes an environment with an interpreter of its own; leave out --python")
     interrupts.go_on_by("raydistill job status says whether the job was submitted; the same command submits it once")
     announce(f"submit: {command} to {address}")
-    given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
+    given = tune_words(space, trials)
     flags = ("--learning-curve",) if learning_curve else ()
     with tempfile.TemporaryDirectory() as folder:
         package = pack(load_config([*(words or []), *given]), command, flags, folder, python, send_outside)
@@ -73,10 +73,7 @@ def submit(
 @jobs.command()
 def status(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None, address: Address = _ADDRESS) -> None:
     """The state of one job, or of all."""
-    announce(f"asking {address}", sys.stderr)
-    from raydistill.cluster import submit as jobs_api
-
-    client = jobs_api.job_client(address)
+    jobs_api, client = _ask(address)
     found = client.list_jobs() if name is None else [jobs_api.existing_job(client, name)]
     for job in sorted((job for job in found if job.submission_id), key=lambda job: job.start_time or 0):
         code = f"exit code {jobs_api.exit_code(job)}" if job.status.is_terminal() else ""
@@ -86,10 +83,7 @@ def status(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
 @jobs.command()
 def logs(name: Name, address: Address = _ADDRESS) -> None:
     """Follow a job's log to its end; returns the job's exit code."""
-    announce(f"asking {address}", sys.stderr)
-    from raydistill.cluster import submit as jobs_api
-
-    client = jobs_api.job_client(address)
+    jobs_api, client = _ask(address)
     jobs_api.existing_job(client, name)
     _follow(client, name)
 
@@ -97,14 +91,19 @@ def logs(name: Name, address: Address = _ADDRESS) -> None:
 @jobs.command()
 def stop(name: Name, address: Address = _ADDRESS) -> None:
     """End a job; it has two minutes to write its last checkpoint."""
-    announce(f"asking {address}", sys.stderr)
-    from raydistill.cluster import submit as jobs_api
-
-    client = jobs_api.job_client(address)
+    jobs_api, client = _ask(address)
     jobs_api.existing_job(client, name)
     interrupts.go_on_by(f"{name} may still be ending; raydistill job status {name} tells")
     jobs_api.stop(client, name)
     print(f"{name} has ended; the same `raydistill submit` goes on from there")
+
+
+def _ask(address: str) -> tuple[Any, Any]:
+    """Ray's client of the cluster, and our module that speaks through it."""
+    announce(f"asking {address}", sys.stderr)
+    from raydistill.cluster import submit as jobs_api
+
+    return jobs_api, jobs_api.job_client(address)
 
 
 def _follow(client: Any, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from raydistill.cli.words import GOES_ON, STARTED, Words, announce, app
+from raydistill.cli.words import GOES_ON, STARTED, Words, announce, app, tune_words
 from raydistill.runtime import interrupts
 from raydistill.strangers import plain_console
 
@@ -63,8 +63,7 @@ def tune(
     from raydistill.runtime.progress import Progress
 
     interrupts.go_on_by(GOES_ON)
-    given = [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
-    config, console = load_config([*(words or []), *given]), plain_console()
+    config, console = load_config([*(words or []), *tune_words(space, trials)]), plain_console()
     announce(f"tune: {config.tune.space} on {config.images.path}, into {config.workspace}")
     refuse_early(config)
     from raydistill.search.tune import tune_job

@@ -48,6 +48,11 @@ def _program(
 ) -> None: ...
 
 
+def tune_words(space: str | None, trials: int | None) -> list[str]:
+    """The options of `tune` as settings."""
+    return [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
+
+
 def announce(words: str, stream: Any = None) -> None:
     """The first line, before anything that takes time to load."""
     print(one_line(words), file=stream, flush=True)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import os
 import re
 import socket
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ class _Protocol(H11Protocol):
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address that the host's name stands for, on this machine. Raises ConfigError."""
+    """A socket for each address of the host's name on this machine. Raises ConfigError."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -84,18 +85,13 @@ def listen(host: str, port: int) -> list[socket.socket]:
             f"--host {host}: no address of this name ({reason}); use 127.0.0.1 for this machine, 0.0.0.0 for all"
         ) from None
     sockets, failure = [], OSError(errno.EADDRNOTAVAIL, "no address")
-    for family, kind, protocol, _, address in dict.fromkeys(found):
+    for family, _, _, _, address in dict.fromkeys(found):
+        # `::` alone means every address of IPv4 too.
+        both_kinds = family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
         try:
-            one = socket.socket(family, kind, protocol)
+            one = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both_kinds)
             sockets.append(one)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                # `::` alone means every address of both kinds.
-                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
-            one.bind(address)
-            one.listen(2048)
         except OSError as error:
-            sockets.pop().close()
             failure = error
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 break
@@ -105,7 +101,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     for one in sockets:
         one.close()
     advice = "another --port" if failure.errno in (errno.EADDRINUSE, errno.EACCES) else "a --host of this machine"
-    raise ConfigError(f"--host {host} --port {port}: {failure.strerror}; choose {advice}")
+    raise ConfigError(f"--host {host} --port {port}: {os.strerror(failure.errno or 0)}; choose {advice}")
 
 
 def host_name(uri: str) -> str:

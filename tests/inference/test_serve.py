@@ -60,13 +60,7 @@ def server(exported) -> Iterator[tuple[str, str, subprocess.Popen]]:
     words += ["--max-megapixels", "1"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        assert process.poll() is None, process.stdout.read()
-        try:
-            ask(f"{url}/health")
-            break
-        except OSError:
-            time.sleep(0.1)
+    assert any(url in line for line in iter(process.stdout.readline, ""))  # it listens now
     yield url, result.path, process
     process.terminate()
     process.wait(timeout=30)
@@ -143,12 +137,7 @@ def test_what_clients_of_other_servers_send_is_understood_or_explained(server):
         (415, "gzip", data, {"Content_Encoding": "gzip"}),
         (400, "no picture (its fields: 'url')", b"url=x", {"Content_Type": "application/x-www-form-urlencoded"}),
         (422, "send a picture's bytes", b"GIF8\0", {"Content_Type": "application/x-www-form-urlencoded"}),
-        (
-            422,
-            "not an image; send a picture's bytes",
-            json.dumps({"image": "aGk="}).encode(),
-            {"Content_Type": "application/json"},
-        ),
+        (422, "not an image; send a picture's", b'{"image": "aGk="}', {"Content_Type": "application/json"}),
     ):
         found, said = ask(f"{url}/predict", body, "POST", **headers)
         assert found == status, said
@@ -270,39 +259,25 @@ class Student:
         return np.full((len(images), 2), 0.5, np.float32)
 
 
+OWN = ["127.0.0.1:8000", "[::1]:8000", "[0:0::1]:8000", "LocalHost"]
+OTHERS = ["", "evil.example:8000", "evil.example", "localhost.evil.example", "evil-models.example.org", "10.9.8.7",
+          "sub.models.example.org", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "evil.example#localhost",
+          "[::1", "localhost#.evil.example", "localhost?.evil.example", "localhost/evil", "evil.example@localhost",
+          "localhost:http"]  # fmt: skip
+ORIGINS = ["http://evil.example", "http://localhost:3000", "http://localhost.evil.example:8000", "null", "file://",
+           "https://models.example.org.evil.example", "http://["]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("host", "origin", "status"),
     [
-        ("127.0.0.1:8000", None, 200),
+        *((host, None, 200) for host in OWN),
         ("localhost:9000", "http://localhost:9000", 200),  # by ssh -L
-        ("[::1]:8000", "http://[::1]:8000", 200),
-        ("LocalHost", None, 200),
         ("models.example.org", "https://models.example.org", 200),
         ("127.0.0.1:8000", "https://models.example.org", 200),  # a proxy that names the place behind it
-        ("", None, 421),
+        *((host, None, 421) for host in OTHERS),
         ("evil.example:8000", "http://evil.example:8000", 421),  # a name of theirs that leads here
-        ("evil.example", None, 421),
-        ("localhost.evil.example", None, 421),
-        ("evil-models.example.org", None, 421),
-        ("sub.models.example.org", None, 421),
-        ("127.0.0.1.evil.example", None, 421),
-        ("127.0.0.1@evil.example", None, 421),
-        ("evil.example#localhost", None, 421),
-        ("[::1", None, 421),
-        ("[0:0::1]:8000", None, 200),
-        ("localhost#.evil.example", None, 421),
-        ("localhost?.evil.example", None, 421),
-        ("localhost/evil", None, 421),
-        ("evil.example@localhost", None, 421),
-        ("localhost:http", None, 421),
-        ("10.9.8.7", None, 421),
-        ("localhost:8000", "http://evil.example", 403),
-        ("localhost:8000", "http://localhost:3000", 403),
-        ("localhost:8000", "http://localhost.evil.example:8000", 403),
-        ("localhost:8000", "https://models.example.org.evil.example", 403),
-        ("localhost:8000", "null", 403),
-        ("localhost:8000", "file://", 403),
-        ("localhost:8000", "http://[", 403),
+        *(("localhost:8000", origin, 403) for origin in ORIGINS),
     ],
 )
 def test_only_its_own_names_and_pages_are_answered(host, origin, status):

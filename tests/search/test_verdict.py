@@ -96,39 +96,42 @@ def test_nothing_ships_that_is_worse_or_cannot_be_told_from_something_cheaper(se
             assert gain.interval(0.05 / (len(accuracies) - 1))[1] > 0
 
 
-def test_an_arm_that_is_worse_on_test_does_not_ship_however_good_on_val() -> None:
-    arms = [*three("scratch", 0.5, (0.7, 0.71, 0.69)), *three("kd", 0.6, (0.66, 0.68, 0.65), cost=9)]
-    result = summarise(arms, [], 3)
-    assert (result.best, result.ship) == ("kd", "scratch")
-    assert result.verdict.startswith("Ship scratch (0.700 on test, 32 s), the cheapest: no other arm is shown")
-    assert "The best other by val, kd, is -3.7 points (" in result.verdict
+SCRATCH = three("scratch", 0.5, (0.5, 0.51, 0.49))
+PLANTED = {
+    "worse on test, however good on val": (
+        [*three("scratch", 0.5, (0.7, 0.71, 0.69)), *three("kd", 0.6, (0.66, 0.68, 0.65), cost=9)],
+        "scratch", "Ship scratch (0.700 on test, 32 s), the cheapest: no other arm is shown",
+        "The best other by val, kd, is -3.7 points (",
+    ),
+    "better, and the dearest no better than that": (
+        [*SCRATCH, *three("kd", 0.6, (0.7, 0.72, 0.7), cost=9), *three("crd", 0.7, (0.71, 0.71, 0.7), cost=20)],
+        "kd", "Ship kd (0.707 on test, 41 s): +20.7 points (", "No arm that takes longer is shown to be better.",
+    ),
+    "an arm between is undecided": (
+        [*three("probe", 0.5, (0.5, 0.5, 0.5)), *three("fine", 0.6, (0.52, 0.66, 0.58), cost=9),
+         *three("kd", 0.7, (0.66, 0.67, 0.66), cost=20)],
+        None, "Nothing to ship is proven: kd is shown to be better than probe (+16",
+        "and not than fine, which is cheaper than kd",
+    ),
+    "one seed": (
+        [arm("scratch", 0, 0.4, 0.4), arm("kd", 0, 0.5, 0.9, train_seconds=30)],
+        None, "Nothing is proven: no arm is shown to be better than scratch",
+        "one seed says nothing of what another would give: compare.seeds=3 or more.",
+    ),
+    "one arm": (three("kd", 0.5, (0.5, 0.6, 0.5)), "kd", "Ship kd", "no other arm was trained"),
+}  # fmt: skip
 
 
-def test_a_gain_that_is_shown_ships() -> None:
-    arms = [*three("scratch", 0.5, (0.5, 0.51, 0.49)), *three("kd", 0.6, (0.7, 0.72, 0.7), cost=9),
-            *three("crd", 0.7, (0.71, 0.71, 0.7), cost=20)]  # fmt: skip
-    result = summarise(arms, [], 3)
-    assert result.ship == "kd"  # crd is no better, and not as cheap
-    assert result.verdict.startswith("Ship kd (0.707 on test, 41 s): +20.7 points (")
-    assert result.verdict.endswith("No arm that takes longer is shown to be better.")
-    assert [row(result, name).is_better for name in ("scratch", "kd", "crd")] == [False, True, False]
-
-
-def test_where_an_arm_between_is_undecided_nothing_ships() -> None:
-    arms = [*three("probe", 0.5, (0.5, 0.5, 0.5)), *three("fine", 0.6, (0.52, 0.66, 0.58), cost=9),
-            *three("kd", 0.7, (0.66, 0.67, 0.66), cost=20)]  # fmt: skip
-    result = summarise(arms, [], 3)
-    assert result.ship is None
-    assert result.verdict.startswith("Nothing to ship is proven: kd is shown to be better than probe (+16")
-    assert "and not than fine, which is cheaper than kd" in result.verdict
-    assert "compare.seeds=" in result.verdict
-
-
-def test_one_seed_shows_nothing_and_says_so() -> None:
-    result = summarise([arm("scratch", 0, 0.4, 0.4), arm("kd", 0, 0.5, 0.9, train_seconds=30)], [], 1)
-    assert (result.ship, row(result, "kd").p_value, row(result, "kd").is_better) == (None, None, False)
-    assert result.verdict.startswith("Nothing is proven: no arm is shown to be better than scratch")
-    assert result.verdict.endswith("one seed says nothing of what another would give: compare.seeds=3 or more.")
+@pytest.mark.parametrize("case", PLANTED)
+def test_the_verdict_on_planted_truths(case) -> None:
+    arms, ship, begins, holds = PLANTED[case]
+    result = summarise(arms, [], len({run.seed for run in arms}))
+    assert result.ship == ship
+    assert result.verdict.startswith(begins)
+    assert holds in result.verdict
+    better = {"kd"} if case.startswith("better") else set()
+    assert {r.arm for r in result.rows if r.is_better} == better
+    assert all(r.p_value is None for r in result.rows) == case.startswith("one")
 
 
 def test_what_would_tell_a_gain_from_chance_is_said() -> None:
@@ -138,12 +141,6 @@ def test_what_would_tell_a_gain_from_chance_is_said() -> None:
     gain = difference(*(np.array([a.test.right for a in arms], float) for arms in (
         three("kd", 0.5, (0.53, 0.5, 0.53)), three("scratch", 0.4, (0.5, 0.5, 0.5)))))  # fmt: skip
     assert f"compare.seeds={gain.needed(gain.mean)[0][0]}" in result.verdict
-
-
-def test_one_arm_is_compared_with_nothing() -> None:
-    result = summarise(three("kd", 0.5, (0.5, 0.6, 0.5)), [], 3)
-    assert result.ship == "kd"
-    assert "no other arm was trained" in result.verdict
 
 
 def test_seconds_add_up_and_stop_at_the_baseline() -> None:
