@@ -26,7 +26,7 @@ _JOB_FILE = "job.yaml"
 # Keys that name small text files, which travel with the job.
 _SHIPPED = ("images.classes", "generate.names", "tune.space")
 
-_CODE = (".py", ".html", ".md", "py.typed")  # of the package, with the templates of its pages
+_CODE = (".py", ".html", "py.typed")  # of the package, with the templates of its pages
 # Files that hold keys or passwords, by the names that tools give them.
 _PRIVATE = re.compile(
     r"(?i)\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|gpg|asc|ovpn|env)$|^id_(rsa|dsa|ecdsa|ed25519)|^_?netrc$|kubeconfig"

@@ -43,9 +43,10 @@ def model_card(
     if generated is not None and config.generate is not None:
         pipeline = needed_state(f"{generated.samples.path}/generate.json", _Generated).pipeline
     return card(
-        "card.md", config=config, samples=samples, report=report, generated=generated, about=about, exported=exported,
-        front_matter=_front_matter(about, report), warnings=usefulness(report.student).warnings, licence_of=licence_of,
-        names=names + (" …" if len(about["classes"]) > _MOST_NAMES else ""), pipeline=pipeline,
+        "card.md.html", config=config, samples=samples, report=report, generated=generated, about=about,
+        exported=exported, front_matter=_front_matter(about, report), licence_of=licence_of, pipeline=pipeline,
+        warnings=usefulness(report.student).warnings,
+        names=names + (" …" if len(about["classes"]) > _MOST_NAMES else ""),
         int8=None if exported.int8 is None else int8_words(exported.int8), snippets=snippets(about, exported),
     )  # fmt: skip
 

@@ -65,7 +65,7 @@ def test_the_package_and_the_job_travel_and_nothing_else(job, tmp_path, monkeypa
     found = {name for name, _ in package.files}
     code = {name for name in found if name.startswith("raydistill/")}
     assert "raydistill/__main__.py" in code
-    assert all(name.endswith((".py", ".html", ".md", "py.typed")) for name in code)
+    assert all(name.endswith((".py", ".html", "py.typed")) for name in code)
     source = Path(errors.__file__).parent
     wanted = {str(p.relative_to(source.parent)) for p in source.rglob("*") if p.is_file() and p.suffix != ".pyc"}
     assert code == wanted  # whatever the package reads beside its code travels, too
@@ -118,7 +118,7 @@ def test_nothing_private_travels_with_the_package(strange_package, job, tmp_path
     assert {"pasted.py", "linked.py", "linked_folder/", "infra/local_settings.py", ".env", ".ssh/"} <= left_out
     code = {name for name in sent if name.startswith("raydistill/")}
     source = Path(submitting.__file__).parents[1]
-    wanted = [*source.rglob("*.py"), *source.rglob("*.html"), *source.rglob("*.md"), *source.rglob("py.typed")]
+    wanted = [*source.rglob("*.py"), *source.rglob("*.html"), *source.rglob("py.typed")]
     assert code == {str(file.relative_to(source.parent)) for file in wanted}
 
 
