@@ -9,9 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http.server import ThreadingHTTPServer
+from typing import TypeVar
 
 import psutil
+
+T = TypeVar("T")
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
@@ -72,3 +76,13 @@ def ray_processes(title: str) -> list[psutil.Process]:
             if title in " ".join(process.cmdline()[:1]):
                 found.append(process)
     return found
+
+
+def run_and_kill(run: Callable[[], T], title: str, when: Callable[[], object]) -> T:
+    """What a run gives of which one of Ray's processes is killed as soon as `when()` holds."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        wait_for(lambda: (when() and ray_processes(title)) or running.done())
+        assert not running.done(), "nothing was left to kill"
+        ray_processes(title)[0].kill()
+        return running.result(timeout=180)

@@ -12,7 +12,8 @@ from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.data.sources.listing import list_images
 from raydistill.data.targets import labels_of, read_samples
 from raydistill.errors import ConfigError
-from raydistill.generation.pipelines import PipelineFacts, check_steps, class_numbers, inspect_pipeline, new_scheduler
+from raydistill.generation.generator import new_scheduler
+from raydistill.generation.pipelines import PipelineFacts, check_steps, class_numbers, inspect_pipeline
 from raydistill.generation.recipes import NO_CLASS, make_recipes, read_made
 from raydistill.identity import prepare_directory
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from raydistill.config import Generate
 from raydistill.errors import ConfigError, reason_of
-from raydistill.generation.pipelines import PipelineFacts, new_scheduler
+from raydistill.generation.pipelines import PipelineFacts
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,18 @@ class Generator:
             x_BCSS = scheduler.step(predicted, t, x_BCSS, **noisy).prev_sample
         images_BCSS = (x_BCSS.float() / 2 + 0.5).clamp(0, 1)
         return images_BCSS.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def new_scheduler(name: str, old: Any) -> Any:
+    """The named scheduler with the old one's noise schedule. Raises ConfigError."""
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if kind is None or not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ConfigError(f"generate.scheduler={name}: diffusers has no scheduler of this name")
+    if not hasattr(kind, "step"):
+        raise ConfigError(f"generate.scheduler={name}: it has no step that could be taken; name another")
+    return kind.from_config(old.config)
 
 
 @contextlib.contextmanager

@@ -290,17 +290,5 @@ def _licence_of(folder: Path) -> str:
     return next((x.partition(":")[2].strip() for x in lines if x.lower().startswith("license:")), "") or "not stated"
 
 
-def new_scheduler(name: str, old: Any) -> Any:
-    """The named scheduler with the old one's noise schedule. Raises ConfigError."""
-    import diffusers
-
-    kind = getattr(diffusers, name, None)
-    if kind is None or not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ConfigError(f"generate.scheduler={name}: diffusers has no scheduler of this name")
-    if not hasattr(kind, "step"):
-        raise ConfigError(f"generate.scheduler={name}: it has no step that could be taken; name another")
-    return kind.from_config(old.config)
-
-
 def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:5])) + (" …" if len(names) > 5 else "")

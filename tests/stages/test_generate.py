@@ -13,12 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -56,6 +53,7 @@ from raydistill.stages import generate
 from raydistill.stages.generate import label_weights
 from raydistill.storage.directory import StageDirectory, check_writable
 from raydistill.storage.filesystems import FileSystem
+from tests.processes import run_and_kill, wait_for
 from tests.small_run import write_shard
 
 # No node of the tests' cluster has the label, and any will do.
@@ -301,17 +299,10 @@ class TestWithRay:
     def test_a_killed_generator_actor_changes_nothing(self, generating, progress, tmp_path) -> None:
         words = [*generating, *NO_TEACHER, "generate.per_class=24", "generate.batch_size=2", "generate.steps=8"]
         unbroken = run_stages(load_config([*words, f"workspace={tmp_path}/unbroken"]), progress, "generate")
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(run_stages, load_config(words), progress, "generate")
-            deadline = time.monotonic() + 120
-            while not list(tmp_path.glob("workspace/generated/*/*.parquet")) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert not running.done(), "nothing was left to kill"
-            victims = [
-                p for p in psutil.process_iter(["cmdline"]) if "GeneratorActor" in " ".join(p.info["cmdline"] or [])
-            ]
-            victims[0].kill()
-            broken = running.result(timeout=180)
+        broken = run_and_kill(
+            lambda: run_stages(load_config(words), progress, "generate"), "GeneratorActor",
+            lambda: list(tmp_path.glob("workspace/generated/*/*.parquet")),
+        )  # fmt: skip
         assert set_hash(broken) == set_hash(unbroken)
 
     def test_the_forecast_names_prompts_counts_and_costs(self, generating, text_pipeline) -> None:
@@ -345,9 +336,8 @@ def test_killed_drivers_at_random_times_make_the_same_set(generating, progress, 
     broken, chance, killed = tmp_path / "broken", random.Random(0), 0
     for _ in range(20):
         process = command(words, f"workspace={broken}")
-        enough, deadline = num_files(broken) + chance.randint(1, 12), time.monotonic() + 120
-        while num_files(broken) < enough and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+        enough = num_files(broken) + chance.randint(1, 12)
+        wait_for(lambda: num_files(broken) >= enough or process.poll() is not None)  # noqa: B023 - called at once
         if process.poll() is not None:  # all that was left is made
             assert process.returncode == 0, process.stdout.read()
             break

@@ -12,8 +12,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +43,7 @@ from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import read_bill
 from tests.models.conftest import classifier
-from tests.processes import ray_processes, wait_for
+from tests.processes import ray_processes, run_and_kill, wait_for
 from tests.small_run import CLASSES, painted, save_student
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
@@ -541,16 +539,6 @@ def cli(words: list[str], *more: str, **options):
     )  # fmt: skip
 
 
-def run_and_kill(config, progress, title: str, when: Callable[[], object]):
-    """The outcome of a run of which one process was killed as soon as `when()` held."""
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(run_stages, config, progress, "distill")
-        wait_for(lambda: (when() and ray_processes(title)) or running.done())
-        assert not running.done(), "nothing was left to kill"
-        ray_processes(title)[0].kill()
-        return running.result(timeout=180)
-
-
 @pytest.mark.slow
 def test_a_killed_teacher_actor_costs_its_open_shard(words, progress, tmp_path) -> None:
     words = [*words, "views.per_image=110", "distill.epochs=1"]
@@ -562,7 +550,7 @@ def test_a_killed_teacher_actor_costs_its_open_shard(words, progress, tmp_path) 
         seen.update({p: p.stat().st_mtime_ns for p in broken.glob("teach-*/train-*.safetensors")})
         return bool(seen)
 
-    outcome = run_and_kill(load_config(words), progress, "ShardTeacher", one_is_written)
+    outcome = run_and_kill(lambda: run_stages(load_config(words), progress, "distill"), "ShardTeacher", one_is_written)
     assert {p: p.stat().st_mtime_ns for p in seen} == seen
     bill = read_bill(outcome.directories["teach"])
     assert 0 < bill["images_again"] <= 16  # a shard
@@ -581,7 +569,10 @@ def test_a_killed_train_worker_costs_its_open_epoch(words, progress, tmp_path) -
     words += ["loss.uniformity_weight=0", "loss.projection_head=two_layer", "distill.labelled_share=0.5"]
     losses = epoch_losses(words, progress, "distill.num_workers=0", f"workspace={tmp_path}/unbroken")
     words, broken = [*words, "distill.num_workers=2"], tmp_path / "workspace"
-    run_and_kill(load_config(words), progress, "RayTrainWorker", lambda: list(broken.glob("distill-*/epochs/00003.*")))
+    run_and_kill(
+        lambda: run_stages(load_config(words), progress, "distill"), "RayTrainWorker",
+        lambda: list(broken.glob("distill-*/epochs/00003.*")),
+    )  # fmt: skip
     again = epoch_losses(words, progress)  # done, so these are the records of the run above
     assert len(again) == 30
     assert [e["loss"] for e in again] == pytest.approx([e["loss"] for e in losses], abs=1e-3)
