@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import signal
-import subprocess
-import sys
 from types import FunctionType
 
 import pytest
 
 from raydistill.engine.workarounds import trainer_without_signal_handler
+from tests.processes import python
 
 # Tensors that are freed and asked for again, as in steps of training; and the page faults. glibc gives back other sizes
 # in the main thread than in others, and a trial of `tune` runs in one of those.
@@ -37,9 +36,8 @@ steps() if sys.argv[2] == "main" else thread.start() or thread.join()
 
 
 def faults(how: str, where: str) -> int:
-    words = [sys.executable, "-c", _STEPS, how, where, *map(str, _SIZES[where])]
     as_ever = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    return int(subprocess.run(words, check=True, capture_output=True, text=True, env=as_ever).stdout)
+    return int(python("-c", _STEPS, how, where, *map(str, _SIZES[where]), env=as_ever).stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it asks glibc")

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import huggingface_hub.constants
@@ -15,6 +14,7 @@ import pytest
 
 from raydistill.errors import StageError
 from raydistill.stages.export import push_to_hub
+from tests.processes import serving
 
 TOKEN = "hf_" + "x" * 34
 
@@ -96,10 +96,8 @@ def hub(monkeypatch) -> Iterator[Hub]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own for large files
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def shipped(folder: str) -> dict[str, bytes]:
