@@ -44,7 +44,7 @@ class Execution:
         """Who gets what. Waits for Ray, where a stage of this command needs it."""
         return self._ray.plan() if self.work.needs_ray else local_plan(self.config)
 
-    def enter(self, stage: Stage) -> None:
+    def begin_stage(self, stage: Stage) -> None:
         """What follows is the stage's work, and is recorded under the settings that decide it."""
         self._settings = self.config.model_dump(mode="json", include=set(stage.settings))
 

@@ -90,10 +90,7 @@ def check_measurable(config: RunConfig, command: str, splits: tuple[str, ...]) -
     images = config.images
     listing = list_images(images)
     has_val, has_test = listing.has_split("val"), listing.has_split("test")
-    there = {
-        "val": has_val or images.val_share > 0,
-        "test": has_test or (not has_val and images.test_share > 0),
-    }
+    there = {"val": has_val or images.val_share > 0, "test": has_test or (not has_val and images.test_share > 0)}
     if lacking := [split for split in splits if not there[split]]:
         raise DataError(
             f"images.path={images.path}: {command} measures {' and '.join(splits)}, and there is no {lacking[0]} "

@@ -39,7 +39,7 @@ def check(
         return
     from raydistill.runtime.progress import Progress
 
-    interrupts.go_on_by("the same command looks at all images again")
+    interrupts.resume_hint("the same command looks at all images again")
     config, progress = load_config(words or []), Progress(console)
     announce(f"check: {config.images.path}")
     from raydistill.doctor.images import check_images

@@ -24,7 +24,7 @@ def predict(
     ] = None,
 ) -> None:
     """The class of each picture by an exported student, from the same pixels as in training."""
-    interrupts.go_on_by("no picture was answered")
+    interrupts.resume_hint("no picture was answered")
     announce(f"predict: loading {folder}", sys.stderr)  # its answers may go to a pipe
     from raydistill.models.about import check_export
 
@@ -53,7 +53,7 @@ def serve(
     engine: Annotated[str, typer.Option("--engine", help="onnx, or torch with the folder's safetensors.")] = "onnx",
 ) -> None:
     """Answer over HTTP on this machine: POST a picture to /predict, or drop one on the page at /."""
-    interrupts.go_on_by("the server has ended")
+    interrupts.resume_hint("the server has ended")
     announce(f"serve: loading {folder}")
     from raydistill.inference.listening import ServeSettings, check_name, listen
     from raydistill.models.about import check_export

@@ -49,7 +49,7 @@ def submit(
 
     if install and python != "python":
         raise ConfigError("submit: --install makes an environment with an interpreter of its own; leave out --python")
-    interrupts.go_on_by("raydistill job status says whether the job was submitted; the same command submits it once")
+    interrupts.resume_hint("raydistill job status says whether the job was submitted; the same command submits it once")
     announce(f"submit: {command} to {address}")
     given = tune_words(space, trials)
     flags = ("--learning-curve",) if learning_curve else ()
@@ -93,7 +93,7 @@ def stop(name: Name, address: Address = _ADDRESS) -> None:
     """End a job; it has two minutes to write its last checkpoint."""
     jobs_api, client = _ask(address)
     jobs_api.existing_job(client, name)
-    interrupts.go_on_by(f"{name} may still be ending; raydistill job status {name} tells")
+    interrupts.resume_hint(f"{name} may still be ending; raydistill job status {name} tells")
     jobs_api.stop(client, name)
     print(f"{name} has ended; the same `raydistill submit` goes on from there")
 
@@ -113,6 +113,6 @@ def _follow(client: Any, name: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    interrupts.go_on_by(f"the job goes on; raydistill job logs {name} shows it, raydistill job stop {name} ends it")
+    interrupts.resume_hint(f"the job goes on; raydistill job logs {name} shows it, raydistill job stop {name} ends it")
     if code := follow(client, name, write):
         raise typer.Exit(code)

@@ -21,12 +21,12 @@ def main() -> None:
     """Entry point of `raydistill`."""
     open_streams()
     sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
-    interrupts.begin()
+    interrupts.handle_signals()
     code = 1
     try:
         code = _exit_code()
     finally:  # also of an interruption, at whatever moment it came
-        interrupts.leave(code)
+        interrupts.exit_process(code)
 
 
 def _exit_code() -> int:
@@ -44,7 +44,7 @@ def _exit_code() -> int:
             return _explain(stop.__context__)
         return stop.code if isinstance(stop.code, int) else 1
     except RaydistillError as error:
-        if not interrupts.pressed():
+        if not interrupts.was_interrupted():
             _say(str(error))
         return error.exit_code
     except Exception as error:
@@ -64,7 +64,7 @@ def _say(message: str) -> None:
 
 def _explain(error: Exception) -> int:
     """Ray wraps what a task or an actor raised in its own classes; the raydistill error inside is what to say."""
-    if interrupts.pressed():
+    if interrupts.was_interrupted():
         return 1  # what went wrong on the way out
     inner: BaseException | None = error
     while inner is not None:

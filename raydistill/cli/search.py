@@ -26,7 +26,7 @@ def compare(
     from raydistill.preflight import refuse_early
     from raydistill.runtime.progress import Progress
 
-    interrupts.go_on_by(GOES_ON)
+    interrupts.resume_hint(GOES_ON)
     config, console = load_config(words or []), plain_console()
     announce(f"compare: {', '.join(config.compare.arms)} on {config.images.path}, into {config.workspace}")
     refuse_early(config)
@@ -62,7 +62,7 @@ def tune(
     from raydistill.preflight import refuse_early
     from raydistill.runtime.progress import Progress
 
-    interrupts.go_on_by(GOES_ON)
+    interrupts.resume_hint(GOES_ON)
     config, console = load_config([*(words or []), *tune_words(space, trials)]), plain_console()
     announce(f"tune: {config.tune.space} on {config.images.path}, into {config.workspace}")
     refuse_early(config)

@@ -105,7 +105,7 @@ def _run(words: list[str] | None, until: str | None, command: str) -> None:
     from raydistill.runtime.progress import Progress
     from raydistill.storage.directory import check_writable
 
-    interrupts.go_on_by(GOES_ON)
+    interrupts.resume_hint(GOES_ON)
     config = load_config(words or [])
     announce(f"{command}: {config.images.path}, into {config.workspace}")
     console = plain_console()

@@ -24,7 +24,7 @@ def late_nodes_checked(config: RunConfig) -> Iterator[None]:
 
     def look() -> None:
         try:
-            _look(config, known)
+            _inspect(config, known)
         except Exception as error:  # Ray's and its connection's: the next look may tell
             log.warning("nodes that join are not checked for now: %s", reason_of(error))
 
@@ -32,15 +32,15 @@ def late_nodes_checked(config: RunConfig) -> Iterator[None]:
         yield
 
 
-def _look(config: RunConfig, known: set[str]) -> None:
+def _inspect(config: RunConfig, known: set[str]) -> None:
     import ray
 
-    from raydistill.cluster.nodes import look_at
+    from raydistill.cluster.nodes import inspect_nodes
     from raydistill.cluster.preemption import drain
 
     new = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in known]
     for node in new:
-        bad = [finding for finding in look_at(config, [node]) if finding.advice]
+        bad = [finding for finding in inspect_nodes(config, [node]) if finding.advice]
         if bad:
             why = "; ".join(f"{finding.about}: {finding.found}; {finding.advice}" for finding in bad)
             log.error("a node that joined is drained, since it is not fit: %s", why)

@@ -41,17 +41,17 @@ def check_nodes(config: RunConfig) -> list[Finding]:
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    return [*look_at(config, nodes), *_tracking(config, nodes), *_labels(config, nodes)]
+    return [*inspect_nodes(config, nodes), *_tracking(config, nodes), *_labels(config, nodes)]
 
 
-def look_at(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
+def inspect_nodes(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
     """Look at nodes, as `ray.nodes()` describes them, from each of them itself: versions, workspace, images, models."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     root, mark, places = workspace_root(config), uuid.uuid4().hex, _places(config)
     write_bytes(f"{root}/.seen-{mark}", mark.encode())
-    look = ray.remote(num_cpus=0, max_retries=2)(_look)
+    look = ray.remote(num_cpus=0, max_retries=2)(_inspect)
     asked = {
         node["NodeID"]: look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
@@ -93,7 +93,7 @@ def _places(config: RunConfig) -> dict[str, str]:
         section, _, name = key.rpartition(".")
         place = getattr(getattr(config, section), name, None)
         place = "" if place is None else place.removeprefix("hf:").removeprefix("timm:local-dir:")
-        if not place or place.startswith("example:") or not _sees(place):
+        if not place or place.startswith("example:") or not _fingerprint(place):
             continue
         fs, path = open_filesystem(place)
         # The driver lists the images, and train workers go to its folder; other actors have folders of their own.
@@ -101,12 +101,12 @@ def _places(config: RunConfig) -> dict[str, str]:
             place = path
         inside = fs.names(path) if fs.isdir(path) else []
         found[key] = "/".join([place.rstrip("/"), *inside[:1]])
-        if key == "images.path" and (image := first_of_table(place)) and _sees(image):
+        if key == "images.path" and (image := first_of_table(place)) and _fingerprint(image):
             found["the first image of images.path"] = image
     return found
 
 
-def _sees(place: str) -> str | None:
+def _fingerprint(place: str) -> str | None:
     """`a folder`, or a file's size and the checksum of its beginning, which differs between weights of one shape. None
     where nothing is."""
     try:
@@ -120,7 +120,7 @@ def _sees(place: str) -> str | None:
         return None
 
 
-def _look(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, Any]:
+def _inspect(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, Any]:
     """Runs on a node: its versions, whether it reads what the driver wrote to the workspace, and what it sees in the
     places. It writes to the workspace too."""
     fs, folder = open_filesystem(root)
@@ -131,7 +131,7 @@ def _look(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, 
             write_bytes(f"{root}/.seen-{mark}-{node}", b"")
     except Exception as problem:  # every file system has its own errors
         reads, error = False, first_line_of(problem)
-    sees = {key: _sees(place) for key, place in places.items()}
+    sees = {key: _fingerprint(place) for key, place in places.items()}
     return {"versions": _installed(), "reads": reads, "error": error, "sees": sees}
 
 
@@ -176,7 +176,7 @@ def _workspace(
 
 def _unseen(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]], places: dict[str, str]) -> list[Finding]:
     advice = "give a bucket, or a shared folder by its full name, that all nodes see"
-    mine, findings = {key: _sees(place) for key, place in places.items()}, []
+    mine, findings = {key: _fingerprint(place) for key, place in places.items()}, []
     for node in nodes:
         sees = seen.get(node["NodeID"], {}).get("sees", mine)
         differs = [key for key in places if sees[key] != mine[key]]

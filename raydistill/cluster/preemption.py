@@ -126,7 +126,7 @@ def drain(node_id: str, reason: str, seconds: float, address: str) -> None:
     drain_preempted(node_id, reason, round((time.time() + seconds) * 1000), address)
 
 
-def wait_for(ask: Callable[[], Answer | None], pause: float) -> Answer:
+def poll(ask: Callable[[], Answer | None], pause: float) -> Answer:
     """Ask until there is an answer, every `pause` seconds. What goes wrong is said when it changes, not each time."""
     trouble = ""
     while True:
@@ -144,10 +144,10 @@ def wait_for(ask: Callable[[], Answer | None], pause: float) -> Answer:
         time.sleep(pause)
 
 
-def watch(notice: Notice, drain_here: Callable[[float], str], poll_seconds: float) -> None:
+def drain_on_notice(notice: Notice, drain_here: Callable[[float], str], poll_seconds: float) -> None:
     """Wait for a notice, then drain. `drain_here` gets the seconds that remain and gives the id of the drained node."""
-    taken_at = wait_for(notice, poll_seconds)
-    node_id = wait_for(
+    taken_at = poll(notice, poll_seconds)
+    node_id = poll(
         lambda: drain_here(max(0.0, (taken_at - datetime.now(UTC)).total_seconds() - MARGIN_SECONDS)), poll_seconds
     )
     say(f"drained: node {node_id} gets no new work")
@@ -171,8 +171,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
     try:
         say("started: waiting for a node of Ray on this machine")
-        say(f"watching for a notice of preemption: {wait_for(find_living_node, arguments.poll_seconds)}")
-        watch(NOTICES[arguments.cloud](arguments.metadata_url), drain_here, arguments.poll_seconds)
+        say(f"watching for a notice of preemption: {poll(find_living_node, arguments.poll_seconds)}")
+        drain_on_notice(NOTICES[arguments.cloud](arguments.metadata_url), drain_here, arguments.poll_seconds)
     except KeyboardInterrupt:
         say("ended, as told by a signal")
     return 0

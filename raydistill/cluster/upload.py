@@ -68,7 +68,7 @@ def pack(
     config = _on_the_cluster(config, folder, send_outside)
     Path(folder, _JOB_FILE).write_text(to_yaml(config))
     source = Path(errors.__file__).parent
-    code, left_out = code_of(source)
+    code, left_out = package_files(source)
     for name in code:
         target = Path(folder, "raydistill", name)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def _on_the_cluster(config: RunConfig, folder: str, send_outside: bool) -> RunCo
     return overlay(config, tree)
 
 
-def code_of(source: Path) -> tuple[list[str], list[str]]:
+def package_files(source: Path) -> tuple[list[str], list[str]]:
     """The package's files that are uploaded, and those that are not: what is no code, is hidden, holds a key, is a link
     that leads out of the folder, or is ignored by the repository around it."""
     ignored, code, left_out = _ignored(source), list[str](), list[str]()

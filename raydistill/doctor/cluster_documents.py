@@ -23,7 +23,7 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def meant(key: object, known: Iterable[str], else_: str = "; leave it out", likeness: float = 0.6) -> str:
+def hint(key: object, known: Iterable[str], else_: str = "; leave it out", likeness: float = 0.6) -> str:
     """The nearest of the known names, capitals aside, or what else to do."""
     by_small = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(str(key).casefold(), by_small, n=1, cutoff=likeness)

@@ -12,9 +12,17 @@ from itertools import chain
 from typing import Any
 
 from raydistill.cluster.ray_private import cluster_file_schema, refuse_cluster_file, refuse_labels
-from raydistill.doctor.cluster_documents import mapping, meant, read_documents
+from raydistill.doctor.cluster_documents import hint, mapping, read_documents
 from raydistill.doctor.ec2 import aws_faults
-from raydistill.doctor.node_types import LOOPBACK, NodeType, idle_fault, kept_gpus, other_ray, type_faults, wrong_flags
+from raydistill.doctor.node_types import (
+    LOOPBACK,
+    NodeType,
+    idle_faults,
+    image_faults,
+    kept_gpu_faults,
+    start_flag_faults,
+    type_faults,
+)
 from raydistill.errors import ConfigError, reason_of
 
 # The words of JSON Schema in plainer ones.
@@ -57,7 +65,7 @@ def check_cluster_file(path: str) -> list[str]:
     if kind == "aws":
         of_cloud = list(aws_faults(file, types))
     else:
-        slip = "" if kind in PROVIDERS else meant(kind, PROVIDERS, "")
+        slip = "" if kind in PROVIDERS else hint(kind, PROVIDERS, "")
         of_cloud = [
             f"provider.type: {kind!r}, and only files for aws are checked{slip}; what stands "
             "under provider and node_config was not looked at: have it checked by `ray up`"
@@ -117,7 +125,7 @@ def _schema_faults(error: Any) -> Iterator[str]:
     if error.validator == "additionalProperties":
         known = error.schema.get("properties", {})
         for key in (key for key in error.instance if key not in known):
-            yield f"{'.'.join([*where, str(key)])}: unknown to Ray{meant(key, known)}"
+            yield f"{'.'.join([*where, str(key)])}: unknown to Ray{hint(key, known)}"
         return
     advice = f"write {TYPES.get(str(error.validator_value), error.validator_value)}"
     advice = {"required": "add it", "minimum": f"write {error.validator_value} or more"}.get(error.validator, advice)
@@ -147,7 +155,7 @@ def _market(entry: dict[str, Any]) -> dict[str, Any]:
 def _limits(file: dict[str, Any]) -> Iterator[str]:
     most, head = file["max_workers"], file["head_node_type"]
     if head not in file["available_node_types"]:
-        yield f"head_node_type: {head!r} is no node type{meant(head, file['available_node_types'])}"
+        yield f"head_node_type: {head!r} is no node type{hint(head, file['available_node_types'])}"
     types = _node_types(file)
     fewest = sum(node_type.min_workers for node_type in types)
     if fewest > most:
@@ -165,10 +173,10 @@ def _idle(file: dict[str, Any]) -> Iterator[str]:
     if "idle_timeout_minutes" not in file:
         yield "idle_timeout_minutes: missing, and Ray's default is 5; write how long a node may be paid for idling"
     else:
-        yield from idle_fault("idle_timeout_minutes", file["idle_timeout_minutes"], 60)
+        yield from idle_faults("idle_timeout_minutes", file["idle_timeout_minutes"], 60)
     for name, entry in file["available_node_types"].items():
         if entry.get("idle_timeout_s") is not None:
-            yield from idle_fault(f"available_node_types.{name}.idle_timeout_s", entry["idle_timeout_s"], 1)
+            yield from idle_faults(f"available_node_types.{name}.idle_timeout_s", entry["idle_timeout_s"], 1)
 
 
 def _head(file: dict[str, Any]) -> Iterator[str]:
@@ -184,7 +192,7 @@ def _workers(file: dict[str, Any], types: list[NodeType]) -> Iterator[str]:
     for node_type in types:
         key, entry = f"available_node_types.{node_type.name}", file["available_node_types"][node_type.name]
         for name in node_type.resources:
-            if name not in RESOURCES and (slip := meant(name, RESOURCES, "")):
+            if name not in RESOURCES and (slip := hint(name, RESOURCES, "")):
                 yield f"{key}.resources.{name}: no resource of Ray's{slip}"
         try:
             refuse_labels(node_type.labels)
@@ -192,7 +200,7 @@ def _workers(file: dict[str, Any], types: list[NodeType]) -> Iterator[str]:
             yield f"{key}.labels: {reason_of(error)}"
         if node_type.name == file["head_node_type"]:
             continue
-        yield from kept_gpus(f"{key}.min_workers", node_type)
+        yield from kept_gpu_faults(f"{key}.min_workers", node_type)
         if "CPU" not in node_type.resources:
             yield f"{key}.resources: no CPU, so what the type offers is not known before it runs; write {{CPU: ...}}"
         if not node_type.spot:
@@ -224,7 +232,7 @@ def _starts(file: dict[str, Any]) -> Iterator[str]:
         for command in starts:
             if not re.search(r"\bRAY_AUTH_MODE=token\b.*\bray start\b", command, re.DOTALL):
                 yield f"{key}: `ray start` without a token lets anyone in; write `RAY_AUTH_MODE=token ray start ...`"
-            yield from wrong_flags(key, command)
+            yield from start_flag_faults(key, command)
             for host in re.findall(r"--dashboard-host[ =]+['\"]?([^\s'\";&|]+)", command):
                 if host not in LOOPBACK:
                     yield f"{key}: --dashboard-host={host} lets code be run from outside; write 127.0.0.1"
@@ -242,7 +250,7 @@ def _installs(file: dict[str, Any]) -> Iterator[str]:
         lists[f"available_node_types.{name}.worker_setup_commands"] = entry.get("worker_setup_commands", [])
         if image := entry.get("docker", {}).get("worker_image"):
             images[f"available_node_types.{name}.docker.worker_image"] = image
-    yield from chain.from_iterable(other_ray(key, image) for key, image in images.items())
+    yield from chain.from_iterable(image_faults(key, image) for key, image in images.items())
     wanted = f"=={ray.__version__}"
     for key, commands in lists.items():
         for command in commands:

@@ -11,7 +11,7 @@ from datetime import date
 from functools import lru_cache
 from typing import Any
 
-from raydistill.doctor.cluster_documents import mapping, meant
+from raydistill.doctor.cluster_documents import hint, mapping
 from raydistill.doctor.node_types import NodeType
 
 # What Ray's AWS provider and its launcher read; its schema lets any key pass.
@@ -70,7 +70,7 @@ def aws_faults(file: dict[str, Any], types: list[NodeType]) -> Iterator[str]:
 
 def _provider(provider: dict[str, Any]) -> Iterator[str]:
     for key in sorted(map(str, provider.keys() - PROVIDER_KEYS)):
-        yield f"provider.{key}: unknown to Ray's AWS provider{meant(key, PROVIDER_KEYS)}"
+        yield f"provider.{key}: unknown to Ray's AWS provider{hint(key, PROVIDER_KEYS)}"
     region, zones = provider.get("region"), _zones(provider)
     if region is None:
         yield "provider.region: missing; add it"
@@ -101,7 +101,7 @@ def _launches(file: dict[str, Any]) -> Iterator[str]:
     try:
         region = file["provider"].get("region")
         if region is not None and region not in _regions():
-            yield f"provider.region: {region!r} is none of EC2's{meant(region, _regions(), '')}"
+            yield f"provider.region: {region!r} is none of EC2's{hint(region, _regions(), '')}"
         rules = file["provider"].get("security_group", {}).get("IpPermissions", [])
         yield from _ingress_faults("provider.security_group.IpPermissions", rules)
         for name, entry in file["available_node_types"].items():
@@ -195,7 +195,7 @@ def _of_shape(key: str, shape: Any, value: Any, also: Iterable[str] = (), requir
             if name in shape.members:
                 yield from _of_shape(f"{key}.{name}", shape.members[name], inner)
             else:
-                yield f"{key}.{name}: unknown to EC2{meant(name, [*shape.members, *also])}"
+                yield f"{key}.{name}: unknown to EC2{hint(name, [*shape.members, *also])}"
         for name in shape.required_members if required else ():
             if name not in value:
                 yield f"{key}.{name}: missing; add it"
@@ -210,7 +210,7 @@ def _of_shape(key: str, shape: Any, value: Any, also: Iterable[str] = (), requir
 
         few = f"; write one of {', '.join(shape.enum)}" if len(shape.enum) <= 8 else ""
         newer = f"; botocore {botocore.__version__} knows no other: where it is newer, pip install -U botocore"
-        yield f"{key}: {value!r} is none of EC2's values{meant(value, shape.enum, few or newer)}"
+        yield f"{key}: {value!r} is none of EC2's values{hint(value, shape.enum, few or newer)}"
 
 
 def _resource_faults(key: str, node_config: dict[str, Any], resources: dict[str, Any]) -> Iterator[str]:

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from raydistill.cluster.ray_private import autoscaling_of
-from raydistill.doctor.cluster_documents import mapping, meant, read_documents
+from raydistill.doctor.cluster_documents import hint, mapping, read_documents
 from raydistill.doctor.kubernetes_schema import document_faults, has_client
 from raydistill.doctor.node_types import (
     LOOPBACK,
     NodeType,
-    idle_fault,
-    kept_gpus,
-    other_ray,
+    idle_faults,
+    image_faults,
+    kept_gpu_faults,
     start_options,
     type_faults,
 )
@@ -38,7 +38,7 @@ def check_kuberay_file(path: str) -> list[str]:
     clusters = [document for document in documents if document.get("kind") in SPECIFICATIONS]
     if not clusters:
         of_ray = [document.get("kind") for document in documents if "ray.io" in str(document.get("apiVersion"))]
-        slip = meant(of_ray[0], SPECIFICATIONS, "; add one") if of_ray else "; add one"
+        slip = hint(of_ray[0], SPECIFICATIONS, "; add one") if of_ray else "; add one"
         return [f"kind: neither RayCluster nor RayJob is in the file{slip}"]
     if faults := [fault for document in documents for fault in document_faults(document)]:
         return faults
@@ -98,7 +98,7 @@ def _cluster(key: str, spec: dict[str, Any], kind: str) -> list[str]:
         faults.append(f"{key}.headGroupSpec.rayStartParams.num-cpus: work on the head can end the cluster; write '0'")
     if kind == "RayCluster":  # a job's own cluster goes with it
         for node_type in types:
-            faults += kept_gpus(f"{key}.{node_type.name}.minReplicas", node_type)
+            faults += kept_gpu_faults(f"{key}.{node_type.name}.minReplicas", node_type)
     return [*faults, *type_faults(key, types)]
 
 
@@ -111,7 +111,7 @@ def _replicas(key: str, group: dict[str, Any]) -> Iterator[str]:
     if hosts != 1:
         yield f"{key}.numOfHosts: {hosts}, so many pods would come and go together, idle or not; write 1"
     if "idleTimeoutSeconds" in group:
-        yield from idle_fault(f"{key}.idleTimeoutSeconds", group["idleTimeoutSeconds"], 1)
+        yield from idle_faults(f"{key}.idleTimeoutSeconds", group["idleTimeoutSeconds"], 1)
 
 
 def _settings(key: str, spec: dict[str, Any]) -> Iterator[str]:
@@ -127,7 +127,7 @@ def _settings(key: str, spec: dict[str, Any]) -> Iterator[str]:
     if "idleTimeoutSeconds" not in options:
         yield f"{key}.autoscalerOptions.idleTimeoutSeconds: missing, and the default is 60, hardly a pause; write 600"
     else:
-        yield from idle_fault(f"{key}.autoscalerOptions.idleTimeoutSeconds", options["idleTimeoutSeconds"], 1)
+        yield from idle_faults(f"{key}.autoscalerOptions.idleTimeoutSeconds", options["idleTimeoutSeconds"], 1)
     if options.get("version") != "v2":
         yield f"{key}.autoscalerOptions.version: the first one knows neither labels nor priorities; write v2"
 
@@ -139,7 +139,7 @@ def _group(key: str, group: dict[str, Any]) -> Iterator[str]:
         yield f"{key}.rayStartParams.labels: KubeRay refuses it; write {key}.labels"
     for name, value in params.items():
         if name not in start_options():
-            yield f"{key}.rayStartParams.{name}: `ray start` takes no such thing{meant(name, start_options())}"
+            yield f"{key}.rayStartParams.{name}: `ray start` takes no such thing{hint(name, start_options())}"
         if not isinstance(value, str):
             yield f"{key}.rayStartParams.{name}: KubeRay takes strings alone; write '{value}'"
     pod = mapping(mapping(group.get("template")).get("spec"))
@@ -158,7 +158,7 @@ def _group(key: str, group: dict[str, Any]) -> Iterator[str]:
         if "@" not in image and tag in ("", "latest", "nightly"):
             yield f"{place}.image: {image!r} is another next week; write the tag of a version"
         else:
-            yield from other_ray(f"{place}.image", image)
+            yield from image_faults(f"{place}.image", image)
         yield from _resources(f"{place}.resources", mapping(container.get("resources")))
     if containers:
         limits = mapping(mapping(containers[0].get("resources")).get("limits"))
@@ -181,8 +181,8 @@ def _resources(key: str, resources: dict[str, Any]) -> Iterator[str]:
             if not QUANTITY.fullmatch(str(quantity)):
                 yield f"{key}.{part}.{name}: {quantity!r} is no quantity; write such as 4, 500m or 16Gi"
             if "/" not in name and name not in NATIVE and not name.startswith("hugepages-"):
-                yield f"{key}.{part}.{name}: no resource of Kubernetes'{meant(name, NATIVE)}"
-            elif name not in GPUS and (slip := meant(name, GPUS, "", likeness=0.9)):
+                yield f"{key}.{part}.{name}: no resource of Kubernetes'{hint(name, NATIVE)}"
+            elif name not in GPUS and (slip := hint(name, GPUS, "", likeness=0.9)):
                 yield f"{key}.{part}.{name}: no node has it{slip}"
     for name in GPUS:
         if name in requests and str(requests[name]) != str(limits.get(name)):

@@ -11,7 +11,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-from raydistill.doctor.cluster_documents import meant
+from raydistill.doctor.cluster_documents import hint
 
 # https://github.com/ray-project/kuberay, helm-chart/kuberay-operator/crds. `V1…` are Kubernetes' own.
 KUBERAY = {
@@ -173,13 +173,13 @@ def faults(kind: str, key: str, value: Any) -> Iterator[str]:
         types, required = _fields(kind)
         for label, one in value.items():
             if label not in types:
-                yield f"{key}{label}: unknown to {'KubeRay' if kind in KUBERAY else 'Kubernetes'}{meant(label, types)}"
+                yield f"{key}{label}: unknown to {'KubeRay' if kind in KUBERAY else 'Kubernetes'}{hint(label, types)}"
                 continue
             yield from faults(types[label], f"{key}{label}.", one)
             known = VALUES.get(f"{kind}.{label}", ())
             for given in one if isinstance(one, list) else [one]:
                 if known and isinstance(given, str) and given not in known:
-                    instead = meant(given, known, f"; write one of {', '.join(known)}")
+                    instead = hint(given, known, f"; write one of {', '.join(known)}")
                     yield f"{key}{label}: {given!r} is none of its values{instead}"
         for label in sorted(required - value.keys()):
             yield f"{key}{label}: missing; add it"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from raydistill.doctor.cluster_documents import meant
+from raydistill.doctor.cluster_documents import hint
 
 # What a dashboard may listen on: code can be run through it.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -30,7 +30,7 @@ class NodeType:
     priority: int = 0
 
 
-def kept_gpus(key: str, node_type: NodeType) -> Iterator[str]:
+def kept_gpu_faults(key: str, node_type: NodeType) -> Iterator[str]:
     """`key` is that of the number of nodes that are always there."""
     if 0 < node_type.min_workers <= node_type.max_workers and node_type.resources.get("GPU"):
         yield (
@@ -39,7 +39,7 @@ def kept_gpus(key: str, node_type: NodeType) -> Iterator[str]:
         )
 
 
-def idle_fault(key: str, value: float, unit: int) -> Iterator[str]:
+def idle_faults(key: str, value: float, unit: int) -> Iterator[str]:
     """How long a node may idle before it is given back, in units of so many seconds."""
     least, most = LEAST_IDLE_SECONDS / unit, MOST_IDLE_SECONDS / unit
     if not least <= value <= most:
@@ -47,7 +47,7 @@ def idle_fault(key: str, value: float, unit: int) -> Iterator[str]:
         yield f"{key}: {value:,g}, and a node that idles for so long {wrong}; write {least:g} to {most:g}"
 
 
-def other_ray(key: str, image: object) -> Iterator[str]:
+def image_faults(key: str, image: object) -> Iterator[str]:
     """An image of Ray's own makers that holds another Ray than the one that runs here, or a Python that is too old."""
     import ray
 
@@ -70,11 +70,11 @@ def start_options() -> set[str]:
     return {option.lstrip("-") for parameter in start.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
-def wrong_flags(key: str, command: str) -> Iterator[str]:
+def start_flag_faults(key: str, command: str) -> Iterator[str]:
     for words in re.findall(r"\bray start\b([^;&|>\n]*)", command.replace("\\\n", " ")):
         for flag in re.findall(r"(?<!\S)--([\w-]+)", words):
             if flag not in start_options():
-                yield f"{key}: `ray start` takes no --{flag}{meant(flag, start_options())}"
+                yield f"{key}: `ray start` takes no --{flag}{hint(flag, start_options())}"
 
 
 def type_faults(prefix: str, types: list[NodeType]) -> Iterator[str]:

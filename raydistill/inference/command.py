@@ -60,7 +60,7 @@ def predict_command(
                 yield answer
                 answered += 1
 
-        interrupts.go_on_by("what is answered is kept, and --skip goes on")
+        interrupts.resume_hint("what is answered is kept, and --skip goes on")
         try:
             if out is not None:
                 write_answers(counted(), classes, top, out)
@@ -71,8 +71,8 @@ def predict_command(
         except BaseException:
             how = f"{answered} of {count} pictures are answered{f', in {out}' if out else ''}; the same command with "
             how += f"--skip {skip + answered}{' and another --out' if out else ''} goes on"
-            interrupts.go_on_by(one_line(how))
-            if not interrupts.pressed():
+            interrupts.resume_hint(one_line(how))
+            if not interrupts.was_interrupted():
                 console.print(f"predict ended early: {how}", markup=False, soft_wrap=True)
             raise
     console.print(f"{count - len(failed)} of {count} pictures answered" + (f", in {out}" if out else ""), markup=False)

@@ -40,7 +40,7 @@ class _Output(io.FileIO):
         try:
             return super().write(data) or 0
         except BrokenPipeError:
-            interrupts.press(signal.SIGPIPE)
+            interrupts.interrupt(signal.SIGPIPE)
             return len(data)
 
 

@@ -25,7 +25,7 @@ _SECONDS_OF_ONE_PRESS = 0.2  # `timeout` and others signal a process and then it
 _SECONDS_TO_NOTICE = 8.0  # of C code that lets no Python run
 _TIMES_TO_RAISE = 3  # of code that keeps the signal to itself
 _SECONDS_TO_CLOSE = 30.0
-_SECONDS_OF_LAST_WORDS = 2.0
+_LAST_SECONDS = 2.0
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -35,15 +35,15 @@ class Interrupted(KeyboardInterrupt):
 
 _signal: int | None = None  # the first that came
 _raised, _again = False, 0  # has the handler run? How often was the signal raised anew, and not yet heard?
-_how_to_go_on = "nothing was written"
+_resume_hint = "nothing was written"
 # Called in threads, for no longer than a moment, where the process is ended by force.
-last_words: list[Callable[[], object]] = []
+before_forced_end: list[Callable[[], object]] = []
 _terminal = -1
 _leaving, _told, _all_heard = False, -1, threading.Event()
 _ending, _main_ends = threading.Lock(), False
 
 
-def begin() -> None:
+def handle_signals() -> None:
     """Handle the signals from now on. For the main thread of a command; a signal that whoever started it has set to be
     ignored, as `nohup` does, stays so."""
     global _terminal, _told
@@ -58,7 +58,7 @@ def begin() -> None:
     threading.Thread(target=_watch, args=(heard,), name="signals", daemon=True).start()
 
 
-def press(number: int) -> None:
+def interrupt(number: int) -> None:
     """As if the signal had come, from any thread."""
     global _signal
     if _signal is None:
@@ -66,25 +66,25 @@ def press(number: int) -> None:
         signal.pthread_kill(_main(), signal.SIGTERM)
 
 
-def pressed() -> bool:
+def was_interrupted() -> bool:
     """Whether a signal has come."""
     return _signal is not None
 
 
-def go_on_by(words: str) -> None:
+def resume_hint(words: str) -> None:
     """Set what the message of an interruption says about how to continue."""
-    global _how_to_go_on
-    _how_to_go_on = words
+    global _resume_hint
+    _resume_hint = words
 
 
-def leave(code: int) -> NoReturn:
-    """End the process with this code or, after a signal, which may come at the last moment, as `end` does."""
+def exit_process(code: int) -> NoReturn:
+    """End the process with this code or, after a signal, which may come at the last moment, as the handler does."""
     global _leaving
     _leaving = True
     os.write(_told, b"\0")
     _all_heard.wait(1)  # of a signal that another handler has just made an exit of
     if _signal is not None:
-        end()
+        _end()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -94,7 +94,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def end() -> NoReturn:
+def _end() -> NoReturn:
     """Say the interruption, end all child processes, and exit with 128 and the signal's number, as shells do."""
     global _main_ends
     assert _signal is not None, "a signal has come"
@@ -102,10 +102,10 @@ def end() -> NoReturn:
     _main_ends = _main_ends or threading.current_thread() is threading.main_thread()
     _ending.acquire()  # never given back: whoever else comes here waits for the end
     shown = "\033[?25h" if sys.stdout is not None and sys.stdout.isatty() else ""  # a bar hides the cursor
-    words = f"{shown}interrupted ({signal.Signals(_signal).name}); {_how_to_go_on}\n"
+    words = f"{shown}interrupted ({signal.Signals(_signal).name}); {_resume_hint}\n"
     with contextlib.suppress(OSError, ValueError):
         # A pipe that is full, or a terminal that is stopped, may never take them.
-        if select.select([], [_terminal], [], _SECONDS_OF_LAST_WORDS)[1]:
+        if select.select([], [_terminal], [], _LAST_SECONDS)[1]:
             os.write(_terminal, words.encode())
     _kill_children()
     os._exit(128 + _signal)
@@ -118,7 +118,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
     if _signal is None:
         _signal = number
     if _leaving:
-        end()
+        _end()
     _raised = True
     if not _unwinding():  # what is closing already is not to be closed halfway
         raise Interrupted
@@ -174,13 +174,13 @@ def _unwinding() -> bool:
 
 
 def _end_by_force() -> NoReturn:
-    threads = [threading.Thread(target=say, daemon=True) for say in list(last_words)]
+    threads = [threading.Thread(target=say, daemon=True) for say in list(before_forced_end)]
     for thread in threads:
         thread.start()
-    until = time.monotonic() + _SECONDS_OF_LAST_WORDS
+    until = time.monotonic() + _LAST_SECONDS
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
-    end()
+    _end()
 
 
 def _kill_children() -> None:

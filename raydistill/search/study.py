@@ -20,7 +20,7 @@ from raydistill.search.optuna_private import CmaEsSampler
 from raydistill.search.space import Choice, Space
 from raydistill.storage.directory import StageDirectory
 from raydistill.strangers import one_line
-from raydistill.tracking.stores import UnusableError, database_alone, reason
+from raydistill.tracking.stores import UnusableError, database_lock, reason
 from raydistill.tracking.workspace_store import refuse_programs
 
 SECONDS_OF = "seconds of command "
@@ -54,7 +54,7 @@ def open_study(config: RunConfig, directory: StageDirectory, own: dict[str, Choi
     try:
         if config.tune.storage is None:
             refuse_programs(url)
-        with database_alone(url):  # others may come to a new database at the same moment
+        with database_lock(url):  # others may come to a new database at the same moment
             study = optuna.create_study(
                 storage=optuna.storages.RDBStorage(url),
                 study_name=directory.name,

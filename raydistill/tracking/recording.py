@@ -57,7 +57,7 @@ class Run:
     def _start(self) -> None:
         client, key = self._tracker.client, self._key()
         query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in key.items())
-        with self._tracker.alone():
+        with self._tracker.lock():
             found = client.search_runs(
                 [self._tracker.experiment], query, max_results=1, order_by=["attributes.start_time ASC"]
             )
@@ -90,7 +90,7 @@ class Run:
             from mlflow.entities import Metric
 
             client, records = self._tracker.client, read()
-            with self._tracker.alone():
+            with self._tracker.lock():
                 there = {m.key: (m.step, m.value) for m in client.get_run(self.id).data.to_proto().metrics}
                 new = [
                     Metric(key, number, now, step)
@@ -119,7 +119,7 @@ class Run:
             for key, value in flat.items()
             if len(value) <= _MOST_CHARACTERS
         }
-        with self._tracker.alone():  # an equal command may write the same at this moment
+        with self._tracker.lock():  # an equal command may write the same at this moment
             there = client.get_run(self.id).data.params
             new = [Param(key, value) for key, value in flat.items() if key not in there]
             for k in range(0, len(new), _MOST_PARAMS):
@@ -152,7 +152,7 @@ class Run:
                 profile=json.dumps({**counts, "classes": len(samples.classes)}),
             )
             used = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-            with self._tracker.alone():
+            with self._tracker.lock():
                 self._tracker.client.log_inputs(self.id, datasets=used)
 
         self._submit("the data set", write)

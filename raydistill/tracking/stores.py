@@ -47,7 +47,7 @@ def tracking_uri(config: RunConfig) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def alone(uri: str, folder: str = "") -> Iterator[None]:
+def store_lock(uri: str, folder: str = "") -> Iterator[None]:
     """One process at a time uses a store: by a lock file beside SQLite's, or in `folder` for servers, where that is
     local. A file system without locks is no error."""
     path = sqlite_file(uri)
@@ -66,11 +66,11 @@ def _without_links(path: str, flags: int) -> int:
 
 
 @contextlib.contextmanager
-def database_alone(uri: str) -> Iterator[None]:
-    """As `alone`, while a database gets its tables; over all machines, where it is a server."""
+def database_lock(uri: str) -> Iterator[None]:
+    """As `store_lock`, while a database gets its tables; over all machines, where it is a server."""
     import sqlalchemy
 
-    with alone(uri), contextlib.ExitStack() as stack:
+    with store_lock(uri), contextlib.ExitStack() as stack:
         if lock := _LOCKS.get(uri.partition(":")[0].partition("+")[0]):
             stack.enter_context(engine_of(uri).connect()).execute(sqlalchemy.text(lock))
         yield
@@ -109,7 +109,7 @@ def connect(uri: str) -> Any:
         MLFLOW_HTTP_REQUEST_TIMEOUT.set(usual)
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether it is the store or the way there that failed, rather than what it was asked."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import OperationalError
@@ -183,7 +183,7 @@ def _ready(uri: str) -> None:
         if path is not None:
             make_private(str(Path(path).parent))
         if not _has_tables(uri):
-            with database_alone(uri):
+            with database_lock(uri):
                 if not _has_tables(uri):
                     _make(uri, path)
     except OSError as error:

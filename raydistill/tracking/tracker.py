@@ -26,7 +26,7 @@ from raydistill.storage.directory import workspace_root
 from raydistill.tracking.experiments import experiment_name, find_experiment, mention_old_runs
 from raydistill.tracking.liveness import end_children, end_dead, is_gone, signs_of_life
 from raydistill.tracking.recording import ChildRun, Run, named, save_model
-from raydistill.tracking.stores import UnusableError, alone, connect, may_pass, reason, tracking_uri
+from raydistill.tracking.stores import UnusableError, connect, is_transient, reason, store_lock, tracking_uri
 from raydistill.tracking.workspace_store import put_files, refuse_links_of, refuse_programs
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Tracker:
             self, f"{config.name} · {title}" if title else config.name, {"raydistill.job": named(job)}, signs_of_life()
         )
         self.submit("the run's settings", self._begin)
-        interrupts.last_words.append(self._kill)
+        interrupts.before_forced_end.append(self._kill)
         threading.Thread(target=self._beat, name="mlflow-beat", daemon=True).start()
 
     def __enter__(self) -> Tracker:
@@ -102,7 +102,7 @@ class Tracker:
         self._closing.set()
         self._writer.shutdown(wait=True)
         with contextlib.suppress(ValueError):  # it is what was called
-            interrupts.last_words.remove(self._kill)
+            interrupts.before_forced_end.remove(self._kill)
         if self._missing and not self._recording:
             logger.warning("nothing of this run is in MLflow at %s", self._shown)
         elif self._missing:
@@ -157,9 +157,9 @@ class Tracker:
             Path(scratch, name).write_text(text, encoding="utf-8")
             self.keep(run, f"{scratch}/{name}")
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """While this process looks and writes, no other one on this workspace or database does."""
-        return alone(self.uri, workspace_root(self._config))
+        return store_lock(self.uri, workspace_root(self._config))
 
     def submit(self, what: str, call: Callable[[], None]) -> None:
         """Have the writer make this call; `what` names it where it is lost."""
@@ -181,7 +181,7 @@ class Tracker:
                 logger.warning("no MLflow run: %s%s %s", self._shown, named_by, error)
                 return
             except Exception as error:  # MLflow, its database and its server fail in many ways; none may stop a run
-                if not may_pass(error):
+                if not is_transient(error):
                     self._failed = not self._recording  # there is nothing to record in
                     self._missing[what] += 1
                     words = "MLflow at %s refuses a record, which is left out: %s (%s)"
@@ -207,7 +207,7 @@ class Tracker:
             refuse_programs(self.uri)
         self.client = connect(self.uri)
         name, whence = experiment_name(self._config)
-        with self.alone():
+        with self.lock():
             self.experiment = find_experiment(self.client, name, whence, self._files)
         if self._files:
             for place in put_files(self.uri, self.experiment, self._files):
@@ -268,4 +268,4 @@ class Tracker:
 
 def _how_it_ended(kind: type[BaseException]) -> str:
     """Whatever goes wrong after a signal, it was the signal that ended the work."""
-    return "KILLED" if interrupts.pressed() or issubclass(kind, KeyboardInterrupt) else "FAILED"
+    return "KILLED" if interrupts.was_interrupted() or issubclass(kind, KeyboardInterrupt) else "FAILED"

@@ -79,8 +79,8 @@ except ConfigError as error:
 preflight._installed = installed
 
 late_nodes._SECONDS_BETWEEN_LOOKS = 0.5
-looked, look_at = [], preflight.look_at
-preflight.look_at = lambda config, nodes: [looked.append(found := look_at(config, nodes)), found][1]
+looked, inspect_nodes = [], preflight.inspect_nodes
+preflight.inspect_nodes = lambda config, nodes: [looked.append(found := inspect_nodes(config, nodes)), found][1]
 records = []
 late_nodes.log.addHandler(handler := logging.Handler())
 handler.emit = lambda record: records.append(record.getMessage())

@@ -75,12 +75,7 @@ def test_on_cpus_the_shares_add_up_or_the_message_has_the_sum(cpus, workers_, ac
 
 @settings(max_examples=500)
 @given(
-    cpus=machines,
-    gpus=st.integers(1, 8),
-    workers_=workers,
-    actors_=actors,
-    fresh=st.booleans(),
-    teacher=st.booleans(),
+    cpus=machines, gpus=st.integers(1, 8), workers_=workers, actors_=actors, fresh=st.booleans(), teacher=st.booleans()
 )
 def test_on_gpus_the_shares_add_up_or_the_message_has_the_sum(cpus, gpus, workers_, actors_, fresh, teacher):
     config = config_of(workers_, actors_, fresh, teacher)

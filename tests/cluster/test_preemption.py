@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.cluster.preemption import MARGIN_SECONDS, AwsNotice, drain, main, wait_for, watch
+from raydistill.cluster.preemption import MARGIN_SECONDS, AwsNotice, drain, drain_on_notice, main, poll
 from raydistill.errors import RaydistillError
 from tests.processes import python, serving
 
@@ -109,7 +109,7 @@ def drained_after(metadata: Metadata, failures: int = 0) -> list[float]:
             raise RaydistillError("the GCS is busy")
         return "node"
 
-    watch(AwsNotice(metadata.url), drain_here, 0.01)
+    drain_on_notice(AwsNotice(metadata.url), drain_here, 0.01)
     return given
 
 
@@ -223,7 +223,7 @@ def test_trouble_is_said_when_it_changes_with_a_time_in_utc(capsys: pytest.Captu
             raise RaydistillError(trouble)
         return "answer"
 
-    assert wait_for(ask, 0.0001) == "answer"
+    assert poll(ask, 0.0001) == "answer"
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3  # a, b, and that it is over
     for line in lines:

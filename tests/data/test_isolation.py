@@ -93,12 +93,12 @@ def test_processes_at_work_end_with_their_command(number, code):
         from raydistill.runtime import interrupts
         from raydistill.data.isolation import map_isolated
         from tests.data.test_isolation import pids
-        interrupts.begin()
+        interrupts.handle_signals()
         try:
             for _, found in map_isolated(pids, [[0.0], [0.0], [0.0], [60.0], [60.0], [60.0]], 2):
                 print(*found, flush=True)
         finally:
-            interrupts.leave(0)
+            interrupts.exit_process(0)
     """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as command:
         assert command.stdout is not None

@@ -53,7 +53,7 @@ class Command:
 
 
 BEGIN = "import os, signal, subprocess, sys, time\nfrom raydistill.runtime import interrupts\ninterrupts.begin()\n"
-LEAVE = "finally:\n    interrupts.leave(0)\n"
+LEAVE = "finally:\n    interrupts.exit_process(0)\n"
 
 
 @pytest.mark.parametrize("number", CODES)
@@ -86,7 +86,7 @@ def test_a_signal_that_somebody_keeps_ends_the_command_all_the_same(swallows: st
 
 def test_a_second_signal_ends_at_once_with_last_words_and_no_child() -> None:
     stuck = (
-        "interrupts.go_on_by('go on')\ninterrupts.last_words.append(lambda: print('last words', flush=True))\n"
+        "interrupts.resume_hint('go on')\ninterrupts.last_words.append(lambda: print('last words', flush=True))\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
         "try:\n    try:\n        print('runs', flush=True)\n        time.sleep(60)\n"
         "    finally:\n        print('closes', flush=True)\n        time.sleep(60)\n"

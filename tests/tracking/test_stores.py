@@ -14,7 +14,7 @@ import pytest
 from raydistill.config import load_config
 from raydistill.tracking import stores
 from raydistill.tracking.experiments import experiment_name
-from raydistill.tracking.stores import UnusableError, connect, may_pass, reason, tracking_uri
+from raydistill.tracking.stores import UnusableError, connect, is_transient, reason, tracking_uri
 from tests.processes import serving, together
 
 
@@ -67,7 +67,7 @@ def test_a_server_that_is_down_may_come(server, port, words) -> None:
     answers[0] = 503, "later"
     with pytest.raises(Exception, match=r"retries|refused") as caught:
         connect(f"http://127.0.0.1:{port}" if port else address)
-    assert may_pass(caught.value)
+    assert is_transient(caught.value)
     assert words in reason(caught.value)
 
 
@@ -156,7 +156,7 @@ def test_one_process_at_a_time_is_alone(tmp_path) -> None:
     inside = []
 
     def enter() -> None:
-        with stores.alone(f"sqlite:///{tmp_path}/a.db"):
+        with stores.store_lock(f"sqlite:///{tmp_path}/a.db"):
             inside.append(+1)
             time.sleep(0.01)
             inside.append(-1)
