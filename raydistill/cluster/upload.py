@@ -15,6 +15,7 @@ from typing import Any
 from raydistill import errors
 from raydistill.cluster.nodes import PLACES
 from raydistill.config import RunConfig, overlay, to_yaml
+from raydistill.config.keys import flattened
 from raydistill.errors import ConfigError
 from raydistill.graph import STAGES
 from raydistill.secrets import has_secret, texts
@@ -64,7 +65,7 @@ def pack(
     """
     if command not in COMMANDS:
         raise ConfigError(f"submit: {command!r} is no command of a job; it is one of {', '.join(COMMANDS)}")
-    _refuse_secrets(config.model_dump(mode="json"))
+    _refuse_secrets(config)
     config = _on_the_cluster(config, folder, send_outside)
     Path(folder, _JOB_FILE).write_text(to_yaml(config))
     source = Path(errors.__file__).parent
@@ -94,13 +95,11 @@ def pack(
     return package
 
 
-def _refuse_secrets(tree: dict[str, Any], prefix: str = "") -> None:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            _refuse_secrets(value, f"{prefix}{key}.")
-        elif any(map(has_secret, texts(value))):
+def _refuse_secrets(config: RunConfig) -> None:
+    for key, value in flattened(config.model_dump(mode="json")):
+        if any(map(has_secret, texts(value))):
             raise ConfigError(
-                f"submit: {prefix}{key} holds a password or a key, and a job's files can be read by all who reach the "
+                f"submit: {key} holds a password or a key, and a job's files can be read by all who reach the "
                 "cluster; leave it out and give it to the nodes' environment (MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, AWS_… or an instance profile)"
             )

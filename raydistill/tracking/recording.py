@@ -14,7 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raydistill.config import RunConfig
+from raydistill.config.keys import flattened
 from raydistill.data.sample import SampleSet
 from raydistill.secrets import redacted, redacted_tree
 from raydistill.strangers import one_line, printable
@@ -113,7 +114,7 @@ class Run:
         from mlflow.entities import Param, RunTag
 
         client = self._tracker.client
-        flat = {named(key): str(value) for key, value in _flat(redacted_tree(values))}
+        flat = {named(key): str(value) for key, value in flattened(redacted_tree(values))}
         flat = {
             key: value if value.isprintable() else printable(value)
             for key, value in flat.items()
@@ -239,14 +240,6 @@ def _source() -> dict[str, str]:
         "raydistill.command": one_line(redacted(shlex.join([name, *words])))[:_MOST_OF_TAG],
         "raydistill.version": metadata.version("raydistill"),
     }
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _has(latest: tuple[int, float] | None, step: int, value: float) -> bool:

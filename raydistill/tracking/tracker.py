@@ -21,6 +21,7 @@ import numpy as np
 from raydistill.config import RunConfig, shown_yaml
 from raydistill.runtime import interrupts
 from raydistill.runtime.processes import process_name
+from raydistill.runtime.repeat import repeated
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
 from raydistill.tracking.experiments import experiment_name, find_experiment, mention_old_runs
@@ -73,7 +74,8 @@ class Tracker:
         )
         self.submit("the run's settings", self._begin)
         interrupts.before_forced_end.append(self._kill)
-        threading.Thread(target=self._beat, name="mlflow-beat", daemon=True).start()
+        self._beats = contextlib.ExitStack()
+        self._beats.enter_context(repeated(self._beat, _SECONDS_BETWEEN_BEATS, "mlflow-beat"))
 
     def __enter__(self) -> Tracker:
         return self
@@ -100,6 +102,7 @@ class Tracker:
         self.submit("how the run ended", lambda: self._end(status))
         self._closed_at = time.monotonic()
         self._closing.set()
+        self._beats.close()
         self._writer.shutdown(wait=True)
         with contextlib.suppress(ValueError):  # it is what was called
             interrupts.before_forced_end.remove(self._kill)
@@ -249,8 +252,7 @@ class Tracker:
         return run.info.status == "RUNNING" and is_gone(run) is False
 
     def _beat(self) -> None:
-        """Every minute, a sign of life on the parent run, for who looks from another machine; one at a time, however
-        long MLflow does not answer."""
+        """A sign of life on the parent run, for other machines; one at a time, however long MLflow does not answer."""
 
         def write() -> None:
             if self._guest and not self._is_led():
@@ -259,11 +261,9 @@ class Tracker:
                 self.client.set_tag(self.parent.id, "raydistill.alive", f"{time.time():.0f}")
             self._beating.clear()
 
-        while not self._closing.wait(_SECONDS_BETWEEN_BEATS):
-            if not self._beating.is_set():
-                self._beating.set()
-                with contextlib.suppress(RuntimeError):  # the writer is closed a moment after the wait has ended
-                    self.submit("a sign of life", write)
+        if not self._beating.is_set():
+            self._beating.set()
+            self.submit("a sign of life", write)
 
 
 def _how_it_ended(kind: type[BaseException]) -> str:

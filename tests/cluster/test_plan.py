@@ -1,6 +1,5 @@
 """The plan of resources: shares that add up to no more than there is, or a message with the sum (case C09)."""
 
-import math
 import re
 import sys
 
@@ -130,12 +129,6 @@ def test_the_plan_in_words_has_a_line_for_every_stage(workers_, gpus):
     lines = plan_resources(config_of(workers_), 16.0, gpus, 16).describe()
     for stage in ("prepare", "teach", "distill"):
         assert sum(line.startswith(stage) for line in lines) == 1
-
-
-@pytest.mark.parametrize("cpus", [1, 2, 3])
-def test_too_many_workers_for_the_machine_are_refused(cpus):
-    with pytest.raises(ConfigError, match=f"has {cpus}"):
-        plan_resources(config_of(math.floor(cpus / LEAST_SHARE) + 1), float(cpus), 0.0, cpus)
 
 
 @settings(max_examples=300)

@@ -216,19 +216,21 @@ def test_only_commands_of_jobs_are_submitted(job, tmp_path) -> None:
         packed(tmp_path / "upload", str(job()), command="show")
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "http://localhost:8265/", "http://[::1]:8265"])
-def test_this_machine_needs_no_token(address, monkeypatch, tmp_path) -> None:
+@pytest.fixture
+def without_token(monkeypatch, tmp_path) -> None:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("without_token")
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "http://localhost:8265/", "http://[::1]:8265"])
+def test_this_machine_needs_no_token(address) -> None:
     assert check_address(address) == address.rstrip("/")
 
 
 @pytest.mark.parametrize("address", ["http://10.0.0.7:8265", "https://ray.example.com", "http://127.0.0.1.example.com"])
-def test_any_other_machine_needs_one(address, monkeypatch, tmp_path) -> None:
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_any_other_machine_needs_one(address, without_token, monkeypatch, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"token alone.*tunnel"):
         check_address(address)
     # What Ray wrote for this machine alone is not sent to another unasked.

@@ -52,7 +52,9 @@ class Command:
                     yield process
 
 
-BEGIN = "import os, signal, subprocess, sys, time\nfrom raydistill.runtime import interrupts\ninterrupts.begin()\n"
+BEGIN = (
+    "import os, signal, subprocess, sys, time\nfrom raydistill.runtime import interrupts\ninterrupts.handle_signals()\n"
+)
 LEAVE = "finally:\n    interrupts.exit_process(0)\n"
 
 
@@ -86,7 +88,8 @@ def test_a_signal_that_somebody_keeps_ends_the_command_all_the_same(swallows: st
 
 def test_a_second_signal_ends_at_once_with_last_words_and_no_child() -> None:
     stuck = (
-        "interrupts.resume_hint('go on')\ninterrupts.last_words.append(lambda: print('last words', flush=True))\n"
+        "interrupts.resume_hint('go on')\n"
+        "interrupts.before_forced_end.append(lambda: print('last words', flush=True))\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
         "try:\n    try:\n        print('runs', flush=True)\n        time.sleep(60)\n"
         "    finally:\n        print('closes', flush=True)\n        time.sleep(60)\n"
@@ -134,12 +137,12 @@ def test_last_words_that_nobody_takes_are_not_waited_for() -> None:
 
 def test_a_signal_while_the_process_leaves_is_not_taken_for_success() -> None:
     flush = "class Slow:\n    def flush(self): os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n    isatty = bool\n"
-    code, said = Command("-c", f"{BEGIN}{flush}sys.stdout = Slow()\ninterrupts.leave(0)\n").end(10)
+    code, said = Command("-c", f"{BEGIN}{flush}sys.stdout = Slow()\ninterrupts.exit_process(0)\n").end(10)
     assert (code, said) == (130, "interrupted (SIGINT); nothing was written\n")
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
-    goes_on = "print('runs', flush=True)\nos.kill(os.getpid(), signal.SIGHUP)\ninterrupts.leave(0)\n"
+    goes_on = "print('runs', flush=True)\nos.kill(os.getpid(), signal.SIGHUP)\ninterrupts.exit_process(0)\n"
     ignores = f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{BEGIN}"
     assert Command("-c", ignores + goes_on).end(10) == (0, "runs\n")
 
