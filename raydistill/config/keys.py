@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from raydistill.config.job import RunConfig
 
@@ -29,12 +28,12 @@ class Key:
     """One setting of a job."""
 
     name: str
-    default: Any
+    default: Any  # `...` where it has to be given, as pydantic writes it
     values: str  # the type and the bounds, in words
     meaning: str
 
     def __str__(self) -> str:
-        default = "required" if self.default is PydanticUndefined else json.dumps(self.default, default=str)
+        default = "required" if self.default is ... else json.dumps(self.default, default=str)
         return f"{self.name} = {default} ({self.values}). {self.meaning}"
 
 
@@ -48,7 +47,7 @@ def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[Key]:
         if section := _section_of(model, name):
             yield from _keys_of(section, f"{prefix}{name}.")
         else:
-            default = field.get_default(call_default_factory=True)
+            default = ... if field.is_required() else field.get_default(call_default_factory=True)
             bounds = [_in_words(bound) for bound in _bounds(field)]
             values = ", ".join([_type_words(field.annotation), *filter(None, bounds)])
             yield Key(prefix + name, default, values, " ".join((field.description or "").split()))
