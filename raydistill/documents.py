@@ -11,33 +11,38 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from raydistill.errors import ConfigError
 from raydistill.strangers import one_line, shorter
 
-_MOST_DEPTH, _MOST_BITS = 100, 1024
+_MOST_DEPTH, _MOST_BITS, _MOST_TAGS = 100, 1024, 100
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 _STR, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _NO_SETTINGS = {f"tag:yaml.org,2002:{kind}" for kind in ("set", "omap", "pairs", "binary")}
 _FLOAT = (
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
+_TAG = re.compile("[\n\r\x85\u2028\u2029]%TAG")  # all ends of lines of YAML's
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is written in C, and many times as fast
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class Loader(_Safe):
-    """YAML as PyYAML's safe loader reads it, and so Ray: numbers, dates, no objects."""
+    """YAML as PyYAML's safe loader reads it, and so Ray: numbers, dates, no objects. But `1:30` is text: PyYAML makes
+    90 of it, and takes minutes for a long one."""
 
     most_bytes, most_values = 4 * 1024**2, 100_000
     keys_are_text = False
 
     def __init__(self, text: str) -> None:
+        if sum(1 for _ in _TAG.finditer(text)) > _MOST_TAGS:  # each is compared with all before it
+            raise _refusal(f"more than {_MOST_TAGS} lines of %TAG", None)
         super().__init__(text)
         self._values = 0
 
@@ -57,6 +62,8 @@ class Loader(_Safe):
             kind = node.tag.rpartition(":")[2]
             raise _refusal(f"!!{kind} makes a value that no key takes; write a mapping, a list or text", node)
         try:
+            if node.tag in _NUMBERS and ":" in node.value:  # of `!!int 1:30`
+                raise ValueError
             value = super().construct_object(node, deep)
             if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # Python refuses to write it
                 raise ValueError
@@ -111,14 +118,27 @@ class TextLoader(Loader):
     keys_are_text = True
 
 
-def _resolvers(keep: Callable[[str], bool]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """PyYAML's, by the first character, for some kinds of values."""
+class _NoColon(NamedTuple):
+    """A pattern that nothing with a colon matches."""
+
+    pattern: re.Pattern[str]
+
+    def match(self, text: str) -> re.Match[str] | None:
+        return None if ":" in text else self.pattern.match(text)
+
+
+def _resolvers(keep: Callable[[str], bool]) -> dict[str, list[tuple[str, Any]]]:
+    """PyYAML's, by the first character, for some kinds of values. Numbers to the base 60 are none."""
     return {
-        first: [(tag, pattern) for tag, pattern in found if keep(tag.rpartition(":")[2])]
+        first: [
+            (tag, _NoColon(pattern) if tag in _NUMBERS else pattern)
+            for tag, pattern in found if keep(tag.rpartition(":")[2])
+        ]
         for first, found in _Safe.yaml_implicit_resolvers.items()
-    }
+    }  # fmt: skip
 
 
+Loader.yaml_implicit_resolvers = _resolvers(lambda kind: True)
 JobLoader.yaml_implicit_resolvers = _resolvers(lambda kind: kind != "timestamp")
 TextLoader.yaml_implicit_resolvers = _resolvers(lambda kind: kind in ("merge", "null"))
 JobLoader.add_implicit_resolver(*_FLOAT)

@@ -51,6 +51,20 @@ def job(tmp_path):
     return write
 
 
+def test_of_very_many_wrong_keys_the_first_are_told(job):
+    lines = refusal(PATH, job("".join(f"sed{k}: 1\n" for k in range(40_000))))
+    assert lines[0] == "sed0: unknown key; did you mean seed?"
+    assert len(lines) == 11
+    assert lines[-1] == "and 39,990 more keys"
+
+
+def test_a_very_long_value_is_told_in_short(job):
+    line = one_refusal(job("seed: 1" + ":1" * 10_000))
+    assert line.startswith("seed='1:1:1:")
+    assert line.endswith("(20,003 characters): input should be a valid integer, unable to parse string as an integer")
+    assert len(line) < 500
+
+
 # For every key there is a value, and for nearly all another one than the default.
 OTHER_VALUES = """
 name: other

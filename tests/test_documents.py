@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ HOSTILE = {
     "pairs": ("a: 1\nb: !!omap [a: 1]\n", "line 2: not YAML: !!omap"),
     "bytes": ("a:\n- !!binary aGVsbG8=\n", "line 2: not YAML: !!binary"),
     "a set as a key": ("{? !!set {a} : 1}\n", "not YAML: "),
+    "tags": ("".join(f"%TAG !k{k}! a\n" for k in range(200_000)) + "---\na: 1\n", "more than 100 lines of %TAG"),
+    "a long number to the base 60": ("a: !!int 1" + ":1" * 1_000_000, "not YAML: '1:1"),
     "no number": ("a: !!int x\n", "not YAML"),
     "no truth": ("a: !!bool x\n", "not YAML"),
     "no date": ("a: !!timestamp x\n", "not YAML"),
@@ -89,10 +92,18 @@ def test_hostile_files_are_refused_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "RAN").exists()
 
 
-@pytest.mark.parametrize("number", ["0x" + "f" * 5_000, "1" + ":59" * 3_000, "9" * 5_000])
+@pytest.mark.parametrize("number", ["0x" + "f" * 5_000, "!!int 1" + ":59" * 3_000, "9" * 5_000])
 def test_numbers_longer_than_python_writes_are_refused(number: str) -> None:
     with pytest.raises(ConfigError, match=r"^job: .*not YAML: .* is no int"):
         parse(f"a: {number}", "job")
+
+
+@pytest.mark.parametrize("word", ["1:30", "-1:30.5", "1" + ":1" * 1_000_000, "1" * 200_000 + "x"])
+@pytest.mark.parametrize("loader", [Loader, JobLoader])
+def test_what_looks_like_a_time_is_text_also_a_very_long_one(word: str, loader: type[Loader]) -> None:
+    began = time.process_time()
+    assert parse(f"a: {word}", "job", loader) == parse(as_yaml({"a": word}), "job", loader) == [{"a": word}]
+    assert time.process_time() - began < 5
 
 
 def test_names_are_text_as_they_are_written(tmp_path: Path) -> None:

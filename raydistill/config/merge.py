@@ -14,6 +14,9 @@ from raydistill.config.keys import suggest_key, takes_text, user_keys
 from raydistill.documents import as_yaml, parse, read_mapping
 from raydistill.errors import ConfigError
 from raydistill.secrets import redacted_tree, remember, texts
+from raydistill.strangers import shorter
+
+_MOST_PROBLEMS, _LONGEST = 10, 300  # that one answer tells, and characters of a key or a value in it
 
 
 def overlay(config: RunConfig, tree: Mapping[str, Any]) -> RunConfig:
@@ -102,18 +105,29 @@ def _explain(error: ValidationError) -> Iterator[str]:
     # A field that takes one of several types reports each: one line says them all.
     heads: dict[str, str] = {}
     tails: dict[str, list[str]] = {}
-    for item in error.errors():
-        dotted = ".".join(user_keys(item["loc"]))
+    more = set[str]()
+    for item in error.errors(include_url=False):
+        whole = ".".join(user_keys(item["loc"]))
+        dotted = shorter(whole, _LONGEST)
+        if len(heads) == _MOST_PROBLEMS and dotted not in heads:
+            more.add(whole)
+            continue
         if item["type"] == "extra_forbidden":
-            head, tail = f"{dotted}: ", f"unknown key{suggest_key(dotted)}"
+            head, tail = f"{dotted}: ", f"unknown key{suggest_key(whole)}"
         elif dotted in ("images", "images.path") and (item["type"] == "missing" or item["input"] in (None, "")):
             head, tail = "images.path: ", "required; for instance: raydistill run images.path=./my_images"
         elif item["type"] == "value_error":  # our own check: its sentence names the keys
             head, tail = "", str(item["ctx"]["error"])
         elif item["type"] == "string_unicode":
-            head, tail = f"{dotted}={item['input']!r}: ", "not UTF-8; give it another name, or a link that has one"
+            head, tail = (
+                f"{dotted}={shorter(repr(item['input']), _LONGEST)}: ",
+                "not UTF-8; give it another name, or a link that has one",
+            )
         else:
-            head, tail = f"{dotted}={item['input']!r}: ", item["msg"][:1].lower() + item["msg"][1:]
+            head, tail = (
+                f"{dotted}={shorter(repr(item['input']), _LONGEST)}: ",
+                item["msg"][:1].lower() + item["msg"][1:],
+            )
             if item["type"] == "string_type" and isinstance(item["input"], int | float):
                 tail += "; put it in quotes"
         field = dotted if head else tail
@@ -122,3 +136,5 @@ def _explain(error: ValidationError) -> Iterator[str]:
             tails[field].append(tail)
     for field, head in heads.items():
         yield head + " or ".join(tails[field])
+    if more:
+        yield f"and {len(more):,} more keys"
