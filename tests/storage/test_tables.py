@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -23,7 +24,7 @@ from pyarrow.parquet import encryption
 from raydistill.data.sources.containers import count_rows, list_rows, next_part, read_rows
 from raydistill.errors import CheckpointError, DataError
 from raydistill.storage import filesystems
-from raydistill.storage.tables import open_table, parquet_headers, read_table, rows_of
+from raydistill.storage.tables import arrow_headers, open_table, parquet_headers, read_table, rows_of
 from raydistill.storage.tables import values as values_of
 from tests.image_files import write_table
 
@@ -159,6 +160,46 @@ def test_one_long_label_that_many_rows_share_is_refused_before_they_have_it(tmp_
     path = write_table(tmp_path / name, pa.table({"image": pa.array([b""] * 5000), "label": labels}))
     with pytest.raises(DataError, match=rf"{name}: the column label holds 4,194,304 bytes in one row"):
         list(list_rows(str(path), Counter(), Counter()))  # 20 GB, if each had its own
+
+
+@pytest.mark.timeout(10)
+def test_a_block_that_a_footer_names_very_often_is_refused(tmp_path):
+    table = pa.table({"image": [b"1", b"2"], "label": ["a", "b"]})
+    whole = (path := write_table(tmp_path / "file.arrow", table, 1)).read_bytes()
+    footer = whole[-10 - int.from_bytes(whole[-10:-6], "little") : -10]
+    assert count_rows(str(path)) == 2
+    root = arrow_headers._indirect(footer, 0)
+    places = list(arrow_headers._vector(footer, root, 3, 24))
+    count = 250_000
+    vector = struct.pack("<I", count) + footer[places[0] : places[0] + 24] * count
+    field = arrow_headers._field(footer, root, 3)
+    moved = bytearray(footer + bytes(-(len(footer) + 4) % 8))
+    struct.pack_into("<I", moved, field, len(moved) - field)
+    body = whole[: -10 - len(footer)]
+    path.write_bytes(body + moved + vector + (len(moved) + len(vector)).to_bytes(4, "little") + b"ARROW1")
+    with pytest.raises(DataError, match=r"file\.arrow: .*its blocks overlap"):
+        count_rows(str(path))
+
+
+@pytest.mark.parametrize("name", ["file.arrow", "stream.arrow"])
+@pytest.mark.parametrize("is_struct", [False, True])
+def test_rows_that_share_the_bytes_of_one_picture_are_counted(tmp_path, name, is_struct):
+    def views(count: int) -> pa.Array:
+        view = np.array([1 << 20, 0, 0, 0], np.int32)
+        shared = [None, pa.py_buffer(np.tile(view, count)), pa.py_buffer(bytes(1 << 20))]
+        images = pa.Array.from_buffers(pa.binary_view(), count, shared)
+        return pa.StructArray.from_arrays([images], ["bytes"]) if is_struct else images
+
+    for count in (40, 400):
+        path = write_table(tmp_path / name, pa.table({"image": views(count), "label": ["a"] * count}))
+        assert count_rows(str(path)) == count
+        if count == 40:
+            assert sum(len(data) for _, data in read_rows(str(path), range(count))) == 40 << 20
+        else:
+            with pytest.raises(
+                DataError, match=rf"{name}: what the rows of a batch share unpacks to 419,430,400 bytes"
+            ):
+                list(read_rows(str(path), [0]))
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "file.arrow", "stream.arrow"])

@@ -173,19 +173,25 @@ def _check_image_column(path: str, table: Table) -> None:
 
 def _class_names(path: str, metadata: dict[bytes, bytes]) -> list[str]:
     """The names of integer labels, which Hugging Face `datasets` keeps in the file or in the folder it saves."""
-    trees = [_json(metadata.get(b"huggingface", b"{}")).get("info")]
-    fs, place = open_filesystem(path)
-    beside = posixpath.join(posixpath.dirname(place), "dataset_info.json")
-    if fs.isfile(beside):
-        trees.append(_json(_beside(fs, beside)))
-    for tree in trees:
-        for key in ("features", "label"):
-            tree = tree.get(key) if isinstance(tree, dict) else None
-        names = tree.get("names") if isinstance(tree, dict) else None
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            refuse_many_classes(len(names), written(path))
-            return names
-    return []
+    names = _names_in(_json(metadata.get(b"huggingface", b"{}")).get("info"))
+    if names is None:
+        beside = posixpath.join(posixpath.dirname(path), "dataset_info.json")
+        fs, place = open_filesystem(beside)
+        names = _names_beside(beside, str(fs.info(place))) if fs.isfile(place) else None
+    refuse_many_classes(len(names or ()), written(path))
+    return names or []
+
+
+def _names_in(tree: Any) -> list[str] | None:
+    for key in ("features", "label", "names"):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, list) and all(isinstance(name, str) for name in tree) else None
+
+
+@functools.lru_cache(maxsize=1)
+def _names_beside(path: str, version: str) -> list[str] | None:
+    """Those in a file that many files may lie beside."""
+    return _names_in(_json(_beside(*open_filesystem(path))))
 
 
 def _beside(fs: FileSystem, place: str) -> bytes:

@@ -12,8 +12,24 @@ import pyarrow as pa
 from raydistill.errors import DataError
 from raydistill.storage.tables import arrow_headers
 from raydistill.storage.tables.arrow_headers import Message
-from raydistill.storage.tables.columns import neutral, neutral_schema, refuse_extensions, refuse_other_types
-from raydistill.storage.tables.parts import Batches, Parts, any_of, bomb, is_bomb, refuse_few_bytes, refuse_many_rows
+from raydistill.storage.tables.columns import (
+    bytes_of_views,
+    neutral,
+    neutral_schema,
+    refuse_extensions,
+    refuse_other_types,
+)
+from raydistill.storage.tables.parts import (
+    MOST_BYTES,
+    MOST_TIMES,
+    Batches,
+    Parts,
+    any_of,
+    bomb,
+    is_bomb,
+    refuse_few_bytes,
+    refuse_many_rows,
+)
 
 _MOST_DICTIONARIES = 4096  # of a file; any row of it is read with all of them
 
@@ -69,20 +85,28 @@ class ArrowFile(Parts):
                 batch = reader.read_next_batch()
             first, end = map(int, starts[part : part + 2])
             if any_of(wanted, first, end):
+                self._refuse_shared(int(places[part, 2] - places[part, 1]), batch.select(list(columns)))
                 batch.validate(full=True)  # offsets that point elsewhere would show what else is in memory
                 yield first, batch.select(list(columns))
 
+    def _refuse_shared(self, packed: int, batch: pa.RecordBatch) -> None:
+        """By the bytes of all rows of a batch in columns whose rows may share theirs. Of what any file may unpack to
+        the batch has its share."""
+        total = sum(map(bytes_of_views, batch.columns))
+        if total > MOST_TIMES * packed + MOST_BYTES * packed // self.size:
+            raise bomb(self._shown, "what the rows of a batch share", packed, total)
+
     def _batches(self) -> tuple[np.ndarray, np.ndarray]:
-        """The first row of each and the number of rows; and (batches, 2) where each begins, with the dictionaries
-        before it and without them."""
+        """The first row of each and the number of rows; and (batches, 3) where each begins, with the dictionaries
+        before it and without them, and ends."""
         if "batches" not in self._known:
             rows, places, before = [0], array("q"), self._begin
             for message in self._messages():
                 if message.is_batch:
                     rows.append(message.rows)
-                    places.extend((before, message.start))
+                    places.extend((before, message.start, message.end))
                     before = message.end
-            self._known["batches"] = np.cumsum(rows), np.array(places, np.int64).reshape(-1, 2)
+            self._known["batches"] = np.cumsum(rows), np.array(places, np.int64).reshape(-1, 3)
         found: tuple[np.ndarray, np.ndarray] = self._known["batches"]
         return found
 

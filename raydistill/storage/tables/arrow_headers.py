@@ -34,14 +34,19 @@ def stream(file: Any, start: int, size: int) -> Iterator[Message]:
 
 
 def blocks(file: Any, footer: bytes, size: int) -> Iterator[Message]:
-    """The messages that an Arrow file's footer names: the dictionaries, then the batches."""
+    """The messages that an Arrow file's footer names: the dictionaries, then the batches, each as they lie in the file.
+    A footer may name one message very often, which would be read as often."""
     root = _indirect(footer, 0)
     for slot in (2, 3):
+        end = 0
         for at in _vector(footer, root, slot, 24):
             start, metadata = struct.unpack_from("<qi", footer, at)
             found = message(file, start, size, start + metadata)
             if found is None:
                 raise ValueError("a block without a message")
+            if start < end:
+                raise ValueError("its blocks overlap, or lie in another order than they have")
+            end = found.end
             yield found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import compute as pc
 
@@ -30,6 +31,18 @@ def longest(column: Any) -> int:
         return max((len(text.as_buffer()) for text in texts if text.is_valid), default=0)
     tests = (types.is_string, types.is_binary, types.is_large_string, types.is_large_binary)
     return (pc.max(pc.binary_length(texts)).as_py() or 0) if any(test(texts.type) for test in tests) else 0
+
+
+def bytes_of_views(column: Any) -> int:
+    """Of all rows together, where these may share their bytes; 0 of other types. The column may be damaged."""
+    types, kind = pa.types, column.type
+    if types.is_struct(kind):
+        return sum(bytes_of_views(column.field(k)) for k in range(kind.num_fields))
+    buffer = column.buffers()[1] if types.is_string_view(kind) or types.is_binary_view(kind) else None
+    if buffer is None or buffer.size < 16 * (column.offset + len(column)):
+        return 0
+    lengths = np.frombuffer(buffer, np.int32, 4 * len(column), 16 * column.offset)[::4]
+    return int(lengths[column.is_valid().to_numpy(zero_copy_only=False)].clip(0).sum(dtype=np.int64))
 
 
 def named(name: str) -> str:

@@ -14,7 +14,7 @@ from raydistill.errors import DataError
 
 # A page of parquet, a batch of Arrow, or the rows that are read together may always unpack to so many bytes. Pictures
 # are compressed already, so a larger one comes from at least an eighth of its size.
-MOST_BYTES, _MOST_TIMES = 64 << 20, 8
+MOST_BYTES, MOST_TIMES = 64 << 20, 8
 _MOST_FOOTER = 16 << 20  # bytes
 _ALWAYS_ROWS, _FEWEST_BYTES = 1 << 18, 12  # rows that a set may always have, and bytes for each other row
 Batches = Iterator[tuple[int, pa.RecordBatch]]
@@ -68,7 +68,7 @@ def any_of(wanted: Sequence[int] | None, first: int, end: int) -> bool:
     return wanted is None or bisect_left(wanted, first) < bisect_left(wanted, end)
 
 
-def is_bomb(packed: int, unpacked: int, most_times: int = _MOST_TIMES) -> bool:
+def is_bomb(packed: int, unpacked: int, most_times: int = MOST_TIMES) -> bool:
     return unpacked > max(MOST_BYTES, most_times * packed)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from raydistill.config import Images, load_config
 from raydistill.data.chunks import read_chunk
+from raydistill.data.sources import containers
 from raydistill.data.sources.containers import count_rows, list_rows, read_rows
 from raydistill.data.sources.listing import list_images
 from raydistill.errors import DataError
@@ -80,6 +81,18 @@ def test_a_data_set_saved_to_disk_by_datasets(tmp_path):
     read = bytes_of(listing)
     assert read[str(root / "train" / "data-00001-of-00002.arrow"), 4] == picture(11)
     assert {e.label for e in listing.entries if e.row == 1} == {"dog"}
+
+
+def test_the_names_beside_many_files_are_read_once_and_anew_once_they_change(tmp_path, monkeypatch):
+    read, place = [], tmp_path / "dataset_info.json"
+    monkeypatch.setattr(containers, "_json", lambda data: read.append(data) or json.loads(data))
+    for k in range(5):
+        table = pa.table({"image": [b"1", b"2"], "label": [0, 1]})
+        write_table(tmp_path / f"train-{k:05d}-of-00005.parquet", table)
+    for names in (["cat", "dog"], ["apple", "pear", "plum"]):
+        place.write_text(json.dumps({"features": {"label": {"names": names}}}))
+        assert {entry.label for entry in entries_of(tmp_path).entries} == set(names[:2])
+    assert sum(len(data) > 2 for data in read) == 2
 
 
 def test_the_parquet_files_of_a_hub_repository(tmp_path):
