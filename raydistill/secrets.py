@@ -6,6 +6,7 @@ in their errors. So all that is printed, stored, logged or raised goes through `
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -175,7 +176,13 @@ def _is_secret(found: re.Match[str]) -> bool:
 
 def _of_environment() -> set[str]:
     """Of variables that are named as HF_TOKEN and AWS_SECRET_ACCESS_KEY are."""
-    found = {value for name, value in os.environ.items() if _VARIABLE.search(name)}
+    found = {os.environ.get(name, "") for name in _secret_variables(tuple(os.environ))}
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        found.update(_secrets_of(os.environ.get(name, "")))
+        if value := os.environ.get(name):
+            found.update(_secrets_of(value))
     return {value for value in found if len(value) >= _LEAST_OF_ENVIRONMENT}
+
+
+@functools.lru_cache(maxsize=4)
+def _secret_variables(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if _VARIABLE.search(name)]

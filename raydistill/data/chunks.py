@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from raydistill.data.likeness import contrast, difference_hash
 from raydistill.data.sample import sample_id
 from raydistill.data.sources.reading import read_pictures
 from raydistill.errors import DataError
+from raydistill.secrets import redacted
 
 Place = tuple[int, str, int | None]  # of an entry: its index in the listing, its path and its row
 Chunk = list[Place]
+_redacted = functools.lru_cache(maxsize=64)(redacted)  # a table may name a million files that are not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,10 @@ def _size(path: str) -> int:
 def inspect_chunk(chunk: Sequence[Place], images: Images) -> Iterator[Inspection]:
     """One for each, in order."""
     for _, data, reason in read_chunk(chunk, images):
+        if data is None:
+            yield Inspection(_redacted(reason))
+            continue
         try:
-            if data is None:
-                raise DataError(reason)
             picture, facts = decode_with_facts(data, images.size, images.fit, images.max_pixels)
         except DataError as error:
             yield Inspection(str(error))
@@ -66,9 +70,10 @@ def inspect_chunk(chunk: Sequence[Place], images: Images) -> Iterator[Inspection
 def decode_chunk(chunk: Sequence[Place], images: Images) -> Iterator[dict[str, Any]]:
     """Rows with the working image as PNG, or with the reason why there is none."""
     for index, data, reason in read_chunk(chunk, images):
+        if data is None:
+            yield _refused(index, _redacted(reason))
+            continue
         try:
-            if data is None:
-                raise DataError(reason)
             image = encode(decode(data, images.size, images.fit, images.max_pixels))
             yield {"index": index, "sample_id": sample_id(data), "image": image, "reason": ""}
         except DataError as error:

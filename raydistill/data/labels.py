@@ -102,19 +102,20 @@ def one_spelling(labels: Iterable[str], listed: Sequence[str] | None, notes: Cou
     """Each label to its class. Labels that look alike (composed or decomposed letters, spaces, invisible signs) are one
     class, spelt as in the class list or else as most of them; `notes` counts the others. Raises DataError for two that
     differ in case alone, unless both are in the class list."""
+    named = frozenset(listed or ())
     counts, alike, folded = Counter(labels), defaultdict[str, list[str]](list), defaultdict[str, set[str]](set)
-    for name in {*counts, *(listed or ())}:
+    for name in {*counts, *named}:
         alike[_look(name)].append(name)
     spelt = {}
     for look, names in alike.items():
-        chosen = min(names, key=lambda name: (name not in (listed or ()), -counts[name], name))
+        chosen = min(names, key=lambda name: (name not in named, -counts[name], name))
         folded[look.casefold()].add(chosen)
         for name in names:
             spelt[name] = written(chosen)
             if name != chosen and counts[name]:
                 notes[f"labels {name!a}, read as {chosen!a}, which looks the same"] += counts[name]
     for same in folded.values():
-        if len(same) > 1 and not same <= set(listed or ()):
+        if len(same) > 1 and not same <= named:
             both = " and ".join(repr(spelt[name]) for name in sorted(same))
             raise DataError(
                 f"the classes {both} differ in case alone; give them one name or, where they are two, list both in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -109,8 +110,12 @@ def draw_labelled(config: RunConfig, listing: Listing, train: list[Decoded]) -> 
     order = sorted(exact, key=lambda name: counts[name] - exact[name])
     for step in range(wanted - sum(counts.values())):
         counts[order[step % len(order)]] += 1
+    largest = [(-count, number, name) for number, (name, count) in enumerate(counts.items())]
+    heapq.heapify(largest)
     for _ in range(sum(counts.values()) - wanted):
-        counts[max(counts, key=lambda name: counts[name])] -= 1
+        count, number, name = largest[0]
+        counts[name] -= 1
+        heapq.heapreplace(largest, (count + 1, number, name))
     ranked = {n: sorted(ids, key=lambda i: seeded_rank(config.seed, "label", i)) for n, ids in by_class.items()}
     return {i for name, ids in ranked.items() for i in ids[: counts[name]]}
 

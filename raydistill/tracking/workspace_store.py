@@ -10,10 +10,11 @@ from typing import Any
 from urllib.parse import quote
 
 from raydistill.errors import CheckpointError
-from raydistill.storage.filesystems import refuse_links
+from raydistill.storage.filesystems import open_file, refuse_links
 from raydistill.strangers import one_line
 from raydistill.tracking.stores import UnusableError, engine_of, reason, sqlite_file
 
+_OTHER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # the end of a journal that names one
 _PROGRAMS = "select type, name from sqlite_master where type = 'view' or (type = 'trigger' and tbl_name != 'secrets')"
 
 
@@ -21,6 +22,8 @@ def refuse_programs(uri: str) -> None:
     """Raises UnusableError where a workspace's own SQLite file is none, or holds triggers or views, which would run
     while it is used, and may have no end. MLflow has one of its own, on a table that nothing here writes to."""
     path = sqlite_file(uri)
+    if path is not None:
+        _refuse_other_journals(path)
     if path is None or not os.path.lexists(path):
         return
     if not os.path.isfile(path):
@@ -35,6 +38,25 @@ def refuse_programs(uri: str) -> None:
             f"holds a {found[0]}, {one_line(found[1])!r:.100}, which would run while it is used: drop it, or name "
             "another store"
         )
+
+
+def _refuse_other_journals(path: str) -> None:
+    """A journal that SQLite has not ended may name another of several databases together. SQLite deletes that one once
+    it has read the first, and it may be any file. Nothing here writes such a journal."""
+    journal = f"{path}-journal"
+    try:
+        with open_file(journal) as file:
+            file.seek(max(file.seek(0, 2) - len(_OTHER_JOURNAL), 0))
+            if file.read() != _OTHER_JOURNAL:
+                return
+    except FileNotFoundError:  # or another process has just ended it
+        return
+    except OSError as error:
+        raise UnusableError(f"has a journal, {journal}, that cannot be read ({reason(error)}): delete it") from None
+    raise UnusableError(
+        f"has a journal, {journal}, that names another file, which SQLite would delete: delete the journal, or name "
+        "another store"
+    )
 
 
 def refuse_links_of(uri: str) -> None:

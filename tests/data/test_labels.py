@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from raydistill.config import Images
-from raydistill.data.labels import label_of
+from raydistill.data.labels import label_of, one_spelling
 from raydistill.data.sources.listing import Listing, list_images
 from raydistill.errors import DataError
 from tests.image_files import write_table, write_tar
@@ -208,3 +208,9 @@ def test_a_class_of_which_no_file_is_read_is_named(class_folders):
     assert sorted(notes.values()) == [2, 3]
     assert any("'phone', which is no class" in what and "3 ending in .heic" in what for what in notes)
     assert any("'download', which is no class" in what and "2 ending in nothing" in what for what in notes)
+
+
+@pytest.mark.timeout(10)
+def test_very_many_listed_classes_find_their_spelling_soon() -> None:
+    names = [f"class {k}" for k in range(50_000)]
+    assert one_spelling(names, names, Counter()) == {name: name for name in names}

@@ -1,0 +1,19 @@
+"""Which images keep their labels."""
+
+from collections import Counter
+
+import pytest
+
+from raydistill.config import load_config
+from raydistill.data.sources.listing import Entry, Listing
+from raydistill.data.splits import Decoded, draw_labelled
+
+
+@pytest.mark.timeout(10)
+def test_few_labels_for_very_many_classes_are_drawn_soon() -> None:
+    small = [f"class {k}" for k in range(20_000)]
+    train = [Decoded(Entry(f"{k}.png", label, None), f"{k}", "") for k, label in enumerate(small + ["large"] * 20_000)]
+    listing = Listing((), (*small, "large"), {}, "")
+    labelled = draw_labelled(load_config(["images.path=x", "images.num_labelled=20010"]), listing, train)
+    counts = Counter(d.entry.label for d in train if d.id in labelled)
+    assert counts == {**dict.fromkeys(small, 1), "large": 10}
