@@ -112,6 +112,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
         if len(heads) == _MOST_PROBLEMS and dotted not in heads:
             more.add(whole)
             continue
+        value = shorter(repr(item["input"]), _LONGEST)
         if item["type"] == "extra_forbidden":
             head, tail = f"{dotted}: ", f"unknown key{suggest_key(whole)}"
         elif dotted in ("images", "images.path") and (item["type"] == "missing" or item["input"] in (None, "")):
@@ -119,15 +120,9 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif item["type"] == "value_error":  # our own check: its sentence names the keys
             head, tail = "", str(item["ctx"]["error"])
         elif item["type"] == "string_unicode":
-            head, tail = (
-                f"{dotted}={shorter(repr(item['input']), _LONGEST)}: ",
-                "not UTF-8; give it another name, or a link that has one",
-            )
+            head, tail = f"{dotted}={value}: ", "not UTF-8; give it another name, or a link that has one"
         else:
-            head, tail = (
-                f"{dotted}={shorter(repr(item['input']), _LONGEST)}: ",
-                item["msg"][:1].lower() + item["msg"][1:],
-            )
+            head, tail = f"{dotted}={value}: ", item["msg"][:1].lower() + item["msg"][1:]
             if item["type"] == "string_type" and isinstance(item["input"], int | float):
                 tail += "; put it in quotes"
         field = dotted if head else tail
