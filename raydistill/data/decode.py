@@ -13,6 +13,7 @@ import dataclasses
 import io
 import logging
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -36,7 +37,11 @@ _LARGE, _PIXELS_PER_BYTE = 1 << 24, 10_000
 _MOST_BYTES, _ALONE_BYTES = 1 << 30, 1 << 29  # of memory for one picture; a picture with more is decoded alone
 # Reads of a file, beside one for 64 bytes, and bytes of the formats that Python decodes: more would take minutes. Scans
 # that a progressive JPEG may always have.
-_MOST_STEPS, _MOST_PLAIN, _MOST_SCANS = 100_000, 16 << 20, 100
+_MOST_STEPS, _MOST_PLAIN, _MOST_SCANS, _ALWAYS_RUNS = 100_000, 16 << 20, 100, 1 << 16
+# Tiles that a JPEG 2000 may always have, and pixels for each other one; bytes that a decoder keeps for each, and for
+# each of its channels.
+_ALWAYS_TILES, _FEWEST_PIXELS, _TILE_BYTES, _CHANNEL_BYTES = 1024, 4096, 12 << 10, 2 << 10
+_SIZ = re.compile(rb"\xff\x51(?=[\0-\xc0].{35}[\0-\x40].)", re.DOTALL)  # the segment that states a JPEG 2000's tiles
 # What Pillow may try. Some of its other formats start a program (Ghostscript for EPS), which no file may do here.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
@@ -238,7 +243,8 @@ def _bytes_to_decode(image: Image.Image, facts: Facts, data: bytes) -> int:
         each, more = 16, 2 * len(data)
     elif form == "JPEG2000":
         each += 4 * len(image.getbands())
-    elif form == "JPEG" and image.info.get("progressive"):  # all coefficients, however small the draft
+        more = _tile_bytes(data, facts.width, facts.height)
+    elif form in ("JPEG", "MPO") and image.info.get("progressive"):  # all coefficients, however small the draft
         parts = [across * down for _, across, down, _ in image.layer]  # type: ignore[attr-defined]
         more = 2 * facts.width * facts.height * sum(parts) // max(parts)
         scans = data.count(b"\xff\xda")
@@ -248,6 +254,9 @@ def _bytes_to_decode(image: Image.Image, facts: Facts, data: bytes) -> int:
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
         rows, across, down = (int(np.ravel(tags.get(tag, 0))[0]) for tag in (_ROWS_PER_STRIP, *_TILE_SIDES))
         more = max(min(rows or image.height, image.height) * image.width, across * down) * each + 2 * len(data)
+    elif form in ("BMP", "DIB") and image.tile and image.tile[0].codec_name == "bmp_rle":  # type: ignore[attr-defined]
+        if len(data) > _MOST_PLAIN or len(data) > _ALWAYS_RUNS + 8 * pixels:
+            raise DataError(f"{facts.width}x{facts.height} pixels in {len(data):,} bytes of runs; save it without RLE")
     elif form == "PPM" and _pnm_decoder(image) == "ppm_plain":
         if len(data) > _MOST_PLAIN or data.count(b"#") > _MOST_PLAIN >> 10:
             raise DataError(f"{len(data):,} bytes of numbers as text, or of notes between them; save it as binary")
@@ -290,6 +299,23 @@ def _bytes_to_open(data: bytes, max_pixels: int) -> int | None:
     width, height = max(sizes, key=lambda size: size[0] * size[1])
     _refuse_pixels(width, height, max_pixels)
     return _upper_bytes("", (width, height), len(data), width * height, 16 * width * height + 2 * len(data))
+
+
+def _tile_bytes(data: bytes, width: int, height: int) -> int:
+    """What a decoder keeps of the tiles of a JPEG 2000, however few bytes they have. The most that any part of the file
+    states: other parts may look like its header."""
+    most = 0
+    for number, found in enumerate(_SIZ.finditer(data)):
+        length, *sides, channels = struct.unpack_from(">H2x8IH", data, found.end())
+        if number == _MOST_STEPS:
+            raise DataError("cannot be decoded: it is cut into too many small pieces")
+        if length != 38 + 3 * channels or not sides[4] or not sides[5]:
+            continue
+        tiles = max(0, -(-(sides[0] - sides[6]) // sides[4])) * max(0, -(-(sides[1] - sides[7]) // sides[5]))
+        if _ALWAYS_TILES + width * height // _FEWEST_PIXELS < tiles:
+            raise DataError(f"{width}x{height} pixels in {tiles:,} tiles: a decompression bomb")
+        most = max(most, tiles * (_TILE_BYTES + channels * _CHANNEL_BYTES))
+    return most
 
 
 def _pnm_decoder(image: Image.Image) -> str:
@@ -463,6 +489,8 @@ def _no_image(data: bytes) -> str:
     """What it is instead, as far as the first bytes tell."""
     if data[4:8] == b"ftyp":
         kind = "HEIC" if data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc") else "a film"
+        if b"avif" in data[8:64] or data[8:12] == b"avis":
+            return "cannot be decoded: a damaged AVIF"
         return f"not an image: it is {kind}, which is not read; convert it to JPEG or PNG"
     for start, what in _OTHERS.items():
         if data.lstrip()[: len(start)] == start or data.startswith(start):

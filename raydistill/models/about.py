@@ -89,9 +89,12 @@ def check_export(folder: str, engine: str) -> dict[str, Any]:
     if engine not in get_args(Engine):
         raise ConfigError(f"--engine {engine}: use {' or '.join(get_args(Engine))}")
     about, shown = read_about(folder), written(folder)
-    if engine == "onnx" and not Path(folder, "model.onnx").is_file():
-        raise ConfigError(f"{shown} has no model.onnx; use --engine torch, or export with onnx in export.formats")
-    for pattern in ("config.json", "model*.safetensors") if engine == "torch" else ():
-        if not any(file.is_file() for file in Path(folder).glob(pattern)):
-            raise ConfigError(f"{shown} has no {pattern.replace('*', '')}; export the student again")
+    advice = "export the student again"
+    if engine == "onnx":
+        advice = "use --engine torch, or export with onnx in export.formats"
+    for pattern in ("config.json", "model*.safetensors") if engine == "torch" else ("model.onnx",):
+        found = list(Path(folder).glob(pattern))
+        if not any(file.is_file() for file in found):
+            name = pattern.replace("*", "")
+            raise ConfigError(f"{shown}{f'/{name} is no regular file' if found else f' has no {name}'}; {advice}")
     return about

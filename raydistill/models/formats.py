@@ -23,7 +23,7 @@ from torch import nn
 
 from raydistill.data import decode
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render, view_filters
-from raydistill.errors import ConfigError, reason_of
+from raydistill.errors import ConfigError
 from raydistill.models import preprocess
 from raydistill.models.from_transformers import load_or_refuse
 from raydistill.models.graphs import check_graph
@@ -184,8 +184,11 @@ def onnx_run(file: Path, threads: int = 0) -> Run:
     check_graph(file)
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its errors have no common class
-        raise ConfigError(f"{file}: ONNX Runtime refuses it ({reason_of(error)})") from None
+    except Exception:  # its errors have no common class, and its words name its code
+        raise ConfigError(
+            f"{file}: its graph cannot be run: it is damaged, or has an operator that ONNX Runtime lacks; export the "
+            "student again"
+        ) from None
     names = [[one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs())]
     if names != [["images"], ["logits"]]:
         raise ConfigError(f"{file}: takes {names[0]!r:.100} and gives {names[1]!r:.100}, not images and logits")
@@ -193,9 +196,12 @@ def onnx_run(file: Path, threads: int = 0) -> Run:
     def run(inputs: np.ndarray) -> np.ndarray:
         try:
             logits_BC: np.ndarray = session.run(["logits"], {"images": inputs})[0]
-        except Exception as error:  # as that of a graph for other images than the folder says
+        except Exception:  # as that of a graph for other images than the folder says
             shape = "x".join(map(str, inputs.shape))
-            raise ConfigError(f"{file}: cannot answer images of {shape} {inputs.dtype} ({reason_of(error)})") from None
+            raise ConfigError(
+                f"{file}: cannot answer images of {shape} {inputs.dtype}, as its folder says they are; export the "
+                "student again"
+            ) from None
         return logits_BC
 
     return run

@@ -5,6 +5,7 @@ Shapes: B images, S pixels on a side, D features, C classes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,6 +133,12 @@ def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
         reason = reason_of(error)
         if "trust_remote_code" in reason:  # the library's advice is to run it
             raise ConfigError(f"{what}: needs code of its own (auto_map), which is not run; take another") from None
+        if key := re.search(r"unexpected keyword argument '(.{1,80}?)'", reason):
+            raise ConfigError(
+                f"{what}: its config.json has the key {key[1]!r}, which its model does not know"
+            ) from None
+        if isinstance(error, TypeError | AttributeError | LookupError | AssertionError | ArithmeticError):
+            reason = "its config.json has a value that its model does not take"  # the library's words name its code
         raise ConfigError(f"{what}: cannot be loaded ({reason})") from None
     if isinstance(loaded, tuple):  # a network, and what was missing
         refuse_not_finite(loaded[0], what)

@@ -4,61 +4,123 @@ from __future__ import annotations
 
 import math
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from raydistill.errors import ConfigError, reason_of
+from raydistill.errors import ConfigError
 
-# Numbers in one tensor of a picture's way through a network. ResNets and vision transformers stay below 2**23.
-_MOST_NUMBERS = 2**26
+# Numbers in one tensor of a picture's way through a network, and in all. ResNets and vision transformers stay below
+# 2**23 in one.
+_MOST_NUMBERS, _MOST_NUMBERS_OF_ALL = 2**26, 2**32
+_MOST_PRODUCTS = 2**39  # of a picture: the largest vision transformers take 2**38
 _LARGE = 1024  # bytes of a tensor that says no shape any more
-_ENDLESS = {"Loop", "Scan"}
+_VALUES = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
+_ANY_SIDE = 224  # where a graph takes pictures of any
+_SEVERAL = 64  # pictures, whose tensors may have so many times as many numbers
 
 
 def check_graph(file: Path) -> None:
-    """Raises ConfigError: damage, weights in other files, operators that may not end, and tensors far larger than a
-    picture's."""
+    """Raises ConfigError: damage, weights in other files, operators that may not end, and tensors or work far beyond a
+    picture's. Every tensor's shape has to follow from that of the images: what it follows from values has no bound."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             raise ConfigError(f"{file}: no regular file")
         model = onnx.load(file, load_external_data=False)
-        for graph in _graphs(model):
-            _check_tensors(graph, file)
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-        for value in (v for graph in _graphs(inferred) for v in (*graph.value_info, *graph.input, *graph.output)):
-            _refuse_large([d.dim_value for d in value.type.tensor_type.shape.dim if d.HasField("dim_value")], file)
+        if model.functions:
+            raise ConfigError(f"{file}: has functions of its own, which may call each other without end")
+        _check_nodes(model.graph, file)
+        one, several = _shapes(model, 1), _shapes(model, _SEVERAL)
     except ConfigError:
         raise
-    except Exception as error:  # protobuf's and onnx's own, of no common class
-        raise ConfigError(f"{file}: not a graph of ONNX, or a damaged one ({reason_of(error)})") from None
+    except Exception:  # protobuf's and onnx's own, of no common class; their words name their code
+        raise ConfigError(f"{file}: not a graph of ONNX, or a damaged one; export the student again") from None
+    for name, shape in one.items():
+        _refuse_large(shape, file)
+        if math.prod(several.get(name, shape)) > _SEVERAL * math.prod(shape):
+            raise ConfigError(f"{file}: a tensor in it grows faster than the number of pictures")
+    for node in model.graph.node:
+        if lacking := [name for name in node.output if name and (name not in one or name not in several)]:
+            raise ConfigError(
+                f"{file}: nothing tells the shape of {lacking[0]!r:.80} ({node.op_type:.40}), so nothing bounds it"
+            )
+    if sum(map(math.prod, one.values())) > _MOST_NUMBERS_OF_ALL:
+        raise ConfigError(f"{file}: its tensors have far more numbers than a network for pictures")
+    if sum(_products(node, one) for node in model.graph.node) > _MOST_PRODUCTS:
+        raise ConfigError(f"{file}: asks for far more multiplications than a network for pictures")
 
 
-def _graphs(model: Any) -> Iterator[Any]:
-    """The model's, those within its nodes and its functions', none of which is a graph by itself."""
-    waiting = [model.graph, *model.functions]
-    while waiting:
-        graph = waiting.pop()
-        if hasattr(graph, "initializer"):
-            yield graph
-        for node in graph.node:
-            if node.op_type in _ENDLESS:
-                raise ValueError(f"it has the operator {node.op_type}, which need not end")
-            waiting += [inner for a in node.attribute for inner in (*a.graphs, *([a.g] if a.HasField("g") else []))]
-
-
-def _check_tensors(graph: Any, file: Path) -> None:
-    constants = [a.t for node in graph.node for a in node.attribute if a.HasField("t")]
-    for tensor in (*graph.initializer, *constants):
+def _check_nodes(graph: Any, file: Path) -> None:
+    tensors = list(graph.initializer)
+    for node in graph.node:
+        if any(a.graphs or a.HasField("g") for a in node.attribute):
+            raise ConfigError(f"{file}: has the operator {node.op_type!r:.40}, which need not end or is not followed")
+        tensors += [tensor for a in node.attribute for tensor in (*a.tensors, *([a.t] if a.HasField("t") else []))]
+        if any(a.HasField("sparse_tensor") or a.sparse_tensors for a in node.attribute):
+            raise _sparse(file)
+    if graph.sparse_initializer:
+        raise _sparse(file)
+    for tensor in tensors:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise ConfigError(f"{file}: its weights are in other files, which are not read; export them into one")
         _refuse_large(tensor.dims, file, 2**31)
-        if len(tensor.raw_data) > _LARGE:
-            tensor.ClearField("raw_data")  # inference of shapes copies the whole model
-    for sparse in graph.sparse_initializer:
-        _refuse_large(sparse.dims, file)
+        for field in _VALUES if tensor.ByteSize() > _LARGE else ():
+            tensor.ClearField(field)  # inference of shapes copies the whole model
+
+
+def _sparse(file: Path) -> ConfigError:
+    return ConfigError(
+        f"{file}: has sparse weights, which may be far larger than their file; export them as plain ones"
+    )
+
+
+def _shapes(model: Any, pictures: int) -> dict[str, list[int]]:
+    """Of all tensors whose shapes follow from so many pictures, whatever the file says of them."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    weights = {tensor.name: list(tensor.dims) for tensor in copy.graph.initializer}
+    copy.graph.ClearField("value_info")
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    for value in copy.graph.input:
+        for number, side in enumerate(value.type.tensor_type.shape.dim if value.name not in weights else ()):
+            if not side.HasField("dim_value"):
+                side.dim_value = _ANY_SIDE if number else pictures
+    inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+    found = dict(weights)
+    for value in (*inferred.value_info, *inferred.input, *inferred.output):
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(side.HasField("dim_value") for side in kind.shape.dim):
+            found[value.name] = [side.dim_value for side in kind.shape.dim]
+    return found
+
+
+def _products(node: Any, shapes: dict[str, list[int]]) -> int:
+    """About how many multiplications a node asks for, and at least one for each number that it gives."""
+    first, *_, second = [*(shapes.get(name, []) for name in node.input), [], []][
+        : 4 if "QLinear" in node.op_type else 2
+    ]
+    given = sum(math.prod(shapes.get(name, [])) for name in node.output)
+    own = {a.name: a for a in node.attribute}
+    each = 1
+    if "MatMul" in node.op_type or node.op_type == "Gemm":
+        each = max([1, *first[-2:]] if node.op_type == "Gemm" else [1, *first[-1:]])  # Gemm may turn its first around
+    elif "Conv" in node.op_type:
+        each = math.prod(second[1:]) if second else 1
+    elif "Attention" in node.op_type:
+        each = max([1, *second])
+    elif node.op_type in ("RNN", "GRU", "LSTM"):
+        return math.prod(first[:2]) * sum(math.prod(shapes.get(name, [])) for name in node.input[1:3])
+    elif "kernel_shape" in own:
+        each = math.prod(own["kernel_shape"].ints)
+    elif node.op_type == "Einsum":
+        sides = dict[str, int]()
+        parts = own["equation"].s.decode().replace(" ", "").partition("->")[0].split(",")
+        for part, name in zip(parts, node.input, strict=False):
+            sides |= zip(part, shapes.get(name, []), strict=False)
+        return math.prod(sides.values())
+    return given * each
 
 
 def _refuse_large(shape: Any, file: Path, most: int = _MOST_NUMBERS) -> None:

@@ -279,6 +279,7 @@ def test_what_would_be_bent_is_refused(data, reason):
     [
         (b"\0\0\0\x1cftypheic" + bytes(64), "HEIC, which is not read; convert it"),
         (b"\0\0\0\x1cftypisom" + bytes(64), "a film"),
+        (b"\0\0\0\x1cftypheic\0\0\0\0mif1heic" + bytes(64), "HEIC"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"  <html>", "a web page"),
         (b"%PDF-1.7", "a PDF file"),
@@ -288,6 +289,13 @@ def test_what_would_be_bent_is_refused(data, reason):
 def test_what_is_no_image_is_called_what_it_is(data, what):
     with pytest.raises(DataError, match=f"^not an image: it is .*{what}"):
         decode(data, 64, "crop", LIMIT)
+
+
+def test_a_damaged_avif_is_no_film():
+    data = bytearray(saved(solid(RED), "AVIF"))
+    struct.pack_into(">II", data, data.find(b"ispe") + 8, 0, 0)
+    with pytest.raises(DataError, match="a damaged AVIF"):
+        decode(bytes(data), 32, "crop", LIMIT)
 
 
 def hidden_green(mode: str) -> Image.Image:
@@ -465,6 +473,27 @@ def test_no_bomb_takes_gigabytes_and_none_keeps_them(tmp_path):
         assert kept < 40, name
 
 
+def of_runs(side: int, runs: bytes) -> bytes:
+    """A BMP of a picture in run lengths."""
+    head = struct.pack("<IHHIIiiHHIIiiII", 1078, 0, 0, 1078, 40, side, side, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    return b"BM" + head + b"\0\0\xff\0" * 256 + runs
+
+
+def of_tiles(side: int) -> bytes:
+    """A JPEG 2000 of a few bytes whose header states so many times so many tiles."""
+    data = bytearray(saved(Image.new("L", (side, side)), "JPEG2000"))
+    struct.pack_into(">II", data, data.find(b"\xff\x51") + 22, 1, 1)
+    return bytes(data)
+
+
+def as_mpo(jpeg: bytes) -> bytes:
+    """The same picture with the block of a camera that takes several: Pillow calls it by another name."""
+    second = {"save_all": True, "append_images": [Image.new("L", (8, 8))]}
+    mpo = saved(Image.new("L", (64, 64)), "MPO", **second)
+    at = mpo.find(b"\xff\xe2")
+    return jpeg[:2] + mpo[at : at + 2 + int.from_bytes(mpo[at + 2 : at + 4], "big")] + jpeg[2:]
+
+
 @functools.cache
 def tiny_steps() -> dict[str, bytes]:
     """Files of some megabytes that Pillow goes through byte by byte, in minutes for the largest that are allowed."""
@@ -483,6 +512,10 @@ def tiny_steps() -> dict[str, bytes]:
         "JPEG segments": jpeg[:2] + b"\xff\xfe\0\2" * 500_000 + jpeg[2:],
         "JPEG fill bytes": jpeg[:2] + b"\xff" * 2_000_000 + jpeg[2:],
         "JPEG scans": scans[:last] + scans[last:-2] * 500 + scans[-2:],
+        "JPEG scans of a camera's file": as_mpo(scans[:last] + scans[last:-2] * 500 + scans[-2:]),
+        "JPEG 2000 tiles": of_tiles(255),
+        "ends of lines": of_runs(64, bytes(20_000_000)),
+        "runs of a large picture": of_runs(5_000, bytes(20_000_000)),
         "a tile larger than its picture": b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4),
     }
 
@@ -490,9 +523,17 @@ def tiny_steps() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", tiny_steps())
 def test_what_is_gone_through_in_tiny_steps_is_refused_at_once(name):
     began = time.process_time()
-    with pytest.raises(DataError, match=r"too many small pieces|save it as binary|bomb|above 1,024 MiB"):
+    with pytest.raises(DataError, match=r"too many small pieces|save it as binary|without RLE|bomb|above 1,024 MiB"):
         decode(tiny_steps()[name], 32, "crop", LIMIT)
     assert time.process_time() - began < 3
+
+
+def test_few_tiles_runs_and_scans_are_read():
+    assert decode(of_tiles(30), 32, "crop", LIMIT).size == (32, 32)
+    assert (decoded(of_runs(64, b"\x40\x07\0\0" * 64 + b"\0\1")) == RED).all()
+    scans = as_mpo(saved(solid(RED), "JPEG", progressive=True))
+    assert Image.open(io.BytesIO(scans)).format == "MPO"
+    assert np.abs(decoded(scans) - RED).max() < 3
 
 
 @pytest.mark.parametrize(("kind", "most"), [(b"P5", 100), (b"P5", 1000), (b"P6", 31), (b"P6", 4095), (b"P5", 254)])

@@ -65,6 +65,9 @@ def test_what_is_no_folder_of_an_export_is_said_to_be_what_it_is(folder: Path, t
         with pytest.raises(ConfigError, match=f"{name} is no exported student: {said}; `raydistill export` names"):
             check_export(str(tmp_path / name), "onnx")
     os.mkfifo(folder / "model.onnx")
+    with pytest.raises(ConfigError, match=r"/model\.onnx is no regular file; use --engine torch"):
+        check_export(str(folder), "onnx")
+    (folder / "model.onnx").unlink()
     with pytest.raises(ConfigError, match=r"has no model\.onnx; use --engine torch"):
         check_export(str(folder), "onnx")
     with pytest.raises(ConfigError, match=r"has no config\.json; export the student again"):

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from raydistill.errors import ConfigError
 from raydistill.models import weights
+from raydistill.models.from_transformers import load_or_refuse
 from raydistill.models.state_dicts import read_weights
 from raydistill.models.weights import (
     check_timm_name,
@@ -370,3 +371,20 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(behaves, monkeypatch, capl
     (warning,) = [record.getMessage() for record in caplog.records if "does not answer" in record.getMessage()]
     assert warning.startswith(f"{place} does not answer (")
     assert "a local folder needs no hub" in warning
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (TypeError("ResNet.__init__() got an unexpected keyword argument 'x'"), "config.json has the key 'x', which"),
+        (TypeError("'<' not supported between instances of 'str' and 'int'"), "a value that its model does not take"),
+        (KeyError("resnet"), "a value that its model does not take"),
+    ],
+)
+def test_what_a_library_s_code_says_of_a_config_is_said_in_plain_words(tmp_path, error, said):
+    def load(folder, **_):
+        raise error
+
+    with pytest.raises(ConfigError, match=said) as refused:
+        load_or_refuse("the student", load, str(tmp_path))
+    assert "__init__" not in str(refused.value)

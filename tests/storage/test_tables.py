@@ -426,3 +426,8 @@ def test_millions_of_rows_without_pictures_are_refused_before_each_is(tmp_path, 
     for count in (count_rows, lambda path: next(list_rows(path, Counter(), Counter()))):
         with pytest.raises(DataError, match=r"3,145,728 rows from [\d,]+ bytes"):
             count(str(path))
+
+
+def test_a_footer_whose_column_states_no_size_is_refused_in_words():
+    with pytest.raises(ValueError, match="a column without a size"):
+        parquet_headers.footer(bytes.fromhex("491c191c3c000026020000"))

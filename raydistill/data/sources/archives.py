@@ -69,6 +69,18 @@ class Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"a member of {found.size:,} bytes, some of them not its own")
         return found
 
+    def _proc_gnusparse_10(self, *_: Any) -> None:
+        """No map of a sparse file is read: it may be as long as the archive, and the file is left out."""
+
+    def _proc_sparse(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        file: Any = archive.fileobj
+        _, has_more, _ = self._sparse_structs  # type: ignore[attr-defined]
+        while has_more:
+            has_more = any(file.read(tarfile.BLOCKSIZE)[504:505])
+        self.offset_data, self.sparse = file.tell(), []  # type: ignore[assignment]
+        archive.offset = self.offset_data + self._block(self.size)  # type: ignore[attr-defined]
+        return self
+
 
 def _is_whole(member: tarfile.TarInfo) -> bool:
     """Whether it is a file whose bytes stand in the archive as they are. A sparse file makes many of few."""

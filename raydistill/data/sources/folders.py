@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
 import posixpath
@@ -11,6 +12,7 @@ from raydistill.errors import DataError
 from raydistill.strangers import shorter, written
 
 _NAMED, _LONGEST = 5, 400  # links that a message names; characters of a path in it
+_VANISHED = {errno.ENOENT, errno.ENOTDIR, errno.ESRCH}
 
 
 def files_below(root: str, ignored: Counter[str]) -> list[str]:
@@ -25,7 +27,7 @@ def files_below(root: str, ignored: Counter[str]) -> list[str]:
             again.append(f"{_below(folder, root)} is {_below(read[real], root)}")
             continue
         read[real] = folder
-        here = _listed(folder)
+        here = _listed(folder, root, ignored)
         if not here and "/." not in folder.removeprefix(root):
             ignored["empty folders"] += 1
         for entry in here:
@@ -44,11 +46,16 @@ def files_below(root: str, ignored: Counter[str]) -> list[str]:
     return sorted(files)
 
 
-def _listed(folder: str) -> list[os.DirEntry[str]]:
+def _listed(folder: str, root: str, ignored: Counter[str]) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
+        if folder != root and error.errno in _VANISHED:
+            ignored["folders that vanished while they were listed"] += 1
+            return []
+        if os.path.exists(root) and not os.path.isdir(root):
+            raise DataError(f"{written(root)}: it is neither a folder nor a regular file") from None
         shown = shorter(written(str(error.filename)), _LONGEST)
         raise DataError(f"{shown}: cannot be listed ({error.strerror})") from None
 

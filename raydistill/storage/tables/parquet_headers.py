@@ -141,6 +141,8 @@ def _chunk(stream: _Thrift) -> Chunk:
                 told[inner] = stream.integer()
             else:
                 _skip(stream, own)
+    if lacking := {6, 7, 9} - told.keys():
+        raise ValueError(f"a column without {'a place' if lacking == {9} else 'a size'}")
     starts = [told[9], *(start for start in [told.get(11, 0)] if start > 0)]
     return Chunk(path.decode(errors="replace"), told[7], told[6], min(starts))
 

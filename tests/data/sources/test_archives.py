@@ -143,3 +143,27 @@ def test_a_file_of_many_images_is_read_in_parts_as_soon_as_at_once_and_anew_once
     assert read == [(k, b"%d" % k) for k in range(count)]
     path.write_bytes(member(b"note.txt", b"first") + member(b"a.png", b"other") + END)
     assert list(read_rows(str(path), [0])) == [(0, b"other")]
+
+
+@pytest.mark.parametrize("kind", ["pax 1.0", "old GNU"])
+def test_the_map_of_a_sparse_file_is_not_read_however_long_it_is(tmp_path: Path, kind):
+    count = 200_000
+    if kind == "pax 1.0":
+        whole = pax(("GNU.sparse.major", "1"), ("GNU.sparse.minor", "0"))
+        whole += member(b"2.png", b"%d\n" % count + b"1\n1\n" * count)
+    else:
+        more = b"00000000001\0" * 42 + b"\1" + bytes(7)
+        first = bytearray(header(b"2.png", 3, b"S"))
+        first[482] = 1
+        first[148:156] = b" " * 8
+        first[148:156] = b"%06o\0 " % sum(first)
+        whole = bytes(first) + more * (count // 21) + bytes(512) + padded(b"png")
+    (tmp_path / "t.tar").write_bytes(whole + GOOD + END)
+    ignored = Counter[str]()
+    tracemalloc.start()
+    try:
+        assert [row.label for row in list_rows(str(tmp_path / "t.tar"), ignored, Counter())] == ["a"]
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert ignored == {"links and other things than files in tar files": 1}

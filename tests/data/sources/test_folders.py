@@ -133,3 +133,25 @@ def test_folders_within_folders_without_end_take_no_longer_for_each(tmp_path):
     finally:
         os.close(folder)
         subprocess.run(["rm", "-r", tmp_path / "set"], check=True)  # pytest's own way calls itself at each depth
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_root_that_is_no_folder_is_called_so(tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=f"{kind}: it is neither a folder nor a regular file"):
+        files_below(str(tmp_path / kind), Counter())
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), ProcessLookupError(3, "gone")])
+def test_a_folder_that_vanishes_while_its_neighbours_are_listed_costs_none_of_them(tmp_path, monkeypatch, error):
+    """As those of processes do, where a link leads to them."""
+    root, scandir = tree(tmp_path / "set", "a/0.png", "b/0.png"), os.scandir
+
+    def gone(folder: str) -> object:
+        if folder.endswith("/a"):
+            raise error
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert walked(root) == (["b/0.png"], {"folders that vanished while they were listed": 1, "empty folders": 1})
