@@ -1,12 +1,13 @@
 """What can go wrong, each as one sentence that names the thing and the way out.
 
 Every error takes one message string, so that it survives the trip between Ray processes unchanged. Passwords in it are
-hidden: messages quote settings and libraries.
+hidden, and names of any length cut: messages quote settings, strangers and libraries.
 """
 
 from typing import Any
 
 from raydistill.secrets import redacted
+from raydistill.strangers import bounded
 
 
 def reason_of(error: BaseException) -> str:
@@ -25,7 +26,7 @@ class RaydistillError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(redacted(message))
+        super().__init__(redacted(bounded(message, redacted)))
 
 
 class ConfigError(RaydistillError):

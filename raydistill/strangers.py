@@ -10,11 +10,15 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # A file's name has at most 255 bytes; a label in a table may have more.
 _LONGEST_NAME = 300
+_LONGEST_LINE, _LONGEST_TEXT = 5_000, 1 << 16  # room for a path of 4,096 bytes and a sentence about it
+# Each is looked for at its beginning alone.
+_LONG_NAME = re.compile(rf"(?<![^\s/])[^\s/]{{{_LONGEST_NAME + 1},}}+")
+_LONG_LINE = re.compile(rf"(?m)^[^\n]{{{_LONGEST_LINE + 1},}}+")
 _JOINERS = "\u200c\u200d"  # Persian, Indian scripts and emoji need them; between Latin letters they hide
 _SIGNS = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd]")  # formats, and yet seen
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats (marks of direction, tags), half characters, separators
@@ -52,11 +56,28 @@ def written(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with escapes for characters that are no text. Names longer than any file's are cut in the middle. Line
-    ends stay; `one_line` is for names."""
-    return re.sub(
-        rf"[^\s/]{{{_LONGEST_NAME + 1},}}", lambda found: shorter(found[0], _LONGEST_NAME), _escaped(text, "\n\t")
-    )
+    """The text with escapes for characters that are no text, `bounded`. Names longer than any file's are cut in the
+    middle. Line ends stay; `one_line` is for names."""
+    shown = bounded(_escaped(bounded(text), "\n\t"))
+    return _LONG_NAME.sub(lambda found: shorter(found[0], _LONGEST_NAME), shown)
+
+
+def bounded(text: str, clean: Callable[[str], str] = str) -> str:
+    """The text with long lines, the names in them first, and a long text itself, cut in the middle. Cheap for any
+    length: it comes before all that looks at each character. The ends are `clean`ed before they are cut: half a secret
+    is known by nothing."""
+
+    def short(line: re.Match[str]) -> str:
+        names = _LONG_NAME.sub(lambda found: _ends(found[0], _LONGEST_NAME, clean), line[0])
+        return _ends(names, _LONGEST_LINE, clean)
+
+    return _ends(_LONG_LINE.sub(short, text), _LONGEST_TEXT, clean)
+
+
+def _ends(text: str, most: int, clean: Callable[[str], str]) -> str:
+    if len(text) <= most:
+        return text
+    return f"{clean(text[:most])[: most // 2]}…{clean(text[-most:])[-(most // 4) :]} ({len(text):,} characters)"
 
 
 def one_line(text: str) -> str:

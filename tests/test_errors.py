@@ -19,6 +19,18 @@ def test_an_error_arrives_as_it_was_raised(kind, exit_code):
     assert found.exit_code == exit_code
 
 
+def test_a_message_of_any_length_is_cut_and_shows_no_half_of_a_secret(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "the whole secret")
+    for before in range(2_480, 2_520):  # the cut lies after so many
+        message = str(
+            errors.DataError(f"t.csv: {'a b/'[before % 4 :] * 700}"[:before] + "the whole secret" + "a b/" * 9_999)
+        )
+        assert message.startswith("t.csv: ")
+        assert len(message) < 5_000
+        assert "secret" not in message
+        assert "the who" not in message
+
+
 def test_an_error_of_which_ray_kept_the_text_alone_is_said_as_it_is(capsys):
     """As Ray Data raises what a task raised, in an exception of its own without a cause."""
     text = (

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -105,6 +106,16 @@ def test_long_names_are_cut_and_long_paths_are_not() -> None:
     path = "/".join(["x" * 255] * 12)
     assert printable(path) == path
     assert len(shorter("words of a name " * 700)) < 90
+
+
+@pytest.mark.parametrize("unit", ["a b/", "\u202e /", "a b\n", "x" * 300 + "/", "x" * 4_999 + "\n"])
+def test_a_text_of_any_length_is_cut_before_each_character_is_looked_at(unit: str) -> None:
+    start = time.process_time()
+    shown = printable(unit * (4_000_000 // len(unit)))
+    assert len(shown) < 100_000
+    assert max(map(len, shown.splitlines())) < 5_000
+    assert re.search(r"\((3,999|4,000),\d\d\d characters\)", shown)
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -13,8 +13,8 @@ from raydistill import errors
 from raydistill.errors import RaydistillError
 from raydistill.runtime import interrupts
 from raydistill.runtime.environment import open_streams, prepare_environment
-from raydistill.secrets import RedactedStream
-from raydistill.strangers import printable
+from raydistill.secrets import RedactedStream, redacted
+from raydistill.strangers import bounded, printable
 
 
 def main() -> None:
@@ -54,11 +54,11 @@ def _exit_code() -> int:
 
 class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(bounded(super().format(record), redacted))
 
 
 def _say(message: str) -> None:
-    for line in message.splitlines():
+    for line in bounded(message, redacted).splitlines():
         print(f"error: {printable(line)}", file=sys.stderr)
 
 

@@ -15,6 +15,7 @@ from raydistill.errors import DataError
 from raydistill.strangers import written
 
 MOST_CLASSES = 1 << 17  # of a set; a set with more of them numbers its images
+MOST_BYTES = 65536  # of a label, and characters of one that is text
 # What programs write where there is no value. People have to write a class called `null` in another way.
 _NOTHING = frozenset({"nan", "NaN", "NAN", "-nan", "NaT", "<NA>", "null", "NULL", "None", "N/A", "n/a", "#N/A"})
 _MINUS_ONE = re.compile(r"-1(\.0+)?")
@@ -51,6 +52,8 @@ def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
             except UnicodeDecodeError:
                 raise DataError(f"{where}: the label is bytes that are no UTF-8; write a name") from None
         case str():
+            if len(value) > MOST_BYTES:
+                raise DataError(f"{where}: the label has {len(value):,} characters, too many for a label")
             text = value.rstrip("\0").strip()  # numpy and h5py fill up bytes of a fixed length with NULs
             if text in _NOTHING or _MINUS_ONE.fullmatch(text):
                 notes[f"labels {text}, read as no label"] += 1

@@ -3,7 +3,6 @@ torch, so that a wrong folder is refused at once."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -12,7 +11,8 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 
 from raydistill.config import Images
 from raydistill.errors import ConfigError
-from raydistill.storage.state import parsed, read_json
+from raydistill.storage.filesystems import read_file
+from raydistill.storage.state import MOST_BYTES, parsed
 from raydistill.strangers import written
 
 Engine = Literal["onnx", "torch"]
@@ -67,14 +67,15 @@ def read_about(folder: str) -> dict[str, Any]:
         reason = "it is no folder" if os.path.exists(folder) else "there is nothing at this path"
         raise ConfigError(f"{shown} is no exported student: {reason}; {advice}")
     try:
-        about = read_json(Path(folder, ABOUT_FILE), dict[str, Any])
+        data = read_file(str(Path(folder, ABOUT_FILE)), MOST_BYTES)
+        about = parsed(data, dict[str, Any])
         for section, keys in _SAID.items():
             said = about[section] if section else about
             if isinstance(said, dict) and (lacking := keys - said.keys()):
                 raise ConfigError(
                     f"{shown}/{ABOUT_FILE} does not say {', '.join(sorted(lacking))}; export the student again"
                 )
-        return parsed(json.dumps(about), ExportAbout).model_dump()
+        return parsed(data, ExportAbout).model_dump()
     except FileNotFoundError:
         raise ConfigError(f"{shown} is no exported student: it has no {ABOUT_FILE}; {advice}") from None
     except (OSError, ValueError) as error:

@@ -40,7 +40,7 @@ def check_settings(folder: Path, what: str) -> None:
 def _numbers(tree: Any, key: str) -> Iterator[tuple[str, float]]:
     if isinstance(tree, dict):
         for name, inner in tree.items():
-            yield from _numbers(inner, f"{key}.{name}")
+            yield from _numbers(inner, f"{key[:80]}.{name}")
     elif isinstance(tree, list):
         for inner in tree:
             yield from _numbers(inner, key)

@@ -20,7 +20,9 @@ from raydistill.storage.filesystems import open_filesystem, read_file
 from raydistill.strangers import one_line, shorter
 
 T = TypeVar("T")
-_MOST_BYTES = 32 * 1024**2
+# Values: a million classes, and a million others. One of two bytes in the file may take 250 in memory.
+MOST_BYTES, MOST_VALUES = 32 * 1024**2, 1 << 21
+_QUOTED = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 # What pydantic says of a value, and the end of a sentence that begins with the value's place.
 _WORDS = (
     ("^Input should be an? valid (dictionary|instance).*", "has to be a mapping"), ("^Input should be ", "has to be "),
@@ -44,7 +46,7 @@ def _of_an_epoch(record: dict[str, float]) -> dict[str, float]:
 EpochRecord = Annotated[dict[str, float], AfterValidator(_of_an_epoch)]
 
 
-def read_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = _MOST_BYTES) -> T | None:
+def read_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = MOST_BYTES) -> T | None:
     """A file of the `shape`; None where it is missing. Raises CheckpointError where it is of another shape, too large
     or no regular file."""
     fs, place = open_filesystem(path)
@@ -60,10 +62,10 @@ def read_state(path: str, shape: type[T], any_float: bool = False, most_bytes: i
 def read_json(path: str | Path, shape: type[T], any_form: bool = False) -> T:
     """A file of this machine that no stage wrote here; in `any_form`, with NaN and repeated keys, as other tools write
     them. Raises OSError, ValueError with the reason in one line."""
-    return parsed(read_file(str(path), _MOST_BYTES), shape, any_form, any_form)
+    return parsed(read_file(str(path), MOST_BYTES), shape, any_form, any_form)
 
 
-def needed_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = _MOST_BYTES) -> T:
+def needed_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = MOST_BYTES) -> T:
     """The same, of a file that must be there."""
     if (state := read_state(path, shape, any_float, most_bytes)) is None:
         raise of_another_form(path, "it is not there")
@@ -79,8 +81,10 @@ def from_json(data: bytes | str, path: str, shape: type[T], any_float: bool = Fa
 
 
 def parsed(data: bytes | str, shape: type[T], any_float: bool = False, any_keys: bool = False) -> T:
-    """JSON of the `shape`: UTF-8 without half characters, no key twice, no deeper than 200. A dataclass has all of its
-    fields and no others; numbers are finite, or else `any_float`. Raises ValueError with the reason in one line."""
+    """JSON of the `shape`: UTF-8 without half characters, no key twice, no deeper than 200, no more than MOST_VALUES. A
+    dataclass has all of its fields and no others; numbers are finite, or else `any_float`. Raises ValueError with the
+    reason in one line."""
+    _refuse_many_values(data if isinstance(data, bytes) else data.encode(errors="surrogatepass"))
     try:
         text = data if isinstance(data, str) else data.decode()
         hooks: dict[str, Any] = {} if any_float else {"parse_constant": _refuse_constant, "parse_float": _finite}
@@ -88,6 +92,7 @@ def parsed(data: bytes | str, shape: type[T], any_float: bool = False, any_keys:
         if dataclasses.is_dataclass(shape) and isinstance(value, dict):
             if odd := value.keys() - {field.name for field in dataclasses.fields(shape)}:
                 raise ValueError(f"{sorted(odd)[0]!r:.60} is no part of it")
+        del value, text  # never held twice
         return _adapter(cast(Hashable, shape)).validate_json(data, strict=True)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
@@ -97,6 +102,16 @@ def parsed(data: bytes | str, shape: type[T], any_float: bool = False, any_keys:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
         raise ValueError("a number has too many digits" if "digits" in str(error) else f"{error}"[:200]) from None
+
+
+def _refuse_many_values(data: bytes) -> None:
+    """Before any is made."""
+    if _count(data) > MOST_VALUES and _count(_QUOTED.sub(b"", data)) > MOST_VALUES:  # names may hold commas
+        raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+
+
+def _count(data: bytes) -> int:
+    return sum(map(data.count, (b",", b"[", b"{")))
 
 
 def result_of(done: dict[str, Any], path: str, shape: type[T]) -> T:

@@ -1,6 +1,7 @@
 """What labels mean, in every kind of file alike, and which names are one class."""
 
 import json
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -157,6 +158,16 @@ def test_huge_and_endless_numbers_are_refused_or_names():
     for value in (float("inf"), -0.25, object()):
         with pytest.raises(DataError, match=r"^t: the label is"):
             label_of(value, "t", notes)
+
+
+@pytest.mark.parametrize("label", ["[0" + ",0" * (8 << 20) + "]", "x" * 65_537])
+def test_a_label_of_any_length_is_refused_unread(label):
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"^t: the label has [\d,]+ characters, too many for a label$"):
+        label_of(label, "t", Counter())
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 1e6
 
 
 def test_names_of_a_class_label_in_the_file_or_in_the_folder(tmp_path):

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from raydistill.stages.generate import generated_from_json
 from raydistill.storage import filesystems
 from raydistill.storage.directory import StageDirectory, read_bill
 from raydistill.storage.lease import held
-from raydistill.storage.state import read_state
+from raydistill.storage.state import parsed, read_state
 
 DAMAGED = {
     "cut off": b'{"step": 1',
@@ -68,6 +69,20 @@ def test_what_is_damaged_is_named_in_one_sentence(tmp_path: Path, damage: str) -
     assert len(words) < 400 + 2 * len(str(tmp_path))
     assert words.isprintable()
     assert refused.value.exit_code == 2
+
+
+def test_too_many_values_are_refused_before_any_is_made(tmp_path: Path) -> None:
+    names = ['tench, Tinca tinca, of class \\ {"a": []}'] * (1 << 19)
+    assert parsed(json.dumps({"classes": names}), dict[str, Any]) == {"classes": names}
+    (tmp_path / "DONE").write_bytes(b'{"path": "", "classes": [{}' + b",{}" * (1 << 20) + b"]}")
+    tracemalloc.start()
+    with pytest.raises(
+        CheckpointError, match=r"DONE is not what raydistill writes \(it holds more than 2,097,152 values"
+    ):
+        read_state(f"{tmp_path}/DONE", dict[str, Any])
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 20e6
 
 
 def test_what_is_whole_is_read_and_what_is_not_there_is_none(tmp_path: Path) -> None:

@@ -153,6 +153,41 @@ def test_a_column_of_a_few_bytes_that_unpacks_to_many_is_refused_by_its_headers(
         list(list_rows(str(tmp_path / "t.parquet"), Counter(), Counter()))
 
 
+TEXT = "x" * 60_000
+SHARED = {
+    "dictionary": lambda n: pa.DictionaryArray.from_arrays(pa.array([0] * n, pa.int32()), pa.array([TEXT])),
+    "view": lambda n: pa.Array.from_buffers(pa.string_view(), n, [
+        None, pa.py_buffer(struct.pack("<i4sii", 60_000, b"xxxx", 0, 0) * n), pa.py_buffer(TEXT.encode()),
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", ["label", "split"])
+@pytest.mark.parametrize("kind", SHARED)
+def test_rows_that_share_a_text_do_not_have_a_copy_each(tmp_path, kind, column):
+    columns = {"image": pa.array([b""] * 2_000), "label": pa.array(["a"] * 2_000)} | {column: SHARED[kind](2_000)}
+    path = write_table(tmp_path / "t.arrow", pa.table(columns))
+    tracemalloc.start()
+    rows = [(row.label, None) for row in list_rows(str(path), Counter(), Counter())]
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 2_000
+    assert held < 45e6, held  # of 120 MB
+
+
+@pytest.mark.parametrize("column", ["label", "split"])
+def test_a_mapping_is_refused_by_its_type(tmp_path, column):
+    inner = pa.StructArray.from_arrays([SHARED["dictionary"](2_000)], ["a"], mask=pa.array([True] + [False] * 1_999))
+    columns = {"image": pa.array([b""] * 2_000), "label": pa.array(["a"] * 2_000)} | {column: inner}
+    path = write_table(tmp_path / "t.arrow", pa.table(columns))
+    tracemalloc.start()
+    with pytest.raises(DataError, match=f"t.arrow: row 1: the {column} is a mapping"):
+        list(list_rows(str(path), Counter(), Counter()))
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 5e6, held
+
+
 @pytest.mark.parametrize("name", ["t.parquet", "t.arrow", "file.arrow"])
 def test_one_long_label_that_many_rows_share_is_refused_before_they_have_it(tmp_path, name):
     label = pa.array(["x" * (4 << 20)]).dictionary_encode()

@@ -8,7 +8,7 @@ import tarfile
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
-from raydistill.data.labels import label_of
+from raydistill.data.labels import MOST_BYTES, label_of
 from raydistill.errors import DataError
 from raydistill.strangers import written
 
@@ -18,7 +18,6 @@ EXTENSIONS = frozenset({
     ".pnm", ".avif", ".jp2", ".tga", ".ico",
 })  # fmt: skip
 _LABELS = (".cls", ".json", ".txt")
-MOST_BYTES = 65536  # of a label
 _COMPRESSED = {b"\x1f\x8b": "gzip (gunzip", b"\x28\xb5\x2f\xfd": "zstd (unzstd", b"BZh": "bzip2 (bunzip2",
                b"\xfd7zXZ": "xz (unxz"}  # fmt: skip
 

@@ -21,17 +21,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raydistill.data.labels import label_of, refuse_many_classes
-from raydistill.data.sources.archives import EXTENSIONS, MOST_BYTES, Member, images_of, label_in, refuse_compressed
+from raydistill.data.labels import MOST_BYTES, label_of, refuse_many_classes
+from raydistill.data.sources.archives import EXTENSIONS, Member, images_of, label_in, refuse_compressed
 from raydistill.errors import DataError
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unread, version_of
 from raydistill.storage.tables import SUFFIXES as TABLE_SUFFIXES
-from raydistill.storage.tables import Table, longest, open_table, values
+from raydistill.storage.tables import Batches, Table, longest, named, open_table, values
 from raydistill.strangers import written
 
 __all__ = ["EXTENSIONS", "MOST_BESIDE", "SUFFIXES", "Row", "count_rows", "list_rows", "read_rows"]
 SUFFIXES = (*TABLE_SUFFIXES, ".tar")
 MOST_BESIDE = 16 << 20  # bytes of a file about others, such as a list of classes
+_MOST_TOGETHER = 16 << 20  # bytes of labels or splits that are copied at a time
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _table_rows(path: str, table: Table, notes: Counter[str]) -> Iterator[Row]:
     """Columns `image` (bytes, or the struct of bytes and path that `datasets` writes), `label`, and maybe `split`."""
     schema, shown = table.schema, written(path)
     if lacking := {"image", "label"} - set(schema.names):
-        found = ", ".join(map(written, schema.names[:10]))
+        found = ", ".join(map(named, schema.names[:10]))
         in_folder = any(part.startswith("label=") for part in PurePosixPath(path).parts)
         advice = "a label in its folder's name is not read; write it as a column" if in_folder else "rename them"
         raise DataError(f"{shown}: no column {' and no column '.join(sorted(lacking))} among {found}; {advice}")
@@ -140,10 +141,8 @@ def _table_rows(path: str, table: Table, notes: Counter[str]) -> Iterator[Row]:
     table.refuse_bombs(["image"])
     names = _class_names(path, schema.metadata or {})
     columns = [name for name in ("label", "split") if name in schema.names]
-    for first, part in table.read(columns):
-        for name in columns:
-            if (most := longest(part[name])) > MOST_BYTES:  # before each row has its copy
-                raise DataError(f"{shown}: the column {name} holds {most:,} bytes in one row, too many for a {name}")
+    plain = dict[str, str]()  # labels that are as they seem: rows share them
+    for first, part in _in_pieces(table.read(columns), shown):
         splits = values(part["split"]) if "split" in columns else [None] * part.num_rows
         for number, (value, split) in enumerate(zip(values(part["label"]), splits, strict=True), first):
             where = f"{shown}: row {number}"
@@ -152,13 +151,33 @@ def _table_rows(path: str, table: Table, notes: Counter[str]) -> Iterator[Row]:
                     raise DataError(f"{where} has label {value}, and the file names {len(names)} classes")
                 value = names[int(value)] if value == int(value) else value
             text = split.decode(errors="replace") if isinstance(split, bytes) else split
-            yield Row(number, label_of(value, where, notes), None if text is None else str(text))
+            label = plain.get(value) if isinstance(value, str) else None
+            if label is None:
+                label = label_of(value, where, notes)
+                if label is not None and label == value:
+                    plain[label] = label
+            yield Row(number, label, None if text is None else str(text))
+
+
+def _in_pieces(batches: Batches, shown: str) -> Batches:
+    """So few rows at a time that each may have its own copy of what they share."""
+    for first, batch in batches:
+        most = 1
+        for name in batch.schema.names:
+            if pa.types.is_struct(batch[name].type) and batch[name].null_count < len(batch):
+                row = first + batch[name].is_valid().index(True).as_py()
+                of = "class" if name == "label" else name
+                raise DataError(f"{shown}: row {row}: the {name} is a mapping; write the name of the {of} alone")
+            if (most := max(most, longest(batch[name]))) > MOST_BYTES:
+                raise DataError(f"{shown}: the column {name} holds {most:,} bytes in one row, too many for a {name}")
+        for start in range(0, len(batch), count := max(1, _MOST_TOGETHER // most)):
+            yield first + start, batch.slice(start, count)
 
 
 def _check_image_column(path: str, table: Table) -> None:
     """Raises DataError where the column holds neither bytes nor structs of bytes and path."""
     if "image" not in table.schema.names:
-        found = ", ".join(map(written, table.schema.names[:10]))
+        found = ", ".join(map(named, table.schema.names[:10]))
         raise DataError(f"{written(path)}: no column image among {found}; rename the one that holds the pictures")
     kind: Any = table.schema.field("image").type
     if pa.types.is_struct(kind) and "bytes" in [kind.field(k).name for k in range(kind.num_fields)]:

@@ -19,7 +19,7 @@ from raydistill.data.sources.folders import files_below
 from raydistill.errors import DataError
 from raydistill.storage.addresses import is_elsewhere
 from raydistill.storage.filesystems import FileSystem, open_filesystem
-from raydistill.strangers import written
+from raydistill.strangers import shorter, written
 
 SPLIT_FOLDERS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
@@ -186,7 +186,7 @@ def _of_folder_of_files(
 def _split(value: object, where: str) -> str | None:
     text = "" if value is None else str(value).strip().casefold()
     if text and text not in SPLIT_FOLDERS:
-        raise DataError(f"{where}: split {value!r} is none of train, val, test")
+        raise DataError(f"{where}: split {shorter(repr(value))} is none of train, val, test")
     return SPLIT_FOLDERS.get(text)
 
 

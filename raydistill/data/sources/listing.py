@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from raydistill.config import Images
-from raydistill.data.labels import one_spelling, refuse_many_classes, whole_numbers
+from raydistill.data.labels import MOST_BYTES, one_spelling, refuse_many_classes, whole_numbers
 from raydistill.data.sample import sample_id
 from raydistill.data.sources.containers import MOST_BESIDE
 from raydistill.data.sources.entries import Entry, Source, address_of, entry_name, read_source
@@ -124,6 +124,8 @@ def _listed_classes(config: Images) -> list[str] | None:
         raise DataError(f"{named}: cannot be read: {error.strerror}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     refuse_many_classes(len(lines), named)
+    if (longest := max(map(len, lines), default=0)) > MOST_BYTES:
+        raise DataError(f"{named}: a line of {longest:,} characters, too many for a class; write one on each line")
     if len(set(one_spelling(lines, lines, Counter()).values())) < len(lines):
         raise DataError(f"{named}: a class is listed twice")
     return lines

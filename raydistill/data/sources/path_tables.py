@@ -14,8 +14,8 @@ from raydistill.data.labels import label_of, refuse_many_classes
 from raydistill.documents import KeyTwiceError, no_key_twice
 from raydistill.errors import DataError
 from raydistill.storage.filesystems import FileSystem
-from raydistill.storage.tables import refuse_few_bytes
-from raydistill.strangers import written
+from raydistill.storage.tables import named, refuse_few_bytes
+from raydistill.strangers import shorter, written
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _MOST_BYTES, _LONGEST_LINE = 1 << 30, 1 << 24
@@ -46,13 +46,13 @@ def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator
     plain = dict[str, str]()  # labels that are as they seem: most rows repeat one
     for number, row in _json_rows(shown, lines) if is_json else _csv_rows(shown, lines):
         if "path" not in row or "label" not in row:
-            found = ", ".join(written(str(name)) for name in list(row)[:5])
+            found = ", ".join(named(str(name)) for name in list(row)[:5])
             raise DataError(f"{shown}: line {number} ({found}) lacks a column{_near(row)}; {_ADVICE}")
         path, value = row["path"], row["label"]
         if not path:
             raise DataError(f"{shown}: line {number} has no path")
         if not isinstance(path, str):
-            raise DataError(f"{shown}: line {number}: the path is no text but {path!r}")
+            raise DataError(f"{shown}: line {number}: the path is no text but {shorter(repr(path))}")
         if "\0" in path:
             raise DataError(f"{shown}: line {number}: the path holds a NUL, which no file's name does")
         label = plain.get(value) if isinstance(value, str) else None

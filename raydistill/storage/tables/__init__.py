@@ -23,10 +23,21 @@ from raydistill.storage.filesystems import open_filesystem, refuse_unread, versi
 from raydistill.storage.tables.arrow import ArrowFile
 from raydistill.storage.tables.columns import longest, named, values
 from raydistill.storage.tables.parquet import ParquetFile
-from raydistill.storage.tables.parts import is_bomb, refuse_few_bytes
+from raydistill.storage.tables.parts import Batches, is_bomb, refuse_few_bytes
 from raydistill.strangers import written
 
-__all__ = ["SUFFIXES", "Table", "longest", "open_table", "read_table", "refuse_few_bytes", "rows_of", "values"]
+__all__ = [
+    "SUFFIXES",
+    "Batches",
+    "Table",
+    "longest",
+    "named",
+    "open_table",
+    "read_table",
+    "refuse_few_bytes",
+    "rows_of",
+    "values",
+]
 SUFFIXES = (".parquet", ".arrow", ".feather")
 Table = ParquetFile | ArrowFile
 _DAMAGES = (pa.ArrowException, OSError, EOFError, LookupError, ValueError, MemoryError, ArithmeticError, RecursionError,

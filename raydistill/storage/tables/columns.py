@@ -26,7 +26,11 @@ def values(column: Any) -> list[Any]:
 
 def longest(column: Any) -> int:
     """Bytes of the longest text in an array; 0 of other values."""
-    types, texts = pa.types, column.dictionary if isinstance(column, pa.DictionaryArray) else column
+    types, texts = pa.types, column
+    while isinstance(texts, pa.DictionaryArray):
+        texts = texts.dictionary
+    if types.is_fixed_size_binary(texts.type):
+        return int(texts.type.byte_width)
     if types.is_string_view(texts.type) or types.is_binary_view(texts.type):  # Arrow has no function for their lengths
         return max((len(text.as_buffer()) for text in texts if text.is_valid), default=0)
     tests = (types.is_string, types.is_binary, types.is_large_string, types.is_large_binary)

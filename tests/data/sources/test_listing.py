@@ -561,6 +561,19 @@ def test_millions_of_rows_in_a_few_bytes_are_refused_soon(tmp_path, name, text, 
     assert re.search(rf"t\.\w+: {reason}", refusal(tmp_path / name))
 
 
+def test_texts_of_any_length_in_a_table_are_told_in_a_short_sentence(tmp_path):
+    long, path = "a b/" * 1_000_000, tmp_path / "t.jsonl"
+    for row in ({"path": "a.png", "label": "a", "split": long}, {long: 1}, {"path": [long], "label": "a"}):
+        path.write_text(json.dumps(row))
+        assert len(refusal(path)) < 300 + len(str(path))
+    write_table(tmp_path / "t.parquet", pa.table({"image": [b"1"], long: ["a"]}))
+    assert len(refusal(tmp_path / "t.parquet")) < 300 + len(str(path))
+    (tmp_path / "classes.txt").write_text(long)
+    path.write_text('{"path": "a.png", "label": "a"}')
+    said = refusal(path, classes=str(tmp_path / "classes.txt"))
+    assert "classes.txt: a line of 4,000,000 characters" in said
+
+
 def test_lists_of_too_many_classes_are_refused(tmp_path):
     table = pa.table({"image": [b"1", b"2"], "label": [0, 1]})
     names, path = [str(k) for k in range(140_000)], tmp_path / "t.parquet"
