@@ -18,12 +18,18 @@ _MOST_PRODUCTS = 2**39  # of a picture: the largest vision transformers take 2**
 _LARGE = 1024  # bytes of a tensor that says no shape any more
 _VALUES = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
 _ANY_SIDE = 224  # where a graph takes pictures of any
+# Operators that give far more numbers than they get, by the value of one.
+_MAKERS = {
+    "ConstantOfShape", "Expand", "Tile", "Range", "Resize", "Upsample", "Pad", "OneHot", "CenterCropPad", "MaxUnpool",
+    "Col2Im", "AffineGrid", "HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix", "DFT", "STFT",
+    "Optional", "OptionalGetElement", "SequenceConstruct", "SequenceAt", "ConcatFromSequence",
+}  # fmt: skip
 _SEVERAL = 64  # pictures, whose tensors may have so many times as many numbers
 
 
 def check_graph(file: Path) -> None:
     """Raises ConfigError: damage, weights in other files, operators that may not end, and tensors or work far beyond a
-    picture's. Every tensor's shape has to follow from that of the images: what it follows from values has no bound."""
+    picture's. What makes a tensor of any shape has to have it from the images' shape: one from values has no bound."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             raise ConfigError(f"{file}: no regular file")
@@ -41,6 +47,8 @@ def check_graph(file: Path) -> None:
         if math.prod(several.get(name, shape)) > _SEVERAL * math.prod(shape):
             raise ConfigError(f"{file}: a tensor in it grows faster than the number of pictures")
     for node in model.graph.node:
+        if node.op_type not in _MAKERS and node.domain in ("", "ai.onnx"):
+            continue  # as a Reshape to a quotient of numbers of pictures, which inference does not follow
         if lacking := [name for name in node.output if name and (name not in one or name not in several)]:
             raise ConfigError(
                 f"{file}: nothing tells the shape of {lacking[0]!r:.80} ({node.op_type:.40}), so nothing bounds it"
