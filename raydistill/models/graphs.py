@@ -22,8 +22,8 @@ _ANY_SIDE = 224  # where a graph takes pictures of any
 _MAKERS = {
     "ConstantOfShape", "Expand", "Tile", "Range", "Resize", "Upsample", "Pad", "OneHot", "CenterCropPad", "MaxUnpool",
     "Col2Im", "AffineGrid", "HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix", "DFT", "STFT",
-    "Optional", "OptionalGetElement", "SequenceConstruct", "SequenceAt", "ConcatFromSequence",
 }  # fmt: skip
+_BOXES = {"Optional", "OptionalGetElement", "SequenceConstruct", "SequenceAt", "ConcatFromSequence"}  # of tensors
 _SEVERAL = 64  # pictures, whose tensors may have so many times as many numbers
 
 
@@ -46,8 +46,12 @@ def check_graph(file: Path) -> None:
         _refuse_large(shape, file)
         if math.prod(several.get(name, shape)) > _SEVERAL * math.prod(shape):
             raise ConfigError(f"{file}: a tensor in it grows faster than the number of pictures")
+    makers = {name: node for node in model.graph.node for name in node.output}
+    weights = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type not in _MAKERS and node.domain in ("", "ai.onnx"):
+        sizes = node.input if node.op_type in ("ConstantOfShape", "Range") else node.input[1:]
+        is_plain = node.op_type not in _BOXES and node.domain in ("", "ai.onnx")
+        if is_plain and (node.op_type not in _MAKERS or not _follows_values(sizes, makers, weights)):
             continue  # as a Reshape to a quotient of numbers of pictures, which inference does not follow
         if lacking := [name for name in node.output if name and (name not in one or name not in several)]:
             raise ConfigError(
@@ -102,6 +106,21 @@ def _shapes(model: Any, pictures: int) -> dict[str, list[int]]:
         if kind.HasField("shape") and all(side.HasField("dim_value") for side in kind.shape.dim):
             found[value.name] = [side.dim_value for side in kind.shape.dim]
     return found
+
+
+def _follows_values(names: Any, makers: dict[str, Any], weights: set[str]) -> bool:
+    """Whether these follow from what the images show, and not from constants and shapes alone."""
+    waiting, seen = list(names), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if not name or name in seen or name in weights:
+            continue
+        seen.add(name)
+        if (node := makers.get(name)) is None:
+            return True
+        if node.op_type not in ("Shape", "Size"):
+            waiting += node.input
+    return False
 
 
 def _products(node: Any, shapes: dict[str, list[int]]) -> int:
