@@ -705,7 +705,8 @@ def test_the_page_has_the_pictures_that_the_trials_suffice_for(directions, pictu
 
 def test_trials_that_ended_early_are_compared_at_an_epoch_that_all_reached() -> None:
     """Only two come to an end, and those alone would say that the temperature does nothing."""
-    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.NopPruner())
     for number in range(12):
         trial = study.ask()
         first, second = trial.suggest_float("loss.temperature", 1, 9), trial.suggest_float("loss.kd_weight", 0, 1)

@@ -165,7 +165,7 @@ def _in_pieces(batches: Batches, shown: str) -> Batches:
         most = 1
         for name in batch.schema.names:
             if pa.types.is_struct(batch[name].type) and batch[name].null_count < len(batch):
-                row = first + batch[name].is_valid().index(True).as_py()
+                row = first + values(batch[name].is_valid()).index(True)
                 of = "class" if name == "label" else name
                 raise DataError(f"{shown}: row {row}: the {name} is a mapping; write the name of the {of} alone")
             if (most := max(most, longest(batch[name]))) > MOST_BYTES:
