@@ -21,7 +21,7 @@ from raydistill.config import RunConfig
 from raydistill.errors import ConfigError, first_line_of
 from raydistill.runtime.environment import private_folder
 from raydistill.runtime.memory import object_store_bytes
-from raydistill.storage.filesystems import make_private
+from raydistill.storage.local import make_private
 
 logger = logging.getLogger(__name__)
 

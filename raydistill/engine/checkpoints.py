@@ -25,7 +25,8 @@ from torch import nn
 
 from raydistill.errors import CheckpointError, reason_of
 from raydistill.runtime.versions import installed
-from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_links, write_bytes, write_file
+from raydistill.storage.filesystems import FileSystem, open_filesystem, write_bytes, write_file
+from raydistill.storage.local import refuse_links
 from raydistill.storage.state import read_state
 
 logger = logging.getLogger(__name__)

@@ -79,11 +79,7 @@ def evaluate_student(
                 measured["student"][split]["ece_calibrated"] = _calibration_error(
                     logits["student"] / temperature, labels_N, config.evaluate.calibration_bins
                 )
-            answers, bins = {who: Answers.of(v) for who, v in logits.items()}, config.evaluate.calibration_bins
-            confusion = confusion_figure(answers["student"].class_N, labels_N, samples.classes, split)
-            directory.write(f"confusion_{split}.png", confusion)
-            directory.write(f"reliability_{split}.png", reliability_figure(answers, labels_N, bins, split))
-            directory.write(f"per_class_{split}.png", per_class_figure(answers, labels_N, samples.classes, split))
+            _draw(config, samples, split, logits, labels_N, directory)
             predictions.append(_predictions(samples, split, logits))
             advance(len(all_labels))
     teacher_parameters = teacher_speed = None
@@ -112,6 +108,25 @@ def evaluate_student(
     directory.write_json("report.json", asdict(report))
     directory.finish(asdict(report))
     return report
+
+
+def _draw(
+    config: RunConfig,
+    samples: SampleSet,
+    split: str,
+    logits: dict[str, np.ndarray],
+    labels_N: np.ndarray,
+    directory: StageDirectory,
+) -> None:
+    answers, classes = {who: Answers.of(logits_NC) for who, logits_NC in logits.items()}, samples.classes
+    bins = config.evaluate.calibration_bins
+    figures = {
+        "confusion": confusion_figure(answers["student"].class_N, labels_N, classes, split),
+        "reliability": reliability_figure(answers, labels_N, bins, split),
+        "per_class": per_class_figure(answers, labels_N, classes, split),
+    }
+    for name, picture in figures.items():
+        directory.write(f"{name}_{split}.png", picture)
 
 
 def measures(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ...], bins: int) -> dict[str, Any]:

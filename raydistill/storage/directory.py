@@ -17,7 +17,8 @@ from pydantic import BaseModel, NonNegativeFloat, NonNegativeInt
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError, StageError
 from raydistill.runtime.versions import PACKAGES, installed
-from raydistill.storage.filesystems import FileSystem, make_private, open_filesystem, refuse_links, write_bytes
+from raydistill.storage.filesystems import FileSystem, open_filesystem, write_bytes
+from raydistill.storage.local import make_private, refuse_links
 from raydistill.storage.state import read_state
 
 GENERATED = "generated"  # the folder of the classes' own directories

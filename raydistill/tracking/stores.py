@@ -16,7 +16,7 @@ from typing import Any
 from raydistill.config import RunConfig
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
-from raydistill.storage.filesystems import make_private
+from raydistill.storage.local import make_private
 
 _ANSWER_SECONDS, _CONNECT_SECONDS = 5, 10
 _REQUEST_SECONDS = "30"  # MLflow's own are 120, twice, which a command's end would wait for

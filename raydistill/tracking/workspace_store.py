@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import quote
 
 from raydistill.errors import CheckpointError
-from raydistill.storage.filesystems import open_file, refuse_links
+from raydistill.storage.filesystems import open_file
+from raydistill.storage.local import refuse_links
 from raydistill.strangers import one_line
 from raydistill.tracking.stores import UnusableError, engine_of, reason, sqlite_file
 

@@ -1,0 +1,29 @@
+"""Folders of this machine: new ones are this user's alone, and links in a workspace lead nowhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from raydistill.errors import CheckpointError
+
+
+def make_private(folder: str) -> None:
+    """Make a folder of this machine, and what is missing above it. A new one is for this user alone."""
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(folder, mode=0o700)
+
+
+def refuse_links(place: str) -> None:
+    """Raises CheckpointError where a path of this machine, or anything below it, is a link. A workspace may be a
+    stranger's: nothing is read, written or deleted where its links lead."""
+    waiting = [place]
+    while waiting:
+        folder = waiting.pop()
+        if os.path.islink(folder):
+            raise CheckpointError(
+                f"{folder} is a link to {os.readlink(folder)}, and links in a workspace are not followed: delete the "
+                "link, or replace it with what it leads to"
+            )
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            waiting += [entry.path for entry in entries if entry.is_symlink() or entry.is_dir()]
