@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -32,13 +33,13 @@ def load_config(words: Sequence[str], settings: Mapping[str, Any] | None = None)
     value is out of bounds."""
     tree: Any = {}
     remember(word.partition("=")[2] for word in words)
-    for word in words:
+    read = [(word, partial(_read_word, word)) for word in words]
+    read += [(key, partial(nested, key, value)) for key, value in (settings or {}).items()]
+    for what, layer in read:
         try:
-            tree = merged(tree, _read_word(word))
+            tree = merged(tree, layer())
         except TypeError as error:
-            raise ConfigError(f"{word}: does not fit what it is laid over: {error}") from None
-    for key, value in (settings or {}).items():
-        tree = merged(tree, nested(key, value))
+            raise ConfigError(f"{what}: does not fit what it is laid over: {error}") from None
     remember(texts(tree))
     return _validated(tree)
 
@@ -90,11 +91,13 @@ def is_job(word: str) -> bool:
     ending = PurePosixPath(word.rstrip("/")).suffix.lower()
     if ending in (".yaml", ".yml", ".json"):
         return True
-    return not os.path.isdir(word) and "://" not in word and not (ending and os.path.exists(word))
+    is_place = "://" in word or word.startswith("example:")
+    return not is_place and not os.path.isdir(word) and not (ending and os.path.exists(word))
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """The tree of one dotted key."""
+    """The tree of one dotted key. A path is its text."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     for part in reversed(key.split(".")):
         value = {part: value}
     tree: dict[str, Any] = value

@@ -7,17 +7,18 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from raydistill.config import Images
 from raydistill.errors import ConfigError, DataError
 from raydistill.inference.answers import best
 from raydistill.inference.predict import Predictor, find_units
 from raydistill.models.formats import network_inputs
+from raydistill.storage.filesystems import read_file
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _FILES = ("raydistill.json", "config.json", "*.safetensors", "*.safetensors.index.json")
@@ -53,7 +54,7 @@ class Student(nn.Module):
         return logits_BC
 
     def preprocess(self, picture: Picture) -> torch.Tensor:
-        """(3, S, S) float32, as in training. Raises DataError where the picture cannot be used."""
+        """(3, S, S) float32, as in training. Raises DataError where the picture cannot be used, OSError of its file."""
         image = self._predictor.working_image(_bytes_of(picture))
         return torch.from_numpy(network_inputs(image[None], self._predictor.preprocessing, False)[0])
 
@@ -94,7 +95,7 @@ def load_student(place: str) -> Student:
 def _bytes_of(picture: Picture) -> bytes:
     """A file's bytes; of a PIL image or an array those of a lossless file of it, so that all take one way."""
     if isinstance(picture, str | os.PathLike):
-        return Path(picture).read_bytes()
+        return read_file(os.fspath(picture), Images.model_fields["max_bytes"].default)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
             raise DataError(f"an array of {picture.dtype} and shape {picture.shape}: use uint8, (H, W) or (H, W, 3)")

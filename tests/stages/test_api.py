@@ -96,6 +96,8 @@ def test_settings_are_those_of_the_command_line(class_folders) -> None:
         rd.distill(folder, student="timm:resnet10t", **{"distill.epoch": 3})
     with pytest.raises(ConfigError, match=r"distill\.epochs=0"):
         rd.check(folder, distill={"epochs": 0})
+    with pytest.raises(ConfigError, match=r"distill\.epochs: does not fit"):
+        rd.check(folder, **{"distill": "long", "distill.epochs": 3})
     with pytest.raises(ConfigError, match="no such folder"):
         rd.distill(folder, teacher="resnet10t")
     with pytest.raises((ConfigError, DataError), match="nothing"):
@@ -117,6 +119,8 @@ def test_a_folder_is_the_images_and_yaml_is_the_job(class_folders, tmp_path, mon
     assert load_config(["images"]).images.path == "images"
     assert load_config(["pictures.csv"]).images.path == "pictures.csv"
     assert load_config(["s3://bucket/images"]).images.path == "s3://bucket/images"
+    assert load_config(["example:elpv"]).images.path == "example:elpv"
+    assert load_config([str(folder)], {"workspace": tmp_path / "runs"}).workspace == str(tmp_path / "runs")
     both = load_config(["job.yaml", "./images", "seed=4"])
     assert (both.images.path, both.seed) == ("./images", 4)
     with pytest.raises(ConfigError, match="folder of images"):
