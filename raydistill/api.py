@@ -97,6 +97,7 @@ class Run:
 
 def distill(
     images: Path,
+    /,
     teacher: str | Mapping[str, Any] | None = None,
     student: str | Mapping[str, Any] | None = None,
     *,
@@ -107,12 +108,13 @@ def distill(
 
     `teacher` and `student` are models, as `timm:resnet10t`, or their whole sections. `settings` are the keys of the
     job, nested or dotted: `distill={"epochs": 30}`, `**{"loss.temperature": 2}`, `workspace="runs"`. `keys()` lists
-    them. With `progress=False` nothing is printed.
+    them. With `progress=False` no progress is printed.
 
     Raises ConfigError and DataError where the job cannot work, UselessStudentError where the student is at chance
     (export.allow_useless), StageError where a stage fails.
     """
-    config = _config(images, teacher, student, settings)
+    given = {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}
+    config = _config(images, {**given, **settings})
     from raydistill.run import run_stages
 
     with _ONE:
@@ -120,35 +122,41 @@ def distill(
     return Run(config, outcome)
 
 
-def check(images: Path, *, strict: bool = False, progress: bool = True, **settings: Any) -> Checkup:
+def check(images: Path, /, *, strict: bool = False, progress: bool = True, **settings: Any) -> Checkup:
     """Look at every image, as `raydistill check` does: what would stop a run, and what deserves a look. Writes nothing.
 
-    Raises ConfigError, DataError.
+    `settings` as for `distill`, here and below. Raises ConfigError, DataError.
     """
-    config = _config(images, None, None, settings)
+    config = _config(images, settings, trains=False)
     from raydistill.doctor.images import check_images
 
-    return check_images(config, _progress(progress), strict)
+    checkup = check_images(config, _progress(progress), strict)
+    if checkup.is_interrupted:  # which tells of the images before
+        raise KeyboardInterrupt
+    return checkup
 
 
-def compare(images: Path, *, learning_curve: bool = False, progress: bool = True, **settings: Any) -> Comparison:
-    """Train the student in several ways over several seeds (`compare.arms`, `compare.seeds`) and say which to ship.
+def compare(
+    images: Path, /, *, learning_curve: bool = False, progress: bool = True, **settings: Any
+) -> tuple[Comparison, str]:
+    """Train the student in several ways over several seeds (`compare.arms`, `compare.seeds`) and say which to ship; and
+    the folder of tables and figures.
 
     Raises RaydistillError.
     """
-    config = _config(images, None, None, settings)
+    config = _config(images, settings)
     from raydistill.search.compare import compare_arms
 
     with _ONE:
-        return compare_arms(config, _progress(progress), learning_curve)[0]
+        return compare_arms(config, _progress(progress), learning_curve)
 
 
-def tune(images: Path, space: Path, *, progress: bool = True, **settings: Any) -> Search:
+def tune(images: Path, space: Path, /, *, progress: bool = True, **settings: Any) -> Search:
     """Search the settings of a space, a file such as `tune_spaces/loss.yaml`, and confirm the best with new seeds.
 
     Raises RaydistillError.
     """
-    config = _config(images, None, None, {**settings, "tune.space": str(space)})
+    config = _config(images, {**settings, "tune.space": space})
     from raydistill.search.tune import tune_job
 
     with _ONE:
@@ -172,23 +180,22 @@ def keys(word: str = "") -> list[Key]:
     return list(describe_keys(word))
 
 
-def _config(
-    images: Path,
-    teacher: str | Mapping[str, Any] | None,
-    student: str | Mapping[str, Any] | None,
-    settings: Mapping[str, Any],
-) -> RunConfig:
+def _config(images: Path, settings: Mapping[str, Any], trains: bool = True) -> RunConfig:
+    """What trains needs the job's models and cluster, which are looked at first."""
+    import os
+
     from raydistill.config import load_config
     from raydistill.preflight import refuse_early
     from raydistill.runtime.environment import prepare_environment
 
     prepare_environment()
-    tree: dict[str, Any] = {}
-    for name, model in (("teacher", teacher), ("student", student)):
-        if model is not None:
-            tree[name] = {"model": model} if isinstance(model, str) else dict(model)
-    config = load_config([str(images)], {**tree, **settings})
-    refuse_early(config)
+    # A folder may have any name, as `day=1`, which among the words of a command is a setting.
+    place = os.path.expanduser(images)
+    words, under = ([], {"images.path": place}) if os.path.isdir(place) else ([place], {})
+    models = {name: {"model": settings[name]} for name in ("teacher", "student") if isinstance(settings.get(name), str)}
+    config = load_config(words, {**under, **settings, **models})
+    if trains:
+        refuse_early(config)
     return config
 
 

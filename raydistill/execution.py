@@ -11,7 +11,7 @@ from raydistill.cluster.plan import Plan, local_plan
 from raydistill.cluster.session import RayStart
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
-from raydistill.graph import Stage, Work
+from raydistill.graph import STAGES, Work
 from raydistill.results import Outcome
 from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import StageDirectory
@@ -27,7 +27,7 @@ class Execution:
         self.config, self.progress, self.work, self.tracker = config, progress, work, tracker
         self.outcome = Outcome()
         self._ray = ray
-        self._settings: dict[str, Any] = {}
+        self.stage = STAGES[0]  # which works now
 
     @property
     def samples(self) -> SampleSet:
@@ -41,12 +41,8 @@ class Execution:
         return self.outcome.adapted.path
 
     def plan(self) -> Plan:
-        """Who gets what. Waits for Ray, where a stage of this command needs it."""
-        return self._ray.plan() if self.work.needs_ray else local_plan(self.config)
-
-    def begin_stage(self, stage: Stage) -> None:
-        """What follows is the stage's work, and is recorded under the settings that decide it."""
-        self._settings = self.config.model_dump(mode="json", include=set(stage.settings))
+        """Who gets what. Waits for Ray, where this stage needs it."""
+        return self._ray.plan() if self.stage.needs_ray(self.config) else local_plan(self.config)
 
     def result(self, directory: StageDirectory, work: Callable[[Any], object]) -> dict[str, Any]:
         """The result in a directory: of an earlier command, of another command that works on it now, or of `work` here,
@@ -66,7 +62,8 @@ class Execution:
     def _do(self, directory: StageDirectory, work: Callable[[Any], object]) -> dict[str, Any]:
         started, progress = time.monotonic(), self.progress
         images_again, seconds_again = progress.images_again, progress.seconds_again
-        with self.tracker.child(directory.stage, directory.name, self._settings) as record:
+        settings = self.config.model_dump(mode="json", include=set(self.stage.settings))
+        with self.tracker.child(directory.stage, directory.name, settings) as record:
             with billed(self.config) as nodes:
                 work(record)
             done = directory.done()

@@ -47,7 +47,7 @@ def run_stages(
             execution = Execution(config, progress, work, ray, tracker)
             for stage in STAGES:
                 if stage.name in work.directories:
-                    execution.begin_stage(stage)
+                    execution.stage = stage
                     module, _, function = stage.function.partition(":")
                     getattr(import_module(module), function)(execution)
             outcome = execution.outcome

@@ -24,6 +24,5 @@ def list_keys(
     if not found:
         raise ConfigError(f"no key has {word!r} in its name or meaning; `raydistill keys` lists all")
     for key in found:
-        head, _, rest = str(key).partition("). ")
-        console.print(f"{head})", markup=False, soft_wrap=True)
-        console.print(Padding(rest, (0, 0, 0, 4)), markup=False)
+        console.print(key.head, markup=False, soft_wrap=True)
+        console.print(Padding(key.meaning, (0, 0, 0, 4)), markup=False)

@@ -32,9 +32,14 @@ class Key:
     values: str  # the type and the bounds, in words
     meaning: str
 
-    def __str__(self) -> str:
+    @property
+    def head(self) -> str:
+        """All but its meaning."""
         default = "required" if self.default is ... else json.dumps(self.default, default=str)
-        return f"{self.name} = {default} ({self.values}). {self.meaning}"
+        return f"{self.name} = {default} ({self.values})"
+
+    def __str__(self) -> str:
+        return f"{self.head}. {self.meaning}"
 
 
 def describe_keys(word: str = "") -> Iterator[Key]:
@@ -63,7 +68,7 @@ def _in_words(bound: Any) -> str:
     if isinstance(bound, FieldInfo):
         return ", ".join(filter(None, map(_in_words, bound.metadata)))
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    return ", ".join(f"{sign} {getattr(bound, name):g}" for name, sign in signs.items() if hasattr(bound, name))
+    return ", ".join(f"{sign} {getattr(bound, name):,}" for name, sign in signs.items() if hasattr(bound, name))
 
 
 def _type_words(annotation: Any) -> str:
@@ -111,7 +116,7 @@ def suggest_key(dotted: str) -> str:
     for names in (beside, anywhere):
         if near := difflib.get_close_matches(leaf, names, n=1, cutoff=0.75):
             return f"; did you mean {'.'.join(names[near[0]]).lstrip('.')}?"
-    return "; `raydistill show` lists the keys there are"
+    return "; `raydistill keys` lists them"
 
 
 def user_keys(location: tuple[int | str, ...]) -> list[str]:

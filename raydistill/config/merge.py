@@ -73,6 +73,7 @@ def merged(under: Any, over: Any) -> Any:
 
 def _read_word(word: str) -> Any:
     key, equals, value = word.partition("=")
+    word = os.path.expanduser(word)
     if not equals or "/" in key:
         if is_job(word):
             return read_mapping(word, "give a job file, an overlay, key=value, or a folder of images")
@@ -89,10 +90,12 @@ def is_job(word: str) -> bool:
     """Whether a word names a job file or an overlay, and not the images: YAML and JSON are jobs, and so is what has no
     ending and is no folder, which is told what it should be."""
     ending = PurePosixPath(word.rstrip("/")).suffix.lower()
+    if os.path.isdir(word):
+        return False
     if ending in (".yaml", ".yml", ".json"):
         return True
     is_place = "://" in word or word.startswith("example:")
-    return not is_place and not os.path.isdir(word) and not (ending and os.path.exists(word))
+    return not is_place and not (ending and os.path.exists(word))
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:

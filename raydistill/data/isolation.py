@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import select
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
@@ -39,16 +40,19 @@ class Killed(str):
     """In the place of an item's result: the reason to refuse the item."""
 
 
-def run_isolated(work: Work[I, T], items: Sequence[I]) -> list[T | Killed]:
+def run_isolated(work: Work[I, T], items: Sequence[I], at_work: set[_Process] | None = None) -> list[T | Killed]:
     """The work's result for each item, in order. An item is Killed once signals have ended two processes that had it
-    alone: somebody else may have sent one. `work`, items and results are pickled. Each calling thread has its process.
+    alone: somebody else may have sent one. `work`, items and results are pickled. Each calling thread has its process,
+    which stands in `at_work` meanwhile.
 
     Raises what the work raises, and StageError where a process ends in another way.
     """
     found, deaths, together = list[T | Killed](), 0, len(items)
+    at_work = set() if at_work is None else at_work
     while len(found) < len(items):
         some = items[len(found) : len(found) + together]
         process = _idle_or_new()
+        at_work.add(process)
         try:
             process.pipe.send((work, some))
             results, error = process.pipe.recv()
@@ -66,10 +70,13 @@ def run_isolated(work: Work[I, T], items: Sequence[I]) -> list[T | Killed]:
             process.end()
             raise
         else:
+            at_work.discard(process)  # before another caller has it
             _idle.append(process)
             if error is not None:
                 raise error
             found, deaths = found + results, 0
+        finally:
+            at_work.discard(process)
     return found
 
 
@@ -77,19 +84,25 @@ def map_isolated(
     work: Work[I, T], parts: Iterable[Sequence[I]], count: int
 ) -> Generator[tuple[Sequence[I], list[T | Killed]]]:
     """Each part and what `run_isolated` gives of it, in order, `count` at once and as many ahead. When the caller
-    leaves early, as on an interruption, the processes end."""
+    leaves early, as on an interruption, the processes that are at work on them end, and those of no other caller."""
+    at_work = set[_Process]()
     waiting = deque[tuple[Sequence[I], Future[list[T | Killed]]]]()
     with ThreadPoolExecutor(count) as pool:
         try:
-            for part in parts:
-                waiting.append((part, pool.submit(run_isolated, work, part)))
-                if len(waiting) >= 2 * count:
-                    yield waiting[0][0], waiting.popleft()[1].result()
-            while waiting:
-                yield waiting[0][0], waiting.popleft()[1].result()
+            for part in itertools.chain(parts, itertools.repeat(None)):
+                if part is not None:
+                    waiting.append((part, pool.submit(run_isolated, work, part, at_work)))
+                elif not waiting:
+                    return
+                if part is None or len(waiting) >= 2 * count:
+                    done, results = waiting[0][0], waiting[0][1].result()  # it stays in `waiting` until it is there
+                    waiting.popleft()
+                    yield done, results
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            end_processes()
+            begun = [future for _, future in waiting if not future.cancel()]
+            while wait(begun, timeout=0.05).not_done:  # one may have no process yet
+                for process in list(at_work):
+                    process.stop()
             raise
 
 

@@ -39,9 +39,12 @@ _TOGETHER, _HELD_BYTES = 64, 64 << 20
 
 
 class Predictor:
-    """An exported student, loaded. Raises ConfigError where the folder is none, or lacks the engine's file."""
+    """An exported student, loaded. It decodes in `decoders` processes, or in one for each core.
 
-    def __init__(self, folder: str, engine: Engine = "onnx", threads: int = 0) -> None:
+    Raises ConfigError where the folder is none, or lacks the engine's file.
+    """
+
+    def __init__(self, folder: str, engine: Engine = "onnx", threads: int = 0, decoders: int | None = None) -> None:
         about = check_export(folder, engine)
         wanted, self._image = about["preprocessing"], about["image"]
         self._decode = partial(working_images, **{key: self._image[key] for key in ("size", "fit", "max_pixels")})
@@ -49,9 +52,11 @@ class Predictor:
         self.preprocessing = Preprocessing(
             wanted["size"], tuple(wanted["mean"]), tuple(wanted["std"]), wanted["interpolation"]
         )
+        self.most_bytes: int = self._image["max_bytes"]
         side = max(wanted["size"], self._image["size"])
         # Pictures that go through the network as one batch, each held as bytes and as numbers.
         self.most_together = max(1, min(_TOGETHER, _HELD_BYTES // (15 * side**2)))
+        self._decoders = decoders or num_cores()
         self._from_pixels = engine == "onnx" and about["input"] == "pixels"
         if engine == "torch":
             self.network = load_from_library(Path(folder), about["library"] == "timm")
@@ -77,22 +82,22 @@ class Predictor:
     def answer(self, units: Sequence[Unit]) -> Iterator[Answer]:
         """One for each picture, in order. A picture that cannot be read, or kills the process that decodes it, harms no
         other."""
-        most_bytes = self._image["max_bytes"]
-        return self._answers(picture for unit in _merged(units) for picture in _read(unit, most_bytes))
+        return self.answer_bytes(read_units(units, self.most_bytes))
 
-    def answer_bytes(self, pictures: Iterable[tuple[str, bytes]]) -> Iterator[Answer]:
-        """The same of pictures' names and bytes."""
-        return self._answers((name, data, "") for name, data in pictures)
-
-    def _answers(self, pictures: Iterable[tuple[str, bytes | None, str]]) -> Iterator[Answer]:
+    def answer_bytes(self, pictures: Iterable[tuple[str, bytes | None, str]]) -> Iterator[Answer]:
+        """The same of pictures' names and bytes, or None and why there are none."""
         for part in _together(pictures, self.most_together):
-            cores = num_cores()
-            files = chunks((data or b"" for _, data, _ in part), max(1, len(part) // (4 * cores)))
-            made = [image for _, some in map_isolated(self._decode, files, cores) for image in some]
+            files = chunks((data or b"" for _, data, _ in part), max(1, len(part) // (4 * self._decoders)))
+            made = [image for _, some in map_isolated(self._decode, files, self._decoders) for image in some]
             images = [image for image in made if not isinstance(image, str)]
             found = iter(self.probabilities(np.stack(images)) if images else ())
             for (name, _, reason), image in zip(part, made, strict=True):
                 yield Answer(name, None, reason or image) if isinstance(image, str) else Answer(name, next(found))
+
+
+def read_units(units: Sequence[Unit], most_bytes: int) -> Iterator[tuple[str, bytes | None, str]]:
+    """The name and the bytes of each picture, or None and why there are none."""
+    return (picture for unit in _merged(units) for picture in _read(unit, most_bytes))
 
 
 def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> list[Unit]:
@@ -173,7 +178,7 @@ class _PredictActor:
     def __init__(self, folder: str, engine: Engine, tries: Any) -> None:
         torch.set_num_threads(1)
         self._tries = tries
-        self._predictor = Predictor(folder, engine, threads=1)
+        self._predictor = Predictor(folder, engine, threads=1, decoders=1)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         from raydistill.cluster.restarts import trying

@@ -5,25 +5,27 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
-from raydistill.config import Images
-from raydistill.errors import ConfigError, DataError
-from raydistill.inference.answers import best
-from raydistill.inference.predict import Predictor, find_units
+from raydistill.errors import ConfigError, DataError, first_line_of, reason_of
+from raydistill.inference.answers import Answer, best
+from raydistill.inference.predict import Predictor, find_units, read_units
+from raydistill.models.about import ABOUT_FILE, read_about
 from raydistill.models.formats import network_inputs
 from raydistill.storage.filesystems import read_file
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _FILES = ("raydistill.json", "config.json", "*.safetensors", "*.safetensors.index.json")
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray
-Pictures = Picture | Sequence[Picture]
+_PICTURE = (str, os.PathLike, Image.Image, np.ndarray, bytes)
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray | bytes
+Pictures = Picture | Iterable[Picture]
 
 
 @dataclass(frozen=True)
@@ -55,26 +57,39 @@ class Student(nn.Module):
 
     def preprocess(self, picture: Picture) -> torch.Tensor:
         """(3, S, S) float32, as in training. Raises DataError where the picture cannot be used, OSError of its file."""
-        image = self._predictor.working_image(_bytes_of(picture))
+        if isinstance(picture, str | os.PathLike):
+            data = read_file(os.fspath(picture), self._predictor.most_bytes)
+        else:
+            data = _bytes_of(picture)
+        image = self._predictor.working_image(data)
         return torch.from_numpy(network_inputs(image[None], self._predictor.preprocessing, False)[0])
 
     def predict(self, pictures: Pictures) -> list[Prediction]:
         """One for each picture, in order: of paths, folders and files of many images as `raydistill predict` reads
-        them, of PIL images, and of uint8 arrays (H, W) or (H, W, 3 or 4)."""
-        some = pictures if isinstance(pictures, Sequence) and not isinstance(pictures, str) else [pictures]
-        return [prediction for number, picture in enumerate(some) for prediction in self._of(picture, number)]
+        them, of PIL images, of uint8 arrays (H, W) or (H, W, 3 or 4), and of files' bytes. It is computed in eval mode,
+        where the network lies. Raises DataError where there is nothing at a path, TypeError of what is no picture."""
+        some = [pictures] if isinstance(pictures, _PICTURE) else list(pictures)
+        was_training = self.training
+        self.eval()
+        try:
+            return list(map(self._prediction, self._predictor.answer_bytes(self._read(some))))
+        finally:
+            self.train(was_training)
 
-    def _of(self, picture: Picture, number: int) -> list[Prediction]:
-        if isinstance(picture, str | os.PathLike):
-            answers = self._predictor.answer(find_units([os.fspath(picture)]))
-        else:
-            answers = self._predictor.answer_bytes([(f"picture {number}", _bytes_of(picture))])
-        found = []
-        for answer in answers:
-            ranked = {name: probability for name, _, probability in best(answer, self.classes, 0)}
-            label = next(iter(ranked), None)
-            found.append(Prediction(answer.name, label, ranked.get(label or "", 0.0), ranked, answer.error))
-        return found
+    def _read(self, pictures: Sequence[Any]) -> Iterator[tuple[str, bytes | None, str]]:
+        for number, picture in enumerate(pictures):
+            if isinstance(picture, str | os.PathLike):
+                yield from read_units(find_units([os.fspath(picture)]), self._predictor.most_bytes)
+                continue
+            try:
+                yield f"picture {number}", _bytes_of(picture), ""
+            except DataError as error:
+                yield f"picture {number}", None, str(error)
+
+    def _prediction(self, answer: Answer) -> Prediction:
+        ranked = {name: probability for name, _, probability in best(answer, self.classes, 0)}
+        label = next(iter(ranked), None)
+        return Prediction(answer.name, label, ranked.get(label or "", 0.0), ranked, answer.error)
 
 
 def load_student(place: str) -> Student:
@@ -82,25 +97,37 @@ def load_student(place: str) -> Student:
     name = place.removeprefix("hf:")
     if os.path.exists(place) or not _REPOSITORY.fullmatch(name):
         return Student(place)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
+        # First of all, or a wrong name would fetch any model's weights.
+        read_about(os.path.dirname(hf_hub_download(name, ABOUT_FILE)))
         return Student(snapshot_download(name, allow_patterns=list(_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{place}: no such folder, and none on the hub that can be read ({reason})") from None
+    except EntryNotFoundError:
+        raise ConfigError(f"{place}: no such folder, and what the hub has is no exported student") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ConfigError(
+            f"{place}: no such folder, and none on the hub that can be read ({first_line_of(error)})"
+        ) from None
 
 
-def _bytes_of(picture: Picture) -> bytes:
-    """A file's bytes; of a PIL image or an array those of a lossless file of it, so that all take one way."""
-    if isinstance(picture, str | os.PathLike):
-        return read_file(os.fspath(picture), Images.model_fields["max_bytes"].default)
+def _bytes_of(picture: Any) -> bytes:
+    """Those of a lossless file of it, so that all pictures take one way. Raises DataError, TypeError."""
+    if isinstance(picture, bytes):
+        return picture
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
+        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,), (4,)):
             raise DataError(f"an array of {picture.dtype} and shape {picture.shape}: use uint8, (H, W) or (H, W, 3)")
-        picture = Image.fromarray(picture)
+    elif not isinstance(picture, Image.Image):
+        raise TypeError(f"{type(picture).__name__}: use a path, a PIL image, a uint8 array, or a file's bytes")
     sink = io.BytesIO()
-    lossless = "PNG" if picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16") else "TIFF"
-    picture.save(sink, lossless, exif=picture.getexif())
+    try:
+        image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+            image.save(sink, "PNG", exif=image.getexif())
+        else:
+            image.save(sink, "TIFF", exif=image.getexif(), compression="raw")
+    except Exception as error:  # Pillow's own, of many classes
+        raise DataError(f"cannot be read: {reason_of(error)}") from None
     return sink.getvalue()

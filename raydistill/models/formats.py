@@ -210,7 +210,11 @@ def onnx_run(file: Path, threads: int = 0) -> Run:
 def torch_run(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:
     @torch.inference_mode()
     def run(inputs: np.ndarray) -> np.ndarray:
-        return network(torch.from_numpy(inputs)).float().numpy()
+        tensor = torch.from_numpy(inputs)
+        weights = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+        if weights is not None and tensor.is_floating_point():
+            tensor = tensor.to(weights)  # where it lies, and in its precision
+        return network(tensor).float().cpu().numpy()
 
     return run
 

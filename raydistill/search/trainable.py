@@ -94,7 +94,7 @@ def _train(work: TrialWork, report: Callable[[dict[str, Any]], None]) -> dict[st
     quiet = Progress(Console(quiet=True))
     with held(directory, quiet.line) as is_to_do:  # a run of the same settings may train it too
         if is_to_do:
-            for record in read_epochs(directory.path)[: latest_step(directory.path) // job.steps_per_epoch]:
+            for record in read_epochs(directory.path, latest_step(directory.path) // job.steps_per_epoch):
                 on_epoch(record)
             started = time.monotonic()
             student = distill_student(job, directory, work.plan, quiet, on_epoch)

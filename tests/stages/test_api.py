@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -60,24 +61,39 @@ def test_a_run_gives_its_numbers_its_page_and_its_student(run, words, image_fold
         )
         assert answer.label == max(answer.probabilities, key=answer.probabilities.get)
     assert rd.load(run.path).predict(files[0])[0].probabilities == answers[0].probabilities
-    assert run.predict(image_folder / "red" / "cut.png")[0].error
+    mixed = run.predict(
+        iter([files[0], np.zeros((8, 8, 5), np.uint8), files[1].read_bytes(), image_folder / "red" / "cut.png"])
+    )
+    assert [bool(one.error) for one in mixed] == [False, True, False, True]
+    assert [mixed[0].probabilities, mixed[2].probabilities] == [one.probabilities for one in answers[:2]]
+    student = run.student.train().double()
+    again = student.predict(files)
+    assert student.training, "it is left as it was"
+    assert again == student.predict(files), "and nothing in it has changed"
+    assert [one.label for one in again] == [one.label for one in answers]
+    student.float().eval()
 
 
 @pytest.mark.cluster
 def test_two_threads_share_one_result(run, workspace, tmp_path) -> None:
     job = tmp_path / "same.yaml"
     job.write_text(json.dumps(run.config.model_dump(mode="json")))
+    shutil.rmtree(run.outcome.directories["evaluate"])  # which the first of them does again, and the other finds
     with ThreadPoolExecutor(2) as pool:
         again = list(pool.map(lambda _: rd.distill(job, progress=False), range(2)))
     assert [one.outcome.student for one in again] == [run.outcome.student] * 2
-    assert set(again[0].outcome.seconds.values()) == {0.0}, "nothing is done again"
+    assert sorted(one.outcome.seconds["evaluate"] > 0 for one in again) == [False, True], "one has done it"
 
 
 @pytest.mark.cluster
-def test_a_script_needs_no_guard(run, tmp_path) -> None:
+def test_a_script_needs_no_guard(run, image_folder, tmp_path) -> None:
     (tmp_path / "same.yaml").write_text(json.dumps(run.config.model_dump(mode="json")))
     script = tmp_path / "script.py"
-    script.write_text("import raydistill as rd\nprint(rd.distill('same.yaml').metrics['val_accuracy'])\n")
+    shutil.rmtree(run.outcome.directories["teach"])  # so that Ray and isolated processes start
+    script.write_text(
+        "import raydistill as rd\nrun = rd.distill('same.yaml')\n"
+        f"assert run.predict({str(image_folder)!r})\nprint(run.metrics['val_accuracy'])\n"
+    )
     ended = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert float(ended.stdout.splitlines()[-1]) == run.metrics["val_accuracy"]
     assert "distill   done before" in ended.stdout
@@ -102,6 +118,13 @@ def test_settings_are_those_of_the_command_line(class_folders) -> None:
         rd.distill(folder, teacher="resnet10t")
     with pytest.raises((ConfigError, DataError), match="nothing"):
         rd.check(folder / "nothing", progress=False)
+
+
+def test_a_folder_of_any_name_and_a_teacher_by_its_name(class_folders) -> None:
+    root = class_folders({"a/cat": 3, "a/dog": 3})
+    folder = (root / "a").rename(root / "day=1")
+    found = rd.check(folder, progress=False, teacher="timm:not_there", images={"size": 16})
+    assert sum(sum(counts.values()) for counts in found.counts.values()) == 6
 
 
 def test_check_tells_what_would_stop_a_run(class_folders) -> None:
@@ -132,6 +155,6 @@ def test_keys_tell_default_values_and_meaning() -> None:
     found = {key.name: key for key in rd.keys("")}
     assert found.keys() == leaves
     assert all(key.meaning for key in found.values() if key.name != "name")
-    assert "≥ 8, ≤ 2048" in str(found["images.size"])
+    assert "≥ 8, ≤ 2,048" in str(found["images.size"])
     assert str(found["images.fit"]).startswith('images.fit = "crop" (crop | pad)')
     assert {key.name for key in rd.keys("TEMPERATURE")} >= {"loss.temperature"}
