@@ -92,8 +92,8 @@ def redacted_tree(value: Any, hide: Callable[[str], str] = redacted) -> Any:
 
 
 def on_page(value: Any) -> Any:
-    """For Jinja's `finalize`: each text of a template, redacted and printable. Pictures and finished markup stay."""
-    return printable(redacted(value)) if type(value) is str and not value.startswith("data:") else value
+    """For Jinja's `finalize`: each text of a template, redacted and printable. What is markup already stays."""
+    return printable(redacted(value)) if type(value) is str else value
 
 
 def has_secret(value: str) -> bool:

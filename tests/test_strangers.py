@@ -145,6 +145,11 @@ def test_a_page_shows_a_name_as_text(case: str) -> None:
     assert re.findall(r"<\s*/?\s*(\w+)", page) == ["p", "p"]
 
 
+def test_a_name_that_looks_like_a_picture_keeps_no_secret() -> None:
+    environment = jinja2.Environment(autoescape=True, finalize=on_page)
+    assert "hunter2" not in environment.from_string("{{ name }}").render(name="data:https://me:hunter2@host/?x")
+
+
 LINKED = re.compile("http|www|@")
 MARKS = [
     *HOSTILE.values(), "a|b", "`code`", "a ``b", "[x](http://evil.example)", "![x](http://evil.example/pixel.png)",

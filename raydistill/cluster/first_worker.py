@@ -18,11 +18,15 @@ _SECONDS_OF_A_START = 40.0  # Ray itself ends one that has not reported after a 
 def refuse_dying_workers(logs: Path) -> None:
     """Raises StageError with what the first worker process died of, or could not load, and where its log is. Later work
     gets the same process."""
-    raylet = next(child for child in psutil.Process().children() if child.name() == "raylet")
+    raylet = next(
+        (child for child in psutil.Process().children() if _words(child).split(" ")[0].endswith("raylet")), None
+    )
+    if raylet is None:
+        raise StageError(f"Ray ended as it started: {_last_line(logs, []) or 'without a word'}; its logs are in {logs}")
     born, began = dict[int, float](), time.monotonic()
     asked = ray.remote(num_cpus=0, max_retries=0)(_answer).remote()
     while not ray.wait([asked], timeout=_SECONDS_BETWEEN_LOOKS)[0]:
-        now, alive = time.monotonic(), {child.pid: words for child in raylet.children() if (words := _words(child))}
+        now, alive = time.monotonic(), {child.pid: words for child in _children(raylet) if (words := _words(child))}
         dead = [pid for pid, since in born.items() if pid not in alive and now - since < _SECONDS_OF_A_START]
         if dead or (not born and now - began > _SECONDS_WITHOUT_ANY):
             said = _last_line(logs, dead) or "without a word, as where memory runs out"
@@ -38,6 +42,14 @@ def refuse_dying_workers(logs: Path) -> None:
 
 def _answer() -> None:
     """What a worker does first: to load raydistill."""
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    """None where it has ended; who asks Ray then is told."""
+    try:
+        return process.children()
+    except psutil.Error:
+        return []
 
 
 def _words(process: psutil.Process) -> str:

@@ -50,30 +50,30 @@ def inspect_nodes(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Findin
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     root, mark, places = workspace_root(config), uuid.uuid4().hex, _places(config)
-    write_bytes(f"{root}/.seen-{mark}", mark.encode())
-    look = ray.remote(num_cpus=0, max_retries=2)(_inspect)
-    asked = {
-        node["NodeID"]: look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-        ).remote(root, mark, node["NodeID"], places)
-        for node in nodes
-    }
-    findings, seen = [], {}
-    for node in nodes:
-        try:
-            seen[node["NodeID"]] = ray.get(asked[node["NodeID"]], timeout=_SECONDS)
-        except Exception as error:  # Ray's errors, or whatever its worker failed of
-            lines = [line for line in str(error).strip().splitlines() if line.strip()]
-            found = f"runs no task ({lines[-1] if lines else type(error).__name__})"
-            advice = "install raydistill there: see its log, `ray logs cluster`"
-            findings.append(Finding(_name(node), found, advice))
     fs, folder = open_filesystem(root)
+    findings, seen = [], {}
     try:
+        write_bytes(f"{root}/.seen-{mark}", mark.encode())
+        look = ray.remote(num_cpus=0, max_retries=2)(_inspect)
+        asked = {
+            node["NodeID"]: look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+            ).remote(root, mark, node["NodeID"], places)
+            for node in nodes
+        }
+        for node in nodes:
+            try:
+                seen[node["NodeID"]] = ray.get(asked[node["NodeID"]], timeout=_SECONDS)
+            except Exception as error:  # Ray's errors, or whatever its worker failed of
+                lines = [line for line in str(error).strip().splitlines() if line.strip()]
+                found = f"runs no task ({lines[-1] if lines else type(error).__name__})"
+                advice = "install raydistill there: see its log, `ray logs cluster`"
+                findings.append(Finding(_name(node), found, advice))
         findings += _versions(nodes, seen)
         findings += _workspace(config, nodes, seen, {node: fs.exists(f"{folder}/.seen-{mark}-{node}") for node in seen})
         findings += _unseen(nodes, seen, places)
     finally:
-        for path in [f"{folder}/.seen-{mark}", *(f"{folder}/.seen-{mark}-{node}" for node in seen)]:
+        for path in [f"{folder}/.seen-{mark}", *(f"{folder}/.seen-{mark}-{node['NodeID']}" for node in nodes)]:
             fs.remove(path)
     return findings
 

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import tenacity
 from packaging.requirements import Requirement
 
 from raydistill.cluster.upload import Package
@@ -168,11 +169,20 @@ def follow(client: Any, name: str, write: Callable[[str], object]) -> int:
     written = 0
     while True:
         written = asyncio.run(_tail(client, name, written, write))
-        info = client.get_job_info(name)
+        info = _asked(client, name)
         if info.status.is_terminal():
             asyncio.run(_tail(client, name, written, write))  # what came between the two
             return exit_code(info)
         time.sleep(1)
+
+
+@tenacity.retry(
+    retry=tenacity.retry_if_exception_type(OSError), wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
+    stop=tenacity.stop_after_delay(_HEAD_SECONDS), reraise=True,
+)  # fmt: skip
+def _asked(client: Any, name: str) -> Any:
+    """What Ray knows of a job. A head that starts again answers after a while. Raises OSError."""
+    return client.get_job_info(name)
 
 
 async def _tail(client: Any, name: str, written: int, write: Callable[[str], object]) -> int:

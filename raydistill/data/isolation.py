@@ -129,10 +129,11 @@ class _Process:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        places = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path]))
+        # What this process imports from, and with -P nothing else: the folder in which it stands may be a stranger's.
+        places = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *(p or os.getcwd() for p in sys.path)]))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                [sys.executable, "-P", "-c", _SERVE, str(theirs.fileno())], pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", **_KEEP}, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             )  # fmt: skip

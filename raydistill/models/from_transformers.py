@@ -89,8 +89,10 @@ def new_classifier(
                 network: nn.Module = transformers.AutoModelForImageClassification.from_config(
                     settings, dtype=torch.float32, trust_remote_code=False
                 )
-        except ValueError as error:
-            raise ConfigError(f"{what} is no image classifier ({reason_of(error)})") from None
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise _refusal(what, error, "is no image classifier, or none that can be made") from None
         return network
     loaded = load_weights(what, transformers.AutoModelForImageClassification, folder, config=settings)
     classifier = last_linear(loaded.network, num_classes, what)
@@ -129,20 +131,23 @@ def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
             loaded = load(folder, trust_remote_code=False, **options)
     except ConfigError:
         raise
-    except Exception as error:  # a stranger's config makes a library fail in any way
-        reason = reason_of(error)
-        if "trust_remote_code" in reason:  # the library's advice is to run it
-            raise ConfigError(f"{what}: needs code of its own (auto_map), which is not run; take another") from None
-        if key := re.search(r"unexpected keyword argument '(.{1,80}?)'", reason):
-            raise ConfigError(
-                f"{what}: its config.json has the key {key[1]!r}, which its model does not know"
-            ) from None
-        if isinstance(error, TypeError | AttributeError | LookupError | AssertionError | ArithmeticError):
-            reason = "its config.json has a value that its model does not take"  # the library's words name its code
-        raise ConfigError(f"{what}: cannot be loaded ({reason})") from None
+    except Exception as error:
+        raise _refusal(what, error, "cannot be loaded") from None
     if isinstance(loaded, tuple):  # a network, and what was missing
         refuse_not_finite(loaded[0], what)
     return loaded
+
+
+def _refusal(what: str, error: Exception, found: str) -> ConfigError:
+    """A stranger's config makes a library fail in any way."""
+    reason = reason_of(error)
+    if "trust_remote_code" in reason:  # the library's advice is to run it
+        return ConfigError(f"{what}: needs code of its own (auto_map), which is not run; take another")
+    if key := re.search(r"unexpected keyword argument '(.{1,80}?)'", reason):
+        return ConfigError(f"{what}: its config.json has the key {key[1]!r}, which its model does not know")
+    if isinstance(error, TypeError | AttributeError | LookupError | AssertionError | ArithmeticError):
+        reason = "its config.json has a value that its model does not take"  # the library's words name its code
+    return ConfigError(f"{what}: {found} ({reason})")
 
 
 def refuse_missing(what: str, keys: set[str]) -> None:

@@ -38,29 +38,29 @@ def check_graph(file: Path) -> None:
             raise ConfigError(f"{file}: has functions of its own, which may call each other without end")
         _check_nodes(model.graph, file)
         one, several = _shapes(model, 1), _shapes(model, _SEVERAL)
+        for name, shape in one.items():
+            _refuse_large(shape, file)
+            if math.prod(several.get(name, shape)) > _SEVERAL * math.prod(shape):
+                raise ConfigError(f"{file}: a tensor in it grows faster than the number of pictures")
+        makers = {name: node for node in model.graph.node for name in node.output}
+        weights = {tensor.name for tensor in model.graph.initializer}
+        for node in model.graph.node:
+            sizes = node.input if node.op_type in ("ConstantOfShape", "Range") else node.input[1:]
+            is_plain = node.op_type not in _BOXES and node.domain in ("", "ai.onnx")
+            if is_plain and (node.op_type not in _MAKERS or not _follows_values(sizes, makers, weights)):
+                continue  # as a Reshape to a quotient of numbers of pictures, which inference does not follow
+            if lacking := [name for name in node.output if name and (name not in one or name not in several)]:
+                raise ConfigError(
+                    f"{file}: nothing tells the shape of {lacking[0]!r:.80} ({node.op_type:.40}), so nothing bounds it"
+                )
+        if sum(map(math.prod, one.values())) > _MOST_NUMBERS_OF_ALL:
+            raise ConfigError(f"{file}: its tensors have far more numbers than a network for pictures")
+        if sum(_products(node, one) for node in model.graph.node) > _MOST_PRODUCTS:
+            raise ConfigError(f"{file}: asks for far more multiplications than a network for pictures")
     except ConfigError:
         raise
     except Exception:  # protobuf's and onnx's own, of no common class; their words name their code
         raise ConfigError(f"{file}: not a graph of ONNX, or a damaged one; export the student again") from None
-    for name, shape in one.items():
-        _refuse_large(shape, file)
-        if math.prod(several.get(name, shape)) > _SEVERAL * math.prod(shape):
-            raise ConfigError(f"{file}: a tensor in it grows faster than the number of pictures")
-    makers = {name: node for node in model.graph.node for name in node.output}
-    weights = {tensor.name for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        sizes = node.input if node.op_type in ("ConstantOfShape", "Range") else node.input[1:]
-        is_plain = node.op_type not in _BOXES and node.domain in ("", "ai.onnx")
-        if is_plain and (node.op_type not in _MAKERS or not _follows_values(sizes, makers, weights)):
-            continue  # as a Reshape to a quotient of numbers of pictures, which inference does not follow
-        if lacking := [name for name in node.output if name and (name not in one or name not in several)]:
-            raise ConfigError(
-                f"{file}: nothing tells the shape of {lacking[0]!r:.80} ({node.op_type:.40}), so nothing bounds it"
-            )
-    if sum(map(math.prod, one.values())) > _MOST_NUMBERS_OF_ALL:
-        raise ConfigError(f"{file}: its tensors have far more numbers than a network for pictures")
-    if sum(_products(node, one) for node in model.graph.node) > _MOST_PRODUCTS:
-        raise ConfigError(f"{file}: asks for far more multiplications than a network for pictures")
 
 
 def _check_nodes(graph: Any, file: Path) -> None:

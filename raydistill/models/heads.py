@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import nn
 
-from raydistill.errors import ConfigError
+from raydistill.errors import CheckpointError, ConfigError
 from raydistill.storage.filesystems import read_bytes
 
 HEAD_FILE = "head.safetensors"
@@ -38,9 +39,16 @@ def encode_head(head: LinearHead) -> bytes:
 
 
 def load_head(directory: str) -> LinearHead:
-    """The head that `adapt` wrote into its directory."""
-    tensors = load(read_bytes(f"{directory}/{HEAD_FILE}"))
-    return LinearHead(tensors["weight"], tensors["bias"])
+    """The head that `adapt` wrote into its directory. Raises CheckpointError where it is damaged."""
+    path = f"{directory}/{HEAD_FILE}"
+    try:
+        tensors = load(read_bytes(path))
+        weight_CD, bias_C = tensors["weight"], tensors["bias"]
+        if weight_CD.ndim != 2 or bias_C.shape != weight_CD.shape[:1]:
+            raise ValueError(f"weights of {weight_CD.shape} and biases of {bias_C.shape}")
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete the folder and run the command again") from None
+    return LinearHead(weight_CD, bias_C)
 
 
 def head_of(classifier: nn.Module) -> LinearHead | None:

@@ -215,7 +215,8 @@ def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
             student = _empty_transformers(folder, len(classes), preprocessing, sizes)
         student.preprocessing = preprocessing
         student.network.load_state_dict(weights)
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, FileNotFoundError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+            SafetensorError, FileNotFoundError) as error:  # fmt: skip
         raise CheckpointError(f"{folder} holds no whole student ({reason_of(error)}); distil it again") from None
     refuse_not_finite(student.network, folder)
     return student.eval(), classes

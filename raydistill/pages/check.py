@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
 from PIL import Image
 from rich.table import Table
 
@@ -71,7 +72,7 @@ def _page(config: RunConfig, checkup: Checkup) -> bytes:
     )
 
 
-def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[str]:
+def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[Markup]:
     """Data URIs of those that an example names: one, two that are alike, or none where none decodes."""
     found = []
     for name in [part for whole in example.split(" = ") for part in whole.split(" ~ ")]:

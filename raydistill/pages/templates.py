@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from raydistill.secrets import on_page, redacted
 from raydistill.strangers import code_span, markdown
@@ -29,9 +30,9 @@ def card(template: str, **values: Any) -> str:
     return redacted(_CARDS.get_template(template).render(values)).strip() + "\n"
 
 
-def data_uri(picture: bytes, kind: str = "png") -> str:
-    """A picture as a page holds it, without a file of its own."""
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+def data_uri(picture: bytes, kind: str = "png") -> Markup:
+    """A picture as a page holds it, without a file of its own. It is ours, so nothing in it is escaped or hidden."""
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(picture).decode()}")
 
 
 def file_name(path: str) -> str:

@@ -28,6 +28,8 @@ def is_running(name: str) -> bool | None:
         return None
     try:
         now = process_name(int(found[2])).rpartition(" ")[2]
+        if psutil.Process(int(found[2])).status() == psutil.STATUS_ZOMBIE:  # ended, and nobody has asked how
+            return False
     except psutil.NoSuchProcess:
         return False
     return abs(float(now) - float(found[3])) <= _CLOCK_SECONDS

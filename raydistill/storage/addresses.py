@@ -50,7 +50,9 @@ def read_address(address: str, source: str, most_bytes: int) -> bytes:
         raise OSError(errno.ETIMEDOUT, f"{host} did not answer {_MOST_SILENT} times, and is asked no more")
     try:
         data = _fetch(scheme + address[len(scheme) :], most_bytes)
-    except (StorageError, TimeoutError):
+    except (StorageError, TimeoutError) as error:
+        if status := getattr(error.__context__, "status", None):  # it answers, and is too busy
+            raise OSError(errno.EREMOTEIO, f"{host} answers with HTTP's code {status}; try again later") from None
         _silent[host] += 1
         raise OSError(errno.ETIMEDOUT, f"{host} is not found, or does not answer within {SECONDS} seconds") from None
     _silent.pop(host, None)

@@ -26,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from safetensors import SafetensorError
 
 from raydistill.errors import ConfigError, DataError, StageError, StorageError
+from raydistill.storage.local import create_here
 from raydistill.storage.retries import patiently
 
 PATIENCE_SECONDS = 60.0
@@ -66,7 +67,14 @@ class FileSystem:
         """Raises OSError, also where the file to read is no regular one."""
         if self.is_local and mode == "rb":
             return patiently(open_file, True, self._patience, place)
-        return patiently(self._fs.open, self.is_local, self._patience, place, mode, **options)
+        file = patiently(self._fs.open, self.is_local, self._patience, place, mode, **options)
+        if fetch := getattr(getattr(file, "cache", None), "fetcher", None):  # what reads a bucket's file, part by part
+
+            def fetch_from(_: str, start: int, end: int) -> Any:
+                return fetch(start, end)
+
+            file.cache.fetcher = functools.partial(patiently, fetch_from, self.is_local, self._patience, place)
+        return file
 
     def cat_file(self, place: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         if self.is_local:
@@ -228,12 +236,7 @@ def create_file(path: str, data: bytes) -> None:
     if not fs.is_local:
         fs.pipe_file(target, data, mode="create")
         return
-    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-    try:
-        Path(temporary).write_bytes(data)
-        os.link(temporary, target)  # unlike a rename, this replaces nothing
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    create_here(target, data)
 
 
 def write_file(path: str, write: Callable[[str], object]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import uuid
+from pathlib import Path
 
 from raydistill.errors import CheckpointError
 
@@ -12,6 +15,21 @@ def make_private(folder: str) -> None:
     """Make a folder of this machine, and what is missing above it. A new one is for this user alone."""
     with contextlib.suppress(FileExistsError):
         os.makedirs(folder, mode=0o700)
+
+
+def create_here(place: str, data: bytes) -> None:
+    """Write a whole file where there is none. Raises FileExistsError."""
+    temporary = Path(f"{place}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.link(temporary, place)  # unlike a rename, this replaces nothing
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        with open(place, "xb") as file:  # exFAT and some network disks have no links
+            file.write(data)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def refuse_links(place: str) -> None:

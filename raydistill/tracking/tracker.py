@@ -255,10 +255,16 @@ class Tracker:
         """A sign of life on the parent run, for other machines; one at a time, however long MLflow does not answer."""
 
         def write() -> None:
-            if self._guest and not self._is_led():
-                self._take_over()
-            if not self._guest:
-                self.client.set_tag(self.parent.id, "raydistill.alive", f"{time.time():.0f}")
+            try:
+                if self._guest and not self._is_led():
+                    self._take_over()
+                if not self._guest:
+                    self.client.set_tag(self.parent.id, "raydistill.alive", f"{time.time():.0f}")
+            except Exception as error:
+                if is_transient(error):  # this one is tried again
+                    raise
+                self._beating.clear()
+                raise
             self._beating.clear()
 
         if not self._beating.is_set():

@@ -29,7 +29,8 @@ def refuse_programs(uri: str) -> None:
         return
     if not os.path.isfile(path):
         raise UnusableError("is no regular file: delete it, or name another store")
-    with contextlib.closing(sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True)) as store:
+    # To write also: what a killed process left half written is undone before it is read, from the store's own journal.
+    with contextlib.closing(sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=rw", uri=True)) as store:
         try:
             found = store.execute(_PROGRAMS).fetchone()
         except sqlite3.Error as error:

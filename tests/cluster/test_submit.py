@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import timm
 from PIL import Image
+from ray.job_submission import JobStatus
 from safetensors.torch import save_file
 
 from raydistill import errors
 from raydistill.cluster import submit as submitting
-from raydistill.cluster.submit import check_address, pinned, submit
+from raydistill.cluster.submit import check_address, follow, pinned, submit
 from raydistill.cluster.upload import pack
 from raydistill.config import load_config
 from raydistill.errors import ConfigError, StageError
@@ -327,6 +328,23 @@ def test_a_head_that_takes_no_job_yet_is_waited_for(job, tmp_path, monkeypatch, 
         return
     with pytest.raises(StageError, match=r"the head does not take the job \(.*No available agent.*ray logs cluster"):
         submit(client, package)
+
+
+def test_a_job_is_followed_while_its_head_starts_again() -> None:
+    log, said = ["one\n", "two\n"], list[str]()
+    answers = iter([ConnectionError("refused"), "RUNNING", ConnectionError("refused"), "SUCCEEDED"])
+
+    async def tail(name: str) -> AsyncIterator[str]:
+        for text in log:
+            yield text
+
+    def ask(name: str) -> SimpleNamespace:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return SimpleNamespace(status=JobStatus(answer))
+
+    assert follow(SimpleNamespace(tail_job_logs=tail, get_job_info=ask), "j", said.append) == 0
+    assert "".join(said) == "one\ntwo\n"
 
 
 @pytest.mark.slow

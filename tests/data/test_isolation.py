@@ -132,3 +132,20 @@ def test_an_avif_larger_than_its_header_says_finds_no_memory():
     bad, good = run_isolated(partial(working_images, size=32, fit="crop", max_pixels=10**8), [false, data])
     assert np.abs(good.astype(int) - np.asarray(whole.resize((32, 32), box=(500, 0, 4500, 4000)))).mean() < 10
     assert "cannot be decoded" in bad
+
+
+def test_no_file_of_the_folder_one_stands_in_is_imported(tmp_path):
+    (tmp_path / "strange").mkdir()
+    for name in ("PIL", "numpy", "selectors", "raydistill", "usercustomize"):
+        (tmp_path / "strange" / f"{name}.py").write_text("open('ran', 'w')")
+    (tmp_path / "script.py").write_text(
+        "from operator import methodcaller\n"
+        "from raydistill.data.isolation import run_isolated\n"
+        "print(run_isolated(methodcaller('copy'), [1, 2]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", tmp_path / "script.py"], cwd=tmp_path / "strange", capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, check=False,
+    )  # fmt: skip
+    assert done.stdout == "[1, 2]\n", done.stderr
+    assert not (tmp_path / "strange" / "ran").exists()

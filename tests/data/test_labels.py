@@ -107,8 +107,10 @@ def test_folders_named_as_versions_keep_their_names(class_folders):
 
 @pytest.mark.parametrize("suffix", [*TEXT, *TYPED])
 def test_what_programs_write_of_bytes_and_lists_as_text(tmp_path, suffix):
-    listing = listed(write(tmp_path / f"t{suffix}", ["b'cat'", "b'dog'", "b'caf\\xc3\\xa9'", "[other]", "b'"]))
-    assert [entry.label for entry in listing.entries] == ["cat", "dog", "café", "[other]", "b'"]
+    listing = listed(
+        write(tmp_path / f"t{suffix}", ["b'cat'", "b'dog'", "b'caf\\xc3\\xa9'", "[other]", "b'", "{[1]: 2}"])
+    )
+    assert [entry.label for entry in listing.entries] == ["cat", "dog", "café", "[other]", "b'", "{[1]: 2}"]
     assert listing.notes == {"labels such as b'cat', read as the text in them": 3}
     for text in ("['cat']", "[0 1]", "[0. 1. 0.]"):
         with pytest.raises(DataError, match="multi-label data is not supported"):

@@ -297,7 +297,21 @@ def test_a_changed_header_is_refused_or_harmless(place, value):
     assert found.dtype == np.float16
 
 
-@pytest.mark.parametrize("tensors", [{}, {"features": np.ones(3)}, {"sample_ids": np.zeros((4, 16), np.uint8)}])
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {}, {"features": np.ones(3)}, {"sample_ids": np.zeros((4, 16), np.uint8)},
+        *[
+            {"sample_ids": ids_, "features": features}
+            for ids_, features in [
+                (np.zeros((4, 16), np.uint8), np.ones((4, 2), np.float16)),
+                (np.zeros((4, 16), np.uint8), np.ones((2, 3, 8), np.float16)),
+                (np.zeros((4, 16), np.uint8), np.ones((2, 4, 8), np.float32)),
+                (np.zeros((4, 4), np.float32), np.ones((2, 4, 8), np.float16)),
+            ]
+        ],
+    ],
+)  # fmt: skip
 def test_another_kind_of_file_is_refused(tensors):
     with pytest.raises(CheckpointError, match="train-00000"):
         decode_targets(save(tensors), ids(4), "train-00000")

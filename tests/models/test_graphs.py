@@ -70,6 +70,10 @@ SQUARES = [
         (DATA, [numbers("one", 1)], lambda _: None, r"nothing tells the shape of 'c' \(ConstantOfShape\)"),
         (PRODUCTS, [numbers("side", 4096, 4096)], lambda _: None, "far more multiplications"),
         (SQUARES, (), lambda _: None, "faster than the number of pictures"),
+        (
+            [node("Einsum", ["images"], ["logits"], equation=b"\xff->")], (), lambda _: None,
+            "not a graph of ONNX, or a damaged one",
+        ),
         ([node("Tile", ["images", "to"], ["logits"])], [numbers("to", 1, 3, 999, 999)], lambda _: None, "far more"),
     ],
 )  # fmt: skip

@@ -612,6 +612,13 @@ def forget(key: str) -> Callable[[Path], object]:
     return edit
 
 
+def settings(**odd: object) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | odd))
+
+    return edit
+
+
 def swap_weights(folder: Path) -> None:
     save_file(timm.create_model("test_resnet", num_classes=4).state_dict(), folder / "student.safetensors")
 
@@ -621,7 +628,9 @@ def swap_weights(folder: Path) -> None:
     [
         drop("student.json"), drop("student.safetensors"), drop("config.json"), cut("student.json"),
         cut("student.safetensors"), cut("config.json"), forget("library"), forget("classes"), forget("preprocessing"),
-        swap_weights, lambda folder: (folder / "student.json").write_text("[1]"),
+        swap_weights, settings(hidden_size=0), settings(num_attention_heads=0), settings(hidden_act="none"),
+        settings(patch_size=[]), settings(image_size="large"),
+        lambda folder: (folder / "student.json").write_text("[1]"),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_of_a_student_is_refused_by_name(hf_folder, tmp_path, damage):

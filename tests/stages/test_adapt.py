@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 from scipy.optimize import minimize
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
@@ -11,6 +12,7 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from raydistill.errors import CheckpointError
 from raydistill.models.heads import LinearHead, encode_head, load_head
 from raydistill.stages.adapt import INVERSE_STRENGTHS, fit_linear_probe, near_chance
 
@@ -111,6 +113,19 @@ def test_head_survives_being_stored_whatever_its_memory_layout(tmp_path) -> None
     stored = load_head(str(tmp_path))
     np.testing.assert_array_equal(stored.weight_CD, weight)
     np.testing.assert_array_equal(stored.bias_C, [2, 1, 0])
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"junk", save({}), save({"weight": np.ones((3, 4))}), save({"weight": np.ones(3), "bias": np.ones(3)}),
+        save({"weight": np.ones((3, 4)), "bias": np.ones(4)}),
+    ],
+)  # fmt: skip
+def test_a_damaged_head_is_named(tmp_path, head) -> None:
+    (tmp_path / "head.safetensors").write_bytes(head)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/head.safetensors is damaged"):
+        load_head(str(tmp_path))
 
 
 def test_near_chance_lies_between_chance_and_perfect() -> None:

@@ -23,6 +23,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/away":
             self.send_response(302)
             self.send_header("Location", "/picture")
+        elif self.path.startswith("/busy/"):
+            self.send_response(int(self.path[6:]))
         elif self.path == "/slow":
             self.connection.recv(1)  # until the other side hangs up
             return
@@ -127,3 +129,12 @@ def test_what_is_elsewhere(address, source, found):
 def test_a_row_with_half_an_address_takes_no_other_along(tmp_path):
     (tmp_path / "t.csv").write_text("path,label\na.png,a\nhttp://[::1,b\n")
     assert len(list_images(Images(path=str(tmp_path / "t.csv"))).entries) == 2
+
+
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_busy_host_is_asked_for_every_row(code, server, monkeypatch):
+    monkeypatch.setattr(addresses, "_public", lambda where: socket.socket(*where[:3]))
+    monkeypatch.setattr(addresses, "SECONDS", code)  # so that fsspec makes a client for this test
+    reasons = {why_not(f"http://{server}/busy/{code}", "http://example.org/t.csv") for _ in range(5)}
+    assert reasons == {f"cannot be read: {server} answers with HTTP's code {code}; try again later"}
+    assert Handler.asked.count(f"/busy/{code}") >= 5

@@ -17,9 +17,11 @@ import pytest
 from botocore.exceptions import EndpointConnectionError
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from raydistill.errors import ConfigError, StorageError
 from raydistill.storage.filesystems import (
+    create_file,
     exists,
     open_filesystem,
     read_bytes,
@@ -100,6 +102,13 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         open_filesystem("zip://a::/nowhere.zip")
 
 
+class InParts(AbstractBufferedFile):
+    """Read part by part, as files of buckets are."""
+
+    def _fetch_range(self, start, end):
+        return self.fs.cat_file(self.path, start, end)
+
+
 class Hiccups(MemoryFileSystem):
     """Fails a few times, then answers."""
 
@@ -111,6 +120,9 @@ class Hiccups(MemoryFileSystem):
         if self.left:
             raise self.left.pop(0)
         return super().cat_file(path, start, end, **kwargs)
+
+    def _open(self, path, mode="rb", **kwargs):
+        return InParts(self, path, block_size=2) if mode == "rb" else super()._open(path, mode, **kwargs)
 
 
 @pytest.fixture
@@ -139,6 +151,18 @@ def test_storage_that_hiccups_is_asked_again_and_it_is_said(error, hiccups, capl
 
 
 @pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_storage_that_hiccups_within_a_file_is_asked_again(error, hiccups) -> None:
+    fs, place = open_filesystem("hiccups://a", patience=0.3)
+    with fs.open(place) as file:
+        first = file.read(1)
+        hiccups.left = [error]
+        assert first + file.read() == b"here"
+    hiccups.left = [error] * 9
+    with fs.open(place) as file, pytest.raises(StorageError, match="/a: storage does not answer"):
+        file.read()
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
 def test_storage_that_stays_away_ends_in_one_sentence(error, hiccups) -> None:
     hiccups.left = [error] * 9
     fs, place = open_filesystem("hiccups://a", patience=0.1)
@@ -155,6 +179,16 @@ def test_what_will_not_change_is_not_asked_again(hiccups) -> None:
     hiccups.left = [PermissionError("AccessDenied")]
     with pytest.raises(PermissionError, match="refuses access \\(AccessDenied\\); check this process's keys"):
         read_bytes("hiccups://a")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_is_made_where_there_is_none(tmp_path, monkeypatch, has_links) -> None:
+    if not has_links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError(errno.EPERM, "as exFAT says")))
+    create_file(str(tmp_path / "a"), b"one")
+    with pytest.raises(FileExistsError):
+        create_file(str(tmp_path / "a"), b"two")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"one"]
 
 
 def test_a_disk_that_is_mounted_from_elsewhere_is_asked_again(tmp_path: Path, monkeypatch) -> None:

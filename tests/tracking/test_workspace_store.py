@@ -1,6 +1,7 @@
 """The SQLite store of a workspace that may be a stranger's."""
 
 import contextlib
+import shutil
 import sqlite3
 import struct
 from pathlib import Path
@@ -51,3 +52,19 @@ def test_a_store_that_another_process_writes_to_is_used(tmp_path) -> None:
     (tmp_path / "mlflow.db-journal").mkdir()
     with pytest.raises(UnusableError, match=r"has a journal, .* that cannot be read"):
         refuse_programs(f"sqlite:///{path}")
+
+
+def test_a_store_that_a_killed_process_left_half_written_is_used(tmp_path) -> None:
+    path, copy = store(tmp_path), tmp_path / "copy"
+    copy.mkdir()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("insert into runs values ('whole')")
+        database.execute("pragma cache_size = 1")  # so that pages are written before the end
+        database.execute("begin")
+        database.executemany("insert into runs values (?)", [("half" * 100,)] * 1000)
+        for name in ("mlflow.db", "mlflow.db-journal"):  # as a disk holds them when the process is killed here
+            shutil.copy(tmp_path / name, copy)
+    assert b"half" in (copy / "mlflow.db").read_bytes()
+    refuse_programs(f"sqlite:///{copy}/mlflow.db")
+    with contextlib.closing(sqlite3.connect(copy / "mlflow.db")) as database:
+        assert database.execute("select * from runs").fetchall() == [("whole",)]
