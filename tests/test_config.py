@@ -412,3 +412,15 @@ def test_help_does_not_wait_for_torch_and_ray(module):
     code += "sys.exit(bool({'torch', 'ray', 'transformers', 'mlflow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1], env=os.environ)
     assert done.returncode == 0
+
+
+def test_files_that_come_with_it_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
+    jobs = Path(__file__).parents[1] / "jobs"
+    by_path = load_config([str(jobs / "fashion_mnist.yaml"), str(jobs / "overlays" / "smoke.yaml")])
+    monkeypatch.chdir(tmp_path)
+    assert load_config(["fashion_mnist", "smoke"]) == by_path
+    assert load_config(["jobs/fashion_mnist.yaml", "./jobs/overlays/smoke.yaml"]) == by_path
+    with pytest.raises(ConfigError, match=r"smok: no such file; .*; did you mean smoke\?"):
+        load_config(["fashion_mnist", "smok"])
+    (tmp_path / "smoke").write_text("seed: 7")  # the user's own comes first
+    assert load_config(["fashion_mnist", "smoke"]).seed == 7

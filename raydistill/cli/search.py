@@ -50,7 +50,7 @@ def compare(
 def tune(
     words: Words = None,
     space: Annotated[
-        str | None, typer.Option("--space", help="A search space, such as tune_spaces/loss.yaml (tune.space).")
+        str | None, typer.Option("--space", help="A search space, such as loss, or a file of yours (tune.space).")
     ] = None,
     trials: Annotated[
         int | None, typer.Option("--trials", help="Trials in all; a higher number goes on (tune.trials).")

@@ -16,6 +16,7 @@ from raydistill import errors
 from raydistill.cluster.nodes import PLACES
 from raydistill.config import RunConfig, overlay, to_yaml
 from raydistill.config.keys import flattened
+from raydistill.config.shipped import find_shipped
 from raydistill.errors import ConfigError
 from raydistill.graph import STAGES
 from raydistill.secrets import has_secret, texts
@@ -115,12 +116,14 @@ def _on_the_cluster(config: RunConfig, folder: str, send_outside: bool) -> RunCo
         if not isinstance(value, str) or "://" in value or value.startswith("example:"):
             continue
         if key in _SHIPPED:
-            if not os.path.isfile(value):
+            place = find_shipped(value) if key == "tune.space" else value
+            if not os.path.isfile(place):
                 raise ConfigError(f"{key}={value}: no such file")
-            refuse_private(key, value, send_outside)
-            new = f"files/{key}{Path(value).suffix}"
+            if place == value:  # the user's own
+                refuse_private(key, value, send_outside)
+            new = f"files/{key}{Path(place).suffix}"
             Path(folder, "files").mkdir(exist_ok=True)
-            shutil.copyfile(value, Path(folder, new))
+            shutil.copyfile(place, Path(folder, new))
         elif key in ("workspace", "images.path") or os.path.exists(value):
             new = os.path.abspath(os.path.expanduser(value))
         else:

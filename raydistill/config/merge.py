@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from raydistill.config.job import RunConfig
 from raydistill.config.keys import suggest_key, takes_text, user_keys
+from raydistill.config.shipped import find_shipped, near_shipped
 from raydistill.documents import as_yaml, parse, read_mapping
 from raydistill.errors import ConfigError
 from raydistill.secrets import redacted_tree, remember, texts
@@ -76,7 +77,8 @@ def _read_word(word: str) -> Any:
     word = os.path.expanduser(word)
     if not equals or "/" in key:
         if is_job(word):
-            return read_mapping(word, "give a job file, an overlay, key=value, or a folder of images")
+            advice = f"give a job file, an overlay, key=value, or a folder of images{near_shipped(word)}"
+            return read_mapping(find_shipped(word), advice)
         return nested("images.path", word)
     tree: Any
     if takes_text(key):  # YAML reads `set #2`, `day: one`, `2024` and `no` as other things than words

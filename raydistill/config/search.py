@@ -38,7 +38,7 @@ class Tune(Section):
     """How `tune` searches. The other stages do not read it."""
 
     space: str | None = None
-    """A YAML file of distributions by config key. `tune_spaces/` has some."""
+    """A YAML file of distributions by config key, or the name of one that comes with raydistill, as `loss`."""
     trials: Count = 30
     """Trials in all. The first has the job's own values. A higher number continues the search."""
     sampler: Literal["tpe", "gp", "cmaes", "qmc", "random", "grid"] = "tpe"

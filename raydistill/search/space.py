@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raydistill.config import RunConfig, known_keys, overlay, suggest_key
+from raydistill.config.shipped import find_shipped, shipped_spaces
 from raydistill.documents import read_mapping
 from raydistill.errors import ConfigError
 from raydistill.search.distribution import Choice, Distribution
@@ -160,7 +161,7 @@ def read_space(path: str, config: RunConfig) -> Space:
     Raises ConfigError: the file is missing or no space, a key is unknown or may not differ between trials, a value is
     out of the config's bounds.
     """
-    loaded = read_mapping(path, "those that come with raydistill lie in tune_spaces/")
+    loaded = read_mapping(find_shipped(path), f"give a file, or one of {shipped_spaces()}")
     if not loaded:
         raise ConfigError(f"{path}: a search space is a mapping from config keys to distributions")
     entries = {str(key): _entry(path, str(key), value) for key, value in loaded.items()}

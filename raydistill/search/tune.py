@@ -16,6 +16,7 @@ import optuna
 from raydistill.cluster.plan import local_plan, plan_resources
 from raydistill.cluster.session import ray_cluster
 from raydistill.config import RunConfig, overlay
+from raydistill.config.shipped import shipped_spaces
 from raydistill.data.sources.listing import list_images
 from raydistill.documents import as_yaml
 from raydistill.engine.batches import DistillJob
@@ -74,7 +75,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
     Raises ConfigError before anything starts where the space or the job cannot work; StageError where no trial ended.
     """
     if config.tune.space is None:
-        raise ConfigError("which settings to search? Give --space FILE; those that come with raydistill: tune_spaces/")
+        raise ConfigError(f"which settings to search? Give --space FILE, or one of {shipped_spaces()}")
     space = read_space(config.tune.space, config)
     groups = _groups(config, space)
     _check(config, space, groups)

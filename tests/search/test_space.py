@@ -70,7 +70,7 @@ def test_what_cannot_work_is_refused_with_a_sentence(space, text, message):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="no such file; those that come with raydistill lie in tune_spaces/"):
+    with pytest.raises(ConfigError, match="no such file; give a file, or one of generated, loss, losses"):
         read_space(str(tmp_path / "none.yaml"), JOB)
 
 

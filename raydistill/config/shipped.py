@@ -1,0 +1,38 @@
+"""The job files, overlays and search spaces that come with raydistill, by name."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+_FOLDERS = ("jobs", "jobs/overlays", "tune_spaces")
+
+
+def find_shipped(word: str) -> str:
+    """The path of the file that a word names: the user's own, or the one that comes with raydistill under this name, as
+    `fashion_mnist`, `smoke` or `jobs/overlays/smoke.yaml`. The word itself where there is neither."""
+    return word if os.path.lexists(word) else shipped_files().get(word.removeprefix("./"), word)
+
+
+def near_shipped(word: str) -> str:
+    """`; did you mean smoke?`, or nothing."""
+    near = difflib.get_close_matches(word, shipped_files(), n=1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def shipped_spaces() -> str:
+    """The names of the search spaces, for messages."""
+    return ", ".join(sorted(path.stem for path in (_PACKAGE / "tune_spaces").glob("*.yaml")))
+
+
+@functools.cache
+def shipped_files() -> dict[str, str]:
+    """Paths by name, and by place."""
+    found = {}
+    for folder in _FOLDERS:
+        for path in sorted((_PACKAGE / folder).glob("*.yaml")):
+            found[path.stem] = found[f"{folder}/{path.name}"] = str(path)
+    return found
