@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-short test-slow lint format clean
+.PHONY: demo test test-short test-slow lint site format clean
 
 demo: $(VENV)/demo-installed
 	$(BIN)/raydistill run jobs/demo.yaml
@@ -24,6 +24,10 @@ lint: $(VENV)/dev-installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry raydistill
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir $(abspath $(VENV))/site
+
+site: $(VENV)/dev-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(abspath $(VENV))/site
 
 format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .

@@ -1,13 +1,26 @@
-"""The tests that docs/cases.md names are there."""
+"""The tests that docs/cases.md names are there, and the commands of README and the site are ones that there are."""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
+
+from raydistill.cli.commands import app
+from raydistill.config import load_config
+from raydistill.config.keys import flattened
+from raydistill.documents import read_mapping
+from tests.small_run import image_folder, teacher_weights  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[1]
 CASES = (ROOT / "docs" / "cases.md").read_text(encoding="utf-8")
@@ -34,3 +47,97 @@ def test_the_names_were_found() -> None:
 def test_every_case_is_there() -> None:
     sections = re.findall(r"^### (C\d\d) ", CASES, flags=re.MULTILINE)
     assert sections == [f"C{number:02d}" for number in range(1, 29)]
+
+
+# Commands and blocks
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```|^((?: {4}\S.*\n)+)", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> Iterator[str]:
+    for kind, fenced, indented in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if kind == language:
+            yield fenced
+        elif indented and language == "sh":
+            yield re.sub("^ {4}", "", indented, flags=re.MULTILINE)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Each command of raydistill, as its words."""
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("raydistill "):
+                words = shlex.split(line, comments=True)
+                ends = [number for number, word in enumerate(words) if word in (">", "|", "&&", ";")]
+                yield words[1 : min(ends, default=len(words))]
+
+
+@pytest.fixture
+def my_folder(tmp_path: Path, image_folder: Path, teacher_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    """What the pages take to be there: images, a job of the user's own, the best settings of a search."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(image_folder, tmp_path / "my_images")
+    shutil.copytree(next(path for path in image_folder.iterdir() if path.is_dir()), tmp_path / "pictures")
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(next(image_folder.rglob("*.png")), tmp_path / name)
+    shutil.copy(teacher_weights, tmp_path / "teacher.safetensors")
+    for place, text in (("jobs/my_task.yaml", "images: {path: ./my_images}"), ("workspace/tune-…/best.yaml", "{}")):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_is_one_that_there_is(page: Path, my_folder: Path) -> None:
+    for words in commands(page):
+        command, rest, name = typer.main.get_command(app), words, "raydistill"
+        context = command.make_context(name, words[:1], resilient_parsing=True)
+        while isinstance(command, typer.core.TyperGroup):
+            name, command, rest = command.resolve_command(context, rest)
+            assert command is not None
+        given = command.make_context(name, list(rest), parent=context).params
+        if not given.get("file"):
+            load_config([*(given.get("words") or []), "images.path=./my_images"])
+
+
+def test_commands_were_found() -> None:
+    assert sum(len(list(commands(page))) for page in PAGES) >= 50
+
+
+# Those of a cluster, a hub, other data and long measurements are parsed alone.
+EXECUTED = ("../README", "index", "data", "jobs", "compare", "search", "deploy")
+SMALL = {
+    "teacher.model": "timm:test_resnet", "teacher.weights": "teacher.safetensors", "student.model": "timm:test_resnet",
+    "images.path": "./my_images", "distill.num_workers": 0, "images.num_labelled": None, "name": "small",
+}  # fmt: skip
+FEW = {"compare": ("compare.seeds=1",), "tune": ("tune.trials=2", "tune.confirm_seeds=1")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("page", EXECUTED)
+def test_the_blocks_do_what_they_say(page: str, my_folder: Path) -> None:
+    """In smoke size: on a few tiny pictures, for an epoch."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+    def do(*words: str) -> None:
+        done = subprocess.run(
+            words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}"
+
+    small = [f"{key}={'null' if value is None else value}" for key, value in SMALL.items()]
+    if page == "deploy":
+        do("raydistill", "run", "smoke", *small)
+    for words in commands(ROOT / "docs" / f"{page}.md"):
+        if words[0] in ("submit", "job", "serve") or "--file" in words:
+            continue
+        takes_job = words[0] in ("run", "show", "check", "compare", "tune")
+        more = ["smoke", *small, *FEW.get(words[0], ())] if takes_job else []
+        line = " ".join(word if "*" in word else shlex.quote(word) for word in ["raydistill", *words, *more])
+        do("bash", "-c", line.replace("'workspace/export-…'", "workspace/export-*"))
+    for block in blocks(ROOT / "docs" / f"{page}.md", "python"):
+        smoke = read_mapping(str(ROOT / "jobs" / "overlays" / "smoke.yaml"), "")
+        settings = {**dict(flattened(smoke)), **SMALL}
+        do(sys.executable, "-c", re.sub(r"teacher=.*\)", f"**{settings!r})", block, count=1))
