@@ -15,6 +15,7 @@ from raydistill.graph import STAGES, Work
 from raydistill.results import Outcome
 from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import StageDirectory
+from raydistill.storage.jobs import JobRecord
 from raydistill.storage.lease import held
 from raydistill.tracking.tracker import Tracker
 
@@ -23,8 +24,11 @@ class Execution:
     """A stage reads `config`, `outcome` and what else is here, and adds its own result to `outcome`. `adapt` may give
     the config another teacher, its own fine-tuned one."""
 
-    def __init__(self, config: RunConfig, progress: Progress, work: Work, ray: RayStart, tracker: Tracker) -> None:
-        self.config, self.progress, self.work, self.tracker = config, progress, work, tracker
+    def __init__(
+        self, config: RunConfig, progress: Progress, work: Work, ray: RayStart, tracker: Tracker, record: JobRecord
+    ) -> None:
+        self.config, self.progress, self.work = config, progress, work
+        self.tracker, self.record = tracker, record
         self.outcome = Outcome()
         self._ray = ray
         self.stage = STAGES[0]  # which works now
@@ -48,6 +52,7 @@ class Execution:
         """The result in a directory: of an earlier command, of another command that works on it now, or of `work` here,
         which gets its MLflow run."""
         self.outcome.directories[directory.stage] = directory.path
+        self.record.uses(self.outcome.directories)
         done = directory.done()
         if done is None:
             with held(directory, self.progress.line) as is_to_do:  # another command may do it meanwhile

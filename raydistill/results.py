@@ -89,6 +89,12 @@ class Report:
     device: str
     kept: str = ""  # which epoch of the student ships, and why
 
+    @property
+    def accuracies(self) -> dict[str, dict[str, float]]:
+        """By network and split."""
+        networks = {"student": self.student, "teacher": self.teacher or {}}
+        return {who: {split: m["accuracy"] for split, m in splits.items()} for who, splits in networks.items()}
+
 
 @dataclass(frozen=True)
 class Exported:

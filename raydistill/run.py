@@ -16,6 +16,7 @@ from raydistill.results import Outcome
 from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import check_writable
 from raydistill.storage.filesystems import read_bytes
+from raydistill.storage.jobs import JobRecord
 from raydistill.tracking.tracker import Tracker
 
 
@@ -43,19 +44,23 @@ def run_stages(
                 progress.line(line)
             check_run(config, work)
         title = f"{config.student.model.rpartition(':')[2].rpartition('/')[2]} · seed {config.seed}"
-        with Tracker(config, student_key(config, work.prepared), title) as tracker:
-            execution = Execution(config, progress, work, ray, tracker)
+        key = student_key(config, work.prepared)
+        with Tracker(config, key, title) as tracker, JobRecord(config, key, title) as record:
+            execution = Execution(config, progress, work, ray, tracker, record)
             for stage in STAGES:
                 if stage.name in work.directories:
                     execution.stage = stage
                     module, _, function = stage.function.partition(":")
                     getattr(import_module(module), function)(execution)
             outcome = execution.outcome
+            record.uses(outcome.directories)
             if outcome.report is not None and command is not None:
                 from raydistill.pages.report import write_report
 
                 outcome.page = write_report(config, outcome, command)
                 tracker.parent.text(read_bytes(outcome.page).decode(), "report.html")
+            if outcome.report is not None:
+                record.results(outcome.report.accuracies, outcome.page)
             if outcome.refused is not None:
                 error = UselessStudentError(outcome.refused)
                 error.outcome = outcome

@@ -29,6 +29,7 @@ from raydistill.search.directory import trained_settings
 from raydistill.search.figures import draw_comparison, draw_curve
 from raydistill.search.verdict import Comparison, summarise
 from raydistill.storage.directory import StageDirectory, check_writable
+from raydistill.storage.jobs import JobRecord
 from raydistill.tracking.tracker import Tracker
 
 _GENERATED = "+generated"
@@ -64,7 +65,8 @@ def compare_arms(config: RunConfig, progress: Progress, learning_curve: bool = F
         _check(config, [_trial(config, _curve_arm(config), config.seed)])
     check_writable(config)
     directory = _directory(config, trials, learning_curve)
-    with Tracker(config, directory.name, "compare") as tracker:
+    with Tracker(config, directory.name, "compare") as tracker, JobRecord(config, directory.name, "compare") as record:
+        record.uses({"compare": directory.path})
         needs_ray = learning_curve or any(find_work(t.config, "evaluate").needs_ray for t in trials)
         with ray_cluster(config) if needs_ray else contextlib.nullcontext():
             ran = [_run(trial, progress, tracker) for trial in _told(trials, progress)]

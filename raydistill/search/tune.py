@@ -49,6 +49,7 @@ from raydistill.search.study import (
 from raydistill.search.trials import MakeJob, run_trials
 from raydistill.stages.distill import distill_job
 from raydistill.storage.directory import StageDirectory, check_writable, read_seconds, workspace_root
+from raydistill.storage.jobs import JobRecord
 from raydistill.storage.lease import held
 from raydistill.tracking.tracker import Tracker
 
@@ -89,7 +90,13 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
         progress.line(f"tune: tune.sampler={config.tune.sampler} draws at random, and learns nothing of: "
                       f"{', '.join(at_random)}")  # fmt: skip
     # Trials that another command has begun would look like those of a killed one.
-    with held(directory, progress.line), Clock(study) as clock, Tracker(config, directory.name, "tune") as tracker:
+    with (
+        held(directory, progress.line),
+        Clock(study) as clock,
+        Tracker(config, directory.name, "tune") as tracker,
+        JobRecord(config, directory.name, "tune") as record,
+    ):
+        record.uses({"tune": directory.path})
         display = SearchDisplay(config, progress, read_trials(study), num_trials(config, space), clock)
         tracker.end_orphans()
         display.record_ended(tracker)
@@ -98,7 +105,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
             with ray_cluster(config, reserved=RESERVED if many else 0.0, dashboard=many) as plan:
                 layout = lay_out(config, plan)
                 prepared = _prepare(groups, space, progress)
-                make_job = _job_maker(config, space, prepared)
+                make_job = _job_maker(config, space, prepared, record)
                 for line in _forecast(config, prepared[_OWN], layout, display.left, make_job(None)[0]):
                     progress.line(line)
                 with display.shown(tracker):
@@ -115,6 +122,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
         cost, verdict = search_cost(config, seconds), search_verdict(config, best, trials, gains)
         search = Search(directory.path, trials, best.number, settings, front, gains, seconds, training, cost, verdict)
         _write(search, study, directory, config)
+        record.results({}, f"{directory.path}/search.html")
         shown = {f"best_{name}": value for name, value in zip(config.tune.objectives, best.values or (), strict=True)}
         tracker.parent.log(shown | {f"gain_{gain.split}": gain.gain for gain in gains})
         tracker.parent.note({"verdict": search.verdict})
@@ -130,7 +138,7 @@ def _without_tracking(config: RunConfig) -> RunConfig:
     return overlay(config, {"tracking": {"enabled": False}})
 
 
-def _job_maker(config: RunConfig, space: Space, prepared: dict[str, Outcome]) -> MakeJob:
+def _job_maker(config: RunConfig, space: Space, prepared: dict[str, Outcome], record: JobRecord) -> MakeJob:
     def make_job(choices: dict[str, Choice] | None) -> tuple[DistillJob, StageDirectory]:
         # The job's own trial is the job itself, without what the space fixes.
         trial = config if choices is None else overlay(config, space.settings(choices))
@@ -138,7 +146,9 @@ def _job_maker(config: RunConfig, space: Space, prepared: dict[str, Outcome]) ->
         assert outcome.samples is not None
         later = tuned(_without_tracking(trial), outcome.samples)
         assert later is not None, "a fine-tuned teacher is ready before the first trial"
-        return distill_job(later, outcome)
+        job, directory = distill_job(later, outcome)
+        record.uses({f"trial_{directory.name.rpartition('-')[2]}": directory.path})
+        return job, directory
 
     return make_job
 

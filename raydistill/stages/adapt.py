@@ -167,9 +167,11 @@ def adapt(execution: Execution) -> None:
         )
     assert config.teacher is not None
     refuse_near_chance(config.teacher, adapted)
-    test = held_out_directory(config, samples)
-    if samples.num_rows("test") and test.done() is None:
-        _infer(execution, test, ("test",))
+    if samples.num_rows("test"):
+        test = held_out_directory(config, samples)
+        execution.outcome.directories[test.stage] = test.path
+        if test.done() is None:
+            _infer(execution, test, ("test",))
 
 
 def _fine_tune(execution: Execution) -> None:

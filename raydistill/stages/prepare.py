@@ -256,6 +256,7 @@ def prepare(execution: Execution) -> None:
     def make(_: Any) -> None:
         prepare_samples(config, work.listing, work.prepared, execution.plan(), progress)
 
+    execution.record.uses({"decoded": decoded_directory(config, work.listing).path})
     samples = execution.outcome.samples = samples_from_json(execution.result(work.prepared, make))
     counts = []
     for split in (split for split, shards in samples.shards.items() if shards):

@@ -53,6 +53,7 @@ from raydistill.stages import generate
 from raydistill.stages.generate import label_weights
 from raydistill.storage.directory import StageDirectory, check_writable
 from raydistill.storage.filesystems import FileSystem
+from raydistill.storage.jobs import JobRecord
 from tests.processes import run_and_kill, wait_for
 from tests.small_run import write_shard
 
@@ -546,7 +547,7 @@ def test_sheets_are_recorded(generating, in_this_process, samples, tmp_path, pro
     prepared, tracker = stage_directory(config, "prepare", {}), Recorded()
     work = Work(Listing((), (), {}, ""), prepared, {"generate": None}, frozenset(), False)
     with RayStart(config) as ray:
-        execution = Execution(config, progress, work, ray, tracker)
+        execution = Execution(config, progress, work, ray, tracker, JobRecord(config, "0" * 12, ""))
         execution.outcome.samples = samples
         generate.generate(execution)
     names = [Path(path).name for path in tracker.artifacts]

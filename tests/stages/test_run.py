@@ -103,6 +103,10 @@ def test_a_run_and_the_same_again(words, progress, tmp_path, image_folder) -> No
     assert set(again.seconds.values()) == {0.0}
     changed = {p for p, when in markers(workspace).items() if before.get(p) != when and not p.endswith("mlflow.db")}
     assert changed == set()
+    latest = workspace / "latest"
+    assert {link.name: str(link.resolve()) for link in latest.iterdir() if link.is_symlink()} == {
+        **outcome.directories, "decoded": str(next(workspace.glob("decoded-*")))
+    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("taught")

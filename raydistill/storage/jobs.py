@@ -1,0 +1,191 @@
+"""Jobs by name: `jobs/NAME/runs/KEY.json` says which directories a run of a job uses, and how it ended.
+
+The links beside it (`jobs/NAME/distill`, `latest`) are for people. Nothing here reads or deletes through a link: only
+the JSON counts, and of the places in it only names in this workspace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import time
+import unicodedata
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from raydistill.config import RunConfig
+from raydistill.errors import CheckpointError, ConfigError, StageError, first_line_of
+from raydistill.runtime.processes import is_running, process_name
+from raydistill.secrets import redacted
+from raydistill.storage.directory import workspace_root
+from raydistill.storage.filesystems import open_filesystem, write_bytes
+from raydistill.storage.state import read_state
+from raydistill.strangers import bounded
+
+logger = logging.getLogger(__name__)
+FOLDER, LATEST, PAGE = "jobs", "latest", "report.html"
+_LONGEST_NAME = 64  # of 255 bytes that a file's name may have, where a letter has up to four
+_DIRECTORY = r"[a-z]+-[0-9a-f]{12}"
+_KEY = re.compile(r"([0-9a-f]{12}|[a-z]+-[0-9a-f]{12})\.json")
+_RENEWED_SECONDS = 3600.0  # a run on another machine that wrote nothing for so long is taken for dead
+
+
+class JobRun(BaseModel):
+    """One run of a job. Times are seconds since 1970; `directories` are names in the workspace, by stage;
+    `accuracies` are shares by network and split."""
+
+    name: str
+    title: str = ""
+    process: str = ""
+    started: float = 0.0
+    ended: float | None = None
+    error: str | None = None
+    directories: dict[
+        Annotated[str, Field(pattern="^[a-z_0-9]+$")], Annotated[str, Field(pattern=f"^{_DIRECTORY}$")]
+    ] = {}
+    page: Annotated[str, Field(pattern=rf"^{_DIRECTORY}/[a-z]+\.html$")] | None = None
+    accuracies: dict[str, dict[str, float]] = {}
+
+
+def job_name(config: RunConfig) -> str:
+    """`name` or, where it is not set, that of the images."""
+    if config.name != RunConfig.model_fields["name"].default:
+        return redacted(config.name)
+    address = config.images.path.partition("?")[0] if "://" in config.images.path else config.images.path
+    return redacted(re.split(r"[/:\\]", os.path.normpath(address))[-1].strip(".") or config.name)
+
+
+def folder_name(name: str) -> str:
+    """A name as that of a folder, on any disk. A name that had to be changed gets a hash, so no two become one."""
+    plain = unicodedata.normalize("NFC", name)
+    safe = re.sub(r"[^\w.-]+", "_", plain)[:_LONGEST_NAME].strip("._- ")
+    if safe == name != "":
+        return name
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:6]
+    return f"{safe}-{digest}".strip("-")
+
+
+class JobRecord:
+    """Keeps the record of a run while the `with` block lasts. A workspace that takes no record costs a warning, and not
+    the run; a link in the record's place is refused with CheckpointError."""
+
+    def __init__(self, config: RunConfig, key: str, title: str) -> None:
+        self._root, name = workspace_root(config), job_name(config)
+        self._folder = f"{self._root}/{FOLDER}/{folder_name(name)}"
+        self._path = f"{self._folder}/runs/{key}.json"
+        _refuse_links(self._root, self._folder)
+        # An earlier run of the same settings may have come further than this one is asked to.
+        before = read_state(self._path, JobRun) or JobRun(name=name)
+        self.run = before.model_copy(
+            update={"name": name, "title": title, "process": process_name(), "started": time.time()}
+            | {"ended": None, "error": None}
+        )
+
+    def __enter__(self) -> JobRecord:
+        self._write()
+        return self
+
+    def uses(self, directories: Mapping[str, str]) -> None:
+        """Paths by stage. Before a stage writes, so that its directory is never nobody's."""
+        names = {stage: path.rpartition("/")[2] for stage, path in directories.items()}
+        if not names.items() <= self.run.directories.items():
+            self.run.directories |= names
+            self._write()
+
+    def results(self, accuracies: Mapping[str, Mapping[str, float]], page: str | None) -> None:
+        """What `ls` and `open` tell of the run; written at its end."""
+        self.run.accuracies = {who: dict(of_split) for who, of_split in accuracies.items()}
+        self.run.page = "/".join(page.split("/")[-2:]) if page else self.run.page
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.run.ended = time.time()
+        if error is not None:
+            words = first_line_of(error) if isinstance(error, Exception) else "interrupted"
+            self.run.error = redacted(bounded(words, redacted))[:500]
+        self._write()
+        if "://" not in self._root:
+            self._link()
+
+    def _write(self) -> None:
+        try:
+            _refuse_links(self._root, self._folder)
+            write_bytes(self._path, self.run.model_dump_json(indent=2).encode())
+        except (OSError, StageError) as error:
+            logger.warning("%s: the job's record cannot be written (%s)", self._path, error)
+
+    def _link(self) -> None:
+        links = {stage: f"../../{name}" for stage, name in self.run.directories.items()}
+        if self.run.page:
+            links[PAGE] = f"../../{self.run.page}"
+        try:
+            _refuse_links(self._root, self._folder)
+            for name in os.listdir(self._folder):  # those of the run before, and none that another process makes now
+                if os.path.islink(f"{self._folder}/{name}") and name not in links and not name.endswith(".tmp"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(f"{self._folder}/{name}")
+            for name, target in links.items():
+                if os.path.lexists(os.path.join(self._folder, target)):
+                    _replace_link(f"{self._folder}/{name}", target)
+            if self.run.error is None:
+                _replace_link(f"{self._root}/{LATEST}", os.path.relpath(self._folder, self._root))
+        except OSError as error:  # also of disks without links
+            logger.warning("%s: its links cannot be written (%s)", self._folder, error)
+
+
+def _replace_link(path: str, target: str) -> None:
+    """Whole or not at all; raises OSError where something else than a link is there."""
+    if os.path.lexists(path) and not os.path.islink(path):
+        raise FileExistsError(f"{path} is there, and no link")
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    os.symlink(target, temporary)
+    os.replace(temporary, path)
+
+
+def _refuse_links(root: str, folder: str) -> None:
+    """Raises CheckpointError where what holds records is a link."""
+    for place in () if "://" in root else (f"{root}/{FOLDER}", folder, f"{folder}/runs"):
+        if os.path.islink(place):
+            raise CheckpointError(
+                f"{place} is a link to {os.readlink(place)}, and links in a workspace are not followed: delete it"
+            )
+
+
+def read_jobs(workspace: str) -> Iterator[tuple[str, JobRun]]:
+    """The runs recorded in a workspace, by the path of the record. Records of another form are named and left out.
+    Raises ConfigError where there is no workspace, or none with a record."""
+    fs, root = open_filesystem(workspace)
+    found = False
+    _refuse_links(workspace, f"{workspace}/{FOLDER}")
+    for name in fs.names(f"{root}/{FOLDER}"):
+        folder = f"{workspace}/{FOLDER}/{name}"
+        try:
+            _refuse_links(workspace, folder)
+            for file in filter(_KEY.fullmatch, fs.names(f"{root}/{FOLDER}/{name}/runs")):
+                if (run := read_state(path := f"{folder}/runs/{file}", JobRun)) is not None:
+                    found = True
+                    yield path, run
+        except (CheckpointError, NotADirectoryError) as error:
+            logger.warning("left out: %s", error)
+    if not found:
+        raise ConfigError(
+            f"{workspace}: no workspace with a job in it; give the folder that `workspace` names. The jobs of an older "
+            "version are named when they run again, which takes seconds where all is done"
+        )
+
+
+def state_of(path: str, run: JobRun) -> str:
+    """done, failed, interrupted, running, or killed: without an end, and with no process that could bring it."""
+    if run.ended is not None:
+        return "done" if run.error is None else "interrupted" if run.error == "interrupted" else "failed"
+    running = is_running(run.process)
+    if running is None:  # on another machine
+        with contextlib.suppress(OSError):
+            fs, place = open_filesystem(path)
+            running = time.time() - fs.modified(place).timestamp() < _RENEWED_SECONDS
+    return "running" if running else "killed"
