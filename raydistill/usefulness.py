@@ -1,4 +1,4 @@
-"""Is a student of use: is it better than always naming the commonest class?"""
+"""Is a student better than always naming the most frequent class?"""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal
 from scipy.stats import binom, hypergeom
 
 LEVEL = 0.05
-# Of some use is a student at this share of the way from the commonest class's share to perfect. One that names a single
-# class is at chance where it would name another for some image if it knew this share of the other classes' images.
+# A student counts as useful at this share of the way from the most frequent class's share to perfect. A student that
+# predicts a single class is at chance if one that knew this share of the other classes' images would predict another.
 _SOME_USE, _KNOWN = 1 / 3, 1 / 2
 _MOST_NAMES = 8
 State = Literal["better", "at chance", "unknown"]
@@ -20,16 +20,15 @@ Counts = dict[str, tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class Usefulness:
-    """`state` is `unknown` where the images are too few to tell. `warnings` are whole sentences, none where all is
-    well."""
+    """`state` is `unknown` if the images are too few. `warnings` are whole sentences."""
 
     state: State
     warnings: tuple[str, ...]
 
 
 def usefulness(measured: Mapping[str, Mapping[str, Any]]) -> Usefulness:
-    """Of a student's measures by split, as in `Report.student`: by the test images, which nothing was chosen by; where
-    there are too few of them, by those of val and test together."""
+    """From a student's measures by split, as in `Report.student`. It decides by the test images, which selected
+    nothing; if they are too few, by val and test together."""
     counts = {split: _counts(of_split["per_class"]) for split, of_split in measured.items()}
     both: Counts = {}
     for of_split in counts.values():
@@ -37,18 +36,17 @@ def usefulness(measured: Mapping[str, Mapping[str, Any]]) -> Usefulness:
             images, answers, right = (a + b for a, b in zip(both.get(name, (0, 0, 0)), numbers, strict=True))
             both[name] = (images, answers, right)
     if not any(images for images, _, _ in both.values()):
-        nothing = "There are neither val nor test images with labels, so nothing tells if the student is of use."
+        nothing = "There are no labelled val or test images, so it is unknown if the student is better than chance."
         return Usefulness("unknown", (nothing,))
     what, decides = " and ".join(counts), both
     if "test" in counts and _state(counts["test"]) != "unknown":
         what, decides = "test", counts["test"]
     state, warnings = _state(decides), []
     if state == "at chance":
-        warnings.append(f"The student is of no use as it is: {_compared_with_chance(decides, what)}.")
+        warnings.append(f"The student is no better than chance: {_compared_with_chance(decides, what)}.")
     elif state == "unknown":
-        warnings.append(
-            f"The {what} images cannot tell if the student is of use: {_compared_with_chance(decides, what)}."
-        )
+        start = f"The {what} images cannot show whether the student is better than chance"
+        warnings.append(f"{start}: {_compared_with_chance(decides, what)}.")
     if never := [(name, images) for name, (images, answers, _) in both.items() if images and not answers]:
         warnings.append(_unnamed(never, both, " and ".join(counts)))
     return Usefulness(state, tuple(warnings))
@@ -62,10 +60,10 @@ def _counts(per_class: Mapping[str, Mapping[str, Any]]) -> Counts:
 
 
 def _state(counts: Counts) -> State:
-    """One-sided exact tests. A student is better than chance where one that always names the commonest class would
-    hardly ever be right as often; or, which accuracy does not show where one class has nearly all images, where it
-    tells that class from the others (Fisher's test) and is halfway to perfect class by class. If it is neither, it is
-    at chance where a student of some use would hardly ever be right so rarely."""
+    """One-sided exact tests. A student is better than chance if always naming the most frequent class would hardly ever
+    be right as often. If one class has nearly all images, accuracy cannot show that; then it is also better if it tells
+    that class from the others (Fisher's test) and its balanced accuracy is halfway to perfect. Otherwise it is at
+    chance if a useful student would hardly ever be right so rarely."""
     there = [numbers for numbers in counts.values() if numbers[0]]
     total, right = sum(images for images, _, _ in there), sum(right for _, _, right in there)
     most, named, named_rightly = max(there, default=(0, 0, 0))
@@ -85,8 +83,8 @@ def _compared_with_chance(counts: Counts, what: str) -> str:
     commonest = max(counts, key=lambda name: counts[name][0])
     most = counts[commonest][0]
     return (
-        f"it is right on {right:,} of {total:,} {what} images ({right / total:.3f}), and always naming {commonest} "
-        f"would be right on {most:,} ({most / total:.3f})"
+        f"it is right for {right:,} of {total:,} {what} images ({right / total:.3f}); always naming {commonest} "
+        f"would be right for {most:,} ({most / total:.3f})"
     )
 
 

@@ -57,7 +57,7 @@ def test_one_answer_to_all(counts, state):
     found = usefulness({"val": measured(labels, [0] * len(labels), 3)})
     assert found.state == state
     assert found.warnings[-1] == f"It never names 1 of the 2 classes of the val images: b ({counts[1]} images)."
-    assert f"always naming a would be right on {counts[0]}" in found.warnings[0]
+    assert f"always naming a would be right for {counts[0]}" in found.warnings[0]
 
 
 def test_a_student_that_finds_a_rare_class_is_of_use():
@@ -78,7 +78,7 @@ def test_the_test_images_decide_where_they_can():
     assert "44 val and test images" in usefulness({"val": bad, "test": few}).warnings[0]
     nothing = usefulness({})
     assert nothing.state == "unknown"
-    assert "neither val nor test images" in nothing.warnings[0]
+    assert "no labelled val or test images" in nothing.warnings[0]
 
 
 def test_classes_that_are_never_named_are_named():

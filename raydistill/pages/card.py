@@ -1,4 +1,4 @@
-"""The README.md of an exported student: what it is for, how good it is, what it was made from, and how to load it."""
+"""The README.md of an exported student: its use, its measures, its sources, and how to load it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model_card(
     about: dict[str, Any],
     exported: Exported,
 ) -> str:
-    """Markdown with the front matter that model hubs read."""
+    """The card as Markdown, with the front matter that model hubs read."""
     names = ", ".join(markdown(shorter(name, 100)) for name in about["classes"][:_MOST_NAMES])
     pipeline = None
     if generated is not None and config.generate is not None:
@@ -66,26 +66,26 @@ def _front_matter(about: dict[str, Any], report: Report) -> str:
 
 
 def int8_words(int8: dict[str, float | None]) -> str:
-    """What INT8 changed, and whether it was too much, in a sentence."""
+    """What INT8 changed, and whether the file is kept, in a sentence."""
     words = f"`{INT8_FILE}` " + ("gives" if int8["kept"] else "is left out: it gives")
     words += f" the same answer to {int8['agreement']:.1%} of {int8['images']} images"
     if int8["accuracy_before"] is not None and int8["accuracy_after"] is not None:
         words += f"; accuracy on them {int8['accuracy_before']:.3f} before and {int8['accuracy_after']:.3f} after"
     if not int8["kept"]:
-        drop = "a drop" if int8["accuracy_before"] is not None else "and no label says that its accuracy does not drop"
-        words += f", {drop} above export.int8_max_drop={int8['max_drop']:g}; raise that to have it all the same"
+        drop = "a drop" if int8["accuracy_before"] is not None else "a share of changed answers"
+        words += f", {drop} above export.int8_max_drop={int8['max_drop']:g}; raise that to export it anyway"
     return f"{words}."
 
 
 def licence_of(model: str) -> str:
-    """What timm knows of a model's weights."""
+    """The licence of a model's weights, if timm knows it."""
     name = model.removeprefix("timm:")
     known = timm.get_pretrained_cfg(name) if model.startswith("timm:") and timm.is_model(name) else None
     return (known.license if known is not None else None) or "not stated"
 
 
 def snippets(about: dict[str, Any], exported: Exported) -> dict[str, str]:
-    """By library, code that names the class of `picture.jpg` as `predict` does."""
+    """By library, code that gives the same class for `picture.jpg` as `predict`."""
     in_graph = "pixels" if about["input"] == "pixels" else "normalised"
     found = {}
     if "model.onnx" in exported.files:

@@ -30,7 +30,7 @@ _THUMBNAIL = 128
 
 
 def findings_table(checkup: Checkup) -> Table:
-    table = Table("", "what", "images", "for instance", "what a run does", "how to have it otherwise", box=None,
+    table = Table("", "what", "images", "for instance", "what a run does", "how to change that", box=None,
                   pad_edge=False, show_header=True)  # fmt: skip
     for finding in checkup.findings:
         table.add_row(
@@ -43,7 +43,7 @@ def findings_table(checkup: Checkup) -> Table:
 
 
 def write_checkup(config: RunConfig, checkup: Checkup, path: str) -> None:
-    """As JSON or HTML, by the path's ending. Raises ConfigError where it is another."""
+    """Write JSON or HTML, by the ending of the path. Raises ConfigError for any other ending."""
     suffix = Path(path).suffix.lower()
     if suffix == ".json":
         tree = redacted_tree({"is_sound": checkup.is_sound, **asdict(checkup)})
@@ -73,7 +73,7 @@ def _page(config: RunConfig, checkup: Checkup) -> bytes:
 
 
 def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[Markup]:
-    """Data URIs of those that an example names: one, two that are alike, or none where none decodes."""
+    """Data URIs of the images of an example: one, two similar ones, or none if none decodes."""
     found = []
     for name in [part for whole in example.split(" = ") for part in whole.split(" ~ ")]:
         entry = entries.get(name) or entries.get(name.rpartition(" is ")[0])

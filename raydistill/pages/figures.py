@@ -1,4 +1,4 @@
-"""The pictures of `evaluate`, as PNG bytes. Colours are of the Okabe-Ito set, told apart by the colour-blind.
+"""The figures of `evaluate`, as PNG bytes, in colours of the Okabe-Ito palette, safe for colour-blind readers.
 
 Shapes: N images, C classes.
 """
@@ -22,7 +22,7 @@ _MOST_NAMED_CLASSES = 40
 
 
 class Answers(NamedTuple):
-    """The class (N,) that a network names first for each image, and the probability (N,) that it gives it."""
+    """The class (N,) that a network predicts for each image, and its probability (N,)."""
 
     class_N: np.ndarray
     sure_N: np.ndarray
@@ -59,7 +59,7 @@ def curves_figure(epochs: list[dict[str, float]], kept_epoch: int) -> bytes:
 
 
 def contact_sheet(name: str, kept: list[Image.Image], rejected: list[tuple[Image.Image | None, str]]) -> bytes:
-    """Generated images of one class: those that were kept, then those that were rejected, under the reason."""
+    """Generated images of one class: first the kept ones, then the rejected ones with their reasons."""
     tiles = [(image, "") for image in kept] + rejected
     columns = min(8, max(len(tiles), 1))
     kept_rows, rejected_rows = -(-len(kept) // columns), -(-len(rejected) // columns)
@@ -81,7 +81,7 @@ def contact_sheet(name: str, kept: list[Image.Image], rejected: list[tuple[Image
 
 
 def confused_pairs(answers_N: np.ndarray, labels_N: np.ndarray) -> list[tuple[int, int, int]]:
-    """(true class, the class it is taken for, images), the most frequent first."""
+    """(true class, predicted class, images), the most frequent first."""
     wrong_N = answers_N != labels_N
     pairs, counts = np.unique(np.stack([labels_N, answers_N])[:, wrong_N], axis=1, return_counts=True)
     order = np.argsort(-counts, kind="stable")
@@ -89,7 +89,7 @@ def confused_pairs(answers_N: np.ndarray, labels_N: np.ndarray) -> list[tuple[in
 
 
 def _shown_classes(answers_N: np.ndarray, labels_N: np.ndarray, num_classes: int) -> list[int]:
-    """All, or where they are too many those that are confused most, else those with most images."""
+    """All classes or, if they are too many, the most confused ones, or else those with the most images."""
     if num_classes <= _MOST_NAMED_CLASSES:
         return list(range(num_classes))
     confused = (k for true, other, _ in confused_pairs(answers_N, labels_N) for k in (true, other))
@@ -98,8 +98,8 @@ def _shown_classes(answers_N: np.ndarray, labels_N: np.ndarray, num_classes: int
 
 
 def confusion_figure(answers_N: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ...], split: str) -> bytes:
-    """Rows are the true classes; each row sums to 1. Of very many classes those that are confused most are shown, and
-    the last column is all others."""
+    """Rows are the true classes; each row sums to 1. With very many classes it shows the most confused ones, and the
+    last column holds all others."""
     shown = _shown_classes(answers_N, labels_N, len(classes))
     place = dict(zip(shown, range(len(shown)), strict=True))
     some = len(shown) < len(classes)
@@ -123,13 +123,13 @@ def confusion_figure(answers_N: np.ndarray, labels_N: np.ndarray, classes: tuple
                 dark = shares[row, column] > 0.5
                 axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=8,
                           color="white" if dark else "black")  # fmt: skip
-    more = f", the {len(shown)} of {len(classes)} classes confused most" if some else ""
+    more = f", the {len(shown)} most confused of {len(classes)} classes" if some else ""
     axes.set(xlabel="predicted", ylabel="true", title=f"Student on {split}: {len(labels_N)} images{more}")
     return png(figure)
 
 
 def reliability_figure(answers: dict[str, Answers], labels_N: np.ndarray, bins: int, split: str) -> bytes:
-    """How often each network is right when it says how sure it is. Bins with fewer than 5 images are left out."""
+    """The accuracy of each network by its confidence, without bins of fewer than 5 images."""
     figure = Figure(figsize=(4.6, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--", label="perfectly calibrated")
@@ -148,7 +148,7 @@ def reliability_figure(answers: dict[str, Answers], labels_N: np.ndarray, bins: 
 
 
 def per_class_figure(answers: dict[str, Answers], labels_N: np.ndarray, classes: tuple[str, ...], split: str) -> bytes:
-    """Recall of each class, the student's worst first, the teacher's as a mark beside it."""
+    """The student's recall of each class, worst first, with a mark for the teacher's."""
     images_C = np.bincount(labels_N, minlength=len(classes))
     recalls = {}
     for who, (class_N, _) in answers.items():

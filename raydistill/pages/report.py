@@ -1,4 +1,4 @@
-"""report.html: the results of a run on one page that needs no network, for people who decide whether to ship it."""
+"""report.html: the results of a run on one page that needs no network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MOST_DISAGREEMENTS, _MOST_SHEETS, _MOST_REASONS, _EXAMPLES = 24, 12, 20, 3
 
 @dataclass(frozen=True)
 class Disagreement:
-    """An image whose class student and teacher name differently, with both opinions."""
+    """An image for which student and teacher predict different classes."""
 
     image: str  # as a data URI
     label: str
@@ -43,11 +43,11 @@ class Disagreement:
 
 
 def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
-    """Write `report.html` beside the report's figures, and give its path. `command` makes the run again."""
+    """Write `report.html` beside the report's figures, and return its path. `command` repeats the run."""
     report, samples = outcome.report, outcome.samples
     assert report is not None
     assert samples is not None
-    # Who looks at single test images chooses by them, so the page shows them only where there is no val split.
+    # A reader who sees single test images selects by them, so the page shows them only without a val split.
     shown = "val" if "val" in report.student else "test"
     html = page(
         "report.html",
@@ -84,7 +84,7 @@ def _figures(report: Report) -> list[str]:
 
 
 def _baselines(config: RunConfig, samples: SampleSet) -> dict[str, Report]:
-    """By name, those of jobs/overlays that were run on this job."""
+    """By overlay of jobs/overlays, the report of this job with it, if that run exists."""
     found = {}
     for name, tree in OVERLAYS.items():
         student = dict(tree.get("student", {}))
@@ -103,7 +103,7 @@ def _baselines(config: RunConfig, samples: SampleSet) -> dict[str, Report]:
 
 
 def _disagreements(report: Report, samples: SampleSet, split: str) -> list[Disagreement]:
-    """The images on which both are surest, the surest first."""
+    """The images of the highest confidence of both, in descending order."""
     if report.agreement is None:
         return []
     table = read_table(f"{report.path}/{PREDICTIONS_FILE}", PREDICTIONS)
@@ -150,7 +150,7 @@ class _Refused(BaseModel):
 
 
 def _refused(samples: SampleSet) -> list[tuple[str, int, list[str]]]:
-    """Reasons why images were refused, how often, and some examples."""
+    """Reasons of refused images, their counts and some examples."""
     refused = needed_state(f"{samples.path}/refused.json", list[_Refused], most_bytes=_MOST_OF_REFUSED)
     reasons = Counter(_reason(one.reason) for one in refused)
     return [
@@ -160,14 +160,14 @@ def _refused(samples: SampleSet) -> list[tuple[str, int, list[str]]]:
 
 
 def _reason(words: str) -> str:
-    """Without what differs from image to image."""
+    """The reason without the details of one image."""
     if words.startswith("a copy of "):
         return "a copy of another image"
     return words.partition(":")[0] if words.startswith("the same file stands under ") else words
 
 
 def _other_versions(outcome: Outcome) -> dict[str, str]:
-    """By stage, those that it ran with where they are not those of now."""
+    """By stage, the versions that it ran with and that differ from the installed ones."""
     now, others = installed(PACKAGES), {}
     for stage, path in outcome.directories.items():
         ran: dict[str, str] = read_bill(path).get("versions", {})

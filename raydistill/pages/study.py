@@ -1,4 +1,4 @@
-"""The page of a search: Optuna's own plots of the study, in one HTML file that needs nothing else."""
+"""study.html: Optuna's plots of a search, in one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _DOTS_PER_INCH = 110
 
 
 def search_page(study: optuna.Study, verdict: str, objectives: Sequence[str]) -> bytes:
-    """History, importance, slices and contours or, of several objectives, the Pareto front and each one's importance.
+    """History, importance, slices and contours or, with several objectives, the Pareto front and each importance.
 
-    Where trials ended early, all are compared after the last epoch that each of them reached. A picture for which
-    these trials do not suffice is named with the reason.
+    If trials ended early, the plots compare all trials after the last epoch that each reached. If a plot needs more
+    trials, the page gives the reason.
     """
     matplotlib.use("Agg")  # Optuna draws with pyplot
     trials, when = _compared(study)
@@ -42,13 +42,13 @@ def search_page(study: optuna.Study, verdict: str, objectives: Sequence[str]) ->
             (f"{name} by trial", partial(_history, study, options)),
             (f"Which settings {name}{when} depends on (fANOVA)",
              partial(plots.plot_param_importances, whole, **options)),
-            # A slice has one panel for each setting and takes no more than that many.
+            # A slice plot has one panel for each setting.
             (f"{name}{when} by each setting", partial(plots.plot_slice, whole, **options)),
         ]  # fmt: skip
     if len(objectives) > 1:
         pictures.insert(0, ("Pareto front", partial(plots.plot_pareto_front, study, target_names=list(objectives))))
     else:
-        title = f"{objectives[0]}{when} by two settings at a time, those that matter most"
+        title = f"{objectives[0]}{when} by pairs of the most important settings"
         pictures.append((title, partial(_contour, whole, objectives[0])))
     return page("study.html", verdict=verdict, pictures=[(title, *_drawn(draw)) for title, draw in pictures])
 
@@ -58,7 +58,7 @@ def _value(number: int, trial: FrozenTrial) -> float:
 
 
 def _history(study: optuna.Study, options: dict[str, Any]) -> Any:
-    """Optuna's, with the trials that ended early at what they had reached."""
+    """Optuna's plot, with the trials that ended early at their last value."""
     axes = plots.plot_optimization_history(study, **options)
     pruned = [t for t in study.get_trials(states=(TrialState.PRUNED,)) if t.intermediate_values]
     if pruned:
@@ -69,8 +69,8 @@ def _history(study: optuna.Study, options: dict[str, Any]) -> Any:
 
 
 def _compared(study: optuna.Study) -> tuple[list[FrozenTrial], str]:
-    """Trials with values that can be compared, and when those were measured: at the end, or after the last epoch that
-    all trials reached, those that were ended early among them."""
+    """Trials with comparable values, and when these were measured: at the end or, if trials ended early, after the last
+    epoch that all trials reached."""
     complete = study.get_trials(states=(TrialState.COMPLETE,))
     pruned = study.get_trials(states=(TrialState.PRUNED,))
     together = [*complete, *pruned]
@@ -88,8 +88,8 @@ def _compared(study: optuna.Study) -> tuple[list[FrozenTrial], str]:
 
 
 def _without_short_trials(trials: list[FrozenTrial], directions: Sequence[StudyDirection]) -> optuna.Study:
-    """The trials, less the job's own where the space does not hold all of its values: Optuna compares settings that all
-    trials have."""
+    """The trials, without the job's own settings if the space lacks one of their values: Optuna compares the settings
+    that all trials have."""
     copy = optuna.create_study(directions=directions)
     others = [t for t in trials if not t.user_attrs.get("own")]
     always = {key for trial in others for key in trial.params if all(key in t.params for t in others)}
@@ -98,12 +98,12 @@ def _without_short_trials(trials: list[FrozenTrial], directions: Sequence[StudyD
 
 
 def _in_figure(trial: FrozenTrial) -> FrozenTrial:
-    """The trial with its keys and labels as pictures show them: a space or a study may be a stranger's."""
+    """The trial with its keys and labels escaped for plots: a space or a study may come from others."""
     params, distributions = dict(trial.params), dict(trial.distributions)
     for key, distribution in trial.distributions.items():
         if isinstance(distribution, CategoricalDistribution):
             shown = [in_figure(label) if isinstance(label, str) else label for label in distribution.choices]
-            # What is alike once it is cut is still two labels.
+            # Two labels stay two if shortening makes them equal.
             shown = [f"{label} #{k}" if shown.index(label) < k else label for k, label in enumerate(shown)]
             distributions[key] = CategoricalDistribution(shown)
             params[key] = shown[int(distribution.to_internal_repr(params[key]))]
@@ -120,12 +120,12 @@ def _contour(study: optuna.Study, name: str) -> Any:
     except (ValueError, RuntimeError):  # too few trials
         keys = []
     if len(keys) < 2:  # Optuna would draw nothing
-        raise ValueError("it takes two settings that matter")
+        raise ValueError("it needs two settings with an effect")
     return plots.plot_contour(study, params=keys, target_name=name)
 
 
 def _drawn(draw: Callable[[], Any]) -> tuple[str, str]:
-    """The picture as a data URI, or nothing and the reason."""
+    """The plot as a data URI, or "" and the reason."""
     from matplotlib import pyplot
 
     try:
@@ -138,7 +138,7 @@ def _drawn(draw: Callable[[], Any]) -> tuple[str, str]:
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=_DOTS_PER_INCH, bbox_inches="tight")
         return data_uri(file.getvalue()), ""
-    except Exception as error:  # Optuna's plots fail in many ways where trials are few or alike
+    except Exception as error:  # Optuna's plots fail in many ways if trials are few or equal
         return "", reason_of(error)
     finally:
         pyplot.close("all")

@@ -1,4 +1,4 @@
-"""The closing table of a run: what came out, how good, how large, how fast, how long it took, and where it lies."""
+"""The closing table of a run: accuracy, size, speed, time and directories."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
 
 
 def _generated_rows(config: RunConfig, outcome: Outcome) -> list[tuple[str, str, str]]:
-    """What generated images changed, where the same job was run without them; here the classes that changed most, and
-    all of them in `deltas.json`, beside the report. This is the one place that knows both reports."""
+    """What generated images changed, if the same job ran without them. The table shows the two classes that changed
+    most; `deltas.json`, beside the report, has all."""
     report, without = outcome.report, outcome.without_generated
     if config.generate is None or report is None:
         return []
     if without is None:
-        return [("without generated images", "not measured: run it with generate=null", "")]
+        return [("without generated images", "not measured: run the job with generate=null", "")]
     rows, found = [], {}
     for split in report.student:
         found[split] = recall_deltas(report.student[split], without.student[split])
@@ -64,7 +64,7 @@ def _generated_rows(config: RunConfig, outcome: Outcome) -> list[tuple[str, str,
 
 
 def recall_deltas(now: dict[str, Any], then: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Each class that has images: its recall without and with generated images, and the difference in points."""
+    """By class with images: its recall without and with generated images, and the difference in points."""
     found = {}
     for name, of_class in now["per_class"].items():
         if of_class["images"]:

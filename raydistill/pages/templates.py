@@ -21,17 +21,17 @@ _CARDS.filters = {**_CARDS.filters, "md": markdown, "code": code_span}
 
 
 def page(template: str, **values: Any) -> bytes:
-    """The template's page. Every value is escaped, printable and without secrets."""
+    """The page of a template. Every value is escaped, printable and without secrets."""
     return _PAGES.get_template(template).render(values).encode()
 
 
 def card(template: str, **values: Any) -> str:
-    """The template's Markdown, without secrets. Its filters `md` and `code` show text of strangers as it is."""
+    """The Markdown of a template, without secrets. The filters `md` and `code` escape text from others."""
     return redacted(_CARDS.get_template(template).render(values)).strip() + "\n"
 
 
 def data_uri(picture: bytes, kind: str = "png") -> Markup:
-    """A picture as a page holds it, without a file of its own. It is ours, so nothing in it is escaped or hidden."""
+    """A picture as a `data:` URI, so that the page needs no file. It is ours, so nothing in it is escaped or hidden."""
     return Markup(f"data:image/{kind};base64,{base64.b64encode(picture).decode()}")
 
 

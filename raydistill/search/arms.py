@@ -1,4 +1,4 @@
-"""One run of a comparison: its answers on the test split, and the seconds of each part of the work."""
+"""One run of a comparison: its answers on the test split, and the seconds of each stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASELINES = ("scratch", "linear_probe", "fine_tune")
 
 @dataclass(frozen=True)
 class Arm:
-    """One run: its answers, and seconds of each part of the work, shared or not."""
+    """One run: its answers, and the seconds of each stage, shared or not."""
 
     arm: str
     seed: int
@@ -46,7 +46,7 @@ class Arm:
 
 
 def arm_of(name: str, seed: int, label_share: float, outcome: Outcome) -> Arm:
-    """The figures of a finished run, read from its stage directories, whichever command made them."""
+    """Read the results of a finished run from its stage directories."""
     report, samples, student = outcome.report, outcome.samples, outcome.student
     assert report is not None
     assert samples is not None
@@ -72,8 +72,8 @@ def arm_of(name: str, seed: int, label_share: float, outcome: Outcome) -> Arm:
 
 
 def training_seconds(epochs: list[dict[str, float]], batch_size: int) -> list[float]:
-    """Seconds of training up to the end of each epoch, from the rates: measuring val does not count, and a resumed
-    epoch counts once."""
+    """Seconds of training up to the end of each epoch, from the rates: without measuring val, and a resumed epoch
+    counts once."""
     steps = np.diff([0.0, *(epoch["step"] for epoch in epochs)])
     return list(
         np.cumsum([batch_size * n / epoch["images_per_second"] for n, epoch in zip(steps, epochs, strict=True)])
@@ -81,5 +81,5 @@ def training_seconds(epochs: list[dict[str, float]], batch_size: int) -> list[fl
 
 
 def is_baseline(arm: str) -> bool:
-    """An arm without a teacher, with generated images or without."""
+    """Whether the arm has no teacher, with or without generated images."""
     return arm.removesuffix("+generated") in BASELINES

@@ -1,7 +1,7 @@
-"""compare: the ways to train one student, side by side, on the same data and for as many steps.
+"""compare: train one student in several ways (arms) on the same data with the same number of steps.
 
-Every arm is an ordinary run of the job with an overlay, so arms share every stage that they can, an interrupted
-comparison goes on, and a single arm can be repeated by hand with `jobs/overlays/<arm>.yaml`.
+Every arm is an ordinary run of the job with an overlay. So arms share stages, an interrupted comparison resumes, and
+`jobs/overlays/<arm>.yaml` repeats a single arm.
 """
 
 from __future__ import annotations
@@ -52,10 +52,9 @@ class _Trial:
 
 
 def compare_arms(config: RunConfig, progress: Progress, learning_curve: bool = False) -> tuple[Comparison, str]:
-    """Run every arm over every seed, those that are done skipped, and say which to ship; and where that is written.
+    """Run every arm with every seed, skip finished runs, and return the comparison and its directory.
 
-    Raises ConfigError before anything starts where an arm cannot be trained: no pre-trained weights for its student, no
-    teacher for its loss.
+    Raises ConfigError before it starts: an arm has no pre-trained weights for its student, or no teacher for its loss.
     """
     arms = _arms(config, progress)
     trials = [_trial(config, arm, seed) for seed in _seeds(config) for arm in arms]
@@ -88,8 +87,8 @@ def _seeds(config: RunConfig) -> range:
 
 
 def _arms(config: RunConfig, progress: Progress) -> list[str]:
-    """Each arm without generated images and, where the job generates, with them. Images of an unconditional pipeline
-    have no labels, so an arm without a teacher has no use for them, and is told of and left out."""
+    """Each arm without generated images and, if the job generates, with them. Images of an unconditional pipeline have
+    no labels, so an arm without a teacher cannot use them; a line names it, and it is left out."""
     if config.generate is None:
         return list(config.compare.arms)
     both = [f"{arm}{_GENERATED}" for arm in config.compare.arms]
@@ -98,8 +97,8 @@ def _arms(config: RunConfig, progress: Progress) -> list[str]:
         both = [arm for arm in both if arm not in without]
         for arm in without:
             progress.line(
-                f"compare:  {arm} is left out: only a teacher can speak for the images of an unconditional pipeline, "
-                "and this arm has none"
+                f"compare:  {arm} is left out: the images of an unconditional pipeline have no labels, and this arm "
+                "has no teacher"
             )
     return [*config.compare.arms, *both]
 
@@ -109,7 +108,7 @@ def _trial(config: RunConfig, name: str, seed: int, num_labelled: int | None = N
     if arm == name:
         tree["generate"] = None
     elif OVERLAYS[arm].get("teacher", tree["teacher"]) is None:
-        # Without a teacher none can judge the images, and nothing but their labels can be learnt from.
+        # Without a teacher the filter cannot judge the images, and the student can learn from their labels only.
         tree["generate"]["filter"] |= _UNJUDGED
         tree["generate"]["task_weight"] = tree["generate"]["task_weight"] or 1.0
     overlay: dict[str, Any] = {**OVERLAYS[arm], "seed": seed, "tracking": {"enabled": False}}
@@ -174,7 +173,7 @@ def _curve_arm(config: RunConfig) -> str:
 
 
 def _curve_trials(config: RunConfig, progress: Progress) -> list[_Trial]:
-    """Scratch and the distilled arm at each share of the labels; the labels that are taken away leave an unlabelled
+    """Scratch and the distilled arm at each share of the labels. An image that loses its label stays as an unlabelled
     image, which only a teacher can use."""
     distilled = _curve_arm(config)
     found = []

@@ -1,4 +1,4 @@
-"""Is the best trial of a search really better? It and the job's own settings are trained again with new seeds."""
+"""Is the best trial of a search really better? Train it and the job's own settings again with new seeds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from raydistill.tracking.tracker import Tracker
 
 @dataclass(frozen=True)
 class Gain:
-    """The best settings against the job's own over new seeds, paired by seed and image: means, and the gain with its
-    95 % interval over seeds and images; with one seed over images alone, and without a p-value."""
+    """The best settings against the job's own with new seeds, paired by seed and image: means, and the gain with its
+    95 % confidence interval over seeds and images; with one seed over images only, and without a p-value."""
 
     split: str
     own: float
@@ -28,13 +28,13 @@ class Gain:
     low: float
     high: float
     p_value: float | None
-    needed: str  # in words: what would tell it from chance
+    needed: str  # in words: the seeds or images at which it would be significant
 
 
 def confirm(
     config: RunConfig, settings: dict[str, Any], progress: Progress, tracker: Tracker
 ) -> tuple[list[Gain], float]:
-    """Train the best and the job's own settings with new seeds, which no trial has seen; val and, here alone, test."""
+    """Train the best and the job's own settings with seeds that no trial used; measure val and, only here, test."""
     if not settings or not config.tune.confirm_seeds:
         return [], 0.0
     answers: dict[str, dict[str, list[Answers]]] = {"val": {"own": [], "best": []}, "test": {"own": [], "best": []}}
@@ -58,7 +58,7 @@ def confirm(
 
 
 def gains_of(answers: dict[str, dict[str, list[Answers]]]) -> list[Gain]:
-    """By split, where there are answers of the `own` and the `best` settings; one a seed."""
+    """The gain by split, from one answer of the `own` and the `best` settings for each seed."""
     gains = []
     for split, of_split in answers.items():
         if of_split["own"]:
@@ -78,19 +78,19 @@ def search_verdict(config: RunConfig, best: Trial, trials: list[Trial], gains: l
     lost = f" ({failed} failed, see search.json)" if failed else ""
     words = f"Trial {best.number} of {len(trials)}{lost} is best: {name} {best.values[0]:.4g}"
     if best.own:
-        return f"{words}, with the job's own values. Keep them; no trial of this space was better."
+        return f"{words}, with the job's own values. Keep them: no trial was better."
     words += "" if own is None else f" against {own:.4g} with the job's own values"
     if not gains:
-        return f"{words}. A search flatters what it finds: confirm it with tune.confirm_seeds=3."
+        return f"{words}. The best of many trials looks better than it is: confirm it with tune.confirm_seeds=3."
     shown = [f"{100 * g.gain:+.1f} points on {g.split} ({100 * g.low:+.1f} to {100 * g.high:+.1f})" for g in gains]
     words += f". With {config.tune.confirm_seeds} new seed(s) it gains {' and '.join(shown)}"
-    # The search chose by val, which flatters what it found there even with new seeds: test decides where there is one.
+    # The search selected by val, so val is biased even with new seeds: test decides if there is one.
     last = gains[-1]
     if last.p_value is None:
         return f"{words}; {last.needed}."
     if last.gain <= 0:
-        return f"{words}: keep the job's own values; the search found what suits one val split."
+        return f"{words}: keep the job's own values; the search overfitted one val split."
     if last.p_value < LEVEL:
-        flattered = ", by which the search chose" if last.split == "val" else ""
-        return f"{words}; on {last.split}{flattered}, p {p_words(last.p_value, '= ')}: run the job with best.yaml."
+        biased = ", which the search selected by" if last.split == "val" else ""
+        return f"{words}; on {last.split}{biased}, p {p_words(last.p_value, '= ')}: run the job with best.yaml."
     return f"{words}; on {last.split} p = {last.p_value:.2f}, so this may be chance: {last.needed}."

@@ -1,4 +1,4 @@
-"""What a search and a comparison are named by, and in what a new search differs from the one before."""
+"""The identities of a search and a comparison, and what changed since the previous search."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from raydistill.storage.state import needed_state
 
 
 def trained_settings(config: RunConfig) -> Any:
-    """What of the config can change what is trained and measured, without secrets."""
+    """The part of the config that can change what is trained or measured, without secrets."""
     left_out = {"workspace", "cluster", "tracking", "name", "export", "compare", "tune"}
     return redacted_tree(config.model_dump(mode="json", exclude=left_out), without_secrets)
 
 
 def tune_directory(config: RunConfig, space: Space, progress: Progress) -> StageDirectory:
-    """Another space, sampler or objective is another search; trials that both have are trained once all the same."""
+    """A new space, sampler or objective makes a new search. It reuses the trained students of equal trials."""
     settings = config.tune.model_dump(include={"sampler", "pruner", "grace_epochs", "objectives"})
     identity = {
         "config": trained_settings(config),
@@ -40,7 +40,7 @@ def tune_directory(config: RunConfig, space: Space, progress: Progress) -> Stage
 
 
 def _identity(entry: Distribution) -> dict[str, Any]:
-    """In lists, whose order counts: what is drawn depends on that of keys and of labels."""
+    """As lists, because the order of keys and labels changes what a sampler draws."""
     dump = entry.model_dump(by_alias=True, exclude_unset=True)
     if isinstance(entry.categorical, dict):
         dump["categorical"] = [[label, value] for label, value in entry.categorical.items()]
@@ -48,7 +48,7 @@ def _identity(entry: Distribution) -> dict[str, Any]:
 
 
 def _differences(config: RunConfig, directory: StageDirectory) -> list[str]:
-    """What a new search of a job differs in from the latest one before it."""
+    """The differences of a new search of a job from its latest one."""
     fs, mine = directory.fs, json.loads(directory.identity)
     root = directory.place.rpartition("/")[0]
     names = [name for name in fs.names(root) if name.startswith("tune-")]

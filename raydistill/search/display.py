@@ -31,8 +31,8 @@ def minutes(seconds: float) -> str:
 
 
 class Clock:
-    """How long all commands have worked on a search. Each notes its own time in the study as it goes, so a command that
-    is killed counts too."""
+    """The time that all commands have spent on a search. Each keeps storing its own time in the study, so a killed
+    command counts too."""
 
     def __init__(self, study: optuna.Study) -> None:
         self._study, self._mine = study, f"{SECONDS_OF}{uuid.uuid4().hex}"
@@ -45,7 +45,7 @@ class Clock:
         self.note()
 
     def tick(self) -> None:
-        """Something has happened."""
+        """Call it at every event; it stores the time now and then."""
         if time.monotonic() - self._noted > _SECONDS_BETWEEN_NOTES:
             self.note()
 
@@ -55,15 +55,15 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Of all commands, this one till now."""
+        """The time of all commands, with this one's until now."""
         self.note()
         return seconds_noted(self._study)
 
 
 class SearchDisplay:
-    """Follows the search: a live table on a terminal, a line for each trial elsewhere, and a run of MLflow's each.
+    """Shows the search: a live table on a terminal, or else a line for each trial, and an MLflow run for each trial.
 
-    `trials` are those begun so far, of `most` in all.
+    `trials` are those begun so far; there will be `most`.
     """
 
     def __init__(self, config: RunConfig, progress: Progress, trials: list[Trial], most: int, clock: Clock) -> None:
@@ -80,8 +80,8 @@ class SearchDisplay:
         return max(self._most - len(self._ended), 0)
 
     def record_ended(self, tracker: Tracker) -> None:
-        """Write the MLflow runs of the trials that have ended, where they are not complete: MLflow's writer lags behind
-        the study, and may have been killed."""
+        """Complete the MLflow runs of ended trials: MLflow's writer lags behind the study, so a killed command leaves
+        some incomplete."""
         for trial in self._ended.values():
             run = ChildRun(tracker, _run_name(trial.number), ended=_status(trial))
             run.params({**trial.choices, "own values": trial.own})
@@ -91,7 +91,7 @@ class SearchDisplay:
 
     @contextlib.contextmanager
     def shown(self, tracker: Tracker) -> Iterator[None]:
-        """For as long as trials run. A trial that is cut short ends as killed."""
+        """Show the search while trials run. The MLflow run of an interrupted trial ends as killed."""
         self._tracker, self._began = tracker, time.monotonic()
         console = self._progress.console
         live = Live(self._table(), console=console, auto_refresh=False) if console.is_terminal else None
@@ -114,7 +114,7 @@ class SearchDisplay:
 
     def measured(self, number: int, record: dict[str, float]) -> None:
         choices, before = self._running[number]
-        self._running[number] = (choices, {**before, **record})  # not every epoch measures all
+        self._running[number] = (choices, {**before, **record})  # some epochs measure less
         if number in self._runs:
             self._runs[number].log(record, int(record.get("step", 0)))
         self._news()
@@ -164,7 +164,7 @@ class SearchDisplay:
         for title in ("trial", "state", self._config.tune.objectives[0], "seconds", "settings"):
             table.add_column(title)
         for number, (choices, record) in self._running.items():
-            at = f"epoch {record['epoch']:.0f}" if record else "begins"
+            at = f"epoch {record['epoch']:.0f}" if record else "starting"
             value = record.get(self._config.tune.objectives[0])
             table.add_row(str(number), at, "" if value is None else f"{value:.4g}", "", _short(choices))
         for trial in self._best()[:5]:

@@ -11,12 +11,12 @@ from pydantic import Field, model_validator
 from raydistill.config import Section
 
 Bounds = tuple[float, float]
-# What a study holds of a trial: the number drawn, or the label of the choice.
+# A study stores the number that a trial drew, or the label of its choice.
 Choice = float | int | str | bool | None
 
 
 class Distribution(Section):
-    """One key's values: exactly one of the kinds, with `step` and `when` where they make sense."""
+    """The values of one key: exactly one kind, with `step` and `when` if they fit it."""
 
     float_range: Annotated[Bounds | None, Field(alias="float")] = None
     log_range: Annotated[Bounds | None, Field(alias="log")] = None
@@ -52,14 +52,14 @@ class Distribution(Section):
 
     @property
     def choices(self) -> dict[Choice, Any]:
-        """Values by label, of `categorical`. A value that is no plain one is labelled by its JSON."""
+        """The values of `categorical` by label. The label of a list or mapping is its JSON."""
         if isinstance(self.categorical, dict):
             return dict(self.categorical.items())
         plain = (str, int, float, bool, type(None))
         return {v if isinstance(v, plain) else json.dumps(v): v for v in self.categorical or ()}
 
     def draw(self, key: str, trial: Any) -> Choice:
-        """Ask Optuna's trial for a value, or for a label."""
+        """Ask Optuna's trial for a value or a label."""
         drawn: Choice
         if self.categorical is not None:
             return trial.suggest_categorical(key, list(self.choices))
@@ -75,14 +75,14 @@ class Distribution(Section):
         return self.exact(drawn)
 
     def exact(self, drawn: Choice) -> Choice:
-        """The listed value that a number stands for: samplers add steps up in floats, each in its own way, and
-        0.30000000000000004 is to be the 0.3 that earlier stages ran for."""
+        """The listed value nearest to a number: samplers add steps in floats, and 0.30000000000000004 has to become
+        the 0.3 that earlier stages ran for."""
         if not self._has_steps or not isinstance(drawn, int | float):
             return drawn
         return self._at(round((drawn - self._limits[0]) / (self.step or 1)))
 
     def ends(self) -> list[Choice]:
-        """What has to be a value of the config for all between to be one."""
+        """The values to check: if the config accepts them, it accepts all between."""
         if self.categorical is not None:
             return list(self.choices)
         if self.is_fixed:
@@ -90,13 +90,13 @@ class Distribution(Section):
         return [self._at(0), self._at(self._num_steps)] if self._has_steps else list(self._limits)
 
     def values(self) -> list[Choice] | None:
-        """All values or labels; None where there is no end of them."""
+        """All values or labels; None if there are infinitely many."""
         if self.categorical is not None:
             return list(self.choices)
         return [self._at(k) for k in range(self._num_steps + 1)] if self._has_steps else None
 
     def holds(self, value: Any) -> bool:
-        """Whether a config's own value is one of a range's."""
+        """Whether a config's own value lies in a range, and on its steps."""
         if self.is_fixed or self.categorical is not None:
             return False
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -123,6 +123,6 @@ class Distribution(Section):
         return int((high - low) // Decimal(str(self.step or 1)))
 
     def _at(self, index: int) -> int | float:
-        """The value so many steps above the lowest. In decimals, as Optuna reckons the highest."""
+        """The value `index` steps above the lowest, in decimals, like Optuna's highest."""
         value = Decimal(str(self._limits[0])) + index * Decimal(str(self.step or 1))
         return int(value) if self.int_range else float(value)

@@ -1,4 +1,4 @@
-"""The pictures of `compare`, as PNG bytes."""
+"""The figures of `compare`, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw_comparison(comparison: Comparison) -> bytes:
     axes.set(
         xlabel="seconds: adapt + generate + teach + train", ylabel="test accuracy (mean over seeds)",
         title=f"{comparison.num_seeds} seed(s); squares: baselines; bars: 95 % intervals over "
-        + ("images, this seed's alone" if comparison.num_seeds == 1 else "images and seeds"),
+        + ("images only" if comparison.num_seeds == 1 else "images and seeds"),
     )  # fmt: skip
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

@@ -10,15 +10,15 @@ from raydistill.cluster.plan import Plan
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError
 
-# CPUs of the process that looks after a trial while Ray Train's workers train it, and what is kept back for those.
+# CPUs of the process that supervises a trial while Ray Train's workers train it, and the CPUs to keep for those.
 _BESIDE_WORKERS, RESERVED = 0.01, 0.1
-_MOST_CPUS = 4.0  # of a trial in one process; more make a small student little faster
+_MOST_CPUS = 4.0  # of a trial in one process; more hardly speed up a small student
 _LEAST_SHARE = 0.1  # of a CPU or a GPU
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How trials share the machines: so many at once, the CPUs and GPUs of the process that runs one, and its plan."""
+    """The number of trials at once, the CPUs and GPUs of the process that runs one, and its plan."""
 
     together: int
     share: dict[str, float]
@@ -26,10 +26,10 @@ class Layout:
 
 
 def lay_out(config: RunConfig, plan: Plan) -> Layout:
-    """Trials at once: what the job says, or a GPU each, or 4 CPUs each. One train worker, or none, trains in the
-    trial's own process, with its share of a node's threads; several are Ray Train's.
+    """Trials at once: the number in the job, or one for each GPU, or one for each 4 CPUs. One train worker, or none,
+    trains in the trial's own process, with its share of a node's threads; Ray Train runs several workers.
 
-    Raises ConfigError where so many trials do not fit.
+    Raises ConfigError: that many trials do not fit.
     """
     asked = config.tune.concurrent
     if config.distill.most_workers > 1:
@@ -38,9 +38,9 @@ def lay_out(config: RunConfig, plan: Plan) -> Layout:
         fits = int(min(plan.cpus / cpus, plan.gpus / gpus if gpus else math.inf) + 1e-9)
         if asked is not None and asked > fits:
             raise ConfigError(
-                f"tune.concurrent={asked} trials at once, of {workers} workers each, need {asked * cpus:g} CPUs"
-                f"{f' and {asked * gpus:g} GPUs' if gpus else ''}, and there are {plan.cpus:g} and {plan.gpus:g}; "
-                "lower it or distill.num_workers"
+                f"tune.concurrent={asked} trials at once, with {workers} workers each, need {asked * cpus:g} CPUs"
+                f"{f' and {asked * gpus:g} GPUs' if gpus else ''}, and there are {plan.cpus:g} CPUs and "
+                f"{plan.gpus:g} GPUs; lower it or distill.num_workers"
             )
         together = asked or max(1, fits)
         return Layout(together, {"CPU": _BESIDE_WORKERS}, dataclasses.replace(plan, trainings=together))
@@ -49,8 +49,8 @@ def lay_out(config: RunConfig, plan: Plan) -> Layout:
     share = int(100 * plan.cpus / together) / 100
     if share < _LEAST_SHARE or (plan.gpus and plan.gpus / together < _LEAST_SHARE):
         raise ConfigError(
-            f"tune.concurrent={together} trials at once leave each {share:g} of {plan.cpus:g} CPUs and "
-            f"{plan.gpus:g} GPUs; lower it"
+            f"tune.concurrent={together} trials at once get {share:g} each of {plan.cpus:g} CPUs and "
+            f"{plan.gpus:g} GPUs, which is too little; lower it"
         )
     shares = {"CPU": min(share, _MOST_CPUS, float(cores))}
     if plan.gpus:

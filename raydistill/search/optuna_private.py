@@ -1,5 +1,5 @@
-"""Private names of Optuna, as seen in 5.0, where it has no public way. tests/search/test_optuna_private.py fails when
-they change."""
+"""Uses of private names of Optuna 5.0 that have no public equivalent. tests/search/test_optuna_private.py fails if they
+change."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from raydistill.errors import CheckpointError
 
 
 def running_trial(study: optuna.Study, frozen: FrozenTrial) -> optuna.Trial:
-    """A trial of the study that another process began, to go on with. Optuna hands out new ones alone."""
+    """A trial that another process began, to continue it. Optuna's public `ask` gives new trials only."""
     return optuna.Trial(study, frozen._trial_id)
 
 
 class CmaEsSampler(optuna.samplers.CmaEsSampler):
-    """Optuna keeps the state of CMA-ES in the study as a pickle, and a study may be a stranger's. This sampler loads
-    the classes of such a state, and refuses all others."""
+    """Optuna stores the state of CMA-ES in the study as a pickle, and a study may come from others. This sampler loads
+    the classes of such a state only."""
 
     def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
         for trial in reversed(completed_trials):
@@ -41,7 +41,7 @@ class _CmaState(pickle.Unpickler):  # noqa: TID251 - knows only the classes belo
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._CLASSES:
             raise CheckpointError(
-                f"the study holds {module}.{name} as state of CMA-ES, which could run code and is not loaded; begin "
+                f"the study's state of CMA-ES holds {module}.{name}, which could run code, so it is not loaded; start "
                 "another search in another workspace or tune.storage"
             )
         return super().find_class(module, name)

@@ -1,22 +1,21 @@
-"""How sure an accuracy, or a difference of two, is: the test images and the seeds both count.
+"""Confidence intervals and p-values of an accuracy, or of a difference of two, over test images and seeds.
 
-An arm's answers are a table of seeds and images: 1 where the student of that seed names that image rightly, 0 where it
-does not, nan where the image is not in that seed's test split. Its mean would be another with other images, and with
-other seeds. Studies of several readers and several cases have the same table and the same question, and split the
-variance of the mean in the same way (Obuchowski and Rockette 1995; Hillis 2007):
+An arm's answers are a table of seeds and images: 1 for a correct answer, 0 for a wrong one, nan for an image outside
+that seed's test split. Other images and other seeds would both change its mean. Studies of several readers and several
+cases split the variance of the mean of such a table in the same way (Obuchowski and Rockette 1995; Hillis 2007):
 
     Var(mean) = between / S + shared
 
-`between` is the variance of the seeds' means around each other. `shared` is the covariance that two seeds' means have
-since they were measured on the same images: all of them where the test split is fixed, some where each seed draws its
-own. The half width of an interval is that of the seeds and that of the images added as squares (Banerjee 1960), each
-with the quantile of Student's t of its own degrees of freedom. For normal means this covers at least as often as it
-says, whatever the share of either; a few seeds cost what their few degrees of freedom must cost.
+`between` is the variance of the seeds' means around each other. `shared` is the covariance of two seeds' means through
+the images that both measure: all images of a fixed test split, some if each seed draws its own. The half width of an
+interval is the root of the sum of two squares, one for seeds and one for images (Banerjee 1960), each with the quantile
+of Student's t for its degrees of freedom. For normal means the coverage is at least nominal, whatever the share of
+either; with few seeds the intervals are wide, because there are few degrees of freedom.
 
-Seeds are taken to be draws from one normal distribution, images to be draws of their own: a failure of one seed in
-fifty cannot be seen in three, and near copies among the images make intervals too narrow.
+The method assumes that seeds are draws from one normal distribution, and images independent draws. Three seeds cannot
+show a failure of one seed in fifty, and near duplicates among the images make intervals too narrow.
 
-Shapes: S seeds, N images that were seen with any seed.
+Shapes: S seeds, N images of any seed.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ _LEAST_P = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Of one student on one split: the images' ids (N,), and whether it named each rightly (N,)."""
+    """One student's answers on one split: the images' ids (N,), and whether each answer is correct (N,)."""
 
     ids: np.ndarray
     right: np.ndarray
 
 
 def read_answers(path: str, split: str) -> Answers:
-    """From the `evaluate` directory `path`."""
+    """Read them from the `evaluate` directory `path`."""
     columns = ("sample_id", "label", "split", "student_class")
     table = read_table(f"{path}/{PREDICTIONS_FILE}", pa.schema(PREDICTIONS.field(name) for name in columns))
     table = table.filter(pc.equal(table["split"], split)).combine_chunks()
@@ -57,13 +56,13 @@ def read_answers(path: str, split: str) -> Answers:
 
 
 def align(answers: Sequence[Sequence[Answers]]) -> list[np.ndarray]:
-    """For each arm its table of seeds and images (S, N), the columns being the same images for all arms."""
+    """By arm, the table of seeds and images (S, N). All arms have the same images as columns."""
     columns: dict[object, int] = {}
 
     def places(ids: np.ndarray) -> np.ndarray:
         return np.array([columns.setdefault(i, len(columns)) for i in ids.tolist()])
 
-    # The arms of one seed nearly always have one split, of which the first arm's columns will do.
+    # The arms of one seed nearly always share a split, so try the first arm's columns.
     first = [(one.ids, places(one.ids)) for one in answers[0]]
     found = []
     for arm in answers:
@@ -78,35 +77,35 @@ def align(answers: Sequence[Sequence[Answers]]) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Spread:
-    """The mean of a table and what it is uncertain by. Variances are of means over one seed's images."""
+    """The mean of a table and its variances, which are those of means over one seed's images."""
 
     mean: float
     seeds: int
-    images: int  # in all; `each` of them are seen with one seed
+    images: int  # of all seeds; each seed has `each` of them
     each: float
     alone: float  # variance of one seed's mean by the draw of its images
     shared: float  # covariance of two seeds' means by the images that both saw; with one seed `alone`
     between: float  # variance of seeds' means around each other, no less than `alone - shared`; 0 with one seed
 
     def margin(self, level: float = LEVEL) -> float:
-        """Half the width of the interval that misses with probability `level`. With one seed it is that of these very
-        students: what another seed would give is unknown."""
+        """Half the width of the interval with error rate `level`. With one seed it covers the images only, since the
+        variance between seeds is unknown."""
         return float(np.sqrt(self._margins(level, self.between)))
 
     def _margins(self, level: float, between: float | np.ndarray) -> float | np.ndarray:
-        """The squared half width, from a variance between seeds as it was estimated."""
+        """The squared half width, given an estimated variance between seeds."""
         of_images = special.stdtrit(max(self.images - 1, 1), level / 2) ** 2 * self.shared
         if self.seeds == 1:
             return of_images
         return special.stdtrit(self.seeds - 1, level / 2) ** 2 * between / self.seeds + of_images
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Of a difference, which cannot leave [-1, 1]."""
+        """The interval of a difference, within [-1, 1]."""
         margin = self.margin(level)
         return max(self.mean - margin, -1.0), min(self.mean + margin, 1.0)
 
     def p_value(self) -> float | None:
-        """The level at which the interval would end at 0; None with one seed, which says nothing of others."""
+        """The level at which the interval ends at 0; None with one seed."""
         if self.seeds == 1:
             return None
         if self.margin(_LEAST_P) <= abs(self.mean):
@@ -116,8 +115,8 @@ class Spread:
         return float(np.exp(brentq(lambda x: self.margin(np.exp(x)) - abs(self.mean), np.log(_LEAST_P), 0.0)))
 
     def planned(self, seeds: int, times_images: float = 1.0) -> Spread:
-        """What is to be expected with so many seeds and so many times the images."""
-        own = max(self.between - max(self.alone - self.shared, 0.0), 0.0)  # the seeds' own, without their images'
+        """The expected spread with this many seeds and times the images."""
+        own = max(self.between - max(self.alone - self.shared, 0.0), 0.0)  # of the seeds, without their images
         alone, shared = self.alone / times_images, self.shared / times_images
         return replace(
             self, seeds=seeds, images=round(self.images * times_images), each=self.each * times_images, alone=alone,
@@ -125,7 +124,7 @@ class Spread:
         )  # fmt: skip
 
     def power(self, gain: float, level: float = LEVEL) -> float:
-        """The probability that a true difference of `gain` is told from none: over the draws of the mean, and of the
+        """The probability that a true difference of `gain` is significant, over the sampling of the mean and of the
         variance between seeds, which few seeds estimate badly."""
         freedom, quantiles = self.seeds - 1, (np.arange(50) + 0.5) / 50
         between = self.between * special.gammaincinv(freedom / 2, quantiles) * 2 / freedom  # chi-squared over freedom
@@ -133,8 +132,8 @@ class Spread:
         return float(special.ndtr((abs(gain) - margins) / np.sqrt(self.between / self.seeds + self.shared)).mean())
 
     def needed(self, gain: float, level: float = LEVEL) -> list[tuple[int, float]]:
-        """Ways to tell `gain` from none with a power of 80 %, as numbers of seeds and times the images: more seeds, or
-        more images, or both where neither alone suffices up to a hundred; empty where both do not."""
+        """The (seeds, times the images) at which `gain` is significant with a power of 80 %: more seeds, or more
+        images, or both if a hundred of neither is enough; empty if a hundred of both is not."""
 
         def enough_seeds(times: float) -> int | None:
             counts = range(max(self.seeds, 2), _MOST_SEEDS + 1)
@@ -150,7 +149,7 @@ class Spread:
 
 
 def spread(values_SN: np.ndarray) -> Spread:
-    """Of answers, or of differences of answers. Where every image is seen with every seed, `between` and `shared` are
+    """The spread of answers, or of differences of answers. If every seed has every image, `between` and `shared` are
     those of the two-way analysis of variance: MS(seeds) / N and (MS(images) - MS(error)) / (S N)."""
     values_SN = values_SN[:, ~np.isnan(values_SN).all(0)]
     seen_SN = ~np.isnan(values_SN)
@@ -162,32 +161,32 @@ def spread(values_SN: np.ndarray) -> Spread:
     if seeds == 1:
         return Spread(float(mean_S[0]), 1, images, float(each_S[0]), alone, alone, 0.0)
     shared = max(float(covariance_SS.sum() - np.trace(covariance_SS)) / (seeds * (seeds - 1)), 0.0)
-    # Seeds that agree by chance do not undo what their images alone must scatter.
+    # If the seeds agree by chance, their images still give this variance.
     between = max(float(mean_S.var(ddof=1)), alone - shared)
     return Spread(float(mean_S.mean()), seeds, images, float(each_S.mean()), alone, shared, between)
 
 
 def difference(one_SN: np.ndarray, other_SN: np.ndarray) -> Spread:
-    """Of two arms, paired by seed and image. One image more, half of it won by either, keeps few differing answers from
-    looking certain (half an image in each cell, as in Agresti and Min 2005)."""
+    """The spread of the difference of two arms, paired by seed and image. One added image, won half by each, keeps few
+    differing answers from looking certain (half an image in each cell, as in Agresti and Min 2005)."""
     found = spread(one_SN - other_SN)
     more = 1 / found.images**2
     return replace(found, alone=found.alone + more, shared=found.shared + more)
 
 
 def accuracy_interval(right_SN: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Of the mean accuracy: Wilson's interval for an effective number of images, as many independent ones as have the
-    same variance, and no more than there are (as Korn and Graubard 1998 for surveys). It cannot leave [0, 1]."""
+    """Wilson's interval of the mean accuracy, for the effective number of images: the number of independent images with
+    the same variance, at most the real number (as Korn and Graubard 1998 for surveys). It stays within [0, 1]."""
     found, z = spread(right_SN), float(special.ndtri(1 - level / 2))
     p, variance = found.mean, (found.margin(level) / z) ** 2
     n = min(p * (1 - p) / variance, found.images) if variance > 0 else found.images
     centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     low, high = (float((centre + sign * half) / (1 + z**2 / n)) for sign in (-1, 1))
-    return max(min(low, p), 0.0), min(max(high, p), 1.0)  # rounding puts ends beyond 0 and 1, or p outside
+    return max(min(low, p), 0.0), min(max(high, p), 1.0)  # rounding errors
 
 
 def gain_words(gain: Spread, level: float = LEVEL) -> str:
-    """In points, with its interval."""
+    """The gain in points, with its interval."""
     low, high = gain.interval(level)
     return f"{100 * gain.mean:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
 
@@ -199,21 +198,21 @@ def p_words(p_value: float | None, sign: str = "") -> str:
 
 
 def needed_words(gain: Spread, level: float, key: str) -> str:
-    """What would tell a true difference as large as the one that was seen from chance; `key` sets the seeds."""
+    """The seeds or images at which a true difference of the measured size is significant; `key` sets the seeds."""
     if gain.seeds == 1:
-        return f"one seed says nothing of what another would give: {key}=3 or more"
+        return f"one seed cannot show a difference: set {key}=3 or more"
     if gain.mean <= 0:
-        return "nothing that was measured speaks for it"
+        return "the results show no gain"
     ways = []
     for seeds, times in gain.needed(gain.mean, level):
-        images = f"about {_round(gain.each * times):,} test images in place of {round(gain.each):,}"
+        images = f"about {_round(gain.each * times):,} test images instead of {round(gain.each):,}"
         parts = [f"{key}={seeds}"] * (seeds != gain.seeds) + [images] * (times != 1)
         ways.append(" with ".join(parts))
     if not ways:
-        return "no hundred seeds with a hundred times the images would tell so little from chance"
-    return f"{' or '.join(ways)} would tell a true difference of that size from chance (power {POWER:.0%})"
+        return "a true difference of that size is not significant even with 100 seeds and 100 times the images"
+    return f"{' or '.join(ways)} would make a true difference of that size significant (power {POWER:.0%})"
 
 
 def _round(count: float) -> int:
-    """To two digits, as planning is no more exact."""
+    """To two digits."""
     return int(float(f"{count:.1e}"))

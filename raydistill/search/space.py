@@ -3,7 +3,7 @@
 loss.temperature: {log: [1, 20]}
 loss.projection_dim: {int: [32, 256], step: 32}
 student.model: {categorical: ["timm:resnet10t", "timm:mobilenetv3_small_050"]}
-loss:                                   # a section: each name stands for settings within it
+loss:                                   # a section: each name sets several of its keys
   categorical:
     kd: {kd_weight: 1}
     dkd: {kd_weight: 0, dkd_weight: 1}
@@ -28,12 +28,12 @@ from raydistill.documents import read_mapping
 from raydistill.errors import ConfigError
 from raydistill.search.distribution import Choice, Distribution
 
-# What a trial may differ in. Another split, seed or measure would make the trials' results incomparable.
+# Trials may differ in these sections. With different splits, seeds or metrics they could not be compared.
 _SECTIONS = ("teacher", "student", "views", "generate", "loss", "distill")
-# Of these, what the stages before `distill` depend on.
+# The stages before `distill` depend on these.
 _SHARED = ("teacher", "views", "generate")
 _TRAINING_ALONE = ("generate.share", "generate.task_weight")
-# The machines are shared out among the trials once, by the job's own workers.
+# The layout of trials on the machines is planned once, from the job's own value.
 _PLANNED = "distill.num_workers"
 
 
@@ -43,12 +43,12 @@ def _says(choice: Any, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Space:
-    """The distributions by key, in the order of the file."""
+    """Distributions by key, in the order of the file."""
 
     entries: Mapping[str, Distribution]
 
     def draw(self, trial: Any) -> dict[str, Choice]:
-        """What a trial gets for each key that its other choices make active."""
+        """A trial's choice for each key that its earlier choices make active."""
         chosen: dict[str, Choice] = {}
         for key, entry in self.entries.items():
             if not entry.is_fixed and self._active(entry, chosen):
@@ -56,7 +56,7 @@ class Space:
         return chosen
 
     def settings(self, chosen: Mapping[str, Choice]) -> dict[str, Any]:
-        """The overlay that a trial's choices stand for."""
+        """The overlay of a trial's choices."""
         tree: dict[str, Any] = {}
         for key, entry in self.entries.items():
             if entry.is_fixed:
@@ -75,7 +75,7 @@ class Space:
             if not self._active(entry, chosen):
                 continue
             if entry.categorical is not None:
-                # Of choices that the config agrees with, the one that says most: what `kd` sets, `crd` may set too.
+                # Several choices may agree with the config; take the one with the most settings.
                 agreed = {label: self._agreed(key, label, tree, chosen) for label in entry.choices}
                 if (most := max(agreed.values())) >= 0:
                     chosen[key] = next(label for label, count in agreed.items() if count == most)
@@ -84,8 +84,8 @@ class Space:
         return chosen
 
     def _agreed(self, key: str, label: Choice, tree: dict[str, Any], chosen: Mapping[str, Choice]) -> int:
-        """How many settings a choice makes, all as the config has them; -1 where one differs. What an entry further
-        down sets again is the config's where that entry can give it."""
+        """The number of settings of a choice, if all equal the config's; -1 if one differs. A setting that a later
+        entry sets again counts as equal if that entry holds the config's value."""
         known, count = {**chosen, key: label}, 0
         for name, value in _leaves(key, self.entries[key].choices[label]):
             own, again = _look_up(tree, name), self.entries.get(name)
@@ -101,27 +101,25 @@ class Space:
         return count
 
     def all_keys(self) -> set[str]:
-        """All that it may set, keys within sections among them."""
+        """All keys that the space may set, with those within sections."""
         values: dict[str, list[Any]] = {key: [entry.fixed] for key, entry in self.entries.items()}
         values |= {key: list(e.choices.values()) for key, e in self.entries.items() if e.categorical is not None}
         return {name for key, of_it in values.items() for value in of_it for name, _ in _leaves(key, value)}
 
     def shared(self) -> list[dict[str, Choice]]:
-        """Every combination of the keys that stages before `distill` depend on; [{}] where there are none.
+        """Every combination of the keys that the stages before `distill` depend on; [{}] if there are none.
 
-        Raises ConfigError where they have no end of values, or where others decide about them.
+        Raises ConfigError: such a key has infinitely many values, or depends on another kind of key.
         """
         keys = [k for k, e in self.entries.items() if not e.is_fixed and _is_shared(k)]
         for key in filter(_is_shared, self.entries):
             if key in keys and self.entries[key].values() is None:
                 raise ConfigError(
-                    f"{key} decides what the teacher sees, so each of its values costs a pass of the teacher: give it "
-                    "as categorical, int, or float with a step"
+                    f"{key} changes the teacher's input, so each value needs a pass of the teacher: give categorical, "
+                    "int, or float with a step"
                 )
             if parents := [parent for parent in self.entries[key].when if not _is_shared(parent)]:
-                raise ConfigError(
-                    f"{key}: `when` names {parents[0]}, which the stages before training do not depend on"
-                )
+                raise ConfigError(f"{key}: `when` names {parents[0]}, which does not change the stages before training")
         found: dict[str, dict[str, Choice]] = {}
         for values in itertools.product(*(self.entries[key].values() or () for key in keys)):
             chosen: dict[str, Choice] = {}
@@ -132,7 +130,7 @@ class Space:
         return list(found.values())
 
     def grid(self) -> dict[str, list[Choice]]:
-        """All values of all keys. Raises ConfigError where a key has no end of them, or a `when`."""
+        """All values of all keys. Raises ConfigError: a key has infinitely many values, or a `when`."""
         grid = {}
         for key, entry in self.entries.items():
             if entry.is_fixed:
@@ -140,8 +138,8 @@ class Space:
             values = entry.values()
             if values is None or entry.when:
                 raise ConfigError(
-                    f"{key}: a grid needs a list of values, an int, or a float with a step, and no `when`; or choose "
-                    "another tune.sampler"
+                    f"{key}: a grid needs a list of values, an int, or a float with a step, and no `when`; change it, "
+                    "or set another tune.sampler"
                 )
             grid[key] = values
         return grid
@@ -151,15 +149,15 @@ class Space:
 
 
 def shared_part(chosen: Mapping[str, Choice]) -> dict[str, Choice]:
-    """The choices that stages before `distill` depend on."""
+    """The choices that the stages before `distill` depend on."""
     return {key: value for key, value in chosen.items() if _is_shared(key)}
 
 
 def read_space(path: str, config: RunConfig) -> Space:
-    """The space of a file, each end of it tried on the config.
+    """Read the space of a file, and check the ends of its ranges on the config.
 
-    Raises ConfigError: the file is missing or no space, a key is unknown or may not differ between trials, a value is
-    out of the config's bounds.
+    Raises ConfigError: the file is missing or not a space, a key is unknown or may not differ between trials, or the
+    config does not accept a value.
     """
     loaded = read_mapping(find_shipped(path), f"give a file, or one of {shipped_spaces()}")
     if not loaded:
@@ -175,7 +173,7 @@ def read_space(path: str, config: RunConfig) -> Space:
                 raise ConfigError(f"{path}: {error}") from None
     if _PLANNED in space.all_keys():
         raise ConfigError(
-            f"{path}: {_PLANNED} may not differ between trials, among whom the machines are shared out once; set it in "
+            f"{path}: {_PLANNED} may not differ between trials: it decides how they share the machines; set it in "
             "the job"
         )
     if all(entry.is_fixed for entry in entries.values()):
@@ -188,8 +186,8 @@ def _entry(path: str, key: str, value: Any) -> Distribution:
         raise ConfigError(f"{path}: {key}: unknown key{suggest_key(key)}")
     if key.partition(".")[0] not in _SECTIONS:
         raise ConfigError(
-            f"{path}: {key} may not differ between trials, whose results could then not be compared; keys of "
-            f"{', '.join(_SECTIONS)} may"
+            f"{path}: {key} may not differ between trials, because their results could not be compared; use keys of "
+            f"{', '.join(_SECTIONS)}"
         )
     try:
         entry = Distribution.model_validate(value)
@@ -209,14 +207,14 @@ def _check_parents(path: str, key: str, entry: Distribution, entries: Mapping[st
     before = list(entries)[: list(entries).index(key)]
     for parent, allowed in entry.when.items():
         if parent not in before or entries[parent].categorical is None:
-            raise ConfigError(f"{path}: {key}: `when` names {parent}, which is no categorical key above it")
+            raise ConfigError(f"{path}: {key}: `when` names {parent}, which is not a categorical key above it")
         for label in _listed(allowed):
             if label not in entries[parent].choices:
-                raise ConfigError(f"{path}: {key}: `when` waits for {parent}={label}, which is none of its choices")
+                raise ConfigError(f"{path}: {key}: `when` needs {parent}={label}, which is not one of its choices")
 
 
 def _ends(space: Space, key: str) -> Iterator[dict[str, Any]]:
-    """Overlays with the ends of one key's distribution, and with whatever makes it active."""
+    """Overlays with the ends of one key's distribution and the choices that make it active."""
     chosen: dict[str, Choice] = {}
 
     def activate(name: str) -> None:
@@ -239,7 +237,7 @@ def _listed(allowed: Any) -> list[Any]:
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The settings that a value of a key makes: itself or, of a section, those within."""
+    """The settings of a key's value: the value itself or, for a section, those within."""
     if not isinstance(value, dict):
         yield key, value
         return
@@ -254,7 +252,7 @@ def _look_up(tree: Any, key: str) -> Any:
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key; a mapping is laid over what is there."""
+    """Set a dotted key; a mapping is merged into the existing one."""
     *parents, leaf = key.split(".")
     for part in parents:
         tree = _below(tree, part)
@@ -267,7 +265,7 @@ def _lay(tree: dict[str, Any], name: str, value: Any) -> None:
         for inner, of_it in value.items():
             _lay(below, inner, of_it)
     else:
-        tree[name] = copy.deepcopy(value)  # the space's own, which no trial may write into
+        tree[name] = copy.deepcopy(value)  # trials must not change the space
 
 
 def _below(tree: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The study of a search: Optuna's record of its trials, in a database, and what proposes the next one."""
+"""The study of a search: Optuna's record of its trials, in a database, and the sampler."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAXIMISED = ("val_accuracy", "val_balanced_accuracy", "val_top5")
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as the study holds it. `state`: running, complete, pruned or failed."""
+    """One trial of the study. `state`: running, complete, pruned or failed."""
 
     number: int
     state: str
@@ -44,17 +44,17 @@ class Trial:
 
 
 def open_study(config: RunConfig, directory: StageDirectory, own: dict[str, Choice]) -> optuna.Study:
-    """The search's study, begun with the job's own values where it is new."""
+    """The study of a search. A new one starts with the job's own values."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = config.tune.storage or f"sqlite:///{directory.path}/study.db"
     if config.tune.storage is None and "://" in directory.path:
         raise ConfigError(
-            f"workspace={config.workspace}: a study's SQLite file needs a local one; set tune.storage to a database"
+            f"workspace={config.workspace}: SQLite needs a local workspace; set tune.storage to a database server"
         )
     try:
         if config.tune.storage is None:
             refuse_programs(url)
-        with database_lock(url):  # others may come to a new database at the same moment
+        with database_lock(url):  # another command may create the same database
             study = optuna.create_study(
                 storage=optuna.storages.RDBStorage(url),
                 study_name=directory.name,
@@ -67,17 +67,17 @@ def open_study(config: RunConfig, directory: StageDirectory, own: dict[str, Choi
     except UnusableError as error:
         raise ConfigError(f"tune.storage={url} {error}") from None
     except Exception as error:  # sqlalchemy's and the database's own
-        raise ConfigError(f"tune.storage={url}: cannot be opened ({reason(error)})") from None
+        raise ConfigError(f"tune.storage={url}: cannot open it ({reason(error)})") from None
     return study
 
 
 def read_trials(study: optuna.Study) -> list[Trial]:
-    """All trials that were begun, in order."""
+    """All trials, in the order of their numbers."""
     return [read_trial(frozen) for frozen in study.trials if frozen.state is not TrialState.WAITING]
 
 
 def ranked(trials: Iterable[Trial], objectives: Sequence[str]) -> list[Trial]:
-    """Those that came to an end, the best in the first objective first; of equal ones the earlier."""
+    """The complete trials, the best by the first objective first; of equal ones the earlier."""
     sign = 1 if objectives[0] in MAXIMISED else -1
     return sorted((t for t in trials if t.values), key=lambda t: -sign * (t.values or [0.0])[0])
 
@@ -87,38 +87,38 @@ _LOGGED = ("epoch", "step", "loss", "val_accuracy", "images_per_second", "learni
 
 
 def logged(record: dict[str, Any]) -> dict[str, float]:
-    """What of an epoch's record is worth following."""
+    """The values of an epoch's record that trackers log."""
     return {key: float(record[key]) for key in _LOGGED if key in record}
 
 
 def drop_pruned(trials: list[Trial], root: str) -> None:
-    """The checkpoints of trials that ended early: nobody goes on with them, and they are large. Only once all processes
-    of trials have ended, since a trial writes its checkpoints while it is judged."""
+    """Delete the large checkpoints of trials that ended early: no command continues them. Call it after all trial
+    processes have ended, since a trial may write a checkpoint while the pruner ends it."""
     for trial in trials:
         if trial.state == "pruned" and (directory := directory_of(trial, root)):
-            with contextlib.suppress(OSError):  # of a joined cluster a process may still write; the next time, then
+            with contextlib.suppress(OSError):  # a process on a joined cluster may still write; try again next time
                 drop_checkpoints(directory)
 
 
 def directory_of(trial: Trial, root: str) -> str | None:
-    """Where a trial was trained, in the workspace at `root`, if it was: of the place that the study tells the name
-    counts, for the study may be a stranger's, or have moved here."""
+    """The directory of a trial in the workspace at `root`, if it exists. Only the name of the directory in the study
+    counts, because the study may come from others or have moved."""
     name = trial.directory.rpartition("/")[2]
     return f"{root}/{name}" if re.fullmatch(r"distill-[0-9a-f]{12}", name) else None
 
 
 def num_trials(config: RunConfig, space: Space) -> int:
-    """Trials in all. A grid is walked through once, after the job's own values."""
+    """The number of trials. A grid runs once, after the job's own values."""
     if config.tune.sampler != "grid":
         return config.tune.trials
     return min(config.tune.trials, 1 + math.prod(len(values) for values in space.grid().values()))
 
 
 def drawn_at_random(config: RunConfig, space: Space) -> list[str]:
-    """Keys that the sampler has no model of. Gaussian processes and CMA-ES know those that all trials have, a
-    quasi-random sequence those of the first; and the first has a key only if the space holds the job's own value.
+    """Keys that the sampler does not model. Gaussian processes and CMA-ES model the keys that all trials have, a
+    quasi-random sequence those of the first trial. The first trial has a key only if the space holds the job's value.
 
-    Raises ConfigError where that leaves nothing to model.
+    Raises ConfigError: no key is left to model.
     """
     sampler, own = config.tune.sampler, space.own(config)
     if sampler not in ("gp", "cmaes", "qmc"):
@@ -131,16 +131,16 @@ def drawn_at_random(config: RunConfig, space: Space) -> list[str]:
     ]
     if len(found) == len(searched):
         raise ConfigError(
-            f"tune.sampler={sampler} would draw every key of this space at random: it models those alone that all "
-            "trials have, the first, with the job's own values, among them"
-            f"{', and that are numbers' if sampler == 'cmaes' else ''}; let the space hold those values, or set "
+            f"tune.sampler={sampler} would draw every key of this space at random: it models only keys that all trials "
+            "have, and the first trial has the job's own values"
+            f"{'; and only numbers' if sampler == 'cmaes' else ''}; add those values to the space, or set "
             "tune.sampler=tpe"
         )
     return found
 
 
 def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
-    """Raises CheckpointError for one that is not as raydistill writes them."""
+    """Raises CheckpointError: raydistill does not write such a trial."""
     attributes = frozen.user_attrs
     try:
         trial = Trial(
@@ -157,21 +157,21 @@ def read_trial(frozen: optuna.trial.FrozenTrial) -> Trial:
     except (TypeError, ValueError, OverflowError) as error:
         raise _of_others(f"trial {frozen.number}", str(error)) from None
     if not (0 <= trial.seconds < math.inf and trial.epochs >= 0):
-        raise _of_others(f"trial {frozen.number}", "its seconds or epochs are no count")
+        raise _of_others(f"trial {frozen.number}", "its seconds or epochs are not counts")
     return trial
 
 
 def seconds_noted(study: optuna.Study) -> float:
-    """By the clock, of all commands that worked on the study. Raises CheckpointError."""
+    """The seconds by the clock of all commands on the study. Raises CheckpointError."""
     noted = {key: seconds for key, seconds in study.user_attrs.items() if key.startswith(SECONDS_OF)}
     for key, seconds in noted.items():
         if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
-            raise _of_others(f"the note {key!r:.80}", f"{seconds!r:.40} is no number of seconds")
+            raise _of_others(f"note {key!r:.80}", f"{seconds!r:.40} is not a number of seconds")
     return float(sum(noted.values()))
 
 
 def refuse_others(trials: Sequence[Trial], space: Space) -> None:
-    """Raises CheckpointError where a trial chose what the space does not hold."""
+    """Raises CheckpointError: a trial has a value that the space does not hold."""
     for trial in trials:
         try:
             if not trial.own:
@@ -182,7 +182,7 @@ def refuse_others(trials: Sequence[Trial], space: Space) -> None:
 
 def _of_others(what: str, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"the study's {what} is not what raydistill writes ({one_line(reason)}); begin another search in another "
+        f"the study's {what} is not what raydistill writes ({one_line(reason)}); start another search in another "
         "workspace or tune.storage"
     )
 
@@ -198,16 +198,16 @@ def _pruner(config: RunConfig) -> optuna.pruners.BasePruner:
 
 
 def make_sampler(config: RunConfig, space: Space, number: int) -> optuna.samplers.BaseSampler:
-    """A fresh one for each trial, so that what it draws does not depend on when the search was begun."""
+    """A new sampler for each trial, so that a resumed search draws the same values."""
     seed = config.seed + number
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         kinds: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-            # In groups: with a key that not every trial has, each set of keys that go together has its model.
+            # group: with conditional keys, each set of keys that occur together has its own model.
             "tpe": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
             "gp": lambda: optuna.samplers.GPSampler(seed=seed),
             "cmaes": lambda: CmaEsSampler(seed=seed),
-            # These two walk through one sequence, and the study holds how far.
+            # These two follow one sequence, and the study stores the position.
             "qmc": lambda: optuna.samplers.QMCSampler(seed=config.seed, scramble=True),
             "grid": lambda: optuna.samplers.GridSampler(space.grid(), seed=config.seed),
             "random": lambda: optuna.samplers.RandomSampler(seed=seed),

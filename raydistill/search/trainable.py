@@ -1,4 +1,4 @@
-"""What one trial of `tune` does, in the process that Ray Tune gives it: it trains a student and reports each epoch."""
+"""One trial of `tune`, in the process that Ray Tune gives it: it trains a student and reports each epoch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from raydistill.storage.state import EpochRecord, needed_state, result_of
 
 @dataclass(frozen=True)
 class TrialWork:
-    """What travels to the process that trains a trial."""
+    """What the process that trains a trial receives."""
 
     job: DistillJob
     directory: StageDirectory
@@ -41,10 +41,10 @@ class TrialWork:
 def run_trial(config: dict[str, Any]) -> None:
     """Tune's trainable: train one student, in this process or on Ray Train workers, and report each epoch.
 
-    It reports a failure and does not raise it: Tune tries again only where the process was lost.
+    It reports a failure and does not raise it, so that Tune retries only a lost process.
     """
-    # The trial before, which Tune has ended, has so long to leave this process; it may still write a checkpoint. After
-    # Tune's own 2 s the next trial fails, and Tune waits for that one's end for ever.
+    # How long the previous trial, which Tune has ended, may stay in this process, for example to write a checkpoint.
+    # With Tune's own 2 s the next trial fails, and Tune waits for its end for ever.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "600"
     started, stopped = time.monotonic(), False
 
@@ -60,7 +60,7 @@ def run_trial(config: dict[str, Any]) -> None:
         result = _train(pickle.loads(config["work"]), report)  # noqa: TID251 - what this command sent
     except Exception as error:
         result = {"failed": _reason(error)}
-    if stopped:  # Tune listens no more; a failure on the way out took the place of its SystemExit
+    if stopped:  # Tune has ended the trial; a failure during the exit replaced its SystemExit
         sys.exit(0)
     report(result)
 
@@ -73,10 +73,10 @@ def _reason(error: Exception) -> str:
 
 
 def _train(work: TrialWork, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Train a trial's student, or find it trained, and report its epochs. Gives the last record with all objectives.
+    """Train a trial's student, or find it trained, and report its epochs. Returns the last record with all objectives.
 
-    Each record holds under `shipped` the objectives of the epoch that would ship if training ended there. Epochs of
-    before are reported again, since the search may have been killed before it heard of them.
+    `shipped` of a record holds the objectives of the epoch that would ship if training ended there. It reports earlier
+    epochs again, because a killed search may have missed them.
     """
     job, directory, last = work.job, work.directory, work.job.config.distill.epochs
     records: dict[int, dict[str, float]] = {}
@@ -88,7 +88,7 @@ def _train(work: TrialWork, report: Callable[[dict[str, Any]], None]) -> dict[st
 
     def on_epoch(record: dict[str, float]) -> None:
         of_shipped = shipped(record)
-        if record["epoch"] < last:  # that of the last is the result's
+        if record["epoch"] < last:  # the result has the last
             report({**record, "shipped": of_shipped})
 
     quiet = Progress(Console(quiet=True))
@@ -110,7 +110,7 @@ def _train(work: TrialWork, report: Callable[[dict[str, Any]], None]) -> dict[st
 
 
 def _measures(work: TrialWork, student: StudentCheckpoint, record: dict[str, float]) -> dict[str, float]:
-    """The objectives that training does not measure, all of them on val."""
+    """The objectives that training does not measure, all on val."""
     wanted = set(work.objectives) - set(record)
     found = {"parameters": float(student.num_parameters)}
     if wanted <= set(found):

@@ -1,6 +1,6 @@
-"""tune: search a space of settings with one student a trial and no pass of the teacher, and say what it gained.
+"""tune: search a space of settings. Each trial trains one student on the stored soft targets.
 
-Every trial is an ordinary run of the job under an overlay, so `raydistill run JOB best.yaml` finds its student trained.
+Every trial is an ordinary run of the job with an overlay, so `raydistill run JOB best.yaml` finds its student trained.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Search:
     trials: list[Trial]
     best_number: int
     best: dict[str, Any]
-    front: list[int]  # of several objectives: the trials that no other beats in all
+    front: list[int]  # with several objectives: the Pareto front
     confirmed: list[Gain]
     seconds: float  # by the clock, of all commands that worked on it
-    training_seconds: float  # of all trials and retrainings, those that ran at once counted each
+    training_seconds: float  # the sum over all trials and retrainings
     cost: float | None
     verdict: str
 
@@ -73,10 +73,10 @@ class Search:
 def tune_job(config: RunConfig, progress: Progress) -> Search:
     """Search, confirm the best with new seeds, and write `best.yaml`, `search.json` and `search.html`.
 
-    Raises ConfigError before anything starts where the space or the job cannot work; StageError where no trial ended.
+    Raises ConfigError before it starts: the space or the job cannot work; StageError: no trial is complete.
     """
     if config.tune.space is None:
-        raise ConfigError(f"which settings to search? Give --space FILE, or one of {shipped_spaces()}")
+        raise ConfigError(f"tune needs a search space: give --space FILE, or one of {shipped_spaces()}")
     space = read_space(config.tune.space, config)
     groups = _groups(config, space)
     _check(config, space, groups)
@@ -87,9 +87,9 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
     refuse_others(read_trials(study), space)
     seconds_noted(study)
     if at_random := drawn_at_random(config, space):
-        progress.line(f"tune: tune.sampler={config.tune.sampler} draws at random, and learns nothing of: "
-                      f"{', '.join(at_random)}")  # fmt: skip
-    # Trials that another command has begun would look like those of a killed one.
+        names = ", ".join(at_random)
+        progress.line(f"tune: tune.sampler={config.tune.sampler} cannot model these keys, and draws at random: {names}")
+    # Running trials of another command would look like those of a killed command.
     with (
         held(directory, progress.line),
         Clock(study) as clock,
@@ -117,8 +117,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
         gains, retrained = confirm(config, settings, progress, tracker)
         training = sum(trial.seconds for trial in trials) + retrained
         seconds = clock.seconds
-        progress.line(f"tune: {minutes(seconds)} by the clock, over all commands; {minutes(training)} of trials and "
-                      "retrainings, those that ran at once counted each")  # fmt: skip
+        progress.line(f"tune: {minutes(seconds)} by the clock, all commands; the trainings sum to {minutes(training)}")
         cost, verdict = search_cost(config, seconds), search_verdict(config, best, trials, gains)
         search = Search(directory.path, trials, best.number, settings, front, gains, seconds, training, cost, verdict)
         _write(search, study, directory, config)
@@ -140,7 +139,7 @@ def _without_tracking(config: RunConfig) -> RunConfig:
 
 def _job_maker(config: RunConfig, space: Space, prepared: dict[str, Outcome], record: JobRecord) -> MakeJob:
     def make_job(choices: dict[str, Choice] | None) -> tuple[DistillJob, StageDirectory]:
-        # The job's own trial is the job itself, without what the space fixes.
+        # The job's own trial is the job itself, without the space's fixed values.
         trial = config if choices is None else overlay(config, space.settings(choices))
         outcome = prepared[_OWN if choices is None else json.dumps(shared_part(choices))]
         assert outcome.samples is not None
@@ -154,18 +153,18 @@ def _job_maker(config: RunConfig, space: Space, prepared: dict[str, Outcome], re
 
 
 def _may_need_teacher(group: RunConfig, space: Space) -> bool:
-    """Where the space may turn a term on that needs the teacher, the teacher has to be ready."""
+    """Whether the job, or a value of the space, has a loss term that needs the teacher."""
     searched = any(key.partition(".")[0] == "loss" for key in space.entries)
     return group.loss.needs_teacher or (group.teacher is not None and searched)
 
 
 def _groups(config: RunConfig, space: Space) -> dict[str, RunConfig]:
-    """The job as the stages before `distill` see it: its own values, and each combination that the space asks for."""
+    """The jobs that the stages before `distill` run: the job's own values, and each combination of the space."""
     shared = space.shared()
     if len(shared) > max(config.tune.trials, 1):
         raise ConfigError(
-            f"the space has {len(shared)} combinations of keys that stages before training depend on, each of which "
-            f"they run for, and there are {config.tune.trials} trials; take some away, or raise --trials"
+            f"the space has {len(shared)} combinations of keys that change the stages before training, more than the "
+            f"{config.tune.trials} trials; remove some, or raise --trials"
         )
     chosen = {json.dumps(one): overlay(config, space.settings(one)) for one in shared}
     return {key: _without_tracking(group) for key, group in {_OWN: config, **chosen}.items()}
@@ -188,11 +187,11 @@ def _check(config: RunConfig, space: Space, groups: dict[str, RunConfig]) -> Non
     if config.teacher is not None and config.teacher.head == "fine_tune":
         if fixed := sorted(space.all_keys() & set(_OF_FINE_TUNING)):
             raise ConfigError(
-                f"{fixed[0]}: teacher.head=fine_tune trains the teacher in this way too, so each of its values would "
-                "cost a teacher; take it out of the space"
+                f"{fixed[0]}: teacher.head=fine_tune trains the teacher with it too, so each value would need another "
+                "teacher; remove it from the space"
             )
     if config.tune.sampler == "cmaes" and len(config.tune.objectives) > 1:
-        raise ConfigError("tune.sampler=cmaes takes one objective; set tune.sampler=tpe, or give one of them")
+        raise ConfigError("tune.sampler=cmaes takes one objective; set tune.sampler=tpe, or give one objective")
     drawn_at_random(config, space)
     if config.cluster.address is None:
         here, reserved = local_plan(config), RESERVED if config.distill.most_workers > 1 else 0.0
@@ -200,7 +199,7 @@ def _check(config: RunConfig, space: Space, groups: dict[str, RunConfig]) -> Non
     for group in groups.values():
         if group.views.per_image == "fresh" and _may_need_teacher(group, space):
             raise ConfigError(
-                "views.per_image=fresh would run the teacher again in every trial; give a number of stored views"
+                "views.per_image=fresh would run the teacher again in every trial; set a number of stored views"
             )
         check_run(group, find_work(group, "distill"))
     if config.tune.sampler == "grid":
@@ -215,21 +214,21 @@ def _check(config: RunConfig, space: Space, groups: dict[str, RunConfig]) -> Non
 def _forecast(config: RunConfig, own: Outcome, layout: Layout, left: int, job: DistillJob) -> list[str]:
     step = seconds_per_step(job, layout.plan.train_threads)
     each = None if step is None else job.total_steps * step / config.distill.most_workers
-    # What a new seed costs before it trains: the split, the teacher's head and its soft targets depend on it.
+    # A new seed repeats these stages: the split, the teacher's head and the soft targets depend on the seed.
     before = sum(read_seconds(path) for path in own.directories.values())
     return forecast_lines(config, left, layout.together, each, before)
 
 
 def _best(config: RunConfig, study: optuna.Study, trials: list[Trial]) -> tuple[Trial, list[int]]:
-    """The trial that is first in the first objective, the earlier of equal ones; and the Pareto front."""
+    """The best trial by the first objective (of equal ones the earlier), and the Pareto front."""
     complete = [trial for trial in trials if trial.state == "complete"]
     if not complete:
-        # Reasons that differ in their numbers alone, as in the step at which a loss was no number, are one.
+        # Count reasons that differ only in their numbers, such as the step of a NaN loss, as one.
         reasons = [trial.reason or trial.state for trial in trials]
         counts = Counter(re.sub(r"[\d.]+", "#", reason) for reason in reasons)
         first = {re.sub(r"[\d.]+", "#", reason): reason for reason in reversed(reasons)}
         counted = "\n".join(f"  {count} x {first[kind]}" for kind, count in counts.most_common())
-        raise StageError(f"tune: none of the {len(trials)} trials came to an end:\n{counted}")
+        raise StageError(f"tune: none of the {len(trials)} trials is complete:\n{counted}")
     front = [t.number for t in study.best_trials] if len(config.tune.objectives) > 1 else []
     candidates = [trial for trial in complete if not front or trial.number in front]
     return ranked(candidates, config.tune.objectives)[0], front

@@ -1,9 +1,9 @@
-"""What a comparison says: means with intervals, tests, seconds, and one sentence to act on.
+"""The result of a comparison: means with confidence intervals, p-values, seconds, and a verdict.
 
-Arms are ranked by val accuracy. What is said to be better is so on test, with images and seeds counted, and is claimed
-of an arm against cheaper ones alone: k arms make k - 1 claims, "better than the cheapest" and, only where that holds,
-"better than every cheaper one". Each is made at 5 % / (k - 1), so that all of them together are wrong no more than one
-time in twenty (Bonferroni; that an arm beats *all* cheaper ones needs every one of its tests, and so no more shares).
+Val accuracy ranks the arms. Test accuracy decides whether an arm is better, over test images and seeds, and only
+against cheaper arms: k arms make k - 1 claims, "better than the cheapest" and, only if that holds, "better than every
+cheaper one". Each claim is tested at 5 % / (k - 1), so one of them is wrong in at most 5 % of comparisons (Bonferroni;
+that an arm beats *all* cheaper ones needs every one of its tests, so it needs no further correction).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _SECONDS = ("adapt_seconds", "generate_seconds", "teach_seconds", "train_seconds
 
 @dataclass(frozen=True)
 class Row:
-    """One arm over its seeds. `test_low` and `test_high` bound the mean accuracy with 95 % confidence over images and
-    seeds; with a single seed over images alone. `gain` is test accuracy above the cheapest arm's, paired by seed and
-    image; its bounds hold for all arms at once, and `p_value` is corrected for their number; None for the cheapest
-    itself, and `p_value` with a single seed. `is_better`: shown to be better than every cheaper arm."""
+    """One arm over its seeds. `test_low` and `test_high` are the 95 % confidence interval of the mean accuracy over
+    images and seeds; with one seed over images only. `gain` is test accuracy minus the cheapest arm's, paired by seed
+    and image; its interval and `p_value` are corrected for the number of arms. They are None for the cheapest arm, and
+    `p_value` also with one seed. `is_better`: significantly better than every cheaper arm."""
 
     arm: str
     seeds: list[int]
@@ -67,7 +67,7 @@ class Comparison:
     best_baseline: str | None  # by val
     best: str  # by val
     cheapest: str
-    ship: str | None  # None where the evidence names no arm
+    ship: str | None  # None if the results are not significant
     verdict: str
     curve_verdict: str | None
     num_seeds: int
@@ -105,18 +105,18 @@ class Comparison:
 
 
 NOTES = (
-    "All arms take the same number of steps with the same batch size, and none was tuned for this data. Arms are "
-    "ranked by mean val accuracy; gains are test accuracies in points against the cheapest arm by seconds, paired by "
-    "seed and image. Intervals and p count that other test images and other seeds would give other figures; those of "
-    "gains hold for all arms at once. With one seed, intervals count images alone, and nothing is shown. Seconds are "
-    "those of this machine; a stage that arms share counts in full for each, and generating by the seconds of its "
-    "actors. Seconds to baseline: until the val accuracy first reaches what the best baseline by val ended with on the "
-    "same seed, all that came before training included; never: not with every seed."
+    "All arms take the same number of steps with the same batch size, and none is tuned for this data. Mean val "
+    "accuracy ranks the arms. Gains are test accuracies in points over the cheapest arm by seconds, paired by seed and "
+    "image. Confidence intervals and p-values cover the choice of test images and of seeds; those of gains are "
+    "corrected for the number of arms. With one seed they cover images only, and no gain is significant. Seconds are "
+    "measured on this machine; each arm counts a shared stage in full, and generation counts the seconds of its "
+    "actors. Seconds to baseline: from the start of the first stage until the val accuracy reaches the final val "
+    "accuracy of the best baseline by val with the same seed; never: not with every seed."
 )
 
 
 def summarise(arms: list[Arm], curve: list[Arm], num_seeds: int) -> Comparison:
-    """Tables and verdict of the runs of all arms over the same seeds."""
+    """The tables and the verdict, from the runs of all arms with the same seeds."""
     by_arm: dict[str, list[Arm]] = {}
     for arm in arms:
         by_arm.setdefault(arm.arm, []).append(arm)
@@ -140,7 +140,7 @@ def summarise(arms: list[Arm], curve: list[Arm], num_seeds: int) -> Comparison:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """Answers on the test split of all arms, and what they show of one arm against another."""
+    """The answers of all arms on the test split, and the gain of one arm over another."""
 
     order: list[str]  # the cheapest first
     right: dict[str, np.ndarray]  # (seeds, images)
@@ -156,7 +156,7 @@ class _Evidence:
         return self._gains[arm, other]
 
     def shows(self, arm: str, other: str) -> bool:
-        """That `arm` is better than `other`. One seed shows nothing."""
+        """Whether `arm` is significantly better than `other`; never with one seed."""
         gain = self.gain(arm, other)
         return gain.seeds > 1 and gain.interval(self.level)[0] > 0
 
@@ -180,7 +180,7 @@ def _row(runs: list[Arm], baseline: list[Arm] | None, evidence: _Evidence) -> Ro
         gain, (gain_low, gain_high) = found.mean, found.interval(evidence.level)
         p = found.p_value()
         p_value = None if p is None else min(p * LEVEL / evidence.level, 1.0)
-    # Each seed against itself: it draws its own val split, and some are easier than others.
+    # Compare runs of equal seeds: each seed draws its own val split, and some are easier than others.
     pairs = zip(runs, baseline, strict=True) if baseline is not None else ()
     reached = [_seconds_to(run, other.val_accuracy) for run, other in pairs]
     times = [seconds for seconds in reached if seconds is not None]
@@ -195,7 +195,7 @@ def _row(runs: list[Arm], baseline: list[Arm] | None, evidence: _Evidence) -> Ro
 
 
 def _seconds_to(run: Arm, accuracy: float) -> float | None:
-    """Until the val accuracy first reached `accuracy`; None where it never did."""
+    """Seconds until the val accuracy reached `accuracy`; None if it never did."""
     for epoch, spent in zip(run.epochs, run.seconds_by_epoch, strict=True):
         if epoch.get("val_accuracy", -1.0) >= accuracy:
             return run.seconds_before + spent
@@ -203,41 +203,40 @@ def _seconds_to(run: Arm, accuracy: float) -> float | None:
 
 
 def _verdict(rows: list[Row], evidence: _Evidence) -> tuple[str | None, str]:
-    """The arm to ship, if the evidence names one, and the sentence. Rows are ranked by val."""
+    """The arm to ship, if the results name one, and the verdict. Val accuracy ranks the rows."""
     row_of, order = {row.arm: row for row in rows}, evidence.order
     cheapest = row_of[order[0]]
     if len(rows) == 1:
-        return cheapest.arm, f"Ship {_what(cheapest)}: no other arm was trained, so nothing is known of any."
+        return cheapest.arm, f"Ship {_what(cheapest)}: it is the only arm, so there is nothing to compare."
     top = [name for name in order if name == cheapest.arm or row_of[name].is_better][-1]
     if rivals := [name for name in order[order.index(top) + 1 :] if evidence.shows(name, top)]:
         return None, _undecided(rivals[-1], top, evidence)
     if top != cheapest.arm:
         best = row_of[top]
-        every = ", and shown to be better than every cheaper arm" if len(evidence.cheaper(top)) > 1 else ""
-        longer = " No arm that takes longer is shown to be better." if top != order[-1] else ""
+        every = ", and it is significantly better than every cheaper arm" if len(evidence.cheaper(top)) > 1 else ""
+        longer = " No arm that takes longer is significantly better." if top != order[-1] else ""
         return top, (
-            f"Ship {_what(best)}: {evidence.words(top, cheapest.arm)} against {cheapest.arm}, the cheapest "
+            f"Ship {_what(best)}: it gains {evidence.words(top, cheapest.arm)} over {cheapest.arm}, the cheapest arm "
             f"({cheapest.seconds:.0f} s), p {p_words(best.p_value, '= ')}{every}.{longer}"
         )
     rival = next(row for row in rows if row is not cheapest)
     gain = evidence.gain(rival.arm, cheapest.arm)
-    seen = f"{rival.arm}, is {evidence.words(rival.arm, cheapest.arm)} at {rival.seconds:.0f} s"
+    seen = f"The best other arm by val, {rival.arm}, gains {evidence.words(rival.arm, cheapest.arm)} in"
+    seen += f" {rival.seconds:.0f} s"
     if gain.mean <= 0 and gain.seeds > 1:
-        return cheapest.arm, (
-            f"Ship {_what(cheapest)}, the cheapest: no other arm is shown to be better. The best other by val, {seen}."
-        )
+        return cheapest.arm, f"Ship {_what(cheapest)}, the cheapest arm: no other arm is significantly better. {seen}."
     return None, (
-        f"Nothing is proven: no arm is shown to be better than {_what(cheapest)}, the cheapest, so ship that one or "
-        f"look further. The best other by val, {seen}; {needed_words(gain, evidence.level, 'compare.seeds')}."
+        f"No arm is significantly better than {_what(cheapest)}, the cheapest. Ship that one, or measure more. "
+        f"{seen}; {needed_words(gain, evidence.level, 'compare.seeds')}."
     )
 
 
 def _undecided(arm: str, top: str, evidence: _Evidence) -> str:
-    """`arm` is better than `top`, and not than something that is cheaper than `arm`."""
+    """`arm` is significantly better than `top`, but not than another arm that is cheaper than `arm`."""
     other = next(name for name in evidence.cheaper(arm) if not evidence.shows(arm, name))
     return (
-        f"Nothing to ship is proven: {arm} is shown to be better than {top} ({evidence.words(arm, top)}), and not than "
-        f"{other}, which is cheaper than {arm} ({evidence.words(arm, other)}); "
+        f"The results do not decide which arm to ship: {arm} is significantly better than {top} "
+        f"({evidence.words(arm, top)}), but not than {other} ({evidence.words(arm, other)}), which is cheaper; "
         f"{needed_words(evidence.gain(arm, other), evidence.level, 'compare.seeds')}."
     )
 

@@ -1,4 +1,4 @@
-"""adapt: the teacher's head for this task, and how good the teacher is at it before it teaches anything.
+"""adapt: give the teacher a head for this task, and measure it on val before it teaches.
 
 Shapes: N rows, D features, C classes.
 """
@@ -39,16 +39,16 @@ from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import result_of
 from raydistill.storage.tables import values
 
-# Inverse strengths of the L2 penalty that are tried, from a prior that outweighs the data to hardly any.
+# The inverse L2 strengths to try, from a prior that outweighs the data to almost none.
 INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
 
 
 def adapt_teacher(
     config: RunConfig, samples: SampleSet, features: StageDirectory, directory: StageDirectory
 ) -> AdaptedTeacher:
-    """Fit, match or read out the head on the cached features and measure it on val.
+    """Fit the head on the cached features, or take it from the model or the class names, and measure it on val.
 
-    Raises ConfigError: classes that the native head does not know.
+    Raises ConfigError: the native head does not know a class.
     """
     assert config.teacher is not None
     directory.begin()
@@ -71,19 +71,19 @@ def adapt_teacher(
     directory.write(HEAD_FILE, encode_head(head))
     result = AdaptedTeacher(directory.path, features.path, accuracy, confidence, chance, l2, len(train[1]))
     done = asdict(result)
-    del done["features"]  # another directory's place, which the config names
+    del done["features"]  # the config names this directory
     directory.finish(done)
     return result
 
 
 def refuse_near_chance(teacher: Teacher, adapted: AdaptedTeacher) -> None:
-    """Raises ConfigError: a teacher hardly better than guessing."""
+    """Raises ConfigError: the teacher is hardly better than guessing."""
     accuracy, chance = adapted.val_accuracy, adapted.chance
     if accuracy is not None and accuracy < near_chance(chance) and not teacher.allow_near_chance:
         raise ConfigError(
-            f"teacher.model={teacher.model} has a val accuracy of {accuracy:.3f}, hardly above the {chance:.3f} "
-            "of always naming the commonest class, so it has nothing to teach here; choose another teacher, head or "
-            "size, or set teacher.allow_near_chance=true to go on"
+            f"teacher.model={teacher.model} has a val accuracy of {accuracy:.3f}, hardly above the {chance:.3f} of "
+            "always naming the most frequent class, so it cannot teach this task; choose another teacher, head or "
+            "image size, or set teacher.allow_near_chance=true to continue"
         )
 
 
@@ -110,12 +110,12 @@ def split_features(samples: SampleSet, path: str, split: str) -> tuple[np.ndarra
 def fit_linear_probe(
     train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], num_classes: int, class_balanced: bool
 ) -> tuple[LinearHead, float]:
-    """Multinomial logistic regression by L-BFGS: convex, so the same for every run. The L2 strength is that of the
-    lowest val cross-entropy, tried from strong to weak until two were worse; the middle one where there is no val.
-    Returns it too.
+    """Multinomial logistic regression by L-BFGS, which is convex, so every run gives the same head. Returns the L2
+    strength too: the one with the lowest val cross-entropy, or the middle one without val images. The search goes from
+    strong to weak and ends after two worse strengths.
 
-    Not that of the best accuracy: with few labels the strongest penalties may rank classes best while their
-    probabilities hardly differ from equal ones, and soft targets are made of the probabilities.
+    Accuracy would choose badly: with few labels the strongest penalties can rank the classes best with almost equal
+    probabilities, and soft targets need the probabilities.
     """
     (train_ND, train_labels), (val_ND, val_labels) = train, val
     scaler = StandardScaler().fit(train_ND)
@@ -125,7 +125,7 @@ def fit_linear_probe(
     worse = 0
     for strength in strengths:
         probe = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced" if class_balanced else None)
-        with warnings.catch_warnings():  # the weakest penalties on separable features have their optimum far out
+        with warnings.catch_warnings():  # with weak penalties and separable features the optimum is far away
             warnings.simplefilter("ignore", ConvergenceWarning)
             probe.fit(scaled_ND, train_labels)
         loss = 0.0
@@ -136,7 +136,7 @@ def fit_linear_probe(
         worse = worse + 1 if best is not None and loss >= best[0] else 0
         if best is None or loss < best[0]:
             best = (loss, probe)
-        if worse == 2:  # it overfits from here on, and the weakest penalties take the longest by far
+        if worse == 2:  # weaker penalties overfit too, and take the longest
             break
     assert best is not None
     probe = best[1]
@@ -161,9 +161,8 @@ def adapt(execution: Execution) -> None:
     adapted = execution.outcome.adapted = result_of({**done, "features": features.path}, directory.path, AdaptedTeacher)
     if adapted.val_accuracy is not None:
         progress.line(
-            f"teacher:  val accuracy {adapted.val_accuracy:.3f} (always the commonest class: "
-            f"{adapted.chance:.3f}), {adapted.val_confidence:.3f} sure of it on average, head from "
-            f"{adapted.num_train} labelled images"
+            f"teacher:  val accuracy {adapted.val_accuracy:.3f} (most frequent class: {adapted.chance:.3f}), "
+            f"mean confidence {adapted.val_confidence:.3f}, head from {adapted.num_train} labelled images"
         )
     assert config.teacher is not None
     refuse_near_chance(config.teacher, adapted)
@@ -175,7 +174,7 @@ def adapt(execution: Execution) -> None:
 
 
 def _fine_tune(execution: Execution) -> None:
-    """Train the whole teacher on the task first; to what follows it is a teacher with a head of its own."""
+    """Train the whole teacher on the task. The later stages then see a teacher with a native head."""
     from raydistill.engine.batches import DistillJob
     from raydistill.stages.distill import distill_student
 
@@ -189,12 +188,12 @@ def _fine_tune(execution: Execution) -> None:
 
     execution.result(directory, work)
     later = tuned(config, samples)
-    assert later is not None, "it has just been done"
+    assert later is not None, "fine-tuning has finished"
     execution.config = later
 
 
 def _infer(execution: Execution, directory: StageDirectory, splits: tuple[str, ...]) -> None:
-    """The teacher's features of every labelled image of the splits as it is, without augmentation."""
+    """Compute the teacher's features of every labelled image of the splits, without augmentation."""
 
     def work(_: Any) -> None:
         directory.begin()

@@ -1,4 +1,4 @@
-"""distill: the student learns from labels and soft targets, and is written in the form in which it ships."""
+"""distill: train the student on labels and soft targets, and write its weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import result_of
 
 logger = logging.getLogger(__name__)
-_SECONDS_BETWEEN_LOOKS = 1.0
+_POLL_SECONDS = 1.0
 
 
 def distill_student(
@@ -39,21 +39,21 @@ def distill_student(
     on_epoch: Callable[[dict[str, float]], None],
     title: str = "distill",
 ) -> StudentCheckpoint:
-    """Train the student, in this process or on Ray Train workers, and write it in the form in which it ships.
+    """Train the student, in this process or on Ray Train workers, and write its weights.
 
-    `on_epoch` gets each epoch's record as it is written; where the loop runs in this process, what it raises ends the
+    `on_epoch` gets the record of each epoch. If the loop runs in this process, an error that `on_epoch` raises ends the
     training after that epoch's checkpoint. A killed run resumes from its last checkpoint.
-    Raises DataError where too few images take part.
+    Raises DataError: too few images.
     """
     _refuse_too_few_images(job)
     if job.config.distill.keep == "best" and not job.samples.num_labelled["val"]:
         raise DataError(
-            "distill.keep=best chooses by val, and there is no labelled val image; add some, or keep the last"
+            "distill.keep=best needs labelled val images, and there are none; add some, or set distill.keep=last"
         )
     directory.begin()
     start = latest_step(job.path)
     note_lost_steps(job.path, start)
-    drop_epochs_after(job.path, start)  # or those who follow would take them for done
+    drop_epochs_after(job.path, start)  # otherwise `_following` would report them as done
     stream = FreshStream(job, plan) if job.config.views.per_image == "fresh" and job.head is not None else None
     in_process = plan.train_workers == 0
     with _following(job, start, progress, _nothing if in_process else on_epoch, title):
@@ -73,7 +73,7 @@ def distill_student(
     directory.finish(asdict(result))
     drop_checkpoints(job.path)
     for run in directory.fs.names(f"{directory.place}/ray"):
-        if re.fullmatch(r"[0-9a-f]{32}", run):  # as `run_workers` calls Ray Train's own
+        if re.fullmatch(r"[0-9a-f]{32}", run):  # the name that `run_workers` gives a Ray Train run
             directory.fs.remove(f"{directory.place}/ray/{run}")
     directory.fs.remove_if_empty(f"{directory.place}/ray")
     return result
@@ -84,14 +84,14 @@ def _nothing(record: dict[str, float]) -> None:
 
 
 def _refuse_too_few_images(job: DistillJob) -> None:
-    """How many images take part is known only now: copies and bad files are out, and labels may be few."""
+    """Only now is the number of training images known: without duplicates, bad files and unlabelled images."""
     config, workers = job.config, job.config.distill.most_workers
     if job.batch_size // workers >= 2:
         return
     if job.batch_size < workers:
         raise DataError(
-            f"{job.batch_size} image(s) take part in training, fewer than the {workers} workers of "
-            "distill.num_workers; lower it, or add images"
+            f"the student has {job.batch_size} image(s) to train on, fewer than distill.num_workers={workers}; lower "
+            "it, or add images"
         )
     what = config.student.model
     student = build_student(config.student, len(job.samples.classes))
@@ -100,13 +100,13 @@ def _refuse_too_few_images(job: DistillJob) -> None:
     elif not has_batch_norm(student):
         return
     raise DataError(
-        f"{job.batch_size} image(s) take part in training on {workers} worker(s), one a step for some of them, and "
-        f"{what} has batch norm, which needs two; add images, or lower distill.num_workers"
+        f"the student has {job.batch_size} image(s) to train on with {workers} worker(s), so some get one image a "
+        f"step, and {what} has batch norm, which needs two; add images, or lower distill.num_workers"
     )
 
 
 def kept_words(job: DistillJob, epochs: list[dict[str, float]], kept_epoch: int) -> str:
-    """Which epoch ships, why, and what that changed."""
+    """Which epoch ships and why, in words."""
     accuracies = {int(e["epoch"]): e["val_accuracy"] for e in epochs if "val_accuracy" in e}
     last, images = job.config.distill.epochs, job.samples.num_labelled["val"]
     words = f"epoch {kept_epoch} of {last} ships"
@@ -120,7 +120,7 @@ def kept_words(job: DistillJob, epochs: list[dict[str, float]], kept_epoch: int)
     words += f", although epoch {best} had {accuracies[best]:.3f}"
     if job.config.distill.keep == "last":
         return f"{words} (distill.keep=last)"
-    return f"{words}: {images} val images do not tell that it is better (distill.keep=best ships it all the same)"
+    return f"{words}: {images} val images do not show that it is better (distill.keep=best ships the best epoch anyway)"
 
 
 def _write_student(job: DistillJob, directory: StageDirectory, training: dict[str, object]) -> int:
@@ -129,7 +129,7 @@ def _write_student(job: DistillJob, directory: StageDirectory, training: dict[st
     now = "ema." if job.config.distill.ema_decay else "model.student."
     prefix = ("kept.student." if job.looks_at_val else now) + "body.network."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint[0].items() if k.startswith(prefix)}
-    # Built as it was for training: with random weights it may have other positions for another size.
+    # Build it as for training: the number of position embeddings can depend on the weights and the image size.
     student = build_student(job.config.student, len(job.samples.classes))
     student.network.load_state_dict(weights)
     image = {"size": job.config.images.size, "fit": job.config.images.fit}
@@ -142,7 +142,8 @@ def _write_student(job: DistillJob, directory: StageDirectory, training: dict[st
 def _following(
     job: DistillJob, start: int, progress: Progress, on_epoch: Callable[[dict[str, float]], None], title: str
 ) -> Iterator[None]:
-    """Show and pass on what the loop writes, wherever it runs, until the block ends. `start` is its first step."""
+    """Show progress and call `on_epoch` from the files that the loop writes, until the block ends. The loop starts at
+    step `start`."""
     at, epoch, ended = start, start // job.steps_per_epoch, threading.Event()
     with progress.task(title, job.total_steps, "steps", done=start) as advance:
 
@@ -160,13 +161,13 @@ def _following(
         def follow() -> None:
             trouble, last_look = "", False
             while not last_look:
-                last_look = ended.wait(_SECONDS_BETWEEN_LOOKS)
+                last_look = ended.wait(_POLL_SECONDS)
                 try:
                     look()
                     trouble = ""
-                except Exception as error:  # storage is away; training may go on, and is seen again later
+                except Exception as error:  # storage does not answer; training may continue, so look again later
                     if str(error) != trouble:
-                        logger.warning("%s: cannot be followed for now (%s)", title, trouble := str(error))
+                        logger.warning("%s: cannot read the progress for now (%s)", title, trouble := str(error))
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -183,8 +184,8 @@ def _note(record: dict[str, float]) -> str:
 
 
 def distill_job(config: RunConfig, outcome: Outcome) -> tuple[DistillJob, StageDirectory]:
-    """What `distill` trains on once the stages before it are done, and the student's directory. A teacher that no term
-    of the loss needs is left out."""
+    """The job of `distill` from the results of the earlier stages, and the student's directory. It has a teacher only
+    if a loss term needs one."""
     samples, generated, taught = outcome.samples, outcome.generated, config.loss.needs_teacher
     assert samples is not None, "prepare has run"
     directory = distill_directory(config, samples)
@@ -206,7 +207,7 @@ def distill(execution: Execution) -> None:
     job, directory = distill_job(execution.config, execution.outcome)
     if job.head is None and samples.num_labelled["train"] < samples.num_rows("train"):
         unused = samples.num_rows("train") - samples.num_labelled["train"]
-        progress.line(f"distill   {unused} unlabelled images take no part: there is no teacher to speak for them")
+        progress.line(f"distill   {unused} unlabelled images are not used: the loss has no teacher")
 
     def work(record: Any) -> None:
         distill_student(job, directory, execution.plan(), progress, lambda m: record.log(m, int(m["step"])))

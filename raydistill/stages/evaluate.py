@@ -1,6 +1,6 @@
-"""evaluate: what the student can do, beside its teacher, in numbers and pictures.
+"""evaluate: measure the student and its teacher, and draw the figures.
 
-Shapes: N images, C classes, K classes of which something is kept, P images of a part.
+Shapes: N images, C classes, K classes whose logits are kept, P images of a part.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from raydistill.stages.adapt import split_features
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import result_of
 
-# What is kept grows with the images and with the classes, never with their product or the classes' square: so many
-# pairs of classes that are confused, and above so many classes the logits of the likeliest alone.
+# Results grow with the number of images and of classes, never with their product: they hold this many pairs of
+# confused classes and, above this many classes, the logits of the likeliest classes only.
 _MOST_PAIRS, _MOST_WHOLE, _LIKELIEST = 1000, 1000, 100
 _PART = 512
 
@@ -55,7 +55,7 @@ def evaluate_student(
     directory: StageDirectory,
     progress: Progress,
 ) -> Report:
-    """Measure student and teacher on val and test, apart, and draw what the numbers do not show."""
+    """Measure student and teacher on val and on test, and draw the figures."""
     directory.begin()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = read_student(student.path)[0].to(device)
@@ -63,7 +63,7 @@ def evaluate_student(
     measured: dict[str, dict[str, Any]] = {"student": {}, "teacher": {}}
     agreements, temperature, predictions = {}, None, []
     with progress.task("evaluate", sum(map(samples.num_rows, splits)), "images") as advance:
-        for split in splits:  # one after the other, since with many classes the logits are large
+        for split in splits:  # one split at a time: with many classes the logits are large
             all_logits, all_labels = split_logits(network, samples, split, device, config.evaluate.batch_size)
             labels_N = all_labels[all_labels >= 0]
             logits = {"student": all_logits[all_labels >= 0]}
@@ -131,7 +131,7 @@ def _draw(
 
 def measures(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ...], bins: int) -> dict[str, Any]:
     """Accuracy with its 95 % Wilson interval, top-5, expected calibration error; images, answers, precision and recall
-    by class; and which classes are taken for which others, the most frequent pairs first."""
+    by class; and the pairs of classes that are confused, the most frequent first."""
     num_classes, predicted_N = len(classes), logits_NC.argmax(1)
     correct = int((predicted_N == labels_N).sum())
     interval = binomtest(correct, len(labels_N)).proportion_ci(method="wilson")
@@ -168,13 +168,13 @@ def _calibration_error(logits_NC: np.ndarray, labels_N: np.ndarray, bins: int) -
 
 
 def _of_any(value: float, count: int) -> float | None:
-    """A class without images has no recall, which is not the same as a recall of 0."""
+    """None for a class without images: that is not a recall of 0."""
     return float(value) if count else None
 
 
 def fitted_temperature(logits_NC: np.ndarray, labels_N: np.ndarray) -> float:
-    """The divisor of the logits at which the labels are likeliest (temperature scaling, Guo et al. 2017, section 4.2);
-    within a hundredth and a hundred, since where every answer is right no logit is sure enough."""
+    """The temperature that minimises the cross-entropy (temperature scaling, Guo et al. 2017, section 4.2). It lies
+    between 0.01 and 100: if every answer is right, the optimum is 0."""
 
     parts = [
         (torch.from_numpy(logits_NC[n : n + _PART]), torch.from_numpy(labels_N[n : n + _PART]))
@@ -189,9 +189,9 @@ def fitted_temperature(logits_NC: np.ndarray, labels_N: np.ndarray) -> float:
 
 
 def _predictions(samples: SampleSet, split: str, logits: dict[str, np.ndarray]) -> pa.Table:
-    """Each labelled image of a split with its class, and of both networks the class they name, how sure they are of it
-    and their logits, null where there is no teacher. With very many classes the logits are those of the likeliest, from
-    the likeliest down, and another column has their classes."""
+    """One row for each labelled image of a split: its class, and of student and teacher (null without one) the
+    predicted class, its probability and the logits. With very many classes it holds the highest logits only, in
+    descending order, and their classes in one more column."""
     rows = pa.concat_tables(
         read_samples(samples, split, shard).select(["sample_id", "label", "split"])
         for shard in range(len(samples.shards[split]))
@@ -218,7 +218,7 @@ def _columns(logits_NC: np.ndarray | None, num_rows: int, num_classes: int) -> d
 
 
 def agreement(student_logits_NC: np.ndarray, teacher_logits_NC: np.ndarray) -> float:
-    """Share of images on which both name the same class first."""
+    """Share of images for which both predict the same class."""
     return float((student_logits_NC.argmax(1) == teacher_logits_NC.argmax(1)).mean())
 
 

@@ -1,4 +1,4 @@
-"""export: the student in the forms in which products load it, each compared with the checkpoint before it counts.
+"""export: write the student in the formats that products load, and compare each with the checkpoint.
 
 Shapes: N images, H working pixels on a side, S pixels on a side of what the network sees, C classes.
 """
@@ -52,8 +52,8 @@ from raydistill.storage.tables import values
 from raydistill.tracking.tracker import Tracker
 from raydistill.usefulness import usefulness
 
-# Each form is compared with the checkpoint at these batch sizes, on so many images of val, or of train where val has
-# none; the bound is on the largest difference of logits, as a share of the largest logit.
+# Compare each format with the checkpoint at these batch sizes, on this many images of val (of train without a val
+# split). The bound is on the largest difference of logits, as a share of the largest logit.
 _BATCHES, _MOST_IMAGES, _TOLERANCE = (1, 7, 64), 256, 1e-3
 _CALIBRATION_IMAGES = 256
 
@@ -66,9 +66,9 @@ def export_student(
     directory: StageDirectory,
     progress: Progress,
 ) -> Exported:
-    """Write every form that was asked for, and a README.md, which `card` makes of `about_student` and the result.
+    """Write every format of the config, and the README.md that `card` makes from `about_student` and the result.
 
-    Raises StageError where a form does not give the checkpoint's logits on real images; then none is written.
+    Raises StageError, and writes nothing: a format does not give the checkpoint's logits on real images.
     """
     settings = config.export
     directory.begin()
@@ -118,7 +118,7 @@ def export_student(
 
 
 def record_model(config: RunConfig, exported: Exported, tracker: Tracker) -> None:
-    """The ONNX file as a model of MLflow."""
+    """Log the ONNX file to MLflow as a model."""
     about = needed_state(f"{exported.path}/{ABOUT_FILE}", dict[str, Any])
     side = about["image"]["size"] if about["input"] == "pixels" else about["preprocessing"]["size"]
     white = np.full((1, side, side, 3), 255, np.uint8)
@@ -127,7 +127,7 @@ def record_model(config: RunConfig, exported: Exported, tracker: Tracker) -> Non
 
 
 def push_to_hub(folder: str, repository: str) -> None:
-    """The files that ship, to a model repository that is private if it is new. Raises StageError."""
+    """Upload the exported files to a model repository; a new one is private. Raises StageError."""
     from huggingface_hub import HfApi
 
     try:
@@ -139,20 +139,20 @@ def push_to_hub(folder: str, repository: str) -> None:
     except Exception as error:  # network, name and permission errors come from three libraries
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StageError(
-            f"export.hub={repository}: could not be pushed ({first}); log in with `hf auth login`, check the name, or "
-            f"push {folder} yourself: it is whole"
+            f"export.hub={repository}: the upload failed ({first}); log in with `hf auth login`, check the name, or "
+            f"upload {folder} yourself: it is complete"
         ) from None
 
 
 def about_student(path: str, from_pixels: bool, images: Images) -> dict[str, Any]:
-    """What a program has to know to use the exported files: classes, how a picture becomes a working image, and what
-    the graphs take: `pixels`, working images (B, H, H, 3) uint8, or `normalised` ones, (B, 3, S, S) float32."""
+    """What a program needs to use the exported files: the classes, how a picture becomes a working image, and the input
+    of the graphs: `pixels`, working images (B, H, H, 3) uint8, or `normalised` images (B, 3, S, S) float32."""
     about = needed_state(f"{path}/{STUDENT_FILE}", dict[str, Any])
     image = about["image"] | images.model_dump(include={"max_pixels", "max_bytes"})
     return about | {"image": image, "input": "pixels" if from_pixels else "normalised"}
 
 
-# By the name of a format its file, what writes it, and what reads it back.
+# By format: the file, its writer and its reader.
 _FORMATS: dict[str, tuple[str, Callable[..., None], Callable[[Path], Run]]] = {
     "onnx": ("model.onnx", to_onnx, onnx_run),
     "torch_export": ("model.pt2", to_program, program_run),
@@ -160,7 +160,7 @@ _FORMATS: dict[str, tuple[str, Callable[..., None], Callable[[Path], Run]]] = {
 
 
 def _some_images(samples: SampleSet, split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, H, H, 3) uint8 working images of a split, the first of it, and their (N,) labels."""
+    """The first (N, H, H, 3) uint8 working images of a split and their (N,) labels."""
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for shard in range(len(samples.shards[split])):
@@ -177,14 +177,14 @@ def _in_batches(run: Run, inputs_N: np.ndarray, size: int) -> np.ndarray:
 
 
 def _compare(run: Run, inputs_N: np.ndarray, logits_NC: np.ndarray, what: str) -> float:
-    """The largest difference of logits over all images and batch sizes. Raises StageError where it is too large."""
+    """The largest difference of logits over all images and batch sizes. Raises StageError if it is too large."""
     largest = 0.0
     for size in _BATCHES:
         found_NC = _in_batches(run, inputs_N, size)
         difference = float(np.abs(found_NC - logits_NC).max())
         if not difference <= _TOLERANCE * float(np.abs(logits_NC).max()):
             raise StageError(
-                f"export: {what} gives other logits than the checkpoint, by up to {difference:.3g} in batches of "
+                f"export: the logits of {what} differ from the checkpoint's by up to {difference:.3g} in batches of "
                 f"{size} (of {len(logits_NC)} real images), so nothing is exported; leave it out of export.formats, or "
                 "train another architecture"
             )
@@ -205,8 +205,8 @@ def _quantise(config: RunConfig, samples: SampleSet, student: Student, folder: P
 def _compare_roughly(
     logits_NC: np.ndarray, rough_NC: np.ndarray, labels_N: np.ndarray, max_drop: float
 ) -> dict[str, float | None]:
-    """INT8 changes logits by design, so what counts is what becomes of the answers. Without a label their accuracy is
-    not known; it cannot drop by more than the share of answers that changed, which then counts in its place."""
+    """INT8 changes logits by design, so compare the accuracy. Without labels compare the share of answers that changed:
+    the accuracy cannot drop by more."""
     before_N, after_N, labelled_N = logits_NC.argmax(1), rough_NC.argmax(1), labels_N >= 0
     right = [int((answers_N == labels_N)[labelled_N].sum()) for answers_N in (before_N, after_N)]
     num = int(labelled_N.sum())
@@ -219,7 +219,7 @@ def _compare_roughly(
 
 
 def _speeds(config: RunConfig, runs: dict[str, Run], input_1: np.ndarray) -> dict[str, dict[str, float]]:
-    """Of the student by form on the CPUs of this machine, and of the teacher's backbone where the job asks for it."""
+    """The speed of each format on this machine's CPUs, and of the teacher's backbone if the job asks for it."""
     found = {f"student, {name}": asdict(measure_speed(run, input_1)) for name, run in runs.items()}
     if config.evaluate.time_teacher and config.teacher is not None and config.loss.needs_teacher:
         teacher = load_teacher(config.teacher)[0]
@@ -236,8 +236,8 @@ def export(execution: Execution) -> None:
     useful = usefulness(report.student)
     if useful.state == "at chance" and not config.export.allow_useless:
         outcome.refused = (
-            f"{useful.warnings[0].rstrip('.')}; so it is not exported. Train it longer or in another way (the "
-            "report shows how it went), or set export.allow_useless=true to export it all the same"
+            f"{useful.warnings[0].rstrip('.')}; so it is not exported. Train it longer or with other settings (the "
+            "report shows its training), or set export.allow_useless=true to export it anyway"
         )
         return
     directory = export_directory(config, samples)

@@ -1,8 +1,8 @@
-"""generate: images from a diffusion pipeline, the same ones however often and by however many actors they are made.
+"""generate: make images with a diffusion pipeline.
 
-Every image is a function of the run's seed, its class, its index and the attempt. All images that were made lie by
-class in `<workspace>/generated/`, kept or not, in files committed by rename. The stage chooses among them and writes
-the kept ones in sample shards, with a ledger of everything that was tried.
+The run's seed, the class, the index and the attempt decide an image, so every run, with any number of actors, makes the
+same images. All images, kept or not, lie by class in `<workspace>/generated/`, in files committed by rename. The stage
+selects among them and writes the kept ones in sample shards, with a ledger of every attempt.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from raydistill.storage.tables import read_table, rows_of
 
 
 def generated_from_json(done: Mapping[str, Any], path: str) -> GeneratedImages:
-    """The result of a finished `generate`, which lies in the directory `path`."""
+    """The result of a finished `generate` in the directory `path`."""
     samples = done.get("samples")
     moved = {**samples, "path": path} if isinstance(samples, dict) else samples
     whole = {name: value for name, value in done.items() if name != "path"}
@@ -60,10 +60,10 @@ def generated_from_json(done: Mapping[str, Any], path: str) -> GeneratedImages:
 def generate_images(
     config: RunConfig, samples: SampleSet, head: str | None, directory: StageDirectory, plan: Plan, progress: Progress
 ) -> GeneratedImages:
-    """Make what is wanted and not there, choose, and write the chosen images in shards like `prepare`'s.
+    """Make the missing images, select, and write the kept images in shards like those of `prepare`.
 
-    `head` is the directory of `adapt`, where the filter asks the teacher. Raises ConfigError before anything is made;
-    StageError where a class is left without a single image.
+    `head` is the directory of `adapt`, if the filter uses the teacher. Raises ConfigError before it makes an image;
+    StageError: a class has no image left.
     """
     settings = config.generate
     assert settings is not None
@@ -83,7 +83,7 @@ def generate_images(
             made = {key: one for recipe in recipes.values() for key, one in read_made(recipe).items()}
             leaked = held_out.shown_by(made) if held_out else set()
             chosen = choose(settings, wanted, made, leaked, judge.of(made) if judge else None)
-            # What was made just now counts as it comes; the choice takes back what it rejects.
+            # New images count when they arrive; the selection subtracts those that it rejects.
             rejected = f"{sum(chosen.rejected.values())} rejected" if chosen.rejected else ""
             advance(len(chosen.kept) - shown, rejected, worked=False)
             shown = len(chosen.kept)
@@ -92,8 +92,8 @@ def generate_images(
             if lost := asked.intersection(chosen.needed):
                 where = recipes[min(lost)[0]].directory.path
                 raise StageError(
-                    f"generate: {len(lost)} images were made and are not to be found in {where}; does every node see "
-                    f"workspace={config.workspace}?"
+                    f"generate: {len(lost)} new images are missing in {where}; check that every node sees "
+                    f"workspace={config.workspace}"
                 )
             asked.update(chosen.needed)
             units = plan_units(config, recipes, chosen.needed)
@@ -103,12 +103,12 @@ def generate_images(
                 shown += int(made_now["images"])
     result = _write(config, samples, _Run(facts, wanted, made, chosen), directory)
     for name, count in result.missing.items():
-        progress.line(f"generate  {count} of {wanted[name]} images of {name!r} are missing after all attempts")
+        progress.line(f"generate  {name!r} lacks {count} of {wanted[name]} images after all attempts")
     return result
 
 
 def label_weights(config: RunConfig, generated: GeneratedImages) -> dict[str, float] | None:
-    """The weight of each kept image's hard label by sample id; None where all are 1."""
+    """The weight of each kept image's hard label by sample id; None if all are 1."""
     settings = config.generate
     assert settings is not None
     if (settings.task_weight == 1 and not settings.filter.weigh) or not generated.samples.num_rows("train"):
@@ -121,14 +121,14 @@ def label_weights(config: RunConfig, generated: GeneratedImages) -> dict[str, fl
 def _run_units(
     config: RunConfig, samples: SampleSet, facts: PipelineFacts, units: list[dict[str, str]], plan: Plan
 ) -> Iterator[dict[str, Any]]:
-    """Through the pool of generators and, where the teacher is to see them, on through a teacher as files come."""
+    """Run the pool of generators and, if the teacher judges the images, a teacher on each file that they write."""
     settings = config.generate
     assert settings is not None
     fewest, most = plan.generator_actors
     most = max(1, min(most, len(units)))
     labels = config.cluster.generator_labels or None
     fallback = config.cluster.generator_fallback
-    # On CPUs the plan counted all of them; on GPUs more may come, and the pool grows as they do.
+    # On CPUs the plan has counted all places. GPU nodes may join later, and the pool then grows.
     begin = min(fewest, most) if plan.generator_gpus else most
     made = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         GeneratorActor,
@@ -147,7 +147,7 @@ def _run_units(
 
 
 def _refuse_small_disk(config: RunConfig, recipes: Mapping[str, Recipe], wanted: Mapping[str, int], side: int) -> None:
-    """Raises ConfigError before anything is made that may not fit, were it no smaller than its pixels."""
+    """Raises ConfigError if the images, counted as uncompressed pixels, may not fit on the disk."""
     count = sum(max(wanted[name] - len(read_made(recipe)), 0) for name, recipe in recipes.items())
     what = f"generate: {count:,} images of {side} pixels"
     refuse_small_disk(config, what, count * side**2 * 3, "lower generate.ratio")
@@ -155,7 +155,7 @@ def _refuse_small_disk(config: RunConfig, recipes: Mapping[str, Recipe], wanted:
 
 @dataclass(frozen=True)
 class _Run:
-    """What was wanted of a pipeline, what it made, and the choice."""
+    """What the config wants of a pipeline, what the pipeline made, and the selection."""
 
     facts: PipelineFacts
     wanted: dict[str, int]
@@ -181,9 +181,9 @@ def _write(config: RunConfig, samples: SampleSet, run: _Run, directory: StageDir
         reasons = Counter(v for (name, _, _), v in chosen.verdicts.items() if name in nothing)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         raise StageError(
-            f"generate: not one image of {', '.join(map(repr, nothing[:5]))} was kept ({why}); loosen generate.filter, "
-            f"change the prompts, or raise generate.attempts. Look at the sheets in {directory.path}; what was made "
-            "stays and is not made again"
+            f"generate: no image of {', '.join(map(repr, nothing[:5]))} was kept ({why}); loosen generate.filter, "
+            f"change the prompts, or raise generate.attempts. The sheets in {directory.path} show the rejected images; "
+            "the next run reuses them"
         )
     sizes, ids = _write_shards(config, samples, run, pictures, directory)
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
@@ -195,7 +195,7 @@ def _write(config: RunConfig, samples: SampleSet, run: _Run, directory: StageDir
         num_labelled={"train": 0 if run.facts.kind == "none" else len(ids)},
         num_refused=sum(chosen.rejected.values()),
         ids={"train": digest},
-        labels={"train": digest},  # an image was made for its class
+        labels={"train": digest},  # the class of an image is known from its prompt
     )
     result = GeneratedImages(
         samples=generated,
@@ -216,7 +216,7 @@ def _write(config: RunConfig, samples: SampleSet, run: _Run, directory: StageDir
 def _write_shards(
     config: RunConfig, samples: SampleSet, run: _Run, pictures: Mapping[Key, bytes], directory: StageDirectory
 ) -> tuple[list[int], list[str]]:
-    """The rows of each shard and the ids of all rows, in an order that mixes the classes."""
+    """Write the shards, with the classes mixed; returns the rows of each shard and the ids of all rows."""
     order = sorted(run.chosen.kept, key=lambda key: seeded_rank(config.seed, "order", run.made[key].id))
     number = {name: k for k, name in enumerate(samples.classes)}
     sizes, ids, size = [], [], config.images.rows_per_shard
@@ -248,6 +248,6 @@ def generate(execution: Execution) -> None:
     generated = outcome.generated = generated_from_json(execution.result(directory, work), directory.path)
     kept, rejected = sum(generated.kept.values()), sum(generated.rejected.values())
     execution.progress.line(f"generated: {kept} images kept, {rejected} rejected; see {directory.path}/sheet-*.png")
-    if "://" not in directory.path:  # what shows the images, not they themselves
+    if "://" not in directory.path:  # log the sheets, not the images
         shown = [str(p) for p in sorted(Path(directory.path).glob("*")) if p.suffix in (".png", ".json")]
         execution.tracker.parent.files([*shown, f"{directory.path}/ledger.parquet"], "generate")

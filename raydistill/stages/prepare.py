@@ -1,7 +1,7 @@
-"""prepare: every usable image, upright RGB, content-addressed, split and permuted, in parquet shards.
+"""prepare: decode every image to upright RGB, drop duplicates, split, shuffle, and write parquet shards.
 
-Images are first decoded into a directory that does not depend on the seed, the splits or the labels. So they are
-decoded once for all seeds, and a killed command resumes.
+The directory of decoded images does not depend on the seed, the splits or the labels. So all seeds share it, and a
+killed command resumes.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from raydistill.storage.filesystems import exists, write_bytes
 from raydistill.storage.tables import read_table, values
 from raydistill.strangers import written
 
-# Of a task, and of a file of decoded images: work for all CPUs where there are few, and not too many files else.
+# Images of a task and of a file of decoded images: small enough to use all CPUs, large enough for few files.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
-_TRIED = 32  # decoded to tell how large all will be
+_TRIED = 32  # images to decode for an estimate of the size of all
 
 _DECODED = pa.schema(
     [
         pa.field("index", pa.int64()),  # of the entry in the listing
         pa.field("sample_id", pa.string()),
-        pa.field("image", pa.binary()),  # PNG at the working size; empty where there is a reason
+        pa.field("image", pa.binary()),  # PNG at the working size; empty for a refused image
         pa.field("reason", pa.string()),
     ]
 )
@@ -53,10 +53,10 @@ _DECODED = pa.schema(
 def prepare_samples(
     config: RunConfig, listing: Listing, directory: StageDirectory, plan: Plan, progress: Progress
 ) -> SampleSet:
-    """Decode, drop duplicates, split, permute, write shards. Refused files are listed in `refused.json`.
+    """Decode, drop duplicates, split, shuffle, write shards. `refused.json` lists the refused files.
 
-    Raises DataError: too many bad files, as soon as they are, or a class without a single good train image; ConfigError
-    where the disk may be too small.
+    Raises DataError: too many bad files (without waiting for the rest), or a class without a good train image;
+    ConfigError: the disk may be too small.
     """
     directory.begin()
     files, known = _decode_images(config, listing, plan, progress)
@@ -77,7 +77,7 @@ def prepare_samples(
 def _decode_images(
     config: RunConfig, listing: Listing, plan: Plan, progress: Progress
 ) -> tuple[list[str], list[Decoded]]:
-    """The files of decoded images, those that are there already left as they are, and what is known of each entry."""
+    """Decode the images that no earlier run has decoded; returns the files and what is known of each entry."""
     directory = decoded_directory(config, listing)
     directory.begin()
     together = {
@@ -97,15 +97,15 @@ def _decode_images(
             bad += (d for d in new if d.reason)
             refuse_too_many_bad(config.images, bad, len(known), len(listing.entries))
             read_again = sum(index in found for index in values(block["index"]))
-            advance(read_again, worked=False)  # a killed run had decoded these
+            advance(read_again, worked=False)  # an earlier run decoded these
             advance(len(block) - read_again)
     known.sort(key=lambda d: (d.entry.path, d.entry.row or 0))
     return [part["file"] for part in parts], known
 
 
 def _refuse_small_disk(config: RunConfig, listing: Listing, together: Mapping[str, Chunk]) -> None:
-    """Raises ConfigError where the decoded images that are still to come, and all of them once more in shards, may not
-    fit. PNG is no larger than the pixels, so some are decoded only where those would not fit."""
+    """Raises ConfigError if the images to decode, and all images once more in shards, may not fit on the disk. It
+    decodes some for an estimate only if the uncompressed pixels would not fit."""
     entries, images = listing.entries, config.images
     if 2 * len(entries) * images.size**2 * 3 <= free_bytes(config):
         return
@@ -117,7 +117,7 @@ def _refuse_small_disk(config: RunConfig, listing: Listing, together: Mapping[st
 
 
 def chunks(entries: Sequence[Entry], images: Images) -> Iterator[Chunk]:
-    """Index, path and row of entries that are read together: rows of one parquet file, or some files."""
+    """Index, path and row of the entries of one read: rows of one parquet file, or some files."""
     together = min(max(len(entries) // _FILES, _FEWEST_TOGETHER), _MOST_TOGETHER, SHARD_BYTES // (3 * images.size**2))
     chunk: Chunk = []
     for index, entry in enumerate(entries):
@@ -129,8 +129,8 @@ def chunks(entries: Sequence[Entry], images: Images) -> Iterator[Chunk]:
 
 
 class _DecodeChunk:
-    """One Ray Data task: some files in, a row for each out, so that a bad one takes nothing along. Their images go into
-    one file, which a later run finds; unless one could not be read, which may be over by then."""
+    """One Ray Data task: decodes some files and gives a row for each, so a bad file costs no other. The images go into
+    one file, which a later run reuses. If it cannot read a file, it writes none, and a later run tries again."""
 
     def __init__(self, images: Images, tries: Any = None) -> None:
         self._images, self._tries = images, tries
@@ -152,10 +152,10 @@ class _DecodeChunk:
 
 
 def refuse_too_many_bad(images: Images, bad: Sequence[Decoded], seen: int, total: int) -> None:
-    """The bad ones among the images seen so far, out of all of them. Raises DataError."""
+    """Raises DataError: `bad`, of the `seen` images so far, are too many of the `total`."""
     if len(bad) > images.max_bad_share * total:
         some = "; ".join(f"{entry_name(d.entry)}: {d.reason}" for d in bad[:5])
-        so_far = f", with {seen} looked at" if seen < total else ""
+        so_far = f", after {seen} images" if seen < total else ""
         raise DataError(
             f"{len(bad)} of {total} images cannot be used, above images.max_bad_share={images.max_bad_share}{so_far}: "
             f"{some}{' …' if len(bad) > 5 else ''}"
@@ -166,8 +166,8 @@ def _check_train(listing: Listing, train: list[Decoded]) -> None:
     counts = Counter(d.entry.label for d in train)
     if lacking := [name for name in listing.classes if not counts[name]]:
         raise DataError(
-            f"no usable train image is left of {', '.join(map(repr, lacking[:5]))} after bad files and duplicates; "
-            "add some, or take the class out of the data"
+            f"no usable train image of {', '.join(map(repr, lacking[:5]))} is left after bad files and duplicates; "
+            "add some, or remove the class from the data"
         )
 
 
@@ -180,7 +180,7 @@ def _write(
     num_refused: int,
     plan: Plan,
 ) -> SampleSet:
-    """Sort the decoded images into place with Ray Data and write them shard by shard."""
+    """Sort the decoded images with Ray Data and write them shard by shard."""
     index_of = {name: number for number, name in enumerate(listing.classes)}
     entry_index = {(e.path, e.row): number for number, e in enumerate(listing.entries)}
     size = config.images.rows_per_shard
@@ -227,7 +227,7 @@ def _write(
 
 
 def _sorted_images(files: list[str], facts: pa.Table, fact_of_entry: np.ndarray, plan: Plan) -> ray.data.Dataset:
-    """The rows of `facts` with their images, in order. `fact_of_entry` has the row of each entry, or -1."""
+    """The rows of `facts` with their images, in order. `fact_of_entry` is the row of each entry, or -1."""
     shared = ray.put((facts, fact_of_entry))
 
     def place(batch: dict[str, np.ndarray]) -> pa.Table:
@@ -264,9 +264,9 @@ def prepare(execution: Execution) -> None:
         counts.append(f"{rows} {split}" + (f" ({labelled} labelled)" if labelled < rows else ""))
     progress.line(f"samples:  {', '.join(counts)}; {len(samples.classes)} classes")
     if samples.num_refused:
-        progress.line(f"          {samples.num_refused} refused, each with its reason: {samples.path}/refused.json")
+        progress.line(f"          {samples.num_refused} refused; see the reasons in {samples.path}/refused.json")
     for what, count in work.listing.ignored.items():
         progress.line(f"          {count} ignored: {what}")
     for what, count in work.listing.notes.items():
-        progress.line(f"          mind: {count} {what}")
+        progress.line(f"          note: {count} {what}")
     execution.tracker.parent.data(config, samples)

@@ -1,6 +1,6 @@
-"""teach: the teacher's features of every view, in shards that line up with the sample shards.
+"""teach: run every view through the teacher and write its features, one file for each sample shard.
 
-Shapes: R rows of a shard, N of them new to the teacher, K views, H working pixels, P parameters of a view, D features.
+Shapes: R rows of a shard, N of them not yet taught, K views, H working pixels, P parameters of a view, D features.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from raydistill.storage.tables import values
 def stream_soft_targets(
     config: RunConfig, samples: SampleSet, head: str, directory: StageDirectory, plan: Plan, progress: Progress
 ) -> SoftTargets:
-    """Run every stored view of the train split through the teacher pool; shards that exist are not made again, nor
-    views of images that a smaller or larger set had too.
+    """Run every stored view of the train split through the teacher pool. It skips shards that exist, and copies the
+    views of images that it knows from a smaller or larger set.
 
-    `head` is the directory of `adapt`. Raises ConfigError where the disk may be too small.
+    `head` is the directory of `adapt`. Raises ConfigError: the disk may be too small.
     """
     assert config.views.per_image != "fresh", "fresh views are not stored"
     directory.begin()
@@ -57,8 +57,8 @@ def stream_soft_targets(
 
 @dataclass(frozen=True)
 class FeaturePass:
-    """What the teacher is to look at: `num_views` random views of every row or, with 0, the whole image of the labelled
-    rows. Files go to `path`, one for each sample shard. Views of images that are `known` are copied."""
+    """The input of the teacher: `num_views` random views of every row or, with 0, the whole image of every labelled
+    row. It writes one file to `path` for each sample shard. It copies the views of `known` images."""
 
     config: RunConfig
     samples: SampleSet
@@ -71,11 +71,11 @@ class FeaturePass:
 def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progress) -> int:
     """Write the teacher's features, and return their width D.
 
-    One Ray Data row is one shard: a task reads and decodes it, an actor of the pool renders, infers and commits the
-    file by rename. So a lost actor or node costs its open shards, and a later run makes only what is missing.
+    One Ray Data row is one shard: a task reads and decodes it, an actor of the pool renders the views, infers and
+    commits the file by rename. So a lost actor or node costs its open shards, and a later run makes only the missing.
     """
     rows = {name: count for name, count in _rows_to_do(wanted).items() if count}
-    if not rows:  # no image was generated, since none was wanted
+    if not rows:  # the job generates no image
         return 0
     missing = [n for n in rows if not exists(_file(wanted.path, *n))]
     each = max(wanted.num_views, 1)
@@ -89,7 +89,7 @@ def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progre
             progress.again(title, int(written["images_again"]), float(written["seconds_again"]))
             copied += int(written["copied"])
     if copied:
-        progress.line(f"{title:<9} {copied:,} of these images were known: their views were copied, not seen again")
+        progress.line(f"{title:<9} copied the views of {copied:,} images that an earlier run taught")
     return load(read_bytes(_file(wanted.path, *next(iter(rows)))))["features"].shape[2]
 
 
@@ -106,7 +106,7 @@ def _rows_to_do(wanted: FeaturePass) -> dict[tuple[str, int], int]:
 
 
 def _pool(wanted: FeaturePass, shards: list[tuple[str, int]], plan: Plan) -> Iterator[dict[str, Any]]:
-    """What each actor call wrote, as the shards are finished."""
+    """What each actor call wrote, as the shards finish."""
     config, samples, known, tries = wanted.config, wanted.samples, wanted.known, new_tries()
     units = [
         {"split": s, "shard": k, "known": json.dumps({} if known is None else known.find(read_ids(samples, s, k)))}
@@ -130,8 +130,8 @@ def _pool(wanted: FeaturePass, shards: list[tuple[str, int]], plan: Plan) -> Ite
 
 
 class _LoadShard:
-    """A Ray Data task: one sample shard, read and decoded, with the parameters of its views, as one row. Known images
-    come with their features instead."""
+    """A Ray Data task: reads and decodes one sample shard, and gives one row with its images and the parameters of its
+    views. Known images come as features instead."""
 
     def __init__(self, samples: SampleSet, views: Views, seed: int, num_views: int, tries: Any) -> None:
         self._samples, self._views, self._seed, self._num_views = samples, views, seed, num_views
@@ -163,8 +163,7 @@ class _LoadShard:
 
 
 class ShardTeacher(TeacherActor):
-    """Makes one target shard a call. Ray repeats a call whose actor was lost; it finds the file where that was
-    written."""
+    """Makes one target shard in each call. Ray repeats a call whose actor was lost; the repeat skips a written file."""
 
     def __init__(self, teacher: Teacher, threads: int, path: str, tries: Any = None) -> None:
         super().__init__(teacher, threads, tries)

@@ -58,10 +58,10 @@ def space(tmp_path):
         ("loss: {categorical: {a: {kd_wieght: 1}}}", r"kd_wieght: unknown key; did you mean loss.kd_weight\?"),
         ("loss: {categorical: {none: {kd_weight: 0, task_weight: 0, alignment_weight: 0, uniformity_weight: 0}}}",
          "every weight under loss is 0"),
-        ("loss.temperature: {log: [1, 2], when: {loss: kd}}", "no categorical key above it"),
+        ("loss.temperature: {log: [1, 2], when: {loss: kd}}", "not a categorical key above it"),
         ("loss.projection_head: {categorical: [linear]}\n"
          "loss.temperature: {log: [1, 2], when: {loss.projection_head: x}}",
-         "none of its choices"),
+         "not one of its choices"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_a_sentence(space, text, message):
@@ -175,9 +175,9 @@ def test_keys_of_earlier_stages_are_walked_through_beforehand(space):
     )
     assert found.shared() == [{"views.per_image": k, "views.min_scale": s} for k in (2, 4) for s in (0.2, 0.4)]
     assert space("loss.temperature: {log: [1, 2]}").shared() == [{}]
-    with pytest.raises(ConfigError, match="each of its values costs a pass of the teacher"):
+    with pytest.raises(ConfigError, match="each value needs a pass of the teacher"):
         space("views.min_scale: {float: [0.2, 0.4]}").shared()
-    with pytest.raises(ConfigError, match="do not depend on"):
+    with pytest.raises(ConfigError, match="which does not change the stages"):
         space(
             "loss.projection_head: {categorical: [linear, two_layer]}\n"
             "views.per_image: {int: [1, 2], when: {loss.projection_head: linear}}"

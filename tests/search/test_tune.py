@@ -476,7 +476,7 @@ def test_a_study_of_a_stranger_is_refused_by_the_trial_or_the_note_that_is_odd(w
     for value in ("\x1b[2J", None, float("nan"), -1):
         study = optuna.create_study()
         study.set_user_attr("seconds of command x", value)
-        with pytest.raises(CheckpointError, match=r"the note 'seconds of command x' is not .* no number of seconds"):
+        with pytest.raises(CheckpointError, match=r"note 'seconds of command x' is not .* not a number of seconds"):
             assert Clock(study).seconds is None
     space = read_space(config.tune.space, config)
     key = next(key for key, entry in space.entries.items() if entry.categorical is not None)
@@ -551,9 +551,9 @@ def test_trials_share_the_machines(more, machine, together, share, threads, word
 @pytest.mark.parametrize(
     ("more", "machine", "message"),
     [
-        (["tune.concurrent=30"], (2.0, 0.0, 2), r"leave each 0.06 of 2 CPUs"),
-        (["tune.concurrent=30"], (64.0, 2.0, 64), r"2 GPUs; lower it"),
-        ([*PAIR, "tune.concurrent=3"], (4.0, 0.0, 4), r"tune.concurrent=3 .* need 6 CPUs, and there are 4 and 0"),
+        (["tune.concurrent=30"], (2.0, 0.0, 2), r"get 0.06 each of 2 CPUs"),
+        (["tune.concurrent=30"], (64.0, 2.0, 64), r"2 GPUs, which is too little; lower it"),
+        ([*PAIR, "tune.concurrent=3"], (4.0, 0.0, 4), r"tune.concurrent=3 .* need 6 CPUs, and there are 4 CPUs and 0"),
         ([*PAIR, "tune.concurrent=3"], (64.0, 4.0, 64), r"need 6 CPUs and 6 GPUs"),
     ],
 )
@@ -598,7 +598,7 @@ def test_a_forecast_counts_the_confirmation(words) -> None:
         "tune: about 6 min in all, 0.55 at 6 an hour",
     ]
     (unknown,) = forecast_lines(config, left=10, together=4, each=None, before=50.0)
-    assert "how long is unknown" in unknown
+    assert "time unknown" in unknown
     alone = load_config([*words, "tune.confirm_seeds=0"])
     assert forecast_lines(alone, 10, 1, 20.0, 50.0)[-1] == "tune: about 3 min in all"
 
@@ -690,7 +690,7 @@ def test_what_makes_another_search_is_said_line_by_line(words, space_file) -> No
     ("directions", "pictures", "said"),
     [
         (["maximize", "minimize"], 7, '<h2>Pareto front</h2>\n<img alt="" src="data:image/png'),
-        (["maximize"], 3, "it takes two settings that matter"),  # there is one
+        (["maximize"], 3, "it needs two settings with an effect"),  # there is one
     ],
 )
 def test_the_page_has_the_pictures_that_the_trials_suffice_for(directions, pictures, said) -> None:
@@ -756,15 +756,15 @@ OFF = [f"loss.{name}_weight=0" for name in ("kd", "alignment", "uniformity")]
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["tune.space=null"], "Give --space FILE"),
+        (["tune.space=null"], "give --space FILE"),
         (["tune.objectives=[val_accuracy,parameters]"], "set tune.pruner=none"),
         (["views.per_image=fresh"], "would run the teacher again in every trial"),
         (["tune.sampler=grid"], "a grid needs a list of values"),
-        (["tune.space=VIEWS"], "3 combinations of keys that stages before training depend on"),
+        (["tune.space=VIEWS"], "3 combinations of keys that change the stages"),
         (["tune.space=STUDENT"], "no model of this name|unknown|no such"),
-        (["tune.storage=sqlite:////nowhere/study.db"], "tune.storage=sqlite:////nowhere/study.db: cannot be opened"),
+        (["tune.storage=sqlite:////nowhere/study.db"], "tune.storage=sqlite:////nowhere/study.db: cannot open it"),
         (["tune.concurrent=1000"], "tune.concurrent=1000 trials at once"),
-        (["distill.num_workers=2", "tune.concurrent=1000"], "tune.concurrent=1000 trials at once, of 2 workers each"),
+        (["distill.num_workers=2", "tune.concurrent=1000"], "tune.concurrent=1000 trials at once, with 2 workers each"),
         (["tune.space=HEADS", "tune.sampler=cmaes"], "would draw every key of this space at random"),
         (["tune.sampler=cmaes", "tune.objectives=[loss,parameters]", "tune.pruner=none"], "takes one objective"),
         (["tune.space=LOSSES", "views.per_image=fresh", *OFF], "would run the teacher again in every trial"),
@@ -790,8 +790,8 @@ def test_what_cannot_work_is_refused_before_anything_starts(more, message, words
         ({"val": 0.2, "test": 0.2}, 3, "on test, p "),
         ({"val": 0.2, "test": 0.02}, 3, "so this may be chance: "),
         ({"val": 0.2, "test": -0.02}, 3, "keep the job's own values"),
-        ({"val": 0.2}, 3, "on val, by which the search chose, p "),
-        ({"val": 0.2, "test": 0.2}, 1, "one seed says nothing of what another would give: tune.confirm_seeds=3"),
+        ({"val": 0.2}, 3, "on val, which the search selected by, p "),
+        ({"val": 0.2, "test": 0.2}, 1, "one seed cannot show a difference: set tune.confirm_seeds=3"),
     ],
 )
 def test_what_the_search_did_not_choose_by_decides(words, gain, seeds, said) -> None:
@@ -855,7 +855,7 @@ def test_a_search_and_the_same_again_and_more(words, space_file, progress, tmp_p
 @pytest.mark.usefixtures("ray_session", "taught")
 def test_trials_that_all_fail_end_the_search_with_the_reasons_counted(words, space_file, progress) -> None:
     words = [*words, space_file(), "distill.learning_rate=1e30", "tune.trials=3"]
-    with pytest.raises(StageError, match=r"none of the 3 trials came to an end:\n  \d x distill: the loss or its"):
+    with pytest.raises(StageError, match=r"none of the 3 trials is complete:\n  \d x distill: the loss or its"):
         tune_job(load_config(words), progress)
 
 

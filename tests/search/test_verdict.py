@@ -82,7 +82,8 @@ def test_nothing_ships_that_is_worse_or_cannot_be_told_from_something_cheaper(se
         for seed in range(seeds)
     ]
     result = summarise(arms, [], seeds)
-    assert result.verdict.startswith(f"Ship {result.ship} (" if result.ship else "Nothing")
+    undecided = ("No arm is significantly better", "The results do not decide")
+    assert result.verdict.startswith(f"Ship {result.ship} (" if result.ship else undecided)
     if result.ship is None:
         return
     shipped = row(result, result.ship)
@@ -100,25 +101,26 @@ SCRATCH = three("scratch", 0.5, (0.5, 0.51, 0.49))
 PLANTED = {
     "worse on test, however good on val": (
         [*three("scratch", 0.5, (0.7, 0.71, 0.69)), *three("kd", 0.6, (0.66, 0.68, 0.65), cost=9)],
-        "scratch", "Ship scratch (0.700 on test, 32 s), the cheapest: no other arm is shown",
-        "The best other by val, kd, is -3.7 points (",
+        "scratch", "Ship scratch (0.700 on test, 32 s), the cheapest arm: no other arm is",
+        "The best other arm by val, kd, gains -3.7 points (",
     ),
     "better, and the dearest no better than that": (
         [*SCRATCH, *three("kd", 0.6, (0.7, 0.72, 0.7), cost=9), *three("crd", 0.7, (0.71, 0.71, 0.7), cost=20)],
-        "kd", "Ship kd (0.707 on test, 41 s): +20.7 points (", "No arm that takes longer is shown to be better.",
+        "kd", "Ship kd (0.707 on test, 41 s): it gains +20.7 points (",
+        "No arm that takes longer is significantly better.",
     ),
     "an arm between is undecided": (
         [*three("probe", 0.5, (0.5, 0.5, 0.5)), *three("fine", 0.6, (0.52, 0.66, 0.58), cost=9),
          *three("kd", 0.7, (0.66, 0.67, 0.66), cost=20)],
-        None, "Nothing to ship is proven: kd is shown to be better than probe (+16",
-        "and not than fine, which is cheaper than kd",
+        None, "The results do not decide which arm to ship: kd is significantly better than probe (+16",
+        "but not than fine (",
     ),
     "one seed": (
         [arm("scratch", 0, 0.4, 0.4), arm("kd", 0, 0.5, 0.9, train_seconds=30)],
-        None, "Nothing is proven: no arm is shown to be better than scratch",
-        "one seed says nothing of what another would give: compare.seeds=3 or more.",
+        None, "No arm is significantly better than scratch",
+        "one seed cannot show a difference: set compare.seeds=3 or more.",
     ),
-    "one arm": (three("kd", 0.5, (0.5, 0.6, 0.5)), "kd", "Ship kd", "no other arm was trained"),
+    "one arm": (three("kd", 0.5, (0.5, 0.6, 0.5)), "kd", "Ship kd", "it is the only arm"),
 }  # fmt: skip
 
 
@@ -137,7 +139,7 @@ def test_the_verdict_on_planted_truths(case) -> None:
 def test_what_would_tell_a_gain_from_chance_is_said() -> None:
     result = summarise([*three("scratch", 0.4, (0.5, 0.5, 0.5)), *three("kd", 0.5, (0.53, 0.5, 0.53), cost=9)], [], 3)
     assert result.ship is None
-    assert "would tell a true difference of that size from chance (power 80%)" in result.verdict
+    assert "would make a true difference of that size significant (power 80%)" in result.verdict
     gain = difference(*(np.array([a.test.right for a in arms], float) for arms in (
         three("kd", 0.5, (0.53, 0.5, 0.53)), three("scratch", 0.4, (0.5, 0.5, 0.5)))))  # fmt: skip
     assert f"compare.seeds={gain.needed(gain.mean)[0][0]}" in result.verdict
@@ -169,10 +171,10 @@ def test_training_seconds_follow_from_the_rates() -> None:
 @pytest.mark.parametrize(
     ("accuracies", "advice"),
     [
-        ({"scratch": (0.2, 0.5), "kd": (0.3, 0.6)}, "More labels"),
-        ({"scratch": (0.4, 0.4), "kd": (0.6, 0.6)}, "More unlabelled"),
-        ({"scratch": (0.6, 0.6), "kd": (0.6, 0.6)}, "Nothing is proven"),
-        ({"scratch": (0.6, 0.6), "kd": (0.59, 0.6)}, "Nothing is proven"),
+        ({"scratch": (0.2, 0.5), "kd": (0.3, 0.6)}, "Collect more labels"),
+        ({"scratch": (0.4, 0.4), "kd": (0.6, 0.6)}, "Collect unlabelled"),
+        ({"scratch": (0.6, 0.6), "kd": (0.6, 0.6)}, "The results do not decide"),
+        ({"scratch": (0.6, 0.6), "kd": (0.59, 0.6)}, "The results do not decide"),
     ],
 )
 def test_the_curve_says_what_is_short(accuracies, advice) -> None:
@@ -187,7 +189,7 @@ def test_the_curve_says_what_is_short(accuracies, advice) -> None:
     assert [p["num_labelled"] for p in result.curve if p["arm"] == "kd"] == [400, 800]
     assert draw_curve(result).startswith(b"\x89PNG")
     once = summarise([arm("scratch", 0, 0.5, 0.5)], [run for run in curve if run.seed == 0], 1)
-    assert once.curve_verdict.startswith("Nothing is proven")
+    assert once.curve_verdict.startswith("The results do not decide")
 
 
 def test_labels_that_surely_add_nothing_are_not_asked_for() -> None:
@@ -195,7 +197,7 @@ def test_labels_that_surely_add_nothing_are_not_asked_for() -> None:
     curve = [arm(name, seed, 0.6, 0.6, share, 4000) for name in ("scratch", "kd") for share in (0.5, 1.0)
              for seed in range(10)]  # fmt: skip
     result = summarise([arm("scratch", 0, 0.5, 0.5)], curve, 10)
-    assert result.curve_verdict.startswith("Nothing more of this kind")
+    assert result.curve_verdict.startswith("More data of this kind is not worth it")
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

@@ -95,7 +95,7 @@ def test_the_epoch_that_ships(tiny_set, progress, monkeypatch, keep, right, ship
     assert f"epoch {ships} of 4 ships: {accuracy:.3f} on val" in result.kept
     assert json.loads(Path(result.path, "student.json").read_text())["training"]["kept_epoch"] == ships
     if right[ships - 1] < max(right):
-        why = "distill.keep=last" if keep == "last" else "12 val images do not tell that it is better"
+        why = "distill.keep=last" if keep == "last" else "12 val images do not show that it is better"
         assert f"although epoch 2 had {right[1] / 12:.3f}" in result.kept
         assert why in result.kept
     whole = tiny_set.job("whole", distill={**settings, "keep": "last"})
@@ -127,6 +127,6 @@ def test_a_worker_of_one_image_a_step_is_refused_where_batch_norm_needs_two(
     small = make_set("few", num_train=num_train)
     job = small.job("student", distill={"num_workers": workers})
     directory = StageDirectory(job.path, "distill", "{}")
-    with pytest.raises(DataError, match=rf"^{num_train} image.*batch norm"):
+    with pytest.raises(DataError, match=rf"the student has {num_train} image.*batch norm"):
         distill_student(job, directory, None, progress, lambda record: None)
     assert not list(Path(job.path).iterdir())

@@ -166,7 +166,7 @@ def test_without_labels_int8_may_change_no_more_answers_than_accuracy_may_drop()
     for max_drop, kept in ((0.09, False), (0.11, True)):
         int8 = export._compare_roughly(logits_NC, rough_NC, unlabelled_N, max_drop)
         assert (int8["agreement"], int8["accuracy_before"], int8["kept"]) == (pytest.approx(0.9), None, kept)
-        assert ("left out" in int8_words(int8)) == ("no label" in int8_words(int8)) == (not kept)
+        assert ("left out" in int8_words(int8)) == ("changed answers" in int8_words(int8)) == (not kept)
 
 
 def test_int8_needs_onnx(tiny_set):
@@ -183,14 +183,14 @@ def test_a_form_that_differs_is_refused_and_nothing_is_exported(exported, tmp_pa
         write(network, example, about, file)
 
     monkeypatch.setitem(export._FORMATS, "onnx", (file, write_another, read))
-    with pytest.raises(StageError, match=r"model\.onnx gives other logits than the checkpoint, by up to"):
+    with pytest.raises(StageError, match=r"the logits of model\.onnx differ from the checkpoint's by up to"):
         exported("timm:test_resnet")
     assert {file.name for file in (tmp_path / "export").iterdir()} == {"identity.json"}
 
 
 def test_a_form_that_gives_no_number_is_refused(tiny_set):
     images = np.zeros((3, 2), np.float32)
-    with pytest.raises(StageError, match="gives other logits"):
+    with pytest.raises(StageError, match=r"logits of model\.onnx differ"):
         export._compare(lambda x: np.full((len(x), 2), np.nan, np.float32), images, images + 1, "model.onnx")
 
 
@@ -229,14 +229,15 @@ def test_a_student_at_chance_is_reported_and_exported_only_when_told_to(words, t
     assert "so it is not exported" in str(refused.exception)
     assert "export.allow_useless=true" in str(refused.exception)
     first = next(line for line in refused.stdout.splitlines() if line.startswith("warning:"))
-    assert "The student is of no use as it is: it is right on" in first
+    assert "The student is no better than chance: it is right for" in first
     assert "It never names" in refused.stdout
     page = next(tmp_path.glob("workspace/evaluate-*/report.html")).read_text()
-    assert "The student is of no use as it is" in page
+    assert "The student is no better than chance" in page
     assert not list(tmp_path.glob("workspace/export-*"))
     told = CliRunner().invoke(app, ["run", *words])  # the job of tests allows it
     assert told.exit_code == 0
-    assert "> **Warning.** The student is of no use" in next(tmp_path.glob("workspace/export-*/README.md")).read_text()
+    card = next(tmp_path.glob("workspace/export-*/README.md")).read_text()
+    assert "> **Warning.** The student is no better than chance" in card
 
 
 def test_predict_is_as_accurate_on_the_files_as_was_reported(finished):
@@ -281,7 +282,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(finished):
 
 def test_the_report_shows_the_baselines_that_were_run(finished, progress):
     config, outcome, page = finished
-    assert "was not measured: run the job with" in page.read_text()
+    assert "without a teacher, run the job with" in page.read_text()
     scratch = run_stages(overlay(config, OVERLAYS["scratch"]), progress)
     assert scratch.report is not None
     with_baseline = Path(write_report(config, outcome, "raydistill run job.yaml")).read_text()
@@ -293,7 +294,7 @@ def test_the_report_shows_the_baselines_that_were_run(finished, progress):
 
 def test_the_report_names_a_stage_that_other_versions_finished(finished):
     config, outcome, page = finished
-    assert "finished by an earlier run" not in page.read_text()
+    assert "An earlier run finished" not in page.read_text()
     file = Path(outcome.directories["distill"], "seconds.json")
     bill = json.loads(file.read_text())
     try:
@@ -301,7 +302,7 @@ def test_the_report_names_a_stage_that_other_versions_finished(finished):
         again = Path(write_report(config, outcome, "raydistill run job.yaml")).read_text()
     finally:
         file.write_text(json.dumps(bill))
-    assert "distill was finished by an earlier run with torch 1.13.1<" in again
+    assert "An earlier run finished distill with torch 1.13.1<" in again
 
 
 def test_disagreements_are_those_of_the_predictions(finished):

@@ -191,7 +191,7 @@ class TestWithRay:
         streamed = run_stages(config, Progress(shown), "teach")
         assert streamed.generated.kept == apart.generated.kept
         assert Path(streamed.directories["teach_generated"]) == taught
-        assert "18 were seen as they were made" in shown.export_text()
+        assert "18 done during generate" in shown.export_text()
         shards = sorted(taught.glob("train-*"))
         for shard, rows in enumerate(sorted(Path(streamed.generated.samples.path).glob("train-*.parquet"))):
             ids = pq.read_table(rows)["sample_id"].to_pylist()
@@ -278,9 +278,9 @@ class TestWithRay:
         [
             (["generate.pipeline=/nowhere"], "no such folder"),
             (["generate.class_ids={red: 0}", "images.path=OTHER"], "does not know the classes"),
-            (["generate.scheduler=Nope"], "no scheduler of this name"),
+            (["generate.scheduler=Nope"], "no such scheduler"),
             (["generate.filter.class_confidence={cyan: 0.5}", "WITH_TEACHER"], "no class 'cyan'"),
-            (["cluster.generator_labels={pool: spot}"], "would be waited for without end"),
+            (["cluster.generator_labels={pool: spot}"], "matches no node"),
             (["generate.size=2048", "generate.per_class=100000000"], "are free in"),
         ],
     )
@@ -394,7 +394,7 @@ def test_files_that_do_not_arrive_end_the_run(generating, samples, progress, mon
     config = load_config([*generating, *NO_TEACHER])
     check_writable(config)
     monkeypatch.setattr(generate, "_run_units", lambda *rest: iter([]))
-    with pytest.raises(StageError, match="18 images were made and are not to be found"):
+    with pytest.raises(StageError, match="18 new images are missing in"):
         generate.generate_images(
             config, samples, None, generate_directory(config, samples), plan_resources(config, 2.0, 0.0, 2), progress
         )
@@ -480,11 +480,11 @@ def test_images_count_by_all_that_decides_them(generating, samples, text_pipelin
         ("none", ["generate.overrides={red: {steps: 3}}"], "generate.overrides goes by class"),
         ("none", ["generate.balance=true", "generate.per_class=null"], "generate.balance goes by class"),
         ("none", ["generate.class_ids={red: 1}"], "generate.class_ids gives numbers to 'red'"),
-        ("none", ["generate.steps=1001"], "has 1000 steps in all"),
-        ("class", ["generate.steps=1001"], "has 1000 steps in all"),
+        ("none", ["generate.steps=1001"], "has only 1000 steps"),
+        ("class", ["generate.steps=1001"], "has only 1000 steps"),
         ("class", ["generate.class_ids={red: 4}"], "'red' would be class 4"),
         ("class", ["generate.class_ids={red: 1}"], "'red' and 'green' would both be class 1"),
-        ("class", ["generate.scheduler=ScoreSdeVeScheduler"], "no step that could be taken"),
+        ("class", ["generate.scheduler=ScoreSdeVeScheduler"], "no usable step method"),
     ],
 )
 def test_what_would_die_in_an_actor_is_refused_before(

@@ -119,7 +119,7 @@ def test_a_push_that_is_refused_says_what_to_do_and_where_the_folder_is(hub: Hub
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     with pytest.raises(
-        StageError, match=r"export\.hub=somebody/x: could not be pushed \(.*401.*hf auth login"
+        StageError, match=r"export\.hub=somebody/x: the upload failed \(.*401.*hf auth login"
     ) as refused:
         push_to_hub(str(tmp_path), "somebody/x")
     assert str(tmp_path) in str(refused.value)

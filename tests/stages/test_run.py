@@ -322,7 +322,7 @@ def test_prepare_stops_as_soon_as_too_many_files_are_bad(words, progress, tmp_pa
     (tmp_path / "3.png").write_bytes(b"")
     table = tmp_path / "set.csv"
     table.write_text("path,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(256)))
-    with pytest.raises(DataError, match=r"1 of 256 .*max_bad_share=0.0, with (32|64|96|128|160) looked at: .*/3.png"):
+    with pytest.raises(DataError, match=r"1 of 256 .*max_bad_share=0.0, after (32|64|96|128|160) images: .*/3.png"):
         run_stages(table_job(words, table, "images.max_bad_share=0"), progress, until="prepare")
 
 
@@ -396,7 +396,7 @@ def test_a_folder_that_grew_costs_the_teacher_its_new_images(words, tmp_path, im
     after = run_stages(config, progress, until="teach")
     num_before, num_after = before.samples.num_rows("train"), after.samples.num_rows("train")
     assert num_after == num_before + 3
-    assert f"teach     {num_before} of these images were known" in said.getvalue()
+    assert f"teach     copied the views of {num_before} images" in said.getvalue()
     known = {row["sample_id"] for row in rows(before.samples.path, "train")}
     backbone, _, _ = load_teacher(config.teacher)
     for number in range(len(after.samples.shards["train"])):
