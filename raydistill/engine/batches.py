@@ -1,4 +1,4 @@
-"""What a student is trained on: the job that is sent to the workers, and each worker's batches.
+"""The training job that workers receive, and each worker's batches.
 
 Shapes: V images of this worker's share of a batch, H working pixels, P parameters of a view, D features.
 """
@@ -31,17 +31,17 @@ from raydistill.storage.filesystems import write_bytes
 _BATCHES_AHEAD = 4
 # Steps whose images one Ray task gathers for the stream of fresh views.
 _STEPS_IN_UNIT = 8
-# With 100 labels in 10,000 images a batch of 64 would hold one or none of them, and the cross-entropy would be that of
-# single images: with this an EfficientNet-Lite0 reached 0.56 where it had reached 0.45.
+# The least share of labelled images in a batch. With 100 labels in 10,000 images a batch of 64 would have one or none,
+# and a noisy cross-entropy: this share raised an EfficientNet-Lite0 from 0.45 to 0.56.
 _LEAST_LABELLED_SHARE = 0.33
-# The share of a node's free memory that the train split may take with `cache: auto`, in all workers together, and that
-# streamed shards may take.
+# The share of a node's free memory for the train split with `cache: auto`, in all workers together, and for streamed
+# shards.
 _MEMORY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class DistillJob:
-    """All that a worker needs to know, in a form that travels between processes."""
+    """All that a worker needs, in a form that can be sent to other processes."""
 
     config: RunConfig
     samples: SampleSet
@@ -54,15 +54,15 @@ class DistillJob:
 
     @property
     def batch_size(self) -> int:
-        """No larger than the real train split. With fewer labels than that and no teacher, a batch holds an image more
-        than once, as different views, so that every way to train takes as many images in as many steps."""
+        """At most the size of the real train split. With fewer labels and no teacher, a batch repeats images as other
+        views, so that every arm trains on equally many images in equally many steps."""
         return min(self.config.distill.batch_size, self.samples.num_rows("train"))
 
     @property
     def steps_per_epoch(self) -> int:
-        """As many as it takes for every real train image to come once, where all are drawn equally often: the last
-        step is filled up with images of the next pass. From their number alone, so all workers agree on it, and so do
-        runs with and without a teacher, and with and without generated images."""
+        """The steps that show every real train image once, if all are drawn equally often; the last step takes images
+        of the next pass. It depends on the number of images only, so all workers agree, and so do runs with and
+        without a teacher or generated images."""
         return -(-self.samples.num_rows("train") // self.batch_size)
 
     @property
@@ -71,7 +71,7 @@ class DistillJob:
 
     @property
     def looks_at_val(self) -> bool:
-        """Whether another epoch than the last may ship."""
+        """Whether an earlier epoch than the last may ship."""
         return self.config.distill.keep != "last" and self.samples.num_labelled["val"] > 0
 
     @property
@@ -84,11 +84,11 @@ class DistillJob:
         return TrainSplit(tuple(parts), self.config.views, self.config.seed)
 
     def order(self, labels: list[np.ndarray], start_step: int) -> Iterator[Visits]:
-        """The global batches from `start_step` on. Without a teacher only labelled images are drawn."""
+        """The global batches from `start_step` on. Without a teacher they hold only labelled images."""
         real = len(self.samples.shards["train"])
         labelled = [np.flatnonzero(shard != UNLABELLED) for shard in labels[:real]]
         others = [np.flatnonzero(shard == UNLABELLED) for shard in labels[:real]]
-        # Generated shards lie behind the real ones, whose pools have no rows there.
+        # Generated shards follow the real ones, whose pools have no rows there.
         none = [np.empty(0, np.int64)] * real
         generated = [*none, *(np.arange(len(shard)) for shard in labels[real:])]
         num_labelled, num_others, num_generated = (sum(map(len, pool)) for pool in (labelled, others, generated))
@@ -118,7 +118,7 @@ def worker_batches(job: DistillJob, worker: Worker, step: int) -> Iterator[Batch
 
 
 def _note_first(job: DistillJob, source: Iterator[Batch]) -> Iterator[Batch]:
-    """Write down when training began: everything before it is fixed cost."""
+    """Record when training began: everything before is fixed cost."""
     first = next(source)
     write_bytes(f"{job.path}/first_batch.json", json.dumps({"time": time.time()}).encode())
     yield first
@@ -147,13 +147,13 @@ def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[B
                 batch = ahead.popleft().result()
                 ahead.append(pool.submit(next, mine))
                 yield batch
-        finally:  # the loop has ended and needs no more
+        finally:  # the loop has ended
             for future in ahead:
                 future.cancel()
 
 
 def _fits_in_memory(job: DistillJob, worker: Worker) -> bool:
-    """Each worker of a node would hold the whole split, so they share what is free there."""
+    """Whether the free memory of a node holds the split once for each of its workers."""
     cache = job.config.distill.cache
     if cache != "auto":
         return cache == "memory"
@@ -164,7 +164,7 @@ def _fits_in_memory(job: DistillJob, worker: Worker) -> bool:
 
 
 class FreshStream:
-    """Makes Ray's stream of fresh views from the step at which the workers start."""
+    """Makes Ray's stream of fresh views, from the first step of the workers."""
 
     def __init__(self, job: DistillJob, plan: Plan) -> None:
         self._job, self._plan = job, plan
@@ -176,7 +176,7 @@ class FreshStream:
             {"first": first, "steps": min(_STEPS_IN_UNIT, job.total_steps - first)}
             for first in range(latest_step(job.path), job.total_steps, _STEPS_IN_UNIT)
         ]
-        # A run that was killed after its last step has nothing left to stream, but Ray Data needs a row.
+        # After the last step there is nothing to stream, but Ray Data needs a row.
         units, tries = units or [{"first": 0, "steps": 1}], new_tries()
         return fresh_views(job.config.teacher, _GatherUnit(job, tries), units, self._plan, tries)
 

@@ -1,7 +1,7 @@
 """Checkpoints of a running `distill`: safetensors, a `weights_only` torch file, and a JSON that is written last.
 
-They lie in the stage directory, not with Ray Train, so that a lost worker, a killed driver and a run in this process
-all resume in one way.
+They lie in the stage directory, not with Ray Train, so that runs resume in the same way after a lost worker, after a
+killed driver, and in this process.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _KEPT = 2
 _POINTER = "newest.json"
 _STEP = re.compile(r"step-[0-9]{9,}")
 _FILE = re.compile(r"(checkpoint\.json|weights\.safetensors|state\.pt)(\.[0-9a-f]{32}\.tmp)?")
-_PACKAGES = ("torch", "timm", "transformers", "raydistill")  # they name what a checkpoint holds, and write it
+_PACKAGES = ("torch", "timm", "transformers", "raydistill")  # they decide a checkpoint's content
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A moment of training: the states of `modules` under their names, of the optimizer and of the scaler. `sums` are
-    of the steps since the epoch began, `record` is the last whole epoch's."""
+    """The state of training: of `modules` by name, of the optimizer and of the scaler. `sums` cover the steps since the
+    epoch began; `record` is the last whole epoch's."""
 
     step: int
     modules: dict[str, nn.Module]
@@ -51,8 +51,8 @@ class Checkpoint:
 
 
 def bytes_to_write(path: str, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """The bytes of the checkpoints that are kept and of the next one, less those that exist. AdamW has two moments of
-    each number that learns, SGD one, and neither has any before its first step."""
+    """The bytes of the kept checkpoints and the next one, minus the existing ones. AdamW has two moments for each
+    trained number, SGD one, and both have none before the first step."""
     tensors = [tensor for module in modules.values() for tensor in module.state_dict().values()]
     moments = 2 if isinstance(optimizer, torch.optim.AdamW) else 1
     learning = [p for group in optimizer.param_groups for p in group["params"]]
@@ -70,10 +70,10 @@ class _Meta(BaseModel, extra="allow"):  # the packages' versions beside it
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread of its own while training goes on; the `with` block ends when all are written.
+    """Writes checkpoints in a thread while training continues; the `with` block ends when all are written.
 
-    After each, all but the last two are dropped, also those that a killed run left half-written, and damaged ones of
-    later steps. Raises CheckpointError where a link stands in the way.
+    After each it deletes all but the last two, including half-written ones of a killed run and damaged ones of later
+    steps. Raises CheckpointError: a link is in the way.
     """
 
     def __init__(self, path: str) -> None:
@@ -82,7 +82,7 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
         self._weights: Any = None
         self._state: Any = None
-        self.seconds = 0.0  # that the last one took
+        self.seconds = 0.0  # of the last write
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -94,12 +94,12 @@ class CheckpointWriter:
             self._thread.shutdown()
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Copy the moment and begin to write it. Raises what the write before this one raised."""
+        """Copy the state and start to write it. Raises the error of the previous write."""
         self.wait()
         self._began = time.monotonic()
         weights = {f"{part}.{k}": v for part, m in checkpoint.modules.items() for k, v in m.state_dict().items()}
         state = {"optimizer": checkpoint.optimizer.state_dict(), "scaler": checkpoint.scaler.state_dict()}
-        # Into the same memory each time: fresh pages would cost more than the copying.
+        # Into the same memory each time: new pages would cost more than the copy.
         self._weights, self._state = _copied(weights, self._weights), _copied(state, self._state)
         meta = {
             "step": checkpoint.step,
@@ -110,7 +110,7 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, self._weights, self._state, meta)
 
     def wait(self) -> None:
-        """Until the last checkpoint is written."""
+        """Wait until the last checkpoint is written."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -131,19 +131,19 @@ class CheckpointWriter:
         meta = {**meta, "checksums": sums}
         write_file(f"{folder}/checkpoint.json", lambda temporary: Path(temporary).write_text(json.dumps(meta)))
         self.seconds = time.monotonic() - self._began
-        # A pointer names the whole ones, newest first; a listing could hold anything.
+        # A pointer file names the whole checkpoints, newest first; a listing could hold anything.
         kept = [name, *(other for other in _whole(self._path) if other < name)][:_KEPT]
         write_bytes(f"{self._path}/checkpoints/{_POINTER}", json.dumps(kept).encode())
         drop_checkpoints(self._path, kept)
 
 
 def drop_checkpoints(path: str, kept: Collection[str] = ()) -> None:
-    """Remove the checkpoints of a stage directory except the `kept` ones. With none kept, remove the pointer to them,
-    too. Other files among them stay."""
+    """Delete the checkpoints of a stage directory except the `kept` ones. If none is kept, delete the pointer file too.
+    Other files stay."""
     fs, place = _open(path)
     for name in fs.names(place):
         if _STEP.fullmatch(name) and name not in kept:
-            for file in fs.names(f"{place}/{name}"):  # checkpoint.json first, which says that it is whole
+            for file in fs.names(f"{place}/{name}"):  # first checkpoint.json, which marks it as whole
                 if _FILE.fullmatch(file):
                     fs.remove(f"{place}/{name}/{file}")
             fs.remove_if_empty(f"{place}/{name}")
@@ -153,7 +153,7 @@ def drop_checkpoints(path: str, kept: Collection[str] = ()) -> None:
 
 
 def _open(path: str) -> tuple[FileSystem, str]:
-    """Where a stage's checkpoints lie."""
+    """The directory of a stage's checkpoints."""
     fs, place = open_filesystem(f"{path}/checkpoints")
     if fs.is_local:
         refuse_links(place)
@@ -161,7 +161,7 @@ def _open(path: str) -> tuple[FileSystem, str]:
 
 
 def _copied(value: Any, before: Any) -> Any:
-    """A copy on the CPU of nested tensors and numbers; tensors go into those of the copy before, where they fit."""
+    """A copy of nested tensors and numbers on the CPU; tensors reuse the memory of the previous copy if they fit."""
     if isinstance(value, dict):
         return {k: _copied(v, before.get(k) if isinstance(before, dict) else None) for k, v in value.items()}
     if isinstance(value, list):
@@ -173,9 +173,9 @@ def _copied(value: Any, before: Any) -> Any:
 
 
 def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]] | None:
-    """Weights, optimizer state and JSON of the newest whole checkpoint; damaged ones are skipped with a warning.
+    """Weights, optimizer state and JSON of the newest whole checkpoint. It skips damaged ones with a warning.
 
-    Raises CheckpointError where an undamaged one does not load.
+    Raises CheckpointError: an undamaged one does not load.
     """
     fs, place = _open(path)
     for name in _whole(path):
@@ -188,11 +188,11 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
             files = {name: fs.cat_file(f"{folder}/{name}") for name in ("weights.safetensors", "state.pt")}
             for name, checksum in found.checksums.items():
                 if zlib.crc32(files[name]) != checksum:
-                    raise ValueError(f"the checksum of {name} is another")
+                    raise ValueError(f"the checksum of {name} differs")
         except FileNotFoundError:
             continue  # the run was killed while it wrote this one
-        except Exception as error:  # damaged JSON raises nearly everything
-            logger.warning("%s is damaged (%s); the checkpoint before it is used", folder, error)
+        except Exception as error:  # damaged JSON raises many kinds of errors
+            logger.warning("%s is damaged (%s); using the previous checkpoint", folder, error)
             continue
         try:
             state = torch.load(io.BytesIO(files["state.pt"]), map_location="cpu", weights_only=True)
@@ -203,24 +203,24 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
 
 
 def does_not_fit(path: str, meta: dict[str, Any], error: Exception) -> CheckpointError:
-    """The error for a whole checkpoint that this installation cannot load; `meta` is its JSON."""
+    """The error for a whole checkpoint that the installed packages cannot load; `meta` is its JSON."""
     here = installed(_PACKAGES)
     wrote, runs = (", ".join(f"{name} {v.get(name, 'unknown')}" for name in here) for v in (meta, here))
     return CheckpointError(
-        f"{path}/checkpoints: that of step {meta['step']} was written by {wrote}, and this is {runs}, with which it "
-        f"does not load ({reason_of(error)}); install those versions, or delete that folder to train from the first "
+        f"{path}/checkpoints: {wrote} wrote the checkpoint of step {meta['step']}, and it does not load with {runs} "
+        f"({reason_of(error)}); install those versions, or delete that folder to train from the first "
         "step"
     )
 
 
 def latest_step(path: str) -> int:
-    """Steps done at the checkpoint that `latest_checkpoint` gives; 0 where there is none."""
+    """The steps done at the checkpoint of `latest_checkpoint`; 0 without one."""
     checkpoint = latest_checkpoint(path)
     return 0 if checkpoint is None else int(checkpoint[2]["step"])
 
 
 def _checksum(path: str) -> int:
-    """CRC-32 of a file. Neither format has one of its own, and zeros in a tensor's place would load."""
+    """CRC-32 of a file: neither format has a checksum, and a tensor of zeros would load."""
     checksum = 0
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -229,11 +229,11 @@ def _checksum(path: str) -> int:
 
 
 def _whole(path: str) -> list[str]:
-    """The names of the whole checkpoints, the newest first."""
+    """The names of the whole checkpoints, newest first."""
     _open(path)
     try:
         names = read_state(f"{path}/checkpoints/{_POINTER}", list[str]) or []
         return [name for name in names if _STEP.fullmatch(name)]
     except CheckpointError:
-        logger.warning("%s/checkpoints/%s is damaged; training begins anew", path, _POINTER)
+        logger.warning("%s/checkpoints/%s is damaged; training starts from the first step", path, _POINTER)
         return []

@@ -1,4 +1,4 @@
-"""The distillation loop: one function, `distill_loop`, that runs in this process or on each of Ray Train's workers.
+"""The distillation loop: one function, `distill_loop`, that runs in this process or on each Ray Train worker.
 
 Shapes: V images of this worker's share of a batch, D features, C classes.
 """
@@ -39,9 +39,9 @@ from raydistill.storage.directory import refuse_small_disk
 def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     """Train from the last checkpoint to the last epoch, and return that epoch's record.
 
-    A record's `kept_epoch` is the epoch that would ship if training ended there, once val was measured. Everything
-    random is a function of the seed and the step, so a resumed run equals an unbroken one. Raises StageError where the
-    images run out, DivergedError, CheckpointError, and ConfigError where the disk is too small.
+    A record's `kept_epoch` is the epoch that would ship if training ended there, once val is measured. The seed and the
+    step decide all random numbers, so a resumed run equals an unbroken one. Raises StageError (the images run out),
+    DivergedError, CheckpointError, and ConfigError (the disk is too small).
     """
     config, settings, device = job.config, job.config.distill, torch.device(worker.device)
     torch.set_num_threads(worker.threads)
@@ -54,14 +54,14 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     remembers = "crd" in config.loss.terms
     memory = ContrastiveMemory(config.loss.crd_memory, config.loss.projection_dim).to(device) if remembers else None
     student_now = trainee.student if ema is None else ema.module
-    # Rank 0 alone measures val.
+    # Only rank 0 measures val.
     best = BestStudent(student_now, job.samples.num_rows("val")) if job.looks_at_val and worker.rank == 0 else None
     parts = {"model": trainee, "ema": None if ema is None else ema.module, "memory": memory, "kept": best}
     modules = {name: module for name, module in parts.items() if module is not None}
     optimizer = _optimizer(settings, trainee)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     step, partial, record = _resume(job, modules, optimizer, scaler)
-    # Models of transformers may hold a token for masked pictures, which never gets a gradient.
+    # transformers models may have a mask token, which never gets a gradient.
     idle = isinstance(trainee.student.body, TransformersClassifier)
     network = DistributedDataParallel(trainee, find_unused_parameters=idle) if worker.size > 1 else trainee
     autocast = torch.autocast(device.type, _DTYPES[settings.precision], enabled=settings.precision != "fp32")
@@ -72,7 +72,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     trainee.train()
     with CheckpointWriter(job.path) as checkpoints:
         for batch in worker_batches(job, worker, step):
-            torch.manual_seed(_step_seed(config.seed, step, worker.rank))  # dropout and its like
+            torch.manual_seed(_step_seed(config.seed, step, worker.rank))  # for dropout and the like
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * learning_rate(settings, step, job.steps_per_epoch)
             images, parameters, labels, features, rows, weights = (_to(device, array) for array in batch.arrays())
@@ -101,7 +101,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             if worker.rank == 0 and (preempted or reporter.checkpoint_due(step, ended, checkpoints.seconds)):
                 checkpoints.save(Checkpoint(step, modules, optimizer, scaler, reporter.partial_epoch(), record))
                 if preempted:
-                    checkpoints.wait()  # the node may be gone a moment later
+                    checkpoints.wait()  # the node may be lost at any moment
             if ended and record is not None:
                 worker.on_epoch(record)
             reporter.progress(step)
@@ -111,7 +111,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
 
 
 def _clip(trainee: Trainee, most: float | None) -> torch.Tensor:
-    """The norm of the gradient before it is clipped to `most`, where that is given."""
+    """Clip the gradient to the norm `most`, if given. Returns the norm before."""
     norm = nn.utils.get_total_norm([p.grad for p in trainee.parameters() if p.grad is not None])
     if most is not None:
         nn.utils.clip_grads_with_norm_(trainee.parameters(), most, norm)
@@ -122,7 +122,7 @@ def _negatives(
     memory: ContrastiveMemory, job: DistillJob, worker: Worker, step: int, mine: Sequence[torch.Tensor]
 ) -> Negatives:
     """Put the global batch into the memory, and draw negatives for this worker's share of it: `mine` holds the share's
-    projections of student and teacher, its rows and its labels."""
+    student and teacher projections, rows and labels."""
     loss = job.config.loss
     everyone = mine if worker.size == 1 else [_gather(tensor, worker) for tensor in mine]
     memory.put(*(tensor.detach() for tensor in everyone))
@@ -133,7 +133,7 @@ def _negatives(
 def _gather(mine: torch.Tensor, worker: Worker) -> torch.Tensor:
     """The global batch from the shares of all workers, in the order of one: row i of worker r is row i * size + r.
 
-    Shares differ by one row at most, so the shorter ones are filled up and the filling is left out again.
+    Shares differ by at most one row, so it pads the shorter ones and drops the padding again.
     """
     count = torch.tensor([len(mine)], device=mine.device)
     counts = [torch.empty_like(count) for _ in range(worker.size)]
@@ -150,7 +150,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _optimizer(settings: Distill, trainee: Trainee) -> torch.optim.Optimizer:
-    """Each group's `rate` is relative to the schedule's."""
+    """The `rate` of each group is relative to the schedule's."""
     body = trainee.student.body_parameters()
     of_body = {id(parameter) for parameter in body}
     others = [parameter for parameter in trainee.parameters() if id(parameter) not in of_body]
@@ -164,7 +164,7 @@ def _optimizer(settings: Distill, trainee: Trainee) -> torch.optim.Optimizer:
 
 
 def learning_rate(settings: Distill, step: int, steps_per_epoch: int) -> float:
-    """The rate of a step: a linear rise from zero, then constant or half a cosine down to zero (arXiv 1608.03983)."""
+    """The learning rate of a step: linear warm-up from zero, then constant or half a cosine to 0 (arXiv 1608.03983)."""
     warmup, total = settings.warmup_epochs * steps_per_epoch, settings.epochs * steps_per_epoch
     if step < warmup:
         return settings.learning_rate * (step + 1) / math.ceil(warmup)
@@ -193,7 +193,7 @@ def _resume(
         scaler.load_state_dict(state["scaler"])
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, KeyError) as error:  # of other names, shapes and groups
+    except (RuntimeError, ValueError, KeyError) as error:  # from other names, shapes and groups
         raise does_not_fit(job.path, meta, error) from None
     return int(meta["step"]), dict(meta["sums"]), meta["record"]
 

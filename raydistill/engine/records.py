@@ -1,4 +1,4 @@
-"""What a running `distill` says of itself: the record of each epoch, and how many steps it has taken and lost."""
+"""The records of a running `distill`: one for each epoch, and the numbers of steps done and lost."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def _epoch_file(path: str, epoch: int) -> str:
 
 
 def write_progress(path: str, step: int, lost_steps: int) -> None:
-    """How far training has come since the last checkpoint, and how many steps were taken again in all."""
+    """Store the last step, and how many steps were repeated in all."""
     write_bytes(f"{path}/progress.json", json.dumps({"step": step, "lost_steps": lost_steps}).encode())
 
 
 def read_progress(path: str) -> tuple[int, int]:
-    """What `write_progress` was given last; zeros before its first call."""
+    """The last values of `write_progress`; zeros before its first call."""
     written = read_state(f"{path}/progress.json", _Progress) or _Progress(step=0)
     return written.step, written.lost_steps
 
 
 def note_lost_steps(path: str, step: int) -> int:
-    """Count as lost the steps after the checkpoint of `step`, from which training resumes. Returns all lost so far."""
+    """Count the steps after `step`, the checkpoint to resume from, as lost. Returns all lost steps so far."""
     came_to, lost_steps = read_progress(path)
     if came_to > step:
         lost_steps += came_to - step

@@ -1,4 +1,4 @@
-"""What the workers of a training report: sums over the steps of an epoch, its record, and when a checkpoint is due."""
+"""Training reports: sums over the steps of an epoch, the record of an epoch, and when a checkpoint is due."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from raydistill.models.student import split_logits
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 _MOST_SKIPPED_STEPS = 20
-# Seconds between two checkpoints for each second that one takes to write, however short `checkpoint_seconds` is.
+# Least seconds between two checkpoints for each second of writing one, even with a shorter `checkpoint_seconds`.
 _LEAST_GAP = 4.0
 
 
 class Reporter:
-    """Writes how training goes into the stage directory, where those who follow it read it."""
+    """Writes the progress of training to the stage directory, for other processes to read."""
 
     def __init__(self, job: DistillJob, worker: Worker, first_step: int, partial: dict[str, float]) -> None:
         self._job, self._worker = job, worker
@@ -42,8 +42,8 @@ class Reporter:
         return self._sums and {**self._sums, "seconds": time.monotonic() - self._started}
 
     def refuse_not_finite(self, step: int, norm: torch.Tensor, scaler: Any, terms: dict[str, torch.Tensor]) -> None:
-        """Raises DivergedError. The gradient is averaged over workers, so all see a bad one at the same step. The
-        scaler of fp16 skips a few such steps while it looks for its scale."""
+        """Raises DivergedError. The gradient is the mean over workers, so all see a bad one at the same step. The fp16
+        scaler skips a few such steps while it adapts its scale."""
         if bool(torch.isfinite(norm)):
             self._skipped = 0
             return
@@ -58,7 +58,7 @@ class Reporter:
         )
 
     def count(self, images: int, terms: dict[str, torch.Tensor]) -> None:
-        """Add a step. The sums always cover all workers, so that a checkpoint may come after any step."""
+        """Add a step. The sums always cover all workers, so a checkpoint can follow any step."""
         values = torch.tensor([float(value.detach()) for value in terms.values()] + [images], dtype=torch.float64)
         if self._worker.size > 1:
             on_device = values.to(self._worker.device)
@@ -71,8 +71,8 @@ class Reporter:
     def end_epoch(
         self, step: int, student: nn.Module, best: BestStudent | None, optimizer: torch.optim.Optimizer
     ) -> dict[str, float]:
-        """The epoch's record: the images that all workers saw, the mean of each term over them, and the val accuracy
-        where it is due."""
+        """The epoch's record: the number of images of all workers, the mean of each term, and the val accuracy if it is
+        due."""
         job, worker, sums = self._job, self._worker, self.partial_epoch()
         epoch, images, seconds = step // job.steps_per_epoch, sums.pop("images"), sums.pop("seconds")
         record = {"epoch": float(epoch), "step": float(step), "images_per_second": images / max(seconds, 1e-9)}
@@ -95,12 +95,12 @@ class Reporter:
         if worker.rank == 0:
             write_epoch(job.path, record)
             write_progress(job.path, step, self._lost_steps)
-        self._begin_epoch({})  # measuring val is not training
+        self._begin_epoch({})  # do not count the time that val took
         return record
 
     def checkpoint_due(self, step: int, ended: bool, took: float) -> bool:
-        """After the last step, and by time. The last one `took` so many seconds to write; writing may not take most of
-        the time."""
+        """After the last step, and by time. The last one `took` this many seconds; writing must not take most of the
+        time."""
         now, seconds = time.monotonic(), self._job.config.distill.checkpoint_seconds
         due = ended if seconds == 0 else now - self._saved >= max(seconds, _LEAST_GAP * took)
         if due or step == self._job.total_steps:

@@ -1,4 +1,4 @@
-"""How fast a network is on this machine: how long one image takes, and how many go through in a second."""
+"""Latency and throughput of a network on this machine."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _USUAL_BATCH = 32
 
 @dataclass(frozen=True)
 class Speed:
-    """Milliseconds for one image alone, at the median and at the 95th percentile of calls; images a second at the batch
-    size, of those tried, that gives most."""
+    """Milliseconds for a single image, the median and the 95th percentile of calls; images a second at the fastest
+    batch size of those tried."""
 
     p50_milliseconds: float
     p95_milliseconds: float
@@ -28,8 +28,8 @@ class Speed:
 
 
 def measure_speed(run: Callable[[np.ndarray], object], image_1: np.ndarray) -> Speed:
-    """`image_1` is one input with its batch dimension. Takes about three seconds or one call, whichever is longer:
-    batches that would not fit into what is left are not tried."""
+    """`image_1` is one input with its batch dimension. It takes about three seconds or one call, whichever is longer,
+    and skips batch sizes that would take longer than the rest of that time."""
     deadline = time.perf_counter() + _SECONDS
     alone = _seconds_of_calls(run, image_1, _ALONE_SECONDS, deadline)
     rates = {1: 1 / float(np.mean(alone))}
@@ -45,8 +45,8 @@ def measure_speed(run: Callable[[np.ndarray], object], image_1: np.ndarray) -> S
 
 @torch.inference_mode()
 def images_per_second(network: nn.Module, size: int, device: torch.device) -> float:
-    """Of a network in eval mode, in batches of 32 random images; in smaller ones where 32 take longer than the second
-    that is spent."""
+    """The speed of a network in eval mode, in batches of 32 random images, or in smaller ones if 32 take longer than a
+    second."""
 
     def run(images: torch.Tensor) -> None:
         network(images)
@@ -63,8 +63,8 @@ def images_per_second(network: nn.Module, size: int, device: torch.device) -> fl
 
 
 def _seconds_of_calls(run: Callable[[Any], object], batch: Any, seconds: float, deadline: float) -> list[float]:
-    """Of calls for so long, one at least. The first, which plans, allocates and compiles, counts only where no second
-    would end before the deadline."""
+    """Seconds of each call, for this many seconds, at least one. The first call, which allocates and compiles, counts
+    only if a second one would not end before the deadline."""
     calls: list[float] = []
     started = begun = time.perf_counter()
     while True:

@@ -1,4 +1,4 @@
-"""The actors that hold the teacher: shards of images, or a stream of fresh views, go through them.
+"""The pool of teacher actors, for shards of images or a stream of fresh views.
 
 Shapes: R rows, K views, H working pixels, P parameters of a view, D features.
 """
@@ -25,7 +25,7 @@ from raydistill.storage.directory import refuse_small_disk
 
 
 def refuse_large_targets(config: RunConfig, num_images: int, head: str) -> None:
-    """Raises ConfigError where the soft targets of so many images may not fit on the disk."""
+    """Raises ConfigError: the soft targets of this many images may not fit on the disk."""
     views, width = config.views.per_image, load_head(head).weight_CD.shape[1]
     assert views != "fresh", "fresh views are not stored"
     need = num_images * (views * width * 2 + 16)  # float16, and the image's id
@@ -34,7 +34,7 @@ def refuse_large_targets(config: RunConfig, num_images: int, head: str) -> None:
 
 
 def teacher_pool(plan: Plan, most_useful: int) -> dict[str, Any]:
-    """What Ray Data is told of the pool of teacher actors, of which there are no more than are of use."""
+    """Ray Data options of the pool of teacher actors, with at most `most_useful` actors."""
     fewest, most = plan.teacher_actors
     most = max(min(most, most_useful), 1)
     pool = ActorPoolStrategy(min_size=min(fewest, most), max_size=most)
@@ -42,7 +42,7 @@ def teacher_pool(plan: Plan, most_useful: int) -> dict[str, Any]:
 
 
 class TeacherActor:
-    """Holds the teacher for as long as the pool lives. `tries` is the pool's, where Ray runs it."""
+    """Holds the teacher for the life of the pool. `tries` are the pool's; None without Ray."""
 
     def __init__(self, teacher: Teacher, threads: int, tries: Any = None) -> None:
         self._restart, self._tries = Restart(), tries
@@ -50,7 +50,7 @@ class TeacherActor:
         with trying(tries, self._restart.starts(teacher.model)):
             self._backbone, _, _ = load_teacher(teacher)
             self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-            # Pixel by pixel, convolutions took little more than half the time on CPUs.
+            # With channels last, convolutions took little more than half the time on CPUs.
             self._backbone.to(self._device, memory_format=torch.channels_last)
         self._batch_size = teacher.batch_size
 
@@ -74,16 +74,16 @@ def fresh_views(
     plan: Plan,
     tries: Any,
 ) -> ray.data.Dataset:
-    """The online path: rows of new views with the teacher's features beside them, in the order of `units`, as one long
-    execution in which the teacher actors start once. `gather` turns a unit into its rows."""
+    """The online path: rows of fresh views with the teacher's features, in the order of `units`, as one long execution,
+    so that the teacher actors start once. `gather` turns a unit into its rows."""
     rows = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         gather, batch_size=1, batch_format="numpy", num_cpus=plan.load_cpus
     )
     return rows.map_batches(
         StreamTeacher,
         fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads, "tries": tries},
-        # A unit at a time, or the whole stream would become one task: on CPUs Ray fuses this with the step before,
-        # whose rows are units, and would gather `batch_size` of them first. With GPUs it wants a number, and does not
+        # One unit at a time, or the whole stream would become one task: on CPUs Ray fuses this with the previous step,
+        # whose rows are units, and would gather `batch_size` of them first. With GPUs it needs a number, and does not
         # fuse.
         batch_size=teacher.batch_size if plan.teacher_gpus else None,
         batch_format="numpy",
@@ -92,7 +92,7 @@ def fresh_views(
 
 
 class StreamTeacher(TeacherActor):
-    """Adds the teacher's features to rows on their way to the trainers."""
+    """Adds the teacher's features to the rows that the trainers receive."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with trying(self._tries, f"{len(batch['image'])} images, {batch['sample_id'][0]} the first"):

@@ -1,4 +1,4 @@
-"""What training holds: the student with projection heads, an adapter and the teacher's head, and the best one so far.
+"""The modules of training: the student with projection heads, an adapter and the teacher's head, and the best student.
 
 Shapes: V images, D features, E features of the student, C classes.
 """
@@ -17,12 +17,12 @@ from raydistill.models.heads import load_head
 from raydistill.models.projections import Adapter, ProjectionHead
 from raydistill.models.student import Student, build_student
 
-_SIGNIFICANCE = 0.05  # of shipping another epoch than the last, though it is no better
+_SIGNIFICANCE = 0.05  # the probability of shipping an earlier epoch that is no better than the last
 
 
 class Trainee(nn.Module):
-    """The student with what only training sees: the projection heads of both sides, the adapter, and the teacher's
-    linear head, which does not learn."""
+    """The student and the modules that only training uses: the projection heads of both networks, the adapter, and the
+    teacher's frozen linear head."""
 
     def __init__(self, job: DistillJob) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ class Trainee(nn.Module):
 
 
 class BestStudent(nn.Module):
-    """The student of the best epoch on val so far. It is a part of each checkpoint, so it belongs to the moment that
-    training resumes from. `right` says which of the V labelled val images it knows."""
+    """The student of the best epoch on val so far. Checkpoints hold it, so that a resumed run has the same one. `right`
+    marks its correct answers among the V labelled val images."""
 
     def __init__(self, student: nn.Module, num_val: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class BestStudent(nn.Module):
         self.register_buffer("right", torch.zeros(num_val, dtype=torch.bool))
 
     def offer(self, student: nn.Module, epoch: int, right_V: torch.Tensor) -> None:
-        """Keep it if it is the best so far. Of equals the latest is kept: it has learnt longest, at the lowest rate."""
+        """Keep it if it is the best so far. Of equal ones keep the latest, which has trained longest."""
         if right_V.sum() >= self.right.sum():
             self.take(student, epoch, right_V)
 
@@ -80,8 +80,8 @@ class BestStudent(nn.Module):
         self.right.copy_(right_V)
 
     def is_better_than(self, right_V: torch.Tensor, looks: int) -> bool:
-        """Whether it is significantly better than a student that is right on `right_V`, though it is the best of so
-        many `looks`: McNemar's exact one-sided test with Bonferroni's correction."""
+        """Whether it is significantly better than a student with correct answers `right_V`, although it is the best of
+        this many `looks`: McNemar's exact one-sided test with Bonferroni's correction."""
         only_kept, only_other = int((self.right & ~right_V).sum()), int((right_V & ~self.right).sum())
-        # The tail of the binomial distribution; scipy.stats would take a worker a second to load.
+        # The tail of the binomial distribution; importing scipy.stats would take each worker a second.
         return bool(bdtrc(only_kept - 1, only_kept + only_other, 0.5) <= _SIGNIFICANCE / looks)

@@ -1,5 +1,5 @@
-"""What libraries offer no public way to do. Each function names the version it was seen in, and has a test that fails
-when it no longer works."""
+"""Workarounds where libraries have no public interface. Each function names the version that it was seen in, and has a
+test that fails when it no longer works."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _MALLOC = ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**28))
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that its tensors free, for the next step. glibc returns large blocks to the
-    system, and every step then has its pages zeroed and mapped anew: ten thousand of them, and 4 % of the CPU time of
-    the demo. Other C libraries are left as they are. Python and torch have no setting for it."""
+    """Keep the memory that tensors free in this process, for the next step. glibc returns large blocks to the system,
+    which then maps and zeroes ten thousand pages in every step: 4 % of the CPU time of the demo. Python and torch have
+    no setting for it. Other C libraries stay unchanged."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         for parameter, value in _MALLOC:
@@ -25,8 +25,8 @@ def keep_freed_memory() -> None:
 
 
 def trainer_without_signal_handler() -> type[TorchTrainer]:
-    """Ray Train 2.60 takes over SIGINT for as long as the process lives: it ends with code 1, or 0 at the third press.
-    A command has its own codes for signals. Ray Tune can switch its handler off; Ray Train cannot."""
+    """Ray Train 2.60 replaces the SIGINT handler of the process, which then exits with code 1, or 0 at the third press.
+    Commands have their own exit codes for signals. Ray Tune can switch its handler off; Ray Train cannot."""
     from ray.train.torch import TorchTrainer
 
     class Trainer(TorchTrainer):

@@ -1,4 +1,4 @@
-"""A training loop on workers: this process, or those of Ray Train."""
+"""Run a training loop in this process or on Ray Train workers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from raydistill.errors import DivergedError, RaydistillError, StageError
 
 @dataclass(frozen=True)
 class Worker:
-    """One process of a training loop: this one, or one of Ray Train's."""
+    """One process of a training loop: this process or a Ray Train worker."""
 
     rank: int
     size: int
     device: str
     threads: int
     preempted: Callable[[int], bool]  # is a node about to be lost? All workers ask at the same steps
-    stream: Any = None  # a Ray Data iterator, where the data comes through Ray
-    on_epoch: Callable[[dict[str, float]], None] = lambda record: None  # in this process; what it raises ends the loop
-    workers_on_node: int = 1  # that share its memory, this one included: of this training and of others
+    stream: Any = None  # a Ray Data iterator, if the data comes through Ray
+    on_epoch: Callable[[dict[str, float]], None] = lambda record: None  # in this process; an error ends the loop
+    workers_on_node: int = 1  # workers that share its memory, of this and other trainings, with this one
 
 
-# A training loop: the job and the worker in, the last record out.
+# A training loop takes the job and the worker, and returns the last record.
 Loop = Callable[[Any, Worker], dict[str, float]]
 _STEPS_BETWEEN_PREEMPTION_CHECKS = 10
 
@@ -44,8 +44,8 @@ def run_workers(
 ) -> dict[str, float]:
     """Run a loop in this process or on Ray Train workers. Returns rank 0's result.
 
-    `on_epoch` gets each epoch's record, in this process alone. `stream()` makes the Dataset that feeds the workers; it
-    is called whenever workers start. Ray Train replaces lost workers; the loop resumes from its own checkpoints.
+    `on_epoch` gets each epoch's record if the loop runs in this process. `stream()` makes the Dataset that feeds the
+    workers, each time they start. Ray Train replaces lost workers; the loop resumes from its own checkpoints.
     Raises StageError.
     """
     if plan.train_workers == 0:
@@ -57,13 +57,13 @@ def run_workers(
     from ray.data import ExecutionOptions
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 
-    # Workers stay in the folder of the command, or a relative path in the job would name nothing there.
+    # Workers stay in the command's directory, so that relative paths of the job work.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     resources = {"CPU": plan.train_cpus} | ({"GPU": plan.train_gpus} if plan.train_gpus else {})
     trainer = trainer_without_signal_handler()(
         _worker_loop,
         train_loop_config={
-            # As bytes, so that Ray Train's controller need not load the models' libraries to pass it on.
+            # As bytes, so that Ray Train's controller does not load the models' libraries.
             "work": pickle.dumps((loop, job)),
             "threads": plan.train_threads,
             "folder": os.getcwd(),
@@ -74,7 +74,7 @@ def run_workers(
             num_workers=plan.train_workers, use_gpu=plan.train_gpus > 0, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            # Checkpoints are the loop's own, so no run of Ray Train's is ever restored: a new name each time.
+            # The loop has its own checkpoints, so no Ray Train run is restored: each gets a new name.
             name=uuid.uuid4().hex,
             **_storage(f"{job.path}/ray"),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
@@ -85,7 +85,7 @@ def run_workers(
     )
     try:
         result: dict[str, Any] = trainer.fit().return_value
-    except Exception as error:  # Ray wraps a worker's failure in classes of its own
+    except Exception as error:  # Ray wraps a worker's failure in its own classes
         raise StageError(f"distill: {_worker_failure(error)}") from error
     if "error" in result:
         raise StageError(result["error"])
@@ -93,7 +93,7 @@ def run_workers(
 
 
 def _storage(path: str) -> dict[str, Any]:
-    """Where Ray Train keeps its own notes. Places that are not local go through the same file system as all else."""
+    """The directory of Ray Train's own files. Remote ones use our file system."""
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     from raydistill.storage.filesystems import open_filesystem
@@ -105,7 +105,7 @@ def _storage(path: str) -> dict[str, Any]:
 
 
 class _StreamInController:
-    """Ray Train calls this in its controller, a process of its own, whenever it starts workers."""
+    """Ray Train calls this in its controller, a separate process, whenever it starts workers."""
 
     def __init__(self, stream: Callable[[], Any]) -> None:
         self._stream = stream
@@ -116,7 +116,7 @@ class _StreamInController:
 
 
 def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs in each worker. A failure that a retry cannot mend is returned, not raised."""
+    """The function of each Ray Train worker. It returns a failure that a retry cannot fix, and raises others."""
     import ray.train
     import torch
 
@@ -148,7 +148,7 @@ def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
         return dict(loop(job, worker))
     except RaydistillError as error:
         if worker.size > 1 and not isinstance(error, DivergedError):
-            raise  # the others wait for this one, so Ray has to end them all
+            raise  # the other workers wait for this one, so Ray has to end all
         return {"error": str(error)}
 
 

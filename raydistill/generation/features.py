@@ -1,5 +1,5 @@
-"""The teacher's features of generated images, while others are still being made: of whole images, for the filter that
-asks the teacher, and of their stored views, so that `teach` need not wait for the last image.
+"""The teacher's features of generated images, computed while the pipeline makes others: of whole images for the filter,
+and of stored views, so that `teach` does not wait for the last image.
 
 Shapes: K views, R rows of a shard, N images of a file, D features.
 """
@@ -35,7 +35,7 @@ from raydistill.storage.tables import read_table, rows_of
 
 
 def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Dataset:
-    """Each file of images goes on to a teacher actor as it comes from the generators."""
+    """Send each file of images from the generators to a teacher actor."""
     return made.map_batches(
         FileTeacher,
         fn_constructor_kwargs={"config": config, "name": backbone_name(config), "tries": new_tries()},
@@ -48,11 +48,11 @@ def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Data
 
 
 class FileTeacher(TeacherActor):
-    """Writes the teacher's features of the images in one file beside it: each seen whole and, where generated images
-    are streamed and it is to see views, in each stored view. A repeated call finds what was written."""
+    """Writes the teacher's features of the images in one file beside it: of each whole image and, if `sees_views` and
+    generated images are streamed, of each stored view. A repeated call skips written files."""
 
     def __init__(self, config: RunConfig, name: str, sees_views: bool = True, tries: Any = None) -> None:
-        """`name` is the teacher's in the names of files; `tries` is None outside Ray."""
+        """`name` stands for the teacher in file names; `tries` is None outside Ray."""
         assert config.teacher is not None
         super().__init__(config.teacher, threads=1, tries=tries)
         self._images, self._seed, self._name = config.images, config.seed, name
@@ -84,16 +84,16 @@ class FileTeacher(TeacherActor):
 def teach_files(
     config: RunConfig, generated: SampleSet, head: str, directory: StageDirectory, plan: Plan, progress: Progress
 ) -> SoftTargets:
-    """What `teach` does for generated images that are streamed: the views of files that the teacher has not seen yet,
-    and then the soft targets of each shard, put together from its images' files.
+    """`teach` for streamed generated images: compute the missing views of the files, then gather the soft targets of
+    each shard from its images' files.
 
-    A file is the unit of every pass, so its features are the same to the bit whenever it was seen. `head` is the
-    directory of `adapt`. Raises ConfigError where the disk may be too small.
+    Every pass takes whole files, so the features of a file are always equal to the bit. `head` is the directory of
+    `adapt`. Raises ConfigError: the disk may be too small.
     """
     directory.begin()
     schema = pa.schema([(name, pa.string()) for name in ("id", "file", "verdict")])
     ledger = rows_of(read_table(f"{generated.path}/ledger.parquet", schema))
-    # The workspace may have been moved since.
+    # The workspace may have moved.
     root = f"{workspace_root(config)}/generated"
     file_of = {r["id"]: "/".join([root, *r["file"].split("/")[-2:]]) for r in ledger if r["verdict"] == "kept"}
     name, images = backbone_name(config), Counter(file_of.values())
@@ -103,7 +103,7 @@ def teach_files(
     refuse_large_targets(config, 2 * len(file_of) - done, head)
     with progress.task("teach", len(file_of), "images", done=done) as advance:
         if done:
-            advance(0, f"{done} were seen as they were made")
+            advance(0, f"{done} done during generate")
         for file in _teach_missing(config, missing, plan):
             advance(images[file])
     width = 0
@@ -138,20 +138,20 @@ def _teach_missing(config: RunConfig, files: list[str], plan: Plan) -> Iterator[
 
 
 def made_images(file: str) -> list[bytes]:
-    """The pictures in one file, without those that could not be made."""
+    """The pictures in one file, without failed attempts."""
     return [image for image in images_in(file) if image]
 
 
 def whole_features(file: str, teacher: str) -> str:
-    """Where the features of the images in `file`, each seen whole, lie."""
+    """The file of features of the whole images in `file`."""
     return f"{file.removesuffix('.parquet')}-{teacher}.safetensors"
 
 
 def view_features(file: str, teacher: str, views: Views, seed: int) -> str:
-    """Where those of their stored views lie."""
+    """The file of features of their stored views."""
     return f"{file.removesuffix('.parquet')}-{teacher}-{views_name(views, seed)}.safetensors"
 
 
 def working_image(image: bytes, images: Images) -> Image.Image:
-    """What `prepare` would make of the file."""
+    """The working image that `prepare` would make."""
     return decode(image, images.size, images.fit, images.max_pixels)

@@ -1,4 +1,4 @@
-"""What `generate` would make and what it would cost, and what is refused before anything is made."""
+"""Checks before `generate`, and a forecast of its images and cost."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ def check_generate(config: RunConfig, classes: Sequence[str]) -> None:
     facts, cluster = inspect_pipeline(settings), config.cluster
     if cluster.address is None and cluster.generator_labels and cluster.generator_fallback != {}:
         raise ConfigError(
-            f"cluster.generator_labels={cluster.generator_labels} would be waited for without end: a cluster of this "
-            "machine alone has no labels; set it to null, or cluster.generator_fallback={} to do without them, or "
-            "join a cluster with cluster.address"
+            f"cluster.generator_labels={cluster.generator_labels} matches no node: a local cluster has no labels; set "
+            "it to null, set cluster.generator_fallback={} to run without them, or join a cluster with cluster.address"
         )
     by_class: dict[str, Mapping[str, object]] = {
         "generate.overrides": settings.overrides,
@@ -40,18 +39,18 @@ def check_generate(config: RunConfig, classes: Sequence[str]) -> None:
         if settings.balance or settings.overrides:
             key = "balance" if settings.balance else "overrides"
             raise ConfigError(
-                f"generate.{key} goes by class, and generate.pipeline={settings.pipeline} is unconditional, so its "
-                "images have none; leave it out, and say how many there shall be in generate.per_class"
+                f"generate.{key} is by class, and generate.pipeline={settings.pipeline} is unconditional, so its "
+                "images have no class; remove it, and set their number in generate.per_class"
             )
         if settings.filter.needs_teacher:
             raise ConfigError(
                 f"generate.pipeline={settings.pipeline} is unconditional, so its images have no class for the teacher "
-                "to confirm; leave confidence, agreement and weigh out of generate.filter"
+                "to check; remove confidence, agreement and weigh from generate.filter"
             )
         if not config.loss.needs_teacher:
             raise ConfigError(
-                f"generate.pipeline={settings.pipeline} is unconditional, so only a teacher can speak for its images, "
-                "and no term of the loss needs one"
+                f"generate.pipeline={settings.pipeline} is unconditional, so its images have no labels, and no loss "
+                "term uses a teacher; set loss.kd_weight or another loss with a teacher"
             )
     class_numbers(settings, facts, classes)
     check_steps(settings, facts, classes if facts.kind != "none" else (NO_CLASS,))
@@ -64,18 +63,18 @@ def check_generate(config: RunConfig, classes: Sequence[str]) -> None:
 
 
 def forecast(config: RunConfig) -> Iterator[str]:
-    """What `generate` would make, line by line: every prompt, the counts by class, and the cost.
+    """Lines about what `generate` would make: every prompt, the counts by class, and the cost.
 
-    Raises ConfigError where something does not fit, or where `prepare` has not counted the images yet.
+    Raises ConfigError: settings do not fit, or `prepare` has not counted the images yet.
     """
     settings = config.generate
     if settings is None:
-        raise ConfigError("generate is null, so no image would be made; set generate.pipeline")
+        raise ConfigError("generate is null, so the job generates no images; set generate.pipeline")
     listing = list_images(config.images)
     check_generate(config, listing.classes)
     done = prepare_directory(config, listing).done()
     if done is None:
-        raise ConfigError("how many images there are is known once they are prepared; run `raydistill prepare` first")
+        raise ConfigError("the number of images is not known yet; run `raydistill prepare` first")
     samples, facts = samples_from_json(done), inspect_pipeline(settings)
     recipes, wanted = make_recipes(config, samples, facts), wanted_images(settings, samples, facts)
     yield f"pipeline: {facts.pipeline} ({facts.kind}), licence: {facts.licence}"
@@ -89,16 +88,16 @@ def forecast(config: RunConfig) -> Iterator[str]:
         yield f"{name or 'no class'}: {wanted[name]} images, {there} of them made before, {recipe.steps} steps each"
         for sentence, weight in zip(*dataclasses.astuple(recipe.prompts), strict=True) if recipe.prompts else ():
             yield f"    {weight:.0%}  {sentence}"
-    yield f"to make: {missing:,} images, {passes:,} steps of the pipeline's network, and what the filter rejects again"
+    yield f"to make: {missing:,} images, {passes:,} steps of the pipeline's network, plus retries of rejected images"
     if seconds:
         each = sum(seconds) / len(seconds)
-        yield f"an image took {each:.2f} s of one actor so far, so {missing * each:,.0f} s of actors in all"
+        yield f"an image took {each:.2f} s of one actor so far, so all take about {missing * each:,.0f} s of actors"
     else:
-        yield "nothing was made yet, so seconds are not known; generate.per_class=1 tells for little"
+        yield "no image was made yet, so the time is unknown; a run with generate.per_class=1 measures it cheaply"
 
 
 def wanted_images(settings: Generate, samples: SampleSet, facts: PipelineFacts) -> dict[str, int]:
-    """How many images of each class, from the labelled train images."""
+    """The number of images of each class, from the labelled train images."""
     counts = Counter(dict.fromkeys(range(len(samples.classes)), 0))
     for shard in range(len(samples.shards["train"])):
         labels = labels_of(read_samples(samples, "train", shard))

@@ -1,7 +1,7 @@
 """One picture for each request, from a diffusion pipeline of diffusers.
 
-An image is a function of its request and of nothing else: every request has a generator of its own, on the CPU, and
-on CPUs requests are computed one by one in one thread, since sums come out differently in batches and in threads.
+The request alone decides its image. Every request has its own random generator, on the CPU. On CPUs requests run one by
+one in one thread, because batches and threads change the rounding of sums.
 
 Shapes: B requests, S pixels, C channels.
 """
@@ -40,14 +40,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Picture:
-    """The RGB image of a request, or None and the reason."""
+    """A request's RGB image, or None and the reason."""
 
     image: Image.Image | None
     reason: str = ""
 
 
 class Generator:
-    """A loaded pipeline. Weights come from safetensors alone."""
+    """A loaded pipeline. It reads weights from safetensors only."""
 
     def __init__(self, settings: Generate, facts: PipelineFacts, device: torch.device) -> None:
         import diffusers
@@ -56,7 +56,7 @@ class Generator:
         self._settings, self._facts, self._device = settings, facts, device
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.dtype]
         options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "revision": facts.commit}
-        options["low_cpu_mem_usage"] = False  # or diffusers asks for accelerate, which nothing here needs
+        options["low_cpu_mem_usage"] = False  # otherwise diffusers needs accelerate
         if facts.kind in ("text", "image") and not settings.safety_checker:
             options |= {"safety_checker": None, "requires_safety_checker": False}
         loader = {
@@ -65,7 +65,7 @@ class Generator:
         }.get(facts.kind, diffusers.DiffusionPipeline)
         try:
             self._pipeline = loader.from_pretrained(settings.pipeline, **options)
-        except Exception as error:  # diffusers, transformers and the hub raise each their own kind
+        except Exception as error:  # diffusers, transformers and the hub raise different errors
             raise ConfigError(f"generate.pipeline={settings.pipeline}: cannot be loaded ({reason_of(error)})") from None
         if facts.kind in ("class", "none") and hasattr(self._pipeline, "unet"):
             if (channels := self._pipeline.unet.config.in_channels) not in (1, 3):
@@ -77,24 +77,24 @@ class Generator:
             self._pipeline.scheduler = new_scheduler(settings.scheduler, self._pipeline.scheduler)
         if hasattr(self._pipeline.scheduler, "noise_sampler"):
             raise ConfigError(
-                f"generate.pipeline={settings.pipeline}: {type(self._pipeline.scheduler).__name__} draws noise from no "
-                "seed of ours, so no image could be made again; name another in generate.scheduler"
+                f"generate.pipeline={settings.pipeline}: {type(self._pipeline.scheduler).__name__} takes no random "
+                "seed, so its images are not reproducible; set another generate.scheduler"
             )
         if not hasattr(self._pipeline.scheduler, "step"):
             raise ConfigError(
-                f"generate.pipeline={settings.pipeline}: {type(self._pipeline.scheduler).__name__} has no step that "
-                "could be taken; name another in generate.scheduler"
+                f"generate.pipeline={settings.pipeline}: {type(self._pipeline.scheduler).__name__} has no usable step "
+                "method; set another generate.scheduler"
             )
         self._pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
 
     def pictures(self, requests: Sequence[Request]) -> list[Picture]:
-        """One picture a request, in order. All requests have equal steps, guidance and negative prompt."""
+        """One picture for each request, in order. All requests have equal steps, guidance and negative prompt."""
         each = self._settings.batch_size if self._device.type == "cuda" else 1
         found: list[Picture] = []
         for first in range(0, len(requests), each):
             part = list(requests[first : first + each])
-            # A full batch always: another shape may mean another algorithm, and so other last bits.
+            # Always a full batch: another shape may select another algorithm, with other rounding.
             filled = part + [part[-1]] * (each - len(part))
             found += self._batch(filled)[: len(part)]
         return found
@@ -127,7 +127,7 @@ class Generator:
         if self._facts.kind == "image":
             sources = [request.source for request in requests]
             assert all(source is not None for source in sources), "image-to-image starts from an image"
-            side = self._facts.side  # of what it makes, which need not be that of the working images
+            side = self._facts.side  # of the pipeline's images, not of the working images
             inputs["image"] = [source.resize((side, side)) for source in sources]  # type: ignore[union-attr]
             inputs["strength"] = self._settings.strength
         elif size is not None:
@@ -135,8 +135,8 @@ class Generator:
         return inputs
 
     def _denoise(self, requests: list[Request], generators: list[torch.Generator]) -> np.ndarray:
-        """The sampling loop of a plain UNet, with its class and guidance, which diffusers' own DDIM and DDPM pipelines
-        do not pass on (Ho & Salimans 2022, arXiv 2207.12598, eq. 6)."""
+        """The sampling loop of a plain UNet with class and guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6): the
+        DDIM and DDPM pipelines of diffusers do not pass these on."""
         from diffusers.utils.torch_utils import randn_tensor
 
         unet, scheduler, first = self._pipeline.unet, self._pipeline.scheduler, requests[0]
@@ -167,22 +167,22 @@ def new_scheduler(name: str, old: Any) -> Any:
 
     kind = getattr(diffusers, name, None)
     if kind is None or not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ConfigError(f"generate.scheduler={name}: diffusers has no scheduler of this name")
+        raise ConfigError(f"generate.scheduler={name}: diffusers has no such scheduler; name another")
     if not hasattr(kind, "step"):
-        raise ConfigError(f"generate.scheduler={name}: it has no step that could be taken; name another")
+        raise ConfigError(f"generate.scheduler={name}: it has no usable step method; name another")
     return kind.from_config(old.config)
 
 
 @contextlib.contextmanager
 def _noise_from(generators: Sequence[torch.Generator], scheduler: Any) -> Iterator[None]:
-    """Let a scheduler draw its noise from the requests' own generators also where its pipeline does not hand them on,
-    as DiTPipeline and SD 3 do not. Under guidance DiTPipeline steps a batch that is doubled."""
+    """Make a scheduler draw its noise from the requests' generators, even if its pipeline, such as DiTPipeline or SD 3,
+    does not pass them on. With guidance DiTPipeline doubles the batch."""
     step = scheduler.step
     if "generator" not in inspect.signature(step).parameters:
         yield
         return
 
-    @functools.wraps(step)  # pipelines look at its signature
+    @functools.wraps(step)  # pipelines inspect its signature
     def seeded(model_output: Any, timestep: Any, sample: Any, *rest: Any, **options: Any) -> Any:
         options.setdefault("generator", list(generators) * (len(sample) // len(generators)))
         return step(model_output, timestep, sample, *rest, **options)
@@ -195,13 +195,13 @@ def _noise_from(generators: Sequence[torch.Generator], scheduler: Any) -> Iterat
 
 
 def _flagged(output: Any) -> list[bool]:
-    """What the safety checker says of each picture; DeepFloyd IF has a name of its own for it. [] without one."""
+    """The safety checker's result for each picture, [] without one; DeepFloyd IF has its own name for it."""
     found = getattr(output, "nsfw_content_detected", None) or getattr(output, "nsfw_detected", None) or []
     return [bool(flag) for flag in found]
 
 
 def _picture(image_SSC: np.ndarray, flagged: bool) -> Picture:
-    """A flagged picture comes back black and one that is not finite as anything: neither is written."""
+    """No picture if it was flagged (the pipeline then gives black), or is not finite."""
     if flagged:
         return Picture(None, "safety checker")
     if not np.isfinite(image_SSC).all():

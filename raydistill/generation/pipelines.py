@@ -1,4 +1,4 @@
-"""What a pipeline of diffusers is, without loading its weights: its kind, its classes, and whether it will do."""
+"""The kind and the classes of a diffusers pipeline, and whether `generate` can use it, without loading its weights."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from raydistill.models.weights import ask_hub
 from raydistill.storage.state import read_json
 
 Kind = Literal["text", "image", "class", "none"]
-# In the folder of a class-conditional pipeline, which class each number stands for: {"classes": [...], "null": N}, N
-# being the number of no class, for classifier-free guidance.
+# The class names by number of a class-conditional pipeline, in its folder: {"classes": [...], "null": N}. N is the
+# number of "no class", for classifier-free guidance.
 CLASSES_FILE = "classes.json"
-# Pipelines of one network on pixels, whose sampling loop is `Generator._denoise`. Old ones have no folders: the network
+# Pipelines of one network on pixels; `Generator._denoise` is their sampling loop. Old ones have no folders: the network
 # and the scheduler lie at the root, under these names.
 PLAIN = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 AT_ROOT = {"unet": "config.json", "scheduler": "scheduler_config.json"}
-_DIT_NO_CLASS = 1000  # to a DiTPipeline, whatever its network knows
+_DIT_NO_CLASS = 1000  # DiTPipeline's constant, whatever its network
 
 
 @dataclass(frozen=True)
 class PipelineFacts:
-    """What is known of a pipeline without loading its weights. `classes` are the class names it brings, by number, and
-    `ambiguous` those names that stand for several; `num_classes` bounds the numbers, where something does; `null_class`
-    is the number of no class. `side` is that of its images in pixels, 512 where its parts do not say, and `train_steps`
-    what its scheduler was trained with, where that says."""
+    """Facts about a pipeline from its config files. `classes` maps its class names to numbers; `ambiguous` are names of
+    several numbers; `num_classes` is the limit of the numbers, if known; `null_class` is the number of "no class".
+    `side` is the side of its images in pixels, 512 if unknown; `train_steps` are its scheduler's training steps, if
+    known."""
 
     pipeline: str
     kind: Kind
@@ -44,8 +44,8 @@ class PipelineFacts:
 
 
 def inspect_pipeline(settings: Generate) -> PipelineFacts:
-    """Raises ConfigError: no such pipeline, missing parts, one that makes no images from words or classes, classes that
-    its network does not take, or a safety checker that is asked for and not there."""
+    """Raises ConfigError: there is no such pipeline, parts are missing, it makes no images from text or classes, its
+    network does not take the classes, or it lacks the safety checker that the job asks for."""
     what = f"generate.pipeline={settings.pipeline}"
     index, folder, commit, licence = _read_index(settings)
     name = str(index["_class_name"])
@@ -60,24 +60,24 @@ def inspect_pipeline(settings: Generate) -> PipelineFacts:
         kind = "class" if takes_class else "none"
         if by_number and not takes_class:
             raise ConfigError(
-                f"{what}: its {CLASSES_FILE} names classes ({_some([name for name, _ in by_number])}), and its network "
-                "takes none; delete that file, or name a class-conditional pipeline"
+                f"{what}: its {CLASSES_FILE} names classes ({_some([name for name, _ in by_number])}), but its network "
+                "takes no class; delete that file, or name a class-conditional pipeline"
             )
         if null is not None and num_classes is not None and not 0 <= null < num_classes:
             raise ConfigError(
-                f"{what}: the number of no class in its {CLASSES_FILE} is {null}, and its network knows 0 to "
+                f"{what}: the number of no class in its {CLASSES_FILE} is {null}, but its network knows 0 to "
                 f"{num_classes - 1}"
             )
     if settings.strength is not None and kind != "image":
         raise ConfigError(f"generate.strength is for text-to-image pipelines; {what} is a {name}")
     if settings.class_ids and kind != "class":
         raise ConfigError(
-            f"generate.class_ids gives numbers to {_some(list(settings.class_ids))}, and {what} is a {name} whose "
-            "network takes no class; leave it out, or name a class-conditional pipeline"
+            f"generate.class_ids gives numbers to {_some(list(settings.class_ids))}, but {what} is a {name} whose "
+            "network takes no class; remove it, or name a class-conditional pipeline"
         )
     if kind in ("text", "image") and settings.safety_checker and not (index.get("safety_checker") or [None])[0]:
         raise ConfigError(
-            f"{what} has no safety checker and generate.safety_checker asks for one; name a pipeline that has one, or "
+            f"{what} has no safety checker, but generate.safety_checker asks for one; name a pipeline with one, or "
             "set generate.safety_checker=false"
         )
     numbers: dict[str, set[int]] = {}
@@ -98,8 +98,8 @@ def inspect_pipeline(settings: Generate) -> PipelineFacts:
 
 
 def class_numbers(settings: Generate, facts: PipelineFacts, classes: Sequence[str]) -> dict[str, int | None]:
-    """The pipeline's number of each class of the data; None where it takes none. Raises ConfigError: a class without a
-    number, with one that the network does not know, or with another class's."""
+    """The pipeline's number of each class of the data; None if it takes no class. Raises ConfigError: a class has no
+    number, a number that the network does not know, or another class's number."""
     if facts.kind != "class":
         return dict.fromkeys(classes)
     what, known = f"generate.pipeline={settings.pipeline}", {**facts.classes, **(settings.class_ids or {})}
@@ -107,12 +107,12 @@ def class_numbers(settings: Generate, facts: PipelineFacts, classes: Sequence[st
         if lacking[0] in facts.ambiguous:
             numbers = ", ".join(map(str, facts.ambiguous[lacking[0]]))
             raise ConfigError(
-                f"{what} has several classes named {lacking[0]!r}, the numbers {numbers}; say which is meant in "
+                f"{what} has several classes named {lacking[0]!r}, the numbers {numbers}; choose one in "
                 "generate.class_ids"
             )
         raise ConfigError(
-            f"{what} does not know the classes {_some(lacking)}; it knows {_some(list(known)) or 'none by name'}; say "
-            "which number each has in generate.class_ids"
+            f"{what} does not know the classes {_some(lacking)}; it knows {_some(list(known)) or 'none by name'}; set "
+            "the number of each in generate.class_ids"
         )
     owner: dict[int, str] = {}
     for name in classes:
@@ -120,23 +120,23 @@ def class_numbers(settings: Generate, facts: PipelineFacts, classes: Sequence[st
         if facts.num_classes is not None and number >= facts.num_classes:
             raise ConfigError(
                 f"generate.class_ids: {name!r} would be class {number} of {what}, whose network knows 0 to "
-                f"{facts.num_classes - 1}; give its number there"
+                f"{facts.num_classes - 1}; set its number there"
             )
         if number == facts.null_class:
             raise ConfigError(
                 f"generate.class_ids: {name!r} would be class {number} of {what}, which is its number of no class; "
-                "give another there"
+                "set another there"
             )
         if (other := owner.setdefault(number, name)) != name:
             raise ConfigError(
-                f"classes {other!r} and {name!r} would both be class {number} of {what}, so their images would be of "
-                "the same things; give each its own number in generate.class_ids"
+                f"classes {other!r} and {name!r} would both be class {number} of {what}, so their images would show "
+                "the same things; set a number for each in generate.class_ids"
             )
     return {name: known[name] for name in classes}
 
 
 def check_steps(settings: Generate, facts: PipelineFacts, classes: Sequence[str]) -> None:
-    """Refuse numbers of steps that cannot be taken. Raises ConfigError."""
+    """Raises ConfigError: the scheduler cannot take that number of steps."""
     for name in classes:
         steps = settings.prompt_settings(name).steps
         assert steps is not None
@@ -144,23 +144,23 @@ def check_steps(settings: Generate, facts: PipelineFacts, classes: Sequence[str]
         key = f"generate.overrides.{name}.steps" if own else "generate.steps"
         if facts.train_steps is not None and steps > facts.train_steps:
             raise ConfigError(
-                f"{key}={steps}: the scheduler of generate.pipeline={settings.pipeline} has {facts.train_steps} steps "
-                "in all; take fewer"
+                f"{key}={steps}: the scheduler of generate.pipeline={settings.pipeline} has only {facts.train_steps} "
+                "steps; lower it"
             )
         if settings.strength is not None and int(steps * settings.strength) < 1:
             raise ConfigError(
-                f"{key}={steps} with generate.strength={settings.strength} leaves no step to take; raise one of them "
-                "until their product is 1 or more"
+                f"{key}={steps} with generate.strength={settings.strength} leaves no step; raise one of them until "
+                "their product is 1 or more"
             )
 
 
 def _kind(settings: Generate, name: str) -> Kind:
-    """What a pipeline of this class reads. Raises ConfigError where none of it is what we can give."""
+    """The input of a pipeline of this class. Raises ConfigError: the job has no such input."""
     if name == "DiTPipeline":
         return "class"
     if name in PLAIN:
-        return "none"  # or class: its network's settings tell
-    # This loads all pipelines there are, a few seconds, so that only those that read text wait for it.
+        return "none"  # or class, by its network's config
+    # This loads all pipelines of diffusers and takes seconds, so it comes last.
     from diffusers.pipelines import auto_pipeline as auto
 
     from_image = settings.strength is not None
@@ -170,22 +170,22 @@ def _kind(settings: Generate, name: str) -> Kind:
     pipeline = ours.get(next(models, ""))
     if pipeline is None:
         raise ConfigError(
-            f"generate.pipeline={settings.pipeline} is a {name}, which makes no images from "
-            f"{'images and words' if from_image else 'words'} that diffusers knows of; name a text-to-image pipeline"
-            f"{' that has an image-to-image one beside it' if from_image else ''}, a DiTPipeline, or one of "
+            f"generate.pipeline={settings.pipeline} is a {name}, and diffusers knows no way to make images from "
+            f"{'images and text' if from_image else 'text'} with it; name a text-to-image pipeline"
+            f"{' with an image-to-image variant' if from_image else ''}, a DiTPipeline, or one of "
             f"{', '.join(PLAIN)}"
         )
     asked = {"prompt", "guidance_scale", "num_inference_steps"} | ({"image", "strength"} if from_image else set())
     if lacking := sorted(asked - set(inspect.signature(pipeline.__call__).parameters)):
         raise ConfigError(
             f"generate.pipeline={settings.pipeline} is a {name}, and {pipeline.__name__} takes no {lacking[0]}; name "
-            f"another pipeline{' or leave out generate.strength' if from_image else ''}"
+            f"another pipeline{' or remove generate.strength' if from_image else ''}"
         )
     return "image" if from_image else "text"
 
 
 def _classes_of_unet(folder: Path, what: str) -> tuple[bool, int | None]:
-    """Does the network take a class, and how many does it know? Raises ConfigError."""
+    """Whether the network takes a class, and how many it knows. Raises ConfigError."""
     unet = _part(folder, "unet", "config.json")
     if not unet:
         raise ConfigError(f"{what}: its unet has no config.json; save or fetch the pipeline again")
@@ -202,8 +202,8 @@ def _classes_of_dit(settings: Generate, folder: Path, what: str) -> int:
     most = max([settings.guidance, *(own.guidance or 0 for own in settings.overrides.values())])
     if number != _DIT_NO_CLASS and most > 1:
         raise ConfigError(
-            f"generate.guidance={most:g}: a DiTPipeline takes class {_DIT_NO_CLASS} for no class, and the network of "
-            f"{what} knows {number}; set generate.guidance=1"
+            f"generate.guidance={most:g}: DiTPipeline uses class {_DIT_NO_CLASS} as no class, but the network of "
+            f"{what} knows {number} classes; set generate.guidance=1"
         )
     return number
 
@@ -216,7 +216,7 @@ def _read_index(settings: Generate) -> tuple[dict[str, Any], Path, str | None, s
         folder, commit, licence = _fetch_index(settings)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
-        raise ConfigError(f"{what}: the folder has no model_index.json, so it is no pipeline of diffusers")
+        raise ConfigError(f"{what}: the folder has no model_index.json, so it is not a diffusers pipeline")
     try:
         index = read_json(index_file, dict[str, Any], any_form=True)
         parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0]}
@@ -232,7 +232,7 @@ def _read_index(settings: Generate) -> tuple[dict[str, Any], Path, str | None, s
 
 
 def _known_classes(folder: Path) -> tuple[list[tuple[str, int]], int | None]:
-    """The names that the folder gives to numbers, and the number of no class."""
+    """The class names and numbers in the folder, and the number of no class."""
     if not (folder / CLASSES_FILE).is_file():
         return [], None
     try:
@@ -246,7 +246,7 @@ def _known_classes(folder: Path) -> tuple[list[tuple[str, int]], int | None]:
 
 
 def _part(folder: Path, part: str, file: str) -> dict[str, Any]:
-    """What a part's own file says; {} where there is none. Old pipelines of one network have it at the root."""
+    """The config of a part; {} if it has none. Old pipelines of one network have it at the root."""
     place = folder / part / file
     if not (folder / part).is_dir() and AT_ROOT.get(part) == file:
         place = folder / file
@@ -257,7 +257,7 @@ def _part(folder: Path, part: str, file: str) -> dict[str, Any]:
 
 
 def _side(folder: Path) -> int:
-    """The network's own side times what the autoencoder enlarges it by."""
+    """The network's side times the scale of the autoencoder."""
     vae = _part(folder, "vae", "config.json").get("block_out_channels") or [0]
     for network in (_part(folder, part, "config.json") for part in ("transformer", "unet")):
         if network:
@@ -277,7 +277,7 @@ def _fetch_index(settings: Generate) -> tuple[Path, str | None, str]:
         )
     except Exception as error:  # network, name and permission errors come from three libraries
         raise ConfigError(
-            f"generate.pipeline={settings.pipeline}: no such folder, and it could not be fetched from the hub "
+            f"generate.pipeline={settings.pipeline}: no such folder, and the download from the hub failed "
             f"({reason_of(error)}); check the name, or give a local folder"
         ) from None
     licence = str(getattr(found.card_data, "license", None) or "not stated")

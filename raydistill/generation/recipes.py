@@ -1,6 +1,6 @@
-"""What `generate` makes: the recipe of each class, the units of work, the actor that makes one, and what lies there.
+"""The recipe of each class for `generate`, the units of work, and the actor that makes the images of one.
 
-Every image is a function of the run's seed, its class, its index and the attempt.
+The run's seed, the class, the index and the attempt decide an image.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from raydistill.storage.directory import StageDirectory
 from raydistill.storage.filesystems import exists, write_bytes
 from raydistill.storage.tables import read_table, rows_of, values
 
-# An unconditional pipeline makes images of no class; this stands for its name.
+# The class name of images of an unconditional pipeline.
 NO_CLASS = ""
 MADE = pa.schema(
     [
@@ -44,10 +44,10 @@ MADE = pa.schema(
         pa.field("attempt", pa.int32()),
         pa.field("seed", pa.int64()),
         pa.field("prompt", pa.string()),
-        pa.field("source", pa.string()),  # id of the train image that image-to-image began from
-        pa.field("image", pa.binary()),  # PNG as the pipeline made it; null where there is none
+        pa.field("source", pa.string()),  # id of the train image that image-to-image started from
+        pa.field("image", pa.binary()),  # PNG as the pipeline made it; null after a failure
         pa.field("id", pa.string()),  # of the PNG's bytes
-        pa.field("reason", pa.string()),  # why there is none
+        pa.field("reason", pa.string()),  # of a failure
         pa.field("contrast", pa.float32()),
         pa.field("hash", pa.binary()),  # 256 bits
         pa.field("seconds", pa.float32()),
@@ -57,7 +57,7 @@ MADE = pa.schema(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the images of one class are made, and where they lie."""
+    """How to make the images of one class, and their directory."""
 
     name: str
     directory: StageDirectory
@@ -66,16 +66,16 @@ class Recipe:
     negative_prompt: str | None
     steps: int
     guidance: float
-    sources: tuple[tuple[str, int, int], ...]  # id, shard and row of the train images to begin from
+    sources: tuple[tuple[str, int, int], ...]  # id, shard and row of the train images to start from
 
 
 @dataclass(frozen=True)
 class Made:
-    """One image that was made, or was tried to be."""
+    """One attempt at an image."""
 
     file: str
     row: int
-    id: str  # "" where there is no image
+    id: str  # "" after a failure
     seed: int
     prompt: str
     source: str
@@ -89,7 +89,7 @@ Key = tuple[str, int, int]  # class, index, attempt
 
 
 def make_recipes(config: RunConfig, samples: SampleSet, facts: PipelineFacts) -> dict[str, Recipe]:
-    """The recipe of each class. Raises ConfigError where prompts or class numbers do not fit the data."""
+    """The recipe of each class. Raises ConfigError: prompts or class numbers do not fit the data."""
     settings = config.generate
     assert settings is not None
     names = (NO_CLASS,) if facts.kind == "none" else samples.classes
@@ -111,9 +111,9 @@ def make_recipes(config: RunConfig, samples: SampleSet, facts: PipelineFacts) ->
             "settings": settings.model_dump(include={"scheduler", "strength", "size", "dtype", "safety_checker"}),
             "sources": [i for i, _, _ in sources.get(name, ())],
         }
-        if sources:  # they are working images
+        if sources:  # these are working images
             identity["images"] = config.images.model_dump(include={"size", "fit"})
-        if facts.commit is not None:  # a branch of the hub may move
+        if facts.commit is not None:  # a branch of the hub can change
             identity["commit"] = facts.commit
         recipes[name] = Recipe(
             name, class_directory(config, identity), prompts.get(name), ids[name], own.negative_prompt, own.steps,
@@ -133,13 +133,13 @@ def _sources(samples: SampleSet) -> dict[str, tuple[tuple[str, int, int], ...]]:
 
 
 def image_seed(seed: int, name: str, index: int, attempt: int) -> int:
-    """63 bits: one image's own noise."""
+    """The seed, of 63 bits, of one image's noise."""
     key = f"{seed}/generate/{index}/{attempt}/{name}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 1
 
 
 def plan_units(config: RunConfig, recipes: Mapping[str, Recipe], needed: Sequence[Key]) -> list[dict[str, str]]:
-    """Files to make: the units of work, of restart, and of loss to a dead node."""
+    """Files to make, one for each unit of work. A dead node costs its open units, and a restart repeats those only."""
     settings = config.generate
     assert settings is not None
     by_class: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -149,7 +149,7 @@ def plan_units(config: RunConfig, recipes: Mapping[str, Recipe], needed: Sequenc
     for name, items in by_class.items():
         recipe = recipes[name]
         for first in range(0, len(items), settings.batch_size):
-            # With the attempts that may follow, so that a plain fault needs no second round.
+            # With the later attempts, so that a failed image needs no second round.
             requests = [
                 [_request(config.seed, recipe, index, a) for a in range(attempt, settings.attempts)]
                 for index, attempt in items[first : first + settings.batch_size]
@@ -175,14 +175,14 @@ def _request(seed: int, recipe: Recipe, index: int, attempt: int) -> dict[str, A
 
 
 class GeneratorActor:
-    """Holds the pipeline, and makes one file a call. A call that Ray repeats, since its actor was lost once the file
-    was written, finds the file and is done."""
+    """Holds the pipeline and makes one file in each call. If Ray repeats a call because it lost the actor, the repeat
+    skips a written file."""
 
     def __init__(self, settings: Generate, facts: PipelineFacts, samples: SampleSet, tries: Any = None) -> None:
         self._restart, self._tries = Restart(), tries
         on_gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
         if not on_gpu:
-            torch.set_num_threads(1)  # sums come out differently in several threads
+            torch.set_num_threads(1)  # the number of threads changes the rounding of sums
         self._least_contrast = settings.filter.contrast
         with trying(tries, self._restart.starts(settings.pipeline)):
             self._generator = Generator(settings, facts, torch.device("cuda" if on_gpu else "cpu"))
@@ -234,12 +234,12 @@ class GeneratorActor:
 
 
 def images_in(file: str) -> list[Any]:
-    """The picture in each row of a file of made images, None where there is none."""
+    """The picture in each row of a file of generated images, None after a failure."""
     return values(read_table(file, pa.schema([MADE.field("image")]))["image"])
 
 
 def read_made(recipe: Recipe) -> dict[Key, Made]:
-    """All that lies in a class's directory, without the pixels; an image that was made twice is the same one."""
+    """All attempts in a class's directory, without the pixels; an image that was made twice is the same image."""
     directory, found = recipe.directory, dict[Key, Made]()
     if not directory.started():
         return found

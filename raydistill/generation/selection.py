@@ -1,4 +1,4 @@
-"""Which generated images are kept: the filters, the teacher's opinion, and the order in which they are asked.
+"""The selection of generated images: the filters, the teacher's probabilities, and their order.
 
 Shapes: C classes, N images.
 """
@@ -28,8 +28,8 @@ from raydistill.storage.tables import values
 
 @dataclass(frozen=True)
 class Chosen:
-    """`kept` in the order of choice, each with the weight of its hard label; `verdicts` of all that were looked at;
-    `needed` is what must be made before the choice can end."""
+    """`kept` images in the order of selection, each with the weight of its hard label; `verdicts` of all images that
+    were checked; `needed` are the images to make before the selection can end."""
 
     kept: dict[Key, float]
     verdicts: dict[Key, str]
@@ -47,8 +47,8 @@ def choose(
 ) -> Chosen:
     """Go through the indices in order, all classes at each, and keep the first good attempt at every image.
 
-    So asking for more only adds. `leaked` holds the sample ids of images that show a val or test image, `likely` the
-    teacher's probabilities of the classes by sample id.
+    So a larger number only adds images. `leaked` holds the sample ids of images that show a val or test image, `likely`
+    the teacher's class probabilities by sample id.
     """
     names = list(wanted)
     chosen = Chosen({}, {}, Counter(), [], {})
@@ -111,9 +111,9 @@ def _nearest(one: bytes, others_N4: np.ndarray) -> int:
 
 
 class HeldOut:
-    """The val and test images, which no generated image may show again.
+    """The val and test images, which no generated image may repeat.
 
-    What is compared is what would be trained on: the hash of one picture at two sizes is not the same.
+    It compares working images, because the hash of a picture depends on its size.
     """
 
     def __init__(self, samples: SampleSet, images: Images, distance: int) -> None:
@@ -128,7 +128,7 @@ class HeldOut:
         self._shown: set[str] = set()
 
     def shown_by(self, made: Mapping[Key, Made]) -> set[str]:
-        """Sample ids of the images that show one of them. Each file is looked at once."""
+        """Sample ids of the images that show one of them. It checks each file once."""
         files = {one.file for one in made.values() if one.id}
         for file in sorted(files - self._read if len(self._real) else ()):
             for image in made_images(file):
@@ -140,7 +140,7 @@ class HeldOut:
 
 
 class Judge:
-    """The adapted teacher's opinion of generated images: features in files beside them, probabilities from those."""
+    """The adapted teacher's class probabilities of generated images, from features in files beside them."""
 
     def __init__(self, config: RunConfig, head: str) -> None:
         self._head, self._config, self._name = load_head(head), config, backbone_name(config)
@@ -148,7 +148,7 @@ class Judge:
         self._likely: dict[str, np.ndarray] = {}
 
     def of(self, made: Mapping[Key, Made]) -> dict[str, np.ndarray]:
-        """Probabilities of the classes by sample id. Files that this teacher has not seen yet are shown to it here."""
+        """Class probabilities by sample id. It computes the features of files that lack them."""
         files = {one.file for one in made.values() if one.id}
         teacher, threads = None, torch.get_num_threads()
         for file in sorted(files - self._read):
@@ -160,5 +160,5 @@ class Judge:
             logits_NC = torch.from_numpy(self._head.logits(features_1ND[0].astype(np.float32)))
             self._likely.update(zip(ids, logits_NC.softmax(dim=1).numpy(), strict=True))
             self._read.add(file)
-        torch.set_num_threads(threads)  # the teacher, made for an actor of its own, took one
+        torch.set_num_threads(threads)  # TeacherActor set one thread
         return self._likely

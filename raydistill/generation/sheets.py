@@ -1,4 +1,4 @@
-"""Contact sheets of generated images, and the working images of those that are kept."""
+"""Contact sheets of generated images, and the working images of the kept ones."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from raydistill.generation.selection import Chosen
 from raydistill.pages.figures import contact_sheet
 from raydistill.storage.directory import StageDirectory
 
-# On one contact sheet, of kept and of rejected images each; and on all sheets together, where classes are many.
+# The most images on one contact sheet, kept and rejected each; and on all sheets together, with many classes.
 _MOST_PICTURES, _FEWEST_PICTURES, _PICTURES_IN_ALL = 24, 4, 2400
 
 
 def kept_pictures(images: Images, made: Mapping[Key, Made], chosen: Chosen) -> dict[Key, bytes]:
-    """Working images of what was kept, each file read once."""
+    """Working images of the kept images. It reads each file once."""
     by_file: dict[str, list[Key]] = defaultdict(list)
     for key in chosen.kept:
         by_file[made[key].file].append(key)
@@ -56,6 +56,6 @@ def draw_sheets(
 
 
 def _raw_images(wanted: Sequence[Made]) -> list[Image.Image | None]:
-    """As the pipeline made them; None where it made none. Each file is read once."""
+    """The pipeline's images; None after a failure. It reads each file once."""
     images = {file: images_in(file) for file in {one.file for one in wanted if one.id}}
     return [Image.open(io.BytesIO(images[one.file][one.row])) if one.id else None for one in wanted]

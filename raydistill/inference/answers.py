@@ -27,7 +27,7 @@ _ROWS_AT_ONCE = 4096  # of a parquet file
 
 @dataclass(frozen=True)
 class Answer:
-    """What the student says of one picture: the probability of each class in their order, or an error."""
+    """The student's answer for one picture: the probability of each class in their order, or an error."""
 
     name: str
     probabilities_C: np.ndarray | None
@@ -35,8 +35,8 @@ class Answer:
 
 
 def best(answer: Answer, classes: Sequence[str], top: int) -> list[tuple[str, int, float]]:
-    """Name, number and probability of the `top` likeliest classes, the likeliest first; 0: all. A class's number is
-    its place in the export's list of classes, and in the logits."""
+    """Name, number and probability of the `top` classes of highest probability, in descending order; 0: all. The number
+    of a class is its index in the export's classes and in the logits."""
     if answer.probabilities_C is None:
         return []
     order = np.argsort(-answer.probabilities_C, kind="stable")[: top or None]
@@ -44,21 +44,21 @@ def best(answer: Answer, classes: Sequence[str], top: int) -> list[tuple[str, in
 
 
 def check_output(path: str) -> None:
-    """Raises ConfigError where the ending is none that answers are written as."""
+    """Raises ConfigError: no format has this ending."""
     if Path(path).suffix.lower() not in OUTPUTS:
         raise ConfigError(f"--out {path}: use a name that ends in {', '.join(OUTPUTS)}")
 
 
 def write_answers(answers: Iterable[Answer], classes: Sequence[str], top: int, path: str) -> None:
-    """Write CSV, JSON, JSON lines or parquet, by the path's ending, row by row. Where an exception or an interruption
-    ends the answers, the file holds those before it, and the exception is raised again.
+    """Write CSV, JSON, JSON lines or parquet, by the ending of the path, row by row. If an exception or an interruption
+    ends the answers, the file keeps the earlier ones, and the exception is raised again.
 
-    Raises ConfigError where the ending is another, StageError where the file cannot be written.
+    Raises ConfigError: no format has this ending; StageError: the file cannot be written.
     """
     check_output(path)
     suffix = Path(path).suffix.lower()
     count, every, ends = min(top, len(classes)) or len(classes), iter(answers), list[BaseException]()
-    first = list(itertools.islice(every, 1))  # without a first one there is no file
+    first = list(itertools.islice(every, 1))  # without an answer there is no file
 
     def rows() -> Rows:
         try:
@@ -89,7 +89,7 @@ def _write_csv(rows: Rows, count: int, file: str) -> None:
 
 
 def _write_json(rows: Rows, suffix: str, file: str) -> None:
-    """One list, or as `.jsonl` a line for each picture."""
+    """One list or, as `.jsonl`, one line for each picture."""
     before, between, after = ("[\n", ",\n", "\n]\n") if suffix == ".json" else ("", "\n", "\n")
     with open(file, "w", encoding="utf-8") as sink:
         for number, (answer, found) in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What `raydistill predict` and `serve` do around the predictor: where it runs, what they print, what they count."""
+"""The commands `raydistill predict` and `serve`, around the predictor."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from raydistill.strangers import one_line, plain_console
 def predict_command(
     folder: str, pictures: Sequence[str], out: str | None, top: int, engine: str, address: str | None, skip: int = 0
 ) -> None:
-    """`skip`: leave out that many pictures, the first in order.
+    """`skip`: leave out the first pictures.
 
-    Raises ConfigError, DataError; the latter also where not one picture could be read.
+    Raises ConfigError, DataError; the latter also if no picture could be read.
     """
     about, with_engine = check_export(folder, engine), cast(Engine, engine)
     if out is not None:
@@ -60,7 +60,7 @@ def predict_command(
                 yield answer
                 answered += 1
 
-        interrupts.resume_hint("what is answered is kept, and --skip goes on")
+        interrupts.resume_hint("the answers so far are kept; --skip continues after them")
         try:
             if out is not None:
                 write_answers(counted(), classes, top, out)
@@ -70,7 +70,7 @@ def predict_command(
                     print(one_line(f"{answer.name}  {found or f'error: {answer.error}'}"))
         except BaseException:
             how = f"{answered} of {count} pictures are answered{f', in {out}' if out else ''}; the same command with "
-            how += f"--skip {skip + answered}{' and another --out' if out else ''} goes on"
+            how += f"--skip {skip + answered}{' and another --out' if out else ''} continues"
             interrupts.resume_hint(one_line(how))
             if not interrupts.was_interrupted():
                 console.print(f"predict ended early: {how}", markup=False, soft_wrap=True)
@@ -81,11 +81,11 @@ def predict_command(
     if len(failed) > 10:
         console.print(f"… and {len(failed) - 10} more" + ("; all are in the file" if out else ""), markup=False)
     if len(failed) == count:
-        raise DataError("not one of the pictures could be read")
+        raise DataError("no picture could be read")
 
 
 def serve_command(folder: str, engine: str, host: str, sockets: list[socket.socket], settings: ServeSettings) -> None:
-    """Until it is interrupted. Raises ConfigError where the folder is no exported student."""
+    """Serve until an interruption. Raises ConfigError: the folder is not an exported student."""
     from raydistill.inference.listening import addresses, own_names, run
     from raydistill.inference.serve import make_app
 
@@ -95,12 +95,12 @@ def serve_command(folder: str, engine: str, host: str, sockets: list[socket.sock
     title = f"{about['model']}, {len(predictor.classes)} classes"
     app = make_app(predictor, title, own, settings)
     urls, is_open = addresses(sockets)
-    plain_console().print(f"serving {folder} at {' and '.join(urls)} (Ctrl-C ends it)", soft_wrap=True)
+    plain_console().print(f"serving {folder} at {' and '.join(urls)} (Ctrl-C stops it)", soft_wrap=True)
     if is_open:
         print(
-            f"warning: whoever reaches {host} may ask; there is no login and no encryption\n"
-            f"the server answers to {', '.join(sorted({*own, *settings.allowed}))}; every further name, "
-            "as a proxy's or a service's, needs --allow-host NAME",
+            f"warning: everyone who reaches {host} can use the server; it has no login and no encryption\n"
+            f"the server answers to {', '.join(sorted({*own, *settings.allowed}))}; any other name, such as a proxy's "
+            "or a service's, needs --allow-host NAME",
             file=sys.stderr,
         )
     run(app, sockets)

@@ -1,4 +1,4 @@
-"""What clients send to `serve`, as pictures: raw bytes, a form with files, or JSON with base64."""
+"""Pictures from requests to `serve`: raw bytes, a form with files, or JSON with base64."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from starlette.requests import Request
 
 WANTED = "send a picture's bytes as the body, a form with a file, or JSON with base64 under `image`"
 MOST_PICTURES, _MOST_VALUES = 64, 10_000
-# Where the usual servers' clients put a picture, or a list of them.
+# The keys in which clients of common servers put a picture, or a list of them.
 _KEYS = (
     "instances", "inputs", "images", "image", "b64", "base64", "data", "file", "picture", "image_bytes", "image_base64",
     "content", "body",
 )  # fmt: skip
 _RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded", "binary/octet-stream")  # the third: curl's
 _FIELDS = re.compile(rb"[\w.%\[\]-]{1,64}=[!-~\r\n]*")
-# A body may take this long, and a second more for each so many bytes that came.
+# A body may take this long, and one second more for each of these many bytes.
 BODY_SECONDS, BYTES_A_SECOND = 20, 20_000
 
 
 class Intake:
-    """Reads bodies. Those that are being read and answered hold no more than `most_held` bytes together."""
+    """Reads bodies. Open requests hold at most `most_held` bytes together."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes, self._most_held, self._held = most_bytes, max(256_000_000, 4 * most_bytes), 0
 
     async def pictures(self, request: Request) -> tuple[list[bytes], bool]:
-        """At least one, and whether they came as a list. Raises HTTPException, which says what is wrong, and
+        """The pictures, at least one, and whether they came as a list. Raises HTTPException with the reason, and
         ClientDisconnect."""
         encoding = request.headers.get("content-encoding", "identity")
         if encoding.lower() != "identity":
-            raise HTTPException(415, f"Content-Encoding {encoding[:60]!r} is not understood; send the body as it is")
+            raise HTTPException(415, f"Content-Encoding {encoding[:60]!r} is not supported; send the body uncompressed")
         data = await self._body(request)
         if not data:
             raise HTTPException(400, f"the request has no body; {WANTED}")
@@ -51,13 +51,13 @@ class Intake:
         if kind == "application/x-www-form-urlencoded" and _FIELDS.fullmatch(data):  # curl's name for pictures too
             return _from_fields(data)
         if kind.startswith(("text/", "audio/", "video/", "multipart/")) or kind.endswith(("xml", "yaml")):
-            raise HTTPException(415, f"Content-Type {kind[:60]!r} is not understood; {WANTED}")
+            raise HTTPException(415, f"Content-Type {kind[:60]!r} is not supported; {WANTED}")
         return [data], False
 
     async def _body(self, request: Request) -> bytes:
         too_long = HTTPException(
             413,
-            f"the body has more than {self._most_bytes:,} bytes, which --max-megabytes allows",
+            f"the body has more than {self._most_bytes:,} bytes, the limit of --max-megabytes",
             {"Connection": "close"},
         )
         if int(request.headers.get("content-length", 0)) > self._most_bytes:
@@ -72,7 +72,7 @@ class Intake:
                     if len(data) > self._most_bytes:
                         raise too_long
                     if self._held > self._most_held:
-                        raise HTTPException(503, "too many pictures at once; ask again later", {"Retry-After": "1"})
+                        raise HTTPException(503, "too many pictures at once; try again later", {"Retry-After": "1"})
                     limit.reschedule(began + BODY_SECONDS + len(data) / BYTES_A_SECOND)
         except TimeoutError:
             raise HTTPException(408, "the body came too slowly; send it again", {"Connection": "close"}) from None
@@ -83,7 +83,7 @@ class Intake:
 
 async def _from_form(request: Request, data: bytes) -> tuple[list[bytes], bool]:
     async def stream() -> AsyncGenerator[bytes, None]:
-        for first in range(0, len(data), 1 << 16):  # some forms take seconds, and others are answered meanwhile
+        for first in range(0, len(data), 1 << 16):  # some forms take seconds; other requests run in between
             yield data[first : first + (1 << 16)]
             await asyncio.sleep(0)
 
@@ -104,7 +104,7 @@ async def _from_form(request: Request, data: bytes) -> tuple[list[bytes], bool]:
 
 def _from_fields(data: bytes) -> tuple[list[bytes], bool]:
     for escape, sign in ((b"%2F", b"/"), (b"%2f", b"/"), (b"%2B", b"+"), (b"%2b", b"+"), (b"%3D", b"=")):
-        data = data.replace(escape, sign)  # what base64 is full of; to Python each takes a hundred bytes
+        data = data.replace(escape, sign)  # base64 has many; Python's parser takes a hundred bytes for each
     if data.count(b"&") + data.count(b"%") > _MOST_VALUES:
         raise HTTPException(413, f"the form has more than {_MOST_VALUES:,} fields or escapes; {WANTED}")
     fields = parse_qsl(data.decode("ascii"))
@@ -120,9 +120,9 @@ def _shown(names: Iterable[str]) -> str:
 
 
 def _from_json(data: bytes) -> tuple[list[bytes], bool]:
-    # Before they are made: a few bytes each would take seconds, in which nobody else is answered.
+    # Count before parsing: values of a few bytes each would block other requests for seconds.
     if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-        raise HTTPException(413, f"the JSON holds more than {_MOST_VALUES:,} values, as pixels are; {WANTED}")
+        raise HTTPException(413, f"the JSON holds more than {_MOST_VALUES:,} values, such as pixels; {WANTED}")
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
@@ -136,7 +136,7 @@ def _from_json(data: bytes) -> tuple[list[bytes], bool]:
 
 
 def _texts(tree: object, depth: int = 6) -> tuple[list[str], bool]:
-    """Every text where a picture may be, and whether a list holds them."""
+    """Every text that may hold a picture, and whether they are in a list."""
     if isinstance(tree, str):
         return [tree], False
     if isinstance(tree, list) and depth:
@@ -146,13 +146,13 @@ def _texts(tree: object, depth: int = 6) -> tuple[list[str], bool]:
             if key in tree:
                 return _texts(tree[key], depth - 1)
         names = _shown(tree)
-        raise HTTPException(400, f"the JSON has none of the keys that hold pictures (it has {names}); {WANTED}")
-    raise HTTPException(400, f"the JSON holds {type(tree).__name__} where base64 of a picture belongs; {WANTED}")
+        raise HTTPException(400, f"the JSON has no key for pictures (it has {names}); {WANTED}")
+    raise HTTPException(400, f"the JSON holds {type(tree).__name__} instead of a picture's base64; {WANTED}")
 
 
 def _from_base64(text: str) -> bytes:
     if text.startswith(("http://", "https://", "file:", "s3://", "gs://")):
-        raise HTTPException(400, f"addresses are not fetched; {WANTED}")
+        raise HTTPException(400, f"the server does not fetch addresses; {WANTED}")
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):

@@ -1,4 +1,4 @@
-"""Sockets and connections of `serve`: where it listens, and how long it waits for slow clients."""
+"""Sockets, connections and timeouts of `serve`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from raydistill.errors import ConfigError
 
 MOST_CONNECTIONS = 512
-# For a request's head; for all of a request, its body and answer; for open requests once the server is told to end.
+# Seconds for the head of a request; for all of a request, with its answer; for open requests when the server stops.
 HEAD_SECONDS, EXCHANGE_SECONDS, GOODBYE_SECONDS = 10, 600, 3
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Limits of a request's bytes and of a picture's pixels, the seconds in which requests gather, and further names
-    that the server answers to."""
+    """Limits of a request's bytes and a picture's pixels, the seconds that collect requests into a batch, and further
+    names of the server."""
 
     most_bytes: int
     most_pixels: int
@@ -37,8 +37,8 @@ class ServeSettings:
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 that ends connections which wait for nothing: uvicorn has no limit for the head, nor for an answer that
-    nobody reads. Of too many the one whose request has taken longest to begin goes."""
+    """HTTP/1.1 that closes stalled connections: uvicorn has no time limit for the head, nor for an answer that the
+    client does not read. If there are too many, it closes the one that has waited longest for its request."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -82,11 +82,11 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--host {host}: no address of this name ({reason}); use 127.0.0.1 for this machine, 0.0.0.0 for all"
+            f"--host {host}: this name has no address ({reason}); use 127.0.0.1 for this machine, 0.0.0.0 for all"
         ) from None
     sockets, failure = [], OSError(errno.EADDRNOTAVAIL, "no address")
     for family, _, _, _, address in dict.fromkeys(found):
-        # `::` alone means every address of IPv4 too.
+        # A single `::` means every IPv4 address too.
         both_kinds = family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
         try:
             one = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both_kinds)
@@ -105,8 +105,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 def host_name(uri: str) -> str:
-    """The name or address in a URI of nothing but a host, in small letters and without a port; empty where there is
-    more, or none."""
+    """The name or address of a URI that is only a host, in lower case and without a port; else an empty text."""
     found = re.fullmatch(
         r"(?:[a-z][a-z0-9+.-]*:)?//(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d{0,5})?", uri.lower(), re.ASCII
     )
@@ -119,19 +118,19 @@ def host_name(uri: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """A name that `--allow-host` gives, as browsers send it. Raises ConfigError where more than a name stands there."""
-    with contextlib.suppress(ValueError):  # no address, or no name that DNS could know
+    """The name of `--allow-host` in the form that browsers send. Raises ConfigError: it is more than a name."""
+    with contextlib.suppress(ValueError):  # not an address, or not a valid DNS name
         plain = name.strip("[]").lower()
         if ":" in plain:
             return str(ipaddress.ip_address(plain))
         if re.fullmatch(r"[a-z0-9_.-]+", plain := plain.encode("idna").decode()):
             return plain
-    raise ConfigError(f"--allow-host {name}: give a name or an address alone, as models.example.org")
+    raise ConfigError(f"--allow-host {name}: give only a name or an address, such as models.example.org")
 
 
 def own_names(sockets: list[socket.socket], host: str) -> set[str]:
-    """What clients may call this server: the addresses where it listens, this machine's names, and `host`. A page of
-    another site cannot have a browser ask under any of these, but for that site's own."""
+    """The names of this server: its addresses, this machine's names, and `host`. A page of another site cannot make a
+    browser send a request under these names."""
     bound = {one.getsockname()[0].partition("%")[0] for one in sockets}
     names = {"localhost", "127.0.0.1", "::1", host.lower().strip("[]"), *bound}
     if any(ipaddress.ip_address(address).is_unspecified for address in bound):
@@ -141,7 +140,7 @@ def own_names(sockets: list[socket.socket], host: str) -> set[str]:
 
 
 def addresses(sockets: list[socket.socket]) -> tuple[list[str], bool]:
-    """What to type into a browser, and whether other machines reach it."""
+    """The addresses for a browser, and whether other machines reach the server."""
     urls, is_open = [], False
     for one in sockets:
         host, port = one.getsockname()[:2]
@@ -155,10 +154,10 @@ def addresses(sockets: list[socket.socket]) -> tuple[list[str], bool]:
 
 
 def run(app: ASGIApp, sockets: list[socket.socket]) -> None:
-    """Until it is told to end; open requests have a few seconds then."""
+    """Serve until a signal; open requests then have a few seconds."""
     config = uvicorn.Config(
         app, log_level="critical", http=_Protocol, ws="none", timeout_graceful_shutdown=GOODBYE_SECONDS,
         server_header=False, timeout_keep_alive=5,
-        proxy_headers=False,  # of which the log would believe whatever a client of this machine says
+        proxy_headers=False,  # otherwise a local client could write any address into the log
     )  # fmt: skip
     uvicorn.Server(config).run(sockets)

@@ -1,4 +1,4 @@
-"""predict: an exported student names the class of pictures, from exactly the pixels that training would show it.
+"""predict: classify pictures with an exported student, from the same pixels as in training.
 
 Shapes: B images, H working pixels on a side, C classes.
 """
@@ -32,16 +32,16 @@ from raydistill.models.about import Engine, check_export
 from raydistill.models.formats import load_from_library, network_inputs, onnx_run, torch_run
 from raydistill.strangers import written
 
-Unit = tuple[str, int, int]  # a file; or, of a file of many images, the first of its rows and how many
+Unit = tuple[str, int, int]  # a file; or, for a file of many images, the first row and the number of rows
 # More pictures than this go through a pool of actors, which takes some ten seconds to start.
 LARGE = 10_000
 _TOGETHER, _HELD_BYTES = 64, 64 << 20
 
 
 class Predictor:
-    """An exported student, loaded. It decodes in `decoders` processes, or in one for each core.
+    """A loaded student. It decodes in `decoders` processes, by default one for each core.
 
-    Raises ConfigError where the folder is none, or lacks the engine's file.
+    Raises ConfigError: the folder is not an exported student, or lacks the engine's file.
     """
 
     def __init__(self, folder: str, engine: Engine = "onnx", threads: int = 0, decoders: int | None = None) -> None:
@@ -80,12 +80,12 @@ class Predictor:
         return probabilities_BC
 
     def answer(self, units: Sequence[Unit]) -> Iterator[Answer]:
-        """One for each picture, in order. A picture that cannot be read, or kills the process that decodes it, harms no
+        """One answer for each picture, in order. A picture that cannot be read, or kills its decoding process, harms no
         other."""
         return self.answer_bytes(read_units(units, self.most_bytes))
 
     def answer_bytes(self, pictures: Iterable[tuple[str, bytes | None, str]]) -> Iterator[Answer]:
-        """The same of pictures' names and bytes, or None and why there are none."""
+        """Answers for (name, bytes, "") or (name, None, reason) of each picture."""
         for part in _together(pictures, self.most_together):
             files = chunks((data or b"" for _, data, _ in part), max(1, len(part) // (4 * self._decoders)))
             made = [image for _, some in map_isolated(self._decode, files, self._decoders) for image in some]
@@ -96,18 +96,18 @@ class Predictor:
 
 
 def read_units(units: Sequence[Unit], most_bytes: int) -> Iterator[tuple[str, bytes | None, str]]:
-    """The name and the bytes of each picture, or None and why there are none."""
+    """(name, bytes, "") or (name, None, reason) of each picture."""
     return (picture for unit in _merged(units) for picture in _read(unit, most_bytes))
 
 
 def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> list[Unit]:
-    """Files as they are named, and every picture below folders. What else is there counts in `ignored`, by reason.
+    """The named files, and every picture below the named folders. `ignored` counts other files by reason.
 
-    Raises DataError where there is nothing at a path, or no picture, or a table without the column `image`.
+    Raises DataError: a path does not exist or holds no picture, or a table has no column `image`.
     """
     found, ignored = list[Unit](), Counter[str]() if ignored is None else ignored
     if away := next((path for path in paths if "://" in path), None):
-        raise DataError(f"{written(away)}: pictures are read from this machine; copy them here and name their folder")
+        raise DataError(f"{written(away)}: predict reads local files only; copy the pictures here")
     for path in map(str, map(Path, paths)):
         if os.path.isdir(path):
             pictures = list(_pictures_below(path, ignored))
@@ -115,7 +115,7 @@ def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> lis
                 raise DataError(f"{written(path)}: no pictures found in this folder{_describe(ignored)}")
             found += [(picture, 0, 1) for picture in pictures]
         elif not os.path.exists(path):
-            raise DataError(f"{written(path)}: there is nothing at this path")
+            raise DataError(f"{written(path)}: the path does not exist")
         elif PurePosixPath(path).suffix.lower() in SUFFIXES:
             num_rows = count_rows(path)
             found += [(path, first, min(_TOGETHER, num_rows - first)) for first in range(0, num_rows, _TOGETHER)]
@@ -140,7 +140,7 @@ def _describe(ignored: Counter[str]) -> str:
 
 
 def without_first(units: Sequence[Unit], count: int) -> list[Unit]:
-    """Without that many pictures. Raises ConfigError where none are left."""
+    """The units after the first `count` pictures. Raises ConfigError: none is left."""
     left = []
     for path, first, number in units:
         passed = min(count, number)
@@ -148,7 +148,7 @@ def without_first(units: Sequence[Unit], count: int) -> list[Unit]:
         if number > passed:
             left.append((path, first + passed, number - passed))
     if not left:
-        raise ConfigError("--skip leaves no picture to answer")
+        raise ConfigError("--skip leaves no picture; lower it")
     return left
 
 
@@ -157,8 +157,8 @@ def predict_locally(folder: str, engine: Engine, units: Sequence[Unit]) -> Itera
 
 
 def predict_on_ray(folder: str, engine: Engine, units: Sequence[Unit]) -> Iterator[Answer]:
-    """Through a pool of one-CPU actors, as many as there are CPUs, on the Ray that has been joined; in order. Every
-    node sees the same paths."""
+    """Answers in order from a pool of one-CPU actors, one for each CPU of the joined Ray cluster. Every node has to see
+    the same paths."""
     import ray.data
     from ray.data import ActorPoolStrategy
 
@@ -195,7 +195,7 @@ class _PredictActor:
 
 
 def _merged(units: Sequence[Unit]) -> list[Unit]:
-    """Neighbouring rows of one file as one unit, so that what lies together is read once."""
+    """Adjacent rows of one file as one unit, so that each file is read once."""
     merged: list[Unit] = []
     for path, first, count in units:
         if merged and merged[-1][0] == path and sum(merged[-1][1:]) == first:
@@ -206,7 +206,7 @@ def _merged(units: Sequence[Unit]) -> list[Unit]:
 
 
 def _read(unit: Unit, most_bytes: int) -> Iterator[tuple[str, bytes | None, str]]:
-    """(name, bytes, "") or (name, None, why)."""
+    """(name, bytes, "") or (name, None, reason)."""
     path, first, count = unit
     is_many = PurePosixPath(path).suffix.lower() in SUFFIXES
     rows = range(first, first + count) if is_many else [None]
@@ -217,7 +217,7 @@ def _read(unit: Unit, most_bytes: int) -> Iterator[tuple[str, bytes | None, str]
 def _together(
     pictures: Iterable[tuple[str, bytes | None, str]], most: int
 ) -> Iterator[list[tuple[str, bytes | None, str]]]:
-    """Lists of up to `most` pictures, and of no more bytes than may be held at once."""
+    """Lists of up to `most` pictures, within the limit of bytes in memory."""
     part, held = [], 0
     for picture in pictures:
         part.append(picture)

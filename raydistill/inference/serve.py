@@ -1,8 +1,7 @@
-"""serve: an exported student behind HTTP on this machine, for a trial and for products that live beside it.
+"""serve: an exported student behind HTTP on this machine, for a trial and for products on the same machine.
 
-`GET /` is a page to drop a picture on, `GET /health` names the model and its classes, `POST /predict` takes pictures
-(intake.py) and answers with classes, their numbers and probabilities. Requests that come within a few milliseconds go
-through the network together.
+`GET /` is a page for trying pictures, `GET /health` gives the model and its classes, `POST /predict` takes pictures
+(intake.py) and returns classes, their numbers and probabilities. Requests within a few milliseconds share a batch.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from raydistill.inference.listening import ServeSettings, host_name
 from raydistill.inference.predict import Predictor
 
 _TOP = 5
-_GONE = 499  # nginx's number for a client that left before its answer
-_ADVICE = {404: "there are /, /health and /predict", 405: f"POST to /predict: {WANTED}"}
+_GONE = 499  # nginx's code for a client that left before its answer
+_ADVICE = {404: "the paths are /, /health and /predict", 405: f"POST to /predict: {WANTED}"}
 _PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
 
 class Batcher:
-    """Gathers working images for a moment and sends them through the network as one batch."""
+    """Collects working images for a moment and sends them through the network as one batch."""
 
     def __init__(self, predictor: Predictor, window_seconds: float) -> None:
         self._predictor, self._window = predictor, window_seconds
@@ -53,7 +52,7 @@ class Batcher:
         return await answer
 
     async def run(self) -> None:
-        """For as long as the server lives."""
+        """Runs as long as the server."""
         while True:
             batch = [await self._waiting.get()]
             if self._window:
@@ -63,22 +62,22 @@ class Batcher:
             images = np.stack([image for image, _ in batch])
             try:
                 found = await run_in_threadpool(self._predictor.probabilities, images)
-            except Exception as error:  # it answers those who wait; the next batch may succeed
+            except Exception as error:  # the waiting requests get it; the next batch may succeed
                 for _, answer in batch:
                     if not answer.done():
                         answer.set_exception(RuntimeError(str(error)))
                 continue
             for (_, answer), probabilities_C in zip(batch, found, strict=True):
-                if not answer.done():  # its client may have gone
+                if not answer.done():  # the client may have left
                     answer.set_result(probabilities_C)
 
 
 def make_app(predictor: Predictor, title: str, own: Collection[str], settings: ServeSettings) -> ASGIApp:
-    """The ASGI application, which logs each request. It answers to its `own` names and addresses, and to those that the
-    settings allow; pages from the latter may ask it too."""
+    """The ASGI application, which logs each request. It accepts its `own` names and addresses, and those that the
+    settings allow; pages of the latter may send requests too."""
     batcher, intake = Batcher(predictor, settings.window_seconds), Intake(settings.most_bytes)
     most_pixels = settings.most_pixels
-    # Apart from the network's thread, so that pictures which wait for memory keep no answer waiting.
+    # Not the network's thread, so that pictures that wait for memory do not delay answers.
     decoders = CapacityLimiter(max(2, os.cpu_count() or 2))
 
     @contextlib.asynccontextmanager
@@ -102,7 +101,7 @@ def make_app(predictor: Predictor, title: str, own: Collection[str], settings: S
                 image = await to_thread.run_sync(predictor.working_image, data, most_pixels, limiter=decoders)
             except DataError as error:
                 where = f"picture {number}: " if is_list else ""
-                allowed = f"the {most_pixels / 1e6:g} million that --max-megapixels allows"
+                allowed = f"the {most_pixels / 1e6:g} million of --max-megapixels"
                 reason = str(error).replace(f"images.max_pixels={most_pixels}", allowed)
                 advice = f"; {WANTED}" if reason == "not an image" else ""
                 raise HTTPException(422, f"{where}{reason}{advice}") from None
@@ -117,7 +116,7 @@ def make_app(predictor: Predictor, title: str, own: Collection[str], settings: S
         return JSONResponse({"error": f"{error.detail}{advice}"}, error.status_code, error.headers)
 
     async def gone(request: Request, error: Exception) -> Response:
-        return Response(status_code=_GONE)  # which nobody reads
+        return Response(status_code=_GONE)  # the client has left
 
     async def failed(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": f"the student could not answer: {error}"}, 500)
@@ -137,9 +136,9 @@ def _top(request: Request) -> int:
 
 
 def _guarded(app: ASGIApp, own: Collection[str], allowed: Collection[str]) -> ASGIApp:
-    """Refuses what other sites have a browser ask: under a name of theirs that points at this machine (DNS rebinding),
-    or from a page of theirs. Starlette's TrustedHostMiddleware checks no Origin, and its answer names neither the host
-    nor the way out."""
+    """Refuses requests that another site makes a browser send: under its own name that points to this machine (DNS
+    rebinding), or from its page. Starlette's TrustedHostMiddleware does not check Origin, and its answer names neither
+    the host nor the option that allows it."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -148,7 +147,7 @@ def _guarded(app: ASGIApp, own: Collection[str], allowed: Collection[str]) -> AS
         host, origins = headers.get("host", "").lower(), [one.lower() for one in headers.getlist("origin") if one]
         strange = [one for one in origins if one.partition("://")[2] != host and host_name(one) not in allowed]
         if host_name(f"//{host}") not in {*own, *allowed}:
-            wrong, status = f"the request's Host {host[:100]!r} is no name of this server", 421
+            wrong, status = f"the request's Host {host[:100]!r} is not a name of this server", 421
         elif strange:
             wrong, status = f"the request's Origin {strange[0][:100]!r} is another site", 403
         else:
@@ -161,7 +160,7 @@ def _guarded(app: ASGIApp, own: Collection[str], allowed: Collection[str]) -> AS
 
 
 def _logged(app: ASGIApp) -> ASGIApp:
-    """A line for each request on stderr: who, what, the answer's status and the time; nothing of bodies or queries."""
+    """A line for each request on stderr: client, path, status and time, without bodies and queries."""
 
     async def logged(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -1,4 +1,4 @@
-"""An exported student as a torch module that takes pictures: from its folder, or from the Hugging Face hub."""
+"""An exported student as a torch module for pictures, from its folder or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ Pictures = Picture | Iterable[Picture]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the student says of one picture: its likeliest class and the probability of each; or `error`, why it says
-    nothing."""
+    """The answer for one picture: its class and the probability of each class; or `error`, the reason why there is
+    none."""
 
     name: str
     label: str | None
     probability: float
-    probabilities: dict[str, float]  # the likeliest first
+    probabilities: dict[str, float]  # in descending order
     error: str = ""
 
 
 class Student(nn.Module):
-    """`student(inputs_B3SS)` gives logits (B, C) of normalised inputs; `preprocess` makes these of pictures; `predict`
-    does both. `classes` are the names of the logits, in order."""
+    """`student(inputs_B3SS)` gives logits (B, C) of normalised inputs; `preprocess` makes these from pictures;
+    `predict` does both. `classes` are the names of the logits, in order."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Student(nn.Module):
         return logits_BC
 
     def preprocess(self, picture: Picture) -> torch.Tensor:
-        """(3, S, S) float32, as in training. Raises DataError where the picture cannot be used, OSError of its file."""
+        """(3, S, S) float32, as in training. Raises DataError: the picture cannot be used; OSError: its file cannot."""
         if isinstance(picture, str | os.PathLike):
             data = read_file(os.fspath(picture), self._predictor.most_bytes)
         else:
@@ -65,9 +65,9 @@ class Student(nn.Module):
         return torch.from_numpy(network_inputs(image[None], self._predictor.preprocessing, False)[0])
 
     def predict(self, pictures: Pictures) -> list[Prediction]:
-        """One for each picture, in order: of paths, folders and files of many images as `raydistill predict` reads
-        them, of PIL images, of uint8 arrays (H, W) or (H, W, 3 or 4), and of files' bytes. It is computed in eval mode,
-        where the network lies. Raises DataError where there is nothing at a path, TypeError of what is no picture."""
+        """One prediction for each picture, in order. Pictures are paths, folders and files of many images as in
+        `raydistill predict`, PIL images, uint8 arrays (H, W) or (H, W, 3 or 4), and files' bytes. It runs in eval mode,
+        on the network's device. Raises DataError: a path does not exist; TypeError: an item is not a picture."""
         some = [pictures] if isinstance(pictures, _PICTURE) else list(pictures)
         was_training = self.training
         self.eval()
@@ -93,7 +93,7 @@ class Student(nn.Module):
 
 
 def load_student(place: str) -> Student:
-    """Raises ConfigError where the folder, or the hub's repository, is no exported student."""
+    """Raises ConfigError: the folder, or the hub's repository, is not an exported student."""
     name = place.removeprefix("hf:")
     if os.path.exists(place) or not _REPOSITORY.fullmatch(name):
         return Student(place)
@@ -101,19 +101,19 @@ def load_student(place: str) -> Student:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
-        # First of all, or a wrong name would fetch any model's weights.
+        # First, or a wrong name would download any model's weights.
         read_about(os.path.dirname(hf_hub_download(name, ABOUT_FILE)))
         return Student(snapshot_download(name, allow_patterns=list(_FILES)))
     except EntryNotFoundError:
-        raise ConfigError(f"{place}: no such folder, and what the hub has is no exported student") from None
+        raise ConfigError(f"{place}: no such folder, and the hub's repository is not an exported student") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ConfigError(
-            f"{place}: no such folder, and none on the hub that can be read ({first_line_of(error)})"
+            f"{place}: no such folder, and no readable repository on the hub ({first_line_of(error)})"
         ) from None
 
 
 def _bytes_of(picture: Any) -> bytes:
-    """Those of a lossless file of it, so that all pictures take one way. Raises DataError, TypeError."""
+    """The bytes of a lossless file of it, so that all pictures are decoded in one way. Raises DataError, TypeError."""
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, np.ndarray):
@@ -128,6 +128,6 @@ def _bytes_of(picture: Any) -> bytes:
             image.save(sink, "PNG", exif=image.getexif())
         else:
             image.save(sink, "TIFF", exif=image.getexif(), compression="raw")
-    except Exception as error:  # Pillow's own, of many classes
+    except Exception as error:  # Pillow raises many classes
         raise DataError(f"cannot be read: {reason_of(error)}") from None
     return sink.getvalue()

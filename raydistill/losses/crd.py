@@ -1,8 +1,8 @@
 """Contrastive representation distillation with a bounded memory of negatives. Tian, Krishnan & Isola 2020, arXiv
 1910.10699.
 
-It differs from the authors' code in two things, so that its cost does not grow with the data set: the memory is a ring
-of the latest embeddings, not a bank with a row for every image, and the positive is the pair of this very view.
+It differs from the authors' code in two points, so that its cost does not grow with the data set: the memory is a ring
+of the latest embeddings, not a bank with a row for every image, and the positive pair shows the same view.
 
 Shapes: B images of this worker, G images of the global batch, M places of the memory, K negatives, P dimensions of the
 projection; embeddings are expected to have unit length.
@@ -22,8 +22,8 @@ from raydistill.losses.task import UNLABELLED
 
 @dataclass(frozen=True)
 class Negatives:
-    """What every image of the batch is told apart from. `allowed_BK` leaves out an image's own embeddings and those of
-    its class; `log_mean` is that of exp(similarity / temperature) over the first negatives there were, a number for
+    """The negatives of every image of the batch. `allowed_BK` excludes the embeddings of the image itself and of its
+    class; `log_mean` is the log of the mean of exp(similarity / temperature) over the first negatives, one number for
     each of the two anchors."""
 
     student_KP: torch.Tensor
@@ -37,8 +37,8 @@ def crd(student_BP: torch.Tensor, teacher_BP: torch.Tensor, negatives: Negatives
     over both anchors.
 
     h = P / (P + K/N) is the posterior that a pair belongs together; P = exp(similarity / temperature) / Z with
-    Z = N * mean over the first negatives there were (in the authors' code, positives too). N cancels, so
-    h = sigmoid(similarity / temperature - log_mean - log K). Without any negative K counts 1.
+    Z = N * mean over the first negatives (in the authors' code, positives too). N cancels, so
+    h = sigmoid(similarity / temperature - log_mean - log K). Without negatives K is 1.
     """
     student_BP, teacher_BP = student_BP.float(), teacher_BP.float()
     sides = (
@@ -57,9 +57,8 @@ def crd(student_BP: torch.Tensor, teacher_BP: torch.Tensor, negatives: Negatives
 
 
 class ContrastiveMemory(nn.Module):
-    """A ring of the latest embeddings of both networks, with the image and the label that each belongs to. All workers
-    put in the same global batch and draw the same negatives, so their memories stay equal; its state is in the
-    checkpoint."""
+    """A ring of the latest embeddings of both networks, with the image and the label of each. All workers put in the
+    same global batch and draw the same negatives, so their memories stay equal. Checkpoints hold its state."""
 
     def __init__(self, places: int, projection_dim: int) -> None:
         super().__init__()
@@ -74,7 +73,7 @@ class ContrastiveMemory(nn.Module):
     def put(
         self, student_GP: torch.Tensor, teacher_GP: torch.Tensor, image_G: torch.Tensor, label_G: torch.Tensor
     ) -> None:
-        """Take in a global batch over the oldest entries."""
+        """Replace the oldest entries by a global batch."""
         places = len(self.image_M)
         student_GP, teacher_GP, image_G, label_G = (x[-places:] for x in (student_GP, teacher_GP, image_G, label_G))
         at = (int(self.put_in) + torch.arange(len(image_G), device=image_G.device)) % places
@@ -86,8 +85,7 @@ class ContrastiveMemory(nn.Module):
     def draw(
         self, count: int, image_G: torch.Tensor, label_G: torch.Tensor, mine: slice, seed: list[int], temperature: float
     ) -> Negatives:
-        """At most `count` entries, drawn without replacement, for the rows `mine` of the global batch, which has been
-        put in before."""
+        """Draw at most `count` entries without replacement for the rows `mine` of the global batch, after its `put`."""
         filled = min(int(self.put_in), len(self.image_M))
         drawn = np.random.default_rng(seed).permutation(filled)[:count]
         at = torch.from_numpy(drawn).to(self.image_M.device)
@@ -96,12 +94,11 @@ class ContrastiveMemory(nn.Module):
         allowed_GK = other_GK & ~same_class_GK
         if bool(self.log_mean.isnan().any()):
             self._measure(at, allowed_GK, image_G, temperature)
-        log_mean = self.log_mean.nan_to_num(nan=0.0)  # a copy; 0 until there is a negative to measure
+        log_mean = self.log_mean.nan_to_num(nan=0.0)  # a copy; 0 until there is a negative
         return Negatives(self.student_MP[at], self.teacher_MP[at], allowed_GK[mine], log_mean)
 
     def _measure(self, at: torch.Tensor, allowed_GK: torch.Tensor, image_G: torch.Tensor, temperature: float) -> None:
-        """The constant of the posterior, from the first global batch that has negatives; its embeddings are the latest
-        in the ring."""
+        """Compute the posterior's constant from the first global batch with negatives, the latest in the ring."""
         latest = (int(self.put_in) - torch.arange(min(len(image_G), len(self.image_M)), 0, -1)) % len(self.image_M)
         allowed = allowed_GK[-len(latest) :]
         if not bool(allowed.any()):

@@ -11,9 +11,9 @@ def dist(student_logits_BC: torch.Tensor, teacher_logits_BC: torch.Tensor, tempe
     """T^2 * (mean over images of 1 - the correlation of the two networks' class probabilities, plus mean over classes
     of 1 - their correlation over the batch); Pearson's correlation, probabilities at the temperature.
 
-    A column or row without any spread, but for the rounding of fp32, correlates with nothing and counts 1. One whose
-    spread, relative to its size, is below the resolution of the student's dtype correlates that much less: the
-    gradient is divided by the spread, and the dtype has to hold it.
+    A row or column that is constant up to the rounding of fp32 has correlation 0 and counts 1. If its spread, relative
+    to its size, is below the resolution of the student's dtype, its correlation shrinks in proportion: the spread
+    divides the gradient, and the dtype has to hold it.
     """
     resolution = torch.finfo(student_logits_BC.dtype).eps
     student_BC = (student_logits_BC.float() / temperature).softmax(dim=1)
@@ -29,8 +29,8 @@ def _correlation(first_RN: torch.Tensor, second_RN: torch.Tensor, resolution: fl
 
 
 def _standardised(rows_RN: torch.Tensor, resolution: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of mean 0 and length 1, and which are flat: what is left of equal numbers is their rounding, which would
-    correlate with itself."""
+    """Rows of mean 0 and length 1, and which rows are constant: only rounding is left of those, and it would correlate
+    with itself."""
     centred_RN = rows_RN - rows_RN.mean(dim=1, keepdim=True)
     spread_R1, size_R1 = (x.norm(dim=1, keepdim=True) for x in (centred_RN, rows_RN))
     flat_R1 = spread_R1 <= 1e-6 * size_R1

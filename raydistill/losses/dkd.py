@@ -21,8 +21,8 @@ def dkd(
     """target_factor * KL of "the target or not" + other_factor * KL among the other classes, both times T^2, in nats,
     mean over images (equation 7 of the paper, whose alpha and beta the factors are).
 
-    The target is the label or, for an unlabelled image, the teacher's first choice. With two classes nothing is left
-    to compare among the others.
+    The target is the label or, for an unlabelled image, the teacher's top class. With two classes there is only one
+    other class, so the second term is 0.
     """
     student_BC, teacher_BC = student_logits_BC.float(), teacher_logits_BC.float()
     target_B = torch.where(labels_B == UNLABELLED, teacher_BC.argmax(dim=1), labels_B)
@@ -36,6 +36,6 @@ def dkd(
 
 
 def _target_or_not(scaled_BC: torch.Tensor, target_BC: torch.Tensor) -> torch.Tensor:
-    """Two logits an image: that of the target, and the log of the summed powers of all others."""
+    """Two logits for each image: the target's, and the log-sum-exp of all others."""
     others_B = scaled_BC.masked_fill(target_BC, -torch.inf).logsumexp(dim=1)
     return torch.stack([scaled_BC[target_BC], others_B], dim=1)

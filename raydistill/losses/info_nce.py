@@ -9,9 +9,9 @@ from torch.nn import functional
 
 
 def info_nce(student_BP: torch.Tensor, teacher_BP: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Mean cross-entropy, in nats, of finding each image's own teacher embedding among the batch's by cosine similarity
-    over `temperature`, and each one's student embedding likewise; 0 for a single image, log B where nothing is told
-    apart."""
+    """Mean cross-entropy, in nats, of finding each student embedding's own teacher embedding in the batch by cosine
+    similarity over `temperature`, and each teacher embedding's student embedding; 0 for a single image, log B at
+    chance."""
     similarity_BB = student_BP.float() @ teacher_BP.float().T / temperature
     own = torch.arange(len(similarity_BB), device=similarity_BB.device)
     there, back = functional.cross_entropy(similarity_BB, own), functional.cross_entropy(similarity_BB.T, own)

@@ -1,10 +1,10 @@
 """Relational knowledge distillation: distances and angles among the images of a batch. Park, Kim, Lu & Cho 2019, arXiv
 1904.05068.
 
-A distance below the resolution of the features' dtype (`torch.finfo(dtype).eps`) counts as that: gradients are divided
-by distances, and the dtype has to hold them.
+The resolution of the features' dtype (`torch.finfo(dtype).eps`) is the least distance: distances divide gradients, and
+the dtype has to hold these.
 
-Shapes: B images, E and D features of student and teacher, which need not be equal.
+Shapes: B images, E and D features of student and teacher, which may differ.
 """
 
 import torch
@@ -26,15 +26,15 @@ def _relative_distances(features_BD: torch.Tensor) -> torch.Tensor:
 
 def rkd_angle(student_BE: torch.Tensor, teacher_BD: torch.Tensor) -> torch.Tensor:
     """Mean Huber loss between the two networks' cosines of the angle at every image j between images i and k, over
-    all B^3 triples as in the authors' code: those with i = j or k = j count 0. Where images have equal features, the
-    angle has no side and its cosine counts 0."""
+    all B^3 triples as in the authors' code: those with i = j or k = j count 0. Between images with equal features there
+    is no direction, so the cosine counts 0."""
     return functional.smooth_l1_loss(_angles(student_BE), _angles(teacher_BD))
 
 
 def _angles(features_BD: torch.Tensor) -> torch.Tensor:
     difference_BBD = features_BD.float()[None] - features_BD.float()[:, None]
     length_BB1 = difference_BBD.norm(dim=2, keepdim=True)
-    # Two equal rows have no direction from one to the other: 0, without the gradient of 10^10 that a small floor gives.
+    # Two equal rows have no direction: 0, without the gradient of 10^10 that a small floor would give.
     least = torch.finfo(features_BD.dtype).eps
     direction_BBD = difference_BBD / length_BB1.clamp(min=least).masked_fill(length_BB1 == 0, torch.inf)
     return direction_BBD @ direction_BBD.transpose(1, 2)

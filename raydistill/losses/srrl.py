@@ -11,7 +11,7 @@ from torch.nn import functional
 def srrl(
     adapted_BD: torch.Tensor, adapted_logits_BC: torch.Tensor, teacher_BD: torch.Tensor, teacher_logits_BC: torch.Tensor
 ) -> torch.Tensor:
-    """Mean squared error between the student's features, brought into the teacher's space, and the teacher's, plus that
-    between what the teacher's own head makes of the two."""
+    """Mean squared error between the student's features, mapped into the teacher's space, and the teacher's, plus that
+    between the logits of the teacher's head for both."""
     features = functional.mse_loss(adapted_BD.float(), teacher_BD.float())
     return features + functional.mse_loss(adapted_logits_BC.float(), teacher_logits_BC.float())

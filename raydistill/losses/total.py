@@ -25,13 +25,13 @@ from raydistill.losses.task import cross_entropy
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one network says of a batch. What no term of the loss reads is None."""
+    """One network's outputs for a batch; None for those that no loss term reads."""
 
     logits_BC: torch.Tensor
     features_BD: torch.Tensor | None = None  # pooled, of the network's own width
     projected_BP: torch.Tensor | None = None  # on the unit sphere
     adapted_BD: torch.Tensor | None = None  # the student's features in the teacher's space
-    adapted_logits_BC: torch.Tensor | None = None  # what the teacher's head makes of them
+    adapted_logits_BC: torch.Tensor | None = None  # of the teacher's head for them
 
 
 def distillation_loss(
@@ -43,11 +43,11 @@ def distillation_loss(
     negatives: Negatives | None = None,
     weights_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The sum to minimise, and its unweighted terms by name; terms that never weigh anything are left out.
+    """The sum to minimise, and its unweighted terms by name, without terms whose weight is always 0.
 
     The default is the total of Farhat & Chen 2024 with all weights 1: L = CE + T^2 KL + L_align + (L_unif(student) +
-    L_unif(teacher)) / 2. `progress` is the share of all steps that are done, for weights that change. Computed in fp32
-    whatever the autocast. `weights_B` are those of the images in the task term.
+    L_unif(teacher)) / 2. `progress` is the share of steps done, for weights that change. It computes in fp32 even under
+    autocast. `weights_B` are the images' weights in the task term.
     """
     with torch.autocast(labels_B.device.type, enabled=False):
         terms = {name: _term(name, config, student, teacher, labels_B, negatives, weights_B) for name in config.terms}
@@ -100,4 +100,4 @@ def _term(
             return rkd_distance(*features)
         case "rkd_angle":
             return rkd_angle(*features)
-    raise AssertionError(f"a term of the config that has no loss: {name}")
+    raise AssertionError(f"the config has a term without a loss: {name}")

@@ -1,5 +1,5 @@
-"""`student.json` and `raydistill.json`, which describe a student. They may come from strangers. They are read without
-torch, so that a wrong folder is refused at once."""
+"""`student.json` and `raydistill.json`, which describe a student. They may come from others. Reading them does not load
+torch, so that the command refuses a wrong folder at once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from raydistill.storage.state import MOST_BYTES, parsed
 from raydistill.strangers import written
 
 Engine = Literal["onnx", "torch"]
-ABOUT_FILE = "raydistill.json"  # what a program has to know to use the exported files
-# The keys that it needs, by section.
+ABOUT_FILE = "raydistill.json"  # what a program needs to use the exported files
+# Its required keys by section.
 _SAID = {
     "": {"model", "library", "classes", "preprocessing", "image", "input"},
     "image": {"size", "fit", "max_pixels"},
@@ -27,7 +27,7 @@ _Side = Annotated[int, Field(ge=1, le=2048)]  # as in a job
 
 
 class Seen(BaseModel):
-    """How a working image becomes what the network sees."""
+    """How a working image becomes the network's input."""
 
     size: _Side
     mean: tuple[float, float, float]
@@ -61,32 +61,30 @@ class ExportAbout(StudentAbout):
 
 
 def read_about(folder: str) -> dict[str, Any]:
-    """What `export` says of its files. Raises ConfigError."""
-    shown, advice = written(folder), "`raydistill export` names the folder that it writes"
+    """Read the description of an exported folder. Raises ConfigError."""
+    shown, advice = written(folder), "give the folder that `raydistill export` printed"
     if not os.path.isdir(folder):
-        reason = "it is no folder" if os.path.exists(folder) else "there is nothing at this path"
-        raise ConfigError(f"{shown} is no exported student: {reason}; {advice}")
+        reason = "it is not a folder" if os.path.exists(folder) else "the path does not exist"
+        raise ConfigError(f"{shown} is not an exported student: {reason}; {advice}")
     try:
         data = read_file(str(Path(folder, ABOUT_FILE)), MOST_BYTES)
         about = parsed(data, dict[str, Any])
         for section, keys in _SAID.items():
             said = about[section] if section else about
             if isinstance(said, dict) and (lacking := keys - said.keys()):
-                raise ConfigError(
-                    f"{shown}/{ABOUT_FILE} does not say {', '.join(sorted(lacking))}; export the student again"
-                )
+                raise ConfigError(f"{shown}/{ABOUT_FILE} lacks {', '.join(sorted(lacking))}; export the student again")
         return parsed(data, ExportAbout).model_dump()
     except FileNotFoundError:
-        raise ConfigError(f"{shown} is no exported student: it has no {ABOUT_FILE}; {advice}") from None
+        raise ConfigError(f"{shown} is not an exported student: it has no {ABOUT_FILE}; {advice}") from None
     except (OSError, ValueError) as error:
         reason = str(getattr(error, "strerror", None) or error)
         raise ConfigError(
-            f"{shown} is no exported student: its {ABOUT_FILE} is damaged ({reason}); export the student again"
+            f"{shown} is not an exported student: its {ABOUT_FILE} is damaged ({reason}); export the student again"
         ) from None
 
 
 def check_export(folder: str, engine: str) -> dict[str, Any]:
-    """The same of a folder that has the files of the engine. Raises ConfigError."""
+    """Read the description, and check that the folder has the files of the engine. Raises ConfigError."""
     if engine not in get_args(Engine):
         raise ConfigError(f"--engine {engine}: use {' or '.join(get_args(Engine))}")
     about, shown = read_about(folder), written(folder)
@@ -97,5 +95,5 @@ def check_export(folder: str, engine: str) -> dict[str, Any]:
         found = list(Path(folder).glob(pattern))
         if not any(file.is_file() for file in found):
             name = pattern.replace("*", "")
-            raise ConfigError(f"{shown}{f'/{name} is no regular file' if found else f' has no {name}'}; {advice}")
+            raise ConfigError(f"{shown}{f'/{name} is not a regular file' if found else f' has no {name}'}; {advice}")
     return about

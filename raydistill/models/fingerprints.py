@@ -1,4 +1,4 @@
-"""What models, weights and pipelines are known by: their names, or the content of their files wherever they lie."""
+"""The identities of models, weights and pipelines: their names, or the content of their files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from raydistill.examples import weights_fingerprint
 from raydistill.models.shards import weight_files
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
-# The files of a `distill` directory that decide what a student computes; the last one exists for transformers models.
+# The files of a `distill` directory that decide a student's output; only transformers models have the last one.
 _STUDENT_FILES = ("student.json", "student.safetensors", "config.json")
 _SECONDS_OF_A_FRESH_FILE = 2.0
 
 
 def model_identity(section: Teacher | Student) -> dict[str, Any]:
-    """A model's name and weights, by content where they are files."""
+    """A model's name and weights; files by their content."""
     identity: dict[str, Any] = {"model": section.model, "weights": _weights(section.weights, section)}
     folder = section.model.removeprefix("hf:").removeprefix("timm:local-dir:")
     if os.path.isdir(folder):
@@ -33,7 +33,7 @@ def model_identity(section: Teacher | Student) -> dict[str, Any]:
 
 
 def pipeline_identity(settings: Generate | None) -> dict[str, Any]:
-    """A diffusion pipeline by its hub name and revision or, where it is a folder, by the content of its files."""
+    """A diffusion pipeline by its hub name and revision; a folder by the content of its files."""
     assert settings is not None
     name = settings.pipeline
     if not os.path.isdir(name):
@@ -43,14 +43,14 @@ def pipeline_identity(settings: Generate | None) -> dict[str, Any]:
 
 
 def _folder(folder: str) -> str:
-    """A model saved in a folder is known by the content of the files that a library reads, wherever it lies."""
+    """A model in a folder is identified by the content of the files that a library reads, not by its path."""
     names = [name for name in os.listdir(folder) if name.endswith(_MODEL_FILES)]
     files = {name: os.path.join(folder, name) for name in (_STUDENT_FILES if "student.json" in names else names)}
     return json.dumps({name: content_hash(path) for name, path in sorted(files.items()) if os.path.isfile(path)})
 
 
 def _weights(weights: str | None, section: Teacher | Student) -> str | None:
-    """Weights are known by their content: another file under the same name is another teacher."""
+    """Weights are identified by their content: another file of the same name is another teacher."""
     if weights is None:
         return None
     if weights.startswith("example:"):
@@ -68,11 +68,11 @@ def content_hash(path: str) -> str:
         fresh = time.time_ns() if time.time() - found.st_mtime < _SECONDS_OF_A_FRESH_FILE else 0
         return _hash_of(path, found.st_ino, found.st_size, found.st_mtime_ns, fresh)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); it is named as a model or its weights") from None
+        raise ConfigError(f"{path}: the model or its weights cannot be read ({error.strerror})") from None
 
 
 @lru_cache(maxsize=1024)
 def _hash_of(path: str, inode: int, size: int, changed: int, fresh: int) -> str:
-    """Read once while the file stays the same: every stage asks, and a model may have gigabytes."""
+    """Cached while the file stays the same: every stage asks for it, and a model may have gigabytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

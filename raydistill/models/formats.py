@@ -1,4 +1,4 @@
-"""The forms in which a student ships: a folder that timm or transformers loads, ONNX, and a program of torch.export.
+"""The formats of an exported student: a folder that timm or transformers loads, ONNX, and a torch.export program.
 
 Shapes: B images, H working pixels on a side, S pixels on a side of what the network sees, C classes.
 """
@@ -36,8 +36,8 @@ Run = Callable[[np.ndarray], np.ndarray]  # inputs to logits (B, C)
 
 
 class Shipped(nn.Module):
-    """Logits (B, C) and nothing else. From images as the network wants them, (B, 3, S, S) float32; or, `from_pixels`,
-    from working images, (B, H, H, 3) uint8, with the same preprocessing inside that `views.render` does."""
+    """A network that returns only logits (B, C). Its input is normalised images, (B, 3, S, S) float32, or, with
+    `from_pixels`, working images, (B, H, H, 3) uint8; then it preprocesses them like `views.render`."""
 
     def __init__(self, student: Student, working_size: int, from_pixels: bool) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class Shipped(nn.Module):
 
 
 def network_inputs(images_BHH3: np.ndarray, preprocessing: Preprocessing, from_pixels: bool) -> np.ndarray:
-    """What a shipped network takes, of working images (B, H, H, 3) uint8: they themselves, or (B, 3, S, S) float32 bit
-    for bit as in training."""
+    """The input of an exported network from working images (B, H, H, 3) uint8: the same, or (B, 3, S, S) float32, equal
+    to training's bit for bit."""
     if from_pixels:
         return images_BHH3
     whole = torch.from_numpy(WHOLE_IMAGE).expand(len(images_BHH3), -1)
@@ -67,12 +67,12 @@ def network_inputs(images_BHH3: np.ndarray, preprocessing: Preprocessing, from_p
 
 
 def preprocess_source() -> str:
-    """A module that reads pictures as `predict` does, and needs no raydistill: `decode`'s own code, so that the two
-    cannot differ, and `preprocess`'s."""
+    """A module that reads pictures like `predict` and does not need raydistill. It is the code of `decode`, so that the
+    two cannot differ, and of `preprocess`."""
     lines = [
-        '"""How a picture becomes what the files beside this one take. Written by raydistill."""', "",
+        '"""Reads pictures as input for the files beside this one. Written by raydistill."""', "",
         "from __future__ import annotations", "", "", "class DataError(ValueError):",
-        '    """A file that is no picture, and why."""', "", "",
+        '    """The file is not a picture."""', "", "",
     ]  # fmt: skip
     for module in (decode, preprocess):
         source = inspect.getsource(module)
@@ -81,10 +81,10 @@ def preprocess_source() -> str:
 
 
 def save_for_library(student: Student, classes: Sequence[str], fit: str, folder: Path) -> None:
-    """`model.safetensors` and `config.json` as timm's `local-dir:` and `hf-hub:` names read them; for a transformers
-    model as `from_pretrained` does, with its image processor.
+    """Write `model.safetensors` and `config.json` for timm's `local-dir:` and `hf-hub:` names or, for a transformers
+    model, for `from_pretrained`, with its image processor.
 
-    The transforms of both libraries only come near to ours: they put no white behind transparency, and pad with the
+    The transforms of both libraries are only similar to ours: they put no white behind transparency, and pad with the
     mean colour. Only `preprocess_source` gives the same images."""
     wanted, network = student.preprocessing, student.network
     if isinstance(student.body, TimmClassifier):
@@ -93,12 +93,12 @@ def save_for_library(student: Student, classes: Sequence[str], fit: str, folder:
             "interpolation": wanted.interpolation, "crop_pct": 1.0,
             "crop_mode": "center" if fit == "crop" else "border",
         }  # fmt: skip
-        # A transformer is built for one size, so the size has to be in the file.
+        # A transformer is built for one size, so the file has to state the size.
         sized = {"img_size": wanted.size} if network.pretrained_cfg.get("fixed_input_size") else None
         timm.models.save_for_hf(
             network, folder, {"label_names": list(classes)}, sized, safe_serialization=True, data_config=seen
         )
-        # The number of classes stands twice there, and transformers, which reads this file too, takes it from both.
+        # timm's config states the number of classes twice, and transformers, which reads this file too, needs both.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config.get("model_args", {}).pop("num_classes", None)
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -118,7 +118,7 @@ def save_for_library(student: Student, classes: Sequence[str], fit: str, folder:
 
 
 def load_from_library(folder: Path, is_timm: bool) -> nn.Module:
-    """What somebody without raydistill gets from the folder, in eval mode, giving logits alone. Raises ConfigError."""
+    """The network as a user without raydistill loads it, in eval mode; it returns only logits. Raises ConfigError."""
     if sizes_of(folder) is None:
         raise ConfigError(f"{folder}: has no model.safetensors")
     if is_timm:
@@ -142,7 +142,7 @@ class _Logits(nn.Module):
 
 
 def to_onnx(network: nn.Module, example: torch.Tensor, about: dict[str, Any], file: Path) -> None:
-    """One file with the weights inside, any number of images, and `about` as JSON in its metadata."""
+    """Write one file with the weights inside, any batch size, and `about` as JSON in its metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notes are for its developers
         program = torch.onnx.export(
@@ -158,7 +158,7 @@ def to_onnx(network: nn.Module, example: torch.Tensor, about: dict[str, Any], fi
 
 
 def to_program(network: nn.Module, example: torch.Tensor, about: dict[str, Any], file: Path) -> None:
-    """What `torch.export.load` reads, with `about` among its extra files as `raydistill.json`."""
+    """Write a file for `torch.export.load`, with `about` in its extra files as `raydistill.json`."""
     program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("images")},))
     sink = io.BytesIO()
     extra = {"raydistill.json": json.dumps(about, ensure_ascii=False)}
@@ -167,12 +167,12 @@ def to_program(network: nn.Module, example: torch.Tensor, about: dict[str, Any],
 
 
 def program_run(file: Path) -> Run:
-    """Logits of what `to_program` wrote."""
+    """A function from inputs to logits, from a file of `to_program`."""
     return torch_run(torch.export.load(file).module())
 
 
 def onnx_run(file: Path, threads: int = 0) -> Run:
-    """Logits of an ONNX file by ONNX Runtime on the CPU, in float32 whatever its weights are; 0: its own threads.
+    """A function from inputs to float32 logits, by ONNX Runtime on the CPU. `threads` 0: ONNX Runtime's default.
 
     Raises ConfigError.
     """
@@ -180,13 +180,13 @@ def onnx_run(file: Path, threads: int = 0) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what it says on the terminal, it raises too
+    options.log_severity_level = 4  # it also raises what it would print
     check_graph(file)
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception:  # its errors have no common class, and its words name its code
+    except Exception:  # its errors have no common class, and their text names source files
         raise ConfigError(
-            f"{file}: its graph cannot be run: it is damaged, or has an operator that ONNX Runtime lacks; export the "
+            f"{file}: its graph cannot run: it is damaged, or has an operator that ONNX Runtime lacks; export the "
             "student again"
         ) from None
     names = [[one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs())]
@@ -196,10 +196,10 @@ def onnx_run(file: Path, threads: int = 0) -> Run:
     def run(inputs: np.ndarray) -> np.ndarray:
         try:
             logits_BC: np.ndarray = session.run(["logits"], {"images": inputs})[0]
-        except Exception:  # as that of a graph for other images than the folder says
+        except Exception:  # for example, the graph takes images of another size than the folder says
             shape = "x".join(map(str, inputs.shape))
             raise ConfigError(
-                f"{file}: cannot answer images of {shape} {inputs.dtype}, as its folder says they are; export the "
+                f"{file}: does not take images of {shape} {inputs.dtype}, which its folder names; export the "
                 "student again"
             ) from None
         return logits_BC
@@ -213,14 +213,14 @@ def torch_run(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:
         tensor = torch.from_numpy(inputs)
         weights = next(network.parameters(), None) if isinstance(network, nn.Module) else None
         if weights is not None and tensor.is_floating_point():
-            tensor = tensor.to(weights)  # where it lies, and in its precision
+            tensor = tensor.to(weights)  # the weights' device and precision
         return network(tensor).float().cpu().numpy()
 
     return run
 
 
 def quantise(file: Path, to: Path, calibration: Sequence[np.ndarray] | None) -> None:
-    """INT8 weights; with calibration inputs, each a batch, INT8 activations as well (static quantisation)."""
+    """Quantise the weights to INT8 and, with batches of calibration inputs, the activations too (static)."""
     from onnxruntime import quantization
 
     ready = to.with_suffix(".ready.onnx")

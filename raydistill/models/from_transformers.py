@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers  # its classes are loaded when they are named, below, so that timm models do not wait for them
+import transformers  # it loads its classes lazily, so that timm models do not wait for them
 from PIL import Image
 from torch import nn
 
@@ -23,8 +23,8 @@ from raydistill.models.weights import known_interpolation
 
 
 class Recorder:
-    """A forward pre-hook that keeps what went into a layer. An object and not a closure, so that a copy of the network
-    (an average of its weights, say) has a recorder of its own."""
+    """A forward pre-hook that stores a layer's input. It is an object, not a closure, so that a copy of the network,
+    such as an average of its weights, has its own recorder."""
 
     def __init__(self) -> None:
         self._seen: list[torch.Tensor] = []
@@ -37,7 +37,7 @@ class Recorder:
 
 
 class TransformersClassifier(nn.Module):
-    """An image classifier whose last linear layer's input is its features."""
+    """An image classifier. The input of its last linear layer is its features."""
 
     def __init__(self, network: nn.Module, classifier: nn.Linear) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TransformersClassifier(nn.Module):
 
 
 def last_linear(network: nn.Module, num_outputs: int, what: str) -> nn.Linear:
-    """The classifier of a transformers model, whatever it is called. Raises ConfigError where there is none."""
+    """The classifier of a transformers model, under any name. Raises ConfigError: it has none."""
     layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == num_outputs]
     if not layers:
         way_out = "teacher.head=linear_probe" if what.startswith("teacher") else "another student"
@@ -73,18 +73,18 @@ def new_classifier(
     what: str,
     sizes: Sequence[int] | None = None,
 ) -> nn.Module:
-    """A classifier for `num_classes`, with random weights, or with those of the folder except its last layer. `sizes`
-    are those of the weights that it will be given.
+    """A classifier for `num_classes`, with random weights, or with the folder's weights except the last layer. `sizes`
+    are the sizes of the weights that it will get.
 
-    Raises ConfigError: weights are missing or do not fit, the model is no image classifier.
+    Raises ConfigError: weights are missing or do not fit, or the model is not an image classifier.
     """
     settings = load_or_refuse(what, transformers.AutoConfig.from_pretrained, folder)
     settings.num_labels = num_classes
     if not pretrained:
         if size and hasattr(settings, "image_size"):
-            settings.image_size = size  # its positions are made for it
+            settings.image_size = size  # for its position embeddings
         try:
-            # fp32 whatever the checkpoint was stored in, and no code that comes with it.
+            # Always fp32, and without the checkpoint's own code.
             with no_larger_than(sizes, what, num_classes):
                 network: nn.Module = transformers.AutoModelForImageClassification.from_config(
                     settings, dtype=torch.float32, trust_remote_code=False
@@ -92,7 +92,7 @@ def new_classifier(
         except ConfigError:
             raise
         except Exception as error:
-            raise _refusal(what, error, "is no image classifier, or none that can be made") from None
+            raise _refusal(what, error, "is not an image classifier, or cannot be built") from None
         return network
     loaded = load_weights(what, transformers.AutoModelForImageClassification, folder, config=settings)
     classifier = last_linear(loaded.network, num_classes, what)
@@ -102,7 +102,7 @@ def new_classifier(
 
 
 class Loaded(NamedTuple):
-    """A network with a folder's weights, and the names of those that did not fit."""
+    """A network with a folder's weights, and the names of the weights that did not fit."""
 
     network: nn.Module
     missing: set[str]
@@ -111,7 +111,7 @@ class Loaded(NamedTuple):
 
 
 def load_weights(what: str, kind: Any, folder: str, **options: Any) -> Loaded:
-    """In fp32 whatever the checkpoint is stored in: on the CPU half precision is slow, and numpy knows no bfloat16.
+    """Load in fp32, whatever the checkpoint's precision: half precision is slow on CPUs, and numpy has no bfloat16.
     Raises ConfigError."""
     network, info = load_or_refuse(
         what, kind.from_pretrained, folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -122,8 +122,8 @@ def load_weights(what: str, kind: Any, folder: str, **options: Any) -> Loaded:
 
 
 def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
-    """What `load` gives. Raises ConfigError with the library's own reason, where weights are not finite, and where the
-    config names a network that is far larger than the folder's weights."""
+    """The result of `load`. Raises ConfigError: the library fails, weights are not finite, or the config names a
+    network that is far larger than the folder's weights."""
     check_settings(Path(folder), what)
     sizes = sizes_of(Path(folder))
     try:
@@ -133,42 +133,42 @@ def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
         raise
     except Exception as error:
         raise _refusal(what, error, "cannot be loaded") from None
-    if isinstance(loaded, tuple):  # a network, and what was missing
+    if isinstance(loaded, tuple):  # a network, and the missing names
         refuse_not_finite(loaded[0], what)
     return loaded
 
 
 def _refusal(what: str, error: Exception, found: str) -> ConfigError:
-    """A stranger's config makes a library fail in any way."""
+    """With a config from others a library may fail in any way."""
     reason = reason_of(error)
-    if "trust_remote_code" in reason:  # the library's advice is to run it
-        return ConfigError(f"{what}: needs code of its own (auto_map), which is not run; take another")
+    if "trust_remote_code" in reason:  # the library advises to run it
+        return ConfigError(f"{what}: it needs its own code (auto_map), which never runs; name another")
     if key := re.search(r"unexpected keyword argument '(.{1,80}?)'", reason):
         return ConfigError(f"{what}: its config.json has the key {key[1]!r}, which its model does not know")
     if isinstance(error, TypeError | AttributeError | LookupError | AssertionError | ArithmeticError):
-        reason = "its config.json has a value that its model does not take"  # the library's words name its code
+        reason = "its config.json has a value that its model does not take"  # the library's text names source files
     return ConfigError(f"{what}: {found} ({reason})")
 
 
 def refuse_missing(what: str, keys: set[str]) -> None:
-    """Raises ConfigError where weights would have stayed random."""
+    """Raises ConfigError: weights would stay random."""
     if keys:
         some = ", ".join(sorted(keys)[:5])
         raise ConfigError(f"{what}: {len(keys)} weights are missing or of another model: {some} …")
 
 
 def transformers_preprocessing(folder: str, size: int | None, what: str, center_crop: bool = False) -> Preprocessing:
-    """What the checkpoint's image processor does to an image, at `size` or at its own. Raises ConfigError."""
+    """The preprocessing of the checkpoint's image processor, at `size` or at its own. Raises ConfigError."""
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
         raise ConfigError(
-            f"{what} has no preprocessor_config.json that can be read, so its mean, std and size are not known"
+            f"{what} has no readable preprocessor_config.json, so its mean, std and size are unknown"
         ) from None
     for option in ("do_flip_channel_order", "rescale_offset"):
         if getattr(processor, option, False):
-            raise ConfigError(f"{what} wants {option}, which is not supported; name another")
-    # The crop is what the network sees; `size` names the resize that comes before it.
+            raise ConfigError(f"{what} needs {option}, which is not supported; name another")
+    # The crop is the network's input; `size` is the resize before it.
     before = _side(processor.size)
     own = (_side(getattr(processor, "crop_size", None)) if getattr(processor, "do_center_crop", False) else 0) or before
     side = size or own
@@ -176,7 +176,7 @@ def transformers_preprocessing(folder: str, size: int | None, what: str, center_
         raise ConfigError(f"{what} does not state its input size; set {what.partition('.')[0]}.size")
     resample = getattr(processor, "resample", None)
     resample = Image.Resampling.BICUBIC if resample is None else Image.Resampling(resample)
-    # Ours are shares of white; theirs are of whatever the rescaling leaves.
+    # Our mean and std are shares of white; theirs are of the rescaled values.
     white = 255 * (processor.rescale_factor if processor.do_rescale else 1)
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
     resized = round(before * side / own) if center_crop and own < before else None
@@ -190,6 +190,6 @@ def transformers_preprocessing(folder: str, size: int | None, what: str, center_
 
 
 def _side(shape: Any) -> int:
-    """Of a processor's `size` or `crop_size`; 0 where it names none."""
+    """The side of a processor's `size` or `crop_size`; 0 if it has none."""
     named = dict(shape or {})
     return int(named.get("height") or named.get("shortest_edge") or 0)

@@ -1,4 +1,4 @@
-"""An ONNX file that anybody may have written, looked at before ONNX Runtime makes a session of it."""
+"""Checks of an ONNX file from others, before ONNX Runtime makes a session of it."""
 
 from __future__ import annotations
 
@@ -11,63 +11,62 @@ import onnx
 
 from raydistill.errors import ConfigError
 
-# Numbers in one tensor of a picture's way through a network, and in all. ResNets and vision transformers stay below
-# 2**23 in one.
+# The most numbers of one tensor for one picture, and of all. ResNets and vision transformers stay below 2**23 in one.
 _MOST_NUMBERS, _MOST_NUMBERS_OF_ALL = 2**26, 2**32
-_MOST_PRODUCTS = 2**39  # of a picture: the largest vision transformers take 2**38
-_LARGE = 1024  # bytes of a tensor that says no shape any more
+_MOST_PRODUCTS = 2**39  # for a picture: the largest vision transformers need 2**38
+_LARGE = 1024  # bytes of a tensor that is too large to be a shape
 _VALUES = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
-_ANY_SIDE = 224  # where a graph takes pictures of any
-# Operators that give far more numbers than they get, by the value of one.
+_ANY_SIDE = 224  # if a graph takes pictures of any size
+# Operators whose output can be far larger than their inputs, by the value of an input.
 _MAKERS = {
     "ConstantOfShape", "Expand", "Tile", "Range", "Resize", "Upsample", "Pad", "OneHot", "CenterCropPad", "MaxUnpool",
     "Col2Im", "AffineGrid", "HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix", "DFT", "STFT",
 }  # fmt: skip
 _BOXES = {"Optional", "OptionalGetElement", "SequenceConstruct", "SequenceAt", "ConcatFromSequence"}  # of tensors
-_SEVERAL = 64  # pictures, whose tensors may have so many times as many numbers
+_SEVERAL = 64  # pictures; their tensors may have this many times the numbers of one picture's
 
 
 def check_graph(file: Path) -> None:
-    """Raises ConfigError: damage, weights in other files, operators that may not end, and tensors or work far beyond a
-    picture's. What makes a tensor of any shape has to have it from the images' shape: one from values has no bound."""
+    """Raises ConfigError: the file is damaged, has weights in other files, operators that may not end, or far larger
+    tensors or more work than a picture needs. Shapes of tensors have to follow from the images' shape, not values."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
-            raise ConfigError(f"{file}: no regular file")
+            raise ConfigError(f"{file}: not a regular file")
         model = onnx.load(file, load_external_data=False)
         if model.functions:
-            raise ConfigError(f"{file}: has functions of its own, which may call each other without end")
+            raise ConfigError(f"{file}: has its own functions, which may call each other without end")
         _check_nodes(model.graph, file)
         one, several = _shapes(model, 1), _shapes(model, _SEVERAL)
         for name, shape in one.items():
             _refuse_large(shape, file)
             if math.prod(several.get(name, shape)) > _SEVERAL * math.prod(shape):
-                raise ConfigError(f"{file}: a tensor in it grows faster than the number of pictures")
+                raise ConfigError(f"{file}: one of its tensors grows faster than the number of pictures")
         makers = {name: node for node in model.graph.node for name in node.output}
         weights = {tensor.name for tensor in model.graph.initializer}
         for node in model.graph.node:
             sizes = node.input if node.op_type in ("ConstantOfShape", "Range") else node.input[1:]
             is_plain = node.op_type not in _BOXES and node.domain in ("", "ai.onnx")
             if is_plain and (node.op_type not in _MAKERS or not _follows_values(sizes, makers, weights)):
-                continue  # as a Reshape to a quotient of numbers of pictures, which inference does not follow
+                continue  # such as a Reshape to a quotient of numbers of pictures, which inference does not follow
             if lacking := [name for name in node.output if name and (name not in one or name not in several)]:
                 raise ConfigError(
-                    f"{file}: nothing tells the shape of {lacking[0]!r:.80} ({node.op_type:.40}), so nothing bounds it"
+                    f"{file}: the shape of {lacking[0]!r:.80} ({node.op_type:.40}) is unknown, so it may be of any size"
                 )
         if sum(map(math.prod, one.values())) > _MOST_NUMBERS_OF_ALL:
             raise ConfigError(f"{file}: its tensors have far more numbers than a network for pictures")
         if sum(_products(node, one) for node in model.graph.node) > _MOST_PRODUCTS:
-            raise ConfigError(f"{file}: asks for far more multiplications than a network for pictures")
+            raise ConfigError(f"{file}: needs far more multiplications than a network for pictures")
     except ConfigError:
         raise
-    except Exception:  # protobuf's and onnx's own, of no common class; their words name their code
-        raise ConfigError(f"{file}: not a graph of ONNX, or a damaged one; export the student again") from None
+    except Exception:  # errors of protobuf and onnx have no common class, and their text names source files
+        raise ConfigError(f"{file}: not an ONNX graph, or a damaged one; export the student again") from None
 
 
 def _check_nodes(graph: Any, file: Path) -> None:
     tensors = list(graph.initializer)
     for node in graph.node:
         if any(a.graphs or a.HasField("g") for a in node.attribute):
-            raise ConfigError(f"{file}: has the operator {node.op_type!r:.40}, which need not end or is not followed")
+            raise ConfigError(f"{file}: has the operator {node.op_type!r:.40}, which may not end or cannot be checked")
         tensors += [tensor for a in node.attribute for tensor in (*a.tensors, *([a.t] if a.HasField("t") else []))]
         if any(a.HasField("sparse_tensor") or a.sparse_tensors for a in node.attribute):
             raise _sparse(file)
@@ -78,17 +77,17 @@ def _check_nodes(graph: Any, file: Path) -> None:
             raise ConfigError(f"{file}: its weights are in other files, which are not read; export them into one")
         _refuse_large(tensor.dims, file, 2**31)
         for field in _VALUES if tensor.ByteSize() > _LARGE else ():
-            tensor.ClearField(field)  # inference of shapes copies the whole model
+            tensor.ClearField(field)  # shape inference copies the whole model
 
 
 def _sparse(file: Path) -> ConfigError:
     return ConfigError(
-        f"{file}: has sparse weights, which may be far larger than their file; export them as plain ones"
+        f"{file}: has sparse weights, which may be far larger than their file; export them as dense ones"
     )
 
 
 def _shapes(model: Any, pictures: int) -> dict[str, list[int]]:
-    """Of all tensors whose shapes follow from so many pictures, whatever the file says of them."""
+    """The shapes of all tensors that follow from this number of pictures, whatever the file states."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     weights = {tensor.name: list(tensor.dims) for tensor in copy.graph.initializer}
@@ -109,7 +108,7 @@ def _shapes(model: Any, pictures: int) -> dict[str, list[int]]:
 
 
 def _follows_values(names: Any, makers: dict[str, Any], weights: set[str]) -> bool:
-    """Whether these follow from what the images show, and not from constants and shapes alone."""
+    """Whether these depend on the images' values, and not on constants and shapes only."""
     waiting, seen = list(names), set[str]()
     while waiting:
         name = waiting.pop()
@@ -124,7 +123,7 @@ def _follows_values(names: Any, makers: dict[str, Any], weights: set[str]) -> bo
 
 
 def _products(node: Any, shapes: dict[str, list[int]]) -> int:
-    """About how many multiplications a node asks for, and at least one for each number that it gives."""
+    """About the number of a node's multiplications, and at least one for each number of its output."""
     first, *_, second = [*(shapes.get(name, []) for name in node.input), [], []][
         : 4 if "QLinear" in node.op_type else 2
     ]
@@ -132,7 +131,7 @@ def _products(node: Any, shapes: dict[str, list[int]]) -> int:
     own = {a.name: a for a in node.attribute}
     each = 1
     if "MatMul" in node.op_type or node.op_type == "Gemm":
-        each = max([1, *first[-2:]] if node.op_type == "Gemm" else [1, *first[-1:]])  # Gemm may turn its first around
+        each = max([1, *first[-2:]] if node.op_type == "Gemm" else [1, *first[-1:]])  # Gemm may transpose its first
     elif "Conv" in node.op_type:
         each = math.prod(second[1:]) if second else 1
     elif "Attention" in node.op_type:
@@ -152,4 +151,4 @@ def _products(node: Any, shapes: dict[str, list[int]]) -> int:
 
 def _refuse_large(shape: Any, file: Path, most: int = _MOST_NUMBERS) -> None:
     if any(side < 0 for side in shape) or math.prod(shape) > most:
-        raise ConfigError(f"{file}: a tensor of {' x '.join(map(str, shape))} numbers in it, far more than a picture's")
+        raise ConfigError(f"{file}: has a tensor of {' x '.join(map(str, shape))} numbers, far more than a picture's")

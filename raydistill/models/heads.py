@@ -1,4 +1,4 @@
-"""The linear head of a teacher, from features to logits, and how a model's own head is matched to the data's classes.
+"""The linear head of a teacher, from features to logits, and the match of a model's own head to the data's classes.
 
 Shapes: B images, D features, C classes, M outputs of the model's own head.
 """
@@ -34,7 +34,7 @@ class LinearHead:
 
 
 def encode_head(head: LinearHead) -> bytes:
-    """safetensors bytes. The library writes memory as it is, so the arrays have to be contiguous."""
+    """safetensors bytes. The library copies memory, so the arrays have to be contiguous."""
     return save({"weight": np.ascontiguousarray(head.weight_CD), "bias": np.ascontiguousarray(head.bias_C)})
 
 
@@ -52,7 +52,7 @@ def load_head(directory: str) -> LinearHead:
 
 
 def head_of(classifier: nn.Module) -> LinearHead | None:
-    """None where the classifier is no single linear layer."""
+    """The classifier's head; None if it is not a single linear layer."""
     if not isinstance(classifier, nn.Linear):
         return None
     weight = classifier.weight.detach().numpy()
@@ -61,11 +61,11 @@ def head_of(classifier: nn.Module) -> LinearHead | None:
 
 
 def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], classes: Sequence[str]) -> LinearHead:
-    """The rows of the model's own head that carry the data set's class names.
+    """The rows of the model's own head with the data's class names.
 
-    Names match without regard to case, `_` and `-` where none is the same to the letter; an output may have several
-    names (ImageNet's synonyms, or its synset id). Raises ConfigError with the classes that match none or several, and
-    the nearest names.
+    If no name is equal, names match regardless of case, `_` and `-`; an output may have several names (ImageNet's
+    synonyms, or its synset id). Raises ConfigError with the classes that match no output or several, and the nearest
+    names.
     """
     if head is None or not names:
         raise ConfigError("teacher.head=native: the model has no head with class names; use teacher.head=linear_probe")
@@ -81,13 +81,13 @@ def match_native_head(head: LinearHead | None, names: list[tuple[str, ...]], cla
     for name in classes:
         found = exact.get(name) or rows.get(_plain(name), [])
         picked += found[:1]
-        if not found:  # looking for names that are near takes long among many
+        if not found:  # the search for near names is slow among many
             near = difflib.get_close_matches(_plain(name), rows, n=2) if len(problems) < _MOST_PROBLEMS else []
             problems.append(f"{name!r} (nearest: {', '.join(near)})" if near else repr(name))
         elif len(found) > 1:
-            problems.append(f"{name!r} (stands for outputs {found})")
+            problems.append(f"{name!r} (the name of outputs {found})")
         elif found[0] in taken:
-            problems.append(f"{name!r} (stands for the same output as {taken[found[0]]!r})")
+            problems.append(f"{name!r} (the same output as {taken[found[0]]!r})")
         taken.update(dict.fromkeys(found[:1], name))
     if problems:
         used, more = set(picked), len(problems) - _MOST_PROBLEMS

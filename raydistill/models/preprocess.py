@@ -1,8 +1,8 @@
-"""From a picture to what the files of an exported student take, by Pillow and NumPy alone.
+"""From a picture to the input of an exported student's files, with only Pillow and NumPy.
 
-`export` writes this module, after `decode`'s own code, beside those files, so that the folder needs no raydistill.
+`export` writes this module, after the code of `decode`, beside those files, so that the folder needs no raydistill.
 
-Shapes: H working pixels on a side, S pixels on a side of what the network sees.
+Shapes: H working pixels on a side, S pixels on a side of the network's input.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from raydistill.data.decode import decode
 
 
 class Preprocess:
-    """What the student in a folder saw in training: its classes, and pictures as its files take them."""
+    """The classes of the student in a folder, and pictures as its files take them, as in training."""
 
     def __init__(self, folder: str) -> None:
         about = json.loads(Path(folder, "raydistill.json").read_text(encoding="utf-8"))
@@ -28,7 +28,7 @@ class Preprocess:
         """(1, H, H, 3) uint8 of a file."""
         image = self._image
         square = decode(Path(picture).read_bytes(), image["size"], image["fit"], image["max_pixels"])
-        return np.stack([np.asarray(square)])  # a copy, since torch warns of arrays that it may not write to
+        return np.stack([np.asarray(square)])  # a copy, because torch warns of read-only arrays
 
     def normalised(self, picture: str) -> np.ndarray:
         """(1, 3, S, S) float32 of a file."""

@@ -1,4 +1,4 @@
-"""What only training sees of a student: its projection onto the unit sphere and its adapter to the teacher's features.
+"""The modules that only training uses: a student's projection onto the unit sphere, and its adapter to the teacher.
 
 Shapes: B images, D features, P dimensions of the projection.
 """
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 class ProjectionHead(nn.Module):
     """A trained map from features to the unit sphere, in one of the four forms of the paper's code: `linear`;
-    `two_layer`, that of MoCo v2 (arXiv 2003.04297); `simclr` with batch norm (2002.05709); `simclrv2` with a third
+    `two_layer` as in MoCo v2 (arXiv 2003.04297); `simclr` with batch norm (2002.05709); `simclrv2` with a third
     layer (2006.10029). The hidden layers are as wide as the features."""
 
     def __init__(self, kind: str, num_features: int, projection_dim: int) -> None:
@@ -37,13 +37,13 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features_BD: torch.Tensor) -> torch.Tensor:
         projected_BP = self.layers(features_BD)
-        # The gradient is divided by the length, and the dtype has to hold it.
+        # The length divides the gradient, and the dtype has to hold it.
         return functional.normalize(projected_BP.float(), dim=1, eps=torch.finfo(projected_BP.dtype).eps)
 
 
 class Adapter(nn.Sequential):
-    """A trained map from the student's features to the teacher's, for losses that compare the two. `two_layer` is half
-    as wide as both together, as in the code of SRRL, but ends without a ReLU, since features may be negative."""
+    """A trained map from the student's features to the teacher's, for losses that compare the two. The hidden layer of
+    `two_layer` is half as wide as both together, as in SRRL's code, but no ReLU follows: features may be negative."""
 
     def __init__(self, kind: str, num_features: int, teacher_features: int) -> None:
         hidden = (num_features + teacher_features) // 2

@@ -1,4 +1,4 @@
-"""The files that hold one model's weights: one, or shards with an index, as Hugging Face's libraries write them."""
+"""The files of one model's weights: one file, or shards with an index, as Hugging Face's libraries write them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from raydistill.storage.state import read_json
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.\w+$)")
 _DEPTH = re.compile("layer|depth|block|stage|repeat")
-# What a folder's weights are called, the first that is there.
+# The file names of a folder's weights; the first that exists counts.
 NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def check_settings(folder: Path, what: str) -> None:
-    """Raises ConfigError where the settings in a model's folder are no JSON, or name more layers, or with timm more of
-    anything, than any network has: a library makes lists of so many before it makes the first weight."""
+    """Raises ConfigError: the settings in a model's folder are not JSON, or name more layers (with timm, more of
+    anything) than any network has. A library makes lists of that length before it makes the first weight."""
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
         try:
             tree = read_json(folder / name, dict[str, Any], any_form=True) if (folder / name).exists() else {}
@@ -32,9 +32,7 @@ def check_settings(folder: Path, what: str) -> None:
             is_classes = key.endswith(("num_classes", "num_labels"))
             most = 2**20 if is_classes else 10_000 if is_depth else 65_536 if is_timms else math.inf
             if number > most and (is_classes or "label" not in key):
-                raise ConfigError(
-                    f"{what}: its {name} says {number} for {key[1:]!r:.80}, far more than any network has"
-                )
+                raise ConfigError(f"{what}: its {name} sets {key[1:]!r:.80} to {number}, far more than any network has")
 
 
 def _numbers(tree: Any, key: str) -> Iterator[tuple[str, float]]:
@@ -49,9 +47,9 @@ def _numbers(tree: Any, key: str) -> Iterator[tuple[str, float]]:
 
 
 def weight_files(weights: str, key: str) -> list[Path]:
-    """One file, or every shard where `weights` is an index, one of its shards, or a folder with either.
+    """One file, or every shard if `weights` is an index, one of its shards, or a folder with either.
 
-    Raises ConfigError where one is not there, and where an index names a file outside its own folder.
+    Raises ConfigError: a file is missing, or an index names a file outside its folder.
     """
     path = Path(weights)
     if path.is_dir():
@@ -72,5 +70,5 @@ def weight_files(weights: str, key: str) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{key}={path}: not an index of weights (a `weight_map` from tensors to files)") from None
     if lacking := [name for name in names if not (path.parent / name).is_file()]:
-        raise ConfigError(f"{key}={path}: {len(lacking)} of {len(names)} shards are not there: {lacking[0]}")
+        raise ConfigError(f"{key}={path}: {len(lacking)} of {len(names)} shards are missing: {lacking[0]}")
     return [path.parent / name for name in names]

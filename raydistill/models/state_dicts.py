@@ -1,4 +1,4 @@
-"""Weights as tools save them: read without running code, unwrapped, and refused where they do not fit."""
+"""Weights as tools save them: read without running code, unwrapped, and checked against the network."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from raydistill.models.shards import NAMES, weight_files
 
 log = logging.getLogger(__name__)
 State = dict[str, torch.Tensor]
-# What torch.compile, FSDP and activation checkpoints put into the names of a module that they wrap.
+# The parts that torch.compile, FSDP and activation checkpoints add to the names of a module that they wrap.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGED = re.compile(r"(?<![^\W_])(ema|swa|averaged?|shadow)(?![^\W_])", re.IGNORECASE)
-# Plain data that training scripts save with their weights. A pickle may hold these types and no others.
+# Plain data that training scripts save with their weights. A pickle may hold only these types.
 _PLAIN: list[Any] = [
     argparse.Namespace, pathlib.PosixPath, np.dtype, *(type(np.dtype(c)) for c in "?bBhHiIlLqQefd"),
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
@@ -50,9 +50,9 @@ class _Reading(NamedTuple):
 
 
 def read_weights(weights: str, key: str) -> Mapping[str, Any]:
-    """Of .safetensors, torch files, shards of either: a mapping, of which some values, at any depth, are tensors.
+    """Read .safetensors, torch files, or shards of either: a mapping with tensors as values, at any depth.
 
-    Raises ConfigError. A pickle that holds anything but tensors and plain data is refused and not run.
+    Raises ConfigError. It refuses a pickle with anything but tensors and plain data, and does not run it.
     """
     files = [weights_path(weights.removeprefix("example:"))] if weights.startswith("example:") else None
     tree: dict[str, Any] = {}
@@ -67,9 +67,9 @@ def read_weights(weights: str, key: str) -> Mapping[str, Any]:
 
 
 def sizes_of(folder: Path | None) -> list[int] | None:
-    """How many numbers each tensor of a folder's weights has, by their headers alone; None where nothing says.
+    """The number of numbers of each tensor of a folder's weights, from their headers; None without weights.
 
-    Raises ConfigError where there are weights that cannot be read, or an index that names files outside the folder.
+    Raises ConfigError: weights cannot be read, or an index names files outside the folder.
     """
     if folder is None or not any((folder / name).is_file() for name in NAMES):
         return None
@@ -87,9 +87,9 @@ def sizes_of(folder: Path | None) -> list[int] | None:
 
 @contextlib.contextmanager
 def no_larger_than(sizes: Sequence[int] | None, what: str, num_classes: int | None = None) -> Iterator[None]:
-    """Within the block no network is built that has far more weights than those of the `sizes`, and a classifier for
-    `num_classes`: a few words in a folder's config name a giant, whose making takes all memory. Without sizes, as for
-    random weights, up to 2**29 weights. Raises ConfigError at the first weight too many."""
+    """Within the block, building a network with far more weights than those of `sizes` and a classifier for
+    `num_classes` raises ConfigError at the first weight too many: a few words in a config can name a network that takes
+    all memory. Without sizes, as for random weights, the limit is 2**29 weights."""
     left = [1000 + 4 * len(sizes), 2**22 + 2 * sum(sizes)] if sizes is not None else [100_000, 2**29]
     left[1] += (num_classes or 0) * 8192
     mine = threading.get_ident()
@@ -111,11 +111,11 @@ def no_larger_than(sizes: Sequence[int] | None, what: str, num_classes: int | No
 
 
 def _refuse_bomb(path: Path) -> None:
-    """torch writes what it saves without compression, so what is compressed was made to grow."""
+    """torch never compresses what it saves, so a compressed file may be a zip bomb."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it unpacks to more than it has")
+                raise ValueError("it unpacks to more than its size")
 
 
 def _read(path: Path, key: str) -> Any:
@@ -128,12 +128,12 @@ def _read(path: Path, key: str) -> Any:
         with torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises nearly everything
+    except Exception as error:  # a damaged pickle raises many kinds of errors
         if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):  # torch advises to run it
             held = re.search(r"(?<=GLOBAL )\S+|TorchScript", str(error))
             raise ConfigError(
                 f"{key}={path}: a damaged file, or one that holds {held[0] if held else 'more than tensors'}, which "
-                "could run code, so it is not opened; where it was made, save model.state_dict() alone"
+                "could run code, so it is not opened; save only model.state_dict() where you trained the model"
             ) from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{key}={path}: not a plain file of tensors ({reason})") from None
@@ -141,9 +141,9 @@ def _read(path: Path, key: str) -> Any:
 
 def fitting(tree: Mapping[str, Any], expected: Mapping[str, torch.Tensor], optional: Sequence[str], what: str) -> State:
     """The tensors that a network with the `expected` state needs, by its names, without containers and prefixes.
-    Tensors under `optional`, the classifier's, are included where they exist.
+    It includes tensors under `optional`, the classifier's, if they exist.
 
-    Of several sets that fit, an averaged one is taken, or else the first; a warning names the others. `load_strictly`
+    Of several sets that fit it takes an averaged one, or else the first; a warning names the others. `load_strictly`
     refuses what does not fit.
     """
     readings = [reading for place, state in _state_dicts(tree) for reading in _readings(place, state, expected)]
@@ -157,16 +157,16 @@ def fitting(tree: Mapping[str, Any], expected: Mapping[str, torch.Tensor], optio
     best = [reading for reading in readings if faults(reading) == fewest]
     averaged = [reading for reading in best if _AVERAGED.search(reading.where)]
     chosen = (averaged or best)[0]
-    if fewest[0] > len(expected) / 2:  # another model's: the message shall show the names of the file
+    if fewest[0] > len(expected) / 2:  # another model's, so the message has to show the file's own names
         return max((state for _, state in _state_dicts(tree)), key=len)
     if others := [reading.where for reading in best if reading is not chosen]:
         log.warning(
-            "%s: %s fits, and %s too; the %s is taken", what, chosen.where, " and ".join(others[:_SOME]),
+            "%s: %s fits, and %s too; using the %s", what, chosen.where, " and ".join(others[:_SOME]),
             "average over training" if averaged else "first",
         )  # fmt: skip
     elif chosen.others:
         log.warning(
-            "%s: %d tensors beside %s are not read: %s", what, len(chosen.others), chosen.where, _some(chosen.others)
+            "%s: %d tensors beside %s are ignored: %s", what, len(chosen.others), chosen.where, _some(chosen.others)
         )
     fresh = {name: tensor for name, tensor in expected.items() if _is_count(name)}  # torch before 0.4.1 had none
     return {**fresh, **chosen.state}
@@ -177,7 +177,7 @@ def _is_count(name: str) -> bool:
 
 
 def _state_dicts(tree: Mapping[Any, Any], place: str = "", depth: int = 4) -> Iterator[tuple[str, State]]:
-    """Every mapping with tensors in it, and where it stands."""
+    """Every mapping with tensors, and its place in the tree."""
     tensors = {name: x for name, x in tree.items() if isinstance(name, str) and isinstance(x, torch.Tensor)}
     if tensors:
         yield place, tensors
@@ -187,7 +187,7 @@ def _state_dicts(tree: Mapping[Any, Any], place: str = "", depth: int = 4) -> It
 
 
 def _readings(place: str, state: State, expected: Mapping[str, Any]) -> Iterator[_Reading]:
-    """The tensors with each prefix that makes names match, those that match most first."""
+    """The tensors for each prefix that makes names match, most matches first."""
     state = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
     if not any("module." in name for name in expected):
         # DataParallel's, around the whole or around a part.
@@ -205,8 +205,7 @@ def _readings(place: str, state: State, expected: Mapping[str, Any]) -> Iterator
 
 
 def load_strictly(network: nn.Module, state: State, tree: Mapping[str, Any], what: str, name: str) -> None:
-    """Raises ConfigError with some names of each kind that does not fit, and what was tried; so, too, where values are
-    not finite."""
+    """Load all weights. Raises ConfigError: names or shapes do not fit (with examples), or values are not finite."""
     expected = network.state_dict()
     problems = []
     for title, keys in (
@@ -227,12 +226,12 @@ def load_strictly(network: nn.Module, state: State, tree: Mapping[str, Any], wha
 
 
 def refuse_not_finite(network: nn.Module, what: str) -> None:
-    """Raises ConfigError where a weight or a running statistic is NaN or infinite. Other buffers, masks, may be."""
+    """Raises ConfigError: a weight or a running statistic is NaN or infinite. Other buffers, such as masks, may be."""
     named = [*network.named_parameters(), *((name, x) for name, x in network.named_buffers() if "running_" in name)]
     if bad := [name for name, tensor in named if not torch.isfinite(tensor).all()]:
         raise ConfigError(
-            f"{what}: NaN or infinite values in {len(bad)} of its tensors ({_some(bad)}); the training that wrote them "
-            "had diverged, so take an earlier checkpoint"
+            f"{what}: NaN or infinite values in {len(bad)} of its tensors ({_some(bad)}); its training diverged, so "
+            "use an earlier checkpoint"
         )
 
 

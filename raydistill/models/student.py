@@ -1,4 +1,4 @@
-"""The small network that ships: how it is built, written and read again, and its logits of a split.
+"""The student network: how to build, write and read it, and its logits of a split.
 
 Shapes: B images, S pixels on a side, C classes, D features.
 """
@@ -47,7 +47,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 class TimmClassifier(nn.Module):
-    """A timm network that also gives the pooled features in front of its classifier."""
+    """A timm network that also returns the pooled input of its classifier."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class TimmClassifier(nn.Module):
 
 
 class Student(nn.Module):
-    """A classifier that also gives its features, and what it wants its images to be like."""
+    """A classifier that also returns its features, with its preprocessing."""
 
     def __init__(self, body: TimmClassifier | TransformersClassifier, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Student(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        """What ships, with the keys of its library."""
+        """The library's network, which ships."""
         return self.body.network
 
     @property
@@ -83,12 +83,12 @@ class Student(nn.Module):
         return self.body.classifier
 
     def body_parameters(self) -> list[nn.Parameter]:
-        """All but the classifier's."""
+        """All parameters but the classifier's."""
         of_classifier = {id(p) for p in self.classifier.parameters()}
         return [p for p in self.network.parameters() if id(p) not in of_classifier]
 
     def freeze_body(self) -> None:
-        """Only the classifier learns from here on; batch norm and dropout of the rest stay as in evaluation."""
+        """From now on train only the classifier; batch norm and dropout of the rest stay in eval mode."""
         self._frozen = True
         for parameter in self.body_parameters():
             parameter.requires_grad_(False)
@@ -107,23 +107,23 @@ class Student(nn.Module):
 
 
 def build_student(config: StudentConfig, num_classes: int) -> Student:
-    """The student as training starts from it. Seed torch before: `init: random` draws from its global generator.
+    """The student before its first step. Seed torch before: `init: random` draws from its global generator.
 
-    Raises ConfigError: no such model, weights that do not fit, a size that the architecture cannot take, a model that
-    is no classifier on pooled features.
+    Raises ConfigError: there is no such model, weights do not fit, the architecture cannot take the size, or the model
+    is not a classifier on pooled features.
     """
     try:
         kind, name = model_kind(config.model, "student.model")
         if kind == "raydistill":
             raise ConfigError(
-                f"student.model={config.model} is a student of raydistill: name its model, and set "
+                f"student.model={config.model} is a distilled student: name its model, and set "
                 f"student.init=pretrained student.weights={config.model}/student.safetensors"
             )
         student = (_build_timm if kind == "timm" else _build_transformers)(config, name, num_classes)
         agrees = _agrees_with_network(student)
     except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(
-            f"student.model={config.model} cannot see images of {config.size} pixels ({reason_of(error)}); change "
+            f"student.model={config.model} cannot take images of {config.size} pixels ({reason_of(error)}); change "
             "student.size"
         ) from None
     if not agrees:
@@ -135,9 +135,9 @@ def build_student(config: StudentConfig, num_classes: int) -> Student:
 
 
 def _begin_near_zero(classifier: nn.Linear) -> None:
-    """A new classifier that is sure of nothing. timm scales that of EfficientNets and MobileNets by the number of
-    classes alone: with ten, the first logits lie around 5, and hundreds of steps pass before they are unlearnt. An
-    EfficientNet-Lite0 distilled for 592 steps with few labels reached a val accuracy of 0.28 so, and 0.45 from here."""
+    """Initialise a new classifier with small weights. timm scales those of EfficientNets and MobileNets by the number
+    of classes only: with ten, the first logits are around 5, and unlearning them takes hundreds of steps. This raised
+    an EfficientNet-Lite0 after 592 steps with few labels from a val accuracy of 0.28 to 0.45."""
     nn.init.normal_(classifier.weight, std=0.01)
     if classifier.bias is not None:
         nn.init.zeros_(classifier.bias)
@@ -160,7 +160,7 @@ def _build_timm(config: StudentConfig, name: str, num_classes: int) -> Student:
 def _build_transformers(config: StudentConfig, name: str, num_classes: int) -> Student:
     what = f"student.model={config.model}"
     if config.weights is not None:
-        raise ConfigError("student.weights goes with timm: models; for transformers name the folder in student.model")
+        raise ConfigError("student.weights is for timm: models; for transformers name the folder in student.model")
     folder = resolve_hf_folder(name, config.revision, "student")
     network = new_classifier(folder, num_classes, config.init == "pretrained", config.size, what)
     classifier = TransformersClassifier(network, last_linear(network, num_classes, what))
@@ -181,8 +181,8 @@ def write_student(
     image: dict[str, Any],
     training: dict[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """The files of a student's folder by name, from which `read_student` makes it again. `image` says how a picture
-    becomes a working image, `training` which epoch of how many this is, and why."""
+    """The files of a student's folder by name, for `read_student`. `image` says how a picture becomes a working image,
+    `training` which epoch of how many this is, and why."""
     about = {
         "model": config.model,
         "library": "timm" if isinstance(student.body, TimmClassifier) else "transformers",
@@ -217,14 +217,14 @@ def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
         student.network.load_state_dict(weights)
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
             SafetensorError, FileNotFoundError) as error:  # fmt: skip
-        raise CheckpointError(f"{folder} holds no whole student ({reason_of(error)}); distil it again") from None
+        raise CheckpointError(f"{folder} holds no complete student ({reason_of(error)}); distil it again") from None
     refuse_not_finite(student.network, folder)
     return student.eval(), classes
 
 
 def _empty_transformers(folder: str, num_classes: int, preprocessing: Preprocessing, sizes: Sequence[int]) -> Student:
-    """The architecture of a student's folder. Its config says what positions there are, whatever size is seen."""
-    with TemporaryDirectory() as place:  # transformers reads local files, and the folder may lie on a bucket
+    """The architecture of a student's folder. Its config states the position embeddings, whatever the image size."""
+    with TemporaryDirectory() as place:  # transformers reads local files only, and the folder may lie in a bucket
         Path(place, "config.json").write_bytes(read_bytes(f"{folder}/config.json"))
         network = new_classifier(place, num_classes, False, None, folder, sizes)
     return Student(TransformersClassifier(network, last_linear(network, num_classes, folder)), preprocessing)
@@ -232,7 +232,7 @@ def _empty_transformers(folder: str, num_classes: int, preprocessing: Preprocess
 
 @torch.no_grad()
 def _agrees_with_network(student: Student) -> bool:
-    """Whether the timm network alone, which is what ships, gives the logits that training and evaluation see."""
+    """Whether the exported timm network gives the same logits as in training and evaluation."""
     side, was_training = student.preprocessing.size, student.training
     probe = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
     student.eval()
@@ -253,7 +253,7 @@ def has_batch_norm(network: nn.Module) -> bool:
 
 
 def _takes_image_size(name: str) -> bool:
-    """Transformers fix their number of positions when they are built; convolutional networks take any size."""
+    """Whether the model has a fixed number of position embeddings; convolutional networks take any size."""
     defaults = timm.get_pretrained_cfg(name)
     return bool(defaults is not None and defaults.fixed_input_size)
 
@@ -264,7 +264,7 @@ def split_logits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N, C) float32 logits of the whole images of a split and their (N,) labels, in the split's order.
 
-    The student is in eval mode for the time of it, so neither the batch size nor the order changes a number.
+    The student is in eval mode meanwhile, so neither the batch size nor the order changes a number.
     """
     was_training = student.training
     student.eval()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import transformers  # its classes are loaded when they are named, below, so that timm teachers do not wait for them
+import transformers  # it loads its classes lazily, so that timm teachers do not wait for them
 from timm.data import ImageNetInfo
 from torch import nn
 from torch.nn import functional
@@ -33,8 +33,8 @@ from raydistill.models.zero_shot import embedding_of, two_towers
 
 
 class TeacherBackbone(nn.Module):
-    """Images to pooled features. Frozen and in eval mode for life: `train()` leaves it as it is, since batch norm and
-    dropout must not move under it whatever wraps it."""
+    """Images to pooled features. It stays frozen and in eval mode: `train()` does nothing, so that batch norm and
+    dropout never change, whatever module contains it."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _TimmFeatures(nn.Module):
 
 
 class _ClassifierFeatures(nn.Module):
-    """Of a classifier that gives its features beside its logits: what enters its last linear layer."""
+    """The features of a classifier that returns them with its logits: the input of its last linear layer."""
 
     def __init__(self, classifier: Student | TransformersClassifier) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _ClassifierFeatures(nn.Module):
 
 
 class _TransformersFeatures(nn.Module):
-    """The pooled output where the checkpoint has trained one, else the class token, or the mean of a feature map."""
+    """The pooled output if the checkpoint has a trained one, else the class token, or the mean of a feature map."""
 
     def __init__(self, network: nn.Module, has_pooler: bool) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class _TransformersFeatures(nn.Module):
 
 
 class _ImageTower(nn.Module):
-    """The image embedding, of length 1, of a model that has a text tower too."""
+    """The image embedding, of length 1, of a model with a text tower."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class _ImageTower(nn.Module):
 
 
 class LoadedTeacher(NamedTuple):
-    """The backbone, the model's own head (None where it has none), and the names of that head's outputs."""
+    """The backbone, the model's own head (None if it has none), and the names of that head's outputs."""
 
     backbone: TeacherBackbone
     head: LinearHead | None
@@ -117,13 +117,13 @@ class LoadedTeacher(NamedTuple):
 def load_teacher(config: TeacherConfig) -> LoadedTeacher:
     """The teacher that the config names.
 
-    Raises ConfigError: no such model, weights missing or not fitting, no network, images of a size it cannot see, a
-    native head that does not give the model's own logits.
+    Raises ConfigError: there is no such model, weights are missing or do not fit, the hub does not answer, the model
+    cannot take the image size, or a native head does not give the model's own logits.
     """
     kind, name = model_kind(config.model, "teacher.model")
     loaders = {"timm": _load_timm, "transformers": _load_transformers, "raydistill": _load_raydistill}
     if kind == "raydistill" and config.weights is not None:
-        raise ConfigError("teacher.weights goes with timm: models; a folder of raydistill has its own")
+        raise ConfigError("teacher.weights is for timm: models; a distilled student's folder has its own weights")
     loaded = loaders[kind](config, name)
     _try_out(config, loaded.backbone, loaded.head if config.head == "native" else None)
     return loaded
@@ -131,15 +131,15 @@ def load_teacher(config: TeacherConfig) -> LoadedTeacher:
 
 @torch.inference_mode()
 def _try_out(config: TeacherConfig, backbone: TeacherBackbone, head: LinearHead | None) -> None:
-    """One image through the network: what does not fit shows here and not in the middle of a run."""
+    """Run one image through the network, so that a misfit shows before the run."""
     side = backbone.preprocessing.size
     image = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
     try:
         features_BD = backbone(image)
         own_BM = backbone.network.logits(image).numpy() if head else None
-    except Exception as error:  # every architecture has its own words for a size, or a kind of input, that is not its
+    except Exception as error:  # architectures raise different errors for a wrong size or input
         raise ConfigError(
-            f"teacher.model={config.model} cannot see images of {side} pixels ({reason_of(error)})"
+            f"teacher.model={config.model} cannot take images of {side} pixels ({reason_of(error)})"
         ) from None
     if features_BD.ndim != 2:
         raise ConfigError(f"teacher.model={config.model} gives {tuple(features_BD.shape)}, not one vector an image")
@@ -172,7 +172,7 @@ def _timm_class_names(network: nn.Module, head: LinearHead | None) -> list[tuple
 
 
 def _load_raydistill(config: TeacherConfig, folder: str) -> LoadedTeacher:
-    """A student that `distill` wrote is a teacher like any other: its classifier is its native head."""
+    """A student that `distill` wrote as a teacher: its classifier is the native head."""
     student, classes = read_student(folder)
     preprocessing = student.preprocessing
     if config.size is not None:
@@ -185,7 +185,7 @@ def _load_transformers(config: TeacherConfig, name: str) -> LoadedTeacher:
     what = f"teacher.model={config.model}"
     folder = resolve_hf_folder(name, config.revision, "teacher")
     if config.weights is not None:
-        raise ConfigError("teacher.weights goes with timm: models; for transformers name the folder in teacher.model")
+        raise ConfigError("teacher.weights is for timm: models; for transformers name the folder in teacher.model")
     settings = load_or_refuse(what, transformers.AutoConfig.from_pretrained, folder)
     head, names = None, []
     features: nn.Module

@@ -1,4 +1,4 @@
-"""timm's names, from its sources: the library itself takes seconds to load."""
+"""timm's model names, from its source files: loading the library takes seconds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from raydistill.errors import ConfigError
 
 
 def may_be_timm(name: str) -> bool:
-    """Whether timm may have a model of this name: its architecture stands in the sources, of old names too."""
+    """Whether timm may have a model of this name: its sources hold the architecture, old names too."""
     architecture = name.partition(".")[0]
     return ":" in name or not _sources() or re.search(rf"\b{re.escape(architecture)}\b", _sources()) is not None
 
 
 def no_timm_model(model: str, key: str) -> ConfigError:
-    """That there is no such model, with the names that are nearest to its own."""
+    """The error for an unknown model, with the nearest names."""
     names = re.findall(r"^@register_model\ndef (\w+)\(", _sources(), re.MULTILINE)
     near = difflib.get_close_matches(model.removeprefix("timm:").partition(".")[0], names, n=3)
     hint = f"did you mean {' or '.join('timm:' + n for n in near)}?" if near else "timm.list_models() lists them"
@@ -27,7 +27,7 @@ def no_timm_model(model: str, key: str) -> ConfigError:
 
 @lru_cache
 def _sources() -> str:
-    found = find_spec("timm")  # which loads nothing
+    found = find_spec("timm")  # does not load it
     folders = found.submodule_search_locations or () if found is not None else ()
     return "\n".join(
         file.read_text(encoding="utf-8") for folder in folders for file in sorted(Path(folder, "models").glob("*.py"))

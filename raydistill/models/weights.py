@@ -1,4 +1,4 @@
-"""Finding models and their weights by name, and refusing weights that do not fit: nothing is ever silently random."""
+"""Find models and their weights by name, and refuse weights that do not fit: no weight is ever silently random."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from raydistill.storage.filesystems import exists
 from raydistill.storage.state import read_json
 
 log = logging.getLogger(__name__)
-# Says what a folder of `distill` holds: the model's name, its classes, and how it wants its images.
+# Describes a folder of `distill`: the model's name, its classes, and its preprocessing.
 STUDENT_FILE = "student.json"
 _HUB_SECONDS = 4.0
 
 
 def model_kind(model: str, key: str) -> tuple[Literal["timm", "transformers", "raydistill"], str]:
-    """Which library the model named under a config key belongs to, and its name there."""
+    """The library of a config key's model, and the model's name in it."""
     prefix, colon, name = model.partition(":")
     if colon and prefix == "timm":
         return "timm", check_timm_name(model, key)
@@ -67,7 +67,7 @@ def model_kind(model: str, key: str) -> tuple[Literal["timm", "transformers", "r
 
 
 def _holds_student(folder: str, key: str) -> bool:
-    """Whether `distill` wrote this folder, which lies where the workspace does: here or on a bucket."""
+    """Whether `distill` wrote this folder, which may lie in a bucket like the workspace."""
     if "://" not in folder:
         return (Path(folder) / STUDENT_FILE).is_file()
     try:
@@ -77,7 +77,7 @@ def _holds_student(folder: str, key: str) -> bool:
 
 
 def check_timm_name(model: str, key: str) -> str:
-    """The name without `timm:`. Raises ConfigError with the nearest names where timm has no such model."""
+    """The name without `timm:`. Raises ConfigError with the nearest names: timm has no such model."""
     prefix, colon, name = model.partition(":")
     if not colon or prefix != "timm":
         raise ConfigError(f"{key}={model}: use timm:NAME")
@@ -87,7 +87,7 @@ def check_timm_name(model: str, key: str) -> str:
         raise no_timm_model(model, key)
     try:
         timm.get_pretrained_cfg(name)
-    except RuntimeError as error:  # what follows the dot names no weights
+    except RuntimeError as error:  # the part after the dot does not name weights
         raise ConfigError(f"{key}={model}: {first_line_of(error)}") from None
     return name
 
@@ -97,7 +97,7 @@ def load_timm_weights(
 ) -> nn.Module:
     """A timm model with trained weights: those of its name, or a state dict.
 
-    With `num_classes` the classifier is made anew for that many; without, it is the checkpoint's own.
+    With `num_classes` it gets a new classifier for that many; without, it keeps the checkpoint's.
     Raises ConfigError.
     """
     if weights is None:
@@ -114,9 +114,9 @@ def load_timm_weights(
                 network = timm.create_model(name, pretrained=True, **options)
         except ConfigError:
             raise
-        except Exception as error:  # hub, network and timm raise each their own kind
+        except Exception as error:  # hub, network and timm raise different errors
             raise ConfigError(
-                f"{section}: no weights for {name} could be had ({first_line_of(error)}); "
+                f"{section}: cannot get weights for {name} ({first_line_of(error)}); "
                 f"set {section}.weights to a local .safetensors or .pth file"
             ) from None
         refuse_not_finite(network, f"{section}.model=timm:{name}")
@@ -139,31 +139,31 @@ def load_timm_weights(
 
 
 def timm_preprocessing(network: nn.Module, size: int | None, what: str, center_crop: bool = False) -> Preprocessing:
-    """What a timm network was trained on, at `size` or at its own."""
+    """The preprocessing that a timm network was trained with, at `size` or at its own."""
     data = resolve_model_data_config(network)
     side = size or int(data["input_size"][1])
     interpolation = known_interpolation(data["interpolation"], what)
-    resized = math.floor(side / data["crop_pct"]) if center_crop else None  # as timm's transforms_imagenet_eval rounds
+    resized = math.floor(side / data["crop_pct"]) if center_crop else None  # like timm's transforms_imagenet_eval
     return Preprocessing(side, tuple(data["mean"]), tuple(data["std"]), interpolation, resized)
 
 
 @cache
 def known_interpolation(name: str, what: str) -> Literal["bilinear", "bicubic"]:
-    """How a network's pictures are resized: as it was trained, or else as most are, which is said, once."""
+    """The interpolation that the network was trained with, or else bicubic, with one warning."""
     if name == "bilinear":
         return "bilinear"
     if name != "bicubic":
-        log.warning("%s was trained on pictures resized by %s; here it sees them resized by bicubic", what, name)
+        log.warning("%s was trained on pictures resized by %s; raydistill resizes them by bicubic", what, name)
     return "bicubic"
 
 
 def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
-    """A local folder of a transformers checkpoint: the folder itself, or the hub's, fetched into its cache."""
+    """A local folder of a transformers checkpoint: the folder itself, or the hub's in the cache."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ConfigError(f"{section}.model={name}: the folder has no config.json, so it is no transformers model")
+            raise ConfigError(f"{section}.model={name}: not a transformers model: the folder has no config.json")
         return name
-    # Brings half of requests along: only where a hub is asked.
+    # Slow to import, so only if the hub is needed.
     from huggingface_hub import is_offline_mode, snapshot_download
 
     ask_hub()
@@ -175,14 +175,14 @@ def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
     except Exception as error:  # network, name and permission errors come from three libraries
         reason = "the hub gives no answer and the cache has no copy" if is_offline_mode() else first_line_of(error)
         raise ConfigError(
-            f"{section}.model=hf:{name}: could not be fetched ({reason}); check the name, or give a local folder"
+            f"{section}.model=hf:{name}: the download failed ({reason}); check the name, or give a local folder"
         ) from None
 
 
 @cache
 def ask_hub() -> None:
-    """Whether the hub answers at all, asked once and not for long: its library tries again for minutes. Where it does
-    not, this process and those that it starts use what the cache holds."""
+    """Check once, for a short time, whether the hub answers: its library retries for minutes. If it does not, this
+    process and its child processes use the cache only."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -198,13 +198,13 @@ def ask_hub() -> None:
         except (OSError, HTTPException, ValueError) as error:
             reasons[:] = [str(getattr(error, "reason", None) or error)]
 
-    asking = Thread(target=ask, daemon=True)  # looking up a name knows no time limit
+    asking = Thread(target=ask, daemon=True)  # looking up a host name has no time limit
     asking.start()
     asking.join(_HUB_SECONDS + 1)
     if reasons:
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
         log.warning(
-            "%s does not answer (%s): of its models, only those in the cache are there; HF_HUB_OFFLINE=1 says so at "
-            "once, `hf download NAME` fetches one, and a local folder needs no hub", constants.ENDPOINT, reasons[0],
+            "%s does not answer (%s), so only models in the cache are available; HF_HUB_OFFLINE=1 skips this check, "
+            "`hf download NAME` fetches a model, and a local folder needs no hub", constants.ENDPOINT, reasons[0],
         )  # fmt: skip

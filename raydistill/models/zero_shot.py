@@ -1,4 +1,4 @@
-"""Heads from text: the embeddings of each class's prompts, by the text tower of a CLIP-like model."""
+"""Heads from text: a CLIP-like model's text tower embeds the prompts of each class."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers  # its classes are loaded when they are named, below, so that timm teachers do not wait for them
+import transformers  # it loads its classes lazily, so that timm teachers do not wait for them
 from torch import nn
 from torch.nn import functional
 
@@ -20,7 +20,7 @@ from raydistill.models.weights import model_kind, resolve_hf_folder
 
 
 def two_towers(what: str, folder: str) -> nn.Module:
-    """An image and a text tower. Raises ConfigError."""
+    """Load a model with an image and a text tower. Raises ConfigError."""
     loaded = load_weights(what, transformers.AutoModel, folder)
     refuse_missing(what, loaded.missing | loaded.mismatched)
     if not hasattr(loaded.network, "get_text_features"):
@@ -32,14 +32,14 @@ def two_towers(what: str, folder: str) -> nn.Module:
 
 
 def embedding_of(output: Any) -> torch.Tensor:
-    """transformers' towers give a tensor, or an output that holds it."""
+    """The embedding itself, or the output's embedding: transformers' towers give either."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 def prompts_of(templates: Sequence[str], classes: Sequence[str]) -> list[list[str]]:
-    """The sentences of every class: its words in each template, as `generate` reads them.
+    """The prompts of every class: its words in each template, as in `generate`.
 
-    Raises ConfigError where two classes have the same sentences.
+    Raises ConfigError: two classes have the same prompts.
     """
     words = class_words(classes)
     by_reading: dict[str, list[str]] = {}
@@ -47,8 +47,8 @@ def prompts_of(templates: Sequence[str], classes: Sequence[str]) -> list[list[st
         by_reading.setdefault(reading(plain) or plain, []).append(name)
     if same := [names for names in by_reading.values() if len(names) > 1]:
         raise ConfigError(
-            f"teacher.head=zero_shot: {' and '.join(map(repr, same[0]))} make the same prompt, so no text can tell "
-            "them apart; rename one, or use teacher.head=linear_probe"
+            f"teacher.head=zero_shot: {' and '.join(map(repr, same[0]))} make the same prompt, so no text can "
+            "distinguish them; rename one, or use teacher.head=linear_probe"
         )
     return [[sentence(template, words[name]) for template in templates] for name in classes]
 
@@ -65,11 +65,11 @@ def zero_shot_head(config: Teacher, classes: Sequence[str]) -> LinearHead:
     network = two_towers(what, folder).eval()
     tokenizer = load_or_refuse(what, transformers.AutoTokenizer.from_pretrained, folder)
     _refuse_unknown_words(tokenizer, classes, what)
-    # Not every tokenizer says how long a text may be.
+    # Not every tokenizer states the longest text.
     length = min(tokenizer.model_max_length, network.config.get_text_config().max_position_embeddings)
     rows = []
     for of_class in sentences:
-        # SigLIP was trained on texts of full length; CLIP does not mind.
+        # SigLIP was trained on padded texts; CLIP accepts both.
         tokens = tokenizer(of_class, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         accepted = {k: v for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
         embedded = functional.normalize(embedding_of(network.get_text_features(**accepted)), dim=1)
@@ -80,11 +80,11 @@ def zero_shot_head(config: Teacher, classes: Sequence[str]) -> LinearHead:
 
 
 def _refuse_unknown_words(tokenizer: Any, classes: Sequence[str], what: str) -> None:
-    """A tokenizer without its vocabulary loads all the same, and then takes every word for the same unknown one."""
+    """A tokenizer without its vocabulary loads without an error, and then maps every word to the unknown token."""
     for name in classes:
         tokens = tokenizer(words_of(name), add_special_tokens=False)["input_ids"]
         if all(token == tokenizer.unk_token_id for token in tokens):
             raise ConfigError(
                 f"teacher.head=zero_shot: the tokenizer of {what.partition('=')[2]} knows no part of {name!r}; rename "
-                "the class, use teacher.head=linear_probe, or see whether the tokenizer's vocabulary is missing"
+                "the class, use teacher.head=linear_probe, or check whether the tokenizer's vocabulary is missing"
             )

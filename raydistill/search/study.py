@@ -67,7 +67,7 @@ def open_study(config: RunConfig, directory: StageDirectory, own: dict[str, Choi
     except UnusableError as error:
         raise ConfigError(f"tune.storage={url} {error}") from None
     except Exception as error:  # sqlalchemy's and the database's own
-        raise ConfigError(f"tune.storage={url}: cannot open it ({reason(error)})") from None
+        raise ConfigError(f"tune.storage={url}: cannot be opened ({reason(error)})") from None
     return study
 
 

@@ -78,8 +78,9 @@ def test_a_checkpoint_whose_state_does_not_fit_names_both_versions(tiny_set, mon
     with pytest.raises(CheckpointError) as refused:
         distill_loop(job, here())
     (message,) = refused.value.args
-    assert "that of step 10 was written by torch 9.0.0, " in message
-    assert "and this is torch " + torch.__version__.partition("+")[0] in message
+    assert "/checkpoints: torch 9.0.0, " in message
+    assert " wrote the checkpoint of step 10, and it does not load with torch " in message
+    assert torch.__version__.partition("+")[0] in message
     assert "\n" not in message
 
 

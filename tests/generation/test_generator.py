@@ -194,7 +194,7 @@ def test_a_network_without_classes_takes_no_class_numbers(unconditional, safe, t
             inspect_pipeline(settings(pipeline, class_ids={"cat": 0}))
     shutil.copytree(unconditional, tmp_path / "pipeline")
     (tmp_path / "pipeline" / "classes.json").write_text('{"classes": ["cat"]}')
-    with pytest.raises(ConfigError, match=r"classes\.json names classes \('cat'\), and its network takes none"):
+    with pytest.raises(ConfigError, match=r"classes\.json names classes \('cat'\), but its network takes no class"):
         inspect_pipeline(settings(tmp_path / "pipeline"))
 
 
@@ -231,7 +231,7 @@ def test_names_and_numbers_that_a_folder_has_wrong_are_refused(class_pipeline, c
     twice = settings(changed(class_pipeline, "classes.json", classes=["red", "blue", "red"]))
     with pytest.raises(ConfigError, match="several classes named 'red', the numbers 0, 2"):
         class_numbers(twice, inspect_pipeline(twice), ["red", "blue"])
-    with pytest.raises(ConfigError, match=r"number of no class .* is 4, and its network knows 0 to 3"):
+    with pytest.raises(ConfigError, match=r"number of no class .* is 4, but its network knows 0 to 3"):
         inspect_pipeline(settings(changed(class_pipeline, "classes.json", null=4)))
 
 
@@ -247,7 +247,7 @@ def test_a_word_that_names_two_classes_of_a_dit_must_be_told_which(dit, changed)
 
 def test_a_dit_of_other_classes_than_imagenets_has_no_number_for_none(dit, changed):
     folder = changed(dit, "transformer/config.json", num_embeds_ada_norm=10)
-    with pytest.raises(ConfigError, match=r"generate\.guidance=7\.5.*knows 10; set generate\.guidance=1"):
+    with pytest.raises(ConfigError, match=r"generate\.guidance=7\.5.*knows 10 classes; set generate\.guidance=1"):
         inspect_pipeline(settings(folder))
     told = settings(folder, guidance=1, class_ids={"cat": 10})
     with pytest.raises(ConfigError, match=r"'cat' would be class 10 of .* knows 0 to 9"):
@@ -257,11 +257,11 @@ def test_a_dit_of_other_classes_than_imagenets_has_no_number_for_none(dit, chang
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("AudioLDM2Pipeline", {}, "is a AudioLDM2Pipeline, which makes no images from words"),
-        ("WanPipeline", {}, "makes no images from words"),
-        ("ScoreSdeVePipeline", {}, "makes no images from words"),
-        ("MyOwnPipeline", {}, "makes no images from words"),
-        ("HunyuanDiTPipeline", {"strength": 0.5}, "makes no images from images and words"),
+        ("AudioLDM2Pipeline", {}, "is a AudioLDM2Pipeline, and diffusers knows no way to make images from text"),
+        ("WanPipeline", {}, "no way to make images from text"),
+        ("ScoreSdeVePipeline", {}, "no way to make images from text"),
+        ("MyOwnPipeline", {}, "no way to make images from text"),
+        ("HunyuanDiTPipeline", {"strength": 0.5}, "no way to make images from images and text"),
         ("FluxKontextPipeline", {"strength": 0.5}, "takes no strength"),
         ("StableCascadeCombinedPipeline", {}, "takes no guidance_scale"),
     ],
@@ -274,7 +274,7 @@ def test_a_pipeline_that_makes_no_images_of_what_we_have_is_refused(safe, change
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 1001}, r"generate\.steps=1001: the scheduler of .* has 1000 steps"),
+        ({"steps": 1001}, r"generate\.steps=1001: the scheduler of .* has only 1000 steps"),
         ({"overrides": {"cat": {"steps": 2000}}}, r"generate\.overrides\.cat\.steps=2000: the scheduler"),
         ({"steps": 9, "strength": 0.1}, r"generate\.steps=9 with generate\.strength=0\.1 leaves no step"),
         ({"strength": 0.1, "steps": 10, "overrides": {"cat": {"steps": 5}}}, r"overrides\.cat\.steps=5 with"),
@@ -410,9 +410,9 @@ def test_what_is_no_pipeline_is_refused(tmp_path, class_pipeline):
         inspect_pipeline(settings(tmp_path / "empty"))
     with pytest.raises(ConfigError, match=r"generate\.strength is for text-to-image"):
         inspect_pipeline(settings(class_pipeline, strength=0.5))
-    with pytest.raises(ConfigError, match="no scheduler of this name"):
+    with pytest.raises(ConfigError, match="no such scheduler"):
         generator(class_pipeline, scheduler="NoScheduler")
-    with pytest.raises(ConfigError, match="no step that could be taken"):
+    with pytest.raises(ConfigError, match="no usable step method"):
         generator(class_pipeline, scheduler="ScoreSdeVeScheduler")
     for content in ("{", "[" * 200_000, '{"a": ' * 50_000, "[]", "9" * 5_000):
         (tmp_path / "empty" / "model_index.json").write_text(content)
@@ -423,7 +423,7 @@ def test_what_is_no_pipeline_is_refused(tmp_path, class_pipeline):
 def test_a_scheduler_with_noise_of_its_own_is_refused(class_pipeline, monkeypatch):
     """As those of torchsde, which is not installed here."""
     monkeypatch.setattr(diffusers.DDIMScheduler, "noise_sampler", None, raising=False)
-    with pytest.raises(ConfigError, match="DDIMScheduler draws noise from no seed of ours"):
+    with pytest.raises(ConfigError, match="DDIMScheduler takes no random seed"):
         generator(class_pipeline)
 
 

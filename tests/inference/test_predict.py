@@ -332,13 +332,13 @@ def test_what_cannot_be_answered_is_refused_with_the_way_out(exported, pictures,
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     for error, words, folder, names, out, engine in (
         (ConfigError, r"no model\.onnx; use --engine torch", result.path, [picture], None, "onnx"),
-        (ConfigError, "is no exported student", str(pictures), [picture], None, "onnx"),
+        (ConfigError, "is not an exported student", str(pictures), [picture], None, "onnx"),
         (ConfigError, "use onnx or torch", result.path, [picture], None, "tensorrt"),
         (ConfigError, r"ends in \.csv", result.path, [picture], f"{tmp_path}/out.txt", "torch"),
-        (DataError, "there is nothing at this path", result.path, [f"{tmp_path}/nothing.png"], None, "torch"),
-        (DataError, r"^s3://\*\*\*@b/x: pictures are read from this", result.path, ["s3://k:h@b/x"], None, "torch"),
+        (DataError, "the path does not exist", result.path, [f"{tmp_path}/nothing.png"], None, "torch"),
+        (DataError, r"^s3://\*\*\*@b/x: predict reads local files only", result.path, ["s3://k:h@b/x"], None, "torch"),
         (DataError, "no pictures found", result.path, [f"{tmp_path}/empty"], None, "torch"),
-        (DataError, "not one of the pictures could be read", result.path, [f"{pictures}/cut.jpg"], None, "torch"),
+        (DataError, "no picture could be read", result.path, [f"{pictures}/cut.jpg"], None, "torch"),
         (DataError, "no column image among", result.path, [f"{tmp_path}/other.parquet"], None, "torch"),
         (DataError, "not a parquet file", result.path, [f"{tmp_path}/cut.parquet"], None, "torch"),
     ):
@@ -384,7 +384,7 @@ def test_a_graph_for_other_images_than_the_folder_says_is_refused(exported, pict
     result, _ = exported(formats=["onnx"])
     folder = shutil.copytree(result.path, tmp_path / "changed")
     edited(folder / "raydistill.json", input="pixels")
-    with pytest.raises(ConfigError, match=r"model\.onnx: cannot answer images of .* uint8"):
+    with pytest.raises(ConfigError, match=r"model\.onnx: does not take images of .* uint8"):
         predict_command(str(folder), [str(pictures / "1.JPG")], None, 1, "onnx", None)
 
 
@@ -398,12 +398,12 @@ def test_a_folder_that_lacks_what_is_needed_is_refused(exported, pictures):
     for section, key in places:
         kept = section.pop(key)
         file.write_text(json.dumps(whole))
-        with pytest.raises(ConfigError, match=f"does not say {key}; export the student again"):
+        with pytest.raises(ConfigError, match=f"lacks {key}; export the student again"):
             predict_command(result.path, [str(pictures / "1.JPG")], None, 1, "onnx", None)
         section[key] = kept
     for content in ("[]", '"text"', "{", "{}"):
         file.write_text(content)
-        with pytest.raises(ConfigError, match=r"is no exported student|does not say"):
+        with pytest.raises(ConfigError, match=r"is not an exported student|lacks"):
             predict_command(result.path, [str(pictures / "1.JPG")], None, 1, "onnx", None)
 
 

@@ -128,7 +128,7 @@ def test_what_clients_of_other_servers_send_is_understood_or_explained(server):
         (400, "no body", b"", {}),
         (400, "not JSON", b"{", {"Content_Type": "application/json"}),
         (400, "'picture_url'", b'{"picture_url": 1}', {"Content_Type": "application/json"}),
-        (400, "not fetched", b'{"image": "http://127.0.0.1/x.png"}', {"Content_Type": "application/json"}),
+        (400, "not fetch", b'{"image": "http://127.0.0.1/x.png"}', {"Content_Type": "application/json"}),
         (400, "not base64", '{"image": "ä"}'.encode(), {"Content_Type": "application/json"}),
         (400, "int", b'{"instances": [[1, 2]]}', {"Content_Type": "application/json"}),
         (400, "no file", form("a", b"b"), {"Content_Type": is_form}),
@@ -311,10 +311,10 @@ def test_bodies_of_many_small_things_are_refused_before_they_are_made(capsys):
     part = b'--b\r\nContent-Disposition: form-data; name="%s"\r\n\r\nx\r\n' % (b"n" * 3_000)
     bodies = {
         "more than 10,000 values": (b'{"images": [' + b'"",' * 2_000_000 + b'""]}', "application/json"),
-        "10,000 values, as": (b"[" * 4_000_000, "application/json"),
+        "10,000 values, such as": (b"[" * 4_000_000, "application/json"),
         "more than 10,000 fields": (b"a=&" * 2_000_000, fields),
         "fields or escapes": (b"image=" + b"%41" * 2_000_000, fields),
-        "none of the keys": (b'{"' + b"k" * 4_000_000 + b'": 1}', "application/json"),
+        "no key for pictures": (b'{"' + b"k" * 4_000_000 + b'": 1}', "application/json"),
         "has no file": (part * 5 + b"--b--\r\n", form),
     }
     app = make_app(Student(), "a student", {"localhost"}, SETTINGS)
@@ -366,7 +366,7 @@ def test_what_is_no_name_is_not_allowed(name):
 
 
 def test_a_host_that_is_none_is_refused():
-    with pytest.raises(ConfigError, match="no address of this name"):
+    with pytest.raises(ConfigError, match="this name has no address"):
         listen("no-such-host.invalid", 0)
     with pytest.raises(ConfigError, match="--host of this machine"):
         listen("192.0.2.1", 0)

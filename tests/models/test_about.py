@@ -48,7 +48,7 @@ def test_what_is_wrong_is_said_in_plain_words(folder: Path, changes: dict[str, A
     (folder / "raydistill.json").write_text(json.dumps(WHOLE | changes))
     with pytest.raises(ConfigError) as refused:
         read_about(str(folder))
-    words = f"{folder} is no exported student: its raydistill.json is damaged ({said}); export the student again"
+    words = f"{folder} is not an exported student: its raydistill.json is damaged ({said}); export the student again"
     assert str(refused.value) == words
 
 
@@ -59,13 +59,13 @@ def test_what_is_no_folder_of_an_export_is_said_to_be_what_it_is(folder: Path, t
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "empty" / "model.onnx")
     for name, said in {
-        "none": "there is nothing at this path", "link": "there is nothing at this path", "file": "it is no folder",
-        "pipe": "it is no folder", "empty": "it has no raydistill.json",
+        "none": "the path does not exist", "link": "the path does not exist", "file": "it is not a folder",
+        "pipe": "it is not a folder", "empty": "it has no raydistill.json",
     }.items():  # fmt: skip
-        with pytest.raises(ConfigError, match=f"{name} is no exported student: {said}; `raydistill export` names"):
+        with pytest.raises(ConfigError, match=f"{name} is not an exported student: {said}; give the folder"):
             check_export(str(tmp_path / name), "onnx")
     os.mkfifo(folder / "model.onnx")
-    with pytest.raises(ConfigError, match=r"/model\.onnx is no regular file; use --engine torch"):
+    with pytest.raises(ConfigError, match=r"/model\.onnx is not a regular file; use --engine torch"):
         check_export(str(folder), "onnx")
     (folder / "model.onnx").unlink()
     with pytest.raises(ConfigError, match=r"has no model\.onnx; use --engine torch"):
@@ -86,5 +86,5 @@ def test_a_wrong_folder_loads_no_torch(tmp_path: Path, command: list[str]) -> No
     words = [sys.executable, "-c", code, command[0], str(tmp_path), *command[1:]]
     ended = subprocess.run(words, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert "it has no raydistill.json; `raydistill export` names the folder that it writes" in ended.stderr
+    assert "it has no raydistill.json; give the folder that `raydistill export` printed" in ended.stderr
     assert "is loaded" not in ended.stdout + ended.stderr

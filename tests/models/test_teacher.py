@@ -560,7 +560,7 @@ def test_an_interpolation_that_is_not_ours_is_said_once(hf, caplog):
         backbone, _, _ = load_teacher(Teacher(model=folder))
         assert backbone.preprocessing.interpolation == "bicubic"
     (said,) = (r.getMessage() for r in caplog.records if r.name == "raydistill.models.weights")
-    assert said.endswith(f"{folder} was trained on pictures resized by lanczos; here it sees them resized by bicubic")
+    assert said.endswith(f"{folder} was trained on pictures resized by lanczos; raydistill resizes them by bicubic")
 
 
 # The native head by name
@@ -605,7 +605,7 @@ def test_names_match_without_regard_to_case_and_separators(classes, rows):
     [
         (["crane", "tree frog"], ["'crane'", "[1, 3]"], "frog"),
         (["white shark", "great white shark"],
-         ["'great white shark' (stands for the same output as 'white shark')"], "n01"),
+         ["'great white shark' (the same output as 'white shark')"], "n01"),
         (["tree frgo", "tree frog", "zzz"], ["of 3 classes, ", "among the teacher's 4", "'tree frgo'",
                                              "nearest: tree frog", "'zzz'"], "n03"),
     ],

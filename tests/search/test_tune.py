@@ -762,7 +762,7 @@ OFF = [f"loss.{name}_weight=0" for name in ("kd", "alignment", "uniformity")]
         (["tune.sampler=grid"], "a grid needs a list of values"),
         (["tune.space=VIEWS"], "3 combinations of keys that change the stages"),
         (["tune.space=STUDENT"], "no model of this name|unknown|no such"),
-        (["tune.storage=sqlite:////nowhere/study.db"], "tune.storage=sqlite:////nowhere/study.db: cannot open it"),
+        (["tune.storage=sqlite:////nowhere/study.db"], "tune.storage=sqlite:////nowhere/study.db: cannot be opened"),
         (["tune.concurrent=1000"], "tune.concurrent=1000 trials at once"),
         (["distill.num_workers=2", "tune.concurrent=1000"], "tune.concurrent=1000 trials at once, with 2 workers each"),
         (["tune.space=HEADS", "tune.sampler=cmaes"], "would draw every key of this space at random"),

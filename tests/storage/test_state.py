@@ -138,7 +138,7 @@ def test_damaged_checkpoints_are_passed_over_and_damaged_leases_end_nothing(tmp_
     directory = StageDirectory(f"{tmp_path}/distill-0123456789ab", "distill", "{}")
     make(Path(directory.path, "checkpoints/newest.json"), damage)
     assert latest_step(directory.path) == 0
-    assert "training begins anew" in caplog.text
+    assert "training starts from the first step" in caplog.text
     Path(directory.path, "checkpoints/newest.json").write_text('["step-000000004"]')
     make(Path(directory.path, "checkpoints/step-000000004/checkpoint.json"), damage)
     assert latest_step(directory.path) == 0
