@@ -25,6 +25,8 @@ from raydistill.runtime.processes import is_running, process_name
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
 from raydistill.storage.filesystems import open_filesystem, write_bytes
+from raydistill.storage.lease import is_held
+from raydistill.storage.local import refuse_link
 from raydistill.storage.state import read_state
 from raydistill.strangers import bounded
 
@@ -33,7 +35,6 @@ FOLDER, LATEST, PAGE = "jobs", "latest", "report.html"
 _LONGEST_NAME = 64  # of 255 bytes that a file's name may have, where a letter has up to four
 _DIRECTORY = r"[a-z]+-[0-9a-f]{12}"
 _KEY = re.compile(r"([0-9a-f]{12}|[a-z]+-[0-9a-f]{12})\.json")
-_RENEWED_SECONDS = 3600.0  # a run on another machine that wrote nothing for so long is taken for dead
 
 
 class JobRun(BaseModel):
@@ -63,9 +64,8 @@ def job_name(config: RunConfig) -> str:
 
 def folder_name(name: str) -> str:
     """A name as that of a folder, on any disk. A name that had to be changed gets a hash, so no two become one."""
-    plain = unicodedata.normalize("NFC", name)
-    safe = re.sub(r"[^\w.-]+", "_", plain)[:_LONGEST_NAME].strip("._- ")
-    if safe == name != "":
+    safe = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name))[:_LONGEST_NAME].strip("._-")
+    if name and safe == name:
         return name
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:6]
     return f"{safe}-{digest}".strip("-")
@@ -149,29 +149,30 @@ def _replace_link(path: str, target: str) -> None:
 
 def _refuse_links(root: str, folder: str) -> None:
     """Raises CheckpointError where what holds records is a link."""
-    for place in () if "://" in root else (f"{root}/{FOLDER}", folder, f"{folder}/runs"):
-        if os.path.islink(place):
-            raise CheckpointError(
-                f"{place} is a link to {os.readlink(place)}, and links in a workspace are not followed: delete it"
-            )
+    if "://" not in root:
+        for place in (f"{root}/{FOLDER}", folder, f"{folder}/runs"):
+            refuse_link(place)
 
 
-def read_jobs(workspace: str) -> Iterator[tuple[str, JobRun]]:
-    """The runs recorded in a workspace, by the path of the record. Records of another form are named and left out.
-    Raises ConfigError where there is no workspace, or none with a record."""
+def read_jobs(workspace: str, all_or_none: bool = False) -> Iterator[tuple[str, JobRun]]:
+    """The runs recorded in a workspace, by the path of the record. Records of another form are named and left out, or
+    raise CheckpointError where they may not be. Raises ConfigError where there is no workspace, or none with a
+    record."""
     fs, root = open_filesystem(workspace)
     found = False
     _refuse_links(workspace, f"{workspace}/{FOLDER}")
     for name in fs.names(f"{root}/{FOLDER}"):
         folder = f"{workspace}/{FOLDER}/{name}"
-        try:
-            _refuse_links(workspace, folder)
-            for file in filter(_KEY.fullmatch, fs.names(f"{root}/{FOLDER}/{name}/runs")):
+        for file in filter(_KEY.fullmatch, fs.names(f"{root}/{FOLDER}/{name}/runs")):
+            try:
+                _refuse_links(workspace, folder)
                 if (run := read_state(path := f"{folder}/runs/{file}", JobRun)) is not None:
                     found = True
                     yield path, run
-        except (CheckpointError, NotADirectoryError) as error:
-            logger.warning("left out: %s", error)
+            except CheckpointError as error:
+                if all_or_none:
+                    raise
+                logger.warning("left out: %s", error)
     if not found:
         raise ConfigError(
             f"{workspace}: no workspace with a job in it; give the folder that `workspace` names. The jobs of an older "
@@ -179,13 +180,11 @@ def read_jobs(workspace: str) -> Iterator[tuple[str, JobRun]]:
         )
 
 
-def state_of(path: str, run: JobRun) -> str:
+def state_of(workspace: str, run: JobRun) -> str:
     """done, failed, interrupted, running, or killed: without an end, and with no process that could bring it."""
     if run.ended is not None:
         return "done" if run.error is None else "interrupted" if run.error == "interrupted" else "failed"
     running = is_running(run.process)
     if running is None:  # on another machine
-        with contextlib.suppress(OSError):
-            fs, place = open_filesystem(path)
-            running = time.time() - fs.modified(place).timestamp() < _RENEWED_SECONDS
+        running = any(is_held(f"{workspace}/{name}") for name in run.directories.values())
     return "running" if running else "killed"

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 from raydistill.errors import CheckpointError, StageError
 from raydistill.runtime.processes import is_running, process_name
 from raydistill.storage.directory import StageDirectory
-from raydistill.storage.filesystems import create_file
+from raydistill.storage.filesystems import create_file, open_filesystem
 from raydistill.storage.state import of_another_form, read_state
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ _SECONDS_BETWEEN_BEATS = 10.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 # A holder on another machine is gone after so long without a sign of life; on this machine its process is looked for.
 _SILENT_SECONDS = 120.0
+_CLOCK_SECONDS = 600.0  # by which machines' clocks may differ
 _PREFIX, _LAST = "lease-", 10**9 - 1
 
 
@@ -65,6 +66,19 @@ def held(directory: StageDirectory, say: Callable[[str], None]) -> Iterator[bool
             f"{directory.path}: another command took this stage over, because this process had shown no sign of life "
             f"for {_SILENT_SECONDS:.0f} s; run the same command again: it waits for that one"
         )
+
+
+def is_held(path: str) -> bool:
+    """Whether a command seems to work in a stage directory: for those who look, and take nothing."""
+    directory = StageDirectory(path, "", "")
+    number, state = _latest(directory)
+    if not number:
+        return False
+    try:
+        written = directory.fs.modified(open_filesystem(_path(directory, number))[1]).timestamp()
+    except FileNotFoundError:  # given back meanwhile
+        return False
+    return not _is_free(state, max(time.time() - written - _CLOCK_SECONDS, 0.0))
 
 
 def _acquire(directory: StageDirectory, say: Callable[[str], None]) -> tuple[int, dict[str, Any]]:

@@ -38,10 +38,15 @@ def refuse_links(place: str) -> None:
     waiting = [place]
     while waiting:
         folder = waiting.pop()
-        if os.path.islink(folder):
-            raise CheckpointError(
-                f"{folder} is a link to {os.readlink(folder)}, and links in a workspace are not followed: delete the "
-                "link, or replace it with what it leads to"
-            )
+        refuse_link(folder)
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
             waiting += [entry.path for entry in entries if entry.is_symlink() or entry.is_dir()]
+
+
+def refuse_link(place: str) -> None:
+    """The same of the path alone."""
+    if os.path.islink(place):
+        raise CheckpointError(
+            f"{place} is a link to {os.readlink(place)}, and links in a workspace are not followed: delete the "
+            "link, or replace it with what it leads to"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -53,8 +54,8 @@ def test_a_run_leaves_links_to_its_directories_and_the_latest_one(tmp_path: Path
         record.results({"student": {"test": 0.5}}, None)
     assert links(tmp_path / "jobs/demo") == {"teach": f"../../{TEACH}", "distill": f"../../{DISTILL}"}
     assert (tmp_path / "latest/distill").resolve() == tmp_path / DISTILL
-    ((path, run),) = read_jobs(str(tmp_path))
-    assert (run.name, run.accuracies, state_of(path, run)) == ("demo", {"student": {"test": 0.5}}, "done")
+    ((_, run),) = read_jobs(str(tmp_path))
+    assert (run.name, run.accuracies, state_of(str(tmp_path), run)) == ("demo", {"student": {"test": 0.5}}, "done")
     with JobRecord(job(tmp_path), "ba9876543210", "other settings") as record:
         record.uses({"teach": f"{tmp_path}/{TEACH}"})
     assert links(tmp_path / "jobs/demo") == {"teach": f"../../{TEACH}"}  # those of the last run
@@ -74,21 +75,23 @@ def test_a_failed_run_leaves_what_is_there_and_is_not_the_latest(tmp_path: Path)
     assert links(tmp_path / "jobs/demo") == {"teach": f"../../{TEACH}"}
     assert not (tmp_path / "latest").is_symlink()
     ((path, run),) = read_jobs(str(tmp_path))
-    assert state_of(path, run) == "failed"
+    assert state_of(str(tmp_path), run) == "failed"
     assert "hunter22" not in Path(path).read_text()
     with pytest.raises(KeyboardInterrupt), JobRecord(job(tmp_path), KEY, ""):
         raise KeyboardInterrupt
     ((path, run),) = read_jobs(str(tmp_path))
-    assert state_of(path, run) == "interrupted"
+    assert state_of(str(tmp_path), run) == "interrupted"
     assert run.directories == {"teach": TEACH, "distill": DISTILL}  # of the run before: they are still its own
     living = run.model_copy(update={"ended": None})
-    assert state_of(path, living) == "running"
+    assert state_of(str(tmp_path), living) == "running"
     dead = living.model_copy(update={"process": living.process.rpartition(" ")[0] + " 1"})
-    assert state_of(path, dead) == "killed"
+    assert state_of(str(tmp_path), dead) == "killed"
     elsewhere = living.model_copy(update={"process": "another-machine pid:[1] 7 1"})
-    assert state_of(path, elsewhere) == "running"
-    os.utime(path, (1, 1))
-    assert state_of(path, elsewhere) == "killed"
+    assert state_of(str(tmp_path), elsewhere) == "killed"  # nobody there holds a directory of its
+    (lease := tmp_path / TEACH / "lease-000001").write_text(json.dumps({"id": "x", "process": elsewhere.process}))
+    assert state_of(str(tmp_path), elsewhere) == "running"
+    os.utime(lease, (1, 1))
+    assert state_of(str(tmp_path), elsewhere) == "killed"
 
 
 def test_runs_of_one_name_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
