@@ -10,8 +10,10 @@ from raydistill.cli import inference  # isort: split
 
 from raydistill.cli import jobs  # isort: split
 
+from raydistill.cli import workspace  # isort: split
+
 from raydistill.cli import reference  # isort: split
 
 from raydistill.cli.words import app
 
-__all__ = ["app", "check", "inference", "jobs", "reference", "search", "stages"]
+__all__ = ["app", "check", "inference", "jobs", "reference", "search", "stages", "workspace"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -137,12 +138,30 @@ def read_bill(path: str) -> dict[str, Any]:
 
 def workspace_root(config: RunConfig) -> str:
     """The workspace as an absolute path or URL without a trailing slash. Raises ConfigError where it is no folder."""
-    if "://" in config.workspace:
-        return config.workspace.rstrip("/")
-    root = os.path.abspath(os.path.expanduser(config.workspace))
+    return absolute_root(config.workspace)
+
+
+def absolute_root(workspace: str) -> str:
+    """The same of what the user typed."""
+    if "://" in workspace:
+        return workspace.rstrip("/")
+    root = os.path.abspath(os.path.expanduser(workspace))
     if os.path.exists(root) and not os.path.isdir(root):
-        raise ConfigError(f"workspace={config.workspace}: a file is there, and no folder; choose another")
+        raise ConfigError(f"workspace={workspace}: a file is there, and no folder; choose another")
     return root
+
+
+def folder_bytes(path: str) -> int:
+    """The bytes of the files below a folder, and of nothing that its links lead to; 0 where it is not there."""
+    fs, place = open_filesystem(path)
+    if not fs.is_local:
+        return int(fs.du(place)) if fs.exists(place) else 0
+    size = 0
+    for folder, _, names in os.walk(place):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # another command may be at work
+                size += os.lstat(f"{folder}/{name}").st_size
+    return size
 
 
 def check_writable(config: RunConfig) -> None:

@@ -7,6 +7,7 @@ the JSON counts, and of the places in it only names in this workspace.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import logging
 import os
@@ -28,13 +29,16 @@ from raydistill.storage.filesystems import open_filesystem, write_bytes
 from raydistill.storage.lease import is_held
 from raydistill.storage.local import refuse_link
 from raydistill.storage.state import read_state
-from raydistill.strangers import bounded
+from raydistill.strangers import bounded, some
 
 logger = logging.getLogger(__name__)
 FOLDER, LATEST, PAGE = "jobs", "latest", "report.html"
 _LONGEST_NAME = 64  # of 255 bytes that a file's name may have, where a letter has up to four
-_DIRECTORY = r"[a-z]+-[0-9a-f]{12}"
+DIRECTORY = r"[a-z]+-[0-9a-f]{12}"
 _KEY = re.compile(r"([0-9a-f]{12}|[a-z]+-[0-9a-f]{12})\.json")
+
+
+Time = Annotated[float, Field(ge=0, le=2**33)]
 
 
 class JobRun(BaseModel):
@@ -44,13 +48,13 @@ class JobRun(BaseModel):
     name: str
     title: str = ""
     process: str = ""
-    started: float = 0.0
-    ended: float | None = None
+    started: Time = 0.0
+    ended: Time | None = None
     error: str | None = None
     directories: dict[
-        Annotated[str, Field(pattern="^[a-z_0-9]+$")], Annotated[str, Field(pattern=f"^{_DIRECTORY}$")]
+        Annotated[str, Field(pattern="^[a-z_0-9]+$")], Annotated[str, Field(pattern=f"^{DIRECTORY}$")]
     ] = {}
-    page: Annotated[str, Field(pattern=rf"^{_DIRECTORY}/[a-z]+\.html$")] | None = None
+    page: Annotated[str, Field(pattern=rf"^{DIRECTORY}/[a-z]+\.html$")] | None = None
     accuracies: dict[str, dict[str, float]] = {}
 
 
@@ -188,3 +192,32 @@ def state_of(workspace: str, run: JobRun) -> str:
     if running is None:  # on another machine
         running = any(is_held(f"{workspace}/{name}") for name in run.directories.values())
     return "running" if running else "killed"
+
+
+def named_runs(runs: list[tuple[str, JobRun]], name: str) -> list[tuple[str, JobRun]]:
+    """Those of one job. Raises ConfigError with the nearest name where there is none."""
+    if found := [item for item in runs if name in (item[1].name, item[0].split("/")[-3])]:
+        return found
+    names = sorted({run.name for _, run in runs})
+    near = difflib.get_close_matches(name, names, 1)
+    raise ConfigError(
+        f"no job {name!r} here; " + (f"did you mean {near[0]!r}?" if near else f"there are {some(names)}")
+    )
+
+
+def forget(workspace: str, paths: list[str]) -> None:
+    """Delete records, and the links beside them where none is left."""
+    for path in paths:
+        folder = path.rpartition("/runs/")[0]
+        _refuse_links(workspace, folder)
+        os.unlink(path)
+        if not os.listdir(f"{folder}/runs"):
+            os.rmdir(f"{folder}/runs")
+            links = [f"{folder}/{name}" for name in os.listdir(folder)]
+            latest = f"{workspace}/{LATEST}"
+            if os.path.islink(latest) and os.readlink(latest) == os.path.relpath(folder, workspace):
+                links.append(latest)
+            for link in filter(os.path.islink, links):
+                os.unlink(link)
+            with contextlib.suppress(OSError):  # a file of somebody else's is there
+                os.rmdir(folder)

@@ -1,0 +1,126 @@
+"""Finds what no job of a workspace needs, and deletes it. A workspace is a folder with a record of a job in it.
+
+A folder counts as ours if its name is the hash of its `identity.json`, as every stage makes it. Links, folders that
+hold links, directories in use and all else stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from raydistill.errors import CheckpointError, ConfigError
+from raydistill.storage.directory import absolute_root, folder_bytes
+from raydistill.storage.filesystems import read_file
+from raydistill.storage.jobs import DIRECTORY, named_runs, read_jobs, state_of
+from raydistill.storage.lease import is_held
+from raydistill.storage.local import refuse_links
+from raydistill.storage.state import MOST_BYTES
+
+_LEFT_OVER = re.compile(r".+\.[0-9a-f]{32}\.tmp|\.writable-[0-9a-f]{32}")
+_HALF_DELETED = re.compile(rf"\.deleted-{DIRECTORY}")
+_LEASE = re.compile(r"lease-[0-9]{6,9}")
+_LEFT_OVER_SECONDS = 3600.0  # no file takes so long to be written
+
+
+@dataclass(frozen=True)
+class Waste:
+    """Something to delete, and why; with a reason to keep it, it stays. `size` is in bytes."""
+
+    path: str
+    why: str
+    size: int
+    kept: str = ""
+
+
+def find_waste(workspace: str, job: str | None = None) -> tuple[list[Waste], list[str]]:
+    """What no job needs. With `job`, also what that job alone needs, and the paths of its records.
+
+    Raises ConfigError where there is no workspace or no such job, or where it runs; CheckpointError where a record
+    cannot be read, since what it names may be needed.
+    """
+    root = absolute_root(workspace)
+    if "://" in root:
+        raise ConfigError(
+            f"{workspace}: clean deletes on disks alone; in a bucket let its own rules for old files do it"
+        )
+    runs = list(read_jobs(root, all_or_none=True))
+    leaving = [] if job is None else named_runs(runs, job)
+    if any(state_of(root, run) == "running" for _, run in leaving):
+        raise ConfigError(f"{job} is running; end it first, or wait for its end")
+    needed = {name for item in runs if item not in leaving for name in item[1].directories.values()}
+    return list(_waste_in(root, needed)), [path for path, _ in leaving]
+
+
+def _waste_in(root: str, needed: set[str]) -> Iterator[Waste]:
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if _HALF_DELETED.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            yield Waste(entry.path, "half deleted before", folder_bytes(entry.path))
+        elif re.fullmatch(DIRECTORY, entry.name):
+            if entry.name in needed:
+                yield from _left_over(entry.path)
+            else:
+                size = folder_bytes(entry.path) if entry.is_dir(follow_symlinks=False) else 0
+                yield Waste(entry.path, "no job needs it", size, _reason_to_keep(entry.path))
+        else:
+            yield from _left_over(entry.path, deep=False)
+
+
+def _left_over(place: str, deep: bool = True) -> Iterator[Waste]:
+    """Files that killed processes did not finish: the place itself, or those below a directory that nobody uses."""
+    if deep and (os.path.islink(place) or is_held(place)):
+        return
+    old = f"{place}/checkpoints"  # the student is there
+    if deep and os.path.isfile(f"{place}/DONE") and os.path.isdir(old) and not os.path.islink(old):
+        yield Waste(old, "superseded", folder_bytes(old))
+    below = [f"{folder}/{name}" for folder, _, names in os.walk(place) for name in names] if deep else [place]
+    for path in below:
+        if _LEFT_OVER.fullmatch(os.path.basename(path)) and os.path.isfile(path) and not os.path.islink(path):
+            state = os.stat(path)
+            if time.time() - state.st_mtime > _LEFT_OVER_SECONDS:
+                yield Waste(path, "half written", state.st_size)
+
+
+def _reason_to_keep(path: str) -> str:
+    """Why a folder with a name of ours stays; empty where it may go."""
+    try:
+        refuse_links(path)
+        names = os.listdir(path)
+        if is_held(path):
+            return "in use"
+        if all(map(_LEASE.fullmatch, names)):  # a run that was killed as it began
+            return ""
+        digest = hashlib.sha256(read_file(f"{path}/identity.json", MOST_BYTES)).hexdigest()
+    except CheckpointError:
+        return "a link, or a folder that holds one"
+    except OSError:
+        return "no folder of raydistill's"
+    return "" if path.endswith(f"-{digest[:12]}") else "no folder of raydistill's"
+
+
+def delete(waste: Waste) -> bool:
+    """Delete it, unless somebody began to use it meanwhile. A folder gets another name first, so that no command finds
+    a part of it; a link in its place stays. Raises OSError."""
+    folder, name = os.path.split(waste.path)
+    gone = waste.path if _HALF_DELETED.fullmatch(name) else f"{folder}/.deleted-{name}"
+    if os.path.islink(waste.path):
+        return False
+    with contextlib.suppress(FileNotFoundError):  # another `clean` was first
+        if name == "checkpoints":
+            from raydistill.engine.checkpoints import drop_checkpoints  # with torch
+
+            drop_checkpoints(folder)
+        elif not os.path.isdir(waste.path):
+            os.unlink(waste.path)
+        elif gone != waste.path and _reason_to_keep(waste.path) and os.path.exists(waste.path):
+            return False
+        else:
+            os.rename(waste.path, gone)
+            shutil.rmtree(gone)  # which follows no link
+    return True

@@ -1,0 +1,244 @@
+"""ls, open and clean: what they tell of a workspace, and that nothing goes but what is ours and nobody needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import webbrowser
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from raydistill.cleaning import delete, find_waste
+from raydistill.cli.commands import app
+from raydistill.config import load_config
+from raydistill.errors import CheckpointError, ConfigError
+from raydistill.storage.directory import StageDirectory
+from raydistill.storage.jobs import JobRecord
+from raydistill.storage.lease import held
+
+PART = "0" * 32 + ".tmp"
+
+
+def stage(root: Path, kind: str, identity: str = "{}", size: int = 1000) -> Path:
+    folder = root / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    folder.mkdir(parents=True)
+    (folder / "identity.json").write_text(identity)
+    (folder / "DONE").write_text("{}")
+    (folder / "report.html").write_bytes(b"x" * size)
+    return folder
+
+
+def old(path: Path) -> Path:
+    os.utime(path, (1, 1))
+    return path
+
+
+def run_of(root: Path, name: str, directories: list[Path], key: str = "0123456789ab") -> None:
+    with JobRecord(
+        load_config([], {"images.path": "x", "workspace": str(root), "name": name}), key, "seed 0"
+    ) as record:
+        record.uses({folder.name.partition("-")[0]: str(folder) for folder in directories})
+        record.results({"student": {"val": 0.5, "test": 0.25}}, f"{directories[-1]}/report.html")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A workspace of two jobs that share a directory, and one that belongs to none."""
+    place = tmp_path / "w"
+    shared, mine, others = (stage(place, kind) for kind in ("teach", "evaluate", "distill"))
+    run_of(place, "first", [shared, mine])
+    run_of(place, "second", [shared, others])
+    stage(place, "export")
+    return place
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def names(root: Path) -> set[str]:
+    return {path.name.partition("-")[0] for path in root.iterdir()}
+
+
+def wasted(root: Path, job: str | None = None) -> dict[str, str]:
+    return {
+        os.path.relpath(item.path, root).partition("-")[0]: item.kept or item.why
+        for item in find_waste(str(root), job)[0]
+    }
+
+
+# ls
+
+
+def test_ls_counts_what_jobs_share_once(root: Path) -> None:
+    first, second = json.loads(call("ls", root, "--json").stdout)
+    assert (first["name"], first["state"], first["accuracies"]["student"]["test"]) == ("first", "done", 0.25)
+    assert (first["bytes"], first["shared_bytes"], second["shared_bytes"]) == (1004, 1004, 1004)
+    assert Path(first["report"]).is_file()
+    told = call("ls", root).stdout
+    assert "0.500, 0.250" in told
+    assert f"2 run(s) in {root}" in told.replace("\n", "")
+    assert "3.0 kB" in told
+
+
+def test_what_strangers_write_controls_no_terminal(root: Path) -> None:
+    file = next(root.glob("jobs/first/runs/*"))
+    record = json.loads(file.read_text()) | {"name": "\x1b[2Ja\nb", "title": "\u202ex", "error": "\x1b]8;;http://x\x07"}
+    file.write_text(json.dumps(record))
+    for words in (("ls", root), ("ls", root, "--json"), ("open", "second", "--workspace", root)):
+        told = call(*words).stdout
+        assert not {"\x1b", "\x07", "\u202e"} & set(told)
+    file.write_text(json.dumps(record | {"started": 1e300}))
+    assert "first" not in call("ls", root).stdout
+
+
+@pytest.mark.parametrize("command", ["ls", "clean"])
+@pytest.mark.parametrize("make", [Path.mkdir, lambda place: None, lambda place: place.write_text("a file")])
+def test_outside_a_workspace_is_refused(command: str, make, tmp_path: Path) -> None:
+    make(tmp_path / "place")
+    result = call(command, tmp_path / "place")
+    assert isinstance(result.exception, ConfigError)
+    assert str(tmp_path / "place") in str(result.exception)
+
+
+# open
+
+
+def test_open_shows_the_latest_report_or_the_named_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) or True)
+    for variable in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert "distill-" in call("open", "--workspace", root).stdout
+    assert opened == []  # without a display
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert "evaluate-" in call("open", "first", "--workspace", root).stdout
+    assert opened == [next(root.glob("evaluate-*/report.html")).as_uri()]
+    assert "did you mean 'first'?" in str(call("open", "frist", "--workspace", root).exception)
+    for page in root.glob("*/report.html"):
+        page.unlink()
+    assert "no report yet" in str(call("open", "--workspace", root).exception)
+
+
+# clean
+
+
+def test_what_no_job_needs_goes_and_nothing_else(root: Path) -> None:
+    (root / "mine.txt").write_text("mine")
+    (root / "mlflow.db").write_text("runs")
+    before = names(root)
+    assert wasted(root) == {"export": "no job needs it"}
+    assert "would delete 1 thing" in call("clean", root, "--dry-run").stdout
+    asked = call("clean", root)
+    assert "--yes" in str(asked.exception)
+    assert names(root) == before
+    assert "deleted 1 thing(s), 1.0 kB" in call("clean", root, "--yes").stdout
+    assert names(root) == before - {"export"}
+    assert "nothing to delete" in call("clean", root, "--yes").stdout
+
+
+def test_a_job_goes_with_what_it_alone_needs(root: Path) -> None:
+    assert wasted(root, "second") == {"distill": "no job needs it", "export": "no job needs it"}
+    assert call("clean", root, "--job", "second", "--yes").exit_code == 0
+    assert names(root) == {"teach", "evaluate", "jobs"}  # `latest` was that job
+    assert [path.name for path in (root / "jobs").iterdir()] == ["first"]
+    assert isinstance(call("clean", root, "--job", "second", "--yes").exception, ConfigError)
+
+
+def test_a_running_job_and_a_damaged_record_stop_it(root: Path) -> None:
+    first = load_config([], {"images.path": "x", "workspace": str(root), "name": "first"})
+    with JobRecord(first, "ab" * 6, ""), pytest.raises(ConfigError, match="is running"):
+        find_waste(str(root), "first")
+    next(root.glob("jobs/first/runs/0*")).write_text("{")
+    with pytest.raises(CheckpointError, match="jobs/first/runs"):
+        find_waste(str(root))
+
+
+def test_a_directory_in_use_stays(root: Path) -> None:
+    (export,) = root.glob("export-*")
+    (export / "DONE").unlink()
+    waste, _ = find_waste(str(root))
+    with held(StageDirectory(str(export), "export", "{}"), print):
+        assert wasted(root) == {"export": "in use"}
+        assert not delete(waste[0])  # found before it came into use
+    assert export.is_dir()
+    assert wasted(root) == {"export": "no job needs it"}
+
+
+def test_links_and_folders_of_others_stay(root: Path, tmp_path: Path) -> None:
+    victim = stage(tmp_path, "teach", "of another workspace")
+    (root / victim.name).symlink_to(victim)  # a link with a name of ours to a directory of ours
+    inside = stage(root, "features", "holds a link")
+    (inside / "more").symlink_to(tmp_path)
+    (root / "adapt-0123456789ab").mkdir()
+    (root / "adapt-0123456789ab/thesis.tex").write_text("mine")
+    (root / "prepare-0123456789ab").mkdir()
+    (root / "prepare-0123456789ab/identity.json").write_text("{}")  # of another hash
+    (root / "decoded-0123456789ab").write_text("a file")
+    (root / f"student.{PART}").symlink_to(old(victim / "report.html"))
+    everything = sorted(path for path in tmp_path.rglob("*") if not path.match("export-*"))
+    ours = "no folder of raydistill's"
+    assert wasted(root) == {
+        "adapt": ours, "decoded": ours, "prepare": ours, "export": "no job needs it",
+        "features": "a link, or a folder that holds one", "teach": "a link, or a folder that holds one",
+    }  # fmt: skip
+    assert call("clean", root, "--yes").exit_code == 0
+    kept = set(tmp_path.rglob("*"))
+    assert [path for path in everything if path not in kept and "export-" not in str(path)] == []
+    assert not list(root.glob("export-*"))
+
+
+def test_a_link_that_takes_the_place_of_a_found_folder_is_not_followed(root: Path, tmp_path: Path) -> None:
+    waste, _ = find_waste(str(root))
+    (export,) = root.glob("export-*")
+    victim = export.rename(tmp_path / export.name)
+    export.symlink_to(victim)
+    assert not delete(waste[0])
+    assert sorted(path.name for path in victim.iterdir()) == ["DONE", "identity.json", "report.html"]
+
+
+def test_what_killed_processes_leave_goes(root: Path) -> None:
+    (evaluate,) = root.glob("evaluate-*")
+    new, half = evaluate / f"student.{PART}", evaluate / f"report.json.{PART}"
+    new.write_text("being written")
+    old_files = [half, root / f".writable-{'1' * 32}"]
+    for path in old_files:
+        path.write_text("half")
+        old(path)
+    (begun := root / "teach-0123456789ab").mkdir()
+    (begun / "lease-000001").write_text(json.dumps({"id": "x", "process": "m - 1 1", "released": True}))
+    (root / ".deleted-teach-0123456789ab").mkdir()
+    steps = evaluate / "checkpoints/step-000000007"
+    steps.mkdir(parents=True)
+    (steps / "state.pt").write_text("superseded")
+    assert call("clean", root, "--yes").exit_code == 0
+    assert not any(path.exists() for path in (*old_files, begun, root / ".deleted-teach-0123456789ab", steps))
+    assert new.exists()
+
+
+def test_a_second_clean_at_the_same_time_ends_well(root: Path) -> None:
+    for number in range(20):
+        stage(root, "teach", str(number))
+    waste, _ = find_waste(str(root))
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for item in waste:
+                delete(item)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert wasted(root) == {}
