@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import stat
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ _MAKERS = {
     "Col2Im", "AffineGrid", "HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix", "DFT", "STFT",
 }  # fmt: skip
 _BOXES = {"Optional", "OptionalGetElement", "SequenceConstruct", "SequenceAt", "ConcatFromSequence"}  # of tensors
+_MOST_FIELDS = 1 << 19  # of protobuf in the file; an empty node of two bytes takes 640 in memory
 _SEVERAL = 64  # pictures; their tensors may have this many times the numbers of one picture's
 
 
@@ -32,6 +34,7 @@ def check_graph(file: Path) -> None:
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             raise ConfigError(f"{file}: not a regular file")
+        _check_fields(file)
         model = onnx.load(file, load_external_data=False)
         if model.functions:
             raise ConfigError(f"{file}: has its own functions, which may call each other without end")
@@ -60,6 +63,42 @@ def check_graph(file: Path) -> None:
         raise
     except Exception:  # errors of protobuf and onnx have no common class, and their text names source files
         raise ConfigError(f"{file}: not an ONNX graph, or a damaged one; export the student again") from None
+
+
+def _check_fields(file: Path) -> None:
+    """Raises ConfigError where protobuf would make too many objects of the file, ValueError where it is damaged."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        count, waiting = 0, [(0, len(data), onnx.ModelProto.DESCRIPTOR)]
+        while waiting:
+            at, end, kind = waiting.pop()
+            while at < end:
+                if (count := count + 1) > _MOST_FIELDS:
+                    raise ConfigError(f"{file}: has far more parts than a network for pictures")
+                tag, at = _varint(data, at)
+                number, wire = tag >> 3, tag & 7
+                if wire == 2:
+                    length, at = _varint(data, at)
+                    field = kind.fields_by_number.get(number)
+                    if field is not None and field.message_type is not None:
+                        waiting.append((at, at + length, field.message_type))
+                    at += length
+                elif wire in (0, 1, 5):
+                    at = _varint(data, at)[1] if wire == 0 else at + (8 if wire == 1 else 4)
+                else:
+                    raise ValueError("no field of ONNX")
+            if at > end:
+                raise ValueError("it ends too early")
+
+
+def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """The number at a place, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        value, at = value | (byte & 127) << shift, at + 1
+        if byte < 128:
+            return value, at
+    raise ValueError("a number that is too long")
 
 
 def _check_nodes(graph: Any, file: Path) -> None:

@@ -113,3 +113,11 @@ def test_images_that_a_graph_does_not_take_are_refused_without_the_library_s_wor
     with pytest.raises(ConfigError, match=r"does not take images of 1x9 float32, which its folder names") as refused:
         onnx_run(file)(np.zeros((1, 9), np.float32))
     assert "ONNXRuntimeError" not in str(refused.value)
+
+
+@pytest.mark.parametrize("part", [b"\x0a\x00", b"\x2a\x00", b"\x6a\x00"])  # empty nodes, weights and shapes
+def test_a_small_file_of_very_many_empty_parts_is_refused_before_any_is_made(tmp_path, part):
+    graph = part * 600_000
+    (tmp_path / "model.onnx").write_bytes(b"\x3a" + bytes([0x80, 0x9F, 0x49]) + graph)  # 1,200,000 as a varint
+    with pytest.raises(ConfigError, match="far more parts"):
+        check_graph(tmp_path / "model.onnx")
