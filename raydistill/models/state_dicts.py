@@ -39,6 +39,7 @@ _PLAIN: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
 ]  # fmt: skip
 _SOME = 5
+_MOST_HEADER = 4 << 20  # bytes
 
 
 class _Reading(NamedTuple):
@@ -78,11 +79,20 @@ def sizes_of(folder: Path | None) -> list[int] | None:
         if path.suffix != ".safetensors":
             return None
         try:
+            refuse_long_header(path)
             with safe_open(path, "pt") as file:
                 sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
             raise ConfigError(f"{path}: not a plain file of tensors ({reason_of(error)})") from None
     return sizes
+
+
+def refuse_long_header(path: Path) -> None:
+    """Raises ValueError where a safetensors file has the header of a million tensors: the largest models have
+    thousands."""
+    with path.open("rb") as file:
+        if (length := int.from_bytes(file.read(8), "little")) > _MOST_HEADER:
+            raise ValueError(f"a header of {length:,} bytes, where {_MOST_HEADER:,} are the most")
 
 
 @contextlib.contextmanager
@@ -124,6 +134,7 @@ def _read(path: Path, key: str) -> Any:
         with open(path, "rb") as file:
             is_safetensors = path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
         if is_safetensors:
+            refuse_long_header(path)
             return load_file(path)
         with torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles before it refuses them

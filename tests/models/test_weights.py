@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from raydistill.errors import ConfigError
 from raydistill.models import weights
 from raydistill.models.from_transformers import load_or_refuse
-from raydistill.models.state_dicts import read_weights
+from raydistill.models.state_dicts import read_weights, sizes_of
 from raydistill.models.weights import (
     check_timm_name,
     load_timm_weights,
@@ -388,3 +388,10 @@ def test_what_a_library_s_code_says_of_a_config_is_said_in_plain_words(tmp_path,
     with pytest.raises(ConfigError, match=said) as refused:
         load_or_refuse("the student", load, str(tmp_path))
     assert "__init__" not in str(refused.value)
+
+
+def test_a_header_of_very_many_tensors_is_refused_before_it_is_read(tmp_path):
+    header = json.dumps({f"t{k}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for k in range(90_000)})
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(ConfigError, match="a header of .* bytes"):
+        sizes_of(tmp_path)
