@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import tarfile
@@ -183,7 +184,7 @@ def label_in(archive: Any, beside: dict[str, File], shown: str, notes: Counter[s
         try:
             value: object = data.decode("utf-8-sig")
             if suffix == ".json":
-                tree = json.loads(data)
+                tree = _parsed(data)
                 value = tree.get("label", tree.get("class")) if isinstance(tree, dict) else tree
                 if isinstance(tree, dict) and not {"label", "class"} & set(tree):
                     notes["JSON files in tar files without `label` and `class`"] += 1
@@ -192,3 +193,14 @@ def label_in(archive: Any, beside: dict[str, File], shown: str, notes: Counter[s
         if (label := label_of(value, where, notes)) is not None:
             return label
     return None
+
+
+def _parsed(data: bytes) -> Any:
+    """JSON's value. Python would look for cycles again and again while it makes very many lists, of which none is."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(data)
+    finally:
+        if was_on:
+            gc.enable()

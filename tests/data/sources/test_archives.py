@@ -1,5 +1,7 @@
 """Tar files of strangers: what their headers say of sizes is known before anything is made of it."""
 
+import gc
+import io
 import os
 import tarfile
 import tracemalloc
@@ -167,3 +169,27 @@ def test_the_map_of_a_sparse_file_is_not_read_however_long_it_is(tmp_path: Path,
     finally:
         tracemalloc.stop()
     assert ignored == {"links and other things than files in tar files": 1}
+
+
+def test_lists_beside_images_are_read_without_looking_for_cycles(tmp_path: Path):
+    runs = []
+
+    def count(phase: str, info: dict[str, int]) -> None:
+        runs.append(phase)
+
+    parts = {}
+    for k in range(40):
+        parts[f"{k}.png"] = b"png"
+        parts[f"{k}.json"] = b'{"label": "a", "x": [' + b"[]," * 20_000 + b"1]}"
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name, data in parts.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    gc.callbacks.append(count)
+    try:
+        rows = list(list_rows(str(tmp_path / "s.tar"), Counter(), Counter()))
+    finally:
+        gc.callbacks.remove(count)
+    assert [row.label for row in rows] == ["a"] * 40
+    assert gc.isenabled() and len(runs) < 200
