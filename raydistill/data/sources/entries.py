@@ -29,6 +29,8 @@ UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
 SYSTEM_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # `datasets` keeps its work beside its data
+# Rows that a table of paths may always have, and others for each file that it names.
+_ALWAYS_ROWS, _MOST_ROWS = 4096, 16
 _SAVED = ("state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 
 
@@ -65,7 +67,9 @@ def read_source(fs: FileSystem, root: str, ignored: Counter[str], notes: Counter
         if _suffix(root) in SUFFIXES:
             return Source(list(_of_file(fs, root, None, ignored, notes)), posixpath.dirname(root), {})
         if _suffix(root) in path_tables.SUFFIXES:
-            return Source(list(_of_table(fs, root, notes)), posixpath.dirname(root), {})
+            entries = list(_of_table(fs, root, notes))
+            _refuse_repeats(entries, written(root))
+            return Source(entries, posixpath.dirname(root), {})
         return None
     if fs.is_local:
         files: dict[str, Any] = {path: {} for path in files_below(root, ignored)}
@@ -137,6 +141,13 @@ def _of_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator[Entry
             path = path.replace("\\", "/")
             notes["paths with \\, read with /"] += 1
         yield Entry(path, row.label, _split(row.split, row.where))
+
+
+def _refuse_repeats(entries: list[Entry], shown: str) -> None:
+    """Each row is decoded, so few files that are named very often would take minutes."""
+    files = len({posixpath.normpath(entry.path) for entry in entries})
+    if len(entries) > _ALWAYS_ROWS + _MOST_ROWS * files:
+        raise DataError(f"{shown}: {len(entries):,} rows name {files:,} files; name each file once")
 
 
 def _of_file(

@@ -581,3 +581,10 @@ def test_lists_of_too_many_classes_are_refused(tmp_path):
     (tmp_path / "classes.txt").write_text("\n".join(names))
     write_table(path, table)
     assert "classes.txt: 140,000 classes, above 131,072" in refusal(path, classes=str(tmp_path / "classes.txt"))
+
+
+def test_few_files_that_a_table_names_very_often_are_refused(tmp_path):
+    rows = [f"{'./' * (k % 9)}a.png,{'ab'[k % 2]}" for k in range(5_000)]
+    (tmp_path / "s.csv").write_text("\n".join(["path,label", *rows]))
+    with pytest.raises(DataError, match="5,000 rows name 1 files; name each file once"):
+        list_images(Images(path=str(tmp_path / "s.csv")))
