@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,6 +109,14 @@ def shorter(text: str, most: int = 60) -> str:
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first of these names, and how many more there are."""
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def few_kinds(counts: Counter[str], most: int = 50) -> dict[str, int]:
+    """The counts, of which the rarer are one where there are very many: the words of strangers make kinds."""
+    if len(counts) <= most:
+        return dict(counts)
+    kept = dict(counts.most_common(most))
+    return {**kept, f"others, of {len(counts) - most:,} further kinds": counts.total() - sum(kept.values())}
 
 
 def markdown(text: str) -> str:

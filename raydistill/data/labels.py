@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 
 from raydistill.errors import DataError
-from raydistill.strangers import written
+from raydistill.strangers import shorter, written
 
 MOST_CLASSES = 1 << 17  # of a set; a set with more of them numbers its images
 MOST_BYTES = 65536  # of a label, and characters of one that is text
@@ -116,7 +116,8 @@ def one_spelling(labels: Iterable[str], listed: Sequence[str] | None, notes: Cou
         for name in names:
             spelt[name] = written(chosen)
             if name != chosen and counts[name]:
-                notes[f"labels {name!a}, read as {chosen!a}, which looks the same"] += counts[name]
+                both = f"{shorter(ascii(name))}, read as {shorter(ascii(chosen))}"
+                notes[f"labels {both}, which looks the same"] += counts[name]
     for same in folded.values():
         if len(same) > 1 and not same <= named:
             both = " and ".join(repr(spelt[name]) for name in sorted(same))

@@ -35,6 +35,7 @@ from raydistill.runtime.progress import Progress
 from raydistill.stages.prepare import chunks, refuse_too_many_bad
 
 EXAMPLES = 5
+_MOST_REASONS = 50
 # Formats that Pillow names apart and the names of files do not: phones write MPO into .jpg.
 _ALIKE = {"MPO": "JPEG", "DIB": "BMP", "BMP": "DIB"}
 # Bits of 256 that two pictures of the same thing may differ in; brightness below whose spread a picture shows nothing;
@@ -158,7 +159,10 @@ def _unusable(images: Images, known: list[Decoded], total: int, strict: bool) ->
     by_reason: dict[str, list[str]] = defaultdict(list)
     bad = [d for d in known if d.reason]
     for d in bad:
-        by_reason[d.reason.partition(":")[0]].append(f"{entry_name(d.entry)}: {d.reason}")
+        kind = d.reason.partition(":")[0]  # may tell sizes, so that each picture has its own
+        if kind not in by_reason and len(by_reason) >= _MOST_REASONS:
+            kind = "cannot be used, for other reasons"
+        by_reason[kind].append(f"{entry_name(d.entry)}: {d.reason}")
     severity = "stop" if strict else "loses"
     done = "the look ended here" if strict else "left out, and listed in refused.json"
     for reason, names in by_reason.items():

@@ -21,7 +21,7 @@ from raydistill.inference.predict import LARGE, Predictor, find_units, predict_l
 from raydistill.models.about import Engine, check_export
 from raydistill.runtime import interrupts
 from raydistill.runtime.progress import Progress
-from raydistill.strangers import one_line, plain_console
+from raydistill.strangers import few_kinds, one_line, plain_console
 
 
 def predict_command(
@@ -39,7 +39,7 @@ def predict_command(
     count = sum(number for _, _, number in units)
     start_processes(working_images, min(num_cores(), count))
     console = plain_console(stderr=True)
-    for what, number in ignored.items():
+    for what, number in few_kinds(ignored).items():
         console.print(f"ignored: {number} {what}", markup=False, soft_wrap=True)
     answered, failed = 0, list[Answer]()
     with contextlib.ExitStack() as stack:

@@ -30,7 +30,7 @@ from raydistill.errors import ConfigError, DataError
 from raydistill.inference.answers import Answer, chunks
 from raydistill.models.about import Engine, check_export
 from raydistill.models.formats import load_from_library, network_inputs, onnx_run, torch_run
-from raydistill.strangers import written
+from raydistill.strangers import few_kinds, written
 
 Unit = tuple[str, int, int]  # a file; or, for a file of many images, the first row and the number of rows
 # More pictures than this go through a pool of actors, which takes some ten seconds to start.
@@ -136,7 +136,7 @@ def _pictures_below(folder: str, ignored: Counter[str]) -> Iterator[str]:
 
 
 def _describe(ignored: Counter[str]) -> str:
-    return f" ({', '.join(f'{count} {what}' for what, count in ignored.items())})" if ignored else ""
+    return f" ({', '.join(f'{count} {what}' for what, count in few_kinds(ignored, 10).items())})" if ignored else ""
 
 
 def without_first(units: Sequence[Unit], count: int) -> list[Unit]:

@@ -360,3 +360,23 @@ def test_an_interrupted_look_keeps_what_was_seen(check, folder, tmp_path, monkey
     assert found(checkup)["interrupted: the rest is not looked at"].count == 30
     assert "00.png" in found(checkup)["not an image"].examples[0]
     assert not [what for what in found(checkup) if "class" in what], "dogs are not looked at, and do not lack"
+
+
+def test_words_of_strangers_make_few_findings(check, tmp_path):
+    noise(np.random.default_rng(0)).save(tmp_path / "a.png")
+    noise(np.random.default_rng(1)).save(tmp_path / "b.png")
+    rows = [f"{'ab'[k % 2]}.png,{'ab'[k % 2]}{chr(0x200B) * (k // 2)}" for k in range(400)]
+    (tmp_path / "s.csv").write_text("\n".join(["path,label", *rows]), "utf-8")
+    findings = check(f"images.path={tmp_path / 's.csv'}").findings
+    assert len(findings) < 70
+    alike = [f for f in findings if "looks the same" in f.what]
+    (others,) = (f for f in findings if "further kinds" in f.what)
+    assert sum(f.count for f in alike) + others.count == 398
+    assert max(len(f.what) for f in findings) < 400
+
+
+def test_reasons_that_tell_sizes_make_few_findings(check, folder):
+    for k in range(80):
+        (folder / "cat" / f"big{k}.ppm").write_bytes(f"P6 {20_000 + k} 20000 255\n".encode())
+    lost = [f for f in check().findings if f.severity == "loses"]
+    assert len(lost) <= 51 and sum(f.count for f in lost) == 80

@@ -25,7 +25,7 @@ from raydistill.errors import ConfigError, DataError
 from raydistill.examples import images_path
 from raydistill.storage.addresses import is_elsewhere
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable
-from raydistill.strangers import some, written
+from raydistill.strangers import few_kinds, some, written
 
 __all__ = ["Entry", "Listing", "entry_name", "list_images", "natural"]
 
@@ -84,7 +84,7 @@ def list_images(config: Images) -> Listing:
     fingerprint = _fingerprint(fs, source, entries, path)
     if not fs.is_local:
         entries = [replace(entry, path=address_of(fs, entry.path)) for entry in entries]
-    return Listing(tuple(entries), classes, dict(ignored), fingerprint, dict(notes))
+    return Listing(tuple(entries), classes, few_kinds(ignored), fingerprint, few_kinds(notes))
 
 
 def _labels(entries: Sequence[Entry]) -> list[str]:
@@ -182,7 +182,9 @@ def _check(config: Images, entries: list[Entry], classes: tuple[str, ...], besid
 
 
 def _describe(ignored: Counter[str]) -> str:
-    return ", ".join(f"{count} {what}" for what, count in ignored.most_common()) or "it is empty"
+    return (
+        ", ".join(f"{count} {what}" for what, count in Counter(few_kinds(ignored, 10)).most_common()) or "it is empty"
+    )
 
 
 def _fingerprint(fs: FileSystem, source: Source, entries: list[Entry], address: str) -> str:
