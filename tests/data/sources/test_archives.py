@@ -192,4 +192,5 @@ def test_lists_beside_images_are_read_without_looking_for_cycles(tmp_path: Path)
     finally:
         gc.callbacks.remove(count)
     assert [row.label for row in rows] == ["a"] * 40
-    assert gc.isenabled() and len(runs) < 200
+    assert gc.isenabled()
+    assert len(runs) < 200
