@@ -186,6 +186,12 @@ def as_yaml(tree: dict[str, Any]) -> str:
     return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
+def as_flow(tree: dict[str, Any]) -> str:
+    """The same in one line."""
+    text = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6)
+    return str(text).rstrip("\n")
+
+
 class _Dumper(_SafeDumper):
     """Quotes what any reader would take for a number or a date."""
 

@@ -1,5 +1,7 @@
 """All commands, in the order of --help."""
 
+from raydistill.cli import init  # isort: split
+
 from raydistill.cli import stages  # isort: split
 
 from raydistill.cli import search  # isort: split
@@ -16,4 +18,4 @@ from raydistill.cli import reference  # isort: split
 
 from raydistill.cli.words import app
 
-__all__ = ["app", "check", "inference", "jobs", "reference", "search", "stages", "workspace"]
+__all__ = ["app", "check", "inference", "init", "jobs", "reference", "search", "stages", "workspace"]

