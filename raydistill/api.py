@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # One job at a time in a process: the first one to end would take Ray away from the other.
 _ONE = threading.Lock()
+_ARGUMENTS = ("learning_curve", "progress", "strict")  # of the functions below, which are no keys of a job
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,15 @@ def _config(images: Path, settings: Mapping[str, Any], trains: bool = True) -> R
     """What trains needs the job's models and cluster, which are looked at first."""
     import os
 
-    from raydistill.config import load_config
+    from raydistill.config import RunConfig, load_config
+    from raydistill.errors import ConfigError, did_you_mean
     from raydistill.preflight import refuse_early
     from raydistill.runtime.environment import prepare_environment
 
     prepare_environment()
+    for key in settings.keys() - RunConfig.model_fields.keys() - set(_ARGUMENTS):
+        if "." not in key and (hint := did_you_mean(key, _ARGUMENTS)):  # else it would count as a key of the job
+            raise ConfigError(f"{key}: unknown argument{hint}")
     # A folder may have any name, as `day=1`, which among the words of a command is a setting.
     place = os.path.expanduser(images)
     words, under = ([], {"images.path": place}) if os.path.isdir(place) else ([place], {})

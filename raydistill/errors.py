@@ -4,6 +4,8 @@ Every error takes one message string, so that it survives the trip between Ray p
 hidden, and names of any length cut: messages quote settings, strangers and libraries.
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from raydistill.secrets import redacted
@@ -18,6 +20,12 @@ def reason_of(error: BaseException) -> str:
 def first_line_of(error: BaseException | None) -> str:
     """The same, of errors whose first line says all."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean smoke?`, or nothing where no known name is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.65)  # three letters, two of them swapped
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class RaydistillError(Exception):

@@ -7,7 +7,6 @@ leaves nothing under the final name, and two processes may fetch at once.
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import hashlib
 import io
@@ -23,7 +22,7 @@ from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 
-from raydistill.errors import ConfigError, DataError, reason_of
+from raydistill.errors import ConfigError, DataError, did_you_mean, reason_of
 
 log = logging.getLogger(__name__)
 IMAGES = ("open-clip-art", "open-clip-art-pool", "fashion-mnist", "fashion-mnist-10k", "elpv")
@@ -194,8 +193,8 @@ def _vit_s_saliency(package: str, scratch: Path) -> None:
 
 def _check(name: str, known: Sequence[str], kind: str) -> None:
     if name not in known:
-        hint = "".join(f"did you mean {near}? " for near in difflib.get_close_matches(name, known, n=1))
-        raise ConfigError(f"example:{name}: no such example {kind}; {hint}(known: {', '.join(known)})")
+        hint = did_you_mean(name, known)
+        raise ConfigError(f"example:{name}: no such example {kind}{hint} (known: {', '.join(known)})")
 
 
 def _cached(name: str) -> Path:

@@ -120,7 +120,7 @@ def test_open_shows_the_latest_report_or_the_named_one(root: Path, monkeypatch: 
     monkeypatch.setenv("DISPLAY", ":0")
     assert "evaluate-" in call("open", "first", "--workspace", root).stdout
     assert opened == [next(root.glob("evaluate-*/report.html")).as_uri()]
-    assert "did you mean 'first'?" in str(call("open", "frist", "--workspace", root).exception)
+    assert "did you mean first?" in str(call("open", "frist", "--workspace", root).exception)
     for page in root.glob("*/report.html"):
         page.unlink()
     assert "no report yet" in str(call("open", "--workspace", root).exception)

@@ -1,11 +1,20 @@
 """Errors survive the trip between processes and say how the command ends."""
 
 import pickle
+from collections.abc import Callable
 
 import pytest
+from typer.testing import CliRunner
 
+import raydistill as rd
 from raydistill import errors
+from raydistill.cli.commands import app
 from raydistill.cli.main import _explain
+from raydistill.cluster.upload import pack
+from raydistill.config import load_config
+from raydistill.errors import ConfigError
+from raydistill.examples import images_path
+from raydistill.search.space import read_space
 
 KINDS = [errors.ConfigError, errors.DataError, errors.CheckpointError, errors.StageError, errors.DivergedError]
 
@@ -40,3 +49,35 @@ def test_an_error_of_which_ray_kept_the_text_alone_is_said_as_it_is(capsys):
     assert _explain(RuntimeError(text)) == errors.CheckpointError.exit_code
     assert capsys.readouterr().err == "error: w/1.parquet is damaged (a); delete it\n"
     assert _explain(RuntimeError("something else")) == 1
+
+
+@pytest.mark.parametrize(
+    ("ask", "near"),
+    [
+        (lambda: load_config(["https://x/y.parquet", "student.init=pretraned"]), "pretrained"),  # a value
+        (lambda: load_config(["https://x/y.parquet", "compare.arms=[scrath]"]), "scratch"),
+        (lambda: load_config(["smok"]), "smoke"),
+        (lambda: load_config(["https://x/y.parquet"], {"studnet": "timm:x"}), "student"),
+        (lambda: images_path("fashion-mnis"), "fashion-mnist"),
+        (lambda: read_space("los", load_config(["https://x/y.parquet"])), "loss"),
+        (lambda: pack(load_config(["https://x/y.parquet"]), "rnu", (), "", "python", False), "run"),
+        (lambda: rd.compare("https://x/y.parquet", learning_curv=True), "learning_curve"),  # an argument, and no key
+        (lambda: rd.check("https://x/y.parquet", strct=True), "strict"),
+        (lambda: rd.distill("https://x/y.parquet", progres=False), "progress"),
+        (lambda: rd.distill("https://x/y.parquet", epoch=3), "distill.epochs"),
+    ],
+)
+def test_a_misspelt_word_gets_the_nearest_one(ask: Callable[[], object], near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"did you mean {near}\?"):
+        ask()
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [("rnu", "'run'"), ("teahc x", "'teach'"), ("job stauts", "'status'"), ("check --strct x", "--strict"),
+     ("clean --dryrun", "--dry-run"), ("--versio", "--version")],
+)  # fmt: skip
+def test_a_misspelt_command_or_option_gets_the_nearest_one(words: str, near: str) -> None:
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 2
+    assert near in result.output

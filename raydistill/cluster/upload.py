@@ -17,7 +17,7 @@ from raydistill.cluster.nodes import PLACES
 from raydistill.config import RunConfig, overlay, to_yaml
 from raydistill.config.keys import flattened
 from raydistill.config.shipped import find_shipped
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, did_you_mean
 from raydistill.graph import STAGES
 from raydistill.secrets import has_secret, texts
 
@@ -65,7 +65,8 @@ def pack(
     `send_outside`, more than the upload may hold.
     """
     if command not in COMMANDS:
-        raise ConfigError(f"submit: {command!r} is no command of a job; it is one of {', '.join(COMMANDS)}")
+        raise ConfigError(f"submit: {command!r} is no command of a job{did_you_mean(command, COMMANDS)} "
+                          f"(known: {', '.join(COMMANDS)})")  # fmt: skip
     _refuse_secrets(config)
     config = _on_the_cluster(config, folder, send_outside)
     Path(folder, _JOB_FILE).write_text(to_yaml(config))

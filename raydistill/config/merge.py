@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
@@ -14,7 +15,7 @@ from raydistill.config.job import RunConfig
 from raydistill.config.keys import suggest_key, takes_text, user_keys
 from raydistill.config.shipped import find_shipped, near_shipped
 from raydistill.documents import as_yaml, parse, read_mapping
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, did_you_mean
 from raydistill.secrets import redacted_tree, remember, texts
 from raydistill.strangers import shorter
 
@@ -131,6 +132,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
             head, tail = f"{dotted}={value}: ", "not UTF-8; give it another name, or a link that has one"
         else:
             head, tail = f"{dotted}={value}: ", item["msg"][:1].lower() + item["msg"][1:]
+            if item["type"] == "literal_error" and isinstance(item["input"], str):
+                tail += did_you_mean(item["input"][:_LONGEST], re.findall(r"'([^']+)'", item["ctx"]["expected"]))
             if item["type"] == "string_type" and isinstance(item["input"], int | float):
                 tail += "; put it in quotes"
         field = dotted if head else tail

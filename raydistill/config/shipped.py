@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from pathlib import Path
+
+from raydistill.errors import did_you_mean
 
 _PACKAGE = Path(__file__).parents[1]
 _FOLDERS = ("jobs", "jobs/overlays", "tune_spaces")
@@ -19,8 +20,7 @@ def find_shipped(word: str) -> str:
 
 def near_shipped(word: str) -> str:
     """`; did you mean smoke?`, or nothing."""
-    near = difflib.get_close_matches(word, shipped_files(), n=1, cutoff=0.75)
-    return f"; did you mean {near[0]}?" if near else ""
+    return did_you_mean(word, shipped_files())
 
 
 def shipped_spaces() -> str:

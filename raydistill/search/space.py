@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raydistill.config import RunConfig, known_keys, overlay, suggest_key
-from raydistill.config.shipped import find_shipped, shipped_spaces
+from raydistill.config.shipped import find_shipped, near_shipped, shipped_spaces
 from raydistill.documents import read_mapping
 from raydistill.errors import ConfigError
 from raydistill.search.distribution import Choice, Distribution
@@ -159,7 +159,7 @@ def read_space(path: str, config: RunConfig) -> Space:
     Raises ConfigError: the file is missing or not a space, a key is unknown or may not differ between trials, or the
     config does not accept a value.
     """
-    loaded = read_mapping(find_shipped(path), f"give a file, or one of {shipped_spaces()}")
+    loaded = read_mapping(find_shipped(path), f"give a file, or one of {shipped_spaces()}{near_shipped(path)}")
     if not loaded:
         raise ConfigError(f"{path}: a search space is a mapping from config keys to distributions")
     entries = {str(key): _entry(path, str(key), value) for key, value in loaded.items()}

@@ -7,7 +7,6 @@ the JSON counts, and of the places in it only names in this workspace.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import logging
 import os
@@ -21,7 +20,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from raydistill.config import RunConfig
-from raydistill.errors import CheckpointError, ConfigError, StageError, first_line_of
+from raydistill.errors import CheckpointError, ConfigError, StageError, did_you_mean, first_line_of
 from raydistill.runtime.processes import is_running, process_name
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
@@ -199,10 +198,7 @@ def named_runs(runs: list[tuple[str, JobRun]], name: str) -> list[tuple[str, Job
     if found := [item for item in runs if name in (item[1].name, item[0].split("/")[-3])]:
         return found
     names = sorted({run.name for _, run in runs})
-    near = difflib.get_close_matches(name, names, 1)
-    raise ConfigError(
-        f"no job {name!r} here; " + (f"did you mean {near[0]!r}?" if near else f"there are {some(names)}")
-    )
+    raise ConfigError(f"no job {name!r} here{did_you_mean(name, names) or f'; there are {some(names)}'}")
 
 
 def forget(workspace: str, paths: list[str]) -> None:
