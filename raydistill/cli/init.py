@@ -17,7 +17,7 @@ def init(
     images: Annotated[str, typer.Argument(metavar="IMAGES", help="A folder of images, a table, a bucket.")],
     out: Annotated[str, typer.Option("--out", help="The job file to write; one that is there stays.")] = "job.yaml",
 ) -> None:
-    """Look at the images and the machine, and write a job with the settings that fit, each with its reason."""
+    """Look at images and machine, and write a job that fits, with the reasons."""
     if os.path.lexists(out):
         raise ConfigError(f"--out {out}: it is there, and init writes over nothing; give another name")
     announce(f"init: {images}")

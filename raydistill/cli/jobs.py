@@ -71,7 +71,7 @@ def submit(
 
 
 @jobs.command()
-def status(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None, address: Address = _ADDRESS) -> None:
+def status(name: Annotated[str | None, typer.Argument(metavar="NAME")] = None, address: Address = _ADDRESS) -> None:
     """The state of one job, or of all."""
     jobs_api, client = _ask(address)
     found = client.list_jobs() if name is None else [jobs_api.existing_job(client, name)]

@@ -13,7 +13,7 @@ from raydistill.strangers import plain_console
 
 @app.command("keys")
 def list_keys(
-    word: Annotated[str, typer.Argument(metavar="[WORD]", help="Only those whose name or meaning has it.")] = "",
+    word: Annotated[str, typer.Argument(metavar="WORD", help="Only those whose name or meaning has it.")] = "",
 ) -> None:
     """Every setting of a job: its default, the values it takes, and what it is for."""
     from rich.padding import Padding

@@ -14,7 +14,7 @@ from raydistill.cli.words import app
 from raydistill.errors import ConfigError
 from raydistill.strangers import one_line, plain_console, shorter
 
-Workspace = Annotated[str, typer.Argument(metavar="[WORKSPACE]", help="The folder that `workspace` of the job names.")]
+Workspace = Annotated[str, typer.Argument(metavar="WORKSPACE", help="The folder that `workspace` of the job names.")]
 
 
 @app.command("ls")
@@ -22,7 +22,7 @@ def list_jobs(
     workspace: Workspace = "./workspace",
     as_json: Annotated[bool, typer.Option("--json", help="For programs, one list.")] = False,
 ) -> None:
-    """The jobs of a workspace by name: when they ran, how they ended, accuracy on val and test, size on disk."""
+    """The jobs of a workspace by name: when, how they ended, accuracy, size on disk."""
     from rich.filesize import decimal
     from rich.table import Table
 
@@ -66,10 +66,10 @@ def _accuracy(of_split: dict[str, float]) -> str:
 
 @app.command("open")
 def open_report(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="A job's name; without one, the latest job.")] = "",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A job's name; without one, the latest job.")] = "",
     workspace: Annotated[str, typer.Option("--workspace", help="Where the job ran.")] = "./workspace",
 ) -> None:
-    """Open the report of the latest job, or of the one that is named, in the browser; prints where it is."""
+    """Open the report of the latest job, or of a named one; prints where it is."""
     import webbrowser
 
     from raydistill.storage.directory import absolute_root
@@ -106,7 +106,10 @@ def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Delete what no job of a workspace needs: directories of no job, superseded checkpoints, half-written files."""
+    """Delete what no job of a workspace needs, after asking.
+
+    That is directories of no job, superseded checkpoints, and files that killed processes left half-written.
+    """
     from rich.filesize import decimal
     from rich.table import Table
 

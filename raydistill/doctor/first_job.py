@@ -25,8 +25,9 @@ from raydistill.runtime.memory import total_bytes
 
 _LOOKED_AT = 48  # pictures, spread over all: their sizes
 _STEPS, _BATCH = 900, 64  # of the demo, whose curve is flat by then
-# Seconds on two cores (quiet machine, fp32): the pass of Lite2 over one view of 128 pixels; a step of 64 at 64 pixels.
-_TEACH_SECONDS, _STEP_SECONDS = 0.006, {"timm:tf_efficientnet_lite0": 0.27, "timm:resnet10t": 0.40}
+# Seconds on two cores, by the clip art and the demo of docs/results.md: the pass of Lite2 over one view of 128 pixels;
+# a step of 64 images of 64 pixels, with either student.
+_TEACH_SECONDS, _STEP_SECONDS = 0.010, 0.40
 _MOST_TEACH_SECONDS = 900.0
 
 
@@ -206,8 +207,8 @@ def _time_words(of: Situation, choices: list[Choice]) -> str:
         return "The time is not estimated, since raydistill was measured on CPUs alone"
     faster, steps = 2 / of.cores, distill["epochs"] * -(-of.num_train // distill["batch_size"])
     teach = of.num_train * settings["views"]["per_image"] * _TEACH_SECONDS * (teacher["size"] / 128) ** 2 * faster
-    step = _STEP_SECONDS[student["model"]] * (student["size"] / 64) ** 2 * distill["batch_size"] / 64 * faster
-    return f"About {_minutes(teach + steps * step + 60)} on this machine, by the speeds of ours"
+    step = _STEP_SECONDS * (student["size"] / 64) ** 2 * distill["batch_size"] / 64 * faster
+    return f"About {_minutes(teach + steps * step + 60)} on this machine if nothing else runs on it"
 
 
 def _minutes(seconds: float) -> str:
