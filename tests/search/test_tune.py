@@ -58,6 +58,7 @@ from raydistill.search.trainable import TrialWork, run_trial
 from raydistill.search.trials import StudySearch
 from raydistill.search.tune import tune_job
 from raydistill.storage.directory import StageDirectory, workspace_root
+from raydistill.storage.jobs import JobRecord
 from raydistill.tracking.recording import ChildRun
 from raydistill.tracking.tracker import Tracker
 from tests.processes import wait_for
@@ -213,8 +214,10 @@ def test_the_jobs_own_trial_is_the_job_and_no_other(words, space_file, tiny_set,
     splits = dict.fromkeys(("train", "val", "test"), "x")
     samples = dataclasses.replace(tiny_set.samples, ids=splits, labels=splits)
     own, searched = (Outcome(samples=samples, directories={"teach": place}) for place in ("own", "searched"))
-    make_job = tune_module._job_maker(config, space, {"own": own, "{}": searched})
+    record = JobRecord(config, "0" * 12, "")
+    make_job = tune_module._job_maker(config, space, {"own": own, "{}": searched}, record)
     job, directory = make_job(None)
+    assert directory.name in record.run.directories.values()  # or `clean` would delete what is trained
     assert directory == distill_directory(config, samples)
     assert (job.config.views, job.config.loss, job.targets) == (config.views, config.loss, "own")
     job, directory = make_job(space.own(config))
