@@ -103,7 +103,7 @@ class FileSystem:
         """Of the files and folders in a folder, sorted; none where it is not there."""
         try:
             return sorted(entry.rstrip("/").rpartition("/")[2] for entry in self.ls(place, detail=False))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # the latter where a file stands in the way there
             return []
 
     def read(self, place: str, most: int = sys.maxsize) -> bytes | None:

@@ -173,6 +173,15 @@ def test_a_strangers_record_is_named_and_left_out(text: str, tmp_path: Path, cap
     assert "ba9876543210.json is not what raydistill writes" in caplog.text
 
 
+def test_files_of_others_among_the_jobs_are_none(tmp_path: Path) -> None:
+    with JobRecord(job(tmp_path), KEY, ""):
+        pass
+    (tmp_path / "jobs/.DS_Store").write_text("as a file manager leaves it")
+    (tmp_path / "jobs/odd").mkdir()
+    (tmp_path / "jobs/odd/runs").write_text("a file")
+    assert [run.name for _, run in read_jobs(str(tmp_path))] == ["demo"]
+
+
 def test_a_bucket_has_records_alone(bucket: str, caplog: pytest.LogCaptureFixture) -> None:
     with JobRecord(job(f"{bucket}/w"), KEY, "") as record:
         record.uses({"teach": f"{bucket}/w/{TEACH}"})
