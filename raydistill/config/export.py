@@ -12,8 +12,9 @@ from raydistill.config.section import Section, Share
 class Export(Section):
     """The forms in which `export` writes the student."""
 
-    formats: tuple[Literal["onnx", "torch_export"], ...] = ("onnx", "torch_export")
-    """Beside the folder for timm or transformers, which is always written."""
+    formats: tuple[Literal["onnx", "onnx_picture", "torch_export"], ...] = ("onnx", "onnx_picture", "torch_export")
+    """Beside the folder for timm or transformers, which is always written. `onnx_picture` takes one uint8 picture of
+    any size, with the preprocessing inside, and gives probabilities."""
     preprocessing: bool = False
     """Put resizing and normalising inside the graphs. They then take square uint8 images (N, H, H, 3) of images.size,
     and otherwise normalised ones (N, 3, S, S) of student.size."""

@@ -108,11 +108,11 @@ def _filter(start_B: torch.Tensor, extent_B: torch.Tensor, pixels: int, size: in
     points_S, positions_H = torch.arange(size, device=device) + 0.5, torch.arange(pixels, device=device) + 0.5
     centres_BS = start_B[:, None] + points_S * scale_B[:, None]
     distance_BSH = ((positions_H - centres_BS[:, :, None]) / stretch_B[:, None, None]).abs_()
-    weights_BSH = (1 - distance_BSH).clamp_(min=0) if kind == "bilinear" else _cubic(distance_BSH)
+    weights_BSH = (1 - distance_BSH).clamp_(min=0) if kind == "bilinear" else cubic(distance_BSH)
     return weights_BSH / weights_BSH.sum(dim=2, keepdim=True)
 
 
-def _cubic(x: torch.Tensor) -> torch.Tensor:
+def cubic(x: torch.Tensor) -> torch.Tensor:
     """Keys' kernel with a = -0.5, Pillow's BICUBIC."""
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))

@@ -31,7 +31,7 @@ from raydistill.models.state_dicts import sizes_of
 from raydistill.models.student import Student, TimmClassifier
 
 PREPROCESS_FILE = "preprocess.py"  # reads pictures for the exported files
-INT8_FILE = "model_int8.onnx"
+PICTURE_FILE, INT8_FILE = "picture.onnx", "model_int8.onnx"
 Run = Callable[[np.ndarray], np.ndarray]  # inputs to logits (B, C)
 
 
@@ -143,11 +143,25 @@ class _Logits(nn.Module):
 
 def to_onnx(network: nn.Module, example: torch.Tensor, about: dict[str, Any], file: Path) -> None:
     """Write one file with the weights inside, any batch size, and `about` as JSON in its metadata."""
+    _write_onnx(network, example, ("images",), ("images", "logits"), about, file)
+
+
+def to_picture_onnx(network: nn.Module, about: dict[str, Any], file: Path) -> None:
+    """The same of a PictureClassifier: an `image` of any height and width, `probabilities`."""
+    example = torch.zeros((40, 60, 3), dtype=torch.uint8)
+    _write_onnx(network, example, ("height", "width"), ("image", "probabilities"), about, file)
+
+
+def _write_onnx(
+    network: nn.Module, example: torch.Tensor, sides: Sequence[str], ends: tuple[str, str], about: dict[str, Any],
+    file: Path,
+) -> None:  # fmt: skip
+    """`sides`: the names of the input's first dimensions, which may be of any length."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's notes are for its developers
         program = torch.onnx.export(
-            network, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("images")},),
-            input_names=["images"], output_names=["logits"], verbose=False,
+            network, (example,), dynamo=True, dynamic_shapes=(dict(enumerate(map(torch.export.Dim, sides))),),
+            input_names=[ends[0]], output_names=[ends[1]], verbose=False,
         )  # fmt: skip
     assert program is not None
     program.save(str(file), external_data=False)
@@ -164,6 +178,14 @@ def to_program(network: nn.Module, example: torch.Tensor, about: dict[str, Any],
     extra = {"raydistill.json": json.dumps(about, ensure_ascii=False)}
     torch.export.save(program, sink, extra_files=extra)
     file.write_bytes(sink.getvalue())
+
+
+def picture_onnx_run(file: Path) -> Run:
+    """(B, C) probabilities of pictures (B, H, W, 3), one after the other."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda images: np.concatenate([session.run(["probabilities"], {"image": image})[0] for image in images])
 
 
 def program_run(file: Path) -> Run:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
-from raydistill.models.formats import INT8_FILE
+from raydistill.models.formats import INT8_FILE, PICTURE_FILE
 from raydistill.pages.templates import card
 from raydistill.results import Exported, GeneratedImages, Report
 from raydistill.storage.state import needed_state
@@ -84,10 +84,23 @@ def licence_of(model: str) -> str:
     return (known.license if known is not None else None) or "not stated"
 
 
+ALONE = "ONNX Runtime alone, for pictures without transparency"
+_PICTURE_SNIPPET = (
+    "import json", "", "import numpy as np", "import onnxruntime", "from PIL import Image, ImageOps", "",
+    f'session = onnxruntime.InferenceSession("FOLDER/{PICTURE_FILE}")',
+    'classes = json.loads(session.get_modelmeta().custom_metadata_map["raydistill"])["classes"]',
+    'image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")',
+    'probabilities = session.run(["probabilities"], {"image": np.asarray(image)})[0][0]',
+    "print(classes[int(probabilities.argmax())])",
+)  # fmt: skip
+
+
 def snippets(about: dict[str, Any], exported: Exported) -> dict[str, str]:
     """By library, code that gives the same class for `picture.jpg` as `predict`."""
     in_graph = "pixels" if about["input"] == "pixels" else "normalised"
     found = {}
+    if PICTURE_FILE in exported.files:
+        found[ALONE] = "\n".join(_PICTURE_SNIPPET)
     if "model.onnx" in exported.files:
         found["ONNX Runtime"] = _snippet(
             ["onnxruntime"], [], 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")',

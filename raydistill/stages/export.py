@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from raydistill.config import Images, RunConfig
 from raydistill.data.decode import pixels
@@ -26,20 +27,24 @@ from raydistill.identity import export_directory
 from raydistill.models.about import ABOUT_FILE
 from raydistill.models.formats import (
     INT8_FILE,
+    PICTURE_FILE,
     PREPROCESS_FILE,
     Run,
     Shipped,
     load_from_library,
     network_inputs,
     onnx_run,
+    picture_onnx_run,
     preprocess_source,
     program_run,
     quantise,
     save_for_library,
     to_onnx,
+    to_picture_onnx,
     to_program,
     torch_run,
 )
+from raydistill.models.picture import PictureClassifier
 from raydistill.models.student import Student, TimmClassifier, read_student
 from raydistill.models.teacher import load_teacher
 from raydistill.models.weights import STUDENT_FILE
@@ -55,6 +60,7 @@ from raydistill.usefulness import usefulness
 # Compare each format with the checkpoint at these batch sizes, on this many images of val (of train without a val
 # split). The bound is on the largest difference of logits, as a share of the largest logit.
 _BATCHES, _MOST_IMAGES, _TOLERANCE = (1, 7, 64), 256, 1e-3
+_MOST_PICTURES = 32  # of which the file that takes pictures answers one at a time
 _CALIBRATION_IMAGES = 256
 
 
@@ -94,6 +100,13 @@ def export_student(
                 differences[file] = _compare(run, inputs_N, logits_NC, file)
                 runs |= {"onnx": run} if name == "onnx" else {}
                 advance(1)
+        if "onnx_picture" in settings.formats:
+            size, fit = about["image"]["size"], about["image"]["fit"]
+            own = PictureClassifier(Shipped(student, size, from_pixels=True), size, fit)
+            to_picture_onnx(own, about, folder / PICTURE_FILE)
+            some, expected = images_NHH3[:_MOST_PICTURES], softmax(logits_NC[:_MOST_PICTURES], axis=1)
+            differences[PICTURE_FILE] = _compare(picture_onnx_run(folder / PICTURE_FILE), some, expected, PICTURE_FILE)
+            advance(1)
         int8 = None
         if settings.int8 is not None:
             run = _quantise(config, samples, student, folder)

@@ -29,7 +29,7 @@ from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import UNLABELLED, read_samples
 from raydistill.errors import ConfigError, StageError, UselessStudentError
-from raydistill.inference.predict import find_units, predict_locally
+from raydistill.inference.predict import Predictor, find_units, predict_locally
 from raydistill.models.formats import network_inputs
 from raydistill.models.student import Student, read_student, split_logits
 from raydistill.pages.card import int8_words, snippets
@@ -90,7 +90,7 @@ def test_transformers_loads_the_same_network_from_the_folder(exported, tiny_set,
     # The processor rounds to 8 bits between resizing and normalising.
     np.testing.assert_allclose(own, expected_logits(tiny_set.samples, checkpoint), atol=0.05)
     assert [network.config.id2label[k] for k in range(3)] == list(CLASSES)
-    assert set(result.differences) == {"model.safetensors", "model.onnx", "model.pt2"}
+    assert set(result.differences) == {"model.safetensors", "model.onnx", "model.pt2", "picture.onnx"}
 
 
 @pytest.mark.parametrize("from_pixels", [False, True])
@@ -112,6 +112,31 @@ def test_graphs_give_the_checkpoints_logits_in_batches_of_any_size(exported, tin
     assert about == json.loads(Path(result.path, "raydistill.json").read_text())
     assert about["classes"] == list(CLASSES)
     assert about["input"] == ("pixels" if from_pixels else "normalised")
+
+
+def test_one_file_answers_pictures_of_any_size_as_predict_does(exported):
+    """Without a line of raydistill: a picture's pixels go in."""
+    result, _ = exported("timm:test_resnet")
+    session, predictor = onnxruntime.InferenceSession(Path(result.path, "picture.onnx")), Predictor(result.path)
+    rng = np.random.default_rng(0)
+    for height, width in [
+        (1, 1),
+        (1, 50),
+        (3, 900),
+        (24, 24),
+        (25, 23),
+        (200, 101),
+        (700, 500),
+        (1300, 60),
+        (2100, 3001),
+    ]:
+        small = rng.integers(0, 256, (max(1, height // 9), max(1, width // 9), 3), np.uint8)
+        picture, sink = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC), io.BytesIO()
+        picture.save(sink, "PNG")
+        (answer,) = predictor.answer_bytes([("a", sink.getvalue(), "")])
+        (own,) = session.run(["probabilities"], {"image": np.asarray(picture)})[0]
+        np.testing.assert_allclose(own, answer.probabilities_C, atol=0.01, err_msg=f"{height} x {width}")
+    assert list(json.loads(session.get_modelmeta().custom_metadata_map["raydistill"])["classes"]) == list(CLASSES)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
