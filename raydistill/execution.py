@@ -1,4 +1,4 @@
-"""One command's way through the stages: what a stage's function is given, and how each result is made once."""
+"""The execution of one command: the argument of each stage's function. It makes each result once."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from raydistill.tracking.tracker import Tracker
 
 
 class Execution:
-    """A stage reads `config`, `outcome` and what else is here, and adds its own result to `outcome`. `adapt` may give
-    the config another teacher, its own fine-tuned one."""
+    """A stage reads `config`, `outcome` and the other fields, and adds its result to `outcome`. `adapt` may replace the
+    config's teacher by its fine-tuned one."""
 
     def __init__(
         self, config: RunConfig, progress: Progress, work: Work, ray: RayStart, tracker: Tracker, record: JobRecord
@@ -31,7 +31,7 @@ class Execution:
         self.tracker, self.record = tracker, record
         self.outcome = Outcome()
         self._ray = ray
-        self.stage = STAGES[0]  # which works now
+        self.stage = STAGES[0]  # the one that runs now
 
     @property
     def samples(self) -> SampleSet:
@@ -40,17 +40,17 @@ class Execution:
 
     @property
     def head(self) -> str:
-        """Where `adapt` left the teacher's head."""
+        """The directory of the teacher's head."""
         assert self.outcome.adapted is not None, "adapt comes before what needs its head"
         return self.outcome.adapted.path
 
     def plan(self) -> Plan:
-        """Who gets what. Waits for Ray, where this stage needs it."""
+        """The resources of actors, tasks and workers. It waits for Ray if this stage needs it."""
         return self._ray.plan() if self.stage.needs_ray(self.config) else local_plan(self.config)
 
     def result(self, directory: StageDirectory, work: Callable[[Any], object]) -> dict[str, Any]:
-        """The result in a directory: of an earlier command, of another command that works on it now, or of `work` here,
-        which gets its MLflow run."""
+        """The result in a directory: from an earlier command, from another command that runs now, or from `work`, which
+        gets its MLflow run."""
         self.outcome.directories[directory.stage] = directory.path
         self.record.uses(self.outcome.directories)
         done = directory.done()

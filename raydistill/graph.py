@@ -1,7 +1,7 @@
-"""The stages in order, a row each. Whatever orders, skips, names, shows or records stages reads this table.
+"""The stages in order, one row each. All code that orders, skips, names, shows or records stages reads this table.
 
 Importing it loads nothing else, so that `raydistill --help` answers at once; a stage's function is imported when the
-stage is to run. A new stage is a row here and a file in `stages/`.
+stage runs. A new stage is a row here and a file in `stages/`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row. `settings` are the sections of the config that its identity covers, beside what it `takes`."""
+    """One row. Its identity covers the config sections `settings`, and the results that it `takes`."""
 
     name: str  # of its command too
-    help: str  # what the command line says of it
+    help: str  # for the command line
     function: str  # module:name of its `(Execution) -> None`
     takes: tuple[str, ...]  # the stages whose results it reads
     settings: tuple[str, ...]
     directories: Callable[
         [RunConfig, SampleSet], Sequence[StageDirectory]
-    ]  # all are done when it is; given the teacher as fine-tuning left it
+    ]  # the stage is done when all of them are; the config holds the fine-tuned teacher
     wanted: Callable[[RunConfig], bool] = lambda config: True
     needs_ray: Callable[[RunConfig], bool] = lambda config: True
 
@@ -40,7 +40,7 @@ def _streams(config: RunConfig) -> bool:
 
 
 def _directory(kind: str) -> Callable[[RunConfig, SampleSet], Sequence[StageDirectory]]:
-    """The one that `identity` names."""
+    """The directory of a function of `identity`."""
     return lambda config, samples: [getattr(import_module("raydistill.identity"), f"{kind}_directory")(config, samples)]
 
 
@@ -69,7 +69,7 @@ STAGES = (
     ),
     Stage(
         "adapt",
-        "Give the teacher a head for this task and measure it on val (prepares first, if need be).",
+        "Give the teacher a head for this task and measure it on val (after prepare).",
         "raydistill.stages.adapt:adapt",
         takes=("prepare",),
         settings=("teacher",),
@@ -78,7 +78,7 @@ STAGES = (
     ),
     Stage(
         "generate",
-        "Make images with a diffusion pipeline and keep the good ones (with all that this needs).",
+        "Make images with a diffusion pipeline and keep the good ones (after the stages it needs).",
         "raydistill.stages.generate:generate",
         takes=("prepare", "adapt"),
         settings=("generate", "seed"),
@@ -87,7 +87,7 @@ STAGES = (
     ),
     Stage(
         "teach",
-        "Run every view through the teacher and store its soft targets (with all that this needs).",
+        "Run every view through the teacher and store its soft targets (after the stages it needs).",
         "raydistill.stages.teach:teach",
         takes=("prepare", "adapt", "generate"),
         settings=("teacher", "views", "seed"),
@@ -96,7 +96,7 @@ STAGES = (
     ),
     Stage(
         "distill",
-        "Train the student (with all that this needs).",
+        "Train the student (after the stages it needs).",
         "raydistill.stages.distill:distill",
         takes=("prepare", "adapt", "generate", "teach"),
         settings=("student", "loss", "distill", "views", "seed"),
@@ -105,7 +105,7 @@ STAGES = (
     ),
     Stage(
         "evaluate",
-        "Measure student and teacher and draw the report (with all that this needs).",
+        "Measure student and teacher and draw the report (after the stages it needs).",
         "raydistill.stages.evaluate:evaluate",
         takes=("prepare", "adapt", "distill"),
         settings=("evaluate",),
@@ -129,7 +129,7 @@ def stage_named(name: str) -> Stage:
 
 
 def _needed(until: str | None) -> set[str]:
-    """The names of the stages that `until` takes, itself among them; all of them for None."""
+    """The names of `until` and the stages that it needs; all stages for None."""
     if until is None:
         return {stage.name for stage in STAGES}
     return {until}.union(*(_needed(name) for name in stage_named(until).takes))
@@ -137,18 +137,20 @@ def _needed(until: str | None) -> set[str]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a command is to do: the stages it wants, where their results lie, and those that are not done."""
+    """The work of a command: its stages, their directories, and the stages that are not done."""
 
     listing: Listing
     prepared: StageDirectory
-    directories: dict[str, list[StageDirectory] | None]  # by stage, in order; None: named once those before it are done
+    directories: dict[
+        str, list[StageDirectory] | None
+    ]  # by stage, in order; None: not known until the earlier stages are done
     undone: frozenset[str]
     needs_ray: bool
 
 
 def find_work(config: RunConfig, until: str | None = None) -> Work:
-    """Look at the images' names and the workspace, for the stages up to `until` or for all; everything after `prepare`
-    is undone as long as that is, and everything after fine-tuning as long as that is."""
+    """List the images and read the workspace, for the stages up to `until` or for all. Until `prepare` is done, all
+    later stages count as not done; until fine-tuning is done, all after it."""
     from raydistill.data.sample import samples_from_json
     from raydistill.data.sources.listing import list_images
     from raydistill.identity import fine_tune_directory, fine_tunes, prepare_directory, tuned

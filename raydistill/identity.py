@@ -1,4 +1,4 @@
-"""What each stage's directory is named by: the hash of all that decides its result.
+"""The name of each stage's directory: a hash of everything that decides its result.
 
 Nothing here imports torch or ray, so that `raydistill show` answers at once.
 """
@@ -18,7 +18,7 @@ from raydistill.models.fingerprints import content_hash, model_identity, pipelin
 from raydistill.storage.directory import GENERATED, StageDirectory, workspace_root
 from raydistill.storage.state import read_state
 
-# Raise the number of a stage whose results change for equal inputs, so that they are made again.
+# Raise the number of a stage if its results change for equal inputs, so that it runs again.
 FORMATS = {
     "decoded": 2, "prepare": 3, "features": 3, "adapt": 3, "generated": 1, "generate": 3, "teach": 2, "distill": 7,
     "evaluate": 4, "export": 4, "compare": 2, "tune": 2,
@@ -32,7 +32,7 @@ def stage_directory(config: RunConfig, stage: str, identity: dict[str, Any]) -> 
 
 
 def decoded_directory(config: RunConfig, listing: Listing) -> StageDirectory:
-    """All images at the working size, whatever the seed and the labels; `prepare` sorts them into place."""
+    """All images at the working size, independent of seed and labels; `prepare` sorts them into splits."""
     images = config.images.model_dump(include={"size", "fit", "max_pixels", "max_bytes"})
     return stage_directory(config, "decoded", {"images": images, "files": listing.fingerprint})
 
@@ -51,8 +51,8 @@ def features_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 
 def held_out_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """The same of the test split, for `evaluate` alone. The labels of train images do not count, so a learning curve
-    computes these once."""
+    """The same for the test split; only `evaluate` uses them. They do not depend on train labels, so a learning curve
+    computes them once."""
     identity = {"backbone": _backbone(config), "ids": {"test": samples.ids["test"]}, "images": _pixels(config)}
     return replace(stage_directory(config, "features", identity), stage="test_features")
 
@@ -67,7 +67,7 @@ def adapt_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 
 def fine_tune_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """Where `adapt` trains a teacher with `head: fine_tune`: a `distill` directory like any other."""
+    """The directory of a teacher with `head: fine_tune`, in the form of a `distill` directory."""
     return replace(distill_directory(fine_tuning(config), samples), stage="fine_tune")
 
 
@@ -77,8 +77,8 @@ def fine_tunes(config: RunConfig) -> bool:
 
 
 def tuned(config: RunConfig, samples: SampleSet) -> RunConfig | None:
-    """The config for the stages after fine-tuning: its teacher is the fine-tuned one, with its native head. None until
-    that exists; the config itself where nothing is fine-tuned."""
+    """The config for the stages after fine-tuning, with the fine-tuned teacher and its native head. None until that
+    exists; the config itself without fine-tuning."""
     if config.teacher is None or not fine_tunes(config):
         return config
     directory = fine_tune_directory(config, samples)
@@ -89,11 +89,11 @@ def tuned(config: RunConfig, samples: SampleSet) -> RunConfig | None:
 
 
 def generate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """The chosen images; how they are trained on does not count.
+    """The selected images, independent of the settings that train on them.
 
-    Of a pipeline on the hub the name and the revision count. The commit of a branch does not, since only the network
-    knows it: a finished stage stays finished when the branch moves. The classes' own directories count the commit, so
-    one choice never mixes the images of two commits; `generate.json` names it.
+    A pipeline on the hub counts by name and revision, not by the commit of a branch, which only the network knows: a
+    finished stage stays finished when the branch moves. The directories of the classes count the commit, so a selection
+    never mixes the images of two commits; `generate.json` names it.
     """
     settings = config.generate
     assert settings is not None
@@ -114,8 +114,8 @@ def generate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 
 def class_directory(config: RunConfig, recipe: dict[str, Any]) -> StageDirectory:
-    """Every image of one class by one recipe, kept or not. A stage that wants more images, or filters them in another
-    way, makes no image twice."""
+    """Every image of one class by one recipe, kept or not, so that a stage with more images or other filters makes no
+    image twice."""
     identity = {"pipeline": pipeline_identity(config.generate), "seed": config.seed, **recipe}
     directory = stage_directory(config, "generated", identity)
     digest = directory.name.removeprefix("generated-")
@@ -123,13 +123,13 @@ def class_directory(config: RunConfig, recipe: dict[str, Any]) -> StageDirectory
 
 
 def teach_generated_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """The soft targets of the generated images, apart from those of the real ones, which stay what they are."""
+    """The soft targets of the generated images, apart from those of the real images, which do not change."""
     identity = _stored_views(config) | {"generate": generate_directory(config, samples).name}
     return replace(stage_directory(config, "teach", identity), stage="teach_generated")
 
 
 def backbone_name(config: RunConfig) -> str:
-    """A short name of the teacher's backbone and of the working images that it sees."""
+    """A short name of the teacher's backbone and its working images."""
     return _short_name([_backbone(config), _pixels(config)])
 
 
@@ -143,7 +143,7 @@ def _short_name(identity: object) -> str:
 
 
 def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """Neither labels nor the head are part of it: with new ones the soft targets' features stay as they are."""
+    """It does not depend on labels or the head, so the stored features stay valid when these change."""
     return stage_directory(config, "teach", _stored_views(config) | {"ids": samples.ids["train"]})
 
 
@@ -153,7 +153,7 @@ def _stored_views(config: RunConfig) -> dict[str, Any]:
 
 
 def taught_before(directory: StageDirectory) -> list[str]:
-    """Files of soft targets in other directories of `teach`, by the same teacher in the same views of other images."""
+    """Files of soft targets in other `teach` directories, of the same teacher and views and of other images."""
     own = _apart_from_images(json.loads(directory.identity))
     root, place = directory.path.rpartition("/")[0], directory.place.rpartition("/")[0]
     files: list[str] = []
@@ -205,7 +205,7 @@ def evaluate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 
 def export_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """The measures that its card tells are those of `evaluate`."""
+    """It covers `evaluate`, whose measures its card shows."""
     identity = {"evaluate": evaluate_directory(config, samples).name, **_exporting(config)}
     return stage_directory(config, "export", identity)
 
@@ -219,8 +219,8 @@ def _exporting(config: RunConfig) -> dict[str, Any]:
 
 
 def student_key(config: RunConfig, prepared: StageDirectory) -> str:
-    """A short name of all that decides the student, its measures and its exports. Unlike directories' names, it can be
-    computed before any stage has run."""
+    """A short name of everything that decides the student, its measures and its exports. Unlike the names of
+    directories, it is known before any stage runs."""
     identity = _training(config) | _evaluating(config) | _exporting(config) | {"prepare": prepared.name}
     if config.loss.needs_teacher and config.teacher is not None:
         tuning = {key for key in Teacher.model_fields if key.startswith("fine_tune_")}
@@ -235,13 +235,13 @@ def student_key(config: RunConfig, prepared: StageDirectory) -> str:
 
 
 def _train_and_val(samples: SampleSet) -> dict[str, Any]:
-    """What of the images and labels decides heads and students; the test split decides none of them."""
+    """The images and labels that decide heads and students: all but the test split."""
     splits = ("train", "val")
     return {"ids": {s: samples.ids[s] for s in splits}, "labels": {s: samples.labels[s] for s in splits}}
 
 
 def _pixels(config: RunConfig) -> dict[str, Any]:
-    """With equal sample ids, what decides the working images."""
+    """Together with the sample ids, this decides the working images."""
     return {"size": config.images.size, "fit": config.images.fit, "shard_size": config.images.rows_per_shard}
 
 

@@ -1,4 +1,4 @@
-"""Refuses a job that cannot work, before anything slow is loaded and before anything is written."""
+"""Refuses a job that cannot work, before it loads anything slow or writes anything."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
 def refuse_early(config: RunConfig) -> None:
-    """Raises ConfigError for a model of no known kind, a missing file, or a cluster that does not answer."""
+    """Raises ConfigError: a model of an unknown kind, a missing file, or a cluster that does not answer."""
     if config.teacher is not None and config.loss.needs_teacher:
         _check_model("teacher.model", config.teacher.model, also_here="or a folder that timm, transformers or distill")
         _check_file("teacher.weights", config.teacher.weights)
@@ -57,7 +57,7 @@ def _check_file(key: str, path: str | None) -> None:
 
 
 def _probe(address: str) -> None:
-    """Raises ConfigError at once where HOST:PORT takes no connection."""
+    """Raises ConfigError: HOST:PORT accepts no connection."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "://" in address:
         return  # `auto` and the like, which Ray resolves
@@ -74,8 +74,8 @@ def check_run(config: RunConfig, work: Work) -> None:
     """Refuse what cannot work before anything is written. Raises ConfigError, DataError."""
     if {"task", "kd", "dkd", "dist", "standardised_kd"}.isdisjoint(config.loss.terms):
         raise ConfigError(
-            f"loss: none of its terms ({', '.join(config.loss.terms)}) teaches the student's classifier, which would "
-            "stay as it began; raise loss.task_weight or loss.kd_weight"
+            f"loss: none of its terms ({', '.join(config.loss.terms)}) trains the student's classifier; raise "
+            "loss.task_weight or loss.kd_weight"
         )
     _check_counts(config, work.listing)
     _check_models(config, work.listing, work.undone)
@@ -86,7 +86,7 @@ def check_run(config: RunConfig, work: Work) -> None:
 
 
 def check_measurable(config: RunConfig, command: str, splits: tuple[str, ...]) -> None:
-    """Raises DataError where the images have, and would be given, none of a split that a command needs."""
+    """Raises DataError: the images lack a split that the command needs, and the job draws no share for it."""
     images = config.images
     listing = list_images(images)
     has_val, has_test = listing.has_split("val"), listing.has_split("test")
@@ -94,7 +94,7 @@ def check_measurable(config: RunConfig, command: str, splits: tuple[str, ...]) -
     if lacking := [split for split in splits if not there[split]]:
         raise DataError(
             f"images.path={images.path}: {command} measures {' and '.join(splits)}, and there is no {lacking[0]} "
-            f"split; add one, or name none in the data and set images.{lacking[0]}_share for a share to be drawn"
+            f"split; add one, or use data without splits and set images.{lacking[0]}_share to draw one"
         )
 
 
@@ -102,8 +102,8 @@ def _check_counts(config: RunConfig, listing: Listing) -> None:
     workers = config.distill.most_workers
     if config.views.per_image == "fresh" and config.distill.batch_size % workers:
         raise ConfigError(
-            f"distill.batch_size={config.distill.batch_size} does not divide among the {workers} workers of "
-            "distill.num_workers, as views.per_image=fresh needs it to"
+            f"distill.batch_size={config.distill.batch_size} is not a multiple of the {workers} workers of "
+            "distill.num_workers, which views.per_image=fresh needs"
         )
     train = sum(entry.split in (None, "train") for entry in listing.entries)
     if train < workers:
@@ -114,7 +114,7 @@ def _check_counts(config: RunConfig, listing: Listing) -> None:
 
 
 def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -> None:
-    """Build what will be needed: a name, a size or weights that do not fit are cheap to find now."""
+    """Build the models now: a wrong name, size or weights show before the run."""
     if undone.isdisjoint({"adapt", "teach", "distill"}):
         return
     from raydistill.models.heads import match_native_head
@@ -144,7 +144,7 @@ def _check_fine_tuning(config: RunConfig, listing: Listing) -> None:
     try:
         student = build_student(settings, len(listing.classes))
     except ConfigError as error:
-        raise ConfigError(f"teacher.head=fine_tune trains the teacher as if it were the student: {error}") from None
+        raise ConfigError(f"teacher.head=fine_tune builds the teacher like a student: {error}") from None
     _check_batch_norm(config, settings.model, has_batch_norm(student), "teacher.fine_tune_batch_size")
 
 
@@ -153,5 +153,5 @@ def _check_batch_norm(config: RunConfig, what: str, has_one: bool, key: str = "d
     size: int = getattr(getattr(config, section), name)
     if has_one and size // config.distill.most_workers < 2:
         raise ConfigError(
-            f"{key}={size} leaves a worker one image a step, and {what} has batch norm, which needs two; raise {key}"
+            f"{key}={size} gives a worker one image a step, and {what} has batch norm, which needs two; raise {key}"
         )

@@ -1,6 +1,6 @@
-"""What each stage leaves behind for those after it: paths and numbers, never live handles.
+"""The results of the stages: paths and numbers, never live handles.
 
-That of `prepare` is `data.sample.SampleSet`.
+The result of `prepare` is `data.sample.SampleSet`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PREDICTIONS = pa.schema([
 
 @dataclass(frozen=True)
 class AdaptedTeacher:
-    """What `adapt` leaves behind. `features` holds the teacher's features of train and val; `l2` is the chosen strength
-    of the linear probe's penalty, None for another head; accuracies are shares, `val_confidence` is the mean
-    probability of the class that the teacher names first, and both are None where the split is empty."""
+    """The result of `adapt`. `features` holds the teacher's features of train and val; `l2` is the selected strength of
+    the linear probe's penalty, None for another head; accuracies are shares; `val_confidence` is the mean probability
+    of the teacher's top class; both are None without val images."""
 
     path: str
     features: str
@@ -38,8 +38,8 @@ class AdaptedTeacher:
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """What `generate` leaves behind. `wanted`, `kept` and `missing` are counts by class, `rejected` by reason;
-    `actor_seconds` is what all of them cost, whichever run paid for it."""
+    """The result of `generate`. `wanted`, `kept` and `missing` are counts by class, `rejected` by reason;
+    `actor_seconds` is the cost of all images, over all runs."""
 
     samples: SampleSet
     wanted: dict[str, int]
@@ -51,7 +51,7 @@ class GeneratedImages:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """What `teach` leaves behind."""
+    """The result of `teach`."""
 
     path: str
     num_images: int
@@ -61,8 +61,8 @@ class SoftTargets:
 
 @dataclass(frozen=True)
 class StudentCheckpoint:
-    """What `distill` leaves behind: `student.safetensors` (timm's keys), `student.json`, and each epoch's record.
-    `val_accuracy` is that of `kept_epoch`, which ships; `kept` says in a sentence why that one."""
+    """The result of `distill`: `student.safetensors` (timm's keys), `student.json`, and each epoch's record.
+    `val_accuracy` is that of `kept_epoch`, which ships; `kept` is a sentence with the reason."""
 
     path: str
     val_accuracy: float | None
@@ -75,17 +75,17 @@ class StudentCheckpoint:
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` leaves behind, also as `report.json`; the pictures lie beside it."""
+    """The result of `evaluate`, also as `report.json`; the figures are beside it."""
 
     path: str
     student: dict[str, Any]  # split -> measures
     teacher: dict[str, Any] | None
     agreement: dict[str, float] | None  # split -> share of equal top-1
-    temperature: float | None  # divides the student's logits so that it is as sure as it is right; fitted on val
+    temperature: float | None  # calibrates the student by dividing its logits; fitted on val
     student_parameters: int
     teacher_parameters: int | None
     student_images_per_second: float
-    teacher_images_per_second: float | None  # where evaluate.time_teacher asks for it
+    teacher_images_per_second: float | None  # with evaluate.time_teacher
     device: str
     kept: str = ""  # which epoch of the student ships, and why
 
@@ -98,9 +98,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` leaves behind. `files` has their bytes by name; `differences` the largest difference of logits from
-    the checkpoint's by form; `int8` the agreement with it, the accuracies on val before and after, and whether the file
-    was kept; `speed` that of the student by form (`Speed`)."""
+    """The result of `export`. `files` holds sizes in bytes by name; `differences` the largest difference of logits from
+    the checkpoint by file; `int8` the agreement with it, the val accuracies before and after, and whether the file is
+    kept; `speed` the student's `Speed` by format."""
 
     path: str
     files: dict[str, int]

@@ -1,4 +1,4 @@
-"""run: every stage of the graph in order, those that are done skipped; all that can be checked is checked before."""
+"""run: check the job, then run every stage of the graph in order, and skip finished ones."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def run_stages(
     ray: RayStart | None = None,
     command: str | None = None,
 ) -> Outcome:
-    """Run the stages up to `until`, or all of them, and what they need. Raises RaydistillError.
+    """Run the stages up to `until`, or all of them, and the stages that they need. Raises RaydistillError.
 
-    What cannot work is refused before anything is written. `work` and `ray` are for a caller that has begun already;
-    with the `command` that makes the run again, report.html is written too.
+    It refuses what cannot work before it writes anything. `work` and `ray` are for a caller that already has them. With
+    `command`, which repeats the run, it also writes report.html.
     """
     work = work or find_work(config, until)
     with ray or RayStart(config) as ray:

@@ -1,4 +1,4 @@
-"""What the commands share: the job as words, the first line, the program."""
+"""The Typer app, and what all commands share: their arguments and their first line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[IMAGES] [JOB.yaml] [OVERLAY.yaml] [key=value] …",
-        help="A folder of images, job files, overlays and single settings, merged from left to right; the later wins.",
+        help="A folder of images, job files, overlays and single settings; later ones override earlier ones.",
     ),
 ]
 app = typer.Typer(
@@ -43,7 +43,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _program(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None: ...
 
@@ -54,5 +54,5 @@ def tune_words(space: str | None, trials: int | None) -> list[str]:
 
 
 def announce(words: str, stream: Any = None) -> None:
-    """The first line, before anything that takes time to load."""
+    """Print the first line, before any slow import."""
     print(one_line(words), file=stream, flush=True)

@@ -129,5 +129,7 @@ def one_spelling(labels: Iterable[str], listed: Sequence[str] | None, notes: Cou
 
 
 def _look(name: str) -> str:
+    if name.isascii():  # which has no signs that do not show
+        return " ".join(name.split())
     shown = "".join(sign for sign in unicodedata.normalize("NFC", name) if unicodedata.category(sign) != "Cf")
     return " ".join(shown.split())

@@ -26,7 +26,7 @@ from raydistill.data.sources.entries import is_hidden
 from raydistill.data.sources.folders import files_below
 from raydistill.data.sources.reading import read_pictures
 from raydistill.data.views import Preprocessing
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import ConfigError, DataError, reason_of
 from raydistill.inference.answers import Answer, chunks
 from raydistill.models.about import Engine, check_export
 from raydistill.models.formats import load_from_library, network_inputs, onnx_run, torch_run
@@ -45,7 +45,7 @@ class Predictor:
     """
 
     def __init__(self, folder: str, engine: Engine = "onnx", threads: int = 0, decoders: int | None = None) -> None:
-        about = check_export(folder, engine)
+        self._folder, about = folder, check_export(folder, engine)
         wanted, self._image = about["preprocessing"], about["image"]
         self._decode = partial(working_images, **{key: self._image[key] for key in ("size", "fit", "max_pixels")})
         self.classes: tuple[str, ...] = tuple(about["classes"])
@@ -74,8 +74,20 @@ class Predictor:
         return image
 
     def probabilities(self, images_BHH3: np.ndarray) -> np.ndarray:
-        """(B, C) float32 of working images."""
-        logits_BC = self._run(network_inputs(images_BHH3, self.preprocessing, self._from_pixels))
+        """(B, C) float32 of working images. Raises ConfigError: the network fails, or gives no logits."""
+        inputs = network_inputs(images_BHH3, self.preprocessing, self._from_pixels)
+        try:
+            logits_BC = np.asarray(self._run(inputs))
+            found = f"{logits_BC.dtype} of {logits_BC.shape}" if np.isfinite(logits_BC).all() else "numbers not finite"
+        except ConfigError:
+            raise
+        except Exception as error:  # a stranger's settings make a network fail in any way
+            raise ConfigError(
+                f"{self._folder}: its network cannot answer a picture ({reason_of(error)}); export the student again"
+            ) from None
+        wanted = f"float32 of {(len(images_BHH3), len(self.classes))}"
+        if found != wanted:
+            raise ConfigError(f"{self._folder}: its network gives {found}, not {wanted}; export the student again")
         probabilities_BC: np.ndarray = softmax(logits_BC, axis=1)
         return probabilities_BC
 

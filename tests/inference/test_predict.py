@@ -552,3 +552,38 @@ class Ran:
 
     def __reduce__(self) -> tuple[object, ...]:
         return Path.touch, (self.place,)
+
+
+@pytest.mark.parametrize(
+    "gives",
+    [
+        np.full((1, 3), np.nan, np.float32), np.full((1, 3), np.inf, np.float32), np.ones((2, 3), np.float32),
+        np.ones((1, 4), np.float32), np.ones((1, 3), np.int64), np.array([["a", "b", "c"]]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_network_that_gives_no_logits_is_refused(exported, gives):
+    result, _ = exported(formats=["onnx"])
+    kind = onnx.helper.np_dtype_to_tensor_dtype(gives.dtype) if gives.dtype.kind != "U" else onnx.TensorProto.STRING
+    values = [v.encode() for v in gives.flat] if gives.dtype.kind == "U" else gives.flatten()
+    constant = onnx.helper.make_tensor("v", kind, gives.shape, values)
+    ends = [
+        onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["n", 3, SIZE, SIZE]),
+        onnx.helper.make_tensor_value_info("logits", kind, gives.shape),
+    ]
+    node = onnx.helper.make_node("Constant", [], ["logits"], value=constant)
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    Path(result.path, "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ConfigError, match=result.path):
+        Predictor(result.path).probabilities(np.zeros((1, SIZE, SIZE, 3), np.uint8))
+
+
+@pytest.mark.parametrize("odd", [{"features_only": True}, {"drop_rate": float("nan")}], ids=str)
+def test_a_config_whose_network_cannot_answer_is_refused(exported, odd):
+    result, _ = exported(formats=[])
+    config = json.loads(Path(result.path, "config.json").read_text())
+    config["model_args"] = {**config.get("model_args", {}), **odd}
+    Path(result.path, "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=result.path):
+        Predictor(result.path, "torch").probabilities(np.zeros((1, SIZE, SIZE, 3), np.uint8))
