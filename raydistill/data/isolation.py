@@ -17,10 +17,10 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 from raydistill.data import decode
@@ -40,19 +40,44 @@ class Killed(str):
     """In the place of an item's result: the reason to refuse the item."""
 
 
-def run_isolated(work: Work[I, T], items: Sequence[I], at_work: set[_Process] | None = None) -> list[T | Killed]:
+class _Caller:
+    """The processes that work for one caller, and whether it has left."""
+
+    def __init__(self) -> None:
+        self.processes, self.has_left, self._lock = set[_Process](), False, Lock()
+
+    def takes(self, process: _Process) -> None:
+        with self._lock:
+            self.processes.add(process)
+            if self.has_left:  # meanwhile
+                process.stop()
+
+    def gives_back(self, process: _Process) -> bool:
+        """Whether another caller may have it."""
+        with self._lock:
+            self.processes.discard(process)
+            return not process.is_stopped
+
+    def leaves(self) -> None:
+        with self._lock:
+            self.has_left = True
+            for process in self.processes:
+                process.stop()
+
+
+def run_isolated(work: Work[I, T], items: Sequence[I], caller: _Caller | None = None) -> list[T | Killed]:
     """The work's result for each item, in order. An item is Killed once signals have ended two processes that had it
     alone: somebody else may have sent one. `work`, items and results are pickled. Each calling thread has its process,
-    which stands in `at_work` meanwhile.
+    which is one of the `caller`'s meanwhile.
 
     Raises what the work raises, and StageError where a process ends in another way.
     """
     found, deaths, together = list[T | Killed](), 0, len(items)
-    at_work = set() if at_work is None else at_work
+    caller = _Caller() if caller is None else caller
     while len(found) < len(items):
         some = items[len(found) : len(found) + together]
         process = _idle_or_new()
-        at_work.add(process)
+        caller.takes(process)
         try:
             process.pipe.send((work, some))
             results, error = process.pipe.recv()
@@ -70,13 +95,15 @@ def run_isolated(work: Work[I, T], items: Sequence[I], at_work: set[_Process] | 
             process.end()
             raise
         else:
-            at_work.discard(process)  # before another caller has it
-            _idle.append(process)
+            if caller.gives_back(process):
+                _idle.append(process)
+            else:
+                process.end()
             if error is not None:
                 raise error
             found, deaths = found + results, 0
         finally:
-            at_work.discard(process)
+            caller.gives_back(process)
     return found
 
 
@@ -85,13 +112,13 @@ def map_isolated(
 ) -> Generator[tuple[Sequence[I], list[T | Killed]]]:
     """Each part and what `run_isolated` gives of it, in order, `count` at once and as many ahead. When the caller
     leaves early, as on an interruption, the processes that are at work on them end, and those of no other caller."""
-    at_work = set[_Process]()
+    caller = _Caller()
     waiting = deque[tuple[Sequence[I], Future[list[T | Killed]]]]()
     with ThreadPoolExecutor(count) as pool:
         try:
             for part in itertools.chain(parts, itertools.repeat(None)):
                 if part is not None:
-                    waiting.append((part, pool.submit(run_isolated, work, part, at_work)))
+                    waiting.append((part, pool.submit(run_isolated, work, part, caller)))
                 elif not waiting:
                     return
                 if part is None or len(waiting) >= 2 * count:
@@ -99,10 +126,8 @@ def map_isolated(
                     waiting.popleft()
                     yield done, results
         except BaseException:
-            begun = [future for _, future in waiting if not future.cancel()]
-            while wait(begun, timeout=0.05).not_done:  # one may have no process yet
-                for process in list(at_work):
-                    process.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            caller.leaves()
             raise
 
 
