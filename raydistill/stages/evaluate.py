@@ -82,12 +82,7 @@ def evaluate_student(
             _draw(config, samples, split, logits, labels_N, directory)
             predictions.append(_predictions(samples, split, logits))
             advance(len(all_labels))
-    teacher_parameters = teacher_speed = None
-    if adapted is not None and config.teacher is not None:
-        teacher = load_teacher(config.teacher).backbone.to(device)
-        teacher_parameters = sum(parameter.numel() for parameter in teacher.parameters())
-        if config.evaluate.time_teacher:
-            teacher_speed = images_per_second(teacher, teacher.preprocessing.size, device)
+    teacher_parameters, teacher_speed = (None, None) if adapted is None else _teacher_cost(config, device)
     report = Report(
         path=directory.path,
         student=measured["student"],
@@ -108,6 +103,15 @@ def evaluate_student(
     directory.write_json("report.json", asdict(report))
     directory.finish(asdict(report))
     return report
+
+
+def _teacher_cost(config: RunConfig, device: torch.device) -> tuple[int, float | None]:
+    """The backbone's parameters, and its images a second with evaluate.time_teacher."""
+    assert config.teacher is not None
+    teacher = load_teacher(config.teacher).backbone.to(device)
+    is_timed = config.evaluate.time_teacher
+    speed = images_per_second(teacher, teacher.preprocessing.size, device) if is_timed else None
+    return sum(parameter.numel() for parameter in teacher.parameters()), speed
 
 
 def _draw(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -101,17 +101,14 @@ def export_student(
                 runs |= {"onnx": run} if name == "onnx" else {}
                 advance(1)
         if "onnx_picture" in settings.formats:
-            size, fit = about["image"]["size"], about["image"]["fit"]
-            own = PictureClassifier(Shipped(student, size, from_pixels=True), size, fit)
-            to_picture_onnx(own, about, folder / PICTURE_FILE)
-            some, expected = images_NHH3[:_MOST_PICTURES], softmax(logits_NC[:_MOST_PICTURES], axis=1)
-            differences[PICTURE_FILE] = _compare(picture_onnx_run(folder / PICTURE_FILE), some, expected, PICTURE_FILE)
+            differences[PICTURE_FILE] = _write_picture_onnx(
+                student, about, images_NHH3, logits_NC, folder / PICTURE_FILE
+            )
             advance(1)
         int8 = None
         if settings.int8 is not None:
             run = _quantise(config, samples, student, folder)
-            rough_NC = _in_batches(run, inputs_N, 64)
-            int8 = _compare_roughly(logits_NC, rough_NC, labels_N, settings.int8_max_drop)
+            int8 = _compare_roughly(logits_NC, _in_batches(run, inputs_N, 64), labels_N, settings.int8_max_drop)
             if int8["kept"]:
                 runs["onnx int8"] = run
             else:
@@ -119,14 +116,25 @@ def export_student(
             advance(1)
         speed = _speeds(config, runs, inputs_N[:1])
         advance(1)
-        (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
-        (folder / PREPROCESS_FILE).write_text(preprocess_source(), encoding="utf-8")
-        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-        exported = Exported(directory.path, sizes, differences, int8, speed)
-        (folder / "README.md").write_text(card(about, exported), encoding="utf-8")
-        for file_path in sorted(folder.iterdir()):
-            directory.write(file_path.name, file_path.read_bytes())
+        exported = _ship(folder, about, card, Exported(directory.path, {}, differences, int8, speed), directory)
     directory.finish(asdict(exported))
+    return exported
+
+
+def _ship(
+    folder: Path,
+    about: dict[str, Any],
+    card: Callable[[dict[str, Any], Exported], str],
+    exported: Exported,
+    directory: StageDirectory,
+) -> Exported:
+    """Add what describes the formats in the folder, and write all of it into the stage's directory."""
+    (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / PREPROCESS_FILE).write_text(preprocess_source(), encoding="utf-8")
+    exported = replace(exported, files={file.name: file.stat().st_size for file in sorted(folder.iterdir())})
+    (folder / "README.md").write_text(card(about, exported), encoding="utf-8")
+    for file in sorted(folder.iterdir()):
+        directory.write(file.name, file.read_bytes())
     return exported
 
 
@@ -203,6 +211,17 @@ def _compare(run: Run, inputs_N: np.ndarray, logits_NC: np.ndarray, what: str) -
             )
         largest = max(largest, difference)
     return largest
+
+
+def _write_picture_onnx(
+    student: Student, about: dict[str, Any], images_NHH3: np.ndarray, logits_NC: np.ndarray, file: Path
+) -> float:
+    """The largest difference of probabilities. Raises as `_compare`."""
+    size = about["image"]["size"]
+    own = PictureClassifier(Shipped(student, size, from_pixels=True), size, about["image"]["fit"])
+    to_picture_onnx(own, about, file)
+    expected_NC = softmax(logits_NC[:_MOST_PICTURES], axis=1)
+    return _compare(picture_onnx_run(file), images_NHH3[:_MOST_PICTURES], expected_NC, file.name)
 
 
 def _quantise(config: RunConfig, samples: SampleSet, student: Student, folder: Path) -> Run:
