@@ -98,15 +98,18 @@ def _with_labels(entries: list[Entry], names: Mapping[str, str]) -> list[Entry]:
     ]  # fmt: skip
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sorts `2` before `10`."""
-    return [_number(part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+def natural(name: str) -> tuple[bool, str]:
+    """Sorts `2` before `10`. Before each number stands its length, behind a character that sorts before all others."""
+    text = name.replace("\0", "\0\U0010ffff")  # the character itself sorts behind any number
+    return name[:1].isdecimal(), re.sub(r"\d+", lambda run: _number(run[0]), text)
 
 
-def _number(digits: str) -> tuple[int, str]:
+def _number(digits: str) -> str:
     """Sorts as the number does. Python makes none of very many digits."""
-    plain = "".join(str(unicodedata.decimal(digit)) for digit in digits).lstrip("0")
-    return len(plain), plain
+    if not digits.isascii():
+        digits = "".join(str(unicodedata.decimal(digit)) for digit in digits)
+    digits = digits.lstrip("0")
+    return f"\0{len(digits):c}{digits}"
 
 
 def _listed_classes(config: Images) -> list[str] | None:

@@ -235,6 +235,21 @@ def test_any_names_can_be_sorted(names):
     assert sorted(natural(name) for name in names) == sorted(natural(name) for name in reversed(names))
 
 
+def by_parts(name):
+    """The same order, from a list of texts and numbers."""
+    return [(1, int(part)) if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+@given(*[st.text(st.sampled_from("ab019٣ é\0\x01\U0010ffff"), max_size=8)] * 2)
+def test_names_sort_as_lists_of_their_parts(one, other):
+    assert (natural(one) < natural(other)) == (by_parts(one) < by_parts(other))
+
+
+def test_what_a_name_sorts_by_is_not_far_larger_than_the_name():
+    name = "1a" * 20_000
+    assert sum(map(sys.getsizeof, natural(name))) < 4 * len(name)
+
+
 @given(numbers=st.lists(st.integers(0, 10**6), min_size=1, max_size=10), word=st.sampled_from(["", "class", "x y "]))
 def test_numbered_names_sort_by_their_numbers(numbers, word):
     names = [f"{word}{number}" for number in numbers]
