@@ -52,6 +52,7 @@ class Predictor:
         self.preprocessing = Preprocessing(
             wanted["size"], tuple(wanted["mean"]), tuple(wanted["std"]), wanted["interpolation"]
         )
+        self.working_size: int = self._image["size"]
         self.most_bytes: int = self._image["max_bytes"]
         side = max(wanted["size"], self._image["size"])
         # Pictures that go through the network as one batch, each held as bytes and as numbers.

@@ -2,6 +2,7 @@
 
 `GET /` is a page for trying pictures, `GET /health` gives the model and its classes, `POST /predict` takes pictures
 (intake.py) and returns classes, their numbers and probabilities. Requests within a few milliseconds share a batch.
+`GET /ready` sends a white picture through the network; `/metrics` and `/openapi.json` are for programs (metrics.py).
 """
 
 from __future__ import annotations
@@ -30,19 +31,21 @@ from raydistill.errors import DataError
 from raydistill.inference.answers import Answer, best
 from raydistill.inference.intake import WANTED, Intake
 from raydistill.inference.listening import ServeSettings, host_name
+from raydistill.inference.metrics import PATHS, Metrics, openapi
 from raydistill.inference.predict import Predictor
 
 _TOP = 5
+_READY_SECONDS = 5.0
 _GONE = 499  # nginx's code for a client that left before its answer
-_ADVICE = {404: "the paths are /, /health and /predict", 405: f"POST to /predict: {WANTED}"}
+_ADVICE = {404: f"the paths are {', '.join(PATHS)}", 405: f"POST to /predict: {WANTED}"}
 _PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
 
 class Batcher:
     """Collects working images for a moment and sends them through the network as one batch."""
 
-    def __init__(self, predictor: Predictor, window_seconds: float) -> None:
-        self._predictor, self._window = predictor, window_seconds
+    def __init__(self, predictor: Predictor, window_seconds: float, metrics: Metrics) -> None:
+        self._predictor, self._window, self._metrics = predictor, window_seconds, metrics
         self._waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = asyncio.Queue()
 
     async def probabilities(self, image_HH3: np.ndarray) -> np.ndarray:
@@ -60,6 +63,7 @@ class Batcher:
             while len(batch) < self._predictor.most_together and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
             images = np.stack([image for image, _ in batch])
+            self._metrics.batch(len(images))
             try:
                 found = await run_in_threadpool(self._predictor.probabilities, images)
             except Exception as error:  # the waiting requests get it; the next batch may succeed
@@ -75,7 +79,8 @@ class Batcher:
 def make_app(predictor: Predictor, title: str, own: Collection[str], settings: ServeSettings) -> ASGIApp:
     """The ASGI application, which logs each request. It accepts its `own` names and addresses, and those that the
     settings allow; pages of the latter may send requests too."""
-    batcher, intake = Batcher(predictor, settings.window_seconds), Intake(settings.most_bytes)
+    metrics, intake = Metrics(), Intake(settings.most_bytes)
+    batcher = Batcher(predictor, settings.window_seconds, metrics)
     most_pixels = settings.most_pixels
     # Not the network's thread, so that pictures that wait for memory do not delay answers.
     decoders = CapacityLimiter(max(2, os.cpu_count() or 2))
@@ -91,6 +96,22 @@ def make_app(predictor: Predictor, title: str, own: Collection[str], settings: S
 
     async def health(request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok", "model": title, "classes": list(predictor.classes)})
+
+    async def ready(request: Request) -> JSONResponse:
+        white = np.full((predictor.working_size, predictor.working_size, 3), 255, np.uint8)
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                await batcher.probabilities(white)
+        except (TimeoutError, RuntimeError) as error:
+            reason = str(error) or f"no answer within {_READY_SECONDS} seconds"
+            return JSONResponse({"status": "not ready", "error": reason}, 503)
+        return JSONResponse({"status": "ready"})
+
+    async def measures(request: Request) -> Response:
+        return metrics.response()
+
+    async def description(request: Request) -> JSONResponse:
+        return JSONResponse(openapi(title, list(predictor.classes)))
 
     async def predict(request: Request) -> Response:
         top = _top(request)
@@ -121,11 +142,12 @@ def make_app(predictor: Predictor, title: str, own: Collection[str], settings: S
     async def failed(request: Request, error: Exception) -> Response:
         return JSONResponse({"error": f"the student could not answer: {error}"}, 500)
 
-    routes = [Route("/", page), Route("/health", health), Route("/predict", predict, methods=["POST"])]
+    functions = {"/": page, "/health": health, "/ready": ready, "/metrics": measures, "/openapi.json": description}
+    routes = [Route(path, function) for path, function in functions.items()]
+    routes.append(Route("/predict", predict, methods=["POST"]))
     handlers: dict[Any, Any] = {HTTPException: say, ClientDisconnect: gone, RuntimeError: failed}
-    return _logged(
-        _guarded(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), own, settings.allowed)
-    )
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    return _logged(_guarded(app, own, settings.allowed), metrics)
 
 
 def _top(request: Request) -> int:
@@ -159,8 +181,8 @@ def _guarded(app: ASGIApp, own: Collection[str], allowed: Collection[str]) -> AS
     return guarded
 
 
-def _logged(app: ASGIApp) -> ASGIApp:
-    """A line for each request on stderr: client, path, status and time, without bodies and queries."""
+def _logged(app: ASGIApp, metrics: Metrics) -> ASGIApp:
+    """A line for each request on stderr: client, path, status and time, without bodies and queries. It counts too."""
 
     async def logged(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -177,8 +199,13 @@ def _logged(app: ASGIApp) -> ASGIApp:
         finally:
             # As sent, escaped: no control characters.
             path = scope.get("raw_path", b"").decode("ascii", "replace")[:200].split("?")[0]
-            client, took = (scope.get("client") or ["-"])[0], 1000 * (time.perf_counter() - began)
+            client, took = (scope.get("client") or ["-"])[0], time.perf_counter() - began
+            metrics.request(path, status, took)
             when = time.strftime("%Y-%m-%d %H:%M:%S")
-            print(f"{when} {client} {scope['method'][:20]} {path} {status} {took:.0f} ms", file=sys.stderr, flush=True)
+            print(
+                f"{when} {client} {scope['method'][:20]} {path} {status} {1000 * took:.0f} ms",
+                file=sys.stderr,
+                flush=True,
+            )
 
     return logged

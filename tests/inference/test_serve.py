@@ -18,9 +18,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
+import jsonschema
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from raydistill.errors import ConfigError
@@ -370,3 +373,35 @@ def test_a_host_that_is_none_is_refused():
         listen("no-such-host.invalid", 0)
     with pytest.raises(ConfigError, match="--host of this machine"):
         listen("192.0.2.1", 0)
+
+
+def test_programs_can_watch_it_and_make_clients_of_it(exported, monkeypatch):
+    result, _ = exported(formats=["onnx"])
+    predictor = Predictor(result.path)
+    app = make_app(predictor, "a student", ["testserver"], SETTINGS)
+    with TestClient(app) as client:
+        for number in range(3):
+            assert client.post("/predict", content=picture(number)).status_code == 200
+        assert client.post("/predict", content=b"no picture").status_code == 422
+        for number in range(50):
+            assert client.get(f"/nowhere/{number}").status_code == 404
+        assert client.get("/ready").json() == {"status": "ready"}
+        described = client.get("/openapi.json").json()
+        for path, methods in described["paths"].items():
+            for method in methods:
+                assert client.request(method, path).status_code not in (404, 405), path
+        shape = described["paths"]["/predict"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+        jsonschema.validate(client.post("/predict", content=picture(0)).json(), shape)
+        told = client.get("/metrics").text
+        monkeypatch.setattr(predictor, "probabilities", Mock(side_effect=RuntimeError("out of order")))
+        assert client.get("/ready").status_code == 503
+    found = {
+        (s.labels.get("path"), s.labels.get("status")): s.value
+        for family in text_string_to_metric_families(told) for s in family.samples
+        if s.name == "raydistill_request_seconds_count"
+    }  # fmt: skip
+    assert found["/predict", "200"] == 4
+    assert found["/predict", "422"] >= 1
+    assert found["other", "404"] == 50
+    assert not [path for path, _ in found if "nowhere" in path]
+    assert "raydistill_batch_images_count 6.0" in told
