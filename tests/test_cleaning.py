@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
+import time
 import webbrowser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import Result
@@ -15,8 +19,9 @@ from typer.testing import CliRunner
 
 from raydistill.cleaning import delete, find_waste
 from raydistill.cli.commands import app
+from raydistill.cli.workspace import clean
 from raydistill.config import load_config
-from raydistill.errors import CheckpointError, ConfigError
+from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.jobs import JobRecord
 from raydistill.storage.lease import held
@@ -86,6 +91,20 @@ def test_ls_counts_what_jobs_share_once(root: Path) -> None:
     assert "3.0 kB" in told
 
 
+def test_a_workspace_of_many_runs_is_listed(tmp_path: Path) -> None:
+    stage(tmp_path, "teach")
+    run_of(tmp_path, "first", list(tmp_path.glob("teach-*")))
+    (file,) = tmp_path.glob("jobs/first/runs/*")
+    record = json.loads(file.read_text())
+    for number in range(500):
+        own = {name: f"{name}-{number:012x}" for name in ("adapt", "distill", "evaluate", "export")}
+        record["directories"] |= own
+        file.with_name(f"{number:012x}.json").write_text(json.dumps(record))
+    began = time.process_time()
+    assert len(json.loads(call("ls", tmp_path, "--json").stdout)) == 501
+    assert time.process_time() - began < 5
+
+
 def test_what_strangers_write_controls_no_terminal(root: Path) -> None:
     file = next(root.glob("jobs/first/runs/*"))
     record = json.loads(file.read_text()) | {"name": "\x1b[2Ja\nb", "title": "\u202ex", "error": "\x1b]8;;http://x\x07"}
@@ -95,6 +114,30 @@ def test_what_strangers_write_controls_no_terminal(root: Path) -> None:
         assert not {"\x1b", "\x07", "\u202e"} & set(told)
     file.write_text(json.dumps(record | {"started": 1e300}))
     assert "first" not in call("ls", root).stdout
+
+
+@pytest.mark.parametrize("closed", ["jobs/first", "jobs/first/runs/0123456789ab.json"])
+def test_what_another_user_keeps_closed_is_left_out_and_stops_clean(closed: str, root: Path) -> None:
+    (root / closed).chmod(0)
+    next(root.glob("distill-*")).chmod(0o400)
+    as_user = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*as_user, sys.executable, "-m", "raydistill", *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    told = run("ls", root, "--json")
+    assert [run["name"] for run in json.loads(told.stdout)] == ["second"]
+    assert f"Permission denied: '{root}/{closed}" in told.stderr
+    told = run("clean", root, "--yes")
+    assert (told.returncode, "Permission denied" in told.stderr) == (2, True)
+    (root / closed).chmod(0o755)
+    assert run("clean", root, "--yes").returncode == 0
+    assert names(root) >= {"teach", "evaluate", "distill"}
 
 
 @pytest.mark.parametrize("command", ["ls", "clean"])
@@ -169,6 +212,37 @@ def test_a_directory_in_use_stays(root: Path) -> None:
         assert not delete(waste[0])  # found before it came into use
     assert export.is_dir()
     assert wasted(root) == {"export": "no job needs it"}
+
+
+def test_what_a_job_needs_that_began_before_the_answer_stays(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage(root, "adapt")
+    (export,) = root.glob("export-*")
+
+    def answer(*_: object) -> bool:
+        run_of(root, "third", [export])
+        return True
+
+    monkeypatch.setattr("typer.confirm", answer)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    clean(str(root), None, dry_run=False, yes=False)
+    told = capsys.readouterr().out
+    assert names(root) >= {"export"}
+    assert "adapt" not in names(root)
+    assert "stays: it came into use meanwhile" in told
+    assert "deleted 1 thing(s)" in told
+
+
+def test_what_cannot_be_deleted_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    result = call("clean", root, "--yes")
+    assert isinstance(result.exception, StageError)
+    assert "export-" in str(result.exception)
+    assert "Permission denied" in str(result.exception)
 
 
 def test_links_and_folders_of_others_stay(root: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from raydistill.cli.words import announce, app
 from raydistill.errors import ConfigError
+from raydistill.runtime import interrupts
 from raydistill.strangers import one_line, printable
 
 
@@ -28,13 +29,14 @@ def init(
     text = job_text(images, situation, choose(situation))
     from raydistill.config import load_config
     from raydistill.documents import parse
+    from raydistill.storage.local import create_here
 
     load_config([], next(iter(parse(text, out))))  # no job is written that cannot be read
     try:
-        with open(out, "x", encoding="utf-8") as file:
-            file.write(text)
+        create_here(out, text.encode())
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written ({error.strerror}); give another place") from None
+    interrupts.resume_hint(one_line(f"{out} is written"))
     print(printable(text))
     print(one_line(f"written: {out}. Look at the images with: raydistill check {out}"))
     print(one_line(f"Then: raydistill run {out}"))

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from raydistill.cli.words import app
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, StageError
+from raydistill.runtime import interrupts
 from raydistill.strangers import one_line, plain_console, shorter
+
+if TYPE_CHECKING:
+    from raydistill.cleaning import Waste
 
 Workspace = Annotated[str, typer.Argument(metavar="WORKSPACE", help="The folder that `workspace` of the job names.")]
 
@@ -31,16 +36,19 @@ def list_jobs(
 
     root = absolute_root(workspace)
     runs = sorted((run for _, run in read_jobs(root)), key=lambda run: run.started)
-    users = [name for run in runs for name in set(run.directories.values())]
-    sizes = {name: folder_bytes(f"{root}/{name}") for name in set(users)}
+    users = Counter(name for run in runs for name in set(run.directories.values()))
+    sizes = {name: folder_bytes(f"{root}/{name}") for name in users}
     rows: list[dict[str, Any]] = []
     for run in runs:
-        mine = {users.count(name) > 1: 0 for name in users} | {True: 0, False: 0}
-        for name in set(run.directories.values()):
-            mine[users.count(name) > 1] += sizes[name]
+        mine = set(run.directories.values())
+        shared = sum(sizes[name] for name in mine if users[name] > 1)
         rows.append(
             run.model_dump(exclude={"process", "page"})
-            | {"state": state_of(root, run), "bytes": mine[False], "shared_bytes": mine[True]}
+            | {
+                "state": state_of(root, run),
+                "bytes": sum(map(sizes.__getitem__, mine)) - shared,
+                "shared_bytes": shared,
+            }
             | {"report": f"{root}/{run.page}" if run.page else None}
         )
     if as_json:
@@ -126,7 +134,7 @@ def clean(
         table.add_row(name, "" if item.kept else size, f"stays: {item.kept}" if item.kept else item.why)
     wide = plain_console(width=max(console.width, 120))
     wide.print(table)
-    total = f"{len(waste)} thing(s), {decimal(sum(item.size for item in waste))}, of {root}"
+    total, free = _total(waste, root), {item.path for item in waste}
     if not waste and not records:
         console.print(f"nothing to delete in {root}", soft_wrap=True)
         return
@@ -140,8 +148,25 @@ def clean(
             )
         if not typer.confirm(f"Delete {one_line(total)}" + (f", and the job {one_line(job)}?" if job else "?")):
             raise typer.Exit(1)
-    for item in waste:
-        if not delete(item):
-            console.print(f"{item.path} stays: it came into use meanwhile", soft_wrap=True)
-    forget(root, records)
-    console.print(f"deleted {total}", soft_wrap=True)
+        again, records = find_waste(root, job)  # a job may have begun before the answer came
+        free = {item.path for item in again if not item.kept}
+    interrupts.resume_hint("the same command deletes the rest")
+    gone: list[Waste] = []
+    try:
+        for item in waste:
+            if item.path in free and delete(item):
+                gone.append(item)
+            else:
+                console.print(f"{item.path} stays: it came into use meanwhile", soft_wrap=True)
+        forget(root, records)
+    except OSError as error:
+        raise StageError(
+            f"{error.filename}: cannot be deleted ({error.strerror}); deleted until then: {_total(gone, root)}"
+        ) from None
+    console.print(f"deleted {_total(gone, root)}", soft_wrap=True)
+
+
+def _total(waste: list[Waste], root: str) -> str:
+    from rich.filesize import decimal
+
+    return f"{len(waste)} thing(s), {decimal(sum(item.size for item in waste))}, of {root}"

@@ -159,7 +159,7 @@ def folder_bytes(path: str) -> int:
     size = 0
     for folder, _, names in os.walk(place):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # another command may be at work
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # another command's, another user's
                 size += os.lstat(f"{folder}/{name}").st_size
     return size
 

@@ -15,6 +15,7 @@ import time
 import unicodedata
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, Field
@@ -163,19 +164,27 @@ def read_jobs(workspace: str, all_or_none: bool = False) -> Iterator[tuple[str, 
     record."""
     fs, root = open_filesystem(workspace)
     found = False
+
+    @contextlib.contextmanager
+    def damage_named() -> Iterator[None]:
+        try:
+            yield
+        except (CheckpointError, PermissionError) as error:  # the latter of another user's files
+            if all_or_none:
+                raise CheckpointError(str(error)) from None
+            logger.warning("left out: %s", error)
+
     _refuse_links(workspace, f"{workspace}/{FOLDER}")
     for name in fs.names(f"{root}/{FOLDER}"):
-        folder = f"{workspace}/{FOLDER}/{name}"
-        for file in filter(_KEY.fullmatch, fs.names(f"{root}/{FOLDER}/{name}/runs")):
-            try:
-                _refuse_links(workspace, folder)
+        folder, files = f"{workspace}/{FOLDER}/{name}", list[str]()
+        with damage_named():
+            _refuse_links(workspace, folder)
+            files = fs.names(f"{root}/{FOLDER}/{name}/runs")
+        for file in filter(_KEY.fullmatch, files):
+            with damage_named():
                 if (run := read_state(path := f"{folder}/runs/{file}", JobRun)) is not None:
                     found = True
                     yield path, run
-            except CheckpointError as error:
-                if all_or_none:
-                    raise
-                logger.warning("left out: %s", error)
     if not found:
         raise ConfigError(
             f"{workspace}: no workspace with a job in it; give the folder that `workspace` names. The jobs of an older "
@@ -206,8 +215,8 @@ def forget(workspace: str, paths: list[str]) -> None:
     for path in paths:
         folder = path.rpartition("/runs/")[0]
         _refuse_links(workspace, folder)
-        os.unlink(path)
-        if not os.listdir(f"{folder}/runs"):
+        Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is there, or another `clean` was first
             os.rmdir(f"{folder}/runs")
             links = [f"{folder}/{name}" for name in os.listdir(folder)]
             latest = f"{workspace}/{LATEST}"
@@ -215,5 +224,4 @@ def forget(workspace: str, paths: list[str]) -> None:
                 links.append(latest)
             for link in filter(os.path.islink, links):
                 os.unlink(link)
-            with contextlib.suppress(OSError):  # a file of somebody else's is there
-                os.rmdir(folder)
+            os.rmdir(folder)

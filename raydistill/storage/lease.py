@@ -69,15 +69,18 @@ def held(directory: StageDirectory, say: Callable[[str], None]) -> Iterator[bool
 
 
 def is_held(path: str) -> bool:
-    """Whether a command seems to work in a stage directory: for those who look, and take nothing."""
+    """Whether a command seems to work in a stage directory, or may, where its files cannot be read: for those who look,
+    and take nothing."""
     directory = StageDirectory(path, "", "")
-    number, state = _latest(directory)
-    if not number:
-        return False
     try:
+        number, state = _latest(directory)
+        if not number:
+            return False
         written = directory.fs.modified(open_filesystem(_path(directory, number))[1]).timestamp()
     except FileNotFoundError:  # given back meanwhile
         return False
+    except PermissionError:
+        return True
     return not _is_free(state, max(time.time() - written - _CLOCK_SECONDS, 0.0))
 
 

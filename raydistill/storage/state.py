@@ -121,9 +121,8 @@ def result_of(done: dict[str, Any], path: str, shape: type[T]) -> T:
 
 def of_another_form(path: str, reason: str) -> CheckpointError:
     folder = path.rpartition("/")[0]
-    return CheckpointError(
-        f"{path} is not what raydistill writes ({reason}); delete {folder} and run the command again"
-    )
+    whole = path if folder.endswith("/runs") else folder  # beside a job's record are those of its other runs
+    return CheckpointError(f"{path} is not what raydistill writes ({reason}); delete {whole} and run the command again")
 
 
 def _in_our_words(message: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,17 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
         assert out in str(result.exception)
     assert (tmp_path / "job.yaml").read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_full_disk_leaves_no_half_of_a_job(tmp_path: Path) -> None:
+    folder, before = folder_of(tmp_path / "images", a=3, b=3), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        result = CliRunner().invoke(app, ["init", str(folder), "--out", str(tmp_path / "job.yaml")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot be written" in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from raydistill.config import RunConfig, load_config
 from raydistill.errors import CheckpointError, ConfigError, DataError
-from raydistill.storage.jobs import JobRecord, folder_name, job_name, read_jobs, state_of
+from raydistill.storage.jobs import JobRecord, folder_name, forget, job_name, read_jobs, state_of
 
 KEY, TEACH, DISTILL = "0123456789ab", "teach-0123456789ab", "distill-0123456789ab"
 NAMES = (
@@ -171,6 +171,7 @@ def test_a_strangers_record_is_named_and_left_out(text: str, tmp_path: Path, cap
     (tmp_path / "jobs/demo/runs/ba9876543210.json").write_text(text)
     assert [run.name for _, run in read_jobs(str(tmp_path))] == ["demo"]
     assert "ba9876543210.json is not what raydistill writes" in caplog.text
+    assert "ba9876543210.json and run the command again" in caplog.text  # not the folder, where other runs' records are
 
 
 def test_files_of_others_among_the_jobs_are_none(tmp_path: Path) -> None:
@@ -194,3 +195,12 @@ def test_a_file_in_the_place_of_records_is_named(tmp_path: Path) -> None:
     (tmp_path / "jobs").write_text("a file")
     with pytest.raises(CheckpointError, match="jobs/demo/runs"):
         JobRecord(job(tmp_path), KEY, "")
+
+
+def test_two_that_forget_a_job_at_once_end_well(tmp_path: Path) -> None:
+    with JobRecord(job(tmp_path), KEY, ""):
+        pass
+    paths = [path for path, _ in read_jobs(str(tmp_path))]
+    forget(str(tmp_path), paths)
+    forget(str(tmp_path), paths)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "jobs"]
