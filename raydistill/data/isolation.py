@@ -149,19 +149,26 @@ def end_processes() -> None:
             _idle.pop().end()
 
 
+def python_apart(statement: str, *words: str) -> dict[str, Any]:
+    """Arguments of `subprocess` for a Python that imports from what this process does, and from nothing else: the
+    folder in which it stands may be a stranger's. No Ctrl-C reaches its session."""
+    places = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *(p or os.getcwd() for p in sys.path)]))
+    return {
+        "args": [sys.executable, "-P", "-c", statement, *words], "stdin": subprocess.DEVNULL, "start_new_session": True,
+        "env": {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", **_KEEP},
+    }  # fmt: skip
+
+
 class _Process:
     """In a session of its own, which no Ctrl-C reaches. It ends when the other end of its pipe closes."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
-        # What this process imports from, and with -P nothing else: the folder in which it stands may be a stranger's.
-        places = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *(p or os.getcwd() for p in sys.path)]))
         with theirs:
+            number = theirs.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _SERVE, str(theirs.fileno())], pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1", **_KEEP}, start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+                **python_apart(_SERVE, str(number)), pass_fds=[number], stdout=subprocess.DEVNULL
+            )
         self.pipe, self.is_stopped = Connection(ours.detach()), False
         _processes.add(self)
 

@@ -29,13 +29,14 @@ from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, DataError, reason_of
 from raydistill.inference.answers import Answer, chunks
 from raydistill.models.about import Engine, check_export
-from raydistill.models.formats import load_from_library, network_inputs, onnx_run, torch_run
+from raydistill.models.formats import load_from_library, network_inputs, torch_run, try_onnx
+from raydistill.models.graphs import onnx_run
 from raydistill.strangers import few_kinds, written
 
 Unit = tuple[str, int, int]  # a file; or, for a file of many images, the first row and the number of rows
 # More pictures than this go through a pool of actors, which takes some ten seconds to start.
 LARGE = 10_000
-_TOGETHER, _HELD_BYTES = 64, 64 << 20
+_TOGETHER, _HELD_BYTES, _ANSWER_BYTES = 64, 64 << 20, 512 << 20
 
 
 class Predictor:
@@ -63,7 +64,11 @@ class Predictor:
             self.network = load_from_library(Path(folder), about["library"] == "timm")
             self._run = torch_run(self.network)
         else:
-            self._run = onnx_run(Path(folder, "model.onnx"), threads)
+            file, size = Path(folder, "model.onnx"), self._image["size"]
+            blank = network_inputs(np.zeros((1, size, size, 3), np.uint8), self.preprocessing, self._from_pixels)
+            taken = try_onnx(file, blank)
+            self.most_together = max(1, min(self.most_together, _ANSWER_BYTES // max(1, taken)))
+            self._run = onnx_run(file, threads)
 
     def working_image(self, data: bytes, most_pixels: int | None = None) -> np.ndarray:
         """(H, H, 3) uint8, as `prepare` makes it, of no more pixels than training allowed; made in an isolated process.

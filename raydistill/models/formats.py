@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import subprocess
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,17 +23,17 @@ from PIL import Image
 from torch import nn
 
 from raydistill.data import decode
+from raydistill.data.isolation import python_apart
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render, view_filters
 from raydistill.errors import ConfigError
 from raydistill.models import preprocess
 from raydistill.models.from_transformers import load_or_refuse
-from raydistill.models.graphs import check_graph
+from raydistill.models.graphs import Run, limits
 from raydistill.models.state_dicts import sizes_of
 from raydistill.models.student import Student, TimmClassifier
 
 PREPROCESS_FILE = "preprocess.py"  # reads pictures for the exported files
 PICTURE_FILE, INT8_FILE = "picture.onnx", "model_int8.onnx"
-Run = Callable[[np.ndarray], np.ndarray]  # inputs to logits (B, C)
 
 
 class Shipped(nn.Module):
@@ -193,40 +194,22 @@ def program_run(file: Path) -> Run:
     return torch_run(torch.export.load(file).module())
 
 
-def onnx_run(file: Path, threads: int = 0) -> Run:
-    """A function from inputs to float32 logits, by ONNX Runtime on the CPU. `threads` 0: ONNX Runtime's default.
-
-    Raises ConfigError.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # it also raises what it would print
-    check_graph(file)
-    try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception:  # its errors have no common class, and their text names source files
+def try_onnx(file: Path, inputs_1: np.ndarray) -> int:
+    """The bytes of memory that an answer takes, by a first look at a stranger's file in a process of its own, on one
+    blank input of the same shape. Raises ConfigError: it is refused, or takes too much memory or time."""
+    statement = "import sys; from raydistill.models.graphs import answer_blank; answer_blank(*sys.argv[1:])"
+    data, seconds = limits(file)
+    words = [file, data, seconds, inputs_1.dtype, *inputs_1.shape]
+    done = subprocess.run(**python_apart(statement, *map(str, words)), capture_output=True)
+    if done.returncode not in (0, 2):
         raise ConfigError(
-            f"{file}: its graph cannot run: it is damaged, or has an operator that ONNX Runtime lacks; export the "
-            "student again"
-        ) from None
-    names = [[one.name for one in ends] for ends in (session.get_inputs(), session.get_outputs())]
-    if names != [["images"], ["logits"]]:
-        raise ConfigError(f"{file}: takes {names[0]!r:.100} and gives {names[1]!r:.100}, not images and logits")
-
-    def run(inputs: np.ndarray) -> np.ndarray:
-        try:
-            logits_BC: np.ndarray = session.run(["logits"], {"images": inputs})[0]
-        except Exception:  # for example, the graph takes images of another size than the folder says
-            shape = "x".join(map(str, inputs.shape))
-            raise ConfigError(
-                f"{file}: does not take images of {shape} {inputs.dtype}, which its folder names; export the "
-                "student again"
-            ) from None
-        return logits_BC
-
-    return run
+            f"{file}: its graph needs more than {data >> 20:,} MiB of memory or {seconds} s of one core for one blank "
+            "picture, or it ends its process; a network for pictures does not"
+        )
+    found = json.loads(done.stdout)
+    if isinstance(found, str):
+        raise ConfigError(found)
+    return int(found)
 
 
 def torch_run(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:

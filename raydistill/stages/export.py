@@ -33,7 +33,6 @@ from raydistill.models.formats import (
     Shipped,
     load_from_library,
     network_inputs,
-    onnx_run,
     picture_onnx_run,
     preprocess_source,
     program_run,
@@ -44,6 +43,7 @@ from raydistill.models.formats import (
     to_program,
     torch_run,
 )
+from raydistill.models.graphs import onnx_run
 from raydistill.models.picture import PictureClassifier
 from raydistill.models.student import Student, TimmClassifier, read_student
 from raydistill.models.teacher import load_teacher
