@@ -169,9 +169,11 @@ def load(student: Path) -> Student:
 
     Raises ConfigError where it is none.
     """
+    import os
+
     from raydistill.inference.student import load_student
 
-    return load_student(str(student))
+    return load_student(os.path.expanduser(os.fspath(student)))
 
 
 def keys(word: str = "") -> list[Key]:

@@ -19,6 +19,7 @@ from raydistill.inference.answers import Answer, best
 from raydistill.inference.predict import Predictor, find_units, read_units
 from raydistill.models.about import ABOUT_FILE, read_about
 from raydistill.models.formats import network_inputs
+from raydistill.models.weights import ask_hub
 from raydistill.storage.filesystems import read_file
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
@@ -98,18 +99,18 @@ def load_student(place: str) -> Student:
     if os.path.exists(place) or not _REPOSITORY.fullmatch(name):
         return Student(place)
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    ask_hub()
     try:
         # First, or a wrong name would download any model's weights.
         read_about(os.path.dirname(hf_hub_download(name, ABOUT_FILE)))
         return Student(snapshot_download(name, allow_patterns=list(_FILES)))
-    except EntryNotFoundError:
-        raise ConfigError(f"{place}: no such folder, and the hub's repository is not an exported student") from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ConfigError(
-            f"{place}: no such folder, and no readable repository on the hub ({first_line_of(error)})"
-        ) from None
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = f"no readable repository on the hub ({first_line_of(error)})"
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # the hub's answer
+            reason = "the hub's repository is not an exported student"
+        raise ConfigError(f"{place}: no such folder, and {reason}") from None
 
 
 def _bytes_of(picture: Any) -> bytes:

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import raydistill
 from raydistill.errors import ConfigError
 from raydistill.models import weights
 from raydistill.models.from_transformers import load_or_refuse
@@ -362,10 +363,12 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(behaves, monkeypatch, capl
         for load in (
             lambda: weights.resolve_hf_folder("somebody/something", None, "teacher"),
             lambda: weights.load_timm_weights("test_resnet.r160_in1k", None, None, "student"),
+            lambda: raydistill.load("somebody/something"),
         ):
             with pytest.raises(ConfigError) as said:
                 load()
             assert len(str(said.value).splitlines()) == 1
+        assert "no readable repository" in str(said.value)  # and not that it holds something else
         assert time.monotonic() - began < 20  # its library tries again for a minute
     weights.ask_hub.cache_clear()
     (warning,) = [record.getMessage() for record in caplog.records if "does not answer" in record.getMessage()]

@@ -158,3 +158,9 @@ def test_keys_tell_default_values_and_meaning() -> None:
     assert "≥ 8, ≤ 2,048" in str(found["images.size"])
     assert str(found["images.fit"]).startswith('images.fit = "crop" (crop | pad)')
     assert {key.name for key in rd.keys("TEMPERATURE")} >= {"loss.temperature"}
+
+
+def test_a_student_in_the_home_folder_is_looked_for_there(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"{tmp_path}/student is not an exported student"):
+        rd.load("~/student")
