@@ -4,12 +4,17 @@ Every error takes one message string, so that it survives the trip between Ray p
 hidden, and names of any length cut: messages quote settings, strangers and libraries.
 """
 
+import contextlib
 import difflib
+import itertools
+import os
 from collections.abc import Iterable
 from typing import Any
 
 from raydistill.secrets import redacted
 from raydistill.strangers import bounded
+
+_MOST_NEIGHBOURS = 1000  # comparing more names would take seconds
 
 
 def reason_of(error: BaseException) -> str:
@@ -26,6 +31,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean smoke?`, or nothing where no known name is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.65)  # three letters, two of them swapped
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def near_path(path: str, known: Iterable[str] = ()) -> str:
+    """As `did_you_mean`; the files and folders beside the path are known too."""
+    folder, beside = os.path.dirname(path), list[str]()
+    with contextlib.suppress(OSError, ValueError), os.scandir(folder or ".") as found:
+        beside = [os.path.join(folder, one.name) for one in itertools.islice(found, _MOST_NEIGHBOURS)]
+    return did_you_mean(path, [*beside, *known])
 
 
 class RaydistillError(Exception):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raydistill.config import RunConfig, known_keys, load_config, overlay, to_yaml
+from raydistill.config.baselines import OVERLAYS
 from raydistill.errors import ConfigError
 
 PATH = "images.path=./my_images"
@@ -414,6 +415,18 @@ def test_help_does_not_wait_for_torch_and_ray(module):
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize("arm", [name for name in OVERLAYS if name != "job"])
+def test_each_overlay_goes_over_a_job_with_a_pretrained_student(arm):
+    words = [
+        "images.path=.",
+        "student.init=pretrained",
+        "student.weights=example:efficientnet-lite0",
+        f"jobs/overlays/{arm}.yaml",
+    ]
+    student = load_config(words).student
+    assert (student.init == "pretrained") == (student.weights is not None)
+
+
 def test_files_that_come_with_it_are_found_by_name_from_anywhere(tmp_path, monkeypatch):
     jobs = Path(__file__).parents[1] / "jobs"
     by_path = load_config([str(jobs / "fashion_mnist.yaml"), str(jobs / "overlays" / "smoke.yaml")])
@@ -422,5 +435,9 @@ def test_files_that_come_with_it_are_found_by_name_from_anywhere(tmp_path, monke
     assert load_config(["jobs/fashion_mnist.yaml", "./jobs/overlays/smoke.yaml"]) == by_path
     with pytest.raises(ConfigError, match=r"smok: no such file; .*; did you mean smoke\?"):
         load_config(["fashion_mnist", "smok"])
+    (tmp_path / "my_images").mkdir()  # and so do files and folders that are near
+    for word, near in (("./my_imagse", "./my_images"), (f"{tmp_path}/my_images2", f"{tmp_path}/my_images")):
+        with pytest.raises(ConfigError, match=rf"no such file; .*; did you mean {near}\?"):
+            load_config([word])
     (tmp_path / "smoke").write_text("seed: 7")  # the user's own comes first
     assert load_config(["fashion_mnist", "smoke"]).seed == 7

@@ -69,7 +69,10 @@ class RunConfig(Section):
         if isinstance(workers, tuple) and workers[0] > workers[1]:
             raise ValueError(f"distill.num_workers is (fewest, most); {workers} has them the wrong way round")
         if self.student.weights and self.student.init == "random":
-            raise ValueError("student.weights is given but student.init is random; set student.init=pretrained")
+            raise ValueError(
+                "student.weights is given but student.init is random; set student.init=pretrained or "
+                "student.weights=null"
+            )
         if self.distill.body_rate == 0 and self.student.init == "random":
             raise ValueError(
                 "distill.body_rate is 0, which keeps a random body as it is; set student.init=pretrained or raise it"

@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-from raydistill.errors import did_you_mean
+from raydistill.errors import near_path
 
 _PACKAGE = Path(__file__).parents[1]
 _FOLDERS = ("jobs", "jobs/overlays", "tune_spaces")
@@ -19,8 +19,8 @@ def find_shipped(word: str) -> str:
 
 
 def near_shipped(word: str) -> str:
-    """`; did you mean smoke?`, or nothing."""
-    return did_you_mean(word, shipped_files())
+    """`; did you mean smoke?`, or nothing: of what comes with raydistill, and of what lies beside the path."""
+    return near_path(word, shipped_files())
 
 
 def shipped_spaces() -> str:

@@ -112,20 +112,20 @@ def choose(of: Situation) -> list[Choice]:
     tiny = of.short_side <= 40
     size, seen = (32, 32) if tiny else (128, 64)
     images: dict[str, Any] = {"size": size}
-    why = f"the pictures' shorter side has {of.short_side:,.0f} pixels in the middle"
+    why = f"the median picture's shorter side has {of.short_side:,.0f} pixels"
     if of.long_share > 0.25:
         images["fit"] = "pad"
-        why += f"; {of.long_share:.0%} are longer than 3:2, so they are padded and not cut"
+        why += f"; {of.long_share:.0%} are longer than 3:2, so pictures are padded, not cropped"
     if of.fewest < 3 and not of.has_val:
         images["allow_missing_val"] = True
         why += f"; a class has {of.fewest} labelled image(s), too few for val"
     choices = [Choice("images", images, why)]
 
     teacher: dict[str, Any] = {"model": "timm:tf_efficientnet_lite2", "size": 96 if tiny else 128}
-    why = "a tenth of a ViT-S's time on CPUs; its weights of ImageNet "
+    why = "takes a tenth of a ViT-S's time on CPUs; its ImageNet weights "
     if of.gpu:
         teacher = {"model": "timm:vit_base_patch16_224"}
-        why = "the GPU has room for a large one; its weights come from the Hugging Face hub at the first run"
+        why = "the GPU has room for a large teacher; its weights come from the Hugging Face hub at the first run"
     elif "efficientnet-lite2" in of.packages:
         teacher["weights"] = "example:efficientnet-lite2"
         why += "are installed here"
@@ -137,7 +137,7 @@ def choose(of: Situation) -> list[Choice]:
     choices.append(Choice("teacher", teacher, why))
 
     student: dict[str, Any] = {"model": "timm:resnet10t", "size": seen}
-    why = "small, and it learns from random weights; one with pre-trained weights is better: student.init=pretrained"
+    why = "small, from random weights; a pre-trained student is better where weights exist: student.init=pretrained"
     if "efficientnet-lite0" in of.packages:
         student = {"model": "timm:tf_efficientnet_lite0", "init": "pretrained", "weights": "example:efficientnet-lite0"}
         student["size"] = seen
@@ -146,23 +146,24 @@ def choose(of: Situation) -> list[Choice]:
 
     each = of.num_train * (1.0 if of.gpu else _TEACH_SECONDS * 2 / of.cores * (teacher.get("size", 128) / 128) ** 2)
     views = next((count for count in (8, 4, 2) if of.gpu or each * count <= _MOST_TEACH_SECONDS), 1)
-    why = "stored views: 16 in place of 4 were worth 4 points in a long training"
+    why = "stored views of each image; 16 instead of 4 gained 4 points in a long training"
     if views < 8:
-        why += f", and this many take it about {_minutes(each * views)}"
+        why += f". The teacher takes about {_minutes(each * views)} for this many"
     choices.append(Choice("views", {"per_image": views}, why))
-    why = "simclr heads gave 0.478 on val where others gave 0.446 (Fashion-MNIST), and 0.312 for 0.257 (clip art)"
+    why = "simclr heads gave 0.478 on val, others 0.446 (Fashion-MNIST); on clip art 0.312 and 0.257"
     choices.append(Choice("loss", {"projection_head": "simclr"}, why))
 
     batch = _BATCH if of.num_train >= 2 * _BATCH else 16
     epochs = max(1, round(_STEPS / -(-of.num_train // batch)))
-    why = f"{epochs * -(-of.num_train // batch):,} steps or so, as the demo takes; a worker of Ray would start later"
+    why = (f"about {epochs * -(-of.num_train // batch):,} steps, like the demo. With num_workers 0 it trains in this "
+           "process, which starts sooner")  # fmt: skip
     choices.append(Choice("distill", {"epochs": epochs, "batch_size": batch, "num_workers": 0}, why))
 
     if of.has_pool or not of.has_few:
-        why = "the unlabelled images do as well" if of.has_pool else "there are labels enough"
+        why = "your unlabelled images do the same" if of.has_pool else "there are enough labels"
     else:
-        why = ("four for each labelled one were worth 6 points with 10 labels a class, but they need a diffusion "
-               "pipeline for such images: docs/generated.md")  # fmt: skip
+        why = ("four images for each labelled one gained 6 points with 10 labels a class, but they need a "
+               "diffusion pipeline for such images: docs/generated.md")  # fmt: skip
     choices.append(Choice("generate", {}, why))
     return choices
 
@@ -171,16 +172,17 @@ def outlook(of: Situation) -> str:
     """What our own figures let one expect of distilling in such a situation."""
     if of.has_few and not of.has_pool:
         return (
-            "Few labels and no pool of unlabelled images: distilling lost 2 points to the labels alone. Gather images "
-            "without labels (unlabelled/), and let `raydistill compare` say what is best."
+            "Few labels and no unlabelled images: distilling lost 2 points to the labels alone. Gather images "
+            "without labels (in unlabelled/), and let `raydistill compare` say what is best."
         )
     if not of.has_few:
         return (
-            f"{of.fewest:,} labels a class and more: expect about what the labels alone give (0.844 and 0.838 on "
-            "Fashion-MNIST). `raydistill compare` says what is best."
+            f"{of.fewest:,} labels a class and more: expect little more than the labels alone give (on Fashion-MNIST, "
+            "with all labels, 0.844 against 0.838). `raydistill compare` says what is best."
         )
     return (
-        "Few labels and a pool: here distilling pays, by 7 points with 10 labels a class and 4 with 20 (Fashion-MNIST)."
+        "Few labels and a pool of unlabelled images: here distilling pays. It gained 7 points with 10 labels a class "
+        "and 4 with 20 (Fashion-MNIST)."
     )
 
 
@@ -204,7 +206,7 @@ def _time_words(of: Situation, choices: list[Choice]) -> str:
     settings = {choice.section: choice.settings for choice in choices}
     student, teacher, distill = (settings[name] for name in ("student", "teacher", "distill"))
     if of.gpu:
-        return "The time is not estimated, since raydistill was measured on CPUs alone"
+        return "We cannot estimate the time, since we measured raydistill on CPUs only"
     faster, steps = 2 / of.cores, distill["epochs"] * -(-of.num_train // distill["batch_size"])
     teach = of.num_train * settings["views"]["per_image"] * _TEACH_SECONDS * (teacher["size"] / 128) ** 2 * faster
     step = _STEP_SECONDS * (student["size"] / 64) ** 2 * distill["batch_size"] / 64 * faster

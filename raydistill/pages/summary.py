@@ -13,6 +13,7 @@ from raydistill.config import RunConfig
 from raydistill.results import Outcome
 from raydistill.storage.directory import read_bill
 from raydistill.storage.filesystems import write_bytes
+from raydistill.storage.jobs import job_name
 from raydistill.usefulness import usefulness
 
 
@@ -20,7 +21,7 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
     """Student beside teacher, then the stages."""
     report = outcome.report
     assert report is not None
-    results = Table("", "student", "teacher", box=None, pad_edge=False, title=config.name, title_justify="left")
+    results = Table("", "student", "teacher", box=None, pad_edge=False, title=job_name(config), title_justify="left")
     for split in report.student:
         results.add_row(
             f"{split} accuracy", _accuracy(report.student[split]), _accuracy((report.teacher or {}).get(split))

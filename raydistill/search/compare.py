@@ -114,8 +114,6 @@ def _trial(config: RunConfig, name: str, seed: int, num_labelled: int | None = N
     overlay: dict[str, Any] = {**OVERLAYS[arm], "seed": seed, "tracking": {"enabled": False}}
     if overlay.get("student", {}).get("init") == "pretrained":
         overlay["student"] = {**overlay["student"], "weights": config.compare.student_weights or config.student.weights}
-    elif arm != "job":
-        overlay["student"] = {**overlay.get("student", {}), "weights": None}
     if num_labelled is not None:
         overlay["images"] = {"num_labelled": num_labelled}
     try:

@@ -165,8 +165,9 @@ class Tracker:
         return store_lock(self.uri, workspace_root(self._config))
 
     def submit(self, what: str, call: Callable[[], None]) -> None:
-        """Have the writer make this call; `what` names it where it is lost."""
-        if not self._failed:
+        """Have the writer make this call; `what` names it where it is lost. What comes after `close` has no writer: a
+        forced end may close a second time."""
+        if not self._failed and not self._closing.is_set():
             self._writer.submit(self._guarded, what, call)
 
     def _guarded(self, what: str, call: Callable[[], None]) -> None:

@@ -213,6 +213,11 @@ def test_a_form_that_differs_is_refused_and_nothing_is_exported(exported, tmp_pa
     assert {file.name for file in (tmp_path / "export").iterdir()} == {"identity.json"}
 
 
+def test_a_set_with_a_single_image_is_exported(exported, monkeypatch):
+    monkeypatch.setattr(export, "_MOST_IMAGES", 1)
+    assert "model.pt2" in exported(formats=["torch_export"])[0].differences
+
+
 def test_a_form_that_gives_no_number_is_refused(tiny_set):
     images = np.zeros((3, 2), np.float32)
     with pytest.raises(StageError, match=r"logits of model\.onnx differ"):
@@ -307,7 +312,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(finished):
 
 def test_the_report_shows_the_baselines_that_were_run(finished, progress):
     config, outcome, page = finished
-    assert "without a teacher, run the job with" in page.read_text()
+    assert "run the same job with the overlay" in page.read_text()
     scratch = run_stages(overlay(config, OVERLAYS["scratch"]), progress)
     assert scratch.report is not None
     with_baseline = Path(write_report(config, outcome, "raydistill run job.yaml")).read_text()

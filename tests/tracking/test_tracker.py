@@ -134,6 +134,7 @@ def test_a_run_ends_as_its_stage_did(error, status, tmp_path) -> None:
             pass
         with tracker.child("adapt-1"):
             raise error
+    tracker._kill()  # a forced end that comes too late
     ends = {name: run.info.status for name, run in runs_of(tracker).items()}
     assert ends == {"n": status, "prepare-1": "FINISHED", "adapt-1": status}
 

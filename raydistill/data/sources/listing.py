@@ -21,7 +21,7 @@ from raydistill.data.labels import MOST_BYTES, one_spelling, refuse_many_classes
 from raydistill.data.sample import sample_id
 from raydistill.data.sources.containers import MOST_BESIDE
 from raydistill.data.sources.entries import Entry, Source, address_of, entry_name, read_source
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import ConfigError, DataError, near_path
 from raydistill.examples import images_path
 from raydistill.storage.addresses import is_elsewhere
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable
@@ -61,7 +61,7 @@ def list_images(config: Images) -> Listing:
         raise DataError(f"images.path={error}") from None
     refuse_unreachable(path, "images.path")
     if not fs.exists(root):
-        raise DataError(f"{named}: there is nothing at this path")
+        raise DataError(f"{named}: there is nothing at this path{near_path(path)}")
     ignored, notes = Counter[str](), Counter[str]()
     source = read_source(fs, root, ignored, notes)
     if source is None:
@@ -71,7 +71,7 @@ def list_images(config: Images) -> Listing:
         )
     entries = source.entries
     if not entries:
-        raise DataError(f"{named}: no images found ({_describe(ignored)})")
+        raise DataError(f"{named}: no images found ({_describe(ignored)}); docs/data.md says what may lie there")
     refuse_many_classes(len(set(_labels(entries))), named)
     listed = _listed_classes(config)
     entries = _with_labels(entries, {} if source.has_class_folders else whole_numbers(_labels(entries), listed, notes))
