@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from raydistill.cli.workspace import clean
 from raydistill.config import load_config
 from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.storage.directory import StageDirectory
+from raydistill.storage.filesystems import write_bytes
 from raydistill.storage.jobs import JobRecord
 from raydistill.storage.lease import held
 
@@ -103,6 +105,19 @@ def test_a_workspace_of_many_runs_is_listed(tmp_path: Path) -> None:
     began = time.process_time()
     assert len(json.loads(call("ls", tmp_path, "--json").stdout)) == 501
     assert time.process_time() - began < 5
+
+
+def test_a_bucket_is_listed_without_a_request_for_each_file(bucket: str, caplog: pytest.LogCaptureFixture) -> None:
+    with JobRecord(load_config([], {"images.path": "x", "workspace": f"{bucket}/w"}), "ab" * 6, "") as record:
+        record.uses({"teach": f"{bucket}/w/teach-0123456789ab", "distill": f"{bucket}/w/distill-0123456789ab"})
+    for number in range(30):
+        write_bytes(f"{bucket}/w/teach-0123456789ab/deep/{number}", b"12345")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "werkzeug"):
+        (run,) = json.loads(call("ls", f"{bucket}/w", "--json").stdout)
+    assert run["bytes"] == 150
+    assert len([record for record in caplog.records if record.name == "werkzeug"]) < 20
+    assert "there is no bucket 'no-such-bucket'" in str(call("ls", "s3://no-such-bucket/w").exception)
 
 
 def test_what_strangers_write_controls_no_terminal(root: Path) -> None:

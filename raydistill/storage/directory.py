@@ -155,7 +155,7 @@ def folder_bytes(path: str) -> int:
     """The bytes of the files below a folder, and of nothing that its links lead to; 0 where it is not there."""
     fs, place = open_filesystem(path)
     if not fs.is_local:
-        return int(fs.du(place)) if fs.exists(place) else 0
+        return sum(entry["size"] or 0 for entry in fs.find(place, detail=True).values())  # `du` asks for each file
     size = 0
     for folder, _, names in os.walk(place):
         for name in names:

@@ -25,7 +25,7 @@ from raydistill.errors import CheckpointError, ConfigError, StageError, did_you_
 from raydistill.runtime.processes import is_running, process_name
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
-from raydistill.storage.filesystems import open_filesystem, write_bytes
+from raydistill.storage.filesystems import open_filesystem, refuse_unreachable, write_bytes
 from raydistill.storage.lease import is_held
 from raydistill.storage.local import refuse_link
 from raydistill.storage.state import read_state
@@ -162,6 +162,7 @@ def read_jobs(workspace: str, all_or_none: bool = False) -> Iterator[tuple[str, 
     """The runs recorded in a workspace, by the path of the record. Records of another form are named and left out, or
     raise CheckpointError where they may not be. Raises ConfigError where there is no workspace, or none with a
     record."""
+    refuse_unreachable(workspace, "workspace")
     fs, root = open_filesystem(workspace)
     found = False
 
