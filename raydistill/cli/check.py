@@ -15,17 +15,17 @@ from raydistill.strangers import plain_console
 def check(
     words: Words = None,
     teacher: Annotated[
-        bool, typer.Option("--teacher", help="Look at the job's teacher too: on some of the images, here.")
+        bool, typer.Option("--teacher", help="Check the job's teacher too, on some of the images, on this machine.")
     ] = False,
     teachers: Annotated[
-        str | None, typer.Option("--teachers", help="Several beside each other: timm:A,hf:B,timm:C=WEIGHTS.")
+        str | None, typer.Option("--teachers", help="Compare several teachers: timm:A,hf:B,timm:C=WEIGHTS.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first image that cannot be used.")] = False,
     out: Annotated[str | None, typer.Option("--out", help="Also write a .html page with pictures, or .json.")] = None,
-    cluster: Annotated[bool, typer.Option("--cluster", help="Look at every node of the cluster that runs.")] = False,
-    file: Annotated[str | None, typer.Option("--file", help="Look at a cluster.yaml, or KubeRay's.")] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Check every node of the running cluster.")] = False,
+    file: Annotated[str | None, typer.Option("--file", help="Check a cluster.yaml, or a KubeRay file.")] = None,
 ) -> None:
-    """Would a run on these images be sound? Reads every one and writes nothing; exit code 2 where it would not.
+    """Check every image, and say what is wrong and what to do. Exit code 2 if a run would refuse them.
 
     With --cluster or --file: would this job run on the cluster?
     """

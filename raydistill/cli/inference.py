@@ -16,14 +16,15 @@ def predict(
     folder: Annotated[str, typer.Argument(metavar="EXPORT", help="The folder that `export` wrote.")],
     pictures: Annotated[list[str], typer.Argument(metavar="PICTURES…", help="Files, folders, parquet files.")],
     out: Annotated[str | None, typer.Option("--out", help="A .csv, .json, .jsonl or .parquet file to write.")] = None,
-    top: Annotated[int, typer.Option("--top", min=0, help="How many classes of each picture; 0: all.")] = 1,
+    top: Annotated[int, typer.Option("--top", min=0, help="How many classes to give for each picture; 0: all.")] = 1,
     engine: Annotated[str, typer.Option("--engine", help="onnx, or torch with the folder's safetensors.")] = "onnx",
-    skip: Annotated[int, typer.Option("--skip", min=0, help="Leave out so many, the first: to go on.")] = 0,
+    skip: Annotated[int, typer.Option("--skip", min=0, help="Skip this many pictures at the start, to go on.")] = 0,
     address: Annotated[
-        str | None, typer.Option("--address", help="A Ray cluster to join; with very many pictures Ray runs here.")
+        str | None,
+        typer.Option("--address", help="A Ray cluster to join. Without it, Ray starts here for very many pictures."),
     ] = None,
 ) -> None:
-    """The class of each picture by an exported student, from the same pixels as in training."""
+    """Classify pictures with an exported student, preprocessed as in training."""
     interrupts.resume_hint("no picture was answered")
     announce(f"predict: loading {folder}", sys.stderr)  # its answers may go to a pipe
     from raydistill.models.about import check_export
@@ -38,18 +39,22 @@ def predict(
 def serve(
     folder: Annotated[str, typer.Argument(metavar="EXPORT", help="The folder that `export` wrote.")],
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
-    host: Annotated[str, typer.Option("--host", help="Another address opens it to others, without any login.")] = (
+    host: Annotated[str, typer.Option("--host", help="Any other address opens it to others, without a login.")] = (
         "127.0.0.1"
     ),
     allow_host: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", help="A further name by which it is reached, as a proxy's; may be repeated."),
+        typer.Option("--allow-host", help="Another host name of requests, as a proxy's; may be repeated."),
     ] = None,
-    max_megabytes: Annotated[float, typer.Option("--max-megabytes", min=0.001, help="Of one request.")] = 16,
+    max_megabytes: Annotated[
+        float, typer.Option("--max-megabytes", min=0.001, help="The most that a request may have.")
+    ] = 16,
     max_megapixels: Annotated[
-        float, typer.Option("--max-megapixels", min=0.001, help="Of one picture; a larger one is refused.")
+        float, typer.Option("--max-megapixels", min=0.001, help="The most that a picture may have.")
     ] = 50,
-    window: Annotated[float, typer.Option("--window", min=0, help="Milliseconds in which requests gather.")] = 2,
+    window: Annotated[
+        float, typer.Option("--window", min=0, help="Milliseconds to gather requests for one batch.")
+    ] = 2,
     engine: Annotated[str, typer.Option("--engine", help="onnx, or torch with the folder's safetensors.")] = "onnx",
 ) -> None:
     """Answer over HTTP on this machine: POST a picture to /predict, or drop one on the page at /."""

@@ -16,9 +16,9 @@ from raydistill.strangers import one_line, printable
 @app.command()
 def init(
     images: Annotated[str, typer.Argument(metavar="IMAGES", help="A folder of images, a table, a bucket.")],
-    out: Annotated[str, typer.Option("--out", help="The job file to write; one that is there stays.")] = "job.yaml",
+    out: Annotated[str, typer.Option("--out", help="The job file to write; it must not exist yet.")] = "job.yaml",
 ) -> None:
-    """Look at images and machine, and write a job that fits, with the reasons."""
+    """Look at the images and the machine, and write a job file that fits, with reasons."""
     if os.path.lexists(out):
         raise ConfigError(f"--out {out}: it is there, and init writes over nothing; give another name")
     announce(f"init: {images}")

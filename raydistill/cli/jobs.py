@@ -16,10 +16,12 @@ from raydistill.strangers import one_line
 _ADDRESS = "http://127.0.0.1:8265"
 Address = Annotated[
     str,
-    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, as through a tunnel."),
+    typer.Option(
+        "--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, for instance a tunnel to it."
+    ),
 ]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="As `submit` printed it.")]
-jobs = typer.Typer(help="Jobs that were submitted: their states, logs and ends.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The job's name, as `submit` printed it.")]
+jobs = typer.Typer(help="Submitted jobs: show their state, follow their logs, stop them.", no_args_is_help=True)
 app.add_typer(jobs, name="job")
 
 
@@ -31,16 +33,16 @@ def submit(
     detach: Annotated[bool, typer.Option("--detach", help="Return when the job is accepted.")] = False,
     python: Annotated[str, typer.Option("--python", help="The interpreter on the cluster.")] = "python",
     install: Annotated[
-        bool, typer.Option("--install", help="Have Ray install what raydistill requires, as here, for this job.")
+        bool, typer.Option("--install", help="Let Ray install raydistill's requirements for this job, as here.")
     ] = False,
     space: Annotated[str | None, typer.Option("--space", help="As for `tune`.")] = None,
     trials: Annotated[int | None, typer.Option("--trials", help="As for `tune`.")] = None,
     learning_curve: Annotated[bool, typer.Option("--learning-curve", help="As for `compare`.")] = False,
     send_outside: Annotated[
-        bool, typer.Option("--send-outside", help="Also send files that the job names outside of this folder.")
+        bool, typer.Option("--send-outside", help="Also send files outside this folder that the job names.")
     ] = False,
 ) -> None:
-    """Run a command on a Ray cluster: the same words, the same exit code (3 for a job that was stopped)."""
+    """Run a command on a Ray cluster, with the same words and exit codes (3: the job was stopped)."""
     import tempfile
 
     from raydistill.cluster import submit as jobs_api
@@ -72,7 +74,7 @@ def submit(
 
 @jobs.command()
 def status(name: Annotated[str | None, typer.Argument(metavar="NAME")] = None, address: Address = _ADDRESS) -> None:
-    """The state of one job, or of all."""
+    """Show the state of one job, or of all."""
     jobs_api, client = _ask(address)
     found = client.list_jobs() if name is None else [jobs_api.existing_job(client, name)]
     for job in sorted((job for job in found if job.submission_id), key=lambda job: job.start_time or 0):
@@ -82,7 +84,7 @@ def status(name: Annotated[str | None, typer.Argument(metavar="NAME")] = None, a
 
 @jobs.command()
 def logs(name: Name, address: Address = _ADDRESS) -> None:
-    """Follow a job's log to its end; returns the job's exit code."""
+    """Follow a job's log to its end, and end with the job's exit code."""
     jobs_api, client = _ask(address)
     jobs_api.existing_job(client, name)
     _follow(client, name)
@@ -90,7 +92,7 @@ def logs(name: Name, address: Address = _ADDRESS) -> None:
 
 @jobs.command()
 def stop(name: Name, address: Address = _ADDRESS) -> None:
-    """End a job; it has two minutes to write its last checkpoint."""
+    """Stop a job; it has two minutes to write its last checkpoint."""
     jobs_api, client = _ask(address)
     jobs_api.existing_job(client, name)
     interrupts.resume_hint(f"{name} may still be ending; raydistill job status {name} tells")

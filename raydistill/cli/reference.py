@@ -13,9 +13,11 @@ from raydistill.strangers import plain_console
 
 @app.command("keys")
 def list_keys(
-    word: Annotated[str, typer.Argument(metavar="WORD", help="Only those whose name or meaning has it.")] = "",
+    word: Annotated[
+        str, typer.Argument(metavar="WORD", help="Only settings whose name or meaning has this word.")
+    ] = "",
 ) -> None:
-    """Every setting of a job: its default, the values it takes, and what it is for."""
+    """List the settings of a job: default, allowed values, meaning."""
     from rich.padding import Padding
 
     from raydistill.config.keys import describe_keys

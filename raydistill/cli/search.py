@@ -16,10 +16,10 @@ from raydistill.strangers import plain_console
 def compare(
     words: Words = None,
     learning_curve: Annotated[
-        bool, typer.Option("--learning-curve", help="Train at several shares of the labels too (compare.label_shares).")
+        bool, typer.Option("--learning-curve", help="Also train with fewer labels (compare.label_shares).")
     ] = False,
 ) -> None:
-    """Train the student in several ways over several seeds and say which to ship (compare.arms, compare.seeds)."""
+    """Train the student in several ways with several seeds, and say which to ship (compare.arms, compare.seeds)."""
     from rich.table import Table
 
     from raydistill.config import load_config
@@ -53,10 +53,10 @@ def tune(
         str | None, typer.Option("--space", help="A search space, such as loss, or a file of yours (tune.space).")
     ] = None,
     trials: Annotated[
-        int | None, typer.Option("--trials", help="Trials in all; a higher number goes on (tune.trials).")
+        int | None, typer.Option("--trials", help="Trials in all; more of them continue a search (tune.trials).")
     ] = None,
 ) -> None:
-    """Search settings with one student a trial and no pass of the teacher; ends with best.yaml."""
+    """Search for better settings: a student for each trial, one pass of the teacher for all. Writes best.yaml."""
 
     from raydistill.config import load_config
     from raydistill.preflight import refuse_early

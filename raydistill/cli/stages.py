@@ -20,14 +20,14 @@ from raydistill.strangers import plain_console
 
 @app.command()
 def run(words: Words = None) -> None:
-    """All stages in order: prepare, adapt, teach, distill, evaluate, export. Finished ones are skipped."""
+    """Run all stages in order: prepare, adapt, teach, distill, evaluate, export. Finished ones are skipped."""
     _run(words, None, "run")
 
 
 def generate(
     words: Words = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every prompt, the counts and what it would cost; make nothing.")
+        bool, typer.Option("--dry-run", help="Only print every prompt, the counts and the cost.")
     ] = False,
 ) -> None:
     """Make images with a diffusion pipeline and keep the good ones (with all that this needs)."""
@@ -60,7 +60,7 @@ for _stage in STAGES:
 
 @app.command()
 def show(words: Words = None) -> None:
-    """The resolved config, the stage directories, what is done and what would run. Writes nothing."""
+    """Show the resolved config, the stage directories, what is done and what would run. Writes nothing."""
     from rich.table import Table
 
     from raydistill.cluster.bill import bill_words

@@ -19,15 +19,15 @@ from raydistill.strangers import one_line, plain_console, shorter
 if TYPE_CHECKING:
     from raydistill.cleaning import Waste
 
-Workspace = Annotated[str, typer.Argument(metavar="WORKSPACE", help="The folder that `workspace` of the job names.")]
+Workspace = Annotated[str, typer.Argument(metavar="WORKSPACE", help="The job's `workspace` folder.")]
 
 
 @app.command("ls")
 def list_jobs(
     workspace: Workspace = "./workspace",
-    as_json: Annotated[bool, typer.Option("--json", help="For programs, one list.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list, for programs.")] = False,
 ) -> None:
-    """The jobs of a workspace by name: when, how they ended, accuracy, size on disk."""
+    """List the jobs of a workspace: when they ran, how they ended, accuracy, size on disk."""
     from rich.filesize import decimal
     from rich.table import Table
 
@@ -77,7 +77,7 @@ def open_report(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A job's name; without one, the latest job.")] = "",
     workspace: Annotated[str, typer.Option("--workspace", help="Where the job ran.")] = "./workspace",
 ) -> None:
-    """Open the report of the latest job, or of a named one; prints where it is."""
+    """Open the report of the latest job, or of a named one, and print its path."""
     import webbrowser
 
     from raydistill.storage.directory import absolute_root
@@ -111,7 +111,7 @@ def open_report(
 def clean(
     workspace: Workspace = "./workspace",
     job: Annotated[str | None, typer.Option("--job", metavar="NAME", help="Delete this job too.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what it would delete.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete what no job of a workspace needs, after asking.

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 
 from raydistill.cluster.bill import bill_words
 from raydistill.config import RunConfig
@@ -34,7 +34,14 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
     results.add_row("images/s", f"{report.student_images_per_second:,.0f}", _number(report.teacher_images_per_second))
     bills = {stage: read_bill(directory) for stage, directory in outcome.directories.items()}
     on_nodes = any(bill.keys() & {"node_seconds", "images_again"} for bill in bills.values())
-    stages = Table("stage", "seconds", "where", *(["took in all"] if on_nodes else []), box=None, pad_edge=False)
+    stages = Table(
+        "stage",
+        "seconds",
+        Column("where", overflow="fold"),
+        *(["took in all"] if on_nodes else []),
+        box=None,
+        pad_edge=False,
+    )
     for stage, directory in outcome.directories.items():
         seconds = outcome.seconds.get(stage)
         more = [bill_words(bills[stage], config.cluster.prices)] if on_nodes else []
