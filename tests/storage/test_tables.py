@@ -153,6 +153,37 @@ def test_a_column_of_a_few_bytes_that_unpacks_to_many_is_refused_by_its_headers(
         list(list_rows(str(tmp_path / "t.parquet"), Counter(), Counter()))
 
 
+@pytest.mark.parametrize("column", ["image", "label"])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_many_parts_that_each_unpack_to_few_bytes_are_refused_by_what_they_unpack_to_in_all(tmp_path, suffix, column):
+    """Row groups and batches: one of them may always unpack to 64 MiB."""
+    few = {"image": pa.array([b"x"] * 2), "label": pa.array(["a", "b"])}
+    large = pa.array(["x" * (20 << 20 if column == "image" else 60_000)] * 2)
+    table = pa.table({**few, column: large.cast(few[column].type)})
+    file, many = tmp_path / f"t.{suffix}", 4 if column == "image" else 700
+    if suffix == "parquet":
+        with pq.ParquetWriter(file, table.schema, compression="zstd", use_dictionary=False) as writer:
+            for _ in range(many):
+                writer.write_table(table)
+    else:
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_stream(file, table.schema, options=options) as stream:
+            for _ in range(many):
+                stream.write_table(table)
+    with pytest.raises(DataError, match=f"t.{suffix}: .*unpacks? to .*: a decompression bomb"):
+        list(list_rows(str(file), Counter(), Counter()))
+
+
+def test_a_batch_that_every_process_would_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("raydistill.storage.tables.arrow._MOST_OF_A_BATCH", 100_000)
+    table = pa.table({"image": [bytes(1000)] * 200, "label": ["a", "b"] * 100})
+    feather.write_feather(table, tmp_path / "t.feather", compression="uncompressed")
+    with pytest.raises(DataError, match=r"t.feather: a batch of 2.*, above 100,000; write smaller batches"):
+        count_rows(str(tmp_path / "t.feather"))
+    feather.write_feather(table, tmp_path / "t.feather", compression="uncompressed", chunksize=50)
+    assert count_rows(str(tmp_path / "t.feather")) == 200
+
+
 TEXT = "x" * 60_000
 SHARED = {
     "dictionary": lambda n: pa.DictionaryArray.from_arrays(pa.array([0] * n, pa.int32()), pa.array([TEXT])),

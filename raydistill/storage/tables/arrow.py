@@ -22,6 +22,7 @@ from raydistill.storage.tables.columns import (
 from raydistill.storage.tables.parts import (
     MOST_BYTES,
     MOST_TIMES,
+    MOST_TIMES_IN_ALL,
     Batches,
     Parts,
     any_of,
@@ -32,6 +33,7 @@ from raydistill.storage.tables.parts import (
 )
 
 _MOST_DICTIONARIES = 4096  # of a file; any row of it is read with all of them
+_MOST_OF_A_BATCH = 1 << 30  # bytes: each process that reads a row of a batch holds all of it
 
 
 class ArrowFile(Parts):
@@ -113,6 +115,7 @@ class ArrowFile(Parts):
     def _messages(self) -> Iterator[Message]:
         """Those of batches and their dictionaries, each of a plausible size."""
         packed = unpacked = rows = dictionaries = 0
+        in_all = (0, 0)
         if self._is_file:
             found = arrow_headers.blocks(self._file, self._header, self.size)
         else:
@@ -120,6 +123,10 @@ class ArrowFile(Parts):
         for message in found:
             if message.is_batch:
                 own, what, rows = (message.packed, message.unpacked), "a batch", rows + message.rows
+                in_all = in_all[0] + message.packed, in_all[1] + message.unpacked
+                if max(own) > _MOST_OF_A_BATCH:
+                    size = f"{max(own):,} bytes, above {_MOST_OF_A_BATCH:,}"
+                    raise DataError(f"{self._shown}: a batch of {size}; write smaller batches")
             else:  # dictionaries stay in memory
                 packed, unpacked, dictionaries = packed + message.packed, unpacked + message.unpacked, dictionaries + 1
                 own, what = (packed, unpacked), "its dictionaries"
@@ -127,5 +134,7 @@ class ArrowFile(Parts):
                 raise DataError(f"{self._shown}: more than {_MOST_DICTIONARIES:,} dictionaries; write larger batches")
             if is_bomb(*own):
                 raise bomb(self._shown, what, *own)
+            if is_bomb(*in_all, MOST_TIMES_IN_ALL):
+                raise bomb(self._shown, "what its batches hold", *in_all)
             refuse_many_rows(rows, self.size, self._shown)
             yield message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from raydistill.storage.tables.columns import named, neutral_schema, refuse_exte
 from raydistill.storage.tables.parquet_headers import Chunk
 from raydistill.storage.tables.parts import (
     MOST_BYTES,
+    MOST_TIMES_IN_ALL,
     Batches,
     Parts,
     any_of,
@@ -26,7 +28,6 @@ from raydistill.storage.tables.parts import (
     refuse_many_rows,
 )
 
-_MOST_TIMES_IN_ALL = 200  # that a whole column may unpack to, of its packed bytes
 _MOST_ROWS, _MOST_LEVELS = 16384, 64  # rows that are read together; levels of nested types
 # Under the second name, of the same length, the first means nothing to Arrow.
 _SCHEMA, _NO_SCHEMA = b"ARROW:schema", b"arrow.schema"
@@ -88,10 +89,18 @@ class ParquetFile(Parts):
 
     def refuse_bombs(self, columns: Sequence[str]) -> None:
         """By what the footer says of all columns. The headers of pages are read with their rows."""
+        packed, unpacked = Counter[str](), Counter[str]()
         for chunk in (chunk for chunks in self._groups for chunk in _of(chunks, columns)):
-            if is_bomb(chunk.packed, chunk.unpacked, _MOST_TIMES_IN_ALL):
-                raise bomb(self._shown, f"the column {named(chunk.path)}", chunk.packed, chunk.unpacked)
+            packed[chunk.path] += chunk.packed
+            unpacked[chunk.path] += chunk.unpacked
+        for path, size in unpacked.items():
+            self._refuse_in_all(path, packed[path], size)
         refuse_few_bytes(self.num_rows, self.size, self._shown)
+
+    def _refuse_in_all(self, column: str, packed: int, unpacked: int) -> None:
+        """By the bytes of all row groups, or of those that are read so far."""
+        if is_bomb(packed, unpacked, MOST_TIMES_IN_ALL):
+            raise bomb(self._shown, f"the column {named(column)}", packed, unpacked)
 
     def _most_of_a_row(self, chunk: Chunk, num_rows: int) -> int:
         """Bytes by which each further row may add to what is held, beyond the pages themselves where these are few."""
@@ -101,6 +110,9 @@ class ParquetFile(Parts):
                 if is_bomb(packed, unpacked):
                     raise bomb(self._shown, f"a page of the column {named(chunk.path)}", packed, unpacked)
                 total, largest = total + unpacked, max(largest, unpacked)
+                before = self._known.get(chunk.path, (0, 0))
+                self._known[chunk.path] = before[0] + packed, before[1] + unpacked
+                self._refuse_in_all(chunk.path, *self._known[chunk.path])
                 repeated = max(repeated, unpacked if repeats else 0)
             self._known[chunk] = repeated if total <= MOST_BYTES else largest
         return int(self._known[chunk])

@@ -15,6 +15,7 @@ from raydistill.errors import DataError
 # A page of parquet, a batch of Arrow, or the rows that are read together may always unpack to so many bytes. Pictures
 # are compressed already, so a larger one comes from at least an eighth of its size.
 MOST_BYTES, MOST_TIMES = 64 << 20, 8
+MOST_TIMES_IN_ALL = 200  # that all pages or batches may unpack to, of their packed bytes: labels repeat
 _MOST_FOOTER = 16 << 20  # bytes
 _ALWAYS_ROWS, _FEWEST_BYTES = 1 << 18, 12  # rows that a set may always have, and bytes for each other row
 Batches = Iterator[tuple[int, pa.RecordBatch]]
