@@ -67,7 +67,9 @@ def prepare_samples(
         progress.line(f"prepare   {drawn.num_left_out} unlabelled images are left out: images.num_unlabelled={most}")
     _check_train(listing, drawn.splits["train"])
     for what, names in lacking_classes(listing, drawn.splits).items():
-        progress.line(f"prepare   {len(names)} {what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}")
+        progress.line(
+            f"prepare   {what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        )
     result = _write(config, listing, directory, drawn, files, len(refused), plan)
     directory.write_json("refused.json", redacted_tree(refused))
     directory.finish(dataclasses.asdict(result))
