@@ -46,8 +46,8 @@ def run_stages(
         title = f"{config.student.model.rpartition(':')[2].rpartition('/')[2]} · seed {config.seed}"
         key = student_key(config, work.prepared)
         with Tracker(config, key, title) as tracker, JobRecord(config, key, title) as record:
-            for directories in work.directories.values():  # those of stages done before, too: nobody deletes them now
-                record.uses({directory.stage: directory.path for directory in directories or ()})
+            known = [directory for directories in work.directories.values() for directory in directories or ()]
+            record.uses({directory.stage: directory.path for directory in known})  # done ones too: none is deleted now
             execution = Execution(config, progress, work, ray, tracker, record)
             for stage in STAGES:
                 if stage.name in work.directories:

@@ -84,9 +84,12 @@ class JobRecord:
         self._folder = f"{self._root}/{FOLDER}/{folder_name(name)}"
         self._path = f"{self._folder}/runs/{key}.json"
         _refuse_links(self._root, self._folder)
-        # An earlier run of the same settings may have come further than this one is asked to.
-        before = read_state(self._path, JobRun) or JobRun(name=name)
-        self.run = before.model_copy(
+        before, self._is_told = None, False
+        try:  # an earlier run of the same settings may have come further than this one is asked to
+            before = read_state(self._path, JobRun)
+        except PermissionError as error:
+            logger.warning("%s: the job's record cannot be read (%s)", self._path, error.strerror)
+        self.run = (before or JobRun(name=name)).model_copy(
             update={"name": name, "title": title, "process": process_name(), "started": time.time()}
             | {"ended": None, "error": None}
         )
@@ -121,7 +124,9 @@ class JobRecord:
             _refuse_links(self._root, self._folder)
             write_bytes(self._path, self.run.model_dump_json(indent=2).encode())
         except (OSError, StageError) as error:
-            logger.warning("%s: the job's record cannot be written (%s)", self._path, error)
+            if not self._is_told:
+                logger.warning("%s: the job's record cannot be written (%s)", self._path, error)
+            self._is_told = True
 
     def _link(self) -> None:
         links = {stage: f"../../{name}" for stage, name in self.run.directories.items()}

@@ -204,3 +204,21 @@ def test_two_that_forget_a_job_at_once_end_well(tmp_path: Path) -> None:
     forget(str(tmp_path), paths)
     forget(str(tmp_path), paths)
     assert list(tmp_path.rglob("*")) == [tmp_path / "jobs"]
+
+
+def test_a_record_that_another_user_keeps_closed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: str, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("raydistill.storage.jobs.read_state", refuse)
+    monkeypatch.setattr("raydistill.storage.jobs.write_bytes", refuse)
+    with JobRecord(job(tmp_path), KEY, "") as record:
+        record.uses({"teach": f"{tmp_path}/{TEACH}"})
+    told = [record.getMessage() for record in caplog.records if "the job's record" in record.getMessage()]
+    assert ["cannot be read (Permission denied)" in told[0], "cannot be written" in told[-1], len(told)] == [
+        True,
+        True,
+        2,
+    ]
