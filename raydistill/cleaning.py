@@ -12,13 +12,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.storage.directory import absolute_root, folder_bytes
 from raydistill.storage.filesystems import read_file
-from raydistill.storage.jobs import DIRECTORY, named_runs, read_jobs, state_of
+from raydistill.storage.jobs import DIRECTORY, FOLDER, named_runs, read_jobs, state_of
 from raydistill.storage.lease import is_held
 from raydistill.storage.local import refuse_links
 from raydistill.storage.state import MOST_BYTES
@@ -62,25 +62,25 @@ def _waste_in(root: str, needed: set[str]) -> Iterator[Waste]:
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         if _HALF_DELETED.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
             yield Waste(entry.path, "half deleted before", folder_bytes(entry.path))
-        elif re.fullmatch(DIRECTORY, entry.name):
-            if entry.name in needed:
-                yield from _left_over(entry.path)
-            else:
-                size = folder_bytes(entry.path) if entry.is_dir(follow_symlinks=False) else 0
-                yield Waste(entry.path, "no job needs it", size, _reason_to_keep(entry.path))
-        else:
-            yield from _left_over(entry.path, deep=False)
+        elif not re.fullmatch(DIRECTORY, entry.name):
+            yield from _half_written(_files_below(entry.path) if entry.name == FOLDER else [entry.path])
+        elif entry.name not in needed:
+            size = folder_bytes(entry.path) if entry.is_dir(follow_symlinks=False) else 0
+            yield Waste(entry.path, "no job needs it", size, _reason_to_keep(entry.path))
+        elif not (entry.is_symlink() or is_held(entry.path)):
+            old = f"{entry.path}/checkpoints"
+            if os.path.isfile(f"{entry.path}/DONE") and os.path.isdir(old) and not os.path.islink(old):
+                yield Waste(old, "superseded", folder_bytes(old))  # by the student, which is there
+            yield from _half_written(_files_below(entry.path))
 
 
-def _left_over(place: str, deep: bool = True) -> Iterator[Waste]:
-    """Files that killed processes did not finish: the place itself, or those below a directory that nobody uses."""
-    if deep and (os.path.islink(place) or is_held(place)):
-        return
-    old = f"{place}/checkpoints"  # the student is there
-    if deep and os.path.isfile(f"{place}/DONE") and os.path.isdir(old) and not os.path.islink(old):
-        yield Waste(old, "superseded", folder_bytes(old))
-    below = [f"{folder}/{name}" for folder, _, names in os.walk(place) for name in names] if deep else [place]
-    for path in below:
+def _files_below(folder: str) -> Iterator[str]:
+    return (f"{place}/{name}" for place, _, names in os.walk(folder) for name in names)
+
+
+def _half_written(paths: Iterable[str]) -> Iterator[Waste]:
+    """Those of the files that a killed process did not finish."""
+    for path in paths:
         if _LEFT_OVER.fullmatch(os.path.basename(path)) and os.path.isfile(path) and not os.path.islink(path):
             state = os.stat(path)
             if time.time() - state.st_mtime > _LEFT_OVER_SECONDS:

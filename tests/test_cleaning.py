@@ -296,7 +296,7 @@ def test_what_killed_processes_leave_goes(root: Path) -> None:
     (evaluate,) = root.glob("evaluate-*")
     new, half = evaluate / f"student.{PART}", evaluate / f"report.json.{PART}"
     new.write_text("being written")
-    old_files = [half, root / f".writable-{'1' * 32}"]
+    old_files = [half, root / f".writable-{'1' * 32}", root / f"jobs/first/runs/0123456789ab.json.{PART}"]
     for path in old_files:
         path.write_text("half")
         old(path)

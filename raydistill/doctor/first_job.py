@@ -92,10 +92,11 @@ def look(images: str) -> Situation:
     entries = list_images(config.model_copy(update={"allow_missing_val": True})).entries
     train = [entry for entry in entries if entry.split in (None, "train")]
     labels = Counter(entry.label for entry in train if entry.label)
-    with closing(look_at(entries[:: -(-len(entries) // _LOOKED_AT)], config)) as looks:
+    some = entries[:: -(-len(entries) // _LOOKED_AT)]
+    with closing(look_at(some, config)) as looks:
         sizes = [(seen.facts.width, seen.facts.height) for seen in looks if seen.facts]
     if not sizes:
-        raise DataError(f"images.path={images}: none of {_LOOKED_AT} pictures can be read; raydistill check tells why")
+        raise DataError(f"images.path={images}: none of {len(some)} pictures can be read; raydistill check tells why")
     return Situation(
         classes=len(labels), labelled=labels.total(), unlabelled=len(train) - labels.total(),
         set_apart=len(entries) - len(train), fewest=min(labels.values()), most=max(labels.values()),

@@ -35,8 +35,7 @@ logger = logging.getLogger(__name__)
 FOLDER, LATEST, PAGE = "jobs", "latest", "report.html"
 _LONGEST_NAME = 64  # of 255 bytes that a file's name may have, where a letter has up to four
 DIRECTORY = r"[a-z]+-[0-9a-f]{12}"
-_KEY = re.compile(r"([0-9a-f]{12}|[a-z]+-[0-9a-f]{12})\.json")
-
+_KEY = re.compile(rf"([0-9a-f]{{12}}|{DIRECTORY})\.json")
 
 Time = Annotated[float, Field(ge=0, le=2**33)]
 

@@ -120,5 +120,5 @@ def test_pictures_that_none_can_read_are_named(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_text("no picture")
-    with pytest.raises(DataError, match="can be read"):
+    with pytest.raises(DataError, match="none of 2 pictures can be read"):
         look(str(tmp_path))
