@@ -91,7 +91,7 @@ def show(words: Words = None) -> None:
     for what, count in work.listing.ignored.items():
         told.print(f"ignored: {count} {what}", markup=False)
     for what, count in work.listing.notes.items():
-        told.print(f"mind: {count} {what}", markup=False)
+        told.print(f"note: {count} {what}", markup=False)
     told.print(table)
     for line in told.file.getvalue().splitlines():  # comments, so that what `show` says is a job again
         print(f"# {line}".rstrip())

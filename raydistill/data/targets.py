@@ -29,6 +29,7 @@ from raydistill.errors import CheckpointError
 from raydistill.storage.filesystems import open_filesystem, read_bytes
 from raydistill.storage.state import parsed
 from raydistill.storage.tables import read_table, values
+from raydistill.storage.tensors import bounded, header_bytes
 
 logger = logging.getLogger(__name__)
 UNLABELLED = -1
@@ -71,7 +72,7 @@ def read_all_targets(path: str) -> tuple[list[str], np.ndarray]:
 
 def _decode(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     try:
-        tensors = load(data)
+        tensors = load(bounded(data))
         ids_R16, features_KRD = tensors["sample_ids"], tensors["features"]
         if ids_R16.dtype != np.uint8 or features_KRD.dtype != np.float16 or features_KRD.ndim != 3:
             raise ValueError(f"ids of {ids_R16.dtype}, features of {features_KRD.dtype} and {features_KRD.shape}")
@@ -87,7 +88,7 @@ def read_sample_ids(path: str) -> bytes:
     fs, place = open_filesystem(path)
     try:
         # safetensors: the length of a JSON header, the header, and the tensors at the header's offsets.
-        start = 8 + int.from_bytes(fs.cat_file(place, 0, 8), "little")
+        start = 8 + header_bytes(fs.cat_file(place, 0, 8))
         begin, end = parsed(fs.cat_file(place, 8, start), dict[str, Any])["sample_ids"]["data_offsets"]
         data = bytes(fs.cat_file(place, start + begin, start + end))
         if len(data) < end - begin:

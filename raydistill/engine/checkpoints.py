@@ -28,6 +28,7 @@ from raydistill.runtime.versions import installed
 from raydistill.storage.filesystems import FileSystem, open_filesystem, write_bytes, write_file
 from raydistill.storage.local import refuse_links
 from raydistill.storage.state import read_state
+from raydistill.storage.tensors import bounded
 
 logger = logging.getLogger(__name__)
 _KEPT = 2
@@ -196,7 +197,7 @@ def latest_checkpoint(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any
             continue
         try:
             state = torch.load(io.BytesIO(files["state.pt"]), map_location="cpu", weights_only=True)
-            return load(files["weights.safetensors"]), state, meta
+            return load(bounded(files["weights.safetensors"])), state, meta
         except Exception as error:  # so does a pickle of another version
             raise does_not_fit(path, meta, error) from None
     return None

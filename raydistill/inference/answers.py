@@ -5,9 +5,11 @@ Shapes: C classes.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from pyarrow import parquet as pq
 
 from raydistill.errors import ConfigError
 from raydistill.storage.filesystems import write_file
+from raydistill.strangers import written
 
 OUTPUTS = (".csv", ".json", ".jsonl", ".parquet")
 Rows = Iterator[tuple["Answer", list[tuple[str, int, float]]]]
@@ -43,10 +46,15 @@ def best(answer: Answer, classes: Sequence[str], top: int) -> list[tuple[str, in
     return [(classes[k], int(k), float(answer.probabilities_C[k])) for k in order]
 
 
-def check_output(path: str) -> None:
-    """Raises ConfigError: no format has this ending."""
+def check_output(path: str, inputs: Iterable[str] = ()) -> None:
+    """Raises ConfigError: no format has this ending, or it is one of the inputs, by whatever name."""
     if Path(path).suffix.lower() not in OUTPUTS:
         raise ConfigError(f"--out {path}: use a name that ends in {', '.join(OUTPUTS)}")
+    with contextlib.suppress(FileNotFoundError):
+        own = os.stat(path)
+        for one in inputs:
+            if os.path.exists(one) and os.path.samestat(own, os.stat(one)):
+                raise ConfigError(f"--out {path}: it is {written(one)}, which is read; write to another file")
 
 
 def write_answers(answers: Iterable[Answer], classes: Sequence[str], top: int, path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 from collections import Counter
@@ -36,6 +37,8 @@ def predict_command(
         check_output(out)
     classes, ignored = about["classes"], Counter[str]()
     units = without_first(find_units(pictures, ignored), skip)
+    if out is not None:
+        check_output(out, {*(path for path, _, _ in units), *(file.path for file in os.scandir(folder))})
     count = sum(number for _, _, number in units)
     start_processes(working_images, min(num_cores(), count))
     console = plain_console(stderr=True)

@@ -133,7 +133,7 @@ def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> lis
                 raise DataError(f"{written(path)}: no pictures found in this folder{_describe(ignored)}")
             found += [(picture, 0, 1) for picture in pictures]
         elif not os.path.exists(path):
-            raise DataError(f"{written(path)}: the path does not exist")
+            raise DataError(f"{written(path)}: there is nothing at this path")
         elif PurePosixPath(path).suffix.lower() in SUFFIXES:
             num_rows = count_rows(path)
             found += [(path, first, min(_TOGETHER, num_rows - first)) for first in range(0, num_rows, _TOGETHER)]

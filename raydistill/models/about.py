@@ -64,7 +64,7 @@ def read_about(folder: str) -> dict[str, Any]:
     """Read the description of an exported folder. Raises ConfigError."""
     shown, advice = written(folder), "give the folder that `raydistill export` printed"
     if not os.path.isdir(folder):
-        reason = "it is not a folder" if os.path.exists(folder) else "the path does not exist"
+        reason = "it is not a folder" if os.path.exists(folder) else "there is nothing at this path"
         raise ConfigError(f"{shown} is not an exported student: {reason}; {advice}")
     try:
         data = read_file(str(Path(folder, ABOUT_FILE)), MOST_BYTES)

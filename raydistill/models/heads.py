@@ -17,6 +17,7 @@ from torch import nn
 
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.storage.filesystems import read_bytes
+from raydistill.storage.tensors import bounded
 
 HEAD_FILE = "head.safetensors"
 _MOST_PROBLEMS = 10
@@ -42,7 +43,7 @@ def load_head(directory: str) -> LinearHead:
     """The head that `adapt` wrote into its directory. Raises CheckpointError where it is damaged."""
     path = f"{directory}/{HEAD_FILE}"
     try:
-        tensors = load(read_bytes(path))
+        tensors = load(bounded(read_bytes(path)))
         weight_CD, bias_C = tensors["weight"], tensors["bias"]
         if weight_CD.ndim != 2 or bias_C.shape != weight_CD.shape[:1]:
             raise ValueError(f"weights of {weight_CD.shape} and biases of {bias_C.shape}")

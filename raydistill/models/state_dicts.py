@@ -26,6 +26,7 @@ from torch import nn
 from raydistill.errors import ConfigError, reason_of
 from raydistill.examples import weights_path
 from raydistill.models.shards import NAMES, weight_files
+from raydistill.storage.tensors import header_bytes
 
 log = logging.getLogger(__name__)
 State = dict[str, torch.Tensor]
@@ -39,7 +40,6 @@ _PLAIN: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
 ]  # fmt: skip
 _SOME = 5
-_MOST_HEADER = 4 << 20  # bytes
 
 
 class _Reading(NamedTuple):
@@ -88,11 +88,9 @@ def sizes_of(folder: Path | None) -> list[int] | None:
 
 
 def refuse_long_header(path: Path) -> None:
-    """Raises ValueError where a safetensors file has the header of a million tensors: the largest models have
-    thousands."""
+    """Raises ValueError where a safetensors file has the header of a million tensors."""
     with path.open("rb") as file:
-        if (length := int.from_bytes(file.read(8), "little")) > _MOST_HEADER:
-            raise ValueError(f"a header of {length:,} bytes, where {_MOST_HEADER:,} are the most")
+        header_bytes(file.read(8))
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ from raydistill.models.weights import (
 from raydistill.storage.filesystems import read_bytes
 from raydistill.storage.state import needed_state
 from raydistill.storage.tables import values
+from raydistill.storage.tensors import bounded
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -205,7 +206,7 @@ def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
     """
     try:
         about = needed_state(f"{folder}/{STUDENT_FILE}", StudentAbout)
-        weights = load(read_bytes(f"{folder}/student.safetensors"))
+        weights = load(bounded(read_bytes(f"{folder}/student.safetensors")))
         classes, preprocessing = tuple(about.classes), Preprocessing(**dict(about.preprocessing))
         sizes = [tensor.numel() for tensor in weights.values()]
         if dict(about)["library"] == "timm":

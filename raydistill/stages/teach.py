@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
-from safetensors.numpy import load
 
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
@@ -21,7 +20,7 @@ from raydistill.config import RunConfig, Teacher, Views
 from raydistill.data.decode import pixels
 from raydistill.data.reuse import KnownRows, find_known, read_known
 from raydistill.data.sample import SampleSet, shard_name
-from raydistill.data.targets import UNLABELLED, encode_targets, read_ids, read_labels, read_samples
+from raydistill.data.targets import UNLABELLED, encode_targets, read_all_targets, read_ids, read_labels, read_samples
 from raydistill.data.views import WHOLE_IMAGE, stored_views
 from raydistill.engine.teacher_pool import TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
 from raydistill.execution import Execution
@@ -30,7 +29,7 @@ from raydistill.identity import taught_before, teach_directory, teach_generated_
 from raydistill.results import SoftTargets
 from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import StageDirectory
-from raydistill.storage.filesystems import exists, read_bytes, write_bytes
+from raydistill.storage.filesystems import exists, write_bytes
 from raydistill.storage.tables import values
 
 
@@ -90,7 +89,7 @@ def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progre
             copied += int(written["copied"])
     if copied:
         progress.line(f"{title:<9} copied the views of {copied:,} images that an earlier run taught")
-    return load(read_bytes(_file(wanted.path, *next(iter(rows)))))["features"].shape[2]
+    return read_all_targets(_file(wanted.path, *next(iter(rows))))[1].shape[2]
 
 
 def _file(path: str, split: str, shard: int) -> str:

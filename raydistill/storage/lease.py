@@ -23,6 +23,7 @@ from raydistill.errors import CheckpointError, StageError
 from raydistill.runtime.processes import is_running, process_name
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.filesystems import create_file, open_filesystem
+from raydistill.storage.local import refuse_link
 from raydistill.storage.state import of_another_form, read_state
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,10 @@ def held(directory: StageDirectory, say: Callable[[str], None]) -> Iterator[bool
 
 def is_held(path: str) -> bool:
     """Whether a command seems to work in a stage directory, or may, where its files cannot be read: for those who look,
-    and take nothing."""
+    and take nothing. Raises CheckpointError where it is a link."""
     directory = StageDirectory(path, "", "")
+    if directory.fs.is_local:
+        refuse_link(directory.place)
     try:
         number, state = _latest(directory)
         if not number:

@@ -335,7 +335,7 @@ def test_what_cannot_be_answered_is_refused_with_the_way_out(exported, pictures,
         (ConfigError, "is not an exported student", str(pictures), [picture], None, "onnx"),
         (ConfigError, "use onnx or torch", result.path, [picture], None, "tensorrt"),
         (ConfigError, r"ends in \.csv", result.path, [picture], f"{tmp_path}/out.txt", "torch"),
-        (DataError, "the path does not exist", result.path, [f"{tmp_path}/nothing.png"], None, "torch"),
+        (DataError, "there is nothing at this path", result.path, [f"{tmp_path}/nothing.png"], None, "torch"),
         (DataError, r"^s3://\*\*\*@b/x: predict reads local files only", result.path, ["s3://k:h@b/x"], None, "torch"),
         (DataError, "no pictures found", result.path, [f"{tmp_path}/empty"], None, "torch"),
         (DataError, "no picture could be read", result.path, [f"{pictures}/cut.jpg"], None, "torch"),
@@ -345,6 +345,25 @@ def test_what_cannot_be_answered_is_refused_with_the_way_out(exported, pictures,
         with pytest.raises(error, match=words):
             predict_command(folder, names, out, 1, engine, None)
     assert not (tmp_path / "out.txt").exists()
+
+
+def test_no_output_replaces_what_is_read(exported, pictures, tmp_path):
+    result, _ = exported(formats=[])
+    (tmp_path / "set").mkdir()
+    table = tmp_path / "set" / "x.parquet"
+    pq.write_table(pa.table({"image": [(pictures / "1.JPG").read_bytes()]}), table)
+    (tmp_path / "link.parquet").symlink_to(table)
+    (tmp_path / "hard.parquet").hardlink_to(table)
+    about = f"{result.path}/raydistill.json"
+    before = table.read_bytes(), Path(about).read_bytes()
+    outs = [table, tmp_path / "link.parquet", tmp_path / "hard.parquet", tmp_path / "set/../set/x.parquet", about]
+    for read, out in [(table, out) for out in outs] + [(tmp_path / "link.parquet", table)]:
+        with pytest.raises(ConfigError, match="which is read; write to another file"):
+            predict_command(result.path, [str(read)], str(out), 1, "torch", None)
+    (tmp_path / "a.csv").symlink_to(pictures / "1.JPG")
+    with pytest.raises(ConfigError, match=r"1\.JPG, which is read"):
+        predict_command(result.path, [str(pictures)], str(tmp_path / "a.csv"), 1, "torch", None)
+    assert (table.read_bytes(), Path(about).read_bytes()) == before
 
 
 def test_a_huge_picture_is_not_decoded(exported, tmp_path):

@@ -16,7 +16,7 @@ from raydistill.errors import CheckpointError, StageError
 from raydistill.storage import lease
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.filesystems import create_file, write_bytes
-from raydistill.storage.lease import held
+from raydistill.storage.lease import held, is_held
 from tests.processes import wait_for
 
 ELSEWHERE = "another-machine pid:[1] 7 1"
@@ -85,7 +85,7 @@ def test_a_waiting_command_says_for_whom(directory: StageDirectory) -> None:
 HOLD = """
 import sys
 from raydistill.storage.directory import StageDirectory
-from raydistill.storage.lease import held
+from raydistill.storage.lease import held, is_held
 with held(StageDirectory(sys.argv[1], "teach", "{}"), print):
     print("held", flush=True)
     sys.stdin.read()
@@ -191,3 +191,10 @@ def test_a_number_that_nothing_follows_is_refused(tmp_path: Path) -> None:
     Path(directory.path, "lease-999999999").unlink()
     with held(directory, print) as is_to_do:
         assert is_to_do
+
+
+def test_who_looks_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "teach-0123456789ab").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"teach-0123456789ab is a link to .*elsewhere"):
+        is_held(str(tmp_path / "teach-0123456789ab"))
