@@ -110,7 +110,12 @@ def free_bytes(config: RunConfig) -> float:
     fs, root = open_filesystem(workspace_root(config))
     if not fs.is_local:
         return math.inf
-    return shutil.disk_usage(next(place for place in (Path(root), *Path(root).parents) if place.exists())).free
+    return shutil.disk_usage(_existing(root)).free
+
+
+def _existing(root: str) -> Path:
+    """The path, or the nearest one above it that is there."""
+    return next(place for place in (Path(root), *Path(root).parents) if os.path.exists(place))
 
 
 def refuse_small_disk(config: RunConfig, what: str, need: float, advice: str) -> None:
@@ -146,9 +151,9 @@ def absolute_root(workspace: str) -> str:
     if "://" in workspace:
         return workspace.rstrip("/")
     root = os.path.abspath(os.path.expanduser(workspace))
-    if os.path.exists(root) and not os.path.isdir(root):
-        raise ConfigError(f"workspace={workspace}: a file is there, and no folder; choose another")
-    return root
+    if (above := _existing(root)).is_dir():
+        return root
+    raise ConfigError(f"workspace={workspace}: a file is there, and no folder ({above}); choose another")
 
 
 def folder_bytes(path: str) -> int:
