@@ -81,8 +81,8 @@ def refuse_near_chance(teacher: Teacher, adapted: AdaptedTeacher) -> None:
     accuracy, chance = adapted.val_accuracy, adapted.chance
     if accuracy is not None and accuracy < near_chance(chance) and not teacher.allow_near_chance:
         raise ConfigError(
-            f"teacher.model={teacher.model} has a val accuracy of {accuracy:.3f}, not clearly above the {chance:.3f} of "
-            "always naming the most frequent class, so it cannot teach this task; choose another teacher, head or "
+            f"teacher.model={teacher.model} has a val accuracy of {accuracy:.3f}, not clearly above the {chance:.3f} "
+            "of always naming the most frequent class, so it cannot teach this task; choose another teacher, head or "
             "image size, or set teacher.allow_near_chance=true to continue"
         )
 
