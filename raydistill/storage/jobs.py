@@ -203,7 +203,8 @@ def state_of(workspace: str, run: JobRun) -> str:
         return "done" if run.error is None else "interrupted" if run.error == "interrupted" else "failed"
     running = is_running(run.process)
     if running is None:  # on another machine
-        running = any(is_held(f"{workspace}/{name}") for name in run.directories.values())
+        places = [f"{workspace}/{name}" for name in run.directories.values()]
+        running = any(is_held(place) for place in places if not os.path.islink(place))
     return "running" if running else "killed"
 
 

@@ -88,6 +88,8 @@ def test_a_failed_run_leaves_what_is_there_and_is_not_the_latest(tmp_path: Path)
     assert state_of(str(tmp_path), dead) == "killed"
     elsewhere = living.model_copy(update={"process": "another-machine pid:[1] 7 1"})
     assert state_of(str(tmp_path), elsewhere) == "killed"  # nobody there holds a directory of its
+    (tmp_path / DISTILL).symlink_to(tmp_path / TEACH)  # a stranger's, which hides no other job from `ls`
+    assert state_of(str(tmp_path), elsewhere) == "killed"
     (lease := tmp_path / TEACH / "lease-000001").write_text(json.dumps({"id": "x", "process": elsewhere.process}))
     assert state_of(str(tmp_path), elsewhere) == "running"
     os.utime(lease, (1, 1))
