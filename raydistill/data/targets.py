@@ -74,10 +74,9 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         tensors = load(bounded(data))
         ids_R16, features_KRD = tensors["sample_ids"], tensors["features"]
-        if ids_R16.dtype != np.uint8 or features_KRD.dtype != np.float16 or features_KRD.ndim != 3:
-            raise ValueError(f"ids of {ids_R16.dtype}, features of {features_KRD.dtype} and {features_KRD.shape}")
-        if ids_R16.shape != (features_KRD.shape[1], 16):
-            raise ValueError(f"ids of {ids_R16.shape} for features of {features_KRD.shape}")
+        is_ours = ids_R16.dtype == np.uint8 and features_KRD.dtype == np.float16 and features_KRD.ndim == 3
+        if not is_ours or ids_R16.shape != (features_KRD.shape[1], 16):
+            raise ValueError(f"ids {ids_R16.dtype} {ids_R16.shape}, features {features_KRD.dtype} {features_KRD.shape}")
         return ids_R16, features_KRD
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{name} is damaged ({error}); delete it and run the command again") from None

@@ -76,78 +76,92 @@ class Batcher:
                     answer.set_result(probabilities_C)
 
 
-def make_app(predictor: Predictor, title: str, own: Collection[str], settings: ServeSettings) -> ASGIApp:
-    """The ASGI application, which logs each request. It accepts its `own` names and addresses, and those that the
-    settings allow; pages of the latter may send requests too."""
-    metrics, intake = Metrics(), Intake(settings.most_bytes)
-    batcher = Batcher(predictor, settings.window_seconds, metrics)
-    most_pixels = settings.most_pixels
-    # Not the network's thread, so that pictures that wait for memory do not delay answers.
-    decoders = CapacityLimiter(max(2, os.cpu_count() or 2))
+class Endpoints:
+    """What answers each path."""
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        running = asyncio.create_task(batcher.run())
-        yield
-        running.cancel()
+    def __init__(self, predictor: Predictor, title: str, settings: ServeSettings) -> None:
+        self._predictor, self._title, self._most_pixels = predictor, title, settings.most_pixels
+        self.metrics, self._intake = Metrics(), Intake(settings.most_bytes)
+        self.batcher = Batcher(predictor, settings.window_seconds, self.metrics)
+        # Not the network's thread, so that pictures that wait for memory do not delay answers.
+        self._decoders = CapacityLimiter(max(2, os.cpu_count() or 2))
 
-    async def page(request: Request) -> HTMLResponse:
+    async def page(self, request: Request) -> HTMLResponse:
         return HTMLResponse(_PAGE)
 
-    async def health(request: Request) -> JSONResponse:
-        return JSONResponse({"status": "ok", "model": title, "classes": list(predictor.classes)})
+    async def health(self, request: Request) -> JSONResponse:
+        return JSONResponse({"status": "ok", "model": self._title, "classes": list(self._predictor.classes)})
 
-    async def ready(request: Request) -> JSONResponse:
-        white = np.full((predictor.working_size, predictor.working_size, 3), 255, np.uint8)
+    async def ready(self, request: Request) -> JSONResponse:
+        white = np.full((self._predictor.working_size, self._predictor.working_size, 3), 255, np.uint8)
         try:
             async with asyncio.timeout(_READY_SECONDS):
-                await batcher.probabilities(white)
+                await self.batcher.probabilities(white)
         except (TimeoutError, RuntimeError) as error:
-            reason = str(error) or f"no answer within {_READY_SECONDS} seconds"
+            reason = str(error) or f"no answer within {_READY_SECONDS:.0f} seconds"
             return JSONResponse({"status": "not ready", "error": reason}, 503)
         return JSONResponse({"status": "ready"})
 
-    async def measures(request: Request) -> Response:
-        return metrics.response()
+    async def measures(self, request: Request) -> Response:
+        return self.metrics.response()
 
-    async def description(request: Request) -> JSONResponse:
-        return JSONResponse(openapi(title, list(predictor.classes)))
+    async def description(self, request: Request) -> JSONResponse:
+        return JSONResponse(openapi(self._title, list(self._predictor.classes)))
 
-    async def predict(request: Request) -> Response:
+    async def predict(self, request: Request) -> Response:
         top = _top(request)
-        pictures, is_list = await intake.pictures(request)
+        pictures, is_list = await self._intake.pictures(request)
         found = []
         for number, data in enumerate(pictures):
-            try:
-                image = await to_thread.run_sync(predictor.working_image, data, most_pixels, limiter=decoders)
-            except DataError as error:
-                where = f"picture {number}: " if is_list else ""
-                allowed = f"the {most_pixels / 1e6:g} million of --max-megapixels"
-                reason = str(error).replace(f"images.max_pixels={most_pixels}", allowed)
-                advice = f"; {WANTED}" if reason == "not an image" else ""
-                raise HTTPException(422, f"{where}{reason}{advice}") from None
-            guesses = best(Answer("", await batcher.probabilities(image)), predictor.classes, top)
+            image = await self._working_image(data, f"picture {number}: " if is_list else "")
+            guesses = best(Answer("", await self.batcher.probabilities(image)), self._predictor.classes, top)
             classes = [{"class": name, "number": k, "probability": p} for name, k, p in guesses]
             found.append({"class": classes[0]["class"], "number": classes[0]["number"], "classes": classes})
         return JSONResponse({"predictions": found} if is_list else found[0])
 
-    async def say(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        advice = f"; {_ADVICE[error.status_code]}" if error.status_code in _ADVICE else ""
-        return JSONResponse({"error": f"{error.detail}{advice}"}, error.status_code, error.headers)
+    async def _working_image(self, data: bytes, where: str) -> np.ndarray:
+        decode, most = self._predictor.working_image, self._most_pixels
+        try:
+            return await to_thread.run_sync(decode, data, most, limiter=self._decoders)
+        except DataError as error:
+            allowed = f"the {most / 1e6:g} million of --max-megapixels"
+            reason = str(error).replace(f"images.max_pixels={most}", allowed)
+            advice = f"; {WANTED}" if reason == "not an image" else ""
+            raise HTTPException(422, f"{where}{reason}{advice}") from None
 
-    async def gone(request: Request, error: Exception) -> Response:
-        return Response(status_code=_GONE)  # the client has left
 
-    async def failed(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": f"the student could not answer: {error}"}, 500)
+def make_app(predictor: Predictor, title: str, own: Collection[str], settings: ServeSettings) -> ASGIApp:
+    """The ASGI application, which logs each request. It accepts its `own` names and addresses, and those that the
+    settings allow; pages of the latter may send requests too."""
+    to = Endpoints(predictor, title, settings)
 
-    functions = {"/": page, "/health": health, "/ready": ready, "/metrics": measures, "/openapi.json": description}
-    routes = [Route(path, function) for path, function in functions.items()]
-    routes.append(Route("/predict", predict, methods=["POST"]))
-    handlers: dict[Any, Any] = {HTTPException: say, ClientDisconnect: gone, RuntimeError: failed}
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        running = asyncio.create_task(to.batcher.run())
+        yield
+        running.cancel()
+
+    routes = [
+        Route("/", to.page), Route("/health", to.health), Route("/ready", to.ready), Route("/metrics", to.measures),
+        Route("/openapi.json", to.description), Route("/predict", to.predict, methods=["POST"]),
+    ]  # fmt: skip
+    handlers: dict[Any, Any] = {HTTPException: _say, ClientDisconnect: _gone, RuntimeError: _failed}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
-    return _logged(_guarded(app, own, settings.allowed), metrics)
+    return _logged(_guarded(app, own, settings.allowed), to.metrics)
+
+
+async def _say(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    advice = f"; {_ADVICE[error.status_code]}" if error.status_code in _ADVICE else ""
+    return JSONResponse({"error": f"{error.detail}{advice}"}, error.status_code, error.headers)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=_GONE)  # the client has left
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"the student could not answer: {error}"}, 500)
 
 
 def _top(request: Request) -> int:
