@@ -126,3 +126,68 @@ def photo() -> np.ndarray:
     shades[90:120, 10:60] *= 0.6 + 0.4 * (np.arange(50) % 4 < 2)[None, :, None]
     shades += np.random.default_rng(0).normal(0, 0.02, shades.shape)
     return (shades.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three class folders of 24 pictures each, an unlabelled folder, and files that are not pictures."""
+    from tests.small_run import CLASSES, painted
+
+    root, rng = tmp_path_factory.mktemp("images") / "set", np.random.default_rng(1)
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(24):
+            painted(label, rng, 40).save(root / name / f"{i}.png")
+    (root / "unlabelled").mkdir()
+    for i in range(12):
+        painted(i % 3, rng, 40).save(root / "unlabelled" / f"{i}.png")
+    whole = (root / "red" / "0.png").read_bytes()
+    (root / "red" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (root / "red" / "copy.png").write_bytes(whole)
+    (root / "red" / ".DS_Store").write_bytes(b"junk")
+    return root
+
+
+@pytest.fixture(scope="session")
+def teacher_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny network's weights: random, but always the same."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    network = timm.create_model("test_resnet", num_classes=5)
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray for all tests that need it; the code under test joins the one there is."""
+    import ray
+
+    from raydistill.cluster.session import configure_ray_data
+
+    ray.init(
+        address="local", num_cpus=2, object_store_memory=300 * 1024**2, include_dashboard=False, log_to_driver=False
+    )
+    configure_ray_data()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def taught_workspace(ray_session, image_folder: Path, teacher_weights: Path, tmp_path_factory) -> Path:
+    """That of a small real run whose stages up to `teach` are done: twenty seconds that many tests need not spend."""
+    from rich.console import Console
+
+    from raydistill.config import load_config
+    from raydistill.run import run_stages
+    from raydistill.runtime.progress import Progress
+    from tests.small_run import small_job
+
+    folder = tmp_path_factory.mktemp("taught")
+    job = load_config(small_job(folder, image_folder, teacher_weights))
+    run_stages(job, Progress(Console(quiet=True)), "teach")
+    return folder / "workspace"

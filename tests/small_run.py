@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import timm
 import torch
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import save_file
 
-from raydistill.config import RunConfig, load_config
+from raydistill.config import RunConfig
 from raydistill.config import Student as StudentConfig
 from raydistill.data.decode import encode
 from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
@@ -26,7 +24,6 @@ from raydistill.engine.batches import DistillJob
 from raydistill.models.heads import LinearHead, encode_head
 from raydistill.models.student import Student, build_student, write_student
 from raydistill.results import Exported
-from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
 from raydistill.stages.export import export_student
 from raydistill.storage.directory import StageDirectory
@@ -153,34 +150,6 @@ def make_set(tmp_path: Path):
     return lambda name, **sizes: TinySet(tmp_path / name, **sizes)
 
 
-@pytest.fixture(scope="session")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three class folders of 24 pictures each, an unlabelled folder, and files that are not pictures."""
-    root, rng = tmp_path_factory.mktemp("images") / "set", np.random.default_rng(1)
-    for label, name in enumerate(CLASSES):
-        (root / name).mkdir(parents=True)
-        for i in range(24):
-            painted(label, rng, 40).save(root / name / f"{i}.png")
-    (root / "unlabelled").mkdir()
-    for i in range(12):
-        painted(i % 3, rng, 40).save(root / "unlabelled" / f"{i}.png")
-    whole = (root / "red" / "0.png").read_bytes()
-    (root / "red" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (root / "red" / "copy.png").write_bytes(whole)
-    (root / "red" / ".DS_Store").write_bytes(b"junk")
-    return root
-
-
-@pytest.fixture(scope="session")
-def teacher_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny network's weights: random, but always the same."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    network = timm.create_model("test_resnet", num_classes=5)
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
-    return path
-
-
 def small_job(folder: Path, image_folder: Path, teacher_weights: Path) -> list[str]:
     """What a user would type for a small real run, in `folder`."""
     job = {
@@ -214,39 +183,7 @@ def progress() -> Progress:
     return Progress(Console(quiet=True))
 
 
-@pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """One Ray for all tests that need it; the code under test joins the one there is."""
-    import ray
-
-    from raydistill.cluster.session import configure_ray_data
-
-    if ray.is_initialized():  # by the same fixture in another folder
-        yield
-        return
-    ray.init(
-        address="local", num_cpus=2, object_store_memory=300 * 1024**2, include_dashboard=False, log_to_driver=False
-    )
-    configure_ray_data()
-    yield
-    ray.shutdown()
-
-
-_TAUGHT: list[Path] = []  # of this process, for the tests of all folders
-
-
-@pytest.fixture(scope="session")
-def taught_workspace(ray_session, image_folder: Path, teacher_weights: Path, tmp_path_factory) -> Path:
-    """That of a small real run whose stages up to `teach` are done: twenty seconds that many tests need not spend."""
-    if not _TAUGHT:
-        folder = tmp_path_factory.mktemp("taught")
-        job = load_config(small_job(folder, image_folder, teacher_weights))
-        run_stages(job, Progress(Console(quiet=True)), "teach")
-        _TAUGHT.append(folder / "workspace")
-    return _TAUGHT[0]
-
-
 @pytest.fixture
 def taught(taught_workspace: Path, tmp_path: Path) -> None:
     """The job of `words` finds a copy of it."""
-    shutil.copytree(taught_workspace, tmp_path / "workspace")
+    shutil.copytree(taught_workspace, tmp_path / "workspace", symlinks=True)

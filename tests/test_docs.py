@@ -20,7 +20,6 @@ from raydistill.cli.commands import app
 from raydistill.config import load_config
 from raydistill.config.keys import flattened
 from raydistill.documents import read_mapping
-from tests.small_run import image_folder, teacher_weights  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[1]
 CASES = (ROOT / "docs" / "cases.md").read_text(encoding="utf-8")
@@ -74,7 +73,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def my_folder(tmp_path: Path, image_folder: Path, teacher_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+def my_folder(tmp_path: Path, image_folder: Path, teacher_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the pages take to be there: images, a job of the user's own, the best settings of a search."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(image_folder, tmp_path / "my_images")

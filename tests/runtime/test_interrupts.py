@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.processes import wait_for
-from tests.small_run import image_folder, small_job, teacher_weights  # noqa: F401 (fixtures)
+from tests.small_run import small_job
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -158,7 +158,7 @@ def test_code_that_lets_no_python_run_is_ended(tmp_path) -> None:
     assert command.end(20) == (129, "interrupted (SIGHUP); nothing was written\n")
 
 
-def test_a_run_says_at_once_what_it_reads_and_ends_while_it_loads(image_folder, teacher_weights, tmp_path) -> None:  # noqa: F811
+def test_a_run_says_at_once_what_it_reads_and_ends_while_it_loads(image_folder, teacher_weights, tmp_path) -> None:
     command = Command("-m", "raydistill", "run", *small_job(tmp_path, image_folder, teacher_weights))
     command.wait_for_line(str(image_folder))  # before torch, which takes seconds
     command.press(signal.SIGHUP)
@@ -186,7 +186,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("number", CODES)
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_every_signal_in_every_stage(moment, number, workers, image_folder, teacher_weights, tmp_path) -> None:  # noqa: F811
+def test_every_signal_in_every_stage(moment, number, workers, image_folder, teacher_weights, tmp_path) -> None:
     words = small_job(tmp_path, image_folder, teacher_weights)
     more = [f"distill.num_workers={workers}", "tracking.enabled=true"]
     more += ["distill.epochs=2000"] if moment == "distill" else ["distill.epochs=1"]

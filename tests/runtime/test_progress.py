@@ -14,9 +14,6 @@ from rich.console import Console
 from raydistill.runtime import idle, progress
 from raydistill.runtime.progress import Progress, SpeedMeter, speed_words
 from tests.processes import wait_for
-from tests.small_run import ray_session
-
-__all__ = ["ray_session"]
 
 
 @pytest.fixture

@@ -228,7 +228,7 @@ def test_a_form_that_gives_no_number_is_refused(tiny_set):
 def finished(taught_workspace, image_folder, teacher_weights, tmp_path_factory) -> tuple[RunConfig, Outcome, Path]:
     """A run from first to last, what it came to, and its report."""
     folder = tmp_path_factory.mktemp("finished")
-    shutil.copytree(taught_workspace, folder / "workspace")
+    shutil.copytree(taught_workspace, folder / "workspace", symlinks=True)
     config = load_config([*small_job(folder, image_folder, teacher_weights), 'name=<i>größe</i> & "co"'])
     outcome = run_stages(config, Progress(Console(quiet=True)), "export")
     return config, outcome, Path(write_report(config, outcome, "raydistill run job.yaml name='<i>'"))
@@ -341,7 +341,7 @@ def test_disagreements_are_those_of_the_predictions(finished):
     assert {row["split"] for row in rows} == {"val", "test"}
     val = [row for row in rows if row["split"] == "val"]
     differing = [row for row in val if np.argmax(row["student_logits"]) != np.argmax(row["teacher_logits"])]
-    shown = re.findall(r"<br>student: (\w+) \d+ %<br>teacher: (\w+) ", report_page.read_text())
+    shown = re.findall(r"<br>student: (\w+) \d+&nbsp;%<br>teacher: (\w+) ", report_page.read_text())
     names = sorted(
         (CLASSES_BY_NAME[np.argmax(r["student_logits"])], CLASSES_BY_NAME[np.argmax(r["teacher_logits"])])
         for r in differing
