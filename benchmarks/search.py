@@ -29,7 +29,7 @@ from benchmarks.throughput import THREADS, bare_step, distill_job, job_config
 from raydistill.cluster.session import ray_cluster
 from raydistill.config import overlay
 from raydistill.engine.batches import DistillJob, read_batches
-from raydistill.engine.trainee import Trainee
+from raydistill.engine.distillation_model import DistillationModel
 from raydistill.engine.workers import Worker
 from raydistill.models.student import split_logits
 from raydistill.run import run_stages
@@ -47,13 +47,13 @@ def bare_seconds(job: DistillJob) -> float:
     batches = list(islice(read_batches(job, 0, Worker(0, 1, "cpu", THREADS, lambda step: False)), job.total_steps))
     started = time.perf_counter()
     torch.manual_seed(0)
-    trainee = Trainee(job).to(memory_format=torch.channels_last)
-    trainee.train()
-    optimizer = torch.optim.AdamW(trainee.parameters(), job.config.distill.learning_rate)
+    model = DistillationModel(job).to(memory_format=torch.channels_last)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), job.config.distill.learning_rate)
     for batch in batches:
-        bare_step(job, trainee, optimizer, batch)
-    split_logits(trainee.student, job.samples, "val", torch.device("cpu"), job.config.evaluate.batch_size)
-    weights = {name: value.contiguous() for name, value in trainee.student.network.state_dict().items()}
+        bare_step(job, model, optimizer, batch)
+    split_logits(model.student, job.samples, "val", torch.device("cpu"), job.config.evaluate.batch_size)
+    weights = {name: value.contiguous() for name, value in model.student.network.state_dict().items()}
     save_file(weights, f"{job.path}/student.safetensors")
     return time.perf_counter() - started
 

@@ -36,7 +36,7 @@ from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_nam
 from raydistill.data.targets import read_samples
 from raydistill.data.views import render, view_parameters
 from raydistill.engine.batches import Batch, DistillJob, read_batches
-from raydistill.engine.trainee import Trainee
+from raydistill.engine.distillation_model import DistillationModel
 from raydistill.engine.workers import Worker
 from raydistill.losses.total import distillation_loss
 from raydistill.models.teacher import load_teacher
@@ -88,15 +88,17 @@ def bare_teacher(config: RunConfig, samples: SampleSet) -> float:
     raise AssertionError
 
 
-def bare_step(job: DistillJob, trainee: Trainee, optimizer: Optimizer, batch: Batch, backbone: Any = None) -> None:
+def bare_step(
+    job: DistillJob, model: DistillationModel, optimizer: Optimizer, batch: Batch, backbone: Any = None
+) -> None:
     """With the teacher's features of `backbone`, or those that the batch brings."""
     images, parameters = torch.from_numpy(batch.images_VHHC), torch.from_numpy(batch.parameters_VP)
     if backbone is None:
         features = torch.from_numpy(batch.features_VD).float()
     else:
         features = backbone(render(images, parameters, backbone.preprocessing)).clone()
-    views = render(images, parameters, trainee.student.preprocessing)
-    student, teacher = trainee(views.contiguous(memory_format=torch.channels_last), features)
+    views = render(images, parameters, model.student.preprocessing)
+    student, teacher = model(views.contiguous(memory_format=torch.channels_last), features)
     loss, _ = distillation_loss(job.config.loss, student, teacher, torch.from_numpy(batch.labels_V))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -108,9 +110,9 @@ def bare_student(job: DistillJob, with_teacher: bool) -> float:
     every batch first, in turn, as training without stored soft targets does."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    trainee = Trainee(job).to(memory_format=torch.channels_last)
-    trainee.train()
-    optimizer = torch.optim.AdamW(trainee.parameters(), job.config.distill.learning_rate)
+    model = DistillationModel(job).to(memory_format=torch.channels_last)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), job.config.distill.learning_rate)
     worker = Worker(0, 1, "cpu", THREADS, lambda step: False)
     batches = list(itertools.islice(read_batches(job, 0, worker), 16))
     backbone = load_teacher(job.config.teacher)[0].to(memory_format=torch.channels_last) if with_teacher else None
@@ -118,7 +120,7 @@ def bare_student(job: DistillJob, with_teacher: bool) -> float:
     for step, batch in enumerate(itertools.cycle(batches)):
         if step == 2:  # two steps of warm-up
             started = time.perf_counter()
-        bare_step(job, trainee, optimizer, batch, backbone)
+        bare_step(job, model, optimizer, batch, backbone)
         if started and time.perf_counter() - started > SECONDS:
             return (step - 1) * job.batch_size / (time.perf_counter() - started)
     raise AssertionError

@@ -209,8 +209,8 @@ def _config(images: Path, settings: Mapping[str, Any], trains: bool = True) -> R
 def _progress(shown: bool) -> Progress:
     from rich.console import Console
 
+    from raydistill.escaping import plain_console
     from raydistill.runtime.progress import Progress
-    from raydistill.strangers import plain_console
 
     return Progress(plain_console() if shown else Console(quiet=True))
 

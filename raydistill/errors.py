@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from raydistill.escaping import truncated
 from raydistill.secrets import redacted
-from raydistill.strangers import bounded
 
 _MOST_NEIGHBOURS = 1000  # comparing more names would take seconds
 
@@ -47,7 +47,7 @@ class RaydistillError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(redacted(bounded(message, redacted)))
+        super().__init__(redacted(truncated(message, redacted)))
 
 
 class ConfigError(RaydistillError):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 from urllib.parse import quote, quote_plus, unquote
 
-from raydistill.strangers import on_terminal, printable
+from raydistill.escaping import for_terminal, printable
 
 HIDDEN = "***"
 _END = r"\s'\"<>`"  # what ends a URI in a text
@@ -91,7 +91,7 @@ def redacted_tree(value: Any, hide: Callable[[str], str] = redacted) -> Any:
     return value
 
 
-def on_page(value: Any) -> Any:
+def for_page(value: Any) -> Any:
     """For Jinja's `finalize`: each text of a template, redacted and printable. What is markup already stays."""
     return printable(redacted(value)) if type(value) is str else value
 
@@ -110,16 +110,16 @@ def remember(values: Iterable[str]) -> None:
             _known.update(form for form in forms if len(form) >= _LEAST)
 
 
-def texts(tree: Any) -> Iterator[str]:
+def texts_in(tree: Any) -> Iterator[str]:
     """Every text in mappings and sequences."""
     if isinstance(tree, str):
         yield tree
     elif isinstance(tree, Mapping):
         for item in tree.values():
-            yield from texts(item)
+            yield from texts_in(item)
     elif isinstance(tree, list | tuple):
         for item in tree:
-            yield from texts(item)
+            yield from texts_in(item)
 
 
 class RedactedStream:
@@ -129,7 +129,7 @@ class RedactedStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        return self._stream.write(on_terminal(redacted(text)))
+        return self._stream.write(for_terminal(redacted(text)))
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:

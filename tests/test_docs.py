@@ -19,7 +19,7 @@ import typer
 from raydistill.cli.commands import app
 from raydistill.config import load_config
 from raydistill.config.keys import flattened
-from raydistill.documents import read_mapping
+from raydistill.yaml_files import read_mapping
 
 ROOT = Path(__file__).parents[1]
 CASES = (ROOT / "docs" / "cases.md").read_text(encoding="utf-8")

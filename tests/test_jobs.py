@@ -14,7 +14,7 @@ import pytest
 
 from raydistill.cli.commands import app
 from raydistill.config import Loss, load_config, merged
-from raydistill.documents import read_mapping
+from raydistill.yaml_files import read_mapping
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "jobs").rglob("*.yaml"))

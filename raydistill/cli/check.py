@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.cli.words import Words, announce, app
+from raydistill.cli.arguments import Arguments, announce, app
+from raydistill.escaping import plain_console
 from raydistill.runtime import interrupts
-from raydistill.strangers import plain_console
 
 
 @app.command()
 def check(
-    words: Words = None,
+    words: Arguments = None,
     teacher: Annotated[
         bool, typer.Option("--teacher", help="Check the job's teacher too, on some of the images, on this machine.")
     ] = False,

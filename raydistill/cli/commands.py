@@ -16,6 +16,6 @@ from raydistill.cli import workspace  # isort: split
 
 from raydistill.cli import reference  # isort: split
 
-from raydistill.cli.words import app
+from raydistill.cli.arguments import app
 
 __all__ = ["app", "check", "inference", "init", "jobs", "reference", "search", "stages", "workspace"]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from raydistill.cli.words import announce, app
+from raydistill.cli.arguments import announce, app
 from raydistill.runtime import interrupts
 
 
@@ -27,7 +27,7 @@ def predict(
     """Classify pictures with an exported student, preprocessed as in training."""
     interrupts.resume_hint("no picture was answered")
     announce(f"predict: loading {folder}", sys.stderr)  # its answers may go to a pipe
-    from raydistill.models.about import check_export
+    from raydistill.models.metadata import check_export
 
     check_export(folder, engine)  # what is wrong there is said before torch is loaded, which takes seconds
     from raydistill.inference.command import predict_command
@@ -60,8 +60,8 @@ def serve(
     """Answer over HTTP on this machine: POST a picture to /predict, or drop one on the page at /."""
     interrupts.resume_hint("the server has ended")
     announce(f"serve: loading {folder}")
-    from raydistill.inference.listening import ServeSettings, check_name, listen
-    from raydistill.models.about import check_export
+    from raydistill.inference.sockets import ServeSettings, check_name, listen
+    from raydistill.models.metadata import check_export
 
     check_export(folder, engine)
 

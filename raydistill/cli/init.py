@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from raydistill.cli.words import announce, app
+from raydistill.cli.arguments import announce, app
 from raydistill.errors import ConfigError
+from raydistill.escaping import one_line, printable
 from raydistill.runtime import interrupts
-from raydistill.strangers import one_line, printable
 
 
 @app.command()
@@ -28,8 +28,8 @@ def init(
     situation = look(images)
     text = job_text(images, situation, choose(situation))
     from raydistill.config import load_config
-    from raydistill.documents import parse
     from raydistill.storage.local import create_here
+    from raydistill.yaml_files import parse
 
     load_config([], next(iter(parse(text, out))))  # no job is written that cannot be read
     try:

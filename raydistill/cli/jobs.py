@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.cli.words import Words, announce, app, tune_words
+from raydistill.cli.arguments import Arguments, announce, app, tune_settings
 from raydistill.errors import ConfigError
+from raydistill.escaping import one_line
 from raydistill.runtime import interrupts
-from raydistill.strangers import one_line
 
 _ADDRESS = "http://127.0.0.1:8265"
 Address = Annotated[
@@ -28,7 +28,7 @@ app.add_typer(jobs, name="job")
 @app.command()
 def submit(
     command: Annotated[str, typer.Argument(metavar="COMMAND", help="run, prepare, …, compare or tune.")],
-    words: Words = None,
+    words: Arguments = None,
     address: Address = _ADDRESS,
     detach: Annotated[bool, typer.Option("--detach", help="Return when the job is accepted.")] = False,
     python: Annotated[str, typer.Option("--python", help="The interpreter on the cluster.")] = "python",
@@ -53,7 +53,7 @@ def submit(
         raise ConfigError("submit: --install makes an environment with an interpreter of its own; leave out --python")
     interrupts.resume_hint("raydistill job status says whether the job was submitted; the same command submits it once")
     announce(f"submit: {command} to {address}")
-    given = tune_words(space, trials)
+    given = tune_settings(space, trials)
     flags = ("--learning-curve",) if learning_curve else ()
     with tempfile.TemporaryDirectory() as folder:
         package = pack(load_config([*(words or []), *given]), command, flags, folder, python, send_outside)

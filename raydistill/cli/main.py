@@ -11,10 +11,10 @@ import traceback
 
 from raydistill import errors
 from raydistill.errors import RaydistillError
+from raydistill.escaping import printable, truncated
 from raydistill.runtime import interrupts
 from raydistill.runtime.environment import open_streams, prepare_environment
 from raydistill.secrets import RedactedStream, redacted
-from raydistill.strangers import bounded, printable
 
 
 def main() -> None:
@@ -54,11 +54,11 @@ def _exit_code() -> int:
 
 class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(bounded(super().format(record), redacted))
+        return printable(truncated(super().format(record), redacted))
 
 
 def _say(message: str) -> None:
-    for line in bounded(message, redacted).splitlines():
+    for line in truncated(message, redacted).splitlines():
         print(f"error: {printable(line)}", file=sys.stderr)
 
 

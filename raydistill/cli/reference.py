@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from raydistill.cli.words import app
+from raydistill.cli.arguments import app
 from raydistill.errors import ConfigError
-from raydistill.strangers import plain_console
+from raydistill.escaping import plain_console
 
 
 @app.command("keys")

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from raydistill.cli.words import GOES_ON, STARTED, Words, announce, app, tune_words
+from raydistill.cli.arguments import GOES_ON, STARTED, Arguments, announce, app, tune_settings
+from raydistill.escaping import plain_console
 from raydistill.runtime import interrupts
-from raydistill.strangers import plain_console
 
 
 @app.command()
 def compare(
-    words: Words = None,
+    words: Arguments = None,
     learning_curve: Annotated[
         bool, typer.Option("--learning-curve", help="Also train with fewer labels (compare.label_shares).")
     ] = False,
@@ -48,7 +48,7 @@ def compare(
 
 @app.command()
 def tune(
-    words: Words = None,
+    words: Arguments = None,
     space: Annotated[
         str | None, typer.Option("--space", help="A search space, such as loss, or a file of yours (tune.space).")
     ] = None,
@@ -63,7 +63,7 @@ def tune(
     from raydistill.runtime.progress import Progress
 
     interrupts.resume_hint(GOES_ON)
-    config, console = load_config([*(words or []), *tune_words(space, trials)]), plain_console()
+    config, console = load_config([*(words or []), *tune_settings(space, trials)]), plain_console()
     announce(f"tune: {config.tune.space} on {config.images.path}, into {config.workspace}")
     refuse_early(config)
     from raydistill.search.tune import tune_job

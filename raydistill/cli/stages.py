@@ -11,21 +11,21 @@ from typing import Annotated
 
 import typer
 
-from raydistill.cli.words import GOES_ON, STARTED, Words, announce, app
+from raydistill.cli.arguments import GOES_ON, STARTED, Arguments, announce, app
 from raydistill.errors import UselessStudentError
+from raydistill.escaping import plain_console
 from raydistill.graph import STAGES, find_work
 from raydistill.runtime import interrupts
-from raydistill.strangers import plain_console
 
 
 @app.command()
-def run(words: Words = None) -> None:
+def run(words: Arguments = None) -> None:
     """Run all stages in order: prepare, adapt, teach, distill, evaluate, export. Finished ones are skipped."""
     _run(words, None, "run")
 
 
 def generate(
-    words: Words = None,
+    words: Arguments = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print every prompt, the counts and the cost.")
     ] = False,
@@ -47,7 +47,7 @@ def generate(
 
 
 def _command(until: str) -> Callable[[list[str] | None], None]:
-    def command(words: Words = None) -> None:
+    def command(words: Arguments = None) -> None:
         _run(words, until, until)
 
     return command
@@ -59,7 +59,7 @@ for _stage in STAGES:
 
 
 @app.command()
-def show(words: Words = None) -> None:
+def show(words: Arguments = None) -> None:
     """Show the resolved config, the stage directories, what is done and what would run. Writes nothing."""
     from rich.table import Table
 

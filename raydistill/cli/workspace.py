@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raydistill.cli.words import app
+from raydistill.cli.arguments import app
 from raydistill.errors import ConfigError, StageError
+from raydistill.escaping import one_line, plain_console, shortened
 from raydistill.runtime import interrupts
-from raydistill.strangers import one_line, plain_console, shorter
 
 if TYPE_CHECKING:
     from raydistill.cleaning import Waste
@@ -59,7 +59,7 @@ def list_jobs(
     for row in rows:
         began = datetime.fromtimestamp(row["started"]).strftime("%Y-%m-%d %H:%M")
         accuracies = [_accuracy(row["accuracies"].get(who, {})) for who in ("student", "teacher")]
-        told = [one_line(shorter(row[key], 40)) for key in ("name", "title")]
+        told = [one_line(shortened(row[key], 40)) for key in ("name", "title")]
         table.add_row(*told, began, row["state"], *accuracies, decimal(row["bytes"]), decimal(row["shared_bytes"]))
     plain_console(width=max(console.width, 150)).print(table)
     for row in rows:

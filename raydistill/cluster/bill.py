@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raydistill.config import RunConfig
-from raydistill.runtime.repeat import repeated
+from raydistill.runtime.periodic import repeated
 
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 5.0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from raydistill.config import RunConfig
 from raydistill.errors import reason_of
-from raydistill.runtime.repeat import repeated
+from raydistill.runtime.periodic import repeated
 
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 5.0

@@ -17,7 +17,7 @@ from typing import IO, Any
 from unittest.mock import patch
 
 from raydistill.errors import RaydistillError
-from raydistill.runtime.repeat import repeated
+from raydistill.runtime.periodic import repeated
 
 _RAY_SECONDS = 10.0
 

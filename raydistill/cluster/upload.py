@@ -19,7 +19,7 @@ from raydistill.config.keys import flattened
 from raydistill.config.shipped import find_shipped
 from raydistill.errors import ConfigError, did_you_mean
 from raydistill.graph import STAGES
-from raydistill.secrets import has_secret, texts
+from raydistill.secrets import has_secret, texts_in
 
 COMMANDS = ("run", *(stage.name for stage in STAGES), "compare", "tune")
 # The package has about 1 MiB. Whatever makes an upload large is no job file.
@@ -99,7 +99,7 @@ def pack(
 
 def _refuse_secrets(config: RunConfig) -> None:
     for key, value in flattened(config.model_dump(mode="json")):
-        if any(map(has_secret, texts(value))):
+        if any(map(has_secret, texts_in(value))):
             raise ConfigError(
                 f"submit: {key} holds a password or a key, and a job's files can be read by all who reach the "
                 "cluster; leave it out and give it to the nodes' environment (MLFLOW_TRACKING_USERNAME and "

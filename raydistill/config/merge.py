@@ -14,17 +14,17 @@ from pydantic import ValidationError
 from raydistill.config.job import RunConfig
 from raydistill.config.keys import suggest_key, takes_text, user_keys
 from raydistill.config.shipped import find_shipped, near_shipped
-from raydistill.documents import as_yaml, parse, read_mapping
 from raydistill.errors import ConfigError, did_you_mean
-from raydistill.secrets import redacted_tree, remember, texts
-from raydistill.strangers import shorter
+from raydistill.escaping import shortened
+from raydistill.secrets import redacted_tree, remember, texts_in
+from raydistill.yaml_files import as_yaml, parse, read_mapping
 
 _MOST_PROBLEMS, _LONGEST = 10, 300  # that one answer tells, and characters of a key or a value in it
 
 
 def overlay(config: RunConfig, tree: Mapping[str, Any]) -> RunConfig:
     """The config with `tree` laid over it. Raises ConfigError where the result is not valid."""
-    remember(texts(tree))
+    remember(texts_in(tree))
     return _validated(merged(config.model_dump(mode="json"), dict(tree)))
 
 
@@ -42,7 +42,7 @@ def load_config(words: Sequence[str], settings: Mapping[str, Any] | None = None)
             tree = merged(tree, layer())
         except TypeError as error:
             raise ConfigError(f"{what}: does not fit what it is laid over: {error}") from None
-    remember(texts(tree))
+    remember(texts_in(tree))
     return _validated(tree)
 
 
@@ -117,11 +117,11 @@ def _explain(error: ValidationError) -> Iterator[str]:
     more = set[str]()
     for item in error.errors(include_url=False):
         whole = ".".join(user_keys(item["loc"]))
-        dotted = shorter(whole, _LONGEST)
+        dotted = shortened(whole, _LONGEST)
         if len(heads) == _MOST_PROBLEMS and dotted not in heads:
             more.add(whole)
             continue
-        value = shorter(repr(item["input"]), _LONGEST)
+        value = shortened(repr(item["input"]), _LONGEST)
         if item["type"] == "extra_forbidden":
             head, tail = f"{dotted}: ", f"unknown key{suggest_key(whole)}"
         elif dotted in ("images", "images.path") and (item["type"] == "missing" or item["input"] in (None, "")):

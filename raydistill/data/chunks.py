@@ -12,7 +12,7 @@ from typing import Any
 from raydistill.config import Images
 from raydistill.data.decode import Facts, decode, decode_with_facts, encode, large_alone
 from raydistill.data.isolation import Killed, run_isolated
-from raydistill.data.likeness import contrast, difference_hash
+from raydistill.data.near_duplicates import contrast, difference_hash
 from raydistill.data.sample import sample_id
 from raydistill.data.sources.reading import read_pictures
 from raydistill.errors import DataError

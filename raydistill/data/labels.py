@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 
 from raydistill.errors import DataError
-from raydistill.strangers import shorter, written
+from raydistill.escaping import quoted, shortened
 
 MOST_CLASSES = 1 << 17  # of a set; a set with more of them numbers its images
 MOST_BYTES = 65536  # of a label, and characters of one that is text
@@ -114,9 +114,9 @@ def one_spelling(labels: Iterable[str], listed: Sequence[str] | None, notes: Cou
         chosen = min(names, key=lambda name: (name not in named, -counts[name], name))
         folded[look.casefold()].add(chosen)
         for name in names:
-            spelt[name] = written(chosen)
+            spelt[name] = quoted(chosen)
             if name != chosen and counts[name]:
-                both = f"{shorter(ascii(name))}, read as {shorter(ascii(chosen))}"
+                both = f"{shortened(ascii(name))}, read as {shortened(ascii(chosen))}"
                 notes[f"labels {both}, which looks the same"] += counts[name]
     for same in folded.values():
         if len(same) > 1 and not same <= named:

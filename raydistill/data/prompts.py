@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from raydistill.config import Generate
-from raydistill.documents import TextLoader, read_mapping
 from raydistill.errors import ConfigError
-from raydistill.strangers import some
+from raydistill.escaping import first_few
+from raydistill.yaml_files import TextLoader, read_mapping
 
 logger = logging.getLogger(__name__)
 # The templates of Farhat & Chen 2024, by name.
@@ -178,7 +178,7 @@ def _names(file: str | None, classes: Sequence[str]) -> dict[str, tuple[tuple[st
     entries = read_mapping(file, advice, TextLoader, "generate.names")
     refuse_unknown(entries, classes, f"generate.names={file}")
     if lacking := [name for name in classes if name not in entries]:
-        raise ConfigError(f"generate.names={file}: says nothing of {some(lacking)}")
+        raise ConfigError(f"generate.names={file}: says nothing of {first_few(lacking)}")
     lists = {name: text for name, text in entries.items() if isinstance(text, str) and _first_synonym(text) != text}
     _say_synonyms({text: _first_synonym(text) for text in lists.values()})
     return {name: _entry(file, name, value) for name, value in entries.items()}
@@ -201,7 +201,7 @@ def refuse_unknown(given: Mapping[str, object], classes: Sequence[str], what: st
     """Raises ConfigError where `what`, a key or a file, names a class that the data has not."""
     known = set(classes)
     if unknown := [name for name in given if name not in known]:
-        raise ConfigError(f"{what}: the data has no class {some(unknown)}; it has {some(list(classes))}")
+        raise ConfigError(f"{what}: the data has no class {first_few(unknown)}; it has {first_few(list(classes))}")
 
 
 def _refuse_shared(found: dict[str, ClassPrompts]) -> None:

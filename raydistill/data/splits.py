@@ -10,7 +10,7 @@ from raydistill.config import RunConfig
 from raydistill.data.sample import SPLITS, seeded_rank
 from raydistill.data.sources.listing import Entry, Listing, entry_name
 from raydistill.errors import DataError
-from raydistill.strangers import shorter
+from raydistill.escaping import shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def without_duplicates(known: list[Decoded]) -> tuple[list[Decoded], list[dict[s
     for group in copies.values():
         labels = sorted({d.entry.label for d in group if d.entry.label})
         if len(labels) > 1:
-            named = ", ".join(map(shorter, labels[:5])) + (" …" if len(labels) > 5 else "")
+            named = ", ".join(map(shortened, labels[:5])) + (" …" if len(labels) > 5 else "")
             reason = f"the same file stands under {len(labels)} labels: {named}"
             refused += [{"path": entry_name(d.entry), "reason": reason} for d in group]
             continue

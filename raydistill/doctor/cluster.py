@@ -7,7 +7,7 @@ from raydistill.cluster.plan import live_plan
 from raydistill.cluster.session import joined_cluster
 from raydistill.config import RunConfig, overlay
 from raydistill.doctor import cluster_file, kuberay_file
-from raydistill.doctor.cluster_documents import read_documents
+from raydistill.doctor.cluster_yaml import read_documents
 from raydistill.errors import ConfigError
 
 

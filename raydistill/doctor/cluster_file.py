@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 from raydistill.cluster.ray_private import cluster_file_schema, refuse_cluster_file, refuse_labels
-from raydistill.doctor.cluster_documents import hint, mapping, read_documents
+from raydistill.doctor.cluster_yaml import hint, mapping, read_documents
 from raydistill.doctor.ec2 import aws_faults
 from raydistill.doctor.node_types import (
     LOOPBACK,

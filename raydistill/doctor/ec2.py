@@ -11,7 +11,7 @@ from datetime import date
 from functools import lru_cache
 from typing import Any
 
-from raydistill.doctor.cluster_documents import hint, mapping
+from raydistill.doctor.cluster_yaml import hint, mapping
 from raydistill.doctor.node_types import NodeType
 
 # What Ray's AWS provider and its launcher read; its schema lets any key pass.

@@ -19,9 +19,9 @@ from raydistill.cluster.plan import num_cores
 from raydistill.config import load_config
 from raydistill.data.sources.listing import list_images
 from raydistill.doctor.images import look_at
-from raydistill.documents import as_flow
 from raydistill.errors import DataError
 from raydistill.runtime.memory import total_bytes
+from raydistill.yaml_files import as_flow
 
 _LOOKED_AT = 48  # pictures, spread over all: their sizes
 _STEPS, _BATCH = 900, 64  # of the demo, whose curve is flat by then

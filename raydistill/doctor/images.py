@@ -20,7 +20,7 @@ from raydistill.config import Images, RunConfig
 from raydistill.data.chunks import Inspection, inspect_chunk
 from raydistill.data.decode import NOTES, Facts
 from raydistill.data.isolation import Killed, map_isolated, start_processes
-from raydistill.data.likeness import near_pairs
+from raydistill.data.near_duplicates import near_pairs
 from raydistill.data.sources.listing import Entry, Listing, entry_name, list_images
 from raydistill.data.splits import (
     Decoded,

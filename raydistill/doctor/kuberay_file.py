@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from raydistill.cluster.ray_private import autoscaling_of
-from raydistill.doctor.cluster_documents import hint, mapping, read_documents
+from raydistill.doctor.cluster_yaml import hint, mapping, read_documents
 from raydistill.doctor.kubernetes_schema import document_faults, has_client
 from raydistill.doctor.node_types import (
     LOOPBACK,

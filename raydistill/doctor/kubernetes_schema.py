@@ -11,7 +11,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-from raydistill.doctor.cluster_documents import hint
+from raydistill.doctor.cluster_yaml import hint
 
 # https://github.com/ray-project/kuberay, helm-chart/kuberay-operator/crds. `V1…` are Kubernetes' own.
 KUBERAY = {

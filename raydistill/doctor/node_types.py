@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from raydistill.doctor.cluster_documents import hint
+from raydistill.doctor.cluster_yaml import hint
 
 # What a dashboard may listen on: code can be run through it.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -25,8 +25,8 @@ from raydistill.engine.checkpoints import (
     does_not_fit,
     latest_checkpoint,
 )
+from raydistill.engine.distillation_model import BestStudent, DistillationModel
 from raydistill.engine.reporter import Reporter
-from raydistill.engine.trainee import BestStudent, Trainee
 from raydistill.engine.workarounds import keep_freed_memory
 from raydistill.engine.workers import Worker
 from raydistill.errors import StageError
@@ -49,34 +49,34 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
         keep_freed_memory()
     torch.manual_seed(config.seed)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    trainee = Trainee(job).to(device, memory_format=layout)
-    ema = ModelEmaV3(trainee.student, decay=settings.ema_decay) if settings.ema_decay else None
+    model = DistillationModel(job).to(device, memory_format=layout)
+    ema = ModelEmaV3(model.student, decay=settings.ema_decay) if settings.ema_decay else None
     remembers = "crd" in config.loss.terms
     memory = ContrastiveMemory(config.loss.crd_memory, config.loss.projection_dim).to(device) if remembers else None
-    student_now = trainee.student if ema is None else ema.module
+    student_now = model.student if ema is None else ema.module
     # Only rank 0 measures val.
     best = BestStudent(student_now, job.samples.num_rows("val")) if job.looks_at_val and worker.rank == 0 else None
-    parts = {"model": trainee, "ema": None if ema is None else ema.module, "memory": memory, "kept": best}
+    parts = {"model": model, "ema": None if ema is None else ema.module, "memory": memory, "kept": best}
     modules = {name: module for name, module in parts.items() if module is not None}
-    optimizer = _optimizer(settings, trainee)
+    optimizer = _optimizer(settings, model)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     step, partial, record = _resume(job, modules, optimizer, scaler)
     # transformers models may have a mask token, which never gets a gradient.
-    idle = isinstance(trainee.student.body, TransformersClassifier)
-    network = DistributedDataParallel(trainee, find_unused_parameters=idle) if worker.size > 1 else trainee
+    idle = isinstance(model.student.body, TransformersClassifier)
+    network = DistributedDataParallel(model, find_unused_parameters=idle) if worker.size > 1 else model
     autocast = torch.autocast(device.type, _DTYPES[settings.precision], enabled=settings.precision != "fp32")
     if worker.rank == 0:
         need = bytes_to_write(job.path, modules, optimizer)
         refuse_small_disk(config, "distill: its checkpoints", need, "choose another workspace")
     reporter = Reporter(job, worker, step, partial)
-    trainee.train()
+    model.train()
     with CheckpointWriter(job.path) as checkpoints:
         for batch in worker_batches(job, worker, step):
             torch.manual_seed(_step_seed(config.seed, step, worker.rank))  # for dropout and the like
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * learning_rate(settings, step, job.steps_per_epoch)
             images, parameters, labels, features, rows, weights = (_to(device, array) for array in batch.arrays())
-            views = render(images, parameters, trainee.student.preprocessing).contiguous(memory_format=layout)
+            views = render(images, parameters, model.student.preprocessing).contiguous(memory_format=layout)
             with autocast:
                 student, teacher = network(views, None if features is None else features.float())
             negatives = memory and _negatives(
@@ -87,12 +87,12 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            norm = _clip(trainee, settings.clip_norm)
+            norm = _clip(model, settings.clip_norm)
             reporter.refuse_not_finite(step, norm, scaler, {"loss": loss, **terms})
             scaler.step(optimizer)
             scaler.update()
             if ema is not None:
-                ema.update(trainee.student)
+                ema.update(model.student)
             step += 1
             reporter.count(len(labels), {"loss": loss, **terms})
             ended, preempted = step % job.steps_per_epoch == 0, worker.preempted(step)
@@ -110,11 +110,11 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     return record
 
 
-def _clip(trainee: Trainee, most: float | None) -> torch.Tensor:
+def _clip(model: DistillationModel, most: float | None) -> torch.Tensor:
     """Clip the gradient to the norm `most`, if given. Returns the norm before."""
-    norm = nn.utils.get_total_norm([p.grad for p in trainee.parameters() if p.grad is not None])
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if most is not None:
-        nn.utils.clip_grads_with_norm_(trainee.parameters(), most, norm)
+        nn.utils.clip_grads_with_norm_(model.parameters(), most, norm)
     return norm
 
 
@@ -149,11 +149,11 @@ def _gather(mine: torch.Tensor, worker: Worker) -> torch.Tensor:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _optimizer(settings: Distill, trainee: Trainee) -> torch.optim.Optimizer:
+def _optimizer(settings: Distill, model: DistillationModel) -> torch.optim.Optimizer:
     """The `rate` of each group is relative to the schedule's."""
-    body = trainee.student.body_parameters()
+    body = model.student.body_parameters()
     of_body = {id(parameter) for parameter in body}
-    others = [parameter for parameter in trainee.parameters() if id(parameter) not in of_body]
+    others = [parameter for parameter in model.parameters() if id(parameter) not in of_body]
     groups = [{"params": others, "rate": 1.0}]
     if settings.body_rate > 0:
         groups.append({"params": body, "rate": settings.body_rate})

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from raydistill.engine.batches import DistillJob
+from raydistill.engine.distillation_model import BestStudent
 from raydistill.engine.records import note_lost_steps, write_epoch, write_progress
-from raydistill.engine.trainee import BestStudent
 from raydistill.engine.workers import Worker
 from raydistill.errors import DivergedError
 from raydistill.models.student import split_logits

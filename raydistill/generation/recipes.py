@@ -25,7 +25,7 @@ from pyarrow import parquet as pq
 from raydistill.cluster.restarts import Restart, trying
 from raydistill.config import Generate, RunConfig
 from raydistill.data.decode import encode, pixels
-from raydistill.data.likeness import contrast, difference_hash
+from raydistill.data.near_duplicates import contrast, difference_hash
 from raydistill.data.prompts import ClassPrompts, class_prompts
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import labels_of, read_samples

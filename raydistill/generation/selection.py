@@ -15,7 +15,7 @@ from PIL import Image
 
 from raydistill.config import Generate, Images, RunConfig
 from raydistill.data.decode import pixels
-from raydistill.data.likeness import difference_hash, hash_words
+from raydistill.data.near_duplicates import difference_hash, hash_words
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import read_all_targets, read_samples
 from raydistill.generation.features import FileTeacher, made_images, whole_features, working_image

@@ -16,13 +16,13 @@ from raydistill.config import RunConfig
 from raydistill.data.decode import working_images
 from raydistill.data.isolation import start_processes
 from raydistill.errors import DataError
-from raydistill.inference.answers import Answer, best, check_output, write_answers
-from raydistill.inference.listening import ServeSettings
+from raydistill.escaping import most_common, one_line, plain_console
 from raydistill.inference.predict import LARGE, Predictor, find_units, predict_locally, predict_on_ray, without_first
-from raydistill.models.about import Engine, check_export
+from raydistill.inference.predictions import Answer, best, check_output, write_predictions
+from raydistill.inference.sockets import ServeSettings
+from raydistill.models.metadata import Engine, check_export
 from raydistill.runtime import interrupts
 from raydistill.runtime.progress import Progress
-from raydistill.strangers import few_kinds, one_line, plain_console
 
 
 def predict_command(
@@ -42,7 +42,7 @@ def predict_command(
     count = sum(number for _, _, number in units)
     start_processes(working_images, min(num_cores(), count))
     console = plain_console(stderr=True)
-    for what, number in few_kinds(ignored).items():
+    for what, number in most_common(ignored).items():
         console.print(f"ignored: {number} {what}", markup=False, soft_wrap=True)
     answered, failed = 0, list[Answer]()
     with contextlib.ExitStack() as stack:
@@ -66,7 +66,7 @@ def predict_command(
         interrupts.resume_hint("the answers so far are kept; --skip continues after them")
         try:
             if out is not None:
-                write_answers(counted(), classes, top, out)
+                write_predictions(counted(), classes, top, out)
             else:
                 for answer in counted():
                     found = "  ".join(f"{name} {p:.3f}" for name, _, p in best(answer, classes, top))
@@ -89,8 +89,8 @@ def predict_command(
 
 def serve_command(folder: str, engine: str, host: str, sockets: list[socket.socket], settings: ServeSettings) -> None:
     """Serve until an interruption. Raises ConfigError: the folder is not an exported student."""
-    from raydistill.inference.listening import addresses, own_names, run
     from raydistill.inference.serve import make_app
+    from raydistill.inference.sockets import addresses, own_names, run
 
     about, own = check_export(folder, engine), own_names(sockets, host)
     start_processes(working_images, num_cores())

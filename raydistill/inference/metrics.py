@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from starlette.responses import Response
 
-from raydistill.inference.intake import WANTED
+from raydistill.inference.request_images import WANTED
 
 PATHS = ("/", "/health", "/ready", "/predict", "/metrics", "/openapi.json")
 

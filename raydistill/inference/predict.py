@@ -27,11 +27,11 @@ from raydistill.data.sources.folders import files_below
 from raydistill.data.sources.reading import read_pictures
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, DataError, reason_of
-from raydistill.inference.answers import Answer, chunks
-from raydistill.models.about import Engine, check_export
+from raydistill.escaping import most_common, quoted
+from raydistill.inference.predictions import Answer, chunks
 from raydistill.models.formats import load_from_library, network_inputs, torch_run, try_onnx
-from raydistill.models.graphs import onnx_run
-from raydistill.strangers import few_kinds, written
+from raydistill.models.metadata import Engine, check_export
+from raydistill.models.onnx_files import onnx_run
 
 Unit = tuple[str, int, int]  # a file; or, for a file of many images, the first row and the number of rows
 # More pictures than this go through a pool of actors, which takes some ten seconds to start.
@@ -125,15 +125,15 @@ def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> lis
     """
     found, ignored = list[Unit](), Counter[str]() if ignored is None else ignored
     if away := next((path for path in paths if "://" in path), None):
-        raise DataError(f"{written(away)}: predict reads local files only; copy the pictures here")
+        raise DataError(f"{quoted(away)}: predict reads local files only; copy the pictures here")
     for path in map(str, map(Path, paths)):
         if os.path.isdir(path):
             pictures = list(_pictures_below(path, ignored))
             if not pictures:
-                raise DataError(f"{written(path)}: no pictures found in this folder{_describe(ignored)}")
+                raise DataError(f"{quoted(path)}: no pictures found in this folder{_describe(ignored)}")
             found += [(picture, 0, 1) for picture in pictures]
         elif not os.path.exists(path):
-            raise DataError(f"{written(path)}: there is nothing at this path")
+            raise DataError(f"{quoted(path)}: there is nothing at this path")
         elif PurePosixPath(path).suffix.lower() in SUFFIXES:
             num_rows = count_rows(path)
             found += [(path, first, min(_TOGETHER, num_rows - first)) for first in range(0, num_rows, _TOGETHER)]
@@ -150,11 +150,11 @@ def _pictures_below(folder: str, ignored: Counter[str]) -> Iterator[str]:
         elif suffix in EXTENSIONS:
             yield path
         else:
-            ignored[f"files ending in {written(suffix) or 'nothing'}"] += 1
+            ignored[f"files ending in {quoted(suffix) or 'nothing'}"] += 1
 
 
 def _describe(ignored: Counter[str]) -> str:
-    return f" ({', '.join(f'{count} {what}' for what, count in few_kinds(ignored, 10).items())})" if ignored else ""
+    return f" ({', '.join(f'{count} {what}' for what, count in most_common(ignored, 10).items())})" if ignored else ""
 
 
 def without_first(units: Sequence[Unit], count: int) -> list[Unit]:
@@ -202,7 +202,7 @@ class _PredictActor:
         from raydistill.cluster.restarts import trying
 
         units = [tuple(unit) for unit in json.loads(str(batch["units"][0]))]
-        with trying(self._tries, f"{len(units)} pictures, {written(units[0][0])} the first"):
+        with trying(self._tries, f"{len(units)} pictures, {quoted(units[0][0])} the first"):
             answers = list(self._predictor.answer(units))
         nothing: list[float] = []
         probabilities = [nothing if a.probabilities_C is None else a.probabilities_C for a in answers]
@@ -229,7 +229,7 @@ def _read(unit: Unit, most_bytes: int) -> Iterator[tuple[str, bytes | None, str]
     is_many = PurePosixPath(path).suffix.lower() in SUFFIXES
     rows = range(first, first + count) if is_many else [None]
     for number, data, reason in read_pictures([(path, row) for row in rows], most_bytes):
-        yield f"{written(path)} row {first + number}" if is_many else written(path), data, reason
+        yield f"{quoted(path)} row {first + number}" if is_many else quoted(path), data, reason
 
 
 def _together(

@@ -1,7 +1,8 @@
 """serve: an exported student behind HTTP on this machine, for a trial and for products on the same machine.
 
 `GET /` is a page for trying pictures, `GET /health` gives the model and its classes, `POST /predict` takes pictures
-(intake.py) and returns classes, their numbers and probabilities. Requests within a few milliseconds share a batch.
+(request_images.py) and returns classes, their numbers and probabilities. Requests within a few milliseconds share a
+batch.
 `GET /ready` sends a white picture through the network; `/metrics` and `/openapi.json` are for programs (metrics.py).
 """
 
@@ -28,11 +29,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raydistill.errors import DataError
-from raydistill.inference.answers import Answer, best
-from raydistill.inference.intake import WANTED, Intake
-from raydistill.inference.listening import ServeSettings, host_name
 from raydistill.inference.metrics import PATHS, Metrics, openapi
 from raydistill.inference.predict import Predictor
+from raydistill.inference.predictions import Answer, best
+from raydistill.inference.request_images import WANTED, RequestImages
+from raydistill.inference.sockets import ServeSettings, host_name
 
 _TOP = 5
 _READY_SECONDS = 5.0
@@ -81,7 +82,7 @@ class Endpoints:
 
     def __init__(self, predictor: Predictor, title: str, settings: ServeSettings) -> None:
         self._predictor, self._title, self._most_pixels = predictor, title, settings.most_pixels
-        self.metrics, self._intake = Metrics(), Intake(settings.most_bytes)
+        self.metrics, self._intake = Metrics(), RequestImages(settings.most_bytes)
         self.batcher = Batcher(predictor, settings.window_seconds, self.metrics)
         # Not the network's thread, so that pictures that wait for memory do not delay answers.
         self._decoders = CapacityLimiter(max(2, os.cpu_count() or 2))

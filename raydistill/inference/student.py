@@ -15,10 +15,10 @@ from PIL import Image
 from torch import nn
 
 from raydistill.errors import ConfigError, DataError, first_line_of, reason_of
-from raydistill.inference.answers import Answer, best
 from raydistill.inference.predict import Predictor, find_units, read_units
-from raydistill.models.about import ABOUT_FILE, read_about
+from raydistill.inference.predictions import Answer, best
 from raydistill.models.formats import network_inputs
+from raydistill.models.metadata import METADATA_FILE, read_metadata
 from raydistill.models.weights import ask_hub
 from raydistill.storage.filesystems import read_file
 
@@ -104,7 +104,7 @@ def load_student(place: str) -> Student:
     ask_hub()
     try:
         # First, or a wrong name would download any model's weights.
-        read_about(os.path.dirname(hf_hub_download(name, ABOUT_FILE)))
+        read_metadata(os.path.dirname(hf_hub_download(name, METADATA_FILE)))
         return Student(snapshot_download(name, allow_patterns=list(_FILES)))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = f"no readable repository on the hub ({first_line_of(error)})"

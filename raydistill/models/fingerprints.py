@@ -13,7 +13,7 @@ from typing import Any
 from raydistill.config import Generate, Student, Teacher
 from raydistill.errors import ConfigError
 from raydistill.examples import weights_fingerprint
-from raydistill.models.shards import weight_files
+from raydistill.models.weight_shards import weight_files
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".pth", ".pt", ".txt", ".model")
 # The files of a `distill` directory that decide a student's output; only transformers models have the last one.

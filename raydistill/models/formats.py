@@ -28,7 +28,7 @@ from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render, view_filte
 from raydistill.errors import ConfigError
 from raydistill.models import preprocess
 from raydistill.models.from_transformers import load_or_refuse
-from raydistill.models.graphs import Run, limits
+from raydistill.models.onnx_files import Run, limits
 from raydistill.models.state_dicts import sizes_of
 from raydistill.models.student import Student, TimmClassifier
 
@@ -197,7 +197,7 @@ def program_run(file: Path) -> Run:
 def try_onnx(file: Path, inputs_1: np.ndarray) -> int:
     """The bytes of memory that an answer takes, by a first look at a stranger's file in a process of its own, on one
     blank input of the same shape. Raises ConfigError: it is refused, or takes too much memory or time."""
-    statement = "import sys; from raydistill.models.graphs import answer_blank; answer_blank(*sys.argv[1:])"
+    statement = "import sys; from raydistill.models.onnx_files import answer_blank; answer_blank(*sys.argv[1:])"
     data, seconds = limits(file)
     words = [file, data, seconds, inputs_1.dtype, *inputs_1.shape]
     done = subprocess.run(**python_apart(statement, *map(str, words)), capture_output=True)

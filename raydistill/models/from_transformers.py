@@ -17,8 +17,8 @@ from torch import nn
 
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, reason_of
-from raydistill.models.shards import check_settings
 from raydistill.models.state_dicts import no_larger_than, refuse_not_finite, sizes_of
+from raydistill.models.weight_shards import check_settings
 from raydistill.models.weights import known_interpolation
 
 

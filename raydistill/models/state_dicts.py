@@ -25,7 +25,7 @@ from torch import nn
 
 from raydistill.errors import ConfigError, reason_of
 from raydistill.examples import weights_path
-from raydistill.models.shards import NAMES, weight_files
+from raydistill.models.weight_shards import NAMES, weight_files
 from raydistill.storage.tensors import header_bytes
 
 log = logging.getLogger(__name__)

@@ -24,13 +24,13 @@ from raydistill.data.sample import SampleSet
 from raydistill.data.targets import labels_of, read_samples
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import CheckpointError, ConfigError, reason_of
-from raydistill.models.about import StudentAbout
 from raydistill.models.from_transformers import (
     TransformersClassifier,
     last_linear,
     new_classifier,
     transformers_preprocessing,
 )
+from raydistill.models.metadata import StudentMetadata
 from raydistill.models.state_dicts import no_larger_than, refuse_not_finite
 from raydistill.models.weights import (
     STUDENT_FILE,
@@ -205,7 +205,7 @@ def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
     Raises ConfigError, CheckpointError.
     """
     try:
-        about = needed_state(f"{folder}/{STUDENT_FILE}", StudentAbout)
+        about = needed_state(f"{folder}/{STUDENT_FILE}", StudentMetadata)
         weights = load(bounded(read_bytes(f"{folder}/student.safetensors")))
         classes, preprocessing = tuple(about.classes), Preprocessing(**dict(about.preprocessing))
         sizes = [tensor.numel() for tensor in weights.values()]

@@ -20,7 +20,6 @@ from torch import nn
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, StorageError, first_line_of
 from raydistill.examples import weights_path
-from raydistill.models.shards import check_settings
 from raydistill.models.state_dicts import (
     fitting,
     load_strictly,
@@ -30,6 +29,7 @@ from raydistill.models.state_dicts import (
     sizes_of,
 )
 from raydistill.models.timm_names import no_timm_model
+from raydistill.models.weight_shards import check_settings
 from raydistill.storage.filesystems import exists
 from raydistill.storage.state import read_json
 

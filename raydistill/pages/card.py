@@ -10,12 +10,12 @@ from pydantic import BaseModel
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
+from raydistill.escaping import markdown, shortened
+from raydistill.majority_baseline import compare_with_majority
 from raydistill.models.formats import INT8_FILE, PICTURE_FILE
 from raydistill.pages.templates import card
 from raydistill.results import Exported, GeneratedImages, Report
 from raydistill.storage.state import needed_state
-from raydistill.strangers import markdown, shorter
-from raydistill.usefulness import usefulness
 
 _MOST_NAMES = 50  # of classes
 
@@ -38,14 +38,14 @@ def model_card(
     exported: Exported,
 ) -> str:
     """The card as Markdown, with the front matter that model hubs read."""
-    names = ", ".join(markdown(shorter(name, 100)) for name in about["classes"][:_MOST_NAMES])
+    names = ", ".join(markdown(shortened(name, 100)) for name in about["classes"][:_MOST_NAMES])
     pipeline = None
     if generated is not None and config.generate is not None:
         pipeline = needed_state(f"{generated.samples.path}/generate.json", _Generated).pipeline
     return card(
         "card.md.html", config=config, samples=samples, report=report, generated=generated, about=about,
         exported=exported, front_matter=_front_matter(about, report), licence_of=licence_of, pipeline=pipeline,
-        warnings=usefulness(report.student).warnings,
+        warnings=compare_with_majority(report.student).warnings,
         names=names + (" …" if len(about["classes"]) > _MOST_NAMES else ""),
         int8=None if exported.int8 is None else int8_words(exported.int8), snippets=snippets(about, exported),
     )  # fmt: skip

@@ -17,10 +17,10 @@ from raydistill.data.chunks import decode_isolated
 from raydistill.data.decode import pixels
 from raydistill.data.sources.listing import Entry, entry_name, list_images
 from raydistill.errors import ConfigError
+from raydistill.escaping import quoted
 from raydistill.pages.templates import data_uri, file_name, page
 from raydistill.secrets import redacted_tree
 from raydistill.storage.filesystems import write_bytes
-from raydistill.strangers import written
 
 if TYPE_CHECKING:
     from raydistill.doctor.images import Checkup
@@ -64,7 +64,7 @@ def _page(config: RunConfig, checkup: Checkup) -> bytes:
     classes = sorted({name for of_split in checkup.counts.values() for name in of_split})
     return page(
         "check.html",
-        path=written(config.images.path),
+        path=quoted(config.images.path),
         checkup=checkup,
         pictures=pictures,
         signs=_SIGNS,

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from raydistill.strangers import in_figure
+from raydistill.escaping import for_figure
 
 STUDENT, TEACHER, OTHERS = "#0072B2", "#D55E00", ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _COLOURS = {"student": STUDENT, "teacher": TEACHER}
@@ -65,7 +65,7 @@ def contact_sheet(name: str, kept: list[Image.Image], rejected: list[tuple[Image
     kept_rows, rejected_rows = -(-len(kept) // columns), -(-len(rejected) // columns)
     rows = max(kept_rows + rejected_rows, 1)
     figure = Figure(figsize=(1.4 * columns, 1.6 * rows + 0.5), layout="constrained")
-    title = f"{in_figure(name)}: {len(kept)} kept and {len(rejected)} rejected are shown"
+    title = f"{for_figure(name)}: {len(kept)} kept and {len(rejected)} rejected are shown"
     figure.suptitle(title, fontsize=10)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
@@ -103,7 +103,7 @@ def confusion_figure(answers_N: np.ndarray, labels_N: np.ndarray, classes: tuple
     shown = _shown_classes(answers_N, labels_N, len(classes))
     place = dict(zip(shown, range(len(shown)), strict=True))
     some = len(shown) < len(classes)
-    names = [in_figure(classes[k]) for k in shown]
+    names = [for_figure(classes[k]) for k in shown]
     counts = np.zeros((len(shown), len(shown) + some), int)
     for label, answer in zip(labels_N.tolist(), answers_N.tolist(), strict=True):
         if label in place:
@@ -160,7 +160,7 @@ def per_class_figure(answers: dict[str, Answers], labels_N: np.ndarray, classes:
     axes.barh(range(len(order)), recalls["student"][order], color=STUDENT, label="student")
     if "teacher" in recalls:
         axes.plot(recalls["teacher"][order], range(len(order)), "D", color=TEACHER, markersize=5, label="teacher")
-    names = [f"{in_figure(classes[k])} ({images_C[k]})" for k in order]
+    names = [f"{for_figure(classes[k])} ({images_C[k]})" for k in order]
     axes.set_yticks(range(len(order)), names, fontsize=8)
     axes.invert_yaxis()
     more = f", worst {len(order)} of {len(classes)} classes" if len(order) < len(classes) else ""

@@ -17,6 +17,7 @@ from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_samples
 from raydistill.errors import ConfigError
 from raydistill.identity import evaluate_directory
+from raydistill.majority_baseline import compare_with_majority
 from raydistill.pages.templates import data_uri, file_name, page
 from raydistill.results import PREDICTIONS, PREDICTIONS_FILE, Outcome, Report
 from raydistill.runtime.versions import PACKAGES, installed
@@ -25,7 +26,6 @@ from raydistill.storage.filesystems import exists, read_bytes, write_bytes
 from raydistill.storage.jobs import job_name
 from raydistill.storage.state import needed_state, result_of
 from raydistill.storage.tables import read_table, rows_of, values
-from raydistill.usefulness import usefulness
 
 _MOST_OF_REFUSED = 64 * 1024**2  # some 400,000 files
 _MOST_DISAGREEMENTS, _MOST_SHEETS, _MOST_REASONS, _EXAMPLES = 24, 12, 20, 3
@@ -55,7 +55,7 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
         name=job_name(config),
         config=config,
         report=report,
-        warnings=usefulness(report.student).warnings,
+        warnings=compare_with_majority(report.student).warnings,
         main="test" if "test" in report.student else "val",
         baselines=_baselines(config, samples),
         without_generated=outcome.without_generated,

@@ -17,8 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
 from raydistill.errors import reason_of
+from raydistill.escaping import for_figure
 from raydistill.pages.templates import data_uri, page
-from raydistill.strangers import in_figure
 
 _MOST_KEYS_IN_CONTOUR = 3
 _DOTS_PER_INCH = 110
@@ -102,15 +102,15 @@ def _in_figure(trial: FrozenTrial) -> FrozenTrial:
     params, distributions = dict(trial.params), dict(trial.distributions)
     for key, distribution in trial.distributions.items():
         if isinstance(distribution, CategoricalDistribution):
-            shown = [in_figure(label) if isinstance(label, str) else label for label in distribution.choices]
+            shown = [for_figure(label) if isinstance(label, str) else label for label in distribution.choices]
             # Two labels stay two if shortening makes them equal.
             shown = [f"{label} #{k}" if shown.index(label) < k else label for k, label in enumerate(shown)]
             distributions[key] = CategoricalDistribution(shown)
             params[key] = shown[int(distribution.to_internal_repr(params[key]))]
     return optuna.trial.create_trial(
         values=trial.values, user_attrs=trial.user_attrs,
-        params={in_figure(key): value for key, value in params.items()},
-        distributions={in_figure(key): value for key, value in distributions.items()},
+        params={for_figure(key): value for key, value in params.items()},
+        distributions={for_figure(key): value for key, value in distributions.items()},
     )  # fmt: skip
 
 

@@ -10,11 +10,11 @@ from rich.table import Column, Table
 
 from raydistill.cluster.bill import bill_words
 from raydistill.config import RunConfig
+from raydistill.majority_baseline import compare_with_majority
 from raydistill.results import Outcome
 from raydistill.storage.directory import read_bill
 from raydistill.storage.filesystems import write_bytes
 from raydistill.storage.jobs import job_name
-from raydistill.usefulness import usefulness
 
 
 def closing_table(config: RunConfig, outcome: Outcome) -> Group:
@@ -46,7 +46,7 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
         seconds = outcome.seconds.get(stage)
         more = [bill_words(bills[stage], config.cluster.prices)] if on_nodes else []
         stages.add_row(stage, f"{seconds:.0f}" if seconds else "done", directory, *more)
-    warnings = [f"warning: {words}" for words in usefulness(report.student).warnings]
+    warnings = [f"warning: {words}" for words in compare_with_majority(report.student).warnings]
     kept = f"{report.kept[:1].upper()}{report.kept[1:]}."
     return Group("", *warnings, *([""] if warnings else []), results, "", kept, "", stages, "")
 

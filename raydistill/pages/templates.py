@@ -9,12 +9,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from raydistill.secrets import on_page, redacted
-from raydistill.strangers import code_span, markdown
+from raydistill.escaping import code_span, markdown
+from raydistill.secrets import for_page, redacted
 
 _PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-    trim_blocks=True, finalize=on_page,
+    trim_blocks=True, finalize=for_page,
 )  # fmt: skip
 _CARDS = _PAGES.overlay(autoescape=False, finalize=None)
 _CARDS.filters = {**_CARDS.filters, "md": markdown, "code": code_span}

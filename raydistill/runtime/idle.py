@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from raydistill.errors import reason_of
-from raydistill.runtime.repeat import repeated
+from raydistill.runtime.periodic import repeated
 
 _SECONDS = 120.0
 _SECONDS_BETWEEN_LOOKS = 1.0

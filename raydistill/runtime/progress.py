@@ -22,8 +22,8 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from raydistill.escaping import printable
 from raydistill.runtime.idle import idle_noticed
-from raydistill.strangers import printable
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from raydistill.config import RunConfig
 from raydistill.engine.records import read_epochs
+from raydistill.escaping import one_line, shortened
 from raydistill.runtime.progress import Progress
 from raydistill.search.space import Choice
 from raydistill.search.study import SECONDS_OF, Trial, directory_of, logged, ranked, seconds_noted
 from raydistill.storage.directory import workspace_root
-from raydistill.strangers import one_line, shorter
 from raydistill.tracking.recording import ChildRun
 from raydistill.tracking.tracker import Tracker
 
@@ -188,5 +188,5 @@ def _status(trial: Trial) -> str:
 
 def _short(choices: dict[str, Choice]) -> str:
     names = {key: one_line(key.rpartition(".")[2]) for key in choices}
-    return " ".join(f"{names[k]}={v:.3g}" if isinstance(v, float) else f"{names[k]}={shorter(one_line(str(v)))}"
+    return " ".join(f"{names[k]}={v:.3g}" if isinstance(v, float) else f"{names[k]}={shortened(one_line(str(v)))}"
                     for k, v in choices.items())  # fmt: skip

@@ -24,9 +24,9 @@ from pydantic import ValidationError
 
 from raydistill.config import RunConfig, known_keys, overlay, suggest_key
 from raydistill.config.shipped import find_shipped, near_shipped, shipped_spaces
-from raydistill.documents import read_mapping
 from raydistill.errors import ConfigError
 from raydistill.search.distribution import Choice, Distribution
+from raydistill.yaml_files import read_mapping
 
 # Trials may differ in these sections. With different splits, seeds or metrics they could not be compared.
 _SECTIONS = ("teacher", "student", "views", "generate", "loss", "distill")

@@ -16,10 +16,10 @@ from optuna.trial import TrialState
 from raydistill.config import Loss, RunConfig
 from raydistill.engine.checkpoints import drop_checkpoints
 from raydistill.errors import CheckpointError, ConfigError
+from raydistill.escaping import one_line
 from raydistill.search.optuna_private import CmaEsSampler
 from raydistill.search.space import Choice, Space
 from raydistill.storage.directory import StageDirectory
-from raydistill.strangers import one_line
 from raydistill.tracking.stores import UnusableError, database_lock, reason
 from raydistill.tracking.workspace_store import refuse_programs
 

@@ -26,11 +26,11 @@ from raydistill.config import RunConfig
 from raydistill.engine.batches import DistillJob
 from raydistill.errors import RaydistillError
 from raydistill.search.display import SearchDisplay
-from raydistill.search.layout import Layout
 from raydistill.search.optuna_private import running_trial
 from raydistill.search.space import Choice, Space
 from raydistill.search.study import logged, make_sampler, num_trials, read_trial
 from raydistill.search.trainable import TrialWork, run_trial
+from raydistill.search.trial_resources import TrialResources
 from raydistill.storage.directory import StageDirectory
 
 _RETRIES = 1  # of a trial whose process is lost: one loss may be a spot node, two are the trial's fault
@@ -40,7 +40,12 @@ MakeJob = Callable[[dict[str, Choice] | None], tuple[DistillJob, StageDirectory]
 
 
 def run_trials(
-    config: RunConfig, space: Space, study: optuna.Study, make_job: MakeJob, layout: Layout, display: SearchDisplay
+    config: RunConfig,
+    space: Space,
+    study: optuna.Study,
+    make_job: MakeJob,
+    layout: TrialResources,
+    display: SearchDisplay,
 ) -> None:
     """Run trials until there are `num_trials`, first those that a killed search left."""
     search = StudySearch(config, space, study, make_job, layout.plan, display)

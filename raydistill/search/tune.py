@@ -18,7 +18,6 @@ from raydistill.cluster.session import ray_cluster
 from raydistill.config import RunConfig, overlay
 from raydistill.config.shipped import shipped_spaces
 from raydistill.data.sources.listing import list_images
-from raydistill.documents import as_yaml
 from raydistill.engine.batches import DistillJob
 from raydistill.errors import ConfigError, StageError
 from raydistill.graph import find_work
@@ -33,7 +32,6 @@ from raydistill.search.confirmation import Gain, confirm, search_verdict
 from raydistill.search.directory import tune_directory
 from raydistill.search.display import Clock, SearchDisplay, minutes
 from raydistill.search.forecast import forecast_lines, search_cost, seconds_per_step
-from raydistill.search.layout import RESERVED, Layout, lay_out
 from raydistill.search.space import Choice, Space, read_space, shared_part
 from raydistill.search.study import (
     Trial,
@@ -46,12 +44,14 @@ from raydistill.search.study import (
     refuse_others,
     seconds_noted,
 )
+from raydistill.search.trial_resources import RESERVED, TrialResources, plan_trials
 from raydistill.search.trials import MakeJob, run_trials
 from raydistill.stages.distill import distill_job
 from raydistill.storage.directory import StageDirectory, check_writable, read_seconds, workspace_root
 from raydistill.storage.jobs import JobRecord
 from raydistill.storage.lease import held
 from raydistill.tracking.tracker import Tracker
+from raydistill.yaml_files import as_yaml
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
         if display.left:
             many = config.distill.most_workers > 1
             with ray_cluster(config, reserved=RESERVED if many else 0.0, dashboard=many) as plan:
-                layout = lay_out(config, plan)
+                layout = plan_trials(config, plan)
                 prepared = _prepare(groups, space, progress)
                 make_job = _job_maker(config, space, prepared, record)
                 for line in _forecast(config, prepared[_OWN], layout, display.left, make_job(None)[0]):
@@ -195,7 +195,7 @@ def _check(config: RunConfig, space: Space, groups: dict[str, RunConfig]) -> Non
     drawn_at_random(config, space)
     if config.cluster.address is None:
         here, reserved = local_plan(config), RESERVED if config.distill.most_workers > 1 else 0.0
-        lay_out(config, plan_resources(config, here.cpus - reserved, here.gpus, int(here.cpus)))
+        plan_trials(config, plan_resources(config, here.cpus - reserved, here.gpus, int(here.cpus)))
     for group in groups.values():
         if group.views.per_image == "fresh" and _may_need_teacher(group, space):
             raise ConfigError(
@@ -211,7 +211,7 @@ def _check(config: RunConfig, space: Space, groups: dict[str, RunConfig]) -> Non
                 build_student(overlay(config, space.settings({key: label})).student, num_classes)
 
 
-def _forecast(config: RunConfig, own: Outcome, layout: Layout, left: int, job: DistillJob) -> list[str]:
+def _forecast(config: RunConfig, own: Outcome, layout: TrialResources, left: int, job: DistillJob) -> list[str]:
     step = seconds_per_step(job, layout.plan.train_threads)
     each = None if step is None else job.total_steps * step / config.distill.most_workers
     # A new seed repeats these stages: the split, the teacher's head and the soft targets depend on the seed.

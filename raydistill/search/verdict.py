@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from raydistill.escaping import markdown
 from raydistill.search.arms import BASELINES, Arm
 from raydistill.search.learning_curve import learning_curve
 from raydistill.search.significance import (
@@ -26,7 +27,6 @@ from raydistill.search.significance import (
     needed_words,
     p_words,
 )
-from raydistill.strangers import markdown
 
 _SECONDS = ("adapt_seconds", "generate_seconds", "teach_seconds", "train_seconds", "seconds")
 

@@ -24,7 +24,7 @@ from raydistill.engine.speed import measure_speed
 from raydistill.errors import StageError
 from raydistill.execution import Execution
 from raydistill.identity import export_directory
-from raydistill.models.about import ABOUT_FILE
+from raydistill.majority_baseline import compare_with_majority
 from raydistill.models.formats import (
     INT8_FILE,
     PICTURE_FILE,
@@ -43,8 +43,9 @@ from raydistill.models.formats import (
     to_program,
     torch_run,
 )
-from raydistill.models.graphs import onnx_run
-from raydistill.models.picture import PictureClassifier
+from raydistill.models.metadata import METADATA_FILE
+from raydistill.models.onnx_files import onnx_run
+from raydistill.models.picture_classifier import PictureClassifier
 from raydistill.models.student import Student, TimmClassifier, read_student
 from raydistill.models.teacher import load_teacher
 from raydistill.models.weights import STUDENT_FILE
@@ -55,7 +56,6 @@ from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import needed_state, result_of
 from raydistill.storage.tables import values
 from raydistill.tracking.tracker import Tracker
-from raydistill.usefulness import usefulness
 
 # Compare each format with the checkpoint at these batch sizes, on this many images of val (of train without a val
 # split). The bound is on the largest difference of logits, as a share of the largest logit.
@@ -72,14 +72,14 @@ def export_student(
     directory: StageDirectory,
     progress: Progress,
 ) -> Exported:
-    """Write every format of the config, and the README.md that `card` makes from `about_student` and the result.
+    """Write every format of the config, and the README.md that `card` makes from `student_metadata` and the result.
 
     Raises StageError, and writes nothing: a format does not give the checkpoint's logits on real images.
     """
     settings = config.export
     directory.begin()
     student, classes = read_student(student_path)
-    about = about_student(student_path, settings.preprocessing, config.images)
+    about = student_metadata(student_path, settings.preprocessing, config.images)
     images_NHH3, labels_N = _some_images(samples, "val" if samples.num_rows("val") else "train", _MOST_IMAGES)
     plain_N = network_inputs(images_NHH3, student.preprocessing, from_pixels=False)
     inputs_N = network_inputs(images_NHH3, student.preprocessing, settings.preprocessing)
@@ -129,7 +129,7 @@ def _ship(
     directory: StageDirectory,
 ) -> Exported:
     """Add what describes the formats in the folder, and write all of it into the stage's directory."""
-    (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / METADATA_FILE).write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
     (folder / PREPROCESS_FILE).write_text(preprocess_source(), encoding="utf-8")
     exported = replace(exported, files={file.name: file.stat().st_size for file in sorted(folder.iterdir())})
     (folder / "README.md").write_text(card(about, exported), encoding="utf-8")
@@ -140,7 +140,7 @@ def _ship(
 
 def record_model(config: RunConfig, exported: Exported, tracker: Tracker) -> None:
     """Log the ONNX file to MLflow as a model."""
-    about = needed_state(f"{exported.path}/{ABOUT_FILE}", dict[str, Any])
+    about = needed_state(f"{exported.path}/{METADATA_FILE}", dict[str, Any])
     side = about["image"]["size"] if about["input"] == "pixels" else about["preprocessing"]["size"]
     white = np.full((1, side, side, 3), 255, np.uint8)
     example = white if about["input"] == "pixels" else np.zeros((1, 3, side, side), np.float32)
@@ -165,7 +165,7 @@ def push_to_hub(folder: str, repository: str) -> None:
         ) from None
 
 
-def about_student(path: str, from_pixels: bool, images: Images) -> dict[str, Any]:
+def student_metadata(path: str, from_pixels: bool, images: Images) -> dict[str, Any]:
     """What a program needs to use the exported files: the classes, how a picture becomes a working image, and the input
     of the graphs: `pixels`, working images (B, H, H, 3) uint8, or `normalised` images (B, 3, S, S) float32."""
     about = needed_state(f"{path}/{STUDENT_FILE}", dict[str, Any])
@@ -265,7 +265,7 @@ def export(execution: Execution) -> None:
     student, report, generated = outcome.student, outcome.report, outcome.generated
     assert student is not None
     assert report is not None
-    useful = usefulness(report.student)
+    useful = compare_with_majority(report.student)
     if useful.state == "at chance" and not config.export.allow_useless:
         outcome.refused = (
             f"{useful.warnings[0].rstrip('.')}; so it is not exported. Train it longer or with other settings (the "

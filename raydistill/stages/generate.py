@@ -27,6 +27,7 @@ from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet, encode_shard, seeded_rank, shard_name
 from raydistill.errors import StageError
 from raydistill.execution import Execution
+from raydistill.generation.contact_sheets import draw_sheets, kept_pictures
 from raydistill.generation.features import show
 from raydistill.generation.forecast import wanted_images
 from raydistill.generation.pipelines import PipelineFacts, inspect_pipeline
@@ -40,7 +41,6 @@ from raydistill.generation.recipes import (
     read_made,
 )
 from raydistill.generation.selection import Chosen, HeldOut, Judge, choose
-from raydistill.generation.sheets import draw_sheets, kept_pictures
 from raydistill.identity import generate_directory
 from raydistill.results import GeneratedImages
 from raydistill.runtime.progress import Progress

@@ -27,6 +27,7 @@ from raydistill.data.sources.listing import Entry, Listing, entry_name
 from raydistill.data.sources.reading import UNREADABLE
 from raydistill.data.splits import Decoded, Drawn, draw, lacking_classes, without_duplicates
 from raydistill.errors import DataError
+from raydistill.escaping import quoted
 from raydistill.execution import Execution
 from raydistill.identity import decoded_directory
 from raydistill.runtime.progress import Progress
@@ -34,7 +35,6 @@ from raydistill.secrets import redacted_tree
 from raydistill.storage.directory import StageDirectory, free_bytes, refuse_small_disk
 from raydistill.storage.filesystems import exists, write_bytes
 from raydistill.storage.tables import read_table, values
-from raydistill.strangers import written
 
 # Images of a task and of a file of decoded images: small enough to use all CPUs, large enough for few files.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
@@ -144,7 +144,7 @@ class _DecodeChunk:
             is_whole = sorted(values(known["index"])) == [index for index, _, _ in chunk]
             if is_whole and not any(reason.startswith(UNREADABLE) for reason in values(known["reason"])):
                 return known
-        with trying(self._tries, f"{len(chunk)} images, {written(chunk[0][1])} the first"):
+        with trying(self._tries, f"{len(chunk)} images, {quoted(chunk[0][1])} the first"):
             rows = decode_isolated(chunk, self._images)
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         sink = pa.BufferOutputStream()

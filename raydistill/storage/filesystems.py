@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from raydistill.errors import ConfigError, DataError, StageError, StorageError
 from raydistill.storage.local import create_here
-from raydistill.storage.retries import patiently
+from raydistill.storage.retries import with_retries
 
 PATIENCE_SECONDS = 60.0
 # What to install for a protocol: `pip install 'raydistill[s3]'`.
@@ -49,7 +49,7 @@ class FileSystem:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._fs, name)
-        return functools.partial(patiently, value, self.is_local, self._patience) if callable(value) else value
+        return functools.partial(with_retries, value, self.is_local, self._patience) if callable(value) else value
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FileSystem, (self._fs, self._patience)
@@ -66,26 +66,26 @@ class FileSystem:
     def open(self, place: str, mode: str = "rb", **options: Any) -> Any:
         """Raises OSError, also where the file to read is no regular one."""
         if self.is_local and mode == "rb":
-            return patiently(open_file, True, self._patience, place)
-        file = patiently(self._fs.open, self.is_local, self._patience, place, mode, **options)
+            return with_retries(open_file, True, self._patience, place)
+        file = with_retries(self._fs.open, self.is_local, self._patience, place, mode, **options)
         if fetch := getattr(getattr(file, "cache", None), "fetcher", None):  # what reads a bucket's file, part by part
 
             def fetch_from(_: str, start: int, end: int) -> Any:
                 return fetch(start, end)
 
-            file.cache.fetcher = functools.partial(patiently, fetch_from, self.is_local, self._patience, place)
+            file.cache.fetcher = functools.partial(with_retries, fetch_from, self.is_local, self._patience, place)
         return file
 
     def cat_file(self, place: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         if self.is_local:
             open_file(place).close()
-        return bytes(patiently(self._fs.cat_file, self.is_local, self._patience, place, start, end, **options))
+        return bytes(with_retries(self._fs.cat_file, self.is_local, self._patience, place, start, end, **options))
 
     def read_at_most(self, place: str, most: int, is_small: bool = False) -> bytes:
         """A whole file of a stranger. The bucket of one that `is_small` is not asked for its size first. Raises
         OSError, also where it has more bytes."""
         if self.is_local:
-            return patiently(read_file, True, self._patience, place, most)
+            return with_retries(read_file, True, self._patience, place, most)
         if not is_small and (size := self.size(place) or 0) > most:
             raise too_large(size, most, place)
         # s3fs would ask for the size in order to read in parts.

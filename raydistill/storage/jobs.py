@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field
 
 from raydistill.config import RunConfig
 from raydistill.errors import CheckpointError, ConfigError, StageError, did_you_mean, first_line_of
+from raydistill.escaping import first_few, truncated
 from raydistill.runtime.processes import is_running, process_name
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
@@ -29,7 +30,6 @@ from raydistill.storage.filesystems import open_filesystem, refuse_unreachable, 
 from raydistill.storage.lease import is_held
 from raydistill.storage.local import refuse_link
 from raydistill.storage.state import read_state
-from raydistill.strangers import bounded, some
 
 logger = logging.getLogger(__name__)
 FOLDER, LATEST, PAGE = "jobs", "latest", "report.html"
@@ -113,7 +113,7 @@ class JobRecord:
         self.run.ended = time.time()
         if error is not None:
             words = first_line_of(error) if isinstance(error, Exception) else "interrupted"
-            self.run.error = redacted(bounded(words, redacted))[:500]
+            self.run.error = redacted(truncated(words, redacted))[:500]
         self._write()
         if "://" not in self._root:
             self._link()
@@ -213,7 +213,7 @@ def named_runs(runs: list[tuple[str, JobRun]], name: str) -> list[tuple[str, Job
     if found := [item for item in runs if name in (item[1].name, item[0].split("/")[-3])]:
         return found
     names = sorted({run.name for _, run in runs})
-    raise ConfigError(f"no job {name!r} here{did_you_mean(name, names) or f'; there are {some(names)}'}")
+    raise ConfigError(f"no job {name!r} here{did_you_mean(name, names) or f'; there are {first_few(names)}'}")
 
 
 def forget(workspace: str, paths: list[str]) -> None:

@@ -26,7 +26,7 @@ _NOT_SET_UP = {"ProfileNotFound", "ParamValidationError", "NoRegionError", "Inva
 _ASK_AGAIN = {408, 425, 429}  # HTTP's codes below 500 that pass
 
 
-def patiently(call: Callable[..., Result], is_local: bool, patience: float, /, *args: Any, **kwargs: Any) -> Result:
+def with_retries(call: Callable[..., Result], is_local: bool, patience: float, /, *args: Any, **kwargs: Any) -> Result:
     """The result of a call on storage, tried again for `patience` seconds. Raises StorageError where storage does not
     answer, PermissionError where it refuses the key, and an error of the request itself, such as a missing file."""
     where = next((a for a in reversed(args) if isinstance(a, str)), "storage")

@@ -14,10 +14,10 @@ from typing import Annotated, Any, NoReturn, TypeVar, cast
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
-from raydistill.documents import no_key_twice
 from raydistill.errors import CheckpointError
+from raydistill.escaping import one_line, shortened
 from raydistill.storage.filesystems import open_filesystem, read_file
-from raydistill.strangers import one_line, shorter
+from raydistill.yaml_files import no_key_twice
 
 T = TypeVar("T")
 # Values: a million classes, and a million others. One of two bytes in the file may take 250 in memory.
@@ -96,7 +96,7 @@ def parsed(data: bytes | str, shape: type[T], any_float: bool = False, any_keys:
         return _adapter(cast(Hashable, shape)).validate_json(data, strict=True)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = shorter(one_line(".".join(map(str, first["loc"][:4]))), 60) or "the whole"
+        where = shortened(one_line(".".join(map(str, first["loc"][:4]))), 60) or "the whole"
         raise ValueError(f"{where} {_in_our_words(first['msg'])}"[:200]) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config import RunConfig
-from raydistill.strangers import one_line
+from raydistill.escaping import one_line
 from raydistill.tracking.stores import UnusableError
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ import numpy as np
 from raydistill.config import RunConfig
 from raydistill.config.keys import flattened
 from raydistill.data.sample import SampleSet
+from raydistill.escaping import one_line, printable
 from raydistill.secrets import redacted, redacted_tree
-from raydistill.strangers import one_line, printable
 
 if TYPE_CHECKING:
     from raydistill.tracking.tracker import Tracker

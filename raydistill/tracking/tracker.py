@@ -20,8 +20,8 @@ import numpy as np
 
 from raydistill.config import RunConfig, shown_yaml
 from raydistill.runtime import interrupts
+from raydistill.runtime.periodic import repeated
 from raydistill.runtime.processes import process_name
-from raydistill.runtime.repeat import repeated
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
 from raydistill.tracking.experiments import experiment_name, find_experiment, mention_old_runs

@@ -10,9 +10,9 @@ from typing import Any
 from urllib.parse import quote
 
 from raydistill.errors import CheckpointError
+from raydistill.escaping import one_line
 from raydistill.storage.filesystems import open_file
 from raydistill.storage.local import refuse_links
-from raydistill.strangers import one_line
 from raydistill.tracking.stores import UnusableError, engine_of, reason, sqlite_file
 
 _OTHER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # the end of a journal that names one

@@ -16,8 +16,8 @@ import ray
 import yaml
 
 from raydistill.config import load_config
-from raydistill.doctor.cluster_documents import read_documents
 from raydistill.doctor.cluster_file import check_cluster_file, offered
+from raydistill.doctor.cluster_yaml import read_documents
 from raydistill.doctor.kuberay_file import check_kuberay_file
 from raydistill.doctor.node_types import NodeType
 from raydistill.errors import ConfigError

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from raydistill.cli.commands import app
 from raydistill.config import load_config
 from raydistill.doctor.first_job import Situation, choose, job_text, look, outlook
-from raydistill.documents import parse
 from raydistill.errors import ConfigError, DataError
+from raydistill.yaml_files import parse
 
 DEMO = Situation(
     classes=8, labelled=160, unlabelled=824, set_apart=0, fewest=20, most=20, has_val=False, short_side=500,

@@ -20,9 +20,9 @@ from raydistill.data.targets import UNLABELLED
 from raydistill.engine import loop, reporter
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.checkpoints import latest_checkpoint, latest_step
+from raydistill.engine.distillation_model import BestStudent, DistillationModel
 from raydistill.engine.loop import distill_loop, learning_rate
 from raydistill.engine.records import read_epochs, read_progress
-from raydistill.engine.trainee import BestStudent, Trainee
 from raydistill.engine.workers import Worker
 from raydistill.errors import CheckpointError, DivergedError
 from tests.training import assert_same, ends_at, here, interrupt, untimed, weights
@@ -245,7 +245,7 @@ def test_every_term_trains_by_itself(tiny_set, weight, precision) -> None:
     )
     term = weight.removesuffix("_weight")
     torch.manual_seed(job.config.seed)
-    start = Trainee(job).state_dict()
+    start = DistillationModel(job).state_dict()
     record = distill_loop(job, here())
     assert record["step"] == job.total_steps > 1
     assert math.isfinite(record[term])
@@ -327,7 +327,7 @@ def test_a_body_rate_of_zero_keeps_all_but_the_classifier_through_a_resume(
             if not name.startswith("fc."):
                 assert torch.equal(found[name], value), name
     torch.manual_seed(broken.config.seed)
-    for name, value in Trainee(broken).named_parameters():
+    for name, value in DistillationModel(broken).named_parameters():
         assert torch.equal(weights(broken)[f"model.{name}"], value) is not value.requires_grad, name
 
 
@@ -340,7 +340,7 @@ def test_a_body_rate_scales_the_steps_of_the_body_alone(tiny_set, pretrained) ->
         for rate in (1.0, 0.1)
     }
     torch.manual_seed(0)
-    start = {f"model.{name}": value for name, value in Trainee(jobs[1.0]).state_dict().items()}
+    start = {f"model.{name}": value for name, value in DistillationModel(jobs[1.0]).state_dict().items()}
     for job in jobs.values():
         assert distill_loop(job, here())["step"] == 1
     whole, tenth = (weights(job) for job in jobs.values())

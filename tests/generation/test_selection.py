@@ -16,7 +16,7 @@ from PIL import Image
 
 from raydistill.config import Generate, Images, load_config
 from raydistill.data.decode import decode, encode
-from raydistill.data.likeness import contrast, difference_hash
+from raydistill.data.near_duplicates import contrast, difference_hash
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.views import WHOLE_IMAGE, render
 from raydistill.generation.features import working_image

@@ -27,11 +27,11 @@ from raydistill.data.decode import decode, encode, pixels
 from raydistill.data.isolation import end_processes
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import CheckpointError, ConfigError, DataError
-from raydistill.inference.answers import OUTPUTS, write_answers
 from raydistill.inference.command import predict_command
-from raydistill.inference.listening import ServeSettings
 from raydistill.inference.predict import Predictor, find_units, predict_locally, predict_on_ray, without_first
+from raydistill.inference.predictions import OUTPUTS, write_predictions
 from raydistill.inference.serve import make_app
+from raydistill.inference.sockets import ServeSettings
 from raydistill.models.formats import network_inputs
 from raydistill.models.student import read_student
 from tests.small_run import CLASSES, SIZE, painted
@@ -132,7 +132,7 @@ def test_outputs_hold_every_picture_with_names_and_probabilities(exported, pictu
     units = find_units([str(pictures)])
     answers = list(predict_locally(result.path, "onnx", units))
     for suffix in ("csv", "json", "jsonl", "parquet"):
-        write_answers(answers, CLASSES, 2, str(tmp_path / f"out.{suffix}"))
+        write_predictions(answers, CLASSES, 2, str(tmp_path / f"out.{suffix}"))
     rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
     whole = json.loads((tmp_path / "out.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

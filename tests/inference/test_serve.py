@@ -27,9 +27,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from raydistill.errors import ConfigError
-from raydistill.inference.listening import ServeSettings, addresses, check_name, listen, own_names
 from raydistill.inference.predict import Predictor
 from raydistill.inference.serve import make_app
+from raydistill.inference.sockets import ServeSettings, addresses, check_name, listen, own_names
 from tests.data.test_decode import blank_png
 from tests.small_run import CLASSES, painted
 

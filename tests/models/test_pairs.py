@@ -24,8 +24,8 @@ from raydistill.data.sample import shard_name
 from raydistill.data.targets import encode_targets, labels_of, read_samples
 from raydistill.data.views import render, view_parameters
 from raydistill.engine.batches import DistillJob
+from raydistill.engine.distillation_model import DistillationModel
 from raydistill.engine.loop import distill_loop
-from raydistill.engine.trainee import Trainee
 from raydistill.engine.workers import Worker
 from raydistill.models.heads import LinearHead, encode_head
 from raydistill.models.teacher import TeacherBackbone, load_teacher
@@ -138,34 +138,34 @@ def two_steps(tiny: TinySet, teacher: Taught, student: str, name: str) -> dict[s
 
 
 @pytest.fixture
-def trainees(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Trainee, dict[str, torch.Tensor]]]:
-    """Every trainee that the loop makes, and what it was before its first step."""
+def models(monkeypatch: pytest.MonkeyPatch) -> list[tuple[DistillationModel, dict[str, torch.Tensor]]]:
+    """Every model that the loop makes, and what it was before its first step."""
     made = []
 
-    class Kept(Trainee):
+    class Kept(DistillationModel):
         def __init__(self, job: DistillJob) -> None:
             super().__init__(job)
             made.append((self, state(self)))
 
-    monkeypatch.setattr("raydistill.engine.loop.Trainee", Kept)
+    monkeypatch.setattr("raydistill.engine.loop.DistillationModel", Kept)
     return made
 
 
 @pytest.mark.parametrize("student", ARCHITECTURES)
 @pytest.mark.parametrize("teacher", [*ARCHITECTURES, "a student"])
-def test_any_teacher_teaches_any_student(tiny, taught, folders, trainees, teacher, student) -> None:
+def test_any_teacher_teaches_any_student(tiny, taught, folders, models, teacher, student) -> None:
     source = taught(teacher)
     model = folders(student) if student in TRANSFORMERS else f"timm:{student}"
     record = two_steps(tiny, source, model, f"{teacher} to {student}")
     assert all(math.isfinite(record[name]) for name in ("loss", "task", "kd", "alignment", "uniformity"))
     assert record["step"] == 2
-    ((trainee, before),) = trainees
-    after = state(trainee)
+    ((trained, before),) = models
+    after = state(trained)
     for part in ("student.", "student_projection.", "teacher_projection."):
         moved = [k for k in before if k.startswith(part) and not torch.equal(before[k], after[k])]
         assert len(moved) > len([k for k in before if k.startswith(part)]) / 2, part
-    np.testing.assert_array_equal(trainee.head_weight.numpy(), source.head.weight_CD)
-    np.testing.assert_array_equal(trainee.head_bias.numpy(), source.head.bias_C)
-    assert not any(trainee.head_weight is value for value in trainee.parameters())
+    np.testing.assert_array_equal(trained.head_weight.numpy(), source.head.weight_CD)
+    np.testing.assert_array_equal(trained.head_bias.numpy(), source.head.bias_C)
+    assert not any(trained.head_weight is value for value in trained.parameters())
     assert_same(source.at_first, state(source.backbone))
     assert not any(parameter.requires_grad for parameter in source.backbone.parameters())

@@ -42,7 +42,6 @@ from raydistill.search.confirmation import gains_of, search_verdict
 from raydistill.search.directory import tune_directory
 from raydistill.search.display import Clock, SearchDisplay
 from raydistill.search.forecast import forecast_lines, seconds_per_step
-from raydistill.search.layout import lay_out
 from raydistill.search.significance import Answers
 from raydistill.search.space import read_space
 from raydistill.search.study import (
@@ -55,6 +54,7 @@ from raydistill.search.study import (
     refuse_others,
 )
 from raydistill.search.trainable import TrialWork, run_trial
+from raydistill.search.trial_resources import plan_trials
 from raydistill.search.trials import StudySearch
 from raydistill.search.tune import tune_job
 from raydistill.storage.directory import StageDirectory, workspace_root
@@ -546,7 +546,7 @@ PAIR = ["distill.num_workers=2"]
 )
 def test_trials_share_the_machines(more, machine, together, share, threads, words) -> None:
     config = load_config([*words, *more])
-    layout = lay_out(config, plan_resources(config, *machine))
+    layout = plan_trials(config, plan_resources(config, *machine))
     assert (layout.together, layout.share, layout.plan.train_threads) == (together, share, threads)
     assert layout.plan.train_workers == (2 if more[:1] == PAIR else 0)
 
@@ -563,7 +563,7 @@ def test_trials_share_the_machines(more, machine, together, share, threads, word
 def test_more_trials_at_once_than_fit_are_refused(more, machine, message, words) -> None:
     config = load_config([*words, *more])
     with pytest.raises(ConfigError, match=message):
-        lay_out(config, plan_resources(config, *machine))
+        plan_trials(config, plan_resources(config, *machine))
 
 
 def test_keys_that_a_sampler_does_not_model_are_named(words, space_file) -> None:

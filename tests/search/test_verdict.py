@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from raydistill.escaping import one_line
 from raydistill.search.arms import Arm, training_seconds
 from raydistill.search.figures import draw_comparison, draw_curve
 from raydistill.search.significance import Answers, accuracy_interval, difference
 from raydistill.search.verdict import Comparison, summarise
-from raydistill.strangers import one_line
 
 IMAGES = 500
 

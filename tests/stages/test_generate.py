@@ -32,6 +32,7 @@ from raydistill.data.sources.listing import Listing
 from raydistill.data.targets import read_targets
 from raydistill.errors import ConfigError, StageError
 from raydistill.execution import Execution
+from raydistill.generation.contact_sheets import draw_sheets
 from raydistill.generation.features import (
     working_image,
 )
@@ -40,7 +41,6 @@ from raydistill.generation.generator import Generator, Request
 from raydistill.generation.pipelines import PipelineFacts, class_numbers, inspect_pipeline
 from raydistill.generation.recipes import GeneratorActor, Made, make_recipes, read_made
 from raydistill.generation.selection import Chosen
-from raydistill.generation.sheets import draw_sheets
 from raydistill.graph import Work
 from raydistill.identity import generate_directory, stage_directory, views_name
 from raydistill.pages.report import write_report

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from raydistill.data.labels import MOST_BYTES, label_of
 from raydistill.errors import DataError
-from raydistill.strangers import written
+from raydistill.escaping import quoted
 
 # Of pictures, in folders and in tar files. A file's content decides what is in it.
 EXTENSIONS = frozenset({
@@ -127,10 +127,10 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
         elif suffix in _LABELS:
             key = member.name[: -len(suffix)]
             if suffix in beside[key]:
-                raise DataError(f"{shown}: {written(member.name)} is there twice; which is the label?")
+                raise DataError(f"{shown}: {quoted(member.name)} is there twice; which is the label?")
             beside[key][suffix] = file
         else:
-            ignored[f"files ending in {written(suffix) or 'nothing'} in tar files"] += 1
+            ignored[f"files ending in {quoted(suffix) or 'nothing'} in tar files"] += 1
     _refuse_cut(archive, shown)
     own = {stem for _, stem in images}
     found = dict[str, File]()
@@ -143,7 +143,7 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
                 continue
             key = first if first in beside else stem
         if key in found:
-            both = f"{written(found[key].name)} and {written(file.name)}"
+            both = f"{quoted(found[key].name)} and {quoted(file.name)}"
             raise DataError(f"{shown}: {both} stand under one key; which is the image?")
         found[key] = file
         kept.append((file, beside.get(key, {})))
@@ -176,7 +176,7 @@ def label_in(archive: Any, beside: dict[str, File], shown: str, notes: Counter[s
     """From `KEY.cls`, from `label` or `class` in `KEY.json`, or from `KEY.txt`: the first that gives one."""
     for suffix in (suffix for suffix in _LABELS if suffix in beside):
         member = beside[suffix]
-        where = f"{shown}: {written(member.name)}"
+        where = f"{shown}: {quoted(member.name)}"
         if member.size > MOST_BYTES:
             raise DataError(f"{where} has {member.size:,} bytes, too many for a label")
         archive.seek(member.start)

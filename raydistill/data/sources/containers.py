@@ -24,10 +24,10 @@ import pyarrow as pa
 from raydistill.data.labels import MOST_BYTES, label_of, refuse_many_classes
 from raydistill.data.sources.archives import EXTENSIONS, Member, images_of, label_in, refuse_compressed
 from raydistill.errors import DataError
+from raydistill.escaping import quoted
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unread, version_of
 from raydistill.storage.tables import SUFFIXES as TABLE_SUFFIXES
 from raydistill.storage.tables import Batches, Table, longest, named, open_table, values
-from raydistill.strangers import written
 
 __all__ = ["EXTENSIONS", "MOST_BESIDE", "SUFFIXES", "Row", "count_rows", "list_rows", "read_rows"]
 SUFFIXES = (*TABLE_SUFFIXES, ".tar")
@@ -49,8 +49,8 @@ def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator
     Raises DataError: a damaged file, a missing column, a label without a name."""
     if _is_tar(path):
         with _open_tar(path) as archive:
-            for number, (_, beside) in enumerate(images_of(archive, written(path), ignored)):
-                yield Row(number, label_in(archive.fileobj, beside, written(path), notes), None)
+            for number, (_, beside) in enumerate(images_of(archive, quoted(path), ignored)):
+                yield Row(number, label_in(archive.fileobj, beside, quoted(path), notes), None)
     else:
         with open_table(path) as table:
             yield from _table_rows(path, table, notes)
@@ -110,7 +110,7 @@ def _places(path: str, version: str) -> np.ndarray:
     """(images, 2) of a tar file: where the bytes of each image begin, and how many there are. Without the cache each
     call for rows would read all headers again."""
     with _open_tar(path) as archive:
-        images = images_of(archive, written(path), Counter())
+        images = images_of(archive, quoted(path), Counter())
         return np.array([(file.start, file.size) for file, _ in images], np.int64).reshape(-1, 2)
 
 
@@ -119,19 +119,19 @@ def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
     fs, place = open_filesystem(path)
     try:
         with fs.open(place) as file:
-            refuse_compressed(file.read(6), written(path))
+            refuse_compressed(file.read(6), quoted(path))
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:", tarinfo=Member) as archive:
                 yield archive
     except (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        refuse_unread(error, written(path))
+        refuse_unread(error, quoted(path))
         reason = "headers of headers without end" if isinstance(error, RecursionError) else error
-        raise DataError(f"{written(path)}: not a tar file, or a damaged one ({reason})") from None
+        raise DataError(f"{quoted(path)}: not a tar file, or a damaged one ({reason})") from None
 
 
 def _table_rows(path: str, table: Table, notes: Counter[str]) -> Iterator[Row]:
     """Columns `image` (bytes, or the struct of bytes and path that `datasets` writes), `label`, and maybe `split`."""
-    schema, shown = table.schema, written(path)
+    schema, shown = table.schema, quoted(path)
     if lacking := {"image", "label"} - set(schema.names):
         found = ", ".join(map(named, schema.names[:10]))
         in_folder = any(part.startswith("label=") for part in PurePosixPath(path).parts)
@@ -178,7 +178,7 @@ def _check_image_column(path: str, table: Table) -> None:
     """Raises DataError where the column holds neither bytes nor structs of bytes and path."""
     if "image" not in table.schema.names:
         found = ", ".join(map(named, table.schema.names[:10]))
-        raise DataError(f"{written(path)}: no column image among {found}; rename the one that holds the pictures")
+        raise DataError(f"{quoted(path)}: no column image among {found}; rename the one that holds the pictures")
     kind: Any = table.schema.field("image").type
     if pa.types.is_struct(kind) and "bytes" in [kind.field(k).name for k in range(kind.num_fields)]:
         kind = kind.field("bytes").type
@@ -187,7 +187,7 @@ def _check_image_column(path: str, table: Table) -> None:
         return
     is_text = any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
     advice = "for paths make a .csv with `path` and `label`" if is_text else "encode each picture as PNG or JPEG"
-    raise DataError(f"{written(path)}: the column image holds {kind}, not the bytes of image files; {advice}")
+    raise DataError(f"{quoted(path)}: the column image holds {kind}, not the bytes of image files; {advice}")
 
 
 def _class_names(path: str, metadata: dict[bytes, bytes]) -> list[str]:
@@ -197,7 +197,7 @@ def _class_names(path: str, metadata: dict[bytes, bytes]) -> list[str]:
         beside = posixpath.join(posixpath.dirname(path), "dataset_info.json")
         fs, place = open_filesystem(beside)
         names = _names_beside(beside, str(fs.info(place))) if fs.isfile(place) else None
-    refuse_many_classes(len(names or ()), written(path))
+    refuse_many_classes(len(names or ()), quoted(path))
     return names or []
 
 
@@ -217,7 +217,7 @@ def _beside(fs: FileSystem, place: str) -> bytes:
     try:
         return fs.read_at_most(place, MOST_BESIDE)
     except OSError as error:
-        raise DataError(f"{written(place)}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{quoted(place)}: cannot be read: {error.strerror}") from None
 
 
 def _json(data: bytes) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def saved_files(fs: FileSystem, folder: str) -> tuple[set[str], str | None] | No
     state = _json(_beside(fs, place))
     if state.get("_indices_files"):
         raise DataError(
-            f"{written(place)}: its rows were chosen or shuffled, and the files hold the old ones; call "
+            f"{quoted(place)}: its rows were chosen or shuffled, and the files hold the old ones; call "
             "`flatten_indices()` and save it again"
         )
     files = state.get("_data_files")

@@ -17,9 +17,9 @@ from raydistill.data.sources import path_tables
 from raydistill.data.sources.containers import EXTENSIONS, SUFFIXES, list_rows, saved_files
 from raydistill.data.sources.folders import files_below
 from raydistill.errors import DataError
+from raydistill.escaping import quoted, shortened
 from raydistill.storage.addresses import is_elsewhere
 from raydistill.storage.filesystems import FileSystem, open_filesystem
-from raydistill.strangers import shorter, written
 
 SPLIT_FOLDERS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
@@ -46,7 +46,7 @@ class Entry:
 
 def entry_name(entry: Entry) -> str:
     """For people."""
-    return written(entry.path) if entry.row is None else f"{written(entry.path)} row {entry.row}"
+    return quoted(entry.path) if entry.row is None else f"{quoted(entry.path)} row {entry.row}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_source(fs: FileSystem, root: str, ignored: Counter[str], notes: Counter
             return Source(list(_of_file(fs, root, None, ignored, notes)), posixpath.dirname(root), {})
         if _suffix(root) in path_tables.SUFFIXES:
             entries = list(_of_table(fs, root, notes))
-            _refuse_repeats(entries, written(root))
+            _refuse_repeats(entries, quoted(root))
             return Source(entries, posixpath.dirname(root), {})
         return None
     if fs.is_local:
@@ -120,7 +120,7 @@ def _of_class_folders(root: str, files: Collection[str], ignored: Counter[str], 
         elif inner[0].strip().casefold() in UNLABELLED_FOLDERS and len(inner) > 1 and split in (None, "train"):
             yield Entry(path, None, "train")
         elif has_splits and split is None:
-            ignored[f"images outside train, val and test ({written(parts[0])}/)"] += 1
+            ignored[f"images outside train, val and test ({quoted(parts[0])}/)"] += 1
         elif len(inner) < 2:
             ignored["images outside a class folder"] += 1
         else:
@@ -128,7 +128,7 @@ def _of_class_folders(root: str, files: Collection[str], ignored: Counter[str], 
             yield Entry(path, inner[0], split)
     for name in sorted(unread.keys() - read):
         endings = ", ".join(f"{count} ending in {_ending(suffix)}" for suffix, count in unread[name].most_common(3))
-        what = f"files of {written(name)!r}, which is no class, since none is read: {endings}; convert or rename them"
+        what = f"files of {quoted(name)!r}, which is no class, since none is read: {endings}; convert or rename them"
         notes[what] = unread[name].total()
 
 
@@ -155,7 +155,7 @@ def _of_file(
 ) -> Iterator[Entry]:
     """The rows of one file, in the split that it names for them or else in the given one."""
     for row in list_rows(address_of(fs, path), ignored, notes):
-        yield Entry(path, row.label, _split(row.split, f"{written(path)}: row {row.number}") or split, row.number)
+        yield Entry(path, row.label, _split(row.split, f"{quoted(path)}: row {row.number}") or split, row.number)
 
 
 def _holds_files_of_many(root: str, files: Collection[str]) -> bool:
@@ -197,7 +197,7 @@ def _of_folder_of_files(
 def _split(value: object, where: str) -> str | None:
     text = "" if value is None else str(value).strip().casefold()
     if text and text not in SPLIT_FOLDERS:
-        raise DataError(f"{where}: split {shorter(repr(value))} is none of train, val, test")
+        raise DataError(f"{where}: split {shortened(repr(value))} is none of train, val, test")
     return SPLIT_FOLDERS.get(text)
 
 
@@ -211,4 +211,4 @@ def _suffix(path: str) -> str:
 
 
 def _ending(suffix: str) -> str:
-    return written(suffix) or "nothing"
+    return quoted(suffix) or "nothing"

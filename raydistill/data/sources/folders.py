@@ -9,7 +9,7 @@ import posixpath
 from collections import Counter, deque
 
 from raydistill.errors import DataError
-from raydistill.strangers import shorter, written
+from raydistill.escaping import quoted, shortened
 
 _NAMED, _LONGEST = 5, 400  # links that a message names; characters of a path in it
 _VANISHED = {errno.ENOENT, errno.ENOTDIR, errno.ESRCH}
@@ -55,12 +55,12 @@ def _listed(folder: str, root: str, ignored: Counter[str]) -> list[os.DirEntry[s
             ignored["folders that vanished while they were listed"] += 1
             return []
         if os.path.exists(root) and not os.path.isdir(root):
-            raise DataError(f"{written(root)}: it is neither a folder nor a regular file") from None
-        shown = shorter(written(str(error.filename)), _LONGEST)
+            raise DataError(f"{quoted(root)}: it is neither a folder nor a regular file") from None
+        shown = shortened(quoted(str(error.filename)), _LONGEST)
         raise DataError(f"{shown}: cannot be listed ({error.strerror})") from None
 
 
 def _below(path: str, root: str) -> str:
     """A path for people: from the root, or whole where it lies elsewhere."""
     inside = path.removeprefix(root)
-    return written(path if inside == path else inside.lstrip("/") or ".")
+    return quoted(path if inside == path else inside.lstrip("/") or ".")

@@ -22,10 +22,10 @@ from raydistill.data.sample import sample_id
 from raydistill.data.sources.containers import MOST_BESIDE
 from raydistill.data.sources.entries import Entry, Source, address_of, entry_name, read_source
 from raydistill.errors import ConfigError, DataError, near_path
+from raydistill.escaping import first_few, most_common, quoted
 from raydistill.examples import images_path
 from raydistill.storage.addresses import is_elsewhere
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable
-from raydistill.strangers import few_kinds, some, written
 
 __all__ = ["Entry", "Listing", "entry_name", "list_images", "natural"]
 
@@ -52,7 +52,7 @@ class Listing:
 def list_images(config: Images) -> Listing:
     """Raises DataError: no images, one class, a class that a split lacks, a table without the columns it needs.
     Raises ConfigError where nothing answers at the path."""
-    path, named = config.path, f"images.path={written(config.path)}"
+    path, named = config.path, f"images.path={quoted(config.path)}"
     if path.startswith("example:"):
         path = str(images_path(path.removeprefix("example:")))
     try:
@@ -84,7 +84,7 @@ def list_images(config: Images) -> Listing:
     fingerprint = _fingerprint(fs, source, entries, path)
     if not fs.is_local:
         entries = [replace(entry, path=address_of(fs, entry.path)) for entry in entries]
-    return Listing(tuple(entries), classes, few_kinds(ignored), fingerprint, few_kinds(notes))
+    return Listing(tuple(entries), classes, most_common(ignored), fingerprint, most_common(notes))
 
 
 def _labels(entries: Sequence[Entry]) -> list[str]:
@@ -116,7 +116,7 @@ def _listed_classes(config: Images) -> list[str] | None:
     if config.classes is None:
         return None
     fs, path = open_filesystem(config.classes)
-    named = f"images.classes={written(config.classes)}"
+    named = f"images.classes={quoted(config.classes)}"
     if not fs.isfile(path):
         raise DataError(f"{named}: {'it is no regular file' if fs.exists(path) else 'no such file'}")
     try:
@@ -152,7 +152,7 @@ def _fewer(entries: list[Entry], most: int, ignored: Counter[str]) -> list[Entry
 
 
 def _check(config: Images, entries: list[Entry], classes: tuple[str, ...], besides: Counter[str]) -> None:
-    where = f"images.path={written(config.path)}"
+    where = f"images.path={quoted(config.path)}"
     if len(classes) < 2:
         found = f"only the class {classes[0]!r}" if classes else "no labelled class"
         rest = f" (besides {_describe(besides)})" if besides else ""
@@ -175,18 +175,18 @@ def _check(config: Images, entries: list[Entry], classes: tuple[str, ...], besid
                 f"class list{f' (did you mean {near[0]!r}?)' if near else ''}; rename it or take the images out"
             )
     if lacking := [name for name in classes if not counts[None, name] + counts["train", name]]:
-        raise DataError(f"{where}: no train image of {some(lacking)}; add some or take the class off the list")
+        raise DataError(f"{where}: no train image of {first_few(lacking)}; add some or take the class off the list")
     if any(split == "val" for split, _ in counts) and not config.allow_missing_val:
         if lacking := [name for name in classes if not counts["val", name]]:
             raise DataError(
-                f"{where}: no val image of {some(lacking)}; add some, or set images.allow_missing_val=true to go on "
-                "without measuring these classes"
+                f"{where}: no val image of {first_few(lacking)}; add some, or set images.allow_missing_val=true to "
+                "go on without measuring these classes"
             )
 
 
 def _describe(ignored: Counter[str]) -> str:
     return (
-        ", ".join(f"{count} {what}" for what, count in Counter(few_kinds(ignored, 10)).most_common()) or "it is empty"
+        ", ".join(f"{count} {what}" for what, count in Counter(most_common(ignored, 10)).most_common()) or "it is empty"
     )
 
 

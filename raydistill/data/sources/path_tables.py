@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from raydistill.data.labels import label_of, refuse_many_classes
-from raydistill.documents import KeyTwiceError, no_key_twice
 from raydistill.errors import DataError
+from raydistill.escaping import quoted, shortened
 from raydistill.storage.filesystems import FileSystem
 from raydistill.storage.tables import named, refuse_few_bytes
-from raydistill.strangers import shorter, written
+from raydistill.yaml_files import KeyTwiceError, no_key_twice
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _MOST_BYTES, _LONGEST_LINE = 1 << 30, 1 << 24
@@ -41,7 +41,7 @@ class PathRow(NamedTuple):
 def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator[PathRow]:
     """Raises DataError with the line: a row that does not fit, a column that is missing or there twice, another
     encoding or delimiter."""
-    shown, is_json = written(table), table.lower().endswith(".jsonl")
+    shown, is_json = quoted(table), table.lower().endswith(".jsonl")
     lines = _lines(fs, table, shown, "\n" if is_json else "")
     plain = dict[str, str]()  # labels that are as they seem: most rows repeat one
     for number, row in _json_rows(shown, lines) if is_json else _csv_rows(shown, lines):
@@ -52,7 +52,7 @@ def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator
         if not path:
             raise DataError(f"{shown}: line {number} has no path")
         if not isinstance(path, str):
-            raise DataError(f"{shown}: line {number}: the path is no text but {shorter(repr(path))}")
+            raise DataError(f"{shown}: line {number}: the path is no text but {shortened(repr(path))}")
         if "\0" in path:
             raise DataError(f"{shown}: line {number}: the path holds a NUL, which no file's name does")
         label = plain.get(value) if isinstance(value, str) else None
@@ -135,7 +135,7 @@ def _check_header(columns: list[str], where: str, delimiter: str) -> None:
         raise DataError(f"{where} has several columns {twice[0]}; keep one")
     if {"path", "label"} <= set(columns):
         return
-    found = ", ".join(written(name[:40]) for name in columns[:5])
+    found = ", ".join(quoted(name[:40]) for name in columns[:5])
     other = next((sign for sign in (";", "\t", "|", ",") if sign != delimiter and sign in columns[0]), None)
     if len(columns) == 1 and other is not None:
         name = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}[other]
@@ -147,7 +147,7 @@ def _check_header(columns: list[str], where: str, delimiter: str) -> None:
 def _near(row: dict[str, Any]) -> str:
     """Advice where a name is right but for its case, quotes or invisible signs around it."""
     meant = {name: name.strip(" \t\xa0\u200b\ufeff'\"").casefold() for name in map(str, row) if name not in _COLUMNS}
-    near = [f"{written(name)} as {right}" for name, right in meant.items() if right in _COLUMNS]
+    near = [f"{quoted(name)} as {right}" for name, right in meant.items() if right in _COLUMNS]
     return f": write {', '.join(near)}" if near else ""
 
 

@@ -19,12 +19,12 @@ from typing import Any
 import pyarrow as pa
 
 from raydistill.errors import CheckpointError, DataError, reason_of
+from raydistill.escaping import quoted
 from raydistill.storage.filesystems import open_filesystem, refuse_unread, version_of
 from raydistill.storage.tables.arrow import ArrowFile
 from raydistill.storage.tables.columns import longest, named, values
 from raydistill.storage.tables.parquet import ParquetFile
 from raydistill.storage.tables.parts import Batches, is_bomb, refuse_few_bytes
-from raydistill.strangers import written
 
 __all__ = [
     "SUFFIXES",
@@ -48,7 +48,7 @@ _DAMAGES = (pa.ArrowException, OSError, EOFError, LookupError, ValueError, Memor
 def open_table(path: str) -> Iterator[Table]:
     """A stranger's file. Raises DataError with its name: the file is damaged, of another kind or a bomb, or a column is
     not plain."""
-    shown = written(path)
+    shown = quoted(path)
     suffix = PurePosixPath(path).suffix.lower().lstrip(".")
     try:
         with _opened(path) as file:

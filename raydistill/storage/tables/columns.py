@@ -10,7 +10,7 @@ import pyarrow as pa
 from pyarrow import compute as pc
 
 from raydistill.errors import DataError
-from raydistill.strangers import shorter, written
+from raydistill.escaping import quoted, shortened
 
 # Under the second name, of the same length, the first means nothing to Arrow.
 EXTENSION, NO_EXTENSION = b"ARROW:extension:name", b"arrow.extension.name"
@@ -51,7 +51,7 @@ def bytes_of_views(column: Any) -> int:
 
 def named(name: str) -> str:
     """A column's name, as messages show it."""
-    return shorter(written(name))
+    return shortened(quoted(name))
 
 
 def neutral_schema(message: bytes) -> pa.Schema:

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from raydistill.strangers import one_line
+from raydistill.escaping import one_line
 
 STARTED = time.time()
 GOES_ON = "the same command goes on from here"
-Words = Annotated[
+Arguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[IMAGES] [JOB.yaml] [OVERLAY.yaml] [key=value] …",
@@ -48,7 +48,7 @@ def _program(
 ) -> None: ...
 
 
-def tune_words(space: str | None, trials: int | None) -> list[str]:
+def tune_settings(space: str | None, trials: int | None) -> list[str]:
     """The options of `tune` as settings."""
     return [f"tune.{key}={value}" for key, value in (("space", space), ("trials", trials)) if value is not None]
 

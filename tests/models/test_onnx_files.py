@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from raydistill.errors import ConfigError
 from raydistill.models.formats import try_onnx
-from raydistill.models.graphs import check_graph, onnx_run
+from raydistill.models.onnx_files import check_onnx, onnx_run
 
 node = helper.make_node
 BLANK = np.zeros((1, 3, 8, 8), np.float32)
@@ -92,7 +92,7 @@ OTHERS = [node("Gelu", ["images"], ["logits"], domain="com.microsoft")]
 )  # fmt: skip
 def test_what_cannot_be_judged_by_one_blank_picture_is_refused(tmp_path, nodes, weights, change, said):
     with pytest.raises(ConfigError, match=said):
-        check_graph(written(tmp_path, nodes, weights, change), BLANK.shape)
+        check_onnx(written(tmp_path, nodes, weights, change), BLANK.shape)
 
 
 LIVE = [node("ConstantOfShape", ["side"], [f"k{number}"]) for number in range(9)]
@@ -106,7 +106,7 @@ ALIVE = [
 
 @pytest.fixture
 def in_one_second(monkeypatch):
-    monkeypatch.setattr("raydistill.models.graphs._MOST_SECONDS", 1)
+    monkeypatch.setattr("raydistill.models.onnx_files._MOST_SECONDS", 1)
 
 
 @pytest.mark.usefixtures("in_one_second")

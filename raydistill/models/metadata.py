@@ -11,12 +11,12 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 
 from raydistill.config import Images
 from raydistill.errors import ConfigError
+from raydistill.escaping import quoted
 from raydistill.storage.filesystems import read_file
 from raydistill.storage.state import MOST_BYTES, parsed
-from raydistill.strangers import written
 
 Engine = Literal["onnx", "torch"]
-ABOUT_FILE = "raydistill.json"  # what a program needs to use the exported files
+METADATA_FILE = "raydistill.json"  # what a program needs to use the exported files
 # Its required keys by section.
 _SAID = {
     "": {"model", "library", "classes", "preprocessing", "image", "input"},
@@ -26,7 +26,7 @@ _SAID = {
 _Side = Annotated[int, Field(ge=1, le=2048)]  # as in a job
 
 
-class Seen(BaseModel):
+class NetworkInput(BaseModel):
     """How a working image becomes the network's input."""
 
     size: _Side
@@ -35,7 +35,7 @@ class Seen(BaseModel):
     interpolation: Literal["bilinear", "bicubic"]
 
 
-class Working(BaseModel):
+class WorkingImage(BaseModel):
     """How a picture becomes a working image."""
 
     size: _Side
@@ -44,42 +44,44 @@ class Working(BaseModel):
     max_bytes: PositiveInt = Images.model_fields["max_bytes"].default
 
 
-class StudentAbout(BaseModel):
+class StudentMetadata(BaseModel):
     """`student.json`."""
 
     model: str
     library: Literal["timm", "transformers"]
     classes: Annotated[list[str], Field(min_length=1, max_length=2**20)]
-    preprocessing: Seen
-    image: Working
+    preprocessing: NetworkInput
+    image: WorkingImage
 
 
-class ExportAbout(StudentAbout):
+class ExportMetadata(StudentMetadata):
     """`raydistill.json`."""
 
     input: Literal["pixels", "normalised"]
 
 
-def read_about(folder: str) -> dict[str, Any]:
+def read_metadata(folder: str) -> dict[str, Any]:
     """Read the description of an exported folder. Raises ConfigError."""
-    shown, advice = written(folder), "give the folder that `raydistill export` printed"
+    shown, advice = quoted(folder), "give the folder that `raydistill export` printed"
     if not os.path.isdir(folder):
         reason = "it is not a folder" if os.path.exists(folder) else "there is nothing at this path"
         raise ConfigError(f"{shown} is not an exported student: {reason}; {advice}")
     try:
-        data = read_file(str(Path(folder, ABOUT_FILE)), MOST_BYTES)
+        data = read_file(str(Path(folder, METADATA_FILE)), MOST_BYTES)
         about = parsed(data, dict[str, Any])
         for section, keys in _SAID.items():
             said = about[section] if section else about
             if isinstance(said, dict) and (lacking := keys - said.keys()):
-                raise ConfigError(f"{shown}/{ABOUT_FILE} lacks {', '.join(sorted(lacking))}; export the student again")
-        return parsed(data, ExportAbout).model_dump()
+                raise ConfigError(
+                    f"{shown}/{METADATA_FILE} lacks {', '.join(sorted(lacking))}; export the student again"
+                )
+        return parsed(data, ExportMetadata).model_dump()
     except FileNotFoundError:
-        raise ConfigError(f"{shown} is not an exported student: it has no {ABOUT_FILE}; {advice}") from None
+        raise ConfigError(f"{shown} is not an exported student: it has no {METADATA_FILE}; {advice}") from None
     except (OSError, ValueError) as error:
         reason = str(getattr(error, "strerror", None) or error)
         raise ConfigError(
-            f"{shown} is not an exported student: its {ABOUT_FILE} is damaged ({reason}); export the student again"
+            f"{shown} is not an exported student: its {METADATA_FILE} is damaged ({reason}); export the student again"
         ) from None
 
 
@@ -87,7 +89,7 @@ def check_export(folder: str, engine: str) -> dict[str, Any]:
     """Read the description, and check that the folder has the files of the engine. Raises ConfigError."""
     if engine not in get_args(Engine):
         raise ConfigError(f"--engine {engine}: use {' or '.join(get_args(Engine))}")
-    about, shown = read_about(folder), written(folder)
+    about, shown = read_metadata(folder), quoted(folder)
     advice = "export the student again"
     if engine == "onnx":
         advice = "use --engine torch, or export with onnx in export.formats"

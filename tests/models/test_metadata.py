@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from raydistill.errors import ConfigError
-from raydistill.models.about import check_export, read_about
+from raydistill.models.metadata import check_export, read_metadata
 
 WHOLE: dict[str, Any] = {
     "model": "timm:resnet10t", "library": "timm", "classes": ["a", "b"], "input": "pixels",
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 def test_what_is_wrong_is_said_in_plain_words(folder: Path, changes: dict[str, Any], said: str) -> None:
     (folder / "raydistill.json").write_text(json.dumps(WHOLE | changes))
     with pytest.raises(ConfigError) as refused:
-        read_about(str(folder))
+        read_metadata(str(folder))
     words = f"{folder} is not an exported student: its raydistill.json is damaged ({said}); export the student again"
     assert str(refused.value) == words
 

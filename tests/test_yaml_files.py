@@ -12,20 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistill.documents import JobLoader, Loader, TextLoader, as_yaml, parse, read_mapping
 from raydistill.errors import ConfigError
+from raydistill.yaml_files import JobLoader, Loader, TextLoader, as_yaml, parse, read_mapping
 
 # A file of these few lines that is asked of each loader in a process of its own, which may take 500 MB and a second.
 LIMITED = """
 import json, resource, sys, time
-from raydistill import documents
+from raydistill import yaml_files
 from raydistill.errors import ConfigError
 resource.setrlimit(resource.RLIMIT_DATA, (500 * 1024**2,) * 2)
 for path in sys.argv[1:]:
-    for loader in (documents.Loader, documents.JobLoader, documents.TextLoader):
+    for loader in (yaml_files.Loader, yaml_files.JobLoader, yaml_files.TextLoader):
         began = time.process_time()
         try:
-            documents.read_mapping(path, "give one", loader)
+            yaml_files.read_mapping(path, "give one", loader)
             said = "loads"
         except ConfigError as error:
             said = str(error)

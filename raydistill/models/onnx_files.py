@@ -1,5 +1,5 @@
 """ONNX files of others. A file is judged, and answers a blank picture, in a process of its own with little memory and
-time. So nothing else has to foresee what a graph takes, if that follows from the images' shape alone: `check_graph`
+time. So nothing else has to foresee what a graph takes, if that follows from the images' shape alone: `check_onnx`
 sees to this."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def answer_blank(file: str, data: str, seconds: str, dtype: str, *shape: str) ->
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_DATA, (int(data), int(data)))
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 1))
-        check_graph(path, sides)
+        check_onnx(path, sides)
         run = onnx_run(path, threads=1, keeps_memory=False)
         with contextlib.suppress(OSError, AttributeError):  # not Linux with glibc
             ctypes.CDLL(None).malloc_trim(0)  # gives back what loading took
@@ -109,7 +109,7 @@ def onnx_run(file: Path, threads: int = 0, keeps_memory: bool = True) -> Run:
     return run
 
 
-def check_graph(file: Path, shape: Sequence[int]) -> None:
+def check_onnx(file: Path, shape: Sequence[int]) -> None:
     """Raises ConfigError: the file is damaged, reads other files, has operators that may not end, or values that are no
     tensors of numbers; or the size of a tensor follows from the images' values, or grows faster than their number.
     `shape` is that of one image as the graph takes it, (1, ...)."""

@@ -20,19 +20,19 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from rich.table import Table
 
-from raydistill.runtime.progress import Progress
-from raydistill.secrets import on_page
-from raydistill.strangers import (
+from raydistill.escaping import (
     code_span,
-    in_figure,
+    for_figure,
+    for_terminal,
     markdown,
-    on_terminal,
     one_line,
     plain_console,
     printable,
-    shorter,
-    written,
+    quoted,
+    shortened,
 )
+from raydistill.runtime.progress import Progress
+from raydistill.secrets import for_page
 
 HOSTILE = {
     "clears the screen": "\x1b[2J\x1b[Hcat",
@@ -70,7 +70,7 @@ def test_nothing_but_text_is_left(text: str) -> None:
     "name", ["café", "猫", "ネコ", "قطة", "👩‍🔬", "n̈", "red fox", "a-b_c.d", "می‌خواهم", "क्‍ष", "٪؀١", "❤️"]
 )
 def test_names_of_all_languages_stay_as_they_are(name: str) -> None:
-    assert printable(name) == one_line(name) == shorter(name) == written(name) == on_terminal(name) == name
+    assert printable(name) == one_line(name) == shortened(name) == quoted(name) == for_terminal(name) == name
 
 
 def test_joiners_that_join_nothing_are_shown() -> None:
@@ -85,18 +85,18 @@ ORDERS = [
 
 @given(st.lists(st.sampled_from([*BARS, *ORDERS, "\u202e"]) | st.text(max_size=3), max_size=12))
 def test_what_libraries_print_orders_a_terminal_nothing_but_colours_and_bars(parts: list[str]) -> None:
-    shown = on_terminal("".join(parts))
+    shown = for_terminal("".join(parts))
     left = re.sub(r"\x1b\[[\d;]*[mKAB]|\x1b\[\?25[hl]|[\r\n\t]", "", shown)
     assert not ODD.search(left)
     assert "\x1b" not in left
-    assert on_terminal("".join(BARS)) == "".join(BARS)
+    assert for_terminal("".join(BARS)) == "".join(BARS)
 
 
 def test_a_name_is_no_formula() -> None:
     from matplotlib.text import Text
 
     for name in ("$x$", r"$\frac{1}{2}$", "a$b", "$$", r"\$x$", "cat"):
-        assert Text(text=in_figure(name))._preprocess_math(in_figure(name)) == (name.replace(r"\$", r"\$"), False)
+        assert Text(text=for_figure(name))._preprocess_math(for_figure(name)) == (name.replace(r"\$", r"\$"), False)
 
 
 def test_long_names_are_cut_and_long_paths_are_not() -> None:
@@ -105,7 +105,7 @@ def test_long_names_are_cut_and_long_paths_are_not() -> None:
     assert "10,000 characters" in shown
     path = "/".join(["x" * 255] * 12)
     assert printable(path) == path
-    assert len(shorter("words of a name " * 700)) < 90
+    assert len(shortened("words of a name " * 700)) < 90
 
 
 @pytest.mark.parametrize("unit", ["a b/", "\u202e /", "a b\n", "x" * 300 + "/", "x" * 4_999 + "\n"])
@@ -139,14 +139,14 @@ def test_a_terminal_gets_no_escape_of_a_stranger(case: str, terminal: bool) -> N
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_page_shows_a_name_as_text(case: str) -> None:
-    environment = jinja2.Environment(autoescape=True, finalize=on_page)
+    environment = jinja2.Environment(autoescape=True, finalize=for_page)
     page = environment.from_string('<p title="{{ name }}">{{ name }}</p>').render(name=HOSTILE[case])
     assert not ODD.search(page)
     assert re.findall(r"<\s*/?\s*(\w+)", page) == ["p", "p"]
 
 
 def test_a_name_that_looks_like_a_picture_keeps_no_secret() -> None:
-    environment = jinja2.Environment(autoescape=True, finalize=on_page)
+    environment = jinja2.Environment(autoescape=True, finalize=for_page)
     assert "hunter2" not in environment.from_string("{{ name }}").render(name="data:https://me:hunter2@host/?x")
 
 
@@ -190,13 +190,13 @@ def test_markdown_shows_a_name_as_text(name: str) -> None:
     ],
 )
 def test_names_are_written_as_the_shell_reads_them(name, shown):
-    assert written(name.decode(errors="surrogateescape")) == shown
+    assert quoted(name.decode(errors="surrogateescape")) == shown
 
 
 @given(st.lists(st.binary(min_size=1, max_size=12) | st.sampled_from([b"$'", "\u202e".encode(), b"\x9b", b"\\x41"])))
 def test_every_name_is_safe_and_no_two_are_written_alike(parts):
     names = {part.decode(errors="surrogateescape") for part in (*parts, b"".join(parts))}
-    shown = {written(name) for name in names}
+    shown = {quoted(name) for name in names}
     assert len(shown) == len(names)
     assert all(text.encode().decode() == text for text in shown)
     assert not any(sign in text for text in shown for sign in "\0\n\r\x1b\x9b\u202e")
@@ -205,7 +205,7 @@ def test_every_name_is_safe_and_no_two_are_written_alike(parts):
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is the reference")
 def test_bash_gives_the_names_bytes_back():
     names = [bytes([k]) * 2 + b"x" for k in range(1, 256)] + ["é\u202e\u200b".encode(), b"$'a'", b"\\'\xe9'\\n"]
-    shown = [written(name.decode(errors="surrogateescape")) for name in names]
+    shown = [quoted(name.decode(errors="surrogateescape")) for name in names]
     words = " ".join(text if text.startswith("$'") else "'" + text.replace("'", "'\\''") + "'" for text in shown)
     command = ["bash", "-c", f"printf '%s\\0' {words}"]
     done = subprocess.run(command, env={"LC_ALL": "C.UTF-8"}, capture_output=True, check=True)

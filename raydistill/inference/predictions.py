@@ -20,8 +20,8 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 
 from raydistill.errors import ConfigError
+from raydistill.escaping import quoted
 from raydistill.storage.filesystems import write_file
-from raydistill.strangers import written
 
 OUTPUTS = (".csv", ".json", ".jsonl", ".parquet")
 Rows = Iterator[tuple["Answer", list[tuple[str, int, float]]]]
@@ -54,10 +54,10 @@ def check_output(path: str, inputs: Iterable[str] = ()) -> None:
         own = os.stat(path)
         for one in inputs:
             if os.path.exists(one) and os.path.samestat(own, os.stat(one)):
-                raise ConfigError(f"--out {path}: it is {written(one)}, which is read; write to another file")
+                raise ConfigError(f"--out {path}: it is {quoted(one)}, which is read; write to another file")
 
 
-def write_answers(answers: Iterable[Answer], classes: Sequence[str], top: int, path: str) -> None:
+def write_predictions(answers: Iterable[Answer], classes: Sequence[str], top: int, path: str) -> None:
     """Write CSV, JSON, JSON lines or parquet, by the ending of the path, row by row. If an exception or an interruption
     ends the answers, the file keeps the earlier ones, and the exception is raised again.
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from raydistill.data.decode import decode
-from raydistill.models.picture import PictureClassifier
+from raydistill.models.picture_classifier import PictureClassifier
 
 SIZE = 24
 

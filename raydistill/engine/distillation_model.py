@@ -20,7 +20,7 @@ from raydistill.models.student import Student, build_student
 _SIGNIFICANCE = 0.05  # the probability of shipping an earlier epoch that is no better than the last
 
 
-class Trainee(nn.Module):
+class DistillationModel(nn.Module):
     """The student and the modules that only training uses: the projection heads of both networks, the adapter, and the
     teacher's frozen linear head."""
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistill.data.likeness import near_pairs
+from raydistill.data.near_duplicates import near_pairs
 
 
 def slow_pairs(hashes: list[bytes], distance: int) -> set[tuple[int, int]]:

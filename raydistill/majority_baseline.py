@@ -19,14 +19,14 @@ Counts = dict[str, tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
-class Usefulness:
+class MajorityComparison:
     """`state` is `unknown` if the images are too few. `warnings` are whole sentences."""
 
     state: State
     warnings: tuple[str, ...]
 
 
-def usefulness(measured: Mapping[str, Mapping[str, Any]]) -> Usefulness:
+def compare_with_majority(measured: Mapping[str, Mapping[str, Any]]) -> MajorityComparison:
     """From a student's measures by split, as in `Report.student`. It decides by the test images, which selected
     nothing; if they are too few, by val and test together."""
     counts = {split: _counts(of_split["per_class"]) for split, of_split in measured.items()}
@@ -37,7 +37,7 @@ def usefulness(measured: Mapping[str, Mapping[str, Any]]) -> Usefulness:
             both[name] = (images, answers, right)
     if not any(images for images, _, _ in both.values()):
         nothing = "There are no labelled val or test images, so it is unknown if the student is better than chance."
-        return Usefulness("unknown", (nothing,))
+        return MajorityComparison("unknown", (nothing,))
     what, decides = " and ".join(counts), both
     if "test" in counts and _state(counts["test"]) != "unknown":
         what, decides = "test", counts["test"]
@@ -49,7 +49,7 @@ def usefulness(measured: Mapping[str, Mapping[str, Any]]) -> Usefulness:
         warnings.append(f"{start}: {_compared_with_chance(decides, what)}.")
     if never := [(name, images) for name, (images, answers, _) in both.items() if images and not answers]:
         warnings.append(_unnamed(never, both, " and ".join(counts)))
-    return Usefulness(state, tuple(warnings))
+    return MajorityComparison(state, tuple(warnings))
 
 
 def _counts(per_class: Mapping[str, Mapping[str, Any]]) -> Counts:

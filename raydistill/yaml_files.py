@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from raydistill.errors import ConfigError
-from raydistill.strangers import one_line, shorter
+from raydistill.escaping import one_line, shortened
 
 _MOST_DEPTH, _MOST_BITS, _MOST_TAGS = 100, 1024, 100
 _NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
@@ -172,7 +172,7 @@ def parse(text: str, shown: str, loader: type[Loader] = JobLoader, form: str = "
     else:
         return [document for document in found if document is not None]
     where = f"{shown}: line {line}" if line and text.count("\n") else shown
-    raise ConfigError(f"{where}: not {form}: {shorter(one_line(reason), 300)}")
+    raise ConfigError(f"{where}: not {form}: {shortened(one_line(reason), 300)}")
 
 
 def _json(text: str, most_values: int) -> Any:

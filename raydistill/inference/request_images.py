@@ -28,7 +28,7 @@ _FIELDS = re.compile(rb"[\w.%\[\]-]{1,64}=[!-~\r\n]*")
 BODY_SECONDS, BYTES_A_SECOND = 20, 20_000
 
 
-class Intake:
+class RequestImages:
     """Reads bodies. Open requests hold at most `most_held` bytes together."""
 
     def __init__(self, most_bytes: int) -> None:

@@ -17,7 +17,7 @@ _LEAST_SHARE = 0.1  # of a CPU or a GPU
 
 
 @dataclass(frozen=True)
-class Layout:
+class TrialResources:
     """The number of trials at once, the CPUs and GPUs of the process that runs one, and its plan."""
 
     together: int
@@ -25,7 +25,7 @@ class Layout:
     plan: Plan
 
 
-def lay_out(config: RunConfig, plan: Plan) -> Layout:
+def plan_trials(config: RunConfig, plan: Plan) -> TrialResources:
     """Trials at once: the number in the job, or one for each GPU, or one for each 4 CPUs. One train worker, or none,
     trains in the trial's own process, with its share of a node's threads; Ray Train runs several workers.
 
@@ -43,7 +43,7 @@ def lay_out(config: RunConfig, plan: Plan) -> Layout:
                 f"{plan.gpus:g} GPUs; lower it or distill.num_workers"
             )
         together = asked or max(1, fits)
-        return Layout(together, {"CPU": _BESIDE_WORKERS}, dataclasses.replace(plan, trainings=together))
+        return TrialResources(together, {"CPU": _BESIDE_WORKERS}, dataclasses.replace(plan, trainings=together))
     cores = plan.train_threads  # of the largest node
     together = asked or max(1, int(plan.gpus or plan.cpus // min(_MOST_CPUS, cores)))
     share = int(100 * plan.cpus / together) / 100
@@ -56,6 +56,6 @@ def lay_out(config: RunConfig, plan: Plan) -> Layout:
     if plan.gpus:
         shares["GPU"] = min(1.0, int(100 * plan.gpus / together) / 100)
     threads = max(1, min(cores, int(plan.cpus / together)))
-    return Layout(
+    return TrialResources(
         together, shares, dataclasses.replace(plan, train_workers=0, train_threads=threads, trainings=together)
     )

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raydistill.usefulness import usefulness
+from raydistill.majority_baseline import compare_with_majority
 
 
 def measured(labels: Sequence[int], answers: Sequence[int], num_classes: int) -> dict[str, Any]:
-    """What `usefulness` reads of `evaluate.measures`."""
+    """What `compare_with_majority` reads of `evaluate.measures`."""
     truth, named = np.array(labels), np.array(answers)
     images, counts = (np.bincount(values, minlength=num_classes) for values in (truth, named))
     right = np.bincount(truth[truth == named], minlength=num_classes)
@@ -48,13 +48,13 @@ def shares(counts: list[int], right: int) -> tuple[list[int], list[int]]:
 )
 def test_states(counts, right, state):
     labels, answers = shares(counts, right)
-    assert usefulness({"test": measured(labels, answers, max(len(counts), 2))}).state == state
+    assert compare_with_majority({"test": measured(labels, answers, max(len(counts), 2))}).state == state
 
 
 @pytest.mark.parametrize(("counts", "state"), [([20, 20], "at chance"), ([6, 5], "at chance"), ([95, 4], "unknown")])
 def test_one_answer_to_all(counts, state):
     labels = [k for k, count in enumerate(counts) for _ in range(count)]
-    found = usefulness({"val": measured(labels, [0] * len(labels), 3)})
+    found = compare_with_majority({"val": measured(labels, [0] * len(labels), 3)})
     assert found.state == state
     assert found.warnings[-1] == f"It never names 1 of the 2 classes of the val images: b ({counts[1]} images)."
     assert f"always naming a would be right for {counts[0]}" in found.warnings[0]
@@ -64,19 +64,19 @@ def test_a_student_that_finds_a_rare_class_is_of_use():
     """It is right less often than one that never names the rare class."""
     labels = [0] * 1900 + [1] * 100
     answers = [0] * 1800 + [1] * 100 + [1] * 85 + [0] * 15
-    assert usefulness({"test": measured(labels, answers, 2)}).state == "better"
+    assert compare_with_majority({"test": measured(labels, answers, 2)}).state == "better"
     guesses = np.random.default_rng(0).permutation(answers).tolist()
-    assert usefulness({"test": measured(labels, guesses, 2)}).state == "at chance"
+    assert compare_with_majority({"test": measured(labels, guesses, 2)}).state == "at chance"
 
 
 def test_the_test_images_decide_where_they_can():
     good, bad = measured(*shares([20, 20], 40), 2), measured(*shares([20, 20], 20), 2)
     few = measured(*shares([2, 2], 2), 2)
-    assert usefulness({"val": good, "test": bad}).state == "at chance"
-    assert usefulness({"val": bad, "test": good}).state == "better"
-    assert usefulness({"val": good, "test": few}).state == "better"
-    assert "44 val and test images" in usefulness({"val": bad, "test": few}).warnings[0]
-    nothing = usefulness({})
+    assert compare_with_majority({"val": good, "test": bad}).state == "at chance"
+    assert compare_with_majority({"val": bad, "test": good}).state == "better"
+    assert compare_with_majority({"val": good, "test": few}).state == "better"
+    assert "44 val and test images" in compare_with_majority({"val": bad, "test": few}).warnings[0]
+    nothing = compare_with_majority({})
     assert nothing.state == "unknown"
     assert "no labelled val or test images" in nothing.warnings[0]
 
@@ -84,13 +84,13 @@ def test_the_test_images_decide_where_they_can():
 def test_classes_that_are_never_named_are_named():
     labels = [k for k in range(12) for _ in range(k + 1)]
     answers = [label if label == 11 or label % 4 == 0 else 11 for label in labels]
-    found = usefulness({"val": measured(labels, answers, 12), "test": measured(labels, labels[:1] * 78, 12)})
+    found = compare_with_majority({"val": measured(labels, answers, 12), "test": measured(labels, labels[:1] * 78, 12)})
     assert found.warnings[-1].startswith(
         "It never names 8 of the 12 classes of the val and test images: k (22 images), j (20 images), h (16 images)"
     )
     answers[1] = 1
-    assert "7 of the 12" in usefulness({"val": measured(labels, answers, 12)}).warnings[-1]
-    assert usefulness({"val": measured(labels, labels, 12)}).warnings == ()
+    assert "7 of the 12" in compare_with_majority({"val": measured(labels, answers, 12)}).warnings[-1]
+    assert compare_with_majority({"val": measured(labels, labels, 12)}).warnings == ()
 
 
 @pytest.mark.parametrize("counts", [[10, 10], [40, 40, 40], [16] * 8, [60, 20, 10, 10], [95, 5], [3] * 8])
@@ -106,7 +106,7 @@ def test_how_often_known_students_are_misjudged(counts):
             answers = np.where(rng.random(len(labels)) < knows, labels, others)
             if not knows:
                 answers = rng.permutation(labels)
-            found.append(usefulness({"test": measured(labels, answers, len(counts))}).state)
+            found.append(compare_with_majority({"test": measured(labels, answers, len(counts))}).state)
         states[name] = found
     assert states["guesses"].count("better") <= 300 * 0.08  # 5 %, and three standard errors
     assert states["some use"].count("at chance") <= 300 * 0.08

@@ -1,7 +1,7 @@
 """How terminals, pages, cards and pictures show the names and words of strangers.
 
 They may hold more than text: escapes that clear the screen or set a link, marks that change the direction of writing,
-line ends, markup. What is stored and compared stays as it is. `written` names files, no two alike; `on_terminal` is the
+line ends, markup. What is stored and compared stays as it is. `quoted` names files, no two alike; `for_terminal` is the
 last look at all that is printed.
 """
 
@@ -48,7 +48,7 @@ def _escape(code: int) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def written(name: str) -> str:
+def quoted(name: str) -> str:
     r"""The name itself or, where it cannot be shown, the form of `ls` and bash, which can be pasted back:
     `$'caf\xe9.png'`. No two names are written alike. The result is always UTF-8 on one line."""
     if _escaped(name) == name and not name.startswith("$'"):
@@ -57,13 +57,13 @@ def written(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with escapes for characters that are no text, `bounded`. Names longer than any file's are cut in the
+    """The text with escapes for characters that are no text, `truncated`. Names longer than any file's are cut in the
     middle. Line ends stay; `one_line` is for names."""
-    shown = bounded(_escaped(bounded(text), "\n\t"))
-    return _LONG_NAME.sub(lambda found: shorter(found[0], _LONGEST_NAME), shown)
+    shown = truncated(_escaped(truncated(text), "\n\t"))
+    return _LONG_NAME.sub(lambda found: shortened(found[0], _LONGEST_NAME), shown)
 
 
-def bounded(text: str, clean: Callable[[str], str] = str) -> str:
+def truncated(text: str, clean: Callable[[str], str] = str) -> str:
     """The text with long lines, the names in them first, and a long text itself, cut in the middle. Cheap for any
     length: it comes before all that looks at each character. The ends are `clean`ed before they are cut: half a secret
     is known by nothing."""
@@ -86,19 +86,19 @@ def one_line(text: str) -> str:
     return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
-def on_terminal(text: str) -> str:
+def for_terminal(text: str) -> str:
     """What a terminal may get from libraries and other machines: text, lines, colours and bars."""
     if text.isprintable():
         return text
     return "".join(part if k % 2 else _escaped(part, "\n\t") for k, part in enumerate(_OF_BARS.split(text)))
 
 
-def in_figure(name: str) -> str:
+def for_figure(name: str) -> str:
     """For matplotlib, which reads a formula between dollars; short enough to leave room for the picture."""
-    return shorter(one_line(name), 40).replace("$", r"\$")
+    return shortened(one_line(name), 40).replace("$", r"\$")
 
 
-def shorter(text: str, most: int = 60) -> str:
+def shortened(text: str, most: int = 60) -> str:
     """In one line of about `most` characters, with the number that there were: for pictures and headings."""
     line = text.replace("\n", "\\n")
     if len(line) <= most:
@@ -106,12 +106,12 @@ def shorter(text: str, most: int = 60) -> str:
     return f"{line[: most // 2]}…{line[-(most // 4) :]} ({len(text):,} characters)"
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
+def first_few(names: Sequence[str], most: int = 5) -> str:
     """The first of these names, and how many more there are."""
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
-def few_kinds(counts: Counter[str], most: int = 50) -> dict[str, int]:
+def most_common(counts: Counter[str], most: int = 50) -> dict[str, int]:
     """The counts, of which the rarer are one where there are very many: the words of strangers make kinds."""
     if len(counts) <= most:
         return dict(counts)

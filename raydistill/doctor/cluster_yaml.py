@@ -6,13 +6,13 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from raydistill import documents
+from raydistill import yaml_files
 from raydistill.errors import ConfigError
 
 
 def read_documents(path: str) -> list[dict[str, Any]]:
     """The YAML documents of a file. Raises ConfigError where it cannot be read or is no YAML of keys and values."""
-    found = documents.read_documents(path, "give a cluster.yaml, or KubeRay's")
+    found = yaml_files.read_documents(path, "give a cluster.yaml, or KubeRay's")
     if not found or not all(isinstance(document, dict) for document in found):
         raise ConfigError(f"{path} is no YAML of keys and values")
     return found
