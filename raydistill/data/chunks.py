@@ -1,4 +1,4 @@
-"""The work on one chunk of a set's pictures: read them, then decode or inspect each. Isolated processes do it."""
+"""Work on one chunk of a data set's pictures: read them, then decode or inspect each. Isolated processes do it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from raydistill.secrets import redacted
 
 Place = tuple[int, str, int | None]  # of an entry: its index in the listing, its path and its row
 Chunk = list[Place]
-_redacted = functools.lru_cache(maxsize=64)(redacted)  # a table may name a million files that are not there
+_redacted = functools.lru_cache(maxsize=64)(redacted)  # a table may name a million missing files
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What one look at a picture tells. It is small, since it goes from one process to another. `reason` says why the
+    """The result of inspecting a picture. It is small, because it passes between processes. `reason` says why the
     picture cannot be used; then the other fields are empty."""
 
     reason: str
@@ -36,7 +36,8 @@ class Inspection:
 
 
 def read_chunk(chunk: Sequence[Place], images: Images) -> Iterator[tuple[int, bytes | None, str]]:
-    """Index and bytes of each, or None and the reason. No other large file is in memory while one is read and used."""
+    """Index and bytes of each picture, or None and the reason. No other large file is in memory while one is read and
+    used."""
     for part in [chunk] if chunk[0][2] is not None else [[place] for place in chunk]:
         places = [(path, row) for _, path, row in part]
         with large_alone(0 if places[0][1] is not None else _size(places[0][0])):
@@ -45,7 +46,7 @@ def read_chunk(chunk: Sequence[Place], images: Images) -> Iterator[tuple[int, by
 
 
 def _size(path: str) -> int:
-    """In bytes; 0 of a file that is not on this machine, or not there."""
+    """In bytes; 0 for a file that is missing or not on this machine."""
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):
@@ -53,7 +54,7 @@ def _size(path: str) -> int:
 
 
 def inspect_chunk(chunk: Sequence[Place], images: Images) -> Iterator[Inspection]:
-    """One for each, in order."""
+    """One for each picture, in order."""
     for _, data, reason in read_chunk(chunk, images):
         if data is None:
             yield Inspection(_redacted(reason))

@@ -1,8 +1,9 @@
-"""From a file's bytes to the square, upright RGB picture that every later stage reads. All pixel trouble ends here.
+"""From a file's bytes to the square, upright RGB picture that every later stage reads. It handles every problem with
+pixels.
 
-Rules: content decides, not the extension; EXIF orientation is applied; CMYK, grey and palette become RGB; values of
-more than 8 bits keep the upper 8 of the scale that the file states; transparency is laid on white; of an animation the
-first frame counts.
+Rules: the content decides, not the extension. EXIF orientation is applied. CMYK, grey and palette become RGB. Values of
+more than 8 bits keep the upper 8 bits of the scale that the file states. Transparency is put on white. Of an animation
+the first frame counts.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from raydistill.errors import DataError, reason_of
 
 _ORIENTATION, _ROWS_PER_STRIP, _TILE_SIDES = 0x0112, 278, (322, 323)  # EXIF's tag, and TIFF's
 BACKGROUND = (255, 255, 255)
-# A picture with more pixels is worked on in strips, and has at most so many for each byte: a blank page in black and
-# white has 8,256, as PNG.
+# A picture with more pixels is processed in strips, and may have at most this many pixels for each byte: a blank black
+# and white page has 8,256, as PNG.
 _LARGE, _PIXELS_PER_BYTE = 1 << 24, 10_000
-_MOST_BYTES, _ALONE_BYTES = 1 << 30, 1 << 29  # of memory for one picture; a picture with more is decoded alone
-# Reads of a file, beside one for 64 bytes, and bytes of the formats that Python decodes: more would take minutes. Scans
-# that a progressive JPEG may always have.
+_MOST_BYTES, _ALONE_BYTES = 1 << 30, 1 << 29  # of memory for one picture; a larger picture is decoded alone
+# Reads of a file besides one for every 64 bytes, and bytes of the formats that Python decodes: more would take minutes.
+# Scans that a progressive JPEG may always have.
 _MOST_STEPS, _MOST_PLAIN, _MOST_SCANS, _ALWAYS_RUNS = 100_000, 16 << 20, 100, 1 << 16
-# Tiles that a JPEG 2000 may always have, and pixels for each other one; bytes that a decoder keeps for each, and for
-# each of its channels.
+# Tiles that a JPEG 2000 may always have, and pixels for each further one; bytes that a decoder keeps for each tile, and
+# for each of its channels.
 _ALWAYS_TILES, _FEWEST_PIXELS, _TILE_BYTES, _CHANNEL_BYTES = 1024, 4096, 12 << 10, 2 << 10
 _SIZ = re.compile(rb"\xff\x51(?=[\0-\xc0].{35}[\0-\x40].)", re.DOTALL)  # the segment that states a JPEG 2000's tiles
-# What Pillow may try. Some of its other formats start a program (Ghostscript for EPS), which no file may do here.
+# The formats that Pillow may try. Some others start a program (Ghostscript for EPS), which no file may do here.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 # The reason of a refusal says what is wrong in a file. Pillow also logs it, and libtiff writes up to hundreds of lines
-# a file to stderr. (Builds of Pillow that have libtiff inside them do not let us stop that.)
+# a file to stderr. (Builds of Pillow that contain libtiff do not let us stop that.)
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 with contextlib.suppress(AttributeError, OSError):
     _pillow = ctypes.CDLL(Image.core.__file__)
@@ -56,7 +57,7 @@ with contextlib.suppress(AttributeError, OSError):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a file held: its format by content, its stored pixels, and those of `NOTES` that apply: what its owner may
+    """Facts about a file: its format by content, its stored pixels, and those of `NOTES` that apply: what its owner may
     not expect."""
 
     form: str
@@ -73,19 +74,19 @@ NOTES = (
 
 
 def decode(data: bytes, size: int, fit: Literal["crop", "pad"], max_pixels: int) -> Image.Image:
-    """An RGB picture of `size` x `size` pixels. Raises DataError with the reason, which names no file."""
+    """An RGB picture of `size` x `size` pixels. Raises DataError with the reason, which does not name the file."""
     return decode_with_facts(data, size, fit, max_pixels)[0]
 
 
 def decode_with_facts(
     data: bytes, size: int, fit: Literal["crop", "pad"], max_pixels: int
 ) -> tuple[Image.Image, Facts]:
-    """The same, and what the file held."""
+    """Like `decode`, and the facts about the file."""
     if not data:
         raise DataError("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about odd metadata
+            warnings.simplefilter("ignore")  # Pillow's warnings about odd metadata
             with contextlib.ExitStack() as held:
                 if early := _bytes_to_open(data, max_pixels):
                     held.enter_context(_memory.of(early))
@@ -93,9 +94,7 @@ def decode_with_facts(
                 image = Image.open(file, formats=FORMATS)
                 _refuse_pixels(image.width, image.height, max_pixels)
                 facts, scale = _facts(image), _scale(image)
-                image.draft(
-                    "RGB", (2 * size, 2 * size)
-                )  # a JPEG decodes at a fraction of its size where that is enough
+                image.draft("RGB", (2 * size, 2 * size))  # a JPEG decodes at a fraction of its size if that is enough
                 if image.format == "JPEG2000" and image.width * image.height > _LARGE:
                     image.reduce = _wavelet_levels(image, data, 2 * size)  # type: ignore[assignment,method-assign]
                 if not early:
@@ -104,7 +103,7 @@ def decode_with_facts(
                         held.enter_context(_no_more_than(2 * wanted))
                 if _pnm_decoder(image) == "ppm":
                     image = Image.open(io.BytesIO(_common_pnm(image, data)), formats=("PPM",))
-                if isinstance(file, _Steps) and image.format in ("BMP", "DIB"):  # Pillow reads their runs byte by byte
+                if isinstance(file, _Steps) and image.format in ("BMP", "DIB"):  # read byte by byte
                     file.count = False
                 image.load()
                 return _square(_rgb(image, scale, size, fit), size, fit), facts
@@ -115,8 +114,8 @@ def decode_with_facts(
     except Image.DecompressionBombError as error:
         raise DataError(str(error)) from None
     except MemoryError:
-        raise DataError("too large to decode in the memory there is") from None
-    except Exception as error:  # Pillow's plugins raise nearly everything on damaged files
+        raise DataError("too large to decode in the available memory") from None
+    except Exception as error:  # Pillow's plugins raise nearly every error on damaged files
         raise DataError(f"cannot be decoded: {reason_of(error)}") from None
 
 
@@ -126,7 +125,7 @@ def working_images(
     """(size, size, 3) uint8 of each file's bytes, or the reason why there is none."""
     for data in files:
         try:
-            yield np.array(decode(data, size, fit, max_pixels))  # torch wants an array that can be written to
+            yield np.array(decode(data, size, fit, max_pixels))  # torch needs a writable array
         except DataError as error:
             yield str(error)
 
@@ -146,8 +145,8 @@ class _Steps(io.BytesIO):
 
 
 class _Memory:
-    """What the decoders of this process may hold together. Large pictures of all this user's processes on this machine
-    are decoded one at a time, so that the answer to one depends on its own size alone."""
+    """A limit on the memory of this process's decoders. Large pictures of all processes of this user on this machine
+    are decoded one at a time, so that the result for one depends only on its own size."""
 
     def __init__(self, most: int) -> None:
         self.most, self._held, self._changed = most, 0, threading.Condition()
@@ -167,14 +166,14 @@ class _Memory:
                 with self._changed:
                     self._held -= size
                     self._changed.notify_all()
-        if size > 1 << 26:  # glibc keeps what threads have freed until it is asked to trim
+        if size > 1 << 26:  # glibc keeps memory that threads have freed until it is asked to trim
             with contextlib.suppress(AttributeError, OSError):
                 ctypes.CDLL(None).malloc_trim(0)
 
 
 _memory, _thread = _Memory(_ALONE_BYTES), threading.local()
 _most_bytes = _MOST_BYTES
-is_isolated = False  # whether this process decodes and does nothing else that needs memory
+is_isolated = False  # whether this process only decodes and needs no other memory
 
 
 @contextlib.contextmanager
@@ -187,7 +186,7 @@ def _alone() -> Iterator[None]:
                 flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
                 lock = os.open(f"{tempfile.gettempdir()}/raydistill-{os.getuid()}.lock", flags, 0o600)
                 held.callback(os.close, lock)
-                if os.fstat(lock).st_uid == os.getuid():  # another user might hold the lock for ever
+                if os.fstat(lock).st_uid == os.getuid():  # another user might hold the lock forever
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 _thread.is_alone = True
                 held.callback(setattr, _thread, "is_alone", False)
@@ -196,14 +195,14 @@ def _alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def large_alone(size: int) -> Iterator[None]:
-    """Around the reading and decoding of a file of so many bytes, which are held beside what decoding takes. While a
-    large file is, no other large one is read, and no large picture decoded."""
+    """Wraps the reading and decoding of a file of that many bytes, which stay in memory while it is decoded. During a
+    large file, no other large file is read and no large picture decoded."""
     with _alone() if size > _memory.most // 4 else contextlib.nullcontext():
         yield
 
 
 def limit_memory(total: int, processes: int) -> None:
-    """Let so many processes that decode use half of the `total` bytes of this machine or container."""
+    """Let that many decoding processes use half of the `total` bytes of this machine or container."""
     global _most_bytes
     _most_bytes = min(_MOST_BYTES, total // 4)
     _memory.most = min(_ALONE_BYTES, total // 4 // processes)
@@ -211,8 +210,8 @@ def limit_memory(total: int, processes: int) -> None:
 
 @contextlib.contextmanager
 def _no_more_than(size: int) -> Iterator[None]:
-    """Let a decoder allocate so many bytes and its threads' stacks, and no more: libavif follows the picture's own size
-    where its header states a smaller one."""
+    """Let a decoder allocate that many bytes and its threads' stacks, and no more. libavif follows the picture's own
+    size even if its header states a smaller one."""
     if not is_isolated or sys.platform != "linux":
         yield
         return
@@ -236,7 +235,7 @@ def _refuse_pixels(width: int, height: int, most: int) -> None:
 
 
 def _bytes_to_decode(image: Image.Image, facts: Facts, data: bytes) -> int:
-    """An upper bound, from the header alone. Raises DataError as `_upper_bytes`."""
+    """An upper bound, from the header only. Raises DataError as `_upper_bytes` does."""
     pixels, form, more = image.width * image.height, image.format, 0
     each = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}.get(image.mode, 4)
     if form == "AVIF":  # planes of colour, and a copy for Pillow
@@ -250,7 +249,7 @@ def _bytes_to_decode(image: Image.Image, facts: Facts, data: bytes) -> int:
         scans = data.count(b"\xff\xda")
         if scans > _MOST_SCANS and scans * facts.width * facts.height > _MOST_SCANS * _LARGE:
             raise DataError(f"{facts.width}x{facts.height} pixels in {scans} scans: a decompression bomb")
-    elif form == "TIFF":  # and one strip, which may be the whole, or one tile, which may be larger
+    elif form == "TIFF":  # and one strip, which may be the whole picture, or one tile, which may be larger
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
         rows, across, down = (int(np.ravel(tags.get(tag, 0))[0]) for tag in (_ROWS_PER_STRIP, *_TILE_SIDES))
         more = max(min(rows or image.height, image.height) * image.width, across * down) * each + 2 * len(data)
@@ -264,20 +263,20 @@ def _bytes_to_decode(image: Image.Image, facts: Facts, data: bytes) -> int:
 
 
 def _upper_bytes(mode: str, size: tuple[int, int], length: int, pixels: int, total: int) -> int:
-    """Of a picture of that size in a file of `length` bytes, of which so many pixels are decoded in `total` bytes.
-    Raises DataError where that is too much, or a decompression bomb."""
+    """For a picture of that size in a file of `length` bytes, whose pixels are decoded in `total` bytes. Raises
+    DataError if that is too much, or a decompression bomb."""
     words = f"{size[0]}x{size[1]} pixels"
     if pixels > _LARGE and pixels > _PIXELS_PER_BYTE * length * (8 if mode == "1" else 1):
         raise DataError(f"{words} from {length} bytes: a decompression bomb")
     if total > _most_bytes:
         raise DataError(f"{words} would take {total >> 20:,} MiB to decode, above {_most_bytes >> 20:,} MiB")
-    # The steps behind decoding work on a strip of a large picture and on copies of a small one, in NumPy's wide values.
+    # After decoding, a large picture is processed in strips, and a small one is copied, in NumPy's wide types.
     return total + min(pixels, _LARGE) * (40 if mode.startswith(("I", "F")) else 16)
 
 
 def _bytes_to_open(data: bytes, max_pixels: int) -> int | None:
-    """The same for a WebP or an ICO, by their own bytes: Pillow takes memory as it opens them. None for other files,
-    and for those that are cut off, which Pillow refuses."""
+    """The same for a WebP or an ICO, from their own bytes: Pillow takes memory when it opens them. None for other
+    files, and for truncated ones, which Pillow refuses."""
     sizes = []
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
         if data[12:16] == b"VP8X":
@@ -293,7 +292,7 @@ def _bytes_to_open(data: bytes, max_pixels: int) -> int | None:
             form = ">8x8xII" if data[at : at + 4] == b"\x89PNG" else "<4xii"
             with contextlib.suppress(struct.error):
                 width, height = struct.unpack_from(form, data, at)
-                sizes.append((width, abs(height) // (1 if form[0] == ">" else 2)))  # a bitmap's counts its mask
+                sizes.append((width, abs(height) // (1 if form[0] == ">" else 2)))  # it includes the mask
     if not sizes:
         return None
     width, height = max(sizes, key=lambda size: size[0] * size[1])
@@ -302,8 +301,8 @@ def _bytes_to_open(data: bytes, max_pixels: int) -> int | None:
 
 
 def _tile_bytes(data: bytes, width: int, height: int) -> int:
-    """What a decoder keeps of the tiles of a JPEG 2000, however few bytes they have. The most that any part of the file
-    states: other parts may look like its header."""
+    """The memory that a decoder keeps for the tiles of a JPEG 2000, however few bytes they have. It takes the largest
+    number that any part of the file states, because other parts may look like its header."""
     most = 0
     for number, found in enumerate(_SIZ.finditer(data)):
         length, *sides, channels = struct.unpack_from(">H2x8IH", data, found.end())
@@ -323,7 +322,8 @@ def _pnm_decoder(image: Image.Image) -> str:
 
 
 def _common_pnm(image: Image.Image, data: bytes) -> bytes:
-    """The same PGM or PPM on the scale to which Pillow would bring it value by value, in minutes for a large one."""
+    """The same PGM or PPM on the scale to which Pillow would convert it value by value, which takes minutes for a large
+    one."""
     tile: Any = image.tile[0]  # type: ignore[attr-defined]
     most, top = tile.args[-1], 65535 if image.mode == "I" else 255
     values = np.frombuffer(data, ">u2" if most > 255 else "u1", offset=tile.offset)
@@ -336,8 +336,8 @@ def _common_pnm(image: Image.Image, data: bytes) -> bytes:
 
 
 def _wavelet_levels(image: Image.Image, data: bytes, side: int) -> int:
-    """How often a JPEG 2000 may be halved down to `side`. Its COD segment states its levels. Pillow fails where it
-    rounds a size in another way than the decoder."""
+    """How often a JPEG 2000 may be halved down to `side`. Its COD segment states its levels. Pillow fails if it rounds
+    a size differently from the decoder."""
     at = data.find(b"\xff\x52", max(0, data.find(b"\xff\x4f\xff\x51")))
     most = data[at + 9] if 0 <= at < len(data) - 9 else 0
     fits = [
@@ -348,8 +348,8 @@ def _wavelet_levels(image: Image.Image, data: bytes, side: int) -> int:
 
 
 def _rgb(image: Image.Image, scale: _Scale | None, size: int, fit: Literal["crop", "pad"]) -> Image.Image:
-    """Upright, 8 bits a channel. A large picture is first shrunk by a whole number, in strips, so that no copy of it is
-    made; `_square` shrinks others by the same rule."""
+    """Upright, 8 bits a channel. A large picture is first shrunk by a whole number, in strips, so that it is never
+    copied; `_square` shrinks others by the same rule."""
     side = min(image.size) if fit == "crop" else max(image.size)
     factor = side // (3 * size)
     if image.width * image.height <= _LARGE or factor < 2:
@@ -357,7 +357,7 @@ def _rgb(image: Image.Image, scale: _Scale | None, size: int, fit: Literal["crop
     rows = factor * max(1, _LARGE // 4 // (factor * image.width))
     tops = range(0, image.height, rows)
     boxes = [(0, top, image.width, min(top + rows, image.height)) for top in tops]
-    if scale is not None and image.mode == "I":  # the whole shows whether it has one shade, a strip does not
+    if scale is not None and image.mode == "I":  # the whole shows whether it has only one shade, a strip does not
         _levels(Image.fromarray(np.array([image.getextrema()], np.int32)), scale)
         scale = dataclasses.replace(scale, is_stated=True)
     strips = [_eight_bits(image.crop(box), scale).reduce(factor) for box in boxes]
@@ -371,7 +371,7 @@ def _rgb(image: Image.Image, scale: _Scale | None, size: int, fit: Literal["crop
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block turns nothing
+    except Exception:  # a broken EXIF block rotates nothing
         return 1
 
 
@@ -386,7 +386,7 @@ def _facts(image: Image.Image) -> Facts:
 
 
 def encode(image: Image.Image) -> bytes:
-    """Lossless: training sees the same bits as later predictions."""
+    """Lossless, so training sees the same bits as later predictions."""
     sink = io.BytesIO()
     image.save(sink, format="PNG", compress_level=3)
     return sink.getvalue()
@@ -400,14 +400,14 @@ def pixels(encoded: bytes) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block is no reason to lose the picture
+    except Exception:  # a broken EXIF block is not a reason to lose the picture
         return image
 
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """A file's grey values of black (`low`) and white, or of white and black where `is_inverted`. `is_stated`: a tag
-    gives them, and not the values' type."""
+    """A file's grey values of black (`low`) and white, or of white and black if `is_inverted`. `is_stated`: a tag gives
+    them, not the type of the values."""
 
     low: float
     high: float
@@ -417,9 +417,9 @@ class _Scale:
 
 
 def _scale(image: Image.Image) -> _Scale | None:
-    """Of an image with one channel of more than 8 bits, or of signed ones; None where Pillow's values have 8 bits.
+    """For an image with one channel of more than 8 bits, or of signed values; None if Pillow's values have 8 bits.
 
-    Pillow brings PNG, PGM and JPEG 2000 to 16 bits and keeps TIFF's values: their range is that of BitsPerSample and
+    Pillow converts PNG, PGM and JPEG 2000 to 16 bits and keeps TIFF's values: their range is that of BitsPerSample and
     SampleFormat, unless SMinSampleValue and SMaxSampleValue state another (TIFF 6.0, section 19). Raises DataError: the
     range is unknown, or Pillow does not keep it.
     """
@@ -444,7 +444,7 @@ def _scale(image: Image.Image) -> _Scale | None:
 
 
 def _eight_bits(image: Image.Image, scale: _Scale | None) -> Image.Image:
-    """RGB, or RGBA where the file has any kind of transparency."""
+    """RGB, or RGBA if the file has any kind of transparency."""
     if scale is not None:
         hidden = image.info.get("transparency")
         image, values = _levels(image, scale)
@@ -454,7 +454,7 @@ def _eight_bits(image: Image.Image, scale: _Scale | None) -> Image.Image:
 
 
 def _levels(image: Image.Image, scale: _Scale) -> tuple[Image.Image, np.ndarray]:
-    """The upper 8 bits of the scale, and the values as they were stored."""
+    """The upper 8 bits of the scale as an image, and the values as they were stored."""
     values: np.ndarray
     if image.mode == "F":
         values = np.asarray(image).astype(np.float64)
@@ -486,7 +486,7 @@ _OTHERS = {
 
 
 def _no_image(data: bytes) -> str:
-    """What it is instead, as far as the first bytes tell."""
+    """The kind of file, as far as the first bytes show it."""
     if data[4:8] == b"ftyp":
         kind = "HEIC" if data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc") else "a film"
         if b"avif" in data[8:64] or data[8:12] == b"avis":

@@ -1,7 +1,7 @@
-"""Work on strangers' items in isolated processes: an item that kills its process is named, and the others go on.
+"""Runs work on untrusted items in isolated processes: an item that kills its process is named, and the others continue.
 
-A process takes some items at a time and is used again. When a signal ends it, as a decoder's fault or a lack of memory
-does, another process takes its items one by one.
+A process takes some items at a time and is used again. When a signal ends it, as after a decoder's fault or when memory
+runs out, another process takes its items one by one.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ I = TypeVar("I")  # noqa: E741 - of items
 T = TypeVar("T")
 Work = Callable[[Sequence[I]], Iterable[T]]
 KILLED = "kills the process that decodes it"
-# Without these glibc gives freed memory back to the system, which clears each page again for the next picture.
+# Without these glibc returns freed memory to the system, which clears each page again for the next picture.
 _KEEP = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 _SERVE = "import sys; from raydistill.data.isolation import serve; serve(int(sys.argv[1]))"
 
 
 class Killed(str):
-    """In the place of an item's result: the reason to refuse the item."""
+    """The result of an item that killed its process: the reason to refuse it."""
 
 
 class _Caller:
@@ -66,11 +66,11 @@ class _Caller:
 
 
 def run_isolated(work: Work[I, T], items: Sequence[I], caller: _Caller | None = None) -> list[T | Killed]:
-    """The work's result for each item, in order. An item is Killed once signals have ended two processes that had it
-    alone: somebody else may have sent one. `work`, items and results are pickled. Each calling thread has its process,
-    which is one of the `caller`'s meanwhile.
+    """The work's result for each item, in order. An item is Killed after signals have ended two processes that had only
+    this item: one signal may have come from somebody else. `work`, items and results are pickled.
 
-    Raises what the work raises, and StageError where a process ends in another way.
+    Each calling thread has its own process, which belongs to the `caller` meanwhile. Raises the errors of the work, and
+    StageError if a process ends in another way.
     """
     found, deaths, together = list[T | Killed](), 0, len(items)
     caller = _Caller() if caller is None else caller
@@ -85,12 +85,12 @@ def run_isolated(work: Work[I, T], items: Sequence[I], caller: _Caller | None = 
             number = process.end()
             if process.is_stopped or number >= 0:
                 what = f"{len(some)} items, {some[0]!r:.200} the first,"
-                raise StageError(f"a process at work on {what} ended with {number}") from None
+                raise StageError(f"the process that worked on {what} ended with {number}") from None
             deaths, together = deaths + (together == 1), 1
             if deaths > 1:
                 deaths, of = 0, "; memory may have run out" if number == -signal.SIGKILL else ""
                 found.append(Killed(f"{KILLED}, twice, by {signal.Signals(-number).name}{of}"))
-        except BaseException:  # the next caller would get this answer
+        except BaseException:  # otherwise the next caller would get this answer
             process.stop()
             process.end()
             raise
@@ -110,8 +110,8 @@ def run_isolated(work: Work[I, T], items: Sequence[I], caller: _Caller | None = 
 def map_isolated(
     work: Work[I, T], parts: Iterable[Sequence[I]], count: int
 ) -> Generator[tuple[Sequence[I], list[T | Killed]]]:
-    """Each part and what `run_isolated` gives of it, in order, `count` at once and as many ahead. When the caller
-    leaves early, as on an interruption, the processes that are at work on them end, and those of no other caller."""
+    """Each part and the results of `run_isolated` for it, in order; `count` parts at once and as many ahead. When the
+    caller leaves early, as after an interruption, the processes that work on its parts end, and no others."""
     caller = _Caller()
     waiting = deque[tuple[Sequence[I], Future[list[T | Killed]]]]()
     with ThreadPoolExecutor(count) as pool:
@@ -150,8 +150,8 @@ def end_processes() -> None:
 
 
 def python_apart(statement: str, *words: str) -> dict[str, Any]:
-    """Arguments of `subprocess` for a Python that imports from what this process does, and from nothing else: the
-    folder in which it stands may be a stranger's. No Ctrl-C reaches its session."""
+    """`subprocess` arguments for a Python that imports from the same paths as this process and from nowhere else: the
+    current folder may be untrusted. Ctrl-C does not reach its session."""
     places = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *(p or os.getcwd() for p in sys.path)]))
     return {
         "args": [sys.executable, "-P", "-c", statement, *words], "stdin": subprocess.DEVNULL, "start_new_session": True,
@@ -160,7 +160,7 @@ def python_apart(statement: str, *words: str) -> dict[str, Any]:
 
 
 class _Process:
-    """In a session of its own, which no Ctrl-C reaches. It ends when the other end of its pipe closes."""
+    """It has its own session, which Ctrl-C does not reach. It ends when the other end of its pipe closes."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -200,7 +200,7 @@ def _idle_or_new() -> _Process:
 
 
 def serve(descriptor: int) -> None:
-    """What the isolated process runs."""
+    """The main function of the isolated process."""
     decode.limit_memory(total_bytes(), os.cpu_count() or 1)  # half of the memory, for one process a core
     decode.is_isolated = True
     with contextlib.suppress(OSError):  # when memory runs out, the system ends this process first

@@ -1,4 +1,4 @@
-"""What a label's value means, in any kind of file, and which names are the same class."""
+"""The meaning of a label's value, in any kind of file, and which names are the same class."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from decimal import Decimal
 from raydistill.errors import DataError
 from raydistill.escaping import quoted, shortened
 
-MOST_CLASSES = 1 << 17  # of a set; a set with more of them numbers its images
-MOST_BYTES = 65536  # of a label, and characters of one that is text
-# What programs write where there is no value. People have to write a class called `null` in another way.
+MOST_CLASSES = 1 << 17  # of a data set; one with more of them numbers its images
+MOST_BYTES = 65536  # of a label, and characters of a text label
+# What programs write for a missing value. For a class called `null`, people have to choose another name.
 _NOTHING = frozenset({"nan", "NaN", "NAN", "-nan", "NaT", "<NA>", "null", "NULL", "None", "N/A", "n/a", "#N/A"})
 _MINUS_ONE = re.compile(r"-1(\.0+)?")
 _WHOLE = re.compile(r"-?\d+(\.0+)?")
@@ -26,8 +26,8 @@ _ARRAY = re.compile(r"\[[-+.\d\s]+\]")
 
 
 def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
-    """A class's name, or None for no label. Counts in `notes` what is not as it may seem. Raises DataError, which
-    begins with `where`, for what is neither text nor a whole number."""
+    """A class's name, or None for no label. `notes` counts labels that are not read as they look. Raises DataError,
+    which begins with `where`, for values that are neither text nor a whole number."""
     match value:
         case None:
             return None
@@ -50,11 +50,11 @@ def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
             try:
                 return label_of(bytes(value).decode("utf-8-sig"), where, notes)
             except UnicodeDecodeError:
-                raise DataError(f"{where}: the label is bytes that are no UTF-8; write a name") from None
+                raise DataError(f"{where}: the label is bytes that are not UTF-8; write a name") from None
         case str():
             if len(value) > MOST_BYTES:
                 raise DataError(f"{where}: the label has {len(value):,} characters, too many for a label")
-            text = value.rstrip("\0").strip()  # numpy and h5py fill up bytes of a fixed length with NULs
+            text = value.rstrip("\0").strip()  # numpy and h5py pad bytes of a fixed length with NULs
             if text in _NOTHING or _MINUS_ONE.fullmatch(text):
                 notes[f"labels {text}, read as no label"] += 1
                 return None
@@ -63,7 +63,7 @@ def label_of(value: object, where: str, notes: Counter[str]) -> str | None:
                 notes["labels such as b'cat', read as the text in them"] += 1
             return (text or None) if meant is None else label_of(meant, where, notes)
         case dict():
-            raise DataError(f"{where}: the label is a mapping; write the name of the class alone")
+            raise DataError(f"{where}: the label is a mapping; write only the name of the class")
         case list() | tuple() | set():
             what = f"the label is a {type(value).__name__}"
             raise DataError(f"{where}: {what}; multi-label data is not supported, an image has one class")
@@ -78,7 +78,7 @@ def _literal(text: str) -> object:
         return text.strip("[]").split()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            warnings.simplefilter("ignore")  # about escapes that Python does not know
             return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # TypeError: a mapping has a list as key
         return None
@@ -90,8 +90,8 @@ def refuse_many_classes(count: int, where: str) -> None:
 
 
 def whole_numbers(labels: Iterable[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:
-    """`3.0`, which pandas makes of whole numbers beside gaps, to `3`, where all labels are whole numbers and the class
-    list does not have them as they stand."""
+    """`3.0`, which pandas makes of whole numbers beside gaps, becomes `3`, if all labels are whole numbers and the
+    class list does not have them as they are."""
     counts = Counter(labels)
     if not all(map(_WHOLE.fullmatch, counts)) or counts.keys() <= set(listed or ()):
         return {}
@@ -102,9 +102,12 @@ def whole_numbers(labels: Iterable[str], listed: Sequence[str] | None, notes: Co
 
 
 def one_spelling(labels: Iterable[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:
-    """Each label to its class. Labels that look alike (composed or decomposed letters, spaces, invisible signs) are one
-    class, spelt as in the class list or else as most of them; `notes` counts the others. Raises DataError for two that
-    differ in case alone, unless both are in the class list."""
+    """The class of each label.
+
+    Labels that look alike (composed or decomposed letters, spaces, invisible characters) are one class, spelt as in the
+    class list or else as in most labels; `notes` counts the others. Raises DataError for two that differ only in case,
+    unless both are in the class list.
+    """
     named = frozenset(listed or ())
     counts, alike, folded = Counter(labels), defaultdict[str, list[str]](list), defaultdict[str, set[str]](set)
     for name in {*counts, *named}:
@@ -122,14 +125,14 @@ def one_spelling(labels: Iterable[str], listed: Sequence[str] | None, notes: Cou
         if len(same) > 1 and not same <= named:
             both = " and ".join(repr(spelt[name]) for name in sorted(same))
             raise DataError(
-                f"the classes {both} differ in case alone; give them one name or, where they are two, list both in "
+                f"the classes {both} differ only in case; give them one name or, if they are two classes, list both in "
                 "images.classes"
             )
     return spelt
 
 
 def _look(name: str) -> str:
-    if name.isascii():  # which has no signs that do not show
+    if name.isascii():  # ASCII has no invisible characters
         return " ".join(name.split())
     shown = "".join(sign for sign in unicodedata.normalize("NFC", name) if unicodedata.category(sign) != "Cf")
     return " ".join(shown.split())

@@ -1,4 +1,4 @@
-"""Whether two pictures show the same, and whether one shows nothing.
+"""Finds pictures that are nearly equal, and pictures that show nothing.
 
 Shapes: N hashes, B of their 256 bits.
 """
@@ -12,12 +12,12 @@ from PIL import Image
 
 
 def contrast(image: Image.Image) -> float:
-    """Standard deviation of the brightness, of 255."""
+    """Standard deviation of the brightness, between 0 and 255."""
     return float(np.asarray(image.convert("L"), np.float32).std())
 
 
 def difference_hash(image: Image.Image) -> bytes:
-    """256 bits: is each pixel of the picture at 17 x 16 brighter than the one right of it (dHash of N. Krawetz)?"""
+    """256 bits: is each pixel of the picture at 17 x 16 brighter than its right neighbour (dHash by N. Krawetz)?"""
     grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.LANCZOS), np.int16)
     return np.packbits(grey[:, :-1] > grey[:, 1:]).tobytes()
 
@@ -30,8 +30,8 @@ def hash_words(hashes: Sequence[bytes]) -> np.ndarray:
 def near_pairs(hashes: Sequence[bytes], distance: int) -> Iterator[tuple[int, int]]:
     """Every pair of different hashes that differ in at most `distance` bits, once.
 
-    Of `distance` + 1 bands, two such hashes have at least one in common. So only hashes that share a band are compared,
-    and no table of all pairs is made.
+    Of `distance` + 1 bands, two such hashes share at least one. So only hashes that share a band are compared, and
+    there is no table of all pairs.
     """
     bits_NB = np.unpackbits(np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1), axis=1)
     words_N4, seen = hash_words(hashes), set[tuple[int, int]]()

@@ -1,4 +1,4 @@
-"""From class names to the sentences for a text-to-image pipeline, and the choice of one for each image."""
+"""Makes sentences for a text-to-image pipeline from class names, and chooses one for each image."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRESETS = {
     "paper:scene": "the inside of a {class}",
     "paper:texture": "{class} texture",
 }
-# Names that are codes rather than words.
+# names that are codes, not words
 _CODE = re.compile(
     r"[a-z]{0,2}\d+"  # n01440764, 017
     r"|([a-z]+ |class|label|category|type|group|item|object|id)\d+"  # cat-17, class0
@@ -37,13 +37,13 @@ _CODE = re.compile(
 _BETWEEN_SYNONYMS = re.compile(r"(?:(?<!\d),|,(?!\d)|[;|])(?![^()\[\]]*[)\]])")
 # Names of three letters and more run together: goldenRetriever, but not iPhone or McDonald.
 _HUMP = re.compile(r"(?<=[^\W\d_A-Z]{2})(?=[A-Z][^\W\d_A-Z])")
-# What begins with the sound of a vowel. The library for this, inflect, says "a 8-ball" and "a SUV".
+# What begins with the sound of a vowel. The library for this, inflect, gives "a 8-ball" and "a SUV".
 _AN = re.compile(
     r"8|1[18](\d\d|(\d{3})*)(?!\d)"
     r"|(hour|heir|honest|hono)"
     r"|(?!eu|ew|ouija|one(s|\b)|once\b|uni([^nmd]|mo)|u(\b|[kv]\b)|u[bcfghjkqrst][aeiou]|(?-i:U[A-Z]{1,2}\b))[aeiou]"
     r"|y[^\Waeiou\d_]"
-    # Spelled letters, since no English word begins so: MRI, X-ray, F-150.
+    # Spelled letters, because no English word begins like this: MRI, X-ray, F-150.
     r"|suv\b|(?-i:[FLMRS][B-DF-HJ-NP-TV-XZ]+\b)"
     r"|[hnx](?![aeiouy])|f(?![aeiouyjlr])|l(?![aeiouyl])|m(?![aeiouyn])|r(?![aeiouyh])|s(?![aeiouychklmnpqtw])",
     re.IGNORECASE,
@@ -58,7 +58,7 @@ class ClassPrompts:
     weights: tuple[float, ...]
 
     def draw(self, key: str) -> str:
-        """One of them, as a function of the key alone."""
+        """One of the sentences; it depends only on the key."""
         number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) / 2**64
         return self.sentences[
             min(int(np.searchsorted(np.cumsum(self.weights), number, "right")), len(self.weights) - 1)
@@ -66,9 +66,11 @@ class ClassPrompts:
 
 
 def words_of(name: str) -> str:
-    """A class's name as words, NFC. `_` and `-` are spaces, and words that run together are separated. Left out are a
-    leading number that orders folders (`17.Cardinal`, `017_cardinal`; not a quantity such as `3.5mm_jack`), WordNet's
-    number before a name (`n02085620-Chihuahua`), and the synonyms behind the first name."""
+    """A class's name as words, NFC. `_` and `-` are spaces, and words that run together are separated.
+
+    It leaves out a leading number that orders folders (`17.Cardinal`, `017_cardinal`; not a quantity such as
+    `3.5mm_jack`), WordNet's number before a name (`n02085620-Chihuahua`), and the synonyms after the first name.
+    """
     words = " ".join(re.split(r"[\s_\-]+", _HUMP.sub(" ", unicodedata.normalize("NFC", name).strip())))
     return re.sub(r"^(\d+\.(?!\d)|0\d* |n\d{8} )\s*(?=\S)", "", _first_synonym(words))
 
@@ -78,7 +80,7 @@ def _first_synonym(words: str) -> str:
 
 
 def class_words(classes: Sequence[str]) -> dict[str, str]:
-    """`words_of` each class, without the numbers where every name begins with one and they count from 0 or 1."""
+    """`words_of` each class, without the numbers if every name begins with one and they count from 0 or 1."""
     words = {name: words_of(name) for name in classes}
     numbered = [re.fullmatch(r"(\d+) (\S.*)", text) for text in words.values()]
     counts = sorted(int(found[1]) for found in numbered if found)
@@ -100,8 +102,11 @@ def _say_synonyms(read: Mapping[str, str]) -> None:
 
 
 def reading(text: str) -> str:
-    """A text without case, spaces, punctuation and Unicode's forms: two texts of one reading are one prompt to any
-    model. Signs that distinguish names (`C#`, `C++`) and those between digits (`3.5`) stay."""
+    """A text without case, spaces, punctuation and Unicode forms: two texts with the same result are one prompt to any
+    model.
+
+    Signs that distinguish names (`C#`, `C++`) and those between digits (`3.5`) stay.
+    """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
     def counts(at: int) -> bool:
@@ -113,8 +118,11 @@ def reading(text: str) -> str:
 
 def class_prompts(settings: Generate, classes: Sequence[str]) -> dict[str, ClassPrompts]:
     """The prompts of every class. A template's `{class}` and `{description}` are filled in; everything else in
-    templates and names is literal, also other braces. Raises ConfigError: two classes share a prompt, a names file or
-    an override does not fit the classes, a template has no place for the class."""
+    templates and names is literal, even other braces.
+
+    Raises ConfigError: two classes share a prompt, a names file or an override does not fit the classes, or a template
+    has no place for the class.
+    """
     names = _names(settings.names, classes)
     refuse_unknown(settings.overrides, classes, "generate.overrides")
     shared = settings.templates if isinstance(settings.templates, dict) else dict.fromkeys(settings.templates, 1.0)
@@ -154,7 +162,7 @@ def sentence(template: str, words: str, description: str = "") -> str:
 
     def fill(found: re.Match[str]) -> str:
         article, space, what = found.groups()
-        if re.match(r"(?i)(an?|the)\s", values[what]):  # it brings its own article
+        if re.match(r"(?i)(an?|the)\s", values[what]):  # it has its own article
             return values[what]
         return (_article(article, values[what]) + space if article else "") + values[what]
 
@@ -162,7 +170,7 @@ def sentence(template: str, words: str, description: str = "") -> str:
 
 
 def _article(written: str, following: str) -> str:
-    """As written before other than Latin letters, whose sound is unknown."""
+    """Unchanged before letters that are not Latin, whose sound is unknown."""
     plain = "".join(c for c in unicodedata.normalize("NFD", following) if not unicodedata.combining(c))
     plain = plain.lstrip("\"'([“‘„« ")
     if not (plain[:1].isascii() and plain[:1].isalnum()):
@@ -178,7 +186,7 @@ def _names(file: str | None, classes: Sequence[str]) -> dict[str, tuple[tuple[st
     entries = read_mapping(file, advice, TextLoader, "generate.names")
     refuse_unknown(entries, classes, f"generate.names={file}")
     if lacking := [name for name in classes if name not in entries]:
-        raise ConfigError(f"generate.names={file}: says nothing of {first_few(lacking)}")
+        raise ConfigError(f"generate.names={file}: lacks the classes {first_few(lacking)}")
     lists = {name: text for name, text in entries.items() if isinstance(text, str) and _first_synonym(text) != text}
     _say_synonyms({text: _first_synonym(text) for text in lists.values()})
     return {name: _entry(file, name, value) for name, value in entries.items()}
@@ -198,7 +206,7 @@ def _entry(file: str, name: str, value: object) -> tuple[tuple[str, ...], str]:
 
 
 def refuse_unknown(given: Mapping[str, object], classes: Sequence[str], what: str) -> None:
-    """Raises ConfigError where `what`, a key or a file, names a class that the data has not."""
+    """Raises ConfigError if `what`, a key or a file, names a class that the data does not have."""
     known = set(classes)
     if unknown := [name for name in given if name not in known]:
         raise ConfigError(f"{what}: the data has no class {first_few(unknown)}; it has {first_few(list(classes))}")

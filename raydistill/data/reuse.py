@@ -1,4 +1,5 @@
-"""Stored soft targets of images that an earlier set had too: a set that grew pays for its new images alone.
+"""Reuses stored soft targets of images that an earlier data set also had: after a data set grows, only its new images
+cost a teacher pass.
 
 Shapes: M rows of all files, F files, R rows asked for, K views, D features.
 """
@@ -17,20 +18,20 @@ from raydistill.data.targets import read_all_targets, read_sample_ids
 from raydistill.errors import CheckpointError
 
 log = logging.getLogger(__name__)
-# By file: the rows to read, each as the row that asks for it and its own number.
+# By file: the rows to read, each as the asking row and its own number.
 Places = dict[str, list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
 class KnownRows:
-    """Where features lie that the same teacher has given of the same views."""
+    """Where the features of the same teacher and views are stored."""
 
     files: tuple[str, ...]
     first_F: np.ndarray  # the number of each file's first row, counted through all files
     ids_M: pa.Array  # 16 bytes each
 
     def find(self, ids: Sequence[str]) -> Places:
-        """Where each of these images lies; unknown ones are left out."""
+        """Where each of these images is stored; unknown images are left out."""
         at_R = pc.index_in(_packed(bytes.fromhex("".join(ids))), self.ids_M).fill_null(-1).to_numpy()
         file_R = np.searchsorted(self.first_F, at_R, side="right") - 1
         places: Places = {}
@@ -41,22 +42,22 @@ class KnownRows:
 
 
 def find_known(files: Sequence[str]) -> KnownRows:
-    """What these files of soft targets hold. A damaged one is named and left out."""
+    """The content of these files of soft targets. A damaged one is named and left out."""
     whole, ids = [], []
     for file in files:
         try:
             ids.append(read_sample_ids(file))
             whole.append(file)
         except CheckpointError as error:
-            log.warning("%s; it is left out here", error)
+            log.warning("%s; its soft targets are not reused", error)
     ends = np.cumsum([len(one) // 16 for one in ids], dtype=np.int64)
     first_F = np.concatenate([[0], ends[:-1]]) if ids else ends
     return KnownRows(tuple(whole), first_F, _packed(b"".join(ids)))
 
 
 def read_known(places: Places, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the rows are known (R,), and (K, R, D) float16 features of those; (0, R, 0) where none is. Raises
-    CheckpointError where a file is damaged."""
+    """Which of the rows are known (R,), and (K, R, D) float16 features of those; (0, R, 0) if none is. Raises
+    CheckpointError if a file is damaged."""
     is_known_R = np.zeros(num_rows, bool)
     features_KRD = np.empty((0, num_rows, 0), np.float16)
     for file, pairs in places.items():

@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
     ]
 )
 SPLITS = ("train", "val", "test")
-# Shards whose rows are shuffled together. Each shard is a fair sample already, so a few mix well.
+# Shards whose rows are shuffled together. Each shard is already a fair sample, so a few mix well.
 WINDOW_SHARDS = 8
 
 
@@ -47,7 +47,7 @@ def _with_train(by_split: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """What `prepare` leaves behind. Equal hashes in `ids` mean equal images; in `labels`, equal labels."""
+    """The result of `prepare`. Equal hashes in `ids` mean equal images; equal hashes in `labels` mean equal labels."""
 
     path: str
     classes: tuple[str, ...]
@@ -72,8 +72,8 @@ def sample_id(data: bytes) -> str:
 
 
 def seeded_rank(seed: int, purpose: str, sample: str) -> str:
-    """A number drawn from the seed and the image alone, as hex. Sorted by it, images keep their order when others come
-    or go."""
+    """A hex number that depends only on the seed and the image. Sorted by it, images keep their order when others are
+    added or removed."""
     return hashlib.blake2b(f"{seed}/{purpose}/{sample}".encode(), digest_size=16).hexdigest()
 
 
@@ -135,7 +135,7 @@ def visit_order(rows_of_shard: Sequence[np.ndarray], seed: int, start: int = 0) 
             if skip >= length:
                 skip -= length
                 continue
-            # One more than `first`: numpy takes the seeds [a, b] and [a, b, 0] for the same.
+            # One more than `first`: numpy takes the seeds [a, b] and [a, b, 0] as equal.
             shuffle = np.random.default_rng([seed, number, first + 1]).permutation(length)[skip:]
             shard = np.repeat(window, sizes[window])[shuffle]
             row = np.concatenate([rows_of_shard[k] for k in window])[shuffle]
@@ -165,8 +165,8 @@ class Pools:
 def batch_order(pools: Pools, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Visits]:
     """Endless global batches of exactly `batch_size` visits from `start_step` on.
 
-    The split of a batch is the difference of rounded running totals, so the shares hold over any stretch, and every row
-    of a pool is visited equally often whatever the batch size: no last short batch, and none dropped.
+    The split of a batch is the difference of rounded running totals. So the shares hold over any stretch, and every row
+    of a pool is visited equally often, whatever the batch size: no last batch is short, and none is dropped.
     """
     begun = pools.visits_of(start_step * batch_size)
     seeds = (seed * 2, seed * 2 + 1, 2**34 + seed)

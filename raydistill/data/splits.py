@@ -1,4 +1,4 @@
-"""Which images are used, in which split each stands, and which of them keep their labels."""
+"""Which images are used, in which split each is, and which of them keep their labels."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Decoded:
 
 
 def without_duplicates(known: list[Decoded]) -> tuple[list[Decoded], list[dict[str, str]]]:
-    """One entry for each distinct file, and why the others are refused. Of copies, the one in test stays, then in val,
-    then a labelled one. An image under two labels is refused."""
+    """One entry for each distinct file, and why the others are refused. Of copies, it keeps the one in test, then in
+    val, then a labelled one. An image under two labels is refused."""
     refused = [{"path": entry_name(d.entry), "reason": d.reason} for d in known if d.reason]
     copies: dict[str, list[Decoded]] = defaultdict(list)
     for d in known:
@@ -56,7 +56,7 @@ class Drawn:
 
 
 def draw(config: RunConfig, listing: Listing, kept: list[Decoded]) -> Drawn:
-    """Raises DataError where labels are fewer than classes."""
+    """Raises DataError if there are fewer labels than classes."""
     splits = draw_splits(config, listing, kept)
     labelled = draw_labelled(config, listing, splits["train"])
     train = fewer_unlabelled(config, splits["train"], labelled)
@@ -64,7 +64,7 @@ def draw(config: RunConfig, listing: Listing, kept: list[Decoded]) -> Drawn:
 
 
 def draw_splits(config: RunConfig, listing: Listing, kept: list[Decoded]) -> dict[str, list[Decoded]]:
-    """The splits that the data names. Where it names none, each class is split in seeded shares, by content."""
+    """The splits that the data names. If it names none, each class is split in seeded shares, by content."""
     splits: dict[str, list[Decoded]] = {split: [] for split in SPLITS}
     to_share: dict[str, list[Decoded]] = defaultdict(list)
     has_val, has_test = listing.has_split("val"), listing.has_split("test")
@@ -73,7 +73,7 @@ def draw_splits(config: RunConfig, listing: Listing, kept: list[Decoded]) -> dic
             to_share[d.entry.label].append(d)
         else:
             splits[d.entry.split or "train"].append(d)
-    # A test split is drawn only where the data names none at all.
+    # A test split is drawn only if the data names no split at all.
     test_share = 0.0 if has_val or has_test else config.images.test_share
     val_share = 0.0 if has_val else config.images.val_share
     for group in to_share.values():
@@ -89,7 +89,7 @@ def draw_splits(config: RunConfig, listing: Listing, kept: list[Decoded]) -> dic
 
 
 def _share_of(count: int, share: float, spare: int) -> int:
-    """At least one where a share is asked for, while `spare` images are left over."""
+    """At least one if a share is asked for, while `spare` images are left over."""
     return min(max(round(count * share), 1), max(count - spare, 0)) if share else 0
 
 
@@ -108,7 +108,7 @@ def draw_labelled(config: RunConfig, listing: Listing, train: list[Decoded]) -> 
         )
     exact = {name: max(1.0, wanted * len(ids) / total) for name, ids in by_class.items()}
     counts = {name: int(value) for name, value in exact.items()}
-    # Largest remainders first, until the number is met; then, if the minimum of one overshot it, largest classes first.
+    # Largest remainders first, until the number is met; then, if the minimum of one exceeded it, largest classes first.
     order = sorted(exact, key=lambda name: counts[name] - exact[name])
     for step in range(wanted - sum(counts.values())):
         counts[order[step % len(order)]] += 1

@@ -37,14 +37,14 @@ UNLABELLED = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """What one worker trains on in one step."""
+    """The data that one worker trains on in one step."""
 
     images_VHHC: np.ndarray  # uint8
     parameters_VP: np.ndarray  # float32
-    labels_V: np.ndarray  # int64, UNLABELLED where there is none
-    features_VD: np.ndarray | None  # float16; None where no teacher takes part
-    rows_V: np.ndarray  # int64, which image of the train split it is
-    weights_V: np.ndarray | None = None  # float32, of the hard labels; None where all are 1
+    labels_V: np.ndarray  # int64, UNLABELLED if there is none
+    features_VD: np.ndarray | None  # float16; None without a teacher
+    rows_V: np.ndarray  # int64, the index of the image in the train split
+    weights_V: np.ndarray | None = None  # float32, of the hard labels; None if all are 1
 
     def arrays(self) -> tuple[np.ndarray | None, ...]:
         return (self.images_VHHC, self.parameters_VP, self.labels_V, self.features_VD, self.rows_V, self.weights_V)
@@ -57,7 +57,7 @@ def encode_targets(sample_ids: Sequence[str], features_KRD: np.ndarray) -> bytes
 
 
 def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.ndarray:
-    """(K, R, D) float16 features. Raises CheckpointError where they are damaged or belong to other samples."""
+    """(K, R, D) float16 features. Raises CheckpointError if they are damaged or belong to other samples."""
     sample_ids, features_KRD = _decode(data, name)
     if sample_ids.tobytes().hex() != "".join(expected_ids):
         raise CheckpointError(f"{name} holds the soft targets of other samples; delete it and run the command again")
@@ -65,7 +65,7 @@ def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.nd
 
 
 def read_all_targets(path: str) -> tuple[list[str], np.ndarray]:
-    """Sample ids and (K, R, D) float16 features of a whole file. Raises CheckpointError where it is damaged."""
+    """Sample ids and (K, R, D) float16 features of a whole file. Raises CheckpointError if it is damaged."""
     sample_ids, features_KRD = _decode(read_bytes(path), path)
     return [row.tobytes().hex() for row in sample_ids], features_KRD
 
@@ -83,7 +83,7 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_sample_ids(path: str) -> bytes:
-    """The ids of a file's rows, 16 bytes each, without its features. Raises CheckpointError where it is damaged."""
+    """The ids of a file's rows, 16 bytes each, without its features. Raises CheckpointError if it is damaged."""
     fs, place = open_filesystem(path)
     try:
         # safetensors: the length of a JSON header, the header, and the tensors at the header's offsets.
@@ -108,7 +108,7 @@ def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str])
 
 
 def read_labels(samples: SampleSet, split: str, shard: int) -> np.ndarray:
-    """The labels of a shard, UNLABELLED where there is none, without reading its images."""
+    """The labels of a shard, UNLABELLED if there is none, without reading its images."""
     return labels_of(_column(samples, split, shard, "label"))
 
 
@@ -131,13 +131,13 @@ def labels_of(table: pa.Table) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Part:
-    """Train shards in one place. `targets`: None where no teacher takes part. `weights`: of the hard labels, by sample
-    id; None where all are 1."""
+    """Train shards at one path. `targets`: None without a teacher. `weights`: of the hard labels, by sample id; None if
+    all are 1."""
 
     samples: SampleSet
     targets: str | None
     weights: dict[str, float] | None = None
-    hard_labels: bool = True  # false: labels are not shown to the student
+    hard_labels: bool = True  # false: the student does not see labels
 
     @property
     def num_shards(self) -> int:
@@ -146,7 +146,7 @@ class Part:
 
 @dataclass(frozen=True)
 class TrainSplit:
-    """Where the train split lies, real images before generated ones, and how its views are drawn."""
+    """Where the train split is stored, real images before generated ones, and how its views are drawn."""
 
     parts: tuple[Part, ...]
     views: Views
@@ -175,7 +175,7 @@ class TrainSplit:
         return Shard(ids, values(table["image"]), labels, features, weights)
 
     def labels(self) -> list[np.ndarray]:
-        """The labels of every shard: the order of visits needs nothing else."""
+        """The labels of every shard; the order of visits needs nothing else."""
         return [read_labels(part.samples, "train", k) for part in self.parts for k in range(part.num_shards)]
 
     def num_bytes(self, feature_bytes: int) -> int:
@@ -191,7 +191,7 @@ class TrainSplit:
         return Batch(images, parameters, labels, features, first_row[visits.shard] + visits.row, weights)
 
     def view_indices(self, visits: Visits) -> np.ndarray:
-        """Stored views are replayed in turn; a fresh view never comes again."""
+        """Stored views are replayed in turn; a fresh view never repeats."""
         return visits.visit if self.views.per_image == "fresh" else visits.visit % self.views.per_image
 
 
@@ -247,16 +247,16 @@ def _decode_all(encoded: list[bytes]) -> np.ndarray:
 class Streamed:
     """Shards are read when a visit needs them and dropped some windows later; only visited rows are decoded.
 
-    Labelled and unlabelled rows of each part are visited in windows of their own, so a batch takes from as many windows
-    as there are such pools. `most_bytes` of memory hold two windows of each, the last and the current one. Where they
-    do not, the shards that were not used for longest go, with a warning.
+    Labelled and unlabelled rows of each part are visited in separate windows, so a batch takes from as many windows as
+    there are such pools. `most_bytes` of memory hold two windows of each, the last and the current one. If they do not,
+    the least recently used shards are dropped, with a warning.
     """
 
     def __init__(self, split: TrainSplit, decode_threads: int, most_bytes: float = math.inf) -> None:
         self._split = split
         self._num_threads = decode_threads
         self._threads = ThreadPoolExecutor(decode_threads)
-        self._held: OrderedDict[int, Shard] = OrderedDict()  # the last used one last
+        self._held: OrderedDict[int, Shard] = OrderedDict()  # the most recently used one last
         self._in_windows = 2 * len(split.parts) * WINDOW_SHARDS
         self._most_bytes, self._bytes, self._said = most_bytes, 0, False
 
@@ -275,7 +275,7 @@ class Streamed:
         if not self._said and len(self._held) < min(self._in_windows, len(self._split.shard_rows)):
             self._said = True
             logger.warning(
-                "%d shards of train images take %s bytes, more than the %s there are for them, and are read again and "
+                "%d shards of train images take %s bytes, above the %s available to them, and are read again and "
                 "again; lower images.shard_size, or give the workers more memory",
                 len(self._held) + 1, f"{self._bytes:,}", f"{self._most_bytes:,.0f}",
             )  # fmt: skip
@@ -288,7 +288,7 @@ class Streamed:
         needed = {int(k): self._shard(int(k)) for k in np.unique(visits.shard)}
         rows = [(needed[int(k)], int(r), int(v)) for k, r, v in zip(visits.shard, visits.row, views, strict=True)]
         encoded = [shard.images[r] for shard, r, _ in rows]
-        # One task a thread: to hand over single images costs as much as to decode them.
+        # One task for each thread: handing over single images takes as long as decoding them.
         each = -(-len(encoded) // self._num_threads)
         chunks = [encoded[first : first + each] for first in range(0, len(encoded), each)]
         images = np.concatenate(list(self._threads.map(_decode_all, chunks)))

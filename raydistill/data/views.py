@@ -36,10 +36,10 @@ class Preprocessing:
 def view_parameters(
     views: Views, seed: int, sample_ids: Sequence[str], indices: Sequence[int] | np.ndarray
 ) -> np.ndarray:
-    """(B, P) float32: view `indices[i]` of image `sample_ids[i]`, a function of the seed and those two alone.
+    """(B, P) float32: view `indices[i]` of image `sample_ids[i]`, a function of only the seed and those two.
 
-    Crop as in torchvision's RandomResizedCrop: area uniform, aspect ratio log-uniform, first of ten tries that fits,
-    the whole image where none does.
+    The crop is that of torchvision's RandomResizedCrop: area uniform, aspect ratio log-uniform, the first of ten tries
+    that fits, or the whole image if none does.
     """
     draws_BN = np.stack([_draws(seed, s, int(v)) for s, v in zip(sample_ids, indices, strict=True)])
     area_BA = views.min_scale + draws_BN[:, :_ATTEMPTS] * (1 - views.min_scale)
@@ -86,12 +86,12 @@ def render(images_BHWC: torch.Tensor, parameters_BP: torch.Tensor, preprocessing
 def view_filters(
     parameters_BP: torch.Tensor, rows: int, columns: int, preprocessing: Preprocessing
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, S, rows) and (B, S, columns): the two matrices that cut, resize and flip an image of so many pixels."""
+    """(B, S, rows) and (B, S, columns): the two matrices that crop, resize and flip an image of that many pixels."""
     left, top, width, height, flip = parameters_BP[:, :5].unbind(dim=1)
     size, kind = preprocessing.size, preprocessing.interpolation
     if preprocessing.resized is not None:
         is_whole = (width == 1) & (height == 1)
-        # In whole pixels, as torchvision's CenterCrop has it.
+        # in whole pixels, like torchvision's CenterCrop
         start, extent = round((preprocessing.resized - size) / 2) / preprocessing.resized, size / preprocessing.resized
         left, top = (torch.where(is_whole, start, edge) for edge in (left, top))
         width, height = (torch.where(is_whole, extent, side) for side in (width, height))

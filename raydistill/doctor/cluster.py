@@ -1,4 +1,4 @@
-"""Would a job run on this cluster, or on one that a file describes?"""
+"""Checks whether a job would run on this cluster, or on one that a file describes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from raydistill.errors import ConfigError
 
 
 def check_cluster(config: RunConfig) -> list[Finding]:
-    """Join the cluster of `cluster.address`, or the one of this node, and look at it: its nodes, and whether the plan
+    """Join the cluster of `cluster.address`, or the one of this node, and check its nodes, and whether the plan
     fits."""
     joined = overlay(config, {"cluster": {"address": config.cluster.address or "auto"}})
     with joined_cluster(joined):
@@ -25,14 +25,14 @@ def check_cluster(config: RunConfig) -> list[Finding]:
 
 
 def check_offers(config: RunConfig | None, path: str) -> list[Finding]:
-    """Look at the node types of a cluster.yaml or of KubeRay's file, which may scale from none: what they add up to,
-    and whether one has the labels that the job asks for."""
-    if any("kind" in document for document in read_documents(path)):  # as all have that are for Kubernetes
+    """Check the node types of a cluster.yaml or of a KubeRay file, which may scale from zero: their sum, and whether
+    one has the labels that the job asks for."""
+    if any("kind" in document for document in read_documents(path)):  # as all KubeRay files are
         faults, offered, then = kuberay_file.check_kuberay_file(path), kuberay_file.offered, "kubectl apply"
     else:
         faults, offered, then = cluster_file.check_cluster_file(path), cluster_file.offered, "ray up"
     if faults:
-        return [Finding(path, line, f"mend it before `{then}`") for line in faults]
+        return [Finding(path, line, f"fix it before `{then}`") for line in faults]
     types = offered(path)
     most = {name: sum(t.max_workers * t.resources.get(name, 0) for t in types) for name in ("CPU", "GPU")}
     grown = ", ".join(f"{name}: {count}" for name, count in most.items() if count)

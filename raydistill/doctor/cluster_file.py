@@ -1,7 +1,7 @@
-"""Files that describe a cluster, checked without a cloud: cluster.yaml for Ray's launcher on AWS, and KubeRay's.
+"""Checks files that describe a cluster, without a cloud: cluster.yaml for Ray's launcher on AWS, and KubeRay's.
 
-Ray's own validation looks at the shape of a file. What it lets pass opens the cluster to the world, costs money for
-nothing, or shows only when the nodes are paid for and do not join.
+Ray's own validation checks the form of a file. It accepts files that open the cluster to the world, cost money for
+nothing, or fail only when the nodes are paid for and do not join.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from raydistill.errors import ConfigError, reason_of
 # The words of JSON Schema in plainer ones.
 TYPES = {"array": "a list", "object": "keys and values", "string": "text, in quotes", "boolean": "true or false"}
 PROVIDERS = ("aws", "gcp", "azure", "vsphere", "aliyun", "local", "external")
-# What Ray itself gives a meaning; any other name of a resource is the user's.
+# Names of resources with a meaning in Ray; users may add others.
 RESOURCES = ("CPU", "GPU", "TPU", "memory", "object_store_memory")
-# The lists of commands that Ray fills in where a file has none, and with what.
+# The lists of commands that Ray fills in if a file has none, and with what.
 DEFAULT_COMMANDS = {
     "setup_commands": "a nightly wheel",
     "head_setup_commands": "any boto3",
@@ -43,7 +43,7 @@ ONE_TIME = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "ter
 
 
 def offered(path: str) -> list[NodeType]:
-    """The node types of a cluster.yaml, the head's among them. Raises ConfigError where Ray cannot read the file."""
+    """The node types of a cluster.yaml, the head's too. Raises ConfigError if Ray cannot read the file."""
     file = _read(path)
     faults = _refused_by_ray(file)
     if faults:
@@ -52,10 +52,11 @@ def offered(path: str) -> list[NodeType]:
 
 
 def check_cluster_file(path: str) -> list[str]:
-    """What is wrong with a cluster.yaml, a line each: `key: what is wrong; what to write instead`. Empty: it is sound.
+    """What is wrong with a cluster.yaml, a line each: `key: what is wrong; what to write instead`. An empty list means
+    that it is sound.
 
-    What Ray refuses is alone, because the rest is read only in a file of the right shape. Raises ConfigError where the
-    file cannot be read or is no YAML.
+    If Ray refuses the file, the list has only that, because the rest needs a file of the right form. Raises ConfigError
+    if the file cannot be read or is not YAML.
     """
     file = _read(path)
     faults = _refused_by_ray(file)
@@ -90,7 +91,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _refused_by_ray(file: dict[str, Any]) -> list[str]:
-    """By Ray's own validation, whose defaults are left out: everything that they would fill in is asked for."""
+    """Ray's own validation, without its defaults, so that it checks everything that they would fill in."""
     from jsonschema import Draft7Validator  # type: ignore[import-untyped]  # comes with ray
 
     validator = Draft7Validator(_of_text(cluster_file_schema()))
@@ -103,13 +104,13 @@ def _refused_by_ray(file: dict[str, Any]) -> list[str]:
         refuse_cluster_file(file)
     except TypeError as error:
         return [f"the file: a key is not text ({error}); write keys in quotes that YAML takes for something else"]
-    except ValueError as error:  # about numbers and names, which are said here with the figures
+    except ValueError as error:  # about numbers and names, which are reported here with the figures
         return list(_limits(file)) or [f"Ray refuses the file: {error}"]
     return []
 
 
 def _of_text(schema: dict[str, Any]) -> dict[str, Any]:
-    """Ray's schema, in which lists and mounts of whatever become what Ray takes them for: text."""
+    """Ray's schema, where lists and mounts of anything become lists and mounts of text, as Ray uses them."""
     for key, inner in list(schema.items()):
         if isinstance(inner, dict):
             schema[key] = _of_text(inner)
@@ -155,7 +156,7 @@ def _market(entry: dict[str, Any]) -> dict[str, Any]:
 def _limits(file: dict[str, Any]) -> Iterator[str]:
     most, head = file["max_workers"], file["head_node_type"]
     if head not in file["available_node_types"]:
-        yield f"head_node_type: {head!r} is no node type{hint(head, file['available_node_types'])}"
+        yield f"head_node_type: {head!r} is not a node type{hint(head, file['available_node_types'])}"
     types = _node_types(file)
     fewest = sum(node_type.min_workers for node_type in types)
     if fewest > most:
@@ -212,7 +213,7 @@ def _workers(file: dict[str, Any], types: list[NodeType]) -> Iterator[str]:
                     f"{key}.node_config.InstanceMarketOptions.SpotOptions.{name}: {options.get(name)!r} leaves nodes "
                     f"that the autoscaler does not know; write {value}"
                 )
-        # Where the list is missing, that is said, and it is enough.
+        # A missing list is one finding, and it is enough.
         started = [*entry.get("worker_setup_commands", []), *file.get("worker_start_ray_commands", [WATCHER])]
         if not any(WATCHER in command for command in started):
             yield f"{key}: no one tells Ray that a node is about to be taken; start `{WATCHER}` before `ray start`"

@@ -1,6 +1,6 @@
-"""What is wrong with a cluster.yaml for AWS, by EC2's own published schema, which comes with botocore.
+"""Checks a cluster.yaml for AWS by EC2's own published schema, which comes with botocore.
 
-Ray hands `node_config` to EC2's RunInstances as it is, so a slip in it shows when the first node is to start.
+Ray passes `node_config` to EC2's RunInstances unchanged, so a mistake in it shows only when the first node starts.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any
 from raydistill.doctor.cluster_yaml import hint, mapping
 from raydistill.doctor.node_types import NodeType
 
-# What Ray's AWS provider and its launcher read; its schema lets any key pass.
+# The keys that Ray's AWS provider and launcher read; Ray's schema accepts any key.
 PROVIDER_KEYS = {
     "type", "region", "availability_zone", "cache_stopped_nodes", "security_group", "use_internal_ips",
     "use_external_head_ip", "key_pair", "aws_credentials", "cloudwatch", "disable_node_updaters",
     "disable_launch_config_check", "foreground_node_launch", "worker_liveness_check",
 }  # fmt: skip
-# What Ray's AWS provider writes over of a node_config, or in place of.
+# The parts of a node_config that Ray's AWS provider replaces.
 OVERWRITTEN = {
     "MinCount": "write min_workers of the node type",
     "MaxCount": "write max_workers of the node type",
     "SubnetId": "write SubnetIds, a list",
     "DryRun": "nothing would start; leave it out",
 }
-# GPUs of a machine by family and size, "" for the sizes that are not named: https://aws.amazon.com/ec2/instance-types
+# GPUs of a machine by family and size, "" for other sizes: https://aws.amazon.com/ec2/instance-types
 GPUS: dict[str, dict[str, int]] = {
     "p2": {"xlarge": 1, "8xlarge": 8, "16xlarge": 16},
     "p3": {"2xlarge": 1, "8xlarge": 4, "16xlarge": 8},
@@ -44,7 +44,7 @@ GPUS: dict[str, dict[str, int]] = {
     },
     **{family: {"12xlarge": 2, "24xlarge": 4, "48xlarge": 8, "": 1} for family in ("g7", "g7e")},
 }
-# Machines of more than four vCPUs for each "xlarge" of their name.
+# Machines of more than four vCPUs for each "xlarge" in their name.
 _MORE_CPUS = {"c1.xlarge": 8, "c4.8xlarge": 36, "d2.8xlarge": 36}
 _KINDS: dict[str, tuple[Any, str]] = {
     "string": (str, "text, in quotes where YAML takes it for something else"),
@@ -62,7 +62,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
 
 
 def aws_faults(file: dict[str, Any], types: list[NodeType]) -> Iterator[str]:
-    """Of a file that Ray's schema lets pass, what AWS, or Ray's provider for it, would refuse, ignore or bill."""
+    """For a file that Ray's schema accepts: what AWS, or Ray's provider for it, would refuse, ignore or bill."""
     yield from _provider(file["provider"])
     yield from _launches(file)
     yield from _spot(file, types)
@@ -78,7 +78,7 @@ def _provider(provider: dict[str, Any]) -> Iterator[str]:
         if region is not None and not zone.startswith(str(region)):
             yield f"provider.availability_zone: {zone!r} is not in {region}; write zones of one region, with commas"
     if "aws_credentials" in provider:
-        yield "provider.aws_credentials: whoever reads the file has the keys; leave it out, `aws configure` keeps them"
+        yield "provider.aws_credentials: anybody who reads the file has the keys; leave it out, and use `aws configure`"
     if provider.get("cache_stopped_nodes") is not False:
         yield "provider.cache_stopped_nodes: Ray stops nodes for later use, and their disks cost; write false"
     for rule in map(mapping, provider.get("security_group", {}).get("IpPermissions", [])):
@@ -87,8 +87,8 @@ def _provider(provider: dict[str, Any]) -> Iterator[str]:
         first, last = rule.get("FromPort"), rule.get("ToPort")
         if world and (first, last) != (22, 22):
             yield (
-                f"provider.security_group.IpPermissions: the world may come in by ports {first} to {last} and run "
-                "code through those of Ray; leave the rule out, and use the tunnel of `ray dashboard`"
+                f"provider.security_group.IpPermissions: anybody can reach ports {first} to {last} and run "
+                "code through Ray's; leave the rule out, and use the tunnel of `ray dashboard`"
             )
 
 
@@ -97,18 +97,18 @@ def _zones(provider: dict[str, Any]) -> list[str]:
 
 
 def _launches(file: dict[str, Any]) -> Iterator[str]:
-    """What EC2 would not take, by its own schema."""
+    """What EC2 would refuse, by its own schema."""
     try:
         region = file["provider"].get("region")
         if region is not None and region not in _regions():
-            yield f"provider.region: {region!r} is none of EC2's{hint(region, _regions(), '')}"
+            yield f"provider.region: {region!r} is not a region of EC2{hint(region, _regions(), '')}"
         rules = file["provider"].get("security_group", {}).get("IpPermissions", [])
         yield from _ingress_faults("provider.security_group.IpPermissions", rules)
         for name, entry in file["available_node_types"].items():
             yield from _launch_faults(f"available_node_types.{name}.node_config", entry["node_config"])
     except _Unknown:
         yield (
-            "available_node_types: what stands under node_config was not checked, since EC2's schema comes with "
+            "available_node_types: node_config was not checked, because EC2's schema comes with "
             "botocore, which is not installed; pip install 'raydistill[aws]'"
         )
     with_key = "ssh_private_key" in file.get("auth", {})
@@ -118,11 +118,11 @@ def _launches(file: dict[str, Any]) -> Iterator[str]:
         if with_key and not node_config.keys() & {"KeyName", "UserData", "LaunchTemplate"}:
             yield f"{key}.node_config.KeyName: missing beside auth.ssh_private_key; write that key pair's name"
         elif not with_key and "KeyName" in node_config:
-            yield f"{key}.node_config.KeyName: Ray writes over it; add auth.ssh_private_key, or leave it out"
+            yield f"{key}.node_config.KeyName: Ray overwrites it; add auth.ssh_private_key, or leave it out"
 
 
 def _spot(file: dict[str, Any], types: list[NodeType]) -> Iterator[str]:
-    """Spot runs out by kind of machine and by zone."""
+    """Spot capacity runs out by machine type and by zone."""
     spots, pools = [node_type.name for node_type in types if node_type.spot and node_type.max_workers], set()
     for name in spots:
         node_config = file["available_node_types"][name]["node_config"]
@@ -155,34 +155,34 @@ def _shape(operation: str) -> Any:
 
 
 def _regions() -> list[str]:
-    """Those of EC2 in every partition. Raises _Unknown."""
+    """The zones of EC2 in every partition. Raises _Unknown."""
     session = _session()
     return [name for part in session.get_available_partitions() for name in session.get_available_regions("ec2", part)]
 
 
 def _launch_faults(key: str, node_config: dict[str, Any]) -> Iterator[str]:
-    """What EC2 would not take of a `node_config`, or Ray not hand on. Raises _Unknown."""
+    """What EC2 would refuse in a `node_config`, or Ray would not pass on. Raises _Unknown."""
     shape = _shape("RunInstances")
     for name, instead in OVERWRITTEN.items():
         if name in node_config:
-            yield f"{key}.{name}: Ray writes over it; {instead}"
-    subnets = node_config.get("SubnetIds")  # which Ray turns into SubnetId, one after the other
+            yield f"{key}.{name}: Ray overwrites it; {instead}"
+    subnets = node_config.get("SubnetIds")  # Ray turns it into SubnetId, one after the other
     if subnets is not None:
         yield from _of_shape(f"{key}.SubnetIds", shape.members["SecurityGroupIds"], subnets)
     known = {name: value for name, value in node_config.items() if name not in ("SubnetIds", *OVERWRITTEN)}
     yield from _of_shape(key, shape, known, {"SubnetIds"}, required=False)
-    if "LaunchTemplate" in node_config:  # which may name all the rest
+    if "LaunchTemplate" in node_config:  # may name all the rest
         return
     for name, lack in (("InstanceType", "AWS' default is m1.small"), ("ImageId", "Ray's default is an old image")):
         if name not in node_config:
             yield f"{key}.{name}: missing, and {lack}; add it"
     image = node_config.get("ImageId")
     if isinstance(image, str) and not re.fullmatch(r"ami-([0-9a-f]{8}|[0-9a-f]{17})|resolve:ssm:.+", image):
-        yield f"{key}.ImageId: {image!r} is no id of an image; write ami- and the digits that AWS gave it"
+        yield f"{key}.ImageId: {image!r} is not an image id; write ami- and the digits that AWS gave it"
 
 
 def _ingress_faults(key: str, permissions: list[Any]) -> Iterator[str]:
-    """What EC2 would not take of a security group's rules. Raises _Unknown."""
+    """What EC2 would refuse in a security group's rules. Raises _Unknown."""
     yield from _of_shape(key, _shape("AuthorizeSecurityGroupIngress").members["IpPermissions"], permissions)
 
 
@@ -210,11 +210,12 @@ def _of_shape(key: str, shape: Any, value: Any, also: Iterable[str] = (), requir
 
         few = f"; write one of {', '.join(shape.enum)}" if len(shape.enum) <= 8 else ""
         newer = f"; botocore {botocore.__version__} knows no other: where it is newer, pip install -U botocore"
-        yield f"{key}: {value!r} is none of EC2's values{hint(value, shape.enum, few or newer)}"
+        yield f"{key}: {value!r} is not one of EC2's values{hint(value, shape.enum, few or newer)}"
 
 
 def _resource_faults(key: str, node_config: dict[str, Any], resources: dict[str, Any]) -> Iterator[str]:
-    """More GPUs or CPUs than the machine has, or GPUs that nothing will use. Of a family that is not known: nothing."""
+    """More GPUs or CPUs than the machine has, or GPUs that nothing will use. For an unknown family it checks
+    nothing."""
     machine = node_config.get("InstanceType")
     if not isinstance(machine, str) or "." not in machine:
         return
@@ -224,7 +225,7 @@ def _resource_faults(key: str, node_config: dict[str, Any], resources: dict[str,
     if has is not None and said > has:
         yield f"{key}.resources.GPU: {said}, and {machine} has {has}; write {has} or choose another InstanceType"
     elif has and not said:
-        yield f"{key}.resources.GPU: none, and {machine} has {has} that is paid for; write {has}"
+        yield f"{key}.resources.GPU: none, and {machine} has {has}, which would be paid for; write {has}"
     large = re.fullmatch(r"(\d*)xlarge", size)
     cpus = _MORE_CPUS.get(machine, 4 * int(large[1] or 1)) if large else None
     if cpus is not None and not family.startswith("hpc") and resources.get("CPU", 0) > cpus:

@@ -1,6 +1,6 @@
 """init: the settings of a first job, from a short look at the images and at the machine, each with its reason.
 
-The reasons quote docs/results.md. Where nothing there decides, the default of the config stays and is not written.
+The reasons quote docs/results.md. If it does not decide a setting, the config's default applies and is not written.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from raydistill.yaml_files import as_flow
 
 _LOOKED_AT = 48  # pictures, spread over all: their sizes
 _STEPS, _BATCH = 900, 64  # of the demo, whose curve is flat by then
-# Seconds on two cores, by the clip art and the demo of docs/results.md: the pass of Lite2 over one view of 128 pixels;
-# a step of 64 images of 64 pixels, with either student.
+# Seconds on two cores, from the clip art and the demo of docs/results.md: the pass of Lite2 over one view of 128
+# pixels; a step of 64 images of 64 pixels, with either student.
 _TEACH_SECONDS, _STEP_SECONDS = 0.010, 0.40
 _MOST_TEACH_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What decides the settings. `labelled` and `unlabelled` images may be trained on, `set_apart` ones are of splits
-    that the data names; `fewest` and `most` are labels of a class, `short_side` is the median in pixels, `long_share`
-    that of pictures longer than 3:2."""
+    """The facts that decide the settings. `labelled` and `unlabelled` images may be trained on, `set_apart` ones are in
+    splits that the data names; `fewest` and `most` are labels of a class, `short_side` is the median in pixels,
+    `long_share` the share of pictures longer than 3:2."""
 
     classes: int
     labelled: int
@@ -48,11 +48,11 @@ class Situation:
     long_share: float
     cores: int
     gpu: str
-    packages: frozenset[str]  # of weights, that are installed
+    packages: frozenset[str]  # of installed weights
 
     @property
     def num_train(self) -> int:
-        """A fifth of the labelled images goes to val and test, where the data names no splits."""
+        """A fifth of the labelled images goes to val and test, if the data names no splits."""
         return max(1, self.unlabelled + (self.labelled if self.set_apart else int(self.labelled * 0.8)))
 
     @property
@@ -61,7 +61,7 @@ class Situation:
 
     @property
     def has_few(self) -> bool:
-        """Labels: with 50 a class, distilling gained half a point."""
+        """Whether labels are few: with 50 a class, distillation gained half a point."""
         return self.fewest < 50
 
     @property
@@ -79,7 +79,7 @@ class Situation:
 
 @dataclass(frozen=True)
 class Choice:
-    """A section of the job and why it is so; with no settings, why there is none."""
+    """A section of the job and the reason for it; without settings, the reason why it is left out."""
 
     section: str
     settings: dict[str, Any]
@@ -87,7 +87,7 @@ class Choice:
 
 
 def look(images: str) -> Situation:
-    """Raises DataError: nothing there, no images, one class, none of the pictures can be read."""
+    """Raises DataError: no such path, no images, one class, or none of the pictures can be read."""
     config = load_config([], {"images.path": images}).images
     entries = list_images(config.model_copy(update={"allow_missing_val": True})).entries
     train = [entry for entry in entries if entry.split in (None, "train")]
@@ -96,7 +96,7 @@ def look(images: str) -> Situation:
     with closing(look_at(some, config)) as looks:
         sizes = [(seen.facts.width, seen.facts.height) for seen in looks if seen.facts]
     if not sizes:
-        raise DataError(f"images.path={images}: none of {len(some)} pictures can be read; raydistill check tells why")
+        raise DataError(f"images.path={images}: none of {len(some)} pictures can be read; `raydistill check` shows why")
     return Situation(
         classes=len(labels), labelled=labels.total(), unlabelled=len(train) - labels.total(),
         set_apart=len(entries) - len(train), fewest=min(labels.values()), most=max(labels.values()),
@@ -170,15 +170,15 @@ def choose(of: Situation) -> list[Choice]:
 
 
 def outlook(of: Situation) -> str:
-    """What our own figures let one expect of distilling in such a situation."""
+    """What to expect of distillation in such a situation, by our own results."""
     if of.has_few and not of.has_pool:
         return (
-            "Few labels and no unlabelled images: distilling lost 2 points to the labels alone. Gather images "
+            "Few labels and no unlabelled images: distillation lost 2 points against only the labels. Gather images "
             "without labels (in unlabelled/), and let `raydistill compare` say what is best."
         )
     if not of.has_few:
         return (
-            f"{of.fewest:,} labels a class and more: expect little more than the labels alone give (on Fashion-MNIST, "
+            f"{of.fewest:,} labels a class and more: expect little more than from only the labels (on Fashion-MNIST, "
             "with all labels, 0.844 against 0.838). `raydistill compare` says what is best."
         )
     return (
@@ -231,7 +231,7 @@ def _is_installed(weights: str) -> bool:
 
 
 def _gpu() -> str:
-    """The name of an NVIDIA GPU; empty where there is none. torch would take seconds to tell."""
+    """The name of an NVIDIA GPU; empty if there is none. torch would take seconds to tell."""
     if (program := shutil.which("nvidia-smi")) is None:
         return ""
     try:

@@ -1,6 +1,6 @@
 """check: what is wrong with a data set, and what a run would do about it, before anything is written or trained.
 
-The same functions decide that decide in `prepare`: what they refuse is refused there, what they turn is turned there.
+It uses the functions of `prepare`: what they refuse or rotate here is refused or rotated there.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from raydistill.stages.prepare import chunks, refuse_too_many_bad
 
 EXAMPLES = 5
 _MOST_REASONS = 50
-# Formats that Pillow names apart and the names of files do not: phones write MPO into .jpg.
+# Formats that Pillow distinguishes but file names do not: phones write MPO into .jpg.
 _ALIKE = {"MPO": "JPEG", "DIB": "BMP", "BMP": "DIB"}
-# Bits of 256 that two pictures of the same thing may differ in; brightness below whose spread a picture shows nothing;
-# pixels above which decoding is slow; sides beyond which most of a picture is cut away; images of the largest class for
-# each of the smallest.
+# Bits of 256 in which two pictures of the same thing may differ; spread of brightness below which a picture shows
+# nothing; pixels above which decoding is slow; ratio of sides above which most of a picture is cropped away; images of
+# the largest class for each of the smallest.
 _NEAR, _CONTRAST, _HUGE, _LONG, _IMBALANCE = 4, 3.0, 50e6, 3.0, 10.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of thing that was found. `stop`: a run would refuse the data; `loses`: it would leave images out;
-    `look`: it would go on, and a person had better look; `note`: all is well, but not as it may seem."""
+    """One kind of finding. `stop`: a run would refuse the data; `loses`: it would leave images out; `look`: it would
+    continue, but a person should look; `note`: all is well, but not as it may seem."""
 
     severity: str
     what: str
     count: int
     examples: tuple[str, ...]
     done: str  # what a run does about it
-    change: str  # how to have it otherwise
+    change: str  # how to change that
 
 
 def _found(names: Sequence[str], severity: str, what: str, done: str, change: str) -> list[Finding]:
-    """The finding that so many are of a kind; none where none is."""
+    """The finding that this many are of a kind; none for zero."""
     return [Finding(severity, what, len(names), tuple(names[:EXAMPLES]), done, change)] if names else []
 
 
@@ -75,7 +75,7 @@ class Checkup:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What one look at an image told. `facts` and `hash` are of images that decode."""
+    """The result of inspecting one image. `facts` and `hash` are those of images that decode."""
 
     decoded: Decoded
     facts: Facts | None
@@ -84,8 +84,8 @@ class Look:
 
 
 def check_images(config: RunConfig, progress: Progress, strict: bool = False) -> Checkup:
-    """Look at every image. `strict`: the first that cannot be used ends the look. An interruption ends it too: what was
-    seen by then is in the checkup, which says so."""
+    """Inspect every image. `strict`: stop at the first that cannot be used. An interruption also stops it: the checkup
+    then covers the images until then, and says so."""
     start_processes(inspect_chunk, num_cores())
     try:
         listing = list_images(config.images)
@@ -107,14 +107,14 @@ def check_images(config: RunConfig, progress: Progress, strict: bool = False) ->
     findings, counts = _judge(config, listing, looks, strict)
     if is_interrupted:
         total = len(listing.entries)
-        seen = Finding("stop", "interrupted: the rest is not looked at", total - len(looks), (),
-                       f"{len(looks):,} of {total:,} images are looked at", "run the command again")  # fmt: skip
+        seen = Finding("stop", "interrupted: the other images were not checked", total - len(looks), (),
+                       f"{len(looks):,} of {total:,} images were checked", "run the command again")  # fmt: skip
         return Checkup([seen, *findings], counts, is_interrupted)
     return Checkup(findings, counts)
 
 
 def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
-    """In the entries' order, as many at once as there are cores; what is held does not grow with their number."""
+    """In the entries' order, as many at once as there are cores; the memory does not grow with their number."""
     with closing(map_isolated(partial(inspect_chunk, images=images), chunks(entries, images), num_cores())) as every:
         for chunk, found in every:
             for (index, _, _), seen in zip(chunk, found, strict=True):
@@ -131,7 +131,7 @@ def _judge(
     if strict and any(d.reason for d in known):
         return findings, {}
     findings += _copies(known)
-    if len(known) < len(listing.entries):  # what is not looked at may hold the classes and splits that seem to lack
+    if len(known) < len(listing.entries):  # others may have them
         return [*findings, *_of_pixels(config, [look for look in looks if look.facts])], {}
     kept, _ = without_duplicates(known)
     splits = draw_splits(config, listing, kept)
@@ -142,13 +142,13 @@ def _judge(
     except DataError as error:
         findings.append(Finding("stop", str(error), 1, (), "a run refuses to start", "as the message says"))
     split_of = {d.id: split for split, members in splits.items() for d in members}
-    entries = {d.entry for members in splits.values() for d in members}  # of copies one alone is used
+    entries = {d.entry for members in splits.values() for d in members}  # of copies only one is used
     used = [look for look in looks if look.decoded.entry in entries]
     findings += _near_copies(used, split_of)
     findings += _of_pixels(config, used)
     rename = "rename or move them, if they are pictures to learn from"
     findings += [Finding("note", what, count, (), "ignored", rename) for what, count in listing.ignored.items()]
-    meant = "write them as they are meant"
+    meant = "write them as you mean them"
     findings += [Finding("look", what, count, (), "as it says", meant) for what, count in listing.notes.items()]
     counts = {s: dict(Counter(d.entry.label or "" for d in members)) for s, members in splits.items() if members}
     order = ("stop", "loses", "look", "note")
@@ -159,19 +159,19 @@ def _unusable(images: Images, known: list[Decoded], total: int, strict: bool) ->
     by_reason: dict[str, list[str]] = defaultdict(list)
     bad = [d for d in known if d.reason]
     for d in bad:
-        kind = d.reason.partition(":")[0]  # may tell sizes, so that each picture has its own
+        kind = d.reason.partition(":")[0]  # it may state sizes, so that each picture has its own reason
         if kind not in by_reason and len(by_reason) >= _MOST_REASONS:
             kind = "cannot be used, for other reasons"
         by_reason[kind].append(f"{entry_name(d.entry)}: {d.reason}")
     severity = "stop" if strict else "loses"
     done = "the look ended here" if strict else "left out, and listed in refused.json"
     for reason, names in by_reason.items():
-        yield from _found(names, severity, reason, done, "mend or remove the files")
+        yield from _found(names, severity, reason, done, "repair or remove the files")
     try:
         refuse_too_many_bad(images, bad, len(known), total)
     except DataError as error:
         yield Finding("stop", str(error).partition(":")[0], len(bad), (), "a run refuses to start",
-                      "mend them, or raise images.max_bad_share")  # fmt: skip
+                      "repair them, or raise images.max_bad_share")  # fmt: skip
 
 
 def _copies(known: list[Decoded]) -> Iterator[Finding]:
@@ -200,7 +200,7 @@ def _copies(known: list[Decoded]) -> Iterator[Finding]:
 
 
 def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding]:
-    """Of pictures that a run would use: equal files are gone by now."""
+    """For pictures that a run would use, without equal files."""
     if not used:
         return
     rows: dict[bytes, list[Look]] = defaultdict(list)
@@ -208,7 +208,7 @@ def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding
         rows[look.hash].append(look)
     hashes = list(rows)
     alike = [(rank, group[0], other) for group in rows.values() for rank, other in enumerate(group[1:])]
-    # One of each group first, since the first are the examples.
+    # One of each group first, because the first are the examples.
     pairs = [(one, other) for _, one, other in sorted(alike, key=itemgetter(0))]
     pairs += [(rows[hashes[a]][0], rows[hashes[b]][0]) for a, b in near_pairs(hashes, _NEAR)]
     across, within, labels = [], [], []
@@ -239,7 +239,7 @@ def _of_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[
                           "add images, or name the splits in the data")  # fmt: skip
     for split in ("val", "test"):
         if not splits[split]:
-            yield Finding("look", f"no {split} image at all", 1, (), f"nothing is measured on {split}",
+            yield Finding("look", f"no {split} images", 1, (), f"nothing is measured on {split}",
                           f"add some, or raise images.{split}_share")  # fmt: skip
     most = max(listing.classes, key=train.__getitem__)
     least = min((name for name in listing.classes if train[name]), key=train.__getitem__, default=most)

@@ -1,4 +1,4 @@
-"""KubeRay's RayCluster and RayJob, checked without Kubernetes: what the operator refuses, or should not let pass."""
+"""Checks KubeRay's RayCluster and RayJob without Kubernetes: what the operator refuses, or accepts and should not."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from raydistill.doctor.node_types import (
     type_faults,
 )
 
-# Ray drains a pod's node for up to 30 seconds, and a training step and its checkpoint come on top.
+# Ray drains a pod's node for up to 30 seconds; a training step and its checkpoint come on top.
 LEAST_GRACE_SECONDS = 60
 QUANTITY = re.compile(r"\+?(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?")
 NATIVE = ("cpu", "memory", "ephemeral-storage")
 GPUS = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/i915")
-# Where the specification of the cluster stands in a document of each kind.
+# The path of the cluster's specification in a document of each kind.
 SPECIFICATIONS = {"RayCluster": "spec", "RayJob": "spec.rayClusterSpec"}
 
 
 def check_kuberay_file(path: str) -> list[str]:
-    """What is wrong with the RayClusters and RayJobs of a file, a line each: `key: what is wrong; what to write`.
+    """What is wrong with the RayClusters and RayJobs of a file, a line each: `key: what is wrong; what to write`. Keys
+    name groups by their `groupName`.
 
-    Groups stand in the keys by their `groupName`. What does not fit the types of the fields is alone, because the rest
-    is read only in a file of the right shape. Raises ConfigError where the file cannot be read or is no YAML.
+    If types of fields are wrong, the list has only that, because the rest needs a file of the right form. Raises
+    ConfigError if the file cannot be read or is not YAML.
     """
     documents = read_documents(path)
     clusters = [document for document in documents if document.get("kind") in SPECIFICATIONS]
@@ -57,7 +58,7 @@ def check_kuberay_file(path: str) -> list[str]:
         if kind == "RayJob":
             faults += _job(spec)
             if "clusterSelector" in spec:
-                continue  # it runs on a cluster that is described elsewhere
+                continue  # it runs on a cluster that another file describes
             spec = mapping(spec.get("rayClusterSpec"))
         faults += _cluster(SPECIFICATIONS[kind], spec, kind)
         faults += _dashboard(SPECIFICATIONS[kind], kind, mapping(spec.get("headGroupSpec")), guarded)
@@ -65,7 +66,7 @@ def check_kuberay_file(path: str) -> list[str]:
 
 
 def offered(path: str) -> list[NodeType]:
-    """The kinds of nodes of a sound file's clusters, the heads among them."""
+    """The node types of a sound file's clusters, the heads' too."""
     specs = [document["spec"] for document in read_documents(path) if document.get("kind") in SPECIFICATIONS]
     described = [spec.get("rayClusterSpec", spec) for spec in specs if "clusterSelector" not in spec]
     return [kind for spec in described for kind in _node_types(spec)]
@@ -92,11 +93,11 @@ def _cluster(key: str, spec: dict[str, Any], kind: str) -> list[str]:
         faults.append(f"{key}.workerGroupSpecs.{name}: two groups have this name, and Ray takes the last; rename one")
     try:
         types = _node_types(spec)
-    except (LookupError, TypeError, ValueError, ValidationError) as error:  # the file is of another shape
+    except (LookupError, TypeError, ValueError, ValidationError) as error:  # the file has another form
         return faults or [f"{key}: Ray cannot read it: {error!r}; compare it with deploy/kuberay/raycluster.yaml"]
     if types[0].resources["CPU"]:
         faults.append(f"{key}.headGroupSpec.rayStartParams.num-cpus: work on the head can end the cluster; write '0'")
-    if kind == "RayCluster":  # a job's own cluster goes with it
+    if kind == "RayCluster":  # the job's own cluster is deleted with it
         for node_type in types:
             faults += kept_gpu_faults(f"{key}.{node_type.name}.minReplicas", node_type)
     return [*faults, *type_faults(key, types)]
@@ -109,7 +110,7 @@ def _replicas(key: str, group: dict[str, Any]) -> Iterator[str]:
     elif most is not None and not least <= group.get("replicas", least) <= most:
         yield f"{key}.replicas: {group['replicas']}; write {least} to {most}"
     if hosts != 1:
-        yield f"{key}.numOfHosts: {hosts}, so many pods would come and go together, idle or not; write 1"
+        yield f"{key}.numOfHosts: {hosts} pods would start and stop together, idle or not; write 1"
     if "idleTimeoutSeconds" in group:
         yield from idle_faults(f"{key}.idleTimeoutSeconds", group["idleTimeoutSeconds"], 1)
 
@@ -118,30 +119,30 @@ def _settings(key: str, spec: dict[str, Any]) -> Iterator[str]:
     import ray
 
     if mapping(spec.get("authOptions")).get("mode") != "token":
-        yield f"{key}.authOptions.mode: whoever reaches a port of Ray's can run code; write token"
+        yield f"{key}.authOptions.mode: anybody who reaches a port of Ray can run code; write token"
     if spec.get("rayVersion") != ray.__version__:
-        yield f"{key}.rayVersion: {spec.get('rayVersion')!r}, and here runs another; write {ray.__version__!r}"
+        yield f"{key}.rayVersion: {spec.get('rayVersion')!r}, but the Ray here is another; write {ray.__version__!r}"
     if spec.get("enableInTreeAutoscaling") is not True:
         yield f"{key}.enableInTreeAutoscaling: without it no group ever grows; write true"
     options = mapping(spec.get("autoscalerOptions"))
     if "idleTimeoutSeconds" not in options:
-        yield f"{key}.autoscalerOptions.idleTimeoutSeconds: missing, and the default is 60, hardly a pause; write 600"
+        yield f"{key}.autoscalerOptions.idleTimeoutSeconds: missing, and the default of 60 is too short; write 600"
     else:
         yield from idle_faults(f"{key}.autoscalerOptions.idleTimeoutSeconds", options["idleTimeoutSeconds"], 1)
     if options.get("version") != "v2":
-        yield f"{key}.autoscalerOptions.version: the first one knows neither labels nor priorities; write v2"
+        yield f"{key}.autoscalerOptions.version: v1 knows neither labels nor priorities; write v2"
 
 
 def _group(key: str, group: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the head's group or one of the workers'."""
+    """What is wrong with the head's group or one of the workers' groups."""
     params = mapping(group.get("rayStartParams"))
     if "labels" in params:
         yield f"{key}.rayStartParams.labels: KubeRay refuses it; write {key}.labels"
     for name, value in params.items():
         if name not in start_options():
-            yield f"{key}.rayStartParams.{name}: `ray start` takes no such thing{hint(name, start_options())}"
+            yield f"{key}.rayStartParams.{name}: `ray start` has no such option{hint(name, start_options())}"
         if not isinstance(value, str):
-            yield f"{key}.rayStartParams.{name}: KubeRay takes strings alone; write '{value}'"
+            yield f"{key}.rayStartParams.{name}: KubeRay accepts only strings; write '{value}'"
     pod = mapping(mapping(group.get("template")).get("spec"))
     containers = pod.get("containers") or []
     if not containers:
@@ -156,7 +157,7 @@ def _group(key: str, group: dict[str, Any]) -> Iterator[str]:
         place, image = f"{key}.template.spec.containers", str(container.get("image"))
         tag = image.rpartition("/")[2].partition(":")[2]
         if "@" not in image and tag in ("", "latest", "nightly"):
-            yield f"{place}.image: {image!r} is another next week; write the tag of a version"
+            yield f"{place}.image: {image!r} changes over time; write the tag of a version"
         else:
             yield from image_faults(f"{place}.image", image)
         yield from _resources(f"{place}.resources", mapping(container.get("resources")))
@@ -179,15 +180,15 @@ def _resources(key: str, resources: dict[str, Any]) -> Iterator[str]:
     for part, named in (("limits", limits), ("requests", requests)):
         for name, quantity in named.items():
             if not QUANTITY.fullmatch(str(quantity)):
-                yield f"{key}.{part}.{name}: {quantity!r} is no quantity; write such as 4, 500m or 16Gi"
+                yield f"{key}.{part}.{name}: {quantity!r} is not a quantity; write one such as 4, 500m or 16Gi"
             if "/" not in name and name not in NATIVE and not name.startswith("hugepages-"):
-                yield f"{key}.{part}.{name}: no resource of Kubernetes'{hint(name, NATIVE)}"
+                yield f"{key}.{part}.{name}: not a Kubernetes resource{hint(name, NATIVE)}"
             elif name not in GPUS and (slip := hint(name, GPUS, "", likeness=0.9)):
                 yield f"{key}.{part}.{name}: no node has it{slip}"
     for name in GPUS:
         if name in requests and str(requests[name]) != str(limits.get(name)):
             most = limits.get(name, "nothing")
-            yield f"{key}.requests.{name}: {requests[name]}, and limits say {most}; GPUs must be alike in both"
+            yield f"{key}.requests.{name}: {requests[name]}, and limits say {most}; GPUs must be equal in both"
 
 
 def _node_types(spec: dict[str, Any]) -> list[NodeType]:

@@ -1,6 +1,6 @@
-"""Documents for Kubernetes, held against the published types of their fields.
+"""Checks documents for Kubernetes against the published types of their fields.
 
-Kubernetes' own types come with its client. Those of KubeRay 1.7 come as no package and are written out here.
+Kubernetes' own types come with its Python client. Those of KubeRay 1.7 are in no package and are written out here.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ KUBERAY = {
     },
     "SubmitterConfig": {"backoffLimit": "int"},
 }  # fmt: skip
-# The values that Kubernetes and KubeRay take; the client knows types alone.
+# The values that Kubernetes and KubeRay accept; the client knows only types.
 VALUES = {
     "AuthOptions.mode": ("disabled", "token"),
     "AutoscalerOptions.upscalingMode": ("Default", "Aggressive", "Conservative"),
@@ -86,7 +86,7 @@ _PLAIN: dict[str, tuple[Any, str]] = {
 
 
 def has_client() -> bool:
-    """Without Kubernetes' client nothing is known of its own types."""
+    """Without Kubernetes' client its own types are unknown."""
     return find_spec("kubernetes") is not None
 
 
@@ -98,7 +98,7 @@ def _own_model(name: str) -> Any:
 
 @lru_cache
 def _fields(kind: str) -> tuple[dict[str, str], frozenset[str]]:
-    """Type by name of a kind's fields, and the names of those that are required."""
+    """The type of each field of a kind by name, and the names of the required fields."""
     if kind in KUBERAY:
         return KUBERAY[kind], frozenset()
     model = _own_model(kind)
@@ -109,7 +109,7 @@ def _fields(kind: str) -> tuple[dict[str, str], frozenset[str]]:
 
 
 def _is_required(model: Any, name: str) -> bool:
-    """Asked of a field alone, because a model that is made empty names the first one alone."""
+    """Asks for each field alone, because a model without values names only the first one."""
     from kubernetes.client import Configuration
 
     empty = model.__new__(model)
@@ -122,14 +122,14 @@ def _is_required(model: Any, name: str) -> bool:
 
 
 def document_faults(document: dict[str, Any]) -> Iterator[str]:
-    """What does not fit the type of a whole document. Of kinds that others than these two define nothing is known."""
+    """Wrong types in a whole document. Kinds that neither of the two defines are not checked."""
     kind, version = str(document.get("kind")), str(document.get("apiVersion"))
     metadata = document.get("metadata")
     if not isinstance(metadata, dict) or not metadata.keys() & {"name", "generateName"}:
         yield f"metadata.name: missing in the document of kind {kind}; add it"
     if kind in KUBERAY and "." in version:
         if version != "ray.io/v1":
-            yield f"apiVersion: {version!r} is no longer KubeRay's; write ray.io/v1"
+            yield f"apiVersion: {version!r} is an old version of KubeRay; write ray.io/v1"
         yield from faults(kind, "", document)
     elif not has_client():
         return
@@ -143,14 +143,14 @@ def document_faults(document: dict[str, Any]) -> Iterator[str]:
 
 
 def faults(kind: str, key: str, value: Any) -> Iterator[str]:
-    """Where `value` is not of a `kind`: unknown names, other types, missing ones. `key` ends with a dot, or is empty.
+    """Errors in a `value` of a `kind`: unknown names, other types, missing fields. `key` ends with a dot, or is empty.
 
-    Nothing is said of Kubernetes' own kinds where its client is not installed.
+    Kubernetes' own kinds are not checked if its client is not installed.
     """
     inner = re.fullmatch(r"(list|dict)\[(?:str, )?(.*)\]", kind)
     name = key.removesuffix(".") or "the file"
     if value is None or kind in ("object", "datetime", "file", "bytes"):
-        return  # Kubernetes takes null for a field that is not there
+        return  # Kubernetes accepts null for a missing field
     if kind.startswith("V1") and not has_client():
         return
     if kind in _PLAIN:
@@ -180,6 +180,6 @@ def faults(kind: str, key: str, value: Any) -> Iterator[str]:
             for given in one if isinstance(one, list) else [one]:
                 if known and isinstance(given, str) and given not in known:
                     instead = hint(given, known, f"; write one of {', '.join(known)}")
-                    yield f"{key}{label}: {given!r} is none of its values{instead}"
+                    yield f"{key}{label}: {given!r} is not one of its values{instead}"
         for label in sorted(required - value.keys()):
             yield f"{key}{label}: missing; add it"

@@ -1,4 +1,4 @@
-"""The kinds of nodes that a file about a cluster offers, and what may be wrong with them on AWS and on Kubernetes."""
+"""The node types in a cluster file, and what may be wrong with them on AWS and on Kubernetes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from dataclasses import dataclass
 
 from raydistill.doctor.cluster_yaml import hint
 
-# What a dashboard may listen on: code can be run through it.
+# Addresses on which a dashboard may listen: it can run code.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Between two stages a node idles for some seconds; after an hour nobody comes back to it.
+# Between two stages a node idles for some seconds; after an hour no stage will use it again.
 LEAST_IDLE_SECONDS, MOST_IDLE_SECONDS = 60, 3600
 
 
 @dataclass(frozen=True)
 class NodeType:
-    """A kind of node that a cluster starts, at most `max_workers` of them; of equals, those of the higher `priority`.
-
-    `resources` are counts, and bytes for `memory`.
-    """
+    """A type of node that a cluster starts, at most `max_workers` of them; among equal types, those of higher
+    `priority`. `resources` are counts, and bytes for `memory`."""
 
     name: str
     resources: dict[str, int]
@@ -31,24 +29,24 @@ class NodeType:
 
 
 def kept_gpu_faults(key: str, node_type: NodeType) -> Iterator[str]:
-    """`key` is that of the number of nodes that are always there."""
+    """`key` is that of the number of nodes that always exist."""
     if 0 < node_type.min_workers <= node_type.max_workers and node_type.resources.get("GPU"):
         yield (
-            f"{key}: machines with GPUs are kept, and paid for, while no one works ({node_type.min_workers} of "
-            f"{node_type.name}); write 0, and cluster.grows_to in the job, by which it plans with what may be started"
+            f"{key}: machines with GPUs are kept, and paid for, without work ({node_type.min_workers} of "
+            f"{node_type.name}); write 0, and set cluster.grows_to in the job, to plan with nodes that can start"
         )
 
 
 def idle_faults(key: str, value: float, unit: int) -> Iterator[str]:
-    """How long a node may idle before it is given back, in units of so many seconds."""
+    """How long a node may idle before it is released, in units of that many seconds."""
     least, most = LEAST_IDLE_SECONDS / unit, MOST_IDLE_SECONDS / unit
     if not least <= value <= most:
         wrong = "goes before the next stage can use it" if value < least else "is paid for all that time"
-        yield f"{key}: {value:,g}, and a node that idles for so long {wrong}; write {least:g} to {most:g}"
+        yield f"{key}: {value:,g}, and a node that idles that long {wrong}; write {least:g} to {most:g}"
 
 
 def image_faults(key: str, image: object) -> Iterator[str]:
-    """An image of Ray's own makers that holds another Ray than the one that runs here, or a Python that is too old."""
+    """An image by Ray's makers with another Ray than the one that runs here, or a Python that is too old."""
     import ray
 
     name, _, tag = str(image).rpartition("/")[2].partition("@")[0].partition(":")
@@ -57,14 +55,14 @@ def image_faults(key: str, image: object) -> Iterator[str]:
     place = str(image).rpartition(name)[0]
     instead = f"write {place}{name}:{ray.__version__}-py312-gpu"
     if tag.partition("-")[0] != ray.__version__:
-        yield f"{key}: {image!r} holds another Ray than {ray.__version__}; {instead}"
+        yield f"{key}: {image!r} has another Ray than {ray.__version__}; {instead}"
     python = re.search(r"-py3(\d+)", tag)
     if python and int(python[1]) < 11:
-        yield f"{key}: {image!r} holds Python 3.{python[1]}, and raydistill needs 3.11; {instead}"
+        yield f"{key}: {image!r} has Python 3.{python[1]}, and raydistill needs 3.11; {instead}"
 
 
 def start_options() -> set[str]:
-    """What `ray start` takes, without the dashes."""
+    """The options of `ray start`, without the dashes."""
     from ray.scripts.scripts import start
 
     return {option.lstrip("-") for parameter in start.params for option in (*parameter.opts, *parameter.secondary_opts)}
@@ -74,14 +72,14 @@ def start_flag_faults(key: str, command: str) -> Iterator[str]:
     for words in re.findall(r"\bray start\b([^;&|>\n]*)", command.replace("\\\n", " ")):
         for flag in re.findall(r"(?<!\S)--([\w-]+)", words):
             if flag not in start_options():
-                yield f"{key}: `ray start` takes no --{flag}{hint(flag, start_options())}"
+                yield f"{key}: `ray start` has no option --{flag}{hint(flag, start_options())}"
 
 
 def type_faults(prefix: str, types: list[NodeType]) -> Iterator[str]:
     """Types without labels, and spot types without an on-demand type of the same GPUs that Ray prefers less."""
     for node_type in types:
         if not node_type.labels:
-            yield f"{prefix}.{node_type.name}.labels: none, so no work can ask for this kind; write {{pool: ...}}"
+            yield f"{prefix}.{node_type.name}.labels: none, so no work can ask for this type; write {{pool: ...}}"
     for spot in types:
         needed = {name: count for name, count in spot.resources.items() if name not in ("CPU", "memory")}
         if spot.spot and not any(
@@ -92,6 +90,6 @@ def type_faults(prefix: str, types: list[NodeType]) -> Iterator[str]:
             for other in types
         ):
             yield (
-                f"{prefix}.{spot.name}: nothing stands in where there is no spot; add on-demand nodes with {needed}, "
+                f"{prefix}.{spot.name}: nothing replaces it if there is no spot; add on-demand nodes with {needed}, "
                 f"labels {{pool: fallback}} and a priority below {spot.priority}"
             )

@@ -1,4 +1,5 @@
-"""check --teacher: does a teacher fit the data, how good is it, and what would it cost? On some of the images, here.
+"""check --teacher: does a teacher fit the data, how good is it, and what would it cost? It uses some of the images, on
+this machine.
 
 Shapes: N images, D features, C classes.
 """
@@ -30,13 +31,13 @@ from raydistill.runtime.progress import Progress
 from raydistill.stages.adapt import fit_linear_probe
 from raydistill.stages.prepare import chunks
 
-# Images that are looked at: three parts for the quick probe, one for its accuracy.
+# The number of images: three quarters for the quick probe, one for its accuracy.
 _MOST_IMAGES, _BATCH, _TOLERANCE = 800, 32, 1e-3
 
 
 @dataclass(frozen=True)
 class TeacherLook:
-    """What one teacher is like on a sample of the images. `trouble` says why it will not do; "" where it will."""
+    """One teacher on a sample of the images. `trouble` says why it cannot be used; "" if it can."""
 
     model: str
     preprocessing: str
@@ -50,10 +51,8 @@ class TeacherLook:
 
 
 def check_teachers(config: RunConfig, names: Sequence[str], progress: Progress) -> list[TeacherLook]:
-    """The job's teacher, or those named (`MODEL` or `MODEL=WEIGHTS`), the most accurate first.
-
-    Raises ConfigError where there is none to look at, or one cannot be loaded.
-    """
+    """The job's teacher, or those named (`MODEL` or `MODEL=WEIGHTS`), the most accurate first. Raises ConfigError if
+    there is none to check, or one cannot be loaded."""
     if config.teacher is None and not names:
         raise ConfigError("check --teacher: the job has no teacher; name one in teacher.model, or use --teachers")
     settings = [_named(name) for name in names] if names else [config.teacher]
@@ -84,17 +83,17 @@ def _student_words(config: RunConfig, num_classes: int) -> str:
 
 
 def _decode(config: RunConfig, entries: list[Entry], classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(N, H, H, 3) uint8 and (N,) class numbers of those that can be read. Raises DataError where none can."""
+    """(N, H, H, 3) uint8 and (N,) class numbers of the readable ones. Raises DataError if there are none."""
     entries, images, labels = sorted(entries, key=lambda e: (e.path, e.row or 0)), [], []
     settings = config.images
     work = partial(decode_chunk, images=settings)
     for _, found in map_isolated(work, chunks(entries, settings), num_cores()):
         for one in found:
-            if not isinstance(one, Killed) and one["image"]:  # of the others `check` has said why
+            if not isinstance(one, Killed) and one["image"]:  # `check` has given the reasons for the others
                 images.append(pixels(one["image"]))
                 labels.append(classes.index(str(entries[one["index"]].label)))
     if not images:
-        raise DataError(f"images.path={settings.path}: not one labelled train image can be read")
+        raise DataError(f"images.path={settings.path}: no labelled train image can be read")
     return np.stack(images), np.array(labels)
 
 
@@ -137,7 +136,7 @@ def _features(backbone: TeacherBackbone, images_NHH3: np.ndarray, batch_size: in
 
 
 def _trouble(backbone: TeacherBackbone, images_NHH3: np.ndarray, features_ND: np.ndarray) -> str:
-    """Rows that are no numbers, and features that depend on chance or on what else is in the batch."""
+    """Rows that are not finite, and features that depend on chance or on the rest of the batch."""
     if bad := int((~np.isfinite(features_ND)).any(axis=1).sum()):
         return f"gives no finite features for {bad} of {len(features_ND)} images"
     few = images_NHH3[:_BATCH]

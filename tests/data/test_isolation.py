@@ -63,7 +63,7 @@ def test_what_was_killed_once_by_somebody_else_has_its_result(tmp_path):
 
 
 def test_other_ends_and_exceptions_are_no_killers():
-    with pytest.raises(StageError, match="at work on 2 items, 0 the first, ended with 3"):
+    with pytest.raises(StageError, match="worked on 2 items, 0 the first, ended with 3"):
         run_isolated(partial(squares, ends=1), [0, 1])
     with pytest.raises(ValueError, match="-2 is negative"):
         run_isolated(squares, [1, -2])

@@ -80,7 +80,7 @@ MULTI = "multi-label data is not supported"
     ("labels", "reason"),
     [
         ([["cat"], ["cat"]], MULTI), ([["cat", "dog"], ["cat"]], MULTI), ([[], []], MULTI),
-        ([{"name": "cat"}, {"name": "dog"}], "the label is a mapping; write the name of the class alone"),
+        ([{"name": "cat"}, {"name": "dog"}], "the label is a mapping; write only the name of the class"),
         ([1.0, 0.5], r"the label is 0\.5, a fraction"),
     ],
 )  # fmt: skip
@@ -139,7 +139,7 @@ def test_bytes_are_read_as_text(tmp_path, suffix, kind):
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        (pa.array([b"caf\xe9", b"dog"]), "row 0: the label is bytes that are no UTF-8"),
+        (pa.array([b"caf\xe9", b"dog"]), "row 0: the label is bytes that are not UTF-8"),
         (pa.array([b"cat", None, b"d"]).dictionary_encode(), ""),
         (pa.array([1, 2], pa.int32()).cast(pa.date32()), "the column label holds date32"),
         (pa.array([[0, 1], [1, 0]], pa.list_(pa.int8(), 2)), "multi-label"),
@@ -205,7 +205,7 @@ def test_folders_that_look_the_same_are_one_class(class_folders):
 
 def test_names_that_differ_in_case_alone_are_refused_unless_both_are_listed(class_folders, tmp_path):
     root = class_folders({"Cat": 2, "cat": 1, "dog": 1})
-    with pytest.raises(DataError, match=r"the classes 'Cat' and 'cat' differ in case alone"):
+    with pytest.raises(DataError, match=r"the classes 'Cat' and 'cat' differ only in case"):
         listed(root)
     (tmp_path / "classes.txt").write_text("cat\nCat\ndog\n")
     assert listed(root, classes=str(tmp_path / "classes.txt")).classes == ("cat", "Cat", "dog")
@@ -219,8 +219,8 @@ def test_a_class_of_which_no_file_is_read_is_named(class_folders):
         (root / "download" / f"{k}.png").rename(root / "download" / f"{k}")
     notes = listed(root).notes
     assert sorted(notes.values()) == [2, 3]
-    assert any("'phone', which is no class" in what and "3 ending in .heic" in what for what in notes)
-    assert any("'download', which is no class" in what and "2 ending in nothing" in what for what in notes)
+    assert any("'phone', which is not a class" in what and "3 ending in .heic" in what for what in notes)
+    assert any("'download', which is not a class" in what and "2 ending in nothing" in what for what in notes)
 
 
 @pytest.mark.timeout(10)

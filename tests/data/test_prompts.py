@@ -137,7 +137,7 @@ def test_a_names_file_gives_words_synonyms_and_a_description(tmp_path, form):
     ("content", "message"),
     [
         ('{"cat": "cat", "dgo": "dog"}', "no class 'dgo'"),
-        ('{"cat": "cat"}', "says nothing of 'dog'"),
+        ('{"cat": "cat"}', "lacks the classes 'dog'"),
         ('{"cat": "cat", "dog": null}', "'dog' must be words"),
         ('{"cat": "cat", "dog": {"word": "dog"}}', "'dog' must be words"),
         ("[1, 2]", "has to be a mapping"),

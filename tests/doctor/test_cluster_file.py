@@ -129,8 +129,8 @@ CLUSTER_FAULTS = [
     (f"{NODE}.SecurityGroupId", "sg-1", "did you mean SecurityGroupIds?"),
     (f"{NODE}.InstanceType", REMOVED, "default is m1.small; add it"),
     (f"{NODE}.ImageId", REMOVED, "add it"),
-    (f"{NODE}.ImageId", "ubuntu-24.04", "no id of an image"),
-    (f"{NODE}.InstanceType", "g6.3xlarge", "none of EC2's values; did you mean g6.xlarge?"),
+    (f"{NODE}.ImageId", "ubuntu-24.04", "not an image id"),
+    (f"{NODE}.InstanceType", "g6.3xlarge", "not one of EC2's values; did you mean g6.xlarge?"),
     (f"{NODE}.KeyName", REMOVED, "missing beside auth.ssh_private_key"),
     (f"{NODE}.SubnetId", "subnet-1", "write SubnetIds"),
     (f"{NODE}.SubnetIds", "subnet-1", "EC2 takes a list"),
@@ -144,12 +144,12 @@ CLUSTER_FAULTS = [
     (f"{SPOT}.MarketType", "SPOT", "did you mean spot?"),
     (f"{SPOT}.SpotOptions.MaxPrice", 0.5, "EC2 takes text"),
     (f"{TYPES}.train.resources.GPU", 4, "g6.2xlarge has 1"),
-    (f"{TYPES}.train.resources", {"CPU": 8}, "1 that is paid for", f"{TYPES}.train.resources.GPU"),
+    (f"{TYPES}.train.resources", {"CPU": 8}, "1, which would be paid for", f"{TYPES}.train.resources.GPU"),
     (f"{TYPES}.train.resources.CPU", 9, "g6.2xlarge has 8"),
     (f"{TYPES}.train.resources.gpus", 1, "did you mean GPU?"),
     (f"{TYPES}.train.labels.pool", "a b", "Invalid label key value", f"{TYPES}.train.labels"),
     # What is paid for while nobody works.
-    (f"{TYPES}.train.min_workers", 1, "write 0, and cluster.grows_to"),
+    (f"{TYPES}.train.min_workers", 1, "write 0, and set cluster.grows_to"),
     ("idle_timeout_minutes", REMOVED, "Ray's default is 5"),
     ("idle_timeout_minutes", 1e9, "write 1 to 60"),
     ("idle_timeout_minutes", 0, "write 1 to 60"),
@@ -377,7 +377,8 @@ KUBERAY_FAULTS = [
     (f"{CONTAINER}.resources.limits.cpus", 6, "did you mean cpu?", f"{SPOT_POD}.containers.resources.limits.cpus"),
     (f"{CONTAINER}.resources.limits", {"cpu": 6, "nvidia.com/gpu": 1, "nvidia.com/gpus": 1},
      "did you mean nvidia.com/gpu?", f"{SPOT_POD}.containers.resources.limits.nvidia.com/gpus"),
-    (f"{CONTAINER}.resources.limits.memory", "16GiB", "no quantity", f"{SPOT_POD}.containers.resources.limits.memory"),
+    (f"{CONTAINER}.resources.limits.memory", "16GiB", "write one such as",
+     f"{SPOT_POD}.containers.resources.limits.memory"),
     (f"{CONTAINER}.image", "rayproject/ray:2.9.0", f"ray:{ray.__version__}", f"{SPOT_POD}.containers.image"),
     (f"{CONTAINER}.image", "rayproject/ray:nightly-gpu", f"ray:{ray.__version__}", f"{SPOT_POD}.containers.image"),
     # Numbers of pods, and what is paid for.
@@ -491,7 +492,7 @@ def test_what_is_no_file_is_said(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "zero.yaml").symlink_to("/dev/zero")
     (tmp_path / "bytes.yaml").write_bytes(bytes(range(256)))
-    said = {".": "a folder", "pipe.yaml": "no file", "zero.yaml": "no file", "bytes.yaml": "not UTF-8"}
+    said = {".": "a folder", "pipe.yaml": "not a regular", "zero.yaml": "not a regular", "bytes.yaml": "not UTF-8"}
     for name, words in said.items():
         with pytest.raises(ConfigError, match=re.escape(words)):
             check_cluster_file(str(tmp_path / name))

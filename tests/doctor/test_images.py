@@ -189,7 +189,7 @@ def test_the_command_writes_nothing_else_and_its_exit_code_tells(folder, tmp_pat
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     good = CliRunner().invoke(app, words)
     assert good.exit_code == 0
-    assert "it would use 60 images" in good.output
+    assert "and use 60 images" in good.output
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
     for k in range(9):
         (folder / "cat" / f"<i>{k}.png").write_bytes(b"no")
@@ -357,7 +357,7 @@ def test_an_interrupted_look_keeps_what_was_seen(check, folder, tmp_path, monkey
     checkup = check("images.max_bad_share=0.1")
     assert checkup.is_interrupted
     assert not checkup.is_sound
-    assert found(checkup)["interrupted: the rest is not looked at"].count == 30
+    assert found(checkup)["interrupted: the other images were not checked"].count == 30
     assert "00.png" in found(checkup)["not an image"].examples[0]
     assert not [what for what in found(checkup) if "class" in what], "dogs are not looked at, and do not lack"
 

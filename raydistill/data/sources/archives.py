@@ -1,4 +1,4 @@
-"""WebDataset tar files: which member is an image, and which label is its own."""
+"""WebDataset tar files: which members are images, and which label belongs to each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raydistill.data.labels import MOST_BYTES, label_of
 from raydistill.errors import DataError
 from raydistill.escaping import quoted
 
-# Of pictures, in folders and in tar files. A file's content decides what is in it.
+# Of pictures, in folders and in tar files. The content decides the format.
 EXTENSIONS = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
     ".pnm", ".avif", ".jp2", ".tga", ".ico",
@@ -24,28 +24,30 @@ _COMPRESSED = {b"\x1f\x8b": "gzip (gunzip", b"\x28\xb5\x2f\xfd": "zstd (unzstd",
 
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-_MOST_EXTENDED = 65536  # bytes of a header in which a name or attributes stand
+_MOST_EXTENDED = 65536  # bytes of a header with a name or attributes
 _MOST_SHARED = 100  # attributes of all members; each member has a copy
-# Files that an archive may always have, and bytes for each other one: a header and its content.
+# Files that an archive may always have, and bytes for each further one: a header and its content.
 _ALWAYS_FILES, _FEWEST_BYTES = 1 << 16, 1024
-_MOST_BEHIND = 64 << 20  # bytes behind an archive's end in which a second archive is looked for
+_MOST_BEHIND = 64 << 20  # bytes after an archive's end that may hold a second archive
 _DIGITS = re.compile(rb"\d{1000}")  # longer than a name
 
 
 class File(NamedTuple):
-    """A member, and where in the archive its bytes begin."""
+    """A member, and the offset of its bytes in the archive."""
 
     name: str
     start: int
     size: int
 
 
-Image = tuple[File, dict[str, File]]  # and the files beside it that may tell its label
+Image = tuple[File, dict[str, File]]  # and the files beside it that may give its label
 
 
 class Member(tarfile.TarInfo):
-    """A member whose headers are known to be short, and to lead forwards, before tarfile reads them. It overrides
-    a private method, seen in Python 3.11; the tests of damaged headers fail where tarfile no longer calls it."""
+    """A member whose headers are known to be short, and to lead forwards, before tarfile reads them.
+
+    It overrides a private method, as of Python 3.11; the tests of damaged headers fail if tarfile no longer calls it.
+    """
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.size < 0:
@@ -55,13 +57,13 @@ class Member(tarfile.TarInfo):
             if self.size > _MOST_EXTENDED:
                 raise tarfile.ReadError(f"a header of {self.size:,} bytes")
             start = file.tell()
-            if self.type in _PAX and _DIGITS.search(file.read(self.size)):  # tarfile squares them
+            if self.type in _PAX and _DIGITS.search(file.read(self.size)):  # tarfile's time grows with their square
                 raise tarfile.ReadError("a header with a number that is too long")
             file.seek(start)
         found: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         if len(archive.pax_headers) > _MOST_SHARED:
             raise tarfile.ReadError(f"more than {_MOST_SHARED} attributes of all its members")
-        # Nothing asks for the others, and they would stay in memory as long as the archive is open.
+        # Nothing reads the others, and they would stay in memory while the archive is open.
         found.pax_headers = {key: value for key, value in found.pax_headers.items() if key.startswith("GNU.sparse")}
         if found.size < 0 or archive.offset <= self.offset:
             raise tarfile.ReadError("a member of less than no bytes")
@@ -70,7 +72,7 @@ class Member(tarfile.TarInfo):
         return found
 
     def _proc_gnusparse_10(self, *_: Any) -> None:
-        """No map of a sparse file is read: it may be as long as the archive, and the file is left out."""
+        """Do not read the map of a sparse file: it may be as long as the archive, and the file is left out."""
 
     def _proc_sparse(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         file: Any = archive.fileobj
@@ -83,7 +85,7 @@ class Member(tarfile.TarInfo):
 
 
 def _is_whole(member: tarfile.TarInfo) -> bool:
-    """Whether it is a file whose bytes stand in the archive as they are. A sparse file makes many of few."""
+    """Whether the bytes of the file are in the archive as they are. A sparse file expands few bytes to many."""
     is_sparse = member.issparse() or any(key.startswith("GNU.sparse") for key in member.pax_headers)
     return member.isreg() and not is_sparse
 
@@ -96,12 +98,13 @@ def refuse_compressed(head: bytes, shown: str) -> None:
 
 
 def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> list[Image]:
-    """Every image in the archive's order, with the label files of its key, wherever they stand.
+    """Every image in the archive's order, with the label files of its key, at any place in the archive.
 
-    An image's key is its name without the last ending (`v1.2_001` of `v1.2_001.png`). Where no label has that key, the
-    key is the whole name (`001.png.json`) or WebDataset's, the name up to its first dot (`001` of `001.input.png`).
-    Other images that only begin with the key of an image (`001.mask.png`) are left out and counted. Raises DataError:
-    two images of one key, an archive that is cut off or has another one behind its end.
+    An image's key is its name without the last ending (`v1.2_001` of `v1.2_001.png`). If no label has that key, the key
+    is the whole name (`001.png.json`) or WebDataset's, the name up to its first dot (`001` of `001.input.png`). Other
+    images that only begin with the key of an image (`001.mask.png`) are left out and counted.
+
+    Raises DataError: two images of one key, or an archive that is cut off or has another one after its end.
     """
     images, count = list[tuple[File, str]](), 0
     beside = defaultdict[str, dict[str, File]](dict)
@@ -121,13 +124,13 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
         if name.startswith(".") or "__MACOSX" in member.name:
             ignored["hidden and system files in tar files"] += 1
         elif not _is_whole(member):
-            ignored["links and other things than files in tar files"] += 1
+            ignored["links and other entries in tar files that are not files"] += 1
         elif suffix in EXTENSIONS:
             images.append((file, member.name[: -len(suffix)]))
         elif suffix in _LABELS:
             key = member.name[: -len(suffix)]
             if suffix in beside[key]:
-                raise DataError(f"{shown}: {quoted(member.name)} is there twice; which is the label?")
+                raise DataError(f"{shown}: {quoted(member.name)} is there twice; keep one")
             beside[key][suffix] = file
         else:
             ignored[f"files ending in {quoted(suffix) or 'nothing'} in tar files"] += 1
@@ -139,12 +142,12 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
         key = stem if stem in beside or file.name not in beside else file.name
         if key not in beside and (first := _up_to_first_dot(stem)) != stem:
             if first in own:
-                ignored["images in tar files that stand beside the image of their key, as masks do"] += 1
+                ignored["images in tar files beside the image of their key, such as masks"] += 1
                 continue
             key = first if first in beside else stem
         if key in found:
             both = f"{quoted(found[key].name)} and {quoted(file.name)}"
-            raise DataError(f"{shown}: {both} stand under one key; which is the image?")
+            raise DataError(f"{shown}: {both} have one key; leave only the image")
         found[key] = file
         kept.append((file, beside.get(key, {})))
     if alone := len(beside.keys() - found.keys()):
@@ -153,16 +156,16 @@ def images_of(archive: tarfile.TarFile, shown: str, ignored: Counter[str]) -> li
 
 
 def _refuse_cut(archive: tarfile.TarFile, shown: str) -> None:
-    """Of an archive that was read to its end. tarfile stops without a word at half a header, at what is no header, and
-    before a second archive."""
+    """For an archive that was read to its end. tarfile stops silently at half a header, at bytes that are not a header,
+    and before a second archive."""
     file: Any = archive.fileobj
     file.seek(archive.offset)
     if any(head := file.read(tarfile.BLOCKSIZE)) or 0 < len(head) < tarfile.BLOCKSIZE:
-        raise DataError(f"{shown}: cut off or damaged at byte {archive.offset:,}; fetch it or pack it again")
+        raise DataError(f"{shown}: truncated or damaged at byte {archive.offset:,}; fetch it or pack it again")
     for _ in range(_MOST_BEHIND >> 20):
         if any(file.read(1 << 20)):
             raise DataError(
-                f"{shown}: more follows behind its end, as in tar files joined by `cat`, and would not be read; keep "
+                f"{shown}: data follows after its end, as in tar files joined by `cat`, and would not be read; keep "
                 "them apart, or join them with `tar --concatenate`"
             )
 
@@ -173,7 +176,7 @@ def _up_to_first_dot(stem: str) -> str:
 
 
 def label_in(archive: Any, beside: dict[str, File], shown: str, notes: Counter[str]) -> str | None:
-    """From `KEY.cls`, from `label` or `class` in `KEY.json`, or from `KEY.txt`: the first that gives one."""
+    """From `KEY.cls`, from `label` or `class` in `KEY.json`, or from `KEY.txt`: the first that has one."""
     for suffix in (suffix for suffix in _LABELS if suffix in beside):
         member = beside[suffix]
         where = f"{shown}: {quoted(member.name)}"
@@ -196,7 +199,7 @@ def label_in(archive: Any, beside: dict[str, File], shown: str, notes: Counter[s
 
 
 def _parsed(data: bytes) -> Any:
-    """JSON's value. Python would look for cycles again and again while it makes very many lists, of which none is."""
+    """JSON's value. Without this Python looks for reference cycles many times while it makes very many lists."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -31,13 +31,13 @@ from raydistill.storage.tables import Batches, Table, longest, named, open_table
 
 __all__ = ["EXTENSIONS", "MOST_BESIDE", "SUFFIXES", "Row", "count_rows", "list_rows", "read_rows"]
 SUFFIXES = (*TABLE_SUFFIXES, ".tar")
-MOST_BESIDE = 16 << 20  # bytes of a file about others, such as a list of classes
+MOST_BESIDE = 16 << 20  # bytes of a file about other files, such as a list of classes
 _MOST_TOGETHER = 16 << 20  # bytes of labels or splits that are copied at a time
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a file says of one of its images: its class's name or None, and its split as the file writes it."""
+    """One image's row: its class's name or None, and its split as the file writes it."""
 
     number: int
     label: str | None
@@ -45,8 +45,8 @@ class Row:
 
 
 def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator[Row]:
-    """Counts in `ignored` what the file holds besides images, and in `notes` labels that are not as they may seem.
-    Raises DataError: a damaged file, a missing column, a label without a name."""
+    """`ignored` counts what the file holds besides images, and `notes` counts labels that are not read as they look.
+    Raises DataError: a damaged file, a missing column, or a label without a name."""
     if _is_tar(path):
         with _open_tar(path) as archive:
             for number, (_, beside) in enumerate(images_of(archive, quoted(path), ignored)):
@@ -57,8 +57,8 @@ def list_rows(path: str, ignored: Counter[str], notes: Counter[str]) -> Iterator
 
 
 def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf) -> Iterator[tuple[int, Any]]:
-    """Number and bytes of those rows, in the file's order; None where a row has no bytes. Raises DataError, also for a
-    tar's file of more than `most_bytes`."""
+    """Number and bytes of those rows, in the file's order; None if a row has no bytes. Raises DataError, also for a
+    file in a tar of more than `most_bytes`."""
     wanted = sorted(numbers)
     if _is_tar(path):
         with _open_tar(path) as archive:
@@ -82,7 +82,7 @@ def read_rows(path: str, numbers: Collection[int], most_bytes: float = math.inf)
 
 
 def next_part(path: str, row: int) -> float:
-    """The first row of the next part, such as a row group: rows of a part are read together. Infinity behind the last.
+    """The first row of the next part, such as a row group: rows of a part are read together. Infinity after the last.
     Raises DataError."""
     if _is_tar(path):
         return row + 1
@@ -91,7 +91,7 @@ def next_part(path: str, row: int) -> float:
 
 
 def count_rows(path: str) -> int:
-    """How many images a file holds, whether it has labels or not. Raises DataError as `list_rows` does."""
+    """The number of images in a file, with or without labels. Raises DataError as `list_rows` does."""
     if _is_tar(path):
         with _open_tar(path) as archive:
             return len(_places(path, version_of(path, archive.fileobj)))
@@ -107,8 +107,8 @@ def _is_tar(path: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _places(path: str, version: str) -> np.ndarray:
-    """(images, 2) of a tar file: where the bytes of each image begin, and how many there are. Without the cache each
-    call for rows would read all headers again."""
+    """(images, 2) of a tar file: the offset and the number of the bytes of each image. Without the cache each call for
+    rows would read all headers again."""
     with _open_tar(path) as archive:
         images = images_of(archive, quoted(path), Counter())
         return np.array([(file.start, file.size) for file, _ in images], np.int64).reshape(-1, 2)
@@ -141,7 +141,7 @@ def _table_rows(path: str, table: Table, notes: Counter[str]) -> Iterator[Row]:
     table.refuse_bombs(["image"])
     names = _class_names(path, schema.metadata or {})
     columns = [name for name in ("label", "split") if name in schema.names]
-    plain = dict[str, str]()  # labels that are as they seem: rows share them
+    plain = dict[str, str]()  # labels that are read as they look: rows share them
     for first, part in _in_pieces(table.read(columns), shown):
         splits = values(part["split"]) if "split" in columns else [None] * part.num_rows
         for number, (value, split) in enumerate(zip(values(part["label"]), splits, strict=True), first):
@@ -160,14 +160,14 @@ def _table_rows(path: str, table: Table, notes: Counter[str]) -> Iterator[Row]:
 
 
 def _in_pieces(batches: Batches, shown: str) -> Batches:
-    """So few rows at a time that each may have its own copy of what they share."""
+    """So few rows at a time that each may have its own copy of shared values."""
     for first, batch in batches:
         most = 1
         for name in batch.schema.names:
             if pa.types.is_struct(batch[name].type) and batch[name].null_count < len(batch):
                 row = first + values(batch[name].is_valid()).index(True)
                 of = "class" if name == "label" else name
-                raise DataError(f"{shown}: row {row}: the {name} is a mapping; write the name of the {of} alone")
+                raise DataError(f"{shown}: row {row}: the {name} is a mapping; write only the name of the {of}")
             if (most := max(most, longest(batch[name]))) > MOST_BYTES:
                 raise DataError(f"{shown}: the column {name} holds {most:,} bytes in one row, too many for a {name}")
         for start in range(0, len(batch), count := max(1, _MOST_TOGETHER // most)):
@@ -175,7 +175,7 @@ def _in_pieces(batches: Batches, shown: str) -> Batches:
 
 
 def _check_image_column(path: str, table: Table) -> None:
-    """Raises DataError where the column holds neither bytes nor structs of bytes and path."""
+    """Raises DataError if the column holds neither bytes nor structs of bytes and path."""
     if "image" not in table.schema.names:
         found = ", ".join(map(named, table.schema.names[:10]))
         raise DataError(f"{quoted(path)}: no column image among {found}; rename the one that holds the pictures")
@@ -191,7 +191,7 @@ def _check_image_column(path: str, table: Table) -> None:
 
 
 def _class_names(path: str, metadata: dict[bytes, bytes]) -> list[str]:
-    """The names of integer labels, which Hugging Face `datasets` keeps in the file or in the folder it saves."""
+    """The names of integer labels, which Hugging Face `datasets` keeps in the file or in the folder that it saves."""
     names = _names_in(_json(metadata.get(b"huggingface", b"{}")).get("info"))
     if names is None:
         beside = posixpath.join(posixpath.dirname(path), "dataset_info.json")
@@ -209,7 +209,7 @@ def _names_in(tree: Any) -> list[str] | None:
 
 @functools.lru_cache(maxsize=1)
 def _names_beside(path: str, version: str) -> list[str] | None:
-    """Those in a file that many files may lie beside."""
+    """The names in a file that many files may share."""
     return _names_in(_json(_beside(*open_filesystem(path))))
 
 
@@ -221,7 +221,7 @@ def _beside(fs: FileSystem, place: str) -> bytes:
 
 
 def _json(data: bytes) -> dict[str, Any]:
-    """Empty where it is no JSON object: another program wrote it."""
+    """Empty if it is not a JSON object: another program wrote it."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
@@ -230,8 +230,8 @@ def _json(data: bytes) -> dict[str, Any]:
 
 
 def saved_files(fs: FileSystem, folder: str) -> tuple[set[str], str | None] | None:
-    """The data files and the split of a folder that `datasets` saved, from its state.json; None of another folder.
-    Raises DataError where rows of the files were chosen without writing new files."""
+    """The data files and the split of a folder that `datasets` saved, from its state.json; None for another folder.
+    Raises DataError if rows were selected without writing new files."""
     place = f"{folder}/state.json"
     if not fs.isfile(place):
         return None

@@ -1,4 +1,4 @@
-"""The entries of one source: which of its files and rows are images, and the label and split that it gives each.
+"""The entries of one source: which of its files and rows are images, and the label and split of each.
 
 A source is a folder of class folders, a table of paths, a file of many images, or a folder of such files. No image is
 opened here.
@@ -28,15 +28,16 @@ SPLIT_FOLDERS = {
 UNLABELLED_FOLDERS = ("unlabelled", "unlabeled")
 SYSTEM_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
-_CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # `datasets` keeps its work beside its data
-# Rows that a table of paths may always have, and others for each file that it names.
+_CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # `datasets` keeps its cache beside its data
+# Rows that a table of paths may always have, and further ones for each file that it names.
 _ALWAYS_ROWS, _MOST_ROWS = 4096, 16
 _SAVED = ("state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image as its source names it: a file, or a `row` of one. Label and split are None where none is given."""
+    """One image as its source names it: a file, or a `row` of one. Label and split are None if the source gives
+    none."""
 
     path: str
     label: str | None
@@ -45,13 +46,13 @@ class Entry:
 
 
 def entry_name(entry: Entry) -> str:
-    """For people."""
+    """The name of an entry in messages."""
     return quoted(entry.path) if entry.row is None else f"{quoted(entry.path)} row {entry.row}"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Its entries; the `folder` that their paths begin with; all `files` below it with what storage says of them, none
+    """The entries; the `folder` that their paths begin with; all `files` below it with their facts from storage, none
     for a single file; and whether folders name the classes."""
 
     entries: list[Entry]
@@ -61,8 +62,8 @@ class Source:
 
 
 def read_source(fs: FileSystem, root: str, ignored: Counter[str], notes: Counter[str]) -> Source | None:
-    """None for a file that is no source. Counts in `ignored` what holds no image, and in `notes` what is read in
-    another way than it may seem. Raises DataError."""
+    """None for a file that is not a source. `ignored` counts what is not an image, and `notes` what is not read as it
+    looks. Raises DataError."""
     if fs.isfile(root):
         if _suffix(root) in SUFFIXES:
             return Source(list(_of_file(fs, root, None, ignored, notes)), posixpath.dirname(root), {})
@@ -81,7 +82,7 @@ def read_source(fs: FileSystem, root: str, ignored: Counter[str], notes: Counter
 
 
 def first_of_table(path: str) -> str | None:
-    """Where the first image of a table of paths lies; None where it is no table, or the image is elsewhere. Raises
+    """The path of the first image of a table of paths; None if it is not a table, or the image is elsewhere. Raises
     DataError."""
     fs, table = open_filesystem(path)
     if _suffix(table) not in path_tables.SUFFIXES or not fs.isfile(table):
@@ -96,7 +97,7 @@ def address_of(fs: FileSystem, path: str) -> str:
 
 
 def is_hidden(parts: Sequence[str]) -> bool:
-    """Whether a path below the source is one of those that systems and programs keep beside people's files."""
+    """Whether a path below the source is a file that systems and programs keep beside people's files."""
     return any(part.startswith(".") or part.casefold() in SYSTEM_NAMES for part in parts)
 
 
@@ -104,7 +105,7 @@ def _of_class_folders(root: str, files: Collection[str], ignored: Counter[str], 
     """`[SPLIT/]CLASS/**/image`, `unlabelled/**/image`, `train/unlabelled/**/image`."""
     read, unread = set[str](), defaultdict[str, Counter[str]](Counter)
     tops = {_parts(path, root)[0].strip().casefold() for path in files}
-    # Only a train folder among them makes the others splits: a class may be called "test".
+    # Only with a train folder are the others splits: a class may be called "test".
     has_splits = any(SPLIT_FOLDERS.get(top) == "train" for top in tops)
     for path in sorted(files):
         parts, suffix = _parts(path, root), _suffix(path)
@@ -128,7 +129,9 @@ def _of_class_folders(root: str, files: Collection[str], ignored: Counter[str], 
             yield Entry(path, inner[0], split)
     for name in sorted(unread.keys() - read):
         endings = ", ".join(f"{count} ending in {_ending(suffix)}" for suffix, count in unread[name].most_common(3))
-        what = f"files of {quoted(name)!r}, which is no class, since none is read: {endings}; convert or rename them"
+        what = (
+            f"files of {quoted(name)!r}, which is not a class, as none can be read: {endings}; convert or rename them"
+        )
         notes[what] = unread[name].total()
 
 
@@ -144,7 +147,7 @@ def _of_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator[Entry
 
 
 def _refuse_repeats(entries: list[Entry], shown: str) -> None:
-    """Each row is decoded, so few files that are named very often would take minutes."""
+    """Each row is decoded, so a few files that are named very often would take minutes."""
     files = len({posixpath.normpath(entry.path) for entry in entries})
     if len(entries) > _ALWAYS_ROWS + _MOST_ROWS * files:
         raise DataError(f"{shown}: {len(entries):,} rows name {files:,} files; name each file once")
@@ -159,8 +162,8 @@ def _of_file(
 
 
 def _holds_files_of_many(root: str, files: Collection[str]) -> bool:
-    """Whether a folder's images lie in files of many. It has some; and its pictures make no two classes, or `datasets`
-    has numbered or described the files, and the pictures are there to be looked at."""
+    """Whether a folder's images are in files of many images. It has some such files; and either its pictures do not
+    make two classes, or `datasets` has numbered or described the files, and the pictures are there to be looked at."""
     seen = [path for path in files if not is_hidden(_parts(path, root))]
     many = [path for path in seen if _suffix(path) in SUFFIXES]
     if not many:
@@ -174,8 +177,8 @@ def _holds_files_of_many(root: str, files: Collection[str]) -> bool:
 def _of_folder_of_files(
     fs: FileSystem, root: str, files: Collection[str], ignored: Counter[str], notes: Counter[str]
 ) -> Iterator[Entry]:
-    """Files of many images, each in the split that its name begins with (`train-00000-of-00002.parquet`) or that its
-    folder names. Of a folder that `datasets` saved, the files that its state.json names."""
+    """Files of many images, each in the split at the beginning of its name (`train-00000-of-00002.parquet`) or in its
+    folder's name. For a folder that `datasets` saved, the files that its state.json names."""
     saved = {folder: saved_files(fs, folder) for folder in {posixpath.dirname(path) for path in files}}
     for path in sorted(files):
         parts, suffix = _parts(path, root), _suffix(path)
@@ -202,7 +205,7 @@ def _split(value: object, where: str) -> str | None:
 
 
 def _parts(path: str, root: str) -> list[str]:
-    """Of a path below the root. pathlib would take longer for it than all the rest of the listing takes."""
+    """For a path below the root. pathlib would take longer for it than the rest of the listing."""
     return path.removeprefix(root).lstrip("/").split("/")
 
 

@@ -1,4 +1,4 @@
-"""All files below a folder of this machine, for every command that reads folders."""
+"""Lists all files below a folder of this machine, for every command that reads folders."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ _VANISHED = {errno.ENOENT, errno.ENOTDIR, errno.ESRCH}
 
 
 def files_below(root: str, ignored: Counter[str]) -> list[str]:
-    """Paths of all files, sorted. Each real folder is read once, in its own place rather than behind a link. Links that
-    lead back, or to a folder that is read elsewhere, are named in `ignored`. Raises DataError where a folder cannot be
-    listed."""
+    """Paths of all files, sorted. Each real folder is read once, at its own path rather than through a link. `ignored`
+    names links that lead back, or to a folder that is read elsewhere. Raises DataError if a folder cannot be listed."""
     files, links, again = list[str](), list[tuple[str, str]](), list[str]()
     waiting, read = deque([(root, os.path.realpath(root))]), dict[str, str]()
     while waiting or links:
@@ -33,7 +32,7 @@ def files_below(root: str, ignored: Counter[str]) -> list[str]:
         for entry in here:
             path = posixpath.join(folder, entry.name)
             if not (os.path.isdir(path) if entry.is_symlink() else entry.is_dir()):
-                files.append(path)  # pipes, devices and broken links too, which are refused when they are read
+                files.append(path)  # also pipes, devices and broken links, which are refused when they are read
             elif not entry.is_symlink():  # `realpath` would ask the system for all folders above it again
                 waiting.append((path, posixpath.join(real, entry.name)))
             elif f"{real}{os.sep}".startswith(f"{(target := os.path.realpath(path)).rstrip(os.sep)}{os.sep}"):
@@ -55,12 +54,12 @@ def _listed(folder: str, root: str, ignored: Counter[str]) -> list[os.DirEntry[s
             ignored["folders that vanished while they were listed"] += 1
             return []
         if os.path.exists(root) and not os.path.isdir(root):
-            raise DataError(f"{quoted(root)}: it is neither a folder nor a regular file") from None
+            raise DataError(f"{quoted(root)}: neither a folder nor a regular file") from None
         shown = shortened(quoted(str(error.filename)), _LONGEST)
         raise DataError(f"{shown}: cannot be listed ({error.strerror})") from None
 
 
 def _below(path: str, root: str) -> str:
-    """A path for people: from the root, or whole where it lies elsewhere."""
+    """A path in messages: from the root, or whole if it is elsewhere."""
     inside = path.removeprefix(root)
     return quoted(path if inside == path else inside.lstrip("/") or ".")

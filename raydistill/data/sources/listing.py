@@ -1,7 +1,5 @@
-"""The list of a source's images, with their classes and splits.
-
-Everything that can be wrong with names, labels and counts is found here, before any work starts.
-"""
+"""Lists the images of a source, with their classes and splits. It finds every problem with names, labels and counts
+before any work starts."""
 
 from __future__ import annotations
 
@@ -32,11 +30,10 @@ __all__ = ["Entry", "Listing", "entry_name", "list_images", "natural"]
 
 @dataclass(frozen=True)
 class Listing:
-    """All entries of a source. `ignored` counts its other files by reason, `notes` what is read in another way than it
-    may seem.
+    """All entries of a source. `ignored` counts its other files by reason, `notes` what is not read as it looks.
 
     The fingerprint changes with any file. It covers names, sizes and times of change (unlike times of modification,
-    nobody can set these back), but not the folder's own place: a folder that moves stays the same set.
+    nobody can set these back), but not the folder's own path: a folder that moves stays the same data set.
     """
 
     entries: tuple[Entry, ...]
@@ -50,8 +47,8 @@ class Listing:
 
 
 def list_images(config: Images) -> Listing:
-    """Raises DataError: no images, one class, a class that a split lacks, a table without the columns it needs.
-    Raises ConfigError where nothing answers at the path."""
+    """Raises DataError: no images, one class, a class without images in a split, or a table without the columns it
+    needs. Raises ConfigError if nothing is at the path."""
     path, named = config.path, f"images.path={quoted(config.path)}"
     if path.startswith("example:"):
         path = str(images_path(path.removeprefix("example:")))
@@ -61,7 +58,7 @@ def list_images(config: Images) -> Listing:
         raise DataError(f"images.path={error}") from None
     refuse_unreachable(path, "images.path")
     if not fs.exists(root):
-        raise DataError(f"{named}: there is nothing at this path{near_path(path)}")
+        raise DataError(f"{named}: no such file or folder{near_path(path)}")
     ignored, notes = Counter[str](), Counter[str]()
     source = read_source(fs, root, ignored, notes)
     if source is None:
@@ -71,7 +68,7 @@ def list_images(config: Images) -> Listing:
         )
     entries = source.entries
     if not entries:
-        raise DataError(f"{named}: no images found ({_describe(ignored)}); docs/data.md says what may lie there")
+        raise DataError(f"{named}: no images found ({_describe(ignored)}); docs/data.md lists what may be there")
     refuse_many_classes(len(set(_labels(entries))), named)
     listed = _listed_classes(config)
     entries = _with_labels(entries, {} if source.has_class_folders else whole_numbers(_labels(entries), listed, notes))
@@ -99,13 +96,13 @@ def _with_labels(entries: list[Entry], names: Mapping[str, str]) -> list[Entry]:
 
 
 def natural(name: str) -> tuple[bool, str]:
-    """Sorts `2` before `10`. Before each number stands its length, behind a character that sorts before all others."""
-    text = name.replace("\0", "\0\U0010ffff")  # the character itself sorts behind any number
+    """Sorts `2` before `10`. Each number is preceded by its length, after a character that sorts before all others."""
+    text = name.replace("\0", "\0\U0010ffff")  # the character itself sorts after any number
     return name[:1].isdecimal(), re.sub(r"\d+", lambda run: _number(run[0]), text)
 
 
 def _number(digits: str) -> str:
-    """Sorts as the number does. Python makes none of very many digits."""
+    """Sorts like the number. Python refuses to convert very many digits."""
     if not digits.isascii():
         digits = "".join(str(unicodedata.decimal(digit)) for digit in digits)
     digits = digits.lstrip("0")
@@ -118,11 +115,11 @@ def _listed_classes(config: Images) -> list[str] | None:
     fs, path = open_filesystem(config.classes)
     named = f"images.classes={quoted(config.classes)}"
     if not fs.isfile(path):
-        raise DataError(f"{named}: {'it is no regular file' if fs.exists(path) else 'no such file'}")
+        raise DataError(f"{named}: {'not a regular file' if fs.exists(path) else 'no such file'}")
     try:
         text = fs.read_at_most(path, MOST_BESIDE).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError(f"{named}: not UTF-8; save it as such") from None
+        raise DataError(f"{named}: not UTF-8; save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{named}: cannot be read: {error.strerror}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -136,11 +133,11 @@ def _listed_classes(config: Images) -> list[str] | None:
 
 def _classes(entries: list[Entry]) -> tuple[str, ...]:
     names = {e.label for e in entries if e.label and e.split in (None, "train")}
-    return tuple(sorted(names, key=lambda name: (natural(name), name)))  # `1` and `01` are equal to the first alone
+    return tuple(sorted(names, key=lambda name: (natural(name), name)))  # `1` and `01` are equal only to the first rule
 
 
 def _fewer(entries: list[Entry], most: int, ignored: Counter[str]) -> list[Entry]:
-    """The first of each class and split, in an order that does not follow the names of files."""
+    """The first of each class and split, in an order that does not follow the file names."""
     seen, kept = Counter[tuple[str | None, str | None]](), set[Entry]()
     for entry in sorted(entries, key=lambda e: sample_id(_bytes_of(f"{PurePosixPath(e.path).name}/{e.row}"))):
         seen[entry.split, entry.label] += 1
@@ -163,7 +160,7 @@ def _check(config: Images, entries: list[Entry], classes: tuple[str, ...], besid
         if blank := sum(entry.split == held_out and not entry.label for entry in entries):
             raise DataError(
                 f"{where}: {blank} {held_out} images have no label, so nothing can be measured on them; label them, or "
-                "take them out (for a pool of unlabelled images leave their split empty)"
+                "remove them (for a pool of unlabelled images leave their split empty)"
             )
     counts = Counter((entry.split, entry.label) for entry in entries if entry.label)
     known = set(classes)
@@ -172,10 +169,10 @@ def _check(config: Images, entries: list[Entry], classes: tuple[str, ...], besid
             near = difflib.get_close_matches(label, classes, n=1)
             raise DataError(
                 f"{where}: {counts[split, label]} {split or 'train'} images of class {label!r}, which is not in the "
-                f"class list{f' (did you mean {near[0]!r}?)' if near else ''}; rename it or take the images out"
+                f"class list{f' (did you mean {near[0]!r}?)' if near else ''}; rename it or remove the images"
             )
     if lacking := [name for name in classes if not counts[None, name] + counts["train", name]]:
-        raise DataError(f"{where}: no train image of {first_few(lacking)}; add some or take the class off the list")
+        raise DataError(f"{where}: no train image of {first_few(lacking)}; add some, or remove the class from the list")
     if any(split == "val" for split, _ in counts) and not config.allow_missing_val:
         if lacking := [name for name in classes if not counts["val", name]]:
             raise DataError(
@@ -202,7 +199,7 @@ def _fingerprint(fs: FileSystem, source: Source, entries: list[Entry], address: 
 
 
 def _bytes_of(name: str) -> bytes:
-    """Also of one that is no text."""
+    """Works for names that are not valid text too."""
     return name.encode(errors="surrogatepass")
 
 
@@ -210,7 +207,7 @@ def _version(fs: FileSystem, path: str, files: dict[str, Any]) -> str:
     if fs.is_local:
         try:
             found = os.stat(path)  # of what a link points to
-        except (OSError, ValueError):  # ValueError: half a character, which no name holds
+        except (OSError, ValueError):  # ValueError: half a character, which no name has
             return "missing"
         return f"{found.st_size}|{found.st_ctime_ns}"
     info = files.get(path) or (fs.info(path) if fs.exists(path) else {})

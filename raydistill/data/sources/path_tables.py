@@ -21,11 +21,11 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 _MOST_BYTES, _LONGEST_LINE = 1 << 30, 1 << 24
 _COLUMNS = ("path", "label", "split")
 _NO_OBJECT = "is not a JSON object; write one on each line, and no comma or list around them"
-_ADVICE = "`path` and `label` are needed, `split` is welcome"
+_ADVICE = "`path` and `label` are required, `split` is optional"
 
 
 class PathRow(NamedTuple):
-    """Path and split are as the table writes them; `number` is that of the line."""
+    """Path and split as the table writes them; `number` is the line number."""
 
     path: str
     label: str | None
@@ -39,11 +39,11 @@ class PathRow(NamedTuple):
 
 
 def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator[PathRow]:
-    """Raises DataError with the line: a row that does not fit, a column that is missing or there twice, another
+    """Raises DataError with the line: a row that does not fit, a column that is missing or there twice, or another
     encoding or delimiter."""
     shown, is_json = quoted(table), table.lower().endswith(".jsonl")
     lines = _lines(fs, table, shown, "\n" if is_json else "")
-    plain = dict[str, str]()  # labels that are as they seem: most rows repeat one
+    plain = dict[str, str]()  # labels that are read as they look: most rows repeat one
     for number, row in _json_rows(shown, lines) if is_json else _csv_rows(shown, lines):
         if "path" not in row or "label" not in row:
             found = ", ".join(named(str(name)) for name in list(row)[:5])
@@ -52,9 +52,9 @@ def read_path_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator
         if not path:
             raise DataError(f"{shown}: line {number} has no path")
         if not isinstance(path, str):
-            raise DataError(f"{shown}: line {number}: the path is no text but {shortened(repr(path))}")
+            raise DataError(f"{shown}: line {number}: the path is not text but {shortened(repr(path))}")
         if "\0" in path:
-            raise DataError(f"{shown}: line {number}: the path holds a NUL, which no file's name does")
+            raise DataError(f"{shown}: line {number}: the path holds a NUL, which no file name can hold")
         label = plain.get(value) if isinstance(value, str) else None
         if label is None:
             label = label_of(value, f"{shown}: line {number}", notes)
@@ -73,7 +73,7 @@ def _lines(fs: FileSystem, table: str, shown: str, newline: str) -> Iterator[str
             file.seek(0)
             head = file.read(4)
             if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head:  # a NUL: UTF-16 or UTF-32 without a mark
-                raise DataError(f"{shown}: UTF-16 or UTF-32, if it is text, not UTF-8; save it as such")
+                raise DataError(f"{shown}: not UTF-8, but UTF-16, UTF-32 or not text; save it as UTF-8")
             file.seek(0)
             text = io.TextIOWrapper(file, "utf-8-sig", newline=newline)
             try:
@@ -84,13 +84,13 @@ def _lines(fs: FileSystem, table: str, shown: str, newline: str) -> Iterator[str
                     refuse_few_bytes(number, length := length + len(line), shown)
                     yield line
             except UnicodeDecodeError:
-                raise DataError(f"{shown}: line {_undecodable(file)} is not UTF-8; save the table as such") from None
+                raise DataError(f"{shown}: line {_undecodable(file)} is not UTF-8; save the table as UTF-8") from None
     except OSError as error:
         raise DataError(f"{shown}: cannot be read: {error.strerror or error}") from None
 
 
 def _undecodable(file: Any) -> int:
-    """The line's number. The text wrapper decodes in blocks, so it is further on by then."""
+    """The number of the line. The text wrapper decodes in blocks, so its position is further on."""
     file.seek(0)
     for number, line in enumerate(iter(partial(file.readline, _LONGEST_LINE), b""), 1):
         try:
@@ -123,7 +123,7 @@ def _csv_rows(shown: str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str,
 
 
 def _fitted(cells: list[str], columns: list[str]) -> list[str]:
-    """Without empty cells behind the header's columns, and with empty ones for columns without a name: in some tables a
+    """Without empty cells after the header's columns, and with empty ones for columns without a name: in some tables a
     comma ends each line."""
     if not any(columns[len(cells) :]):
         cells = cells + [""] * (len(columns) - len(cells))
@@ -140,12 +140,12 @@ def _check_header(columns: list[str], where: str, delimiter: str) -> None:
     if len(columns) == 1 and other is not None:
         name = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}[other]
         right = "commas" if delimiter == "," else "tabs, or as .csv"
-        raise DataError(f"{where} ({found}): the fields stand between {name}; save it with {right}")
+        raise DataError(f"{where} ({found}): the fields are separated by {name}; save it with {right}")
     raise DataError(f"{where} ({found}) does not name the columns{_near(dict.fromkeys(columns))}; {_ADVICE}")
 
 
 def _near(row: dict[str, Any]) -> str:
-    """Advice where a name is right but for its case, quotes or invisible signs around it."""
+    """Advice if a name is right except for case, quotes or invisible characters around it."""
     meant = {name: name.strip(" \t\xa0\u200b\ufeff'\"").casefold() for name in map(str, row) if name not in _COLUMNS}
     near = [f"{quoted(name)} as {right}" for name, right in meant.items() if right in _COLUMNS]
     return f": write {', '.join(near)}" if near else ""

@@ -1,4 +1,4 @@
-"""The one place that reads pictures' bytes. An error of one picture refuses that picture alone."""
+"""The only code that reads pictures' bytes. An error of one picture refuses only that picture."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from raydistill.storage.addresses import read_address
 from raydistill.storage.filesystems import OF_MACHINE, read_file, too_large
 
 UNREADABLE = "cannot be read"
-NO_IMAGE = "no image in this row: there are no bytes, and a path alone is not followed; save the set with its pictures"
+NO_IMAGE = "no image in this row: it has no bytes, and a path is not followed; save the data set with its pictures"
 
 
 def read_pictures(
     places: Sequence[tuple[str, int | None]], most_bytes: int, source: str | None = None
 ) -> Iterator[tuple[int, bytes | None, str]]:
-    """The number among `places` and the bytes, or None and the reason: of files, or of rows of one file in its order.
-    `source` is a stranger's images.path that names them; None: the user named them.
+    """The index among `places` and the bytes, or None and the reason: of files, or of rows of one file in its order.
 
-    Raises StageError, and other errors of the machine or its network.
+    `source` is the images.path that names them, which may be untrusted; None: the user named them. Raises StageError,
+    and other errors of the machine or its network.
     """
     if places and places[0][1] is not None:
         number_of = {row: number for number, (_, row) in enumerate(places) if row is not None}
@@ -50,14 +50,14 @@ def _read_rows(path: str, number_of: dict[int, int], most_bytes: int) -> Iterato
 
 
 def read_bytes_of(path: str, most_bytes: int, source: str | None = None) -> bytes:
-    """Raises OSError, ValueError for a name that no file can have, ConfigError for a protocol that is not known."""
+    """Raises OSError; ValueError for a name that no file can have; ConfigError for an unknown protocol."""
     if "://" not in path:  # on this machine; fsspec would take as long as the reading to find that out
         return read_file(path, most_bytes)
     return read_address(path, path if source is None else source, most_bytes)
 
 
 def refusal(error: Exception) -> str:
-    """Why one picture, row or file is left out. Raises an error of the machine again."""
+    """Why one picture, row or file is left out. Raises errors of the machine again."""
     number = getattr(error, "errno", None)
     if isinstance(error, MemoryError | StageError) or number in OF_MACHINE:
         raise error

@@ -94,7 +94,7 @@ def test_few_bytes_that_stand_for_many_are_counted_and_left_out(tmp_path, record
     (tmp_path / "t.tar").write_bytes(GOOD + sparse + END)
     ignored = Counter[str]()
     assert [row.label for row in list_rows(str(tmp_path / "t.tar"), ignored, Counter())] == ["a"]
-    assert ignored == {"links and other things than files in tar files": 1}
+    assert ignored == {"links and other entries in tar files that are not files": 1}
 
 
 def test_a_large_file_in_a_tar_is_refused_by_its_size_and_its_neighbours_are_read(tmp_path: Path):
@@ -168,7 +168,7 @@ def test_the_map_of_a_sparse_file_is_not_read_however_long_it_is(tmp_path: Path,
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
-    assert ignored == {"links and other things than files in tar files": 1}
+    assert ignored == {"links and other entries in tar files that are not files": 1}
 
 
 def test_lists_beside_images_are_read_without_looking_for_cycles(tmp_path: Path):

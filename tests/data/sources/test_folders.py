@@ -139,7 +139,7 @@ def test_folders_within_folders_without_end_take_no_longer_for_each(tmp_path):
 def test_a_root_that_is_no_folder_is_called_so(tmp_path, kind):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match=f"{kind}: it is neither a folder nor a regular file"):
+    with pytest.raises(DataError, match=f"{kind}: neither a folder nor a regular file"):
         files_below(str(tmp_path / kind), Counter())
 
 

@@ -59,7 +59,7 @@ def test_what_is_no_file_of_a_picture_is_refused_alone(tmp_path, monkeypatch):
     assert (found[0], found[-1]) == ("", "")
     assert all(found[1:-1])
     assert found[1:5] == [
-        "cannot be read: it is no regular file", "cannot be read: Is a directory",
+        "cannot be read: not a regular file", "cannot be read: Is a directory",
         "cannot be read: No such device or address",
         "cannot be read: it has 1,099,511,627,776 bytes, above 100,000 (images.max_bytes)",
     ]  # fmt: skip
@@ -74,7 +74,7 @@ def test_a_folder_of_such_files_is_listed_and_each_is_refused(tmp_path):
     (tmp_path / "b" / "zero.jpg").symlink_to("/dev/zero")
     listing = list_images(Images(path=str(tmp_path)))
     found = {Path(e.path).name: reasons([(e.path, None)])[0] for e in listing.entries if "0.png" not in e.path}
-    assert found == dict.fromkeys(["pipe.png", "zero.jpg"], "cannot be read: it is no regular file")
+    assert found == dict.fromkeys(["pipe.png", "zero.jpg"], "cannot be read: not a regular file")
     assert len(listing.entries) == 4
 
 
@@ -169,5 +169,5 @@ def test_files_that_tell_of_others_are_of_a_size_and_regular(tmp_path, what):
         case "a file of many":
             os.mkfifo(tmp_path / "set" / "1.parquet")
     sparse(large, 1 << 40)
-    with pytest.raises(DataError, match=r"it has 1,099,511,627,776 bytes|no regular file"):
+    with pytest.raises(DataError, match=r"it has 1,099,511,627,776 bytes|not a regular file"):
         list_images(Images(**words))
