@@ -1,1 +1,1 @@
-"""Where results and images lie: on this machine's disks, or on what fsspec reaches."""
+"""Reads and writes results and images: on this machine's disks, or anywhere that fsspec reaches."""

@@ -1,7 +1,7 @@
-"""Addresses in a stranger's table: which are read, and how. No row reaches into the user's own network.
+"""Addresses in an untrusted table: which are read, and how. No row can reach the user's own network.
 
-A row may name a bucket, or a place of the same kind as its table's own. Its web addresses are fetched within a time
-limit, and from public hosts alone, wherever redirects and names lead.
+A row may name a bucket, or a path of the same kind as its table's. Its web addresses are fetched within a time limit,
+and only from public hosts, whatever redirects and DNS say.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from raydistill.storage.filesystems import open_filesystem, too_large
 _BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"})
 _WEB = frozenset({"http", "https"})
 SECONDS = 30
-# So many rows in succession may wait that long for a host. Then this process asks the host no more.
+# After this many rows in succession have waited that long for a host, this process no longer asks the host.
 _MOST_SILENT = 3
 _silent = Counter[str]()
 
 
 def is_elsewhere(address: str, source: str) -> bool:
-    """Whether a row's address leads to another kind of place than its table's, or to another host of the web."""
+    """Whether a row's address leads to another kind of storage than its table's, or to another web host."""
     if "://" not in address:
         return False
     own, other = _parts(address), _parts(source)
@@ -33,10 +33,10 @@ def is_elsewhere(address: str, source: str) -> bool:
 
 
 def read_address(address: str, source: str, most_bytes: int) -> bytes:
-    """What lies there, as a row of the table `source` names it. Raises OSError, with the reason."""
+    """The bytes at an address that a row of the table `source` names. Raises OSError with the reason."""
     scheme, host = _parts(address)
     if not scheme or (scheme in _WEB and not host):
-        raise OSError(errno.EINVAL, "it is no address")
+        raise OSError(errno.EINVAL, "not an address")
     if "::" in address:
         raise OSError(
             errno.EPERM, "an address in another, or of IPv6, is not followed; write the picture's own address"
@@ -51,7 +51,7 @@ def read_address(address: str, source: str, most_bytes: int) -> bytes:
     try:
         data = _fetch(scheme + address[len(scheme) :], most_bytes)
     except (StorageError, TimeoutError) as error:
-        if status := getattr(error.__context__, "status", None):  # it answers, and is too busy
+        if status := getattr(error.__context__, "status", None):  # it answers, but is too busy
             raise OSError(errno.EREMOTEIO, f"{host} answers with HTTP's code {status}; try again later") from None
         _silent[host] += 1
         raise OSError(errno.ETIMEDOUT, f"{host} is not found, or does not answer within {SECONDS} seconds") from None
@@ -65,7 +65,7 @@ def _fetch(address: str, most_bytes: int) -> bytes:
     limit = aiohttp.ClientTimeout(total=SECONDS, sock_connect=10)
     fs, place = open_filesystem(address, patience=0, get_client=_client, client_kwargs={"timeout": limit})
     data = bytearray()
-    with fs.open(place, "rb", block_size=0, size=1) as file:  # read as it comes: a stated size proves nothing
+    with fs.open(place, "rb", block_size=0, size=1) as file:  # read as it arrives: a stated size proves nothing
         while part := file.read(1 << 16):
             data += part
             if len(data) > most_bytes:
@@ -80,7 +80,7 @@ async def _client(**kwargs: Any) -> Any:
 
 
 def _public(where: Any) -> socket.socket:
-    """A socket to where a connection is about to go."""
+    """A socket to the address that a connection is about to use."""
     family, kind, protocol, _, (host, *_) = where
     if not ipaddress.ip_address(host).is_global:
         raise OSError(errno.EPERM, "its host is in this machine's own network, where no table may lead")

@@ -38,7 +38,7 @@ class Bill(BaseModel):
 
 @dataclass(frozen=True)
 class StageDirectory:
-    """One stage's place in the workspace."""
+    """One stage's directory in the workspace."""
 
     path: str
     stage: str
@@ -50,7 +50,7 @@ class StageDirectory:
 
     @cached_property
     def place(self) -> str:
-        """The path as its file system writes it."""
+        """The path in the form of its file system."""
         return open_filesystem(self.path)[1]
 
     @property
@@ -58,8 +58,8 @@ class StageDirectory:
         return self.path.rpartition("/")[2]
 
     def done(self) -> dict[str, Any] | None:
-        """The stage's result, or None where it has not finished. Its path is this directory, whatever the marker says:
-        workspaces move. Raises CheckpointError for a link in the directory, or a damaged marker."""
+        """The stage's result, or None if it has not finished. Its path is this directory, whatever the marker says,
+        because workspaces move. Raises CheckpointError for a link in the directory, or a damaged marker."""
         self._refuse_links()
         result = read_state(f"{self.path}/DONE", dict[str, Any])
         return None if result is None else result | {"path": self.path}
@@ -87,7 +87,7 @@ class StageDirectory:
         self.write(name, json.dumps(value, indent=2, ensure_ascii=False).encode())
 
     def make(self) -> None:
-        """The folder. A new workspace is this user's alone; in another one `umask` counts."""
+        """Make the folder. A new workspace is private to this user; in an existing one the `umask` counts."""
         self._refuse_links()
         if self.fs.is_local:
             make_private(self._root)
@@ -101,7 +101,7 @@ class StageDirectory:
         self.write_json("DONE", {name: value for name, value in result.items() if name != "path"})
 
     def write_bill(self, bill: dict[str, Any]) -> None:
-        """What the run that finished the stage paid, and its versions: `read_bill` gives it back."""
+        """Write the cost of the run that finished the stage, and its versions, for `read_bill`."""
         self.write_json("seconds.json", bill | {"versions": installed(PACKAGES)})
 
 
@@ -114,66 +114,65 @@ def free_bytes(config: RunConfig) -> float:
 
 
 def _existing(root: str) -> Path:
-    """The path, or the nearest one above it that is there."""
+    """The path, or the nearest existing folder above it."""
     return next(place for place in (Path(root), *Path(root).parents) if os.path.exists(place))
 
 
 def refuse_small_disk(config: RunConfig, what: str, need: float, advice: str) -> None:
-    """Raises ConfigError, before anything is written, where the workspace's disk has less than is needed."""
+    """Raises ConfigError, before anything is written, if the workspace's disk has less than is needed."""
     free = free_bytes(config)
     if need > free:
         raise ConfigError(
-            f"{what} may take {need:,.0f} bytes and {free:,.0f} are free in {workspace_root(config)}; {advice}, or "
+            f"{what} may take {need:,.0f} bytes, and {free:,.0f} are free in {workspace_root(config)}; {advice}, or "
             "make room"
         )
 
 
 def read_seconds(path: str) -> float:
-    """How long the run that finished a stage took for it, without what interrupted runs spent; 0 where it is
-    unknown."""
+    """How long the run that finished a stage took, without the time of interrupted runs; 0 if unknown."""
     return float(read_bill(path).get("seconds", 0.0))
 
 
 def read_bill(path: str) -> dict[str, Any]:
-    """`seconds` of the run that finished a stage and `versions` by package; on a cluster `node_seconds` by node type
-    and `lost_nodes`; where a process or a node was lost, the `images_again` and `seconds_again` that this cost."""
+    """The `seconds` of the run that finished a stage and `versions` by package; on a cluster `node_seconds` by node
+    type and `lost_nodes`; if a process or a node was lost, the `images_again` and `seconds_again` that this cost."""
     bill = read_state(f"{path}/seconds.json", Bill)
     return {} if bill is None else bill.model_dump(exclude_unset=True)
 
 
 def workspace_root(config: RunConfig) -> str:
-    """The workspace as an absolute path or URL without a trailing slash. Raises ConfigError where it is no folder."""
+    """The workspace as an absolute path or URL without a trailing slash. Raises ConfigError if it is not a folder."""
     return absolute_root(config.workspace)
 
 
 def absolute_root(workspace: str) -> str:
-    """The same of what the user typed."""
+    """The same for a path that the user typed."""
     if "://" in workspace:
         return workspace.rstrip("/")
     root = os.path.abspath(os.path.expanduser(workspace))
     if (above := _existing(root)).is_dir():
         return root
-    raise ConfigError(f"workspace={workspace}: a file is there, and no folder ({above}); choose another")
+    raise ConfigError(f"workspace={workspace}: {above} is a file, not a folder; choose another")
 
 
 def folder_bytes(path: str) -> int:
-    """The bytes of the files below a folder, and of nothing that its links lead to; 0 where it is not there."""
+    """The bytes of the files below a folder, without what its links lead to; 0 if it does not exist."""
     fs, place = open_filesystem(path)
     if not fs.is_local:
-        return sum(entry["size"] or 0 for entry in fs.find(place, detail=True).values())  # `du` asks for each file
+        return sum(entry["size"] or 0 for entry in fs.find(place, detail=True).values())  # fs.du would ask for each
     size = 0
     for folder, _, names in os.walk(place):
         for name in names:
-            with contextlib.suppress(FileNotFoundError, PermissionError):  # another command's, another user's
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # another command's, or another user's
                 size += os.lstat(f"{folder}/{name}").st_size
     return size
 
 
 def check_writable(config: RunConfig) -> None:
-    """Raises ConfigError where nothing can be written to the workspace."""
+    """Raises ConfigError if the workspace is not writable."""
     root = workspace_root(config)
     fs, path = open_filesystem(root)
-    mark = f".writable-{uuid.uuid4().hex}"  # another command may ask at the same time
+    mark = f".writable-{uuid.uuid4().hex}"  # another command may test at the same time
     try:
         if fs.is_local:
             make_private(path)

@@ -1,7 +1,7 @@
-"""The one place that opens file systems: without caches of listings, and with patience.
+"""The only code that opens file systems: without caches of listings, and with retries.
 
 fsspec keeps a bucket's listing as long as a process lives, so this process would not see a file that another one wrote.
-And remote storage does not always answer: a call is tried again for a while before a run ends.
+And remote storage does not always answer: a call is retried for a while before a run ends.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ PATIENCE_SECONDS = 60.0
 # What to install for a protocol: `pip install 'raydistill[s3]'`.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 _KEYS_IN_ADDRESS = re.compile(r"\w+://(?!arn:)[^/@:]*:[^@]*@")
-# These have no folders, but buckets, which their owner makes on purpose.
+# These have no folders, but buckets, which only their owner makes.
 _WITH_BUCKETS = frozenset({*_EXTRAS, "adl", "oci", "oss", "hf"})
 _BUCKET = re.compile(r"\w+://(?:arn:[\w:/.-]+|[\w.-]+(?:@[\w.-]+)?)(?:/|$)")
-# What is wrong with the machine: the next file would meet it too.
+# Errors of the machine: the next file would meet them too.
 OF_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class FileSystem:
-    """A file system of fsspec's. Each call is tried again for `patience` seconds while storage does not answer, and
-    then raises StorageError; PermissionError where the key is refused."""
+    """A file system of fsspec. Each call is retried for `patience` seconds while storage does not answer, and then
+    raises StorageError; PermissionError if the key is refused."""
 
     def __init__(self, fs: Any, patience: float) -> None:
         self._fs, self._patience = fs, patience
@@ -64,11 +64,11 @@ class FileSystem:
         return not _WITH_BUCKETS.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
 
     def open(self, place: str, mode: str = "rb", **options: Any) -> Any:
-        """Raises OSError, also where the file to read is no regular one."""
+        """Raises OSError, also if the file to read is not a regular one."""
         if self.is_local and mode == "rb":
             return with_retries(open_file, True, self._patience, place)
         file = with_retries(self._fs.open, self.is_local, self._patience, place, mode, **options)
-        if fetch := getattr(getattr(file, "cache", None), "fetcher", None):  # what reads a bucket's file, part by part
+        if fetch := getattr(getattr(file, "cache", None), "fetcher", None):  # reads a bucket's file part by part
 
             def fetch_from(_: str, start: int, end: int) -> Any:
                 return fetch(start, end)
@@ -82,8 +82,8 @@ class FileSystem:
         return bytes(with_retries(self._fs.cat_file, self.is_local, self._patience, place, start, end, **options))
 
     def read_at_most(self, place: str, most: int, is_small: bool = False) -> bytes:
-        """A whole file of a stranger. The bucket of one that `is_small` is not asked for its size first. Raises
-        OSError, also where it has more bytes."""
+        """A whole untrusted file. If it `is_small`, the bucket is not asked for its size first. Raises OSError, also if
+        it has more bytes."""
         if self.is_local:
             return with_retries(read_file, True, self._patience, place, most)
         if not is_small and (size := self.size(place) or 0) > most:
@@ -95,61 +95,61 @@ class FileSystem:
         return data
 
     def make_folder(self, place: str) -> None:
-        """With all above it. A bucket has no folders, and a misspelt name makes no bucket."""
+        """With all folders above it. A bucket has no folders, and a misspelt name makes no bucket."""
         if not self.has_buckets:
             self.makedirs(place, exist_ok=True)
 
     def names(self, place: str) -> list[str]:
-        """Of the files and folders in a folder, sorted; none where it is not there."""
+        """The names of the files and folders in a folder, sorted; none if it does not exist."""
         try:
             return sorted(entry.rstrip("/").rpartition("/")[2] for entry in self.ls(place, detail=False))
-        except (FileNotFoundError, NotADirectoryError):  # the latter where a file stands in the way there
+        except (FileNotFoundError, NotADirectoryError):  # the latter if a file is in the folder's place
             return []
 
     def read(self, place: str, most: int = sys.maxsize) -> bytes | None:
-        """A small file's bytes, or None where it is not there, in one request. Raises as `read_at_most`."""
+        """A small file's bytes, or None if it does not exist, in one request. Raises as `read_at_most`."""
         try:
             return self.read_at_most(place, most, is_small=True)
         except FileNotFoundError:
             return None
 
     def remove_if_empty(self, folder: str) -> None:
-        """A folder of a disk. In a bucket a folder goes with its last file."""
+        """Delete a folder of a disk. In a bucket a folder ends with its last file."""
         with contextlib.suppress(OSError):
             if self.is_local:
                 self.rmdir(folder)
 
     def remove(self, place: str) -> None:
-        """A file, or a folder with all that is in it, if it is still there."""
+        """Delete a file, or a folder with its contents, if it exists."""
         try:
-            # All but the local one read signs such as [ as a pattern.
+            # All file systems but the local one read characters such as [ as a pattern.
             self.rm(place if self.is_local else glob.escape(place), recursive=True)
         except FileNotFoundError:
             return
 
 
 def open_filesystem(path: str, patience: float = PATIENCE_SECONDS, **options: Any) -> tuple[FileSystem, str]:
-    """The file system of a path or URL, and the path as that file system writes it. Raises ConfigError where no
-    installed package knows the protocol."""
+    """The file system of a path or URL, and the path in its form. Raises ConfigError if no installed package knows the
+    protocol."""
     if "://" not in path and not path.startswith(("file:/", "local:/")):
-        # fsspec reads the folders `a::b` and `file:x` of this machine as addresses.
+        # fsspec reads the local folders `a::b` and `file:x` as addresses.
         full = os.path.expanduser(path)
         full = full if os.path.isabs(full) else os.path.join(os.getcwd(), full)
         return FileSystem(LocalFileSystem(), patience), make_path_posix(full).rstrip("/") or "/"
     protocol = path.partition("://")[0]
     if protocol in _EXTRAS and _KEYS_IN_ADDRESS.match(path):
         raise ConfigError(
-            f"{path}: a bucket's address holds no keys; give them by the environment, as AWS_… or a profile"
+            f"{path}: do not put keys into a bucket's address; set them in the environment, as AWS_… or a profile"
         )
     if protocol in _WITH_BUCKETS and not _BUCKET.match(path):
         raise ConfigError(
-            f"{path}: names no bucket; write {protocol}://BUCKET/FOLDER (letters, digits, dots and dashes)"
+            f"{path}: no bucket is named; write {protocol}://BUCKET/FOLDER (letters, digits, dots and dashes)"
         )
     options["use_listings_cache"] = False
     set_up = "AWS_MAX_ATTEMPTS" in os.environ or "config_kwargs" in conf.get("s3", {})
     if _EXTRAS.get(protocol) == "s3" and not set_up:
         # s3fs retries around botocore's retries, and we retry around both: a wrong address took 14 s. And a server that
-        # accepts a request and says nothing held each call for five minutes.
+        # accepts a request and does not answer held each call for five minutes.
         connect, read = (10, 30) if patience else (4, 10)
         options["config_kwargs"] = {
             "retries": {"max_attempts": 1}, "connect_timeout": connect, "read_timeout": read,
@@ -159,27 +159,27 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS, **options: An
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         advice = f"; pip install 'raydistill[{extra}]'" if extra else ""
-        raise ConfigError(f"{path}: what reads {protocol}:// is not installed ({error}){advice}") from None
+        raise ConfigError(f"{path}: the package for {protocol}:// is not installed ({error}){advice}") from None
     except (ValueError, OSError) as error:  # an unknown protocol, or one that opens a connection or a file at once
         raise ConfigError(f"{path}: {error}") from None
-    if not patience and hasattr(fs, "retries"):  # its options differ, so it is not the one of patient calls
+    if not patience and hasattr(fs, "retries"):  # its options differ, so it is not the cached one of the retried calls
         fs.retries = min(fs.retries, 2)
     return FileSystem(fs, patience), place
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file of this machine, to read. Raises OSError, also for a pipe, which would have to be waited for, and a
-    device, which has no end; ValueError for a name that no file can have."""
+    """Open a local file to read. Raises OSError, also for a pipe, which may never send, and a device, which has no end;
+    ValueError for a name that no file can have."""
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "it is no regular file", path)
+        raise OSError(errno.EINVAL, "not a regular file", path)
     return file
 
 
 def read_file(path: str, most: int) -> bytes:
-    """A whole file of this machine, up to the size that it states. Raises as `open_file`, and OSError where that is
-    more than `most` bytes."""
+    """A whole local file, up to the size that it states. Raises as `open_file`, and OSError if that is more than `most`
+    bytes."""
     with open_file(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise too_large(size, most, path)
@@ -191,14 +191,14 @@ def too_large(size: int, most: int, path: str | None = None) -> OSError:
 
 
 def version_of(path: str, file: Any) -> str:
-    """What storage tells of an open file. It changes when the file is written again."""
+    """The version of an open file in storage. It changes when the file is written again."""
     fs, place = open_filesystem(path)
     return str(getattr(file, "details", None) or fs.info(place))
 
 
 def refuse_unread(error: BaseException, shown: str) -> None:
-    """Raises the error where the system itself speaks of the machine, and DataError where it speaks of the file. Other
-    errors are about what the file holds."""
+    """Raises the error itself if it is about the machine, and DataError if it is about the file. Returns if it is about
+    the content."""
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno in OF_MACHINE:
             raise error
@@ -230,8 +230,8 @@ def write_bytes(path: str, data: bytes) -> None:
 
 
 def create_file(path: str, data: bytes) -> None:
-    """Write a whole file where there is none. Raises FileExistsError, also where another process is first by a moment:
-    on disks, and in the buckets of S3, Google and Azure."""
+    """Write a whole file if none exists. Raises FileExistsError, also if another process is first by a moment: on
+    disks, and in the buckets of S3, Google and Azure."""
     fs, target = open_filesystem(path)
     if not fs.is_local:
         fs.pipe_file(target, data, mode="create")
@@ -241,7 +241,7 @@ def create_file(path: str, data: bytes) -> None:
 
 def write_file(path: str, write: Callable[[str], object]) -> None:
     """Let `write` write a whole file or none: to a temporary local file, which is then renamed or sent to a bucket.
-    Raises StageError with the bytes that are free, where the disk is full."""
+    Raises StageError with the free bytes if the disk is full."""
     fs, target = open_filesystem(path)
     if not fs.is_local:
         with tempfile.TemporaryDirectory() as folder:
@@ -253,7 +253,7 @@ def write_file(path: str, write: Callable[[str], object]) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         write(temporary)
         with open(temporary, "rb") as written:
-            os.fsync(written.fileno())  # else a machine that loses power may keep the name and not the bytes
+            os.fsync(written.fileno())  # otherwise a machine that loses power may keep the name without the bytes
         os.replace(temporary, target)
     except BaseException as error:
         if os.path.exists(temporary):
@@ -278,20 +278,20 @@ def _send(call: Callable[[str, Any], object], place: str, what: Any, path: str) 
 
 
 def _no_bucket(place: str) -> str:
-    return f"there is no bucket {place.lstrip('/').partition('/')[0]!r}; make it, or put the name right"
+    return f"there is no bucket {place.lstrip('/').partition('/')[0]!r}; make it, or correct the name"
 
 
 def refuse_unreachable(path: str, key: str) -> None:
-    """Ask a remote place once, so that a wrong address, a refused key or a missing bucket is said within seconds.
-    Raises ConfigError, which names the key of the config."""
+    """Ask remote storage once, so that a wrong address, a refused key or a missing bucket shows within seconds. Raises
+    ConfigError, which names the config key."""
     if "://" not in path:
         return
     fs, place = open_filesystem(path, patience=0)
     try:
         fs.info(place)
     except FileNotFoundError as error:
-        if isinstance(error.__cause__, OSError):  # fsspec's way to say that a web server does not answer
-            raise ConfigError(f"{key}={path}: nobody answers there ({error.__cause__})") from None
+        if isinstance(error.__cause__, OSError):  # fsspec's error for a web server that does not answer
+            raise ConfigError(f"{key}={path}: no server answers there ({error.__cause__})") from None
         if fs.has_buckets and not fs.exists(place.lstrip("/").partition("/")[0]):
             raise ConfigError(f"{key}={path}: {_no_bucket(place)}") from None
     except (PermissionError, StorageError) as error:

@@ -1,7 +1,7 @@
-"""Jobs by name: `jobs/NAME/runs/KEY.json` says which directories a run of a job uses, and how it ended.
+"""Jobs by name: `jobs/NAME/runs/KEY.json` lists the directories that a run of a job uses, and how it ended.
 
 The links beside it (`jobs/NAME/distill`, `latest`) are for people. Nothing here reads or deletes through a link: only
-the JSON counts, and of the places in it only names in this workspace.
+the JSON counts, and from it only names in this workspace.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ Time = Annotated[float, Field(ge=0, le=2**33)]
 
 
 class JobRun(BaseModel):
-    """One run of a job. Times are seconds since 1970; `directories` are names in the workspace, by stage;
-    `accuracies` are shares by network and split."""
+    """One run of a job. Times are seconds since 1970; `directories` are names in the workspace, by stage; `accuracies`
+    are shares by network and split."""
 
     name: str
     title: str = ""
@@ -58,7 +58,7 @@ class JobRun(BaseModel):
 
 
 def job_name(config: RunConfig) -> str:
-    """`name` or, where it is not set, that of the images."""
+    """`name` or, if it is not set, the name of the images."""
     if config.name != RunConfig.model_fields["name"].default:
         return redacted(config.name)
     address = config.images.path.partition("?")[0] if "://" in config.images.path else config.images.path
@@ -66,7 +66,8 @@ def job_name(config: RunConfig) -> str:
 
 
 def folder_name(name: str) -> str:
-    """A name as that of a folder, on any disk. A name that had to be changed gets a hash, so no two become one."""
+    """The job's name as a folder name that is valid on any disk. A name that had to be changed gets a hash, so two
+    never become one."""
     safe = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name))[:_LONGEST_NAME].strip("._-")
     if name and safe == name:
         return name
@@ -75,8 +76,8 @@ def folder_name(name: str) -> str:
 
 
 class JobRecord:
-    """Keeps the record of a run while the `with` block lasts. A workspace that takes no record costs a warning, and not
-    the run; a link in the record's place is refused with CheckpointError."""
+    """Keeps the record of a run during the `with` block. If the record cannot be written, that is a warning, and the
+    run continues; a link in the record's place raises CheckpointError."""
 
     def __init__(self, config: RunConfig, key: str, title: str) -> None:
         self._root, name = workspace_root(config), job_name(config)
@@ -84,7 +85,7 @@ class JobRecord:
         self._path = f"{self._folder}/runs/{key}.json"
         _refuse_links(self._root, self._folder)
         before, self._is_told = None, False
-        try:  # an earlier run of the same settings may have come further than this one is asked to
+        try:  # an earlier run of the same settings may have run more stages than this one
             before = read_state(self._path, JobRun)
         except PermissionError as error:
             logger.warning("%s: the job's record cannot be read (%s)", self._path, error.strerror)
@@ -98,14 +99,14 @@ class JobRecord:
         return self
 
     def uses(self, directories: Mapping[str, str]) -> None:
-        """Paths by stage. Before a stage writes, so that its directory is never nobody's."""
+        """Record paths by stage. It is called before a stage writes, so that its directory always belongs to a run."""
         names = {stage: path.rpartition("/")[2] for stage, path in directories.items()}
         if not names.items() <= self.run.directories.items():
             self.run.directories |= names
             self._write()
 
     def results(self, accuracies: Mapping[str, Mapping[str, float]], page: str | None) -> None:
-        """What `ls` and `open` tell of the run; written at its end."""
+        """The results that `ls` and `open` show; written at the end."""
         self.run.accuracies = {who: dict(of_split) for who, of_split in accuracies.items()}
         self.run.page = "/".join(page.split("/")[-2:]) if page else self.run.page
 
@@ -133,7 +134,7 @@ class JobRecord:
             links[PAGE] = f"../../{self.run.page}"
         try:
             _refuse_links(self._root, self._folder)
-            for name in os.listdir(self._folder):  # those of the run before, and none that another process makes now
+            for name in os.listdir(self._folder):  # those of the previous run, and none that another process makes now
                 if os.path.islink(f"{self._folder}/{name}") and name not in links and not name.endswith(".tmp"):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(f"{self._folder}/{name}")
@@ -142,12 +143,12 @@ class JobRecord:
                     _replace_link(f"{self._folder}/{name}", target)
             if self.run.error is None:
                 _replace_link(f"{self._root}/{LATEST}", os.path.relpath(self._folder, self._root))
-        except OSError as error:  # also of disks without links
+        except OSError as error:  # some disks have no links
             logger.warning("%s: its links cannot be written (%s)", self._folder, error)
 
 
 def _replace_link(path: str, target: str) -> None:
-    """Whole or not at all; raises OSError where something else than a link is there."""
+    """Whole or not at all; raises OSError if something else than a link is there."""
     if os.path.lexists(path) and not os.path.islink(path):
         raise FileExistsError(f"{path} is there, and no link")
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -156,16 +157,18 @@ def _replace_link(path: str, target: str) -> None:
 
 
 def _refuse_links(root: str, folder: str) -> None:
-    """Raises CheckpointError where what holds records is a link."""
+    """Raises CheckpointError if the folder of the records is a link."""
     if "://" not in root:
         for place in (f"{root}/{FOLDER}", folder, f"{folder}/runs"):
             refuse_link(place)
 
 
 def read_jobs(workspace: str, all_or_none: bool = False) -> Iterator[tuple[str, JobRun]]:
-    """The runs recorded in a workspace, by the path of the record. Records of another form are named and left out, or
-    raise CheckpointError where they may not be. Raises ConfigError where there is no workspace, or none with a
-    record."""
+    """The runs recorded in a workspace, by the path of the record. Damaged records are named and left out, or with
+    `all_or_none` raise CheckpointError.
+
+    Raises ConfigError if there is no workspace, or none with a record.
+    """
     refuse_unreachable(workspace, "workspace")
     fs, root = open_filesystem(workspace)
     found = False
@@ -174,7 +177,7 @@ def read_jobs(workspace: str, all_or_none: bool = False) -> Iterator[tuple[str, 
     def damage_named() -> Iterator[None]:
         try:
             yield
-        except (CheckpointError, PermissionError) as error:  # the latter of another user's files
+        except (CheckpointError, PermissionError) as error:  # the latter for another user's files
             if all_or_none:
                 raise CheckpointError(str(error)) from None
             logger.warning("left out: %s", error)
@@ -192,13 +195,13 @@ def read_jobs(workspace: str, all_or_none: bool = False) -> Iterator[tuple[str, 
                     yield path, run
     if not found:
         raise ConfigError(
-            f"{workspace}: no workspace with a job in it; give the folder that `workspace` names. The jobs of an older "
-            "version are named when they run again, which takes seconds where all is done"
+            f"{workspace}: not a workspace with a job in it; give the folder that `workspace` names. Jobs of an older "
+            "version get a record when they run again, which takes seconds if they are done"
         )
 
 
 def state_of(workspace: str, run: JobRun) -> str:
-    """done, failed, interrupted, running, or killed: without an end, and with no process that could bring it."""
+    """done, failed, interrupted, running, or killed: without an end, and without a process that could bring it."""
     if run.ended is not None:
         return "done" if run.error is None else "interrupted" if run.error == "interrupted" else "failed"
     running = is_running(run.process)
@@ -209,7 +212,7 @@ def state_of(workspace: str, run: JobRun) -> str:
 
 
 def named_runs(runs: list[tuple[str, JobRun]], name: str) -> list[tuple[str, JobRun]]:
-    """Those of one job. Raises ConfigError with the nearest name where there is none."""
+    """The runs of one job. Raises ConfigError with the nearest name if there is none."""
     if found := [item for item in runs if name in (item[1].name, item[0].split("/")[-3])]:
         return found
     names = sorted({run.name for _, run in runs})
@@ -217,7 +220,7 @@ def named_runs(runs: list[tuple[str, JobRun]], name: str) -> list[tuple[str, Job
 
 
 def forget(workspace: str, paths: list[str]) -> None:
-    """Delete records, and the links beside them where none is left."""
+    """Delete records, and the links beside them if none is left."""
     for path in paths:
         folder = path.rpartition("/runs/")[0]
         _refuse_links(workspace, folder)

@@ -1,8 +1,8 @@
 """A lease on a stage directory: one command at a time writes to it, on disks and in buckets alike.
 
-Leases are files with rising numbers; the last one counts. A file is created only where there is none, so one command
-gets the next number, however many ask. No command writes over another's file, so a holder that was only slow, and taken
-for dead, finds a later one.
+Leases are files with rising numbers; the last one counts. A file can be created only if it does not exist, so one
+command gets the next number, however many ask. No command overwrites another's file, so a holder that was only slow,
+and taken for dead, finds a later one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from raydistill.storage.state import of_another_form, read_state
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_BEATS = 10.0
 _SECONDS_BETWEEN_LOOKS = 1.0
-# A holder on another machine is gone after so long without a sign of life; on this machine its process is looked for.
+# A holder on another machine counts as gone after this long without a sign of life; on this machine its process is
+# checked.
 _SILENT_SECONDS = 120.0
 _CLOCK_SECONDS = 600.0  # by which machines' clocks may differ
 _PREFIX, _LAST = "lease-", 10**9 - 1
@@ -46,10 +47,11 @@ class _State(BaseModel):
 
 @contextlib.contextmanager
 def held(directory: StageDirectory, say: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the directory's lease during the block, which gets whether the stage is still to be done.
+    """Hold the directory's lease during the block, which gets whether the stage is still to be done. While another
+    command holds it, this one waits and says for which.
 
-    While another command holds it, this one waits and says for whom. Raises StageError after the block where another
-    command took the lease meanwhile because this process had shown no sign of life.
+    Raises StageError after the block if another command took the lease meanwhile, because this process had shown no
+    sign of life.
     """
     number, state = _acquire(directory, say)
     lost, ended = threading.Event(), threading.Event()
@@ -64,14 +66,14 @@ def held(directory: StageDirectory, say: Callable[[str], None]) -> Iterator[bool
             _release(directory, number, state)
     if lost.is_set():
         raise StageError(
-            f"{directory.path}: another command took this stage over, because this process had shown no sign of life "
-            f"for {_SILENT_SECONDS:.0f} s; run the same command again: it waits for that one"
+            f"{directory.path}: another command took over this stage, because this process had shown no sign of life "
+            f"for {_SILENT_SECONDS:.0f} s; run the same command again: it waits for the other"
         )
 
 
 def is_held(path: str) -> bool:
-    """Whether a command seems to work in a stage directory, or may, where its files cannot be read: for those who look,
-    and take nothing. Raises CheckpointError where it is a link."""
+    """Whether a command seems to work in a stage directory, or may, if its files cannot be read: for readers that take
+    no lease. Raises CheckpointError if it is a link."""
     directory = StageDirectory(path, "", "")
     if directory.fs.is_local:
         refuse_link(directory.place)
@@ -80,7 +82,7 @@ def is_held(path: str) -> bool:
         if not number:
             return False
         written = directory.fs.modified(open_filesystem(_path(directory, number))[1]).timestamp()
-    except FileNotFoundError:  # given back meanwhile
+    except FileNotFoundError:  # released meanwhile
         return False
     except PermissionError:
         return True
@@ -97,7 +99,7 @@ def _acquire(directory: StageDirectory, say: Callable[[str], None]) -> tuple[int
             seen, since = latest, time.monotonic()
         number, state = latest
         if number >= _LAST:
-            raise of_another_form(_path(directory, number), "nobody takes so many leases")
+            raise of_another_form(_path(directory, number), "its number is too high for a lease")
         if not number or _is_free(state, time.monotonic() - since):
             if _create(directory, number + 1, mine):
                 return number + 1, mine
@@ -107,7 +109,7 @@ def _acquire(directory: StageDirectory, say: Callable[[str], None]) -> tuple[int
             who = f"process {pid} on {host}, which is making {directory.path}"
             if not state:
                 file = _path(directory, number)
-                who = f"{_SILENT_SECONDS:.0f} s: {file} is damaged, and its holder may still work; delete it to go on"
+                who = f"{_SILENT_SECONDS:.0f} s: {file} is damaged, and its holder may still work; or delete it"
             say(f"{directory.stage:<9} waits for {who}")
         threading.Event().wait(_SECONDS_BETWEEN_LOOKS)
 
@@ -120,11 +122,11 @@ def _is_free(state: dict[str, Any], silent_for: float) -> bool:
 
 
 def _latest(directory: StageDirectory) -> tuple[int, dict[str, Any]]:
-    """The number of the last lease and its content; 0 where there is none."""
+    """The number of the last lease and its content; 0 if there is none."""
     number = max(_numbers(directory), default=0)
     try:
         state = read_state(_path(directory, number), _State) if number else None
-    except CheckpointError:  # cut off, or a stranger's: the wait for its holder is that for an unknown one
+    except CheckpointError:  # truncated or untrusted: wait as for an unknown holder
         state = None
     return number, {} if state is None else state.model_dump(exclude_unset=True)
 
@@ -139,8 +141,8 @@ def _path(directory: StageDirectory, number: int) -> str:
 
 
 def _create(directory: StageDirectory, number: int, state: dict[str, Any]) -> bool:
-    """Whether this command got the number. The file's content decides: when an answer is lost and the request repeated,
-    storage says that the file is there already."""
+    """Whether this command got the number. The file's content decides: if an answer is lost and the request repeated,
+    storage reports that the file exists already."""
     with contextlib.suppress(FileExistsError):
         create_file(_path(directory, number), json.dumps(state).encode())
     return _latest(directory) == (number, state)
@@ -149,7 +151,7 @@ def _create(directory: StageDirectory, number: int, state: dict[str, Any]) -> bo
 def _beat(
     directory: StageDirectory, number: int, state: dict[str, Any], lost: threading.Event, ended: threading.Event
 ) -> None:
-    """Signs of life, until the block has ended or another command holds the lease."""
+    """Renew the lease until the block has ended or another command holds it."""
     beats = 0
     while not ended.wait(_SECONDS_BETWEEN_BEATS):
         try:
@@ -163,14 +165,14 @@ def _beat(
 
 
 def _release(directory: StageDirectory, number: int, state: dict[str, Any]) -> None:
-    """A finished stage needs no lease. Another one keeps its number: otherwise a command that is about to take the next
-    number and a new command that begins at 1 would both hold it."""
+    """Release the lease. A finished stage needs none. Otherwise the number stays: else a command that is about to take
+    the next number and a new command that begins at 1 would both hold it."""
     try:
         if directory.done() is None:
             directory.write(f"{_PREFIX}{number:06d}", json.dumps({**state, "released": True}).encode())
         else:
             for old in _numbers(directory):
                 with contextlib.suppress(FileNotFoundError):
-                    directory.fs.rm_file(f"{directory.place}/{_PREFIX}{old:06d}")  # a folder is no lease of ours
+                    directory.fs.rm_file(f"{directory.place}/{_PREFIX}{old:06d}")  # a folder is not our lease
     except (OSError, StageError) as error:
         logger.warning("%s: its lease could not be given back (%s)", directory.path, error)

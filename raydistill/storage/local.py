@@ -1,4 +1,4 @@
-"""Folders of this machine: new ones are this user's alone, and links in a workspace lead nowhere."""
+"""Local folders: new ones are private to this user, and links in a workspace are refused."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from raydistill.errors import CheckpointError
 
 
 def make_private(folder: str) -> None:
-    """Make a folder of this machine, and what is missing above it. A new one is for this user alone."""
+    """Make a local folder, and missing ones above it. A new one is private to this user."""
     with contextlib.suppress(FileExistsError):
         os.makedirs(folder, mode=0o700)
 
 
 def create_here(place: str, data: bytes) -> None:
-    """Write a whole file where there is none. Raises FileExistsError."""
+    """Write a whole file if none exists. Raises FileExistsError."""
     temporary = Path(f"{place}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(data)
@@ -33,8 +33,8 @@ def create_here(place: str, data: bytes) -> None:
 
 
 def refuse_links(place: str) -> None:
-    """Raises CheckpointError where a path of this machine, or anything below it, is a link. A workspace may be a
-    stranger's: nothing is read, written or deleted where its links lead."""
+    """Raises CheckpointError if a local path, or anything below it, is a link. A workspace may be untrusted: nothing is
+    read, written or deleted through its links."""
     waiting = [place]
     while waiting:
         folder = waiting.pop()
@@ -44,9 +44,9 @@ def refuse_links(place: str) -> None:
 
 
 def refuse_link(place: str) -> None:
-    """The same of the path alone."""
+    """Like `refuse_links`, for the path only."""
     if os.path.islink(place):
         raise CheckpointError(
-            f"{place} is a link to {os.readlink(place)}, and links in a workspace are not followed: delete the "
-            "link, or replace it with what it leads to"
+            f"{place} is a link to {os.readlink(place)}, and links in a workspace are not followed; delete the "
+            "link, or replace it with what it points to"
         )

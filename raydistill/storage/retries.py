@@ -1,4 +1,4 @@
-"""Calls on storage, tried again while it does not answer."""
+"""Retries calls on storage while it does not answer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from raydistill.errors import StorageError, first_line_of
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-# What a network disk says while it is away, and what no disk or bucket takes back.
+# errors of a network disk that is away, and errors that do not pass on any disk or bucket
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ECONNRESET, errno.EREMOTEIO}
 _FINAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM, errno.ENOSYS,
           errno.EMSGSIZE, errno.ENOTEMPTY, errno.EREMCHG}  # fmt: skip
 _FINAL_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-# The clients of buckets have errors of their own: some say that there is no key, others that the client is not set up.
+# The clients of buckets have errors of their own: some mean that there is no key, others that the client is not set up.
 _CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
 _NO_KEY = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
            "DefaultCredentialsError", "UnauthorizedSSOTokenError"}  # fmt: skip
@@ -27,8 +27,8 @@ _ASK_AGAIN = {408, 425, 429}  # HTTP's codes below 500 that pass
 
 
 def with_retries(call: Callable[..., Result], is_local: bool, patience: float, /, *args: Any, **kwargs: Any) -> Result:
-    """The result of a call on storage, tried again for `patience` seconds. Raises StorageError where storage does not
-    answer, PermissionError where it refuses the key, and an error of the request itself, such as a missing file."""
+    """The result of a call on storage, retried for `patience` seconds. Raises StorageError if storage does not answer,
+    PermissionError if it refuses the key, and errors of the request itself, such as a missing file."""
     where = next((a for a in reversed(args) if isinstance(a, str)), "storage")
 
     def passes(error: BaseException) -> bool:
@@ -44,7 +44,7 @@ def with_retries(call: Callable[..., Result], is_local: bool, patience: float, /
     try:
         retrying = tenacity.Retrying(retry=retry, stop=stop, wait=wait, before_sleep=warn, reraise=True)
         return retrying(call, *args, **kwargs)
-    except Exception as error:  # every client has its own
+    except Exception as error:  # every client has its own errors
         reason = first_line_of(error)
         if type(error).__name__ in _NO_KEY or (isinstance(error, PermissionError) and not is_local):
             raise PermissionError(
@@ -54,12 +54,12 @@ def with_retries(call: Callable[..., Result], is_local: bool, patience: float, /
             raise
         raise StorageError(
             f"{where}: storage does not answer ({reason}); check the address and the network, and run the same command "
-            "again: what is finished stays"
+            "again: finished stages stay"
         ) from None
 
 
 def _passes(error: BaseException, is_local: bool) -> bool:
-    """Whether storage or the way there failed, and not the request."""
+    """Whether storage or the connection failed, not the request."""
     if isinstance(error, _FINAL_ERRORS):
         return False
     response = getattr(error, "response", None)

@@ -1,4 +1,4 @@
-"""The JSON that stages leave in a workspace. Workspaces are shared, so anybody may have written what is read here."""
+"""Reads the JSON that stages leave in a workspace. Workspaces are shared, so anybody may have written it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 # Values: a million classes, and a million others. One of two bytes in the file may take 250 in memory.
 MOST_BYTES, MOST_VALUES = 32 * 1024**2, 1 << 21
 _QUOTED = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-# What pydantic says of a value, and the end of a sentence that begins with the value's place.
+# pydantic's messages about a value, and the end of a sentence that begins with the value's path.
 _WORDS = (
     ("^Input should be an? valid (dictionary|instance).*", "has to be a mapping"), ("^Input should be ", "has to be "),
     ("^Field required", "is missing"), ("^Value error, ", "is wrong: "), (", unable to parse.*", ""),
@@ -31,49 +31,49 @@ _WORDS = (
     ("a valid integer", "a whole number"), ("a valid string", "text"), ("a valid (list|tuple|array)", "a list"),
     ("a valid boolean", "true or false"), ("an object", "a mapping"),
 )  # fmt: skip
-# What the system says of files that no stage writes: too large, no regular file, behind odd links.
+# The system's errors for files that no stage writes: too large, not a regular file, behind odd links.
 _UNUSUAL = {errno.EFBIG, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV}
 
 
 def _of_an_epoch(record: dict[str, float]) -> dict[str, float]:
     for name, needed in (("epoch", True), ("step", True), ("kept_epoch", False)):
         if (needed or name in record) and not 0 <= record.get(name, -1) < 2**53:
-            raise ValueError(f"{name} is no count")
+            raise ValueError(f"{name} is not a count")
     return record
 
 
-# The result of an epoch of training. Losses may be NaN: the scaler of fp16 passes over some steps.
+# The record of an epoch. Losses may be NaN: the scaler of fp16 skips some steps.
 EpochRecord = Annotated[dict[str, float], AfterValidator(_of_an_epoch)]
 
 
 def read_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = MOST_BYTES) -> T | None:
-    """A file of the `shape`; None where it is missing. Raises CheckpointError where it is of another shape, too large
-    or no regular file."""
+    """A file of the `shape`; None if it is missing. Raises CheckpointError if it has another shape, is too large or not
+    a regular file."""
     fs, place = open_filesystem(path)
     try:
         data = fs.read(place, most_bytes)
     except OSError as error:
-        if error.errno not in _UNUSUAL:  # the system or the way there fails: no reason to delete anything
+        if error.errno not in _UNUSUAL:  # the system or the connection failed: not a reason to delete anything
             raise
         raise of_another_form(path, str(error.strerror)) from None
     return None if data is None else from_json(data, path, shape, any_float)
 
 
 def read_json(path: str | Path, shape: type[T], any_form: bool = False) -> T:
-    """A file of this machine that no stage wrote here; in `any_form`, with NaN and repeated keys, as other tools write
-    them. Raises OSError, ValueError with the reason in one line."""
+    """A local file that no stage wrote here; in `any_form`, with NaN and repeated keys, as other tools write them.
+    Raises OSError, ValueError with the reason in one line."""
     return parsed(read_file(str(path), MOST_BYTES), shape, any_form, any_form)
 
 
 def needed_state(path: str, shape: type[T], any_float: bool = False, most_bytes: int = MOST_BYTES) -> T:
-    """The same, of a file that must be there."""
+    """Like `read_state`, for a file that has to exist."""
     if (state := read_state(path, shape, any_float, most_bytes)) is None:
         raise of_another_form(path, "it is not there")
     return state
 
 
 def from_json(data: bytes | str, path: str, shape: type[T], any_float: bool = False) -> T:
-    """The same of its bytes."""
+    """The same from the file's bytes."""
     try:
         return parsed(data, shape, any_float)
     except ValueError as error:
@@ -81,9 +81,9 @@ def from_json(data: bytes | str, path: str, shape: type[T], any_float: bool = Fa
 
 
 def parsed(data: bytes | str, shape: type[T], any_float: bool = False, any_keys: bool = False) -> T:
-    """JSON of the `shape`: UTF-8 without half characters, no key twice, no deeper than 200, no more than MOST_VALUES. A
-    dataclass has all of its fields and no others; numbers are finite, or else `any_float`. Raises ValueError with the
-    reason in one line."""
+    """JSON of the `shape`: UTF-8 without half characters, no repeated key, no deeper than 200, no more than
+    MOST_VALUES. A dataclass has all of its fields and no others; numbers are finite, unless `any_float`. Raises
+    ValueError with the reason in one line."""
     _refuse_many_values(data if isinstance(data, bytes) else data.encode(errors="surrogatepass"))
     try:
         text = data if isinstance(data, str) else data.decode()
@@ -91,8 +91,8 @@ def parsed(data: bytes | str, shape: type[T], any_float: bool = False, any_keys:
         value = json.loads(text, object_pairs_hook=None if any_keys else no_key_twice, **hooks)
         if dataclasses.is_dataclass(shape) and isinstance(value, dict):
             if odd := value.keys() - {field.name for field in dataclasses.fields(shape)}:
-                raise ValueError(f"{sorted(odd)[0]!r:.60} is no part of it")
-        del value, text  # never held twice
+                raise ValueError(f"{sorted(odd)[0]!r:.60} does not belong to it")
+        del value, text  # the tree is never held twice
         return _adapter(cast(Hashable, shape)).validate_json(data, strict=True)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
@@ -105,8 +105,8 @@ def parsed(data: bytes | str, shape: type[T], any_float: bool = False, any_keys:
 
 
 def _refuse_many_values(data: bytes) -> None:
-    """Before any is made."""
-    if _count(data) > MOST_VALUES and _count(_QUOTED.sub(b"", data)) > MOST_VALUES:  # names may hold commas
+    """Before any value is made."""
+    if _count(data) > MOST_VALUES and _count(_QUOTED.sub(b"", data)) > MOST_VALUES:  # names may contain commas
         raise ValueError(f"it holds more than {MOST_VALUES:,} values")
 
 
@@ -132,12 +132,12 @@ def _in_our_words(message: str) -> str:
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text:.20} is no finite number")
+        raise ValueError(f"{text:.20} is not a finite number")
     return number
 
 

@@ -1,4 +1,4 @@
-"""Whether the process of an MLflow run is still there: its signs of life, and the end of runs without one."""
+"""Whether the process of an MLflow run still exists, by its signs of life; ends runs whose process is gone."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _SILENT_SECONDS = 15 * 60.0  # room for clocks that differ, and for a server tha
 
 
 def signs_of_life() -> dict[str, str]:
-    """Tags of a run that this process works on. `alive` is in seconds of the epoch."""
+    """Tags of a run that this process works on. `alive` is in seconds since the epoch."""
     return {"raydistill.process": process_name(), "raydistill.alive": f"{time.time():.0f}"}
 
 
 def is_gone(run: Any) -> bool | None:
-    """Whether the run's process has ended or, on another machine, was silent for so long that it has, too. None where
-    the run names no process. Without a sign of when it was alive nothing is known of it here."""
+    """Whether the run's process has ended or, on another machine, has shown no sign of life for so long that it counts
+    as ended. None if the run names no process, or has no usable sign of life."""
     process, alive = (run.data.tags.get(f"raydistill.{tag}") for tag in ("process", "alive"))
     if process is None:
         return None
@@ -30,14 +30,14 @@ def is_gone(run: Any) -> bool | None:
 
 
 def end_children(client: Any, experiment: str, parent: str) -> None:
-    """The open child runs of a run end as killed."""
+    """Mark the open child runs of a run as killed."""
     query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
     for run in client.search_runs([experiment], query):
         client.set_terminated(run.info.run_id, "KILLED")
 
 
 def end_dead(client: Any, experiment: str) -> None:
-    """Open runs whose process is gone end as killed; this job's is opened again."""
+    """Mark open runs whose process is gone as killed; this job's run is opened again."""
     for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
         if is_gone(run):
             end_children(client, experiment, run.info.run_id)

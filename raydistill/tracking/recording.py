@@ -1,5 +1,4 @@
-"""One MLflow run. Everything is recorded once, though a command may be repeated, be resumed, or run beside an equal
-one."""
+"""One MLflow run. Everything is recorded once, even if a command is repeated, resumed, or runs beside an equal one."""
 
 from __future__ import annotations
 
@@ -36,20 +35,20 @@ _LARGEST = 1.7976931348623157e308  # MLflow's infinity
 
 
 def named(text: str) -> str:
-    """A name that MLflow takes: class names, prompts and arms may have letters that it refuses."""
+    """A name that MLflow accepts: class names, prompts and arms may have characters that it refuses."""
     return re.sub(r"[^/\w.\- ]", "_", text)
 
 
 class Run:
-    """A run that is found by the tags of its `key`, or made with them and `more`. Nothing is written to one that
-    already has the status `ended`."""
+    """A run found by the tags of its `key`, or created with them and `more`. Nothing is written to a run that already
+    has the status `ended`."""
 
     def __init__(
         self, tracker: Tracker, name: str, key: dict[str, str], more: dict[str, str], ended: str | None = None
     ) -> None:
         self._tracker, self.name, self._own_key, self._more, self._ended = tracker, one_line(name), key, more, ended
         self.id = ""
-        self.before: Any = None  # what it was when it was found
+        self.before: Any = None  # its status when it was found
         tracker.submit(f"the start of {name}", self._start)
 
     def _key(self) -> dict[str, str]:
@@ -73,7 +72,7 @@ class Run:
             self._reopen()
 
     def _reopen(self) -> None:
-        """The parent's status depends on who works on it."""
+        """A parent's status depends on who works on it."""
 
     def _submit(self, what: str, write: Callable[[], None]) -> None:
         self._tracker.submit(f"{what} of {self.name}", lambda: write() if self.id else None)
@@ -83,8 +82,8 @@ class Run:
         self.log_each(lambda: [(metrics, step)])
 
     def log_each(self, read: Callable[[], list[tuple[dict[str, float], int]]]) -> None:
-        """Metrics at several steps, read when they are written. Left out is what the run has at a later step, or equal
-        at this one."""
+        """Metrics at several steps, read when they are written. It leaves out values that the run has at a later step,
+        or equal ones at this step."""
         now = int(time.time() * 1000)
 
         def write() -> None:
@@ -106,11 +105,11 @@ class Run:
         self._submit("metrics", write)
 
     def params(self, values: dict[str, Any]) -> None:
-        """Mappings in mappings are written with dots."""
+        """Nested mappings are written with dots."""
         self._submit("settings", lambda: self.write_params(values))
 
     def write_params(self, values: dict[str, Any]) -> None:
-        """Short values as params; one that changed since the run began becomes a tag, since params cannot change."""
+        """Short values as params. One that changed since the run began becomes a tag, because params cannot change."""
         from mlflow.entities import Param, RunTag
 
         client = self._tracker.client
@@ -138,7 +137,7 @@ class Run:
         self._submit("notes", write)
 
     def data(self, config: RunConfig, samples: SampleSet) -> None:
-        """The images that the run is about, known by their content."""
+        """The images of the run, identified by their content."""
 
         def write() -> None:
             from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -159,7 +158,7 @@ class Run:
         self._submit("the data set", write)
 
     def files(self, paths: list[str], folder: str | None = None) -> None:
-        """Files and folders, those of before replaced."""
+        """Files and folders; earlier ones are replaced."""
 
         def write() -> None:
             for path in paths:
@@ -171,7 +170,7 @@ class Run:
         self._submit(name, lambda: self._tracker.keep_text(self.id, text, name))
 
     def once(self, folder: str, make: Callable[[str], None]) -> None:
-        """Makes a folder of files and keeps it, unless it is there already; in the writer's thread."""
+        """Make a folder of files and keep it, unless it exists already; in the writer's thread."""
         tag = f"raydistill.has.{folder}"
         if tag in self._tracker.client.get_run(self.id).data.tags:
             return
@@ -186,7 +185,7 @@ class Run:
 
 
 class ChildRun(Run):
-    """The child run of one stage or trial. It is found again by its directory or, without one, by its name."""
+    """The child run of one stage or trial. It is found by its directory or, without one, by its name."""
 
     def __init__(self, tracker: Tracker, name: str, directory: str = "", ended: str | None = None) -> None:
         stage = {"raydistill.stage": named(name)}
@@ -209,7 +208,7 @@ def fingerprint(samples: SampleSet) -> str:
 
 
 def save_model(onnx_file: str, example: np.ndarray, about: dict[str, Any], folder: str) -> None:
-    """As MLflow's own format, with a signature."""
+    """In MLflow's own format, with a signature."""
     import mlflow.onnx
     import onnx
     import onnxruntime
@@ -218,7 +217,7 @@ def save_model(onnx_file: str, example: np.ndarray, about: dict[str, Any], folde
 
     inputs = TensorSpec(example.dtype, (-1, *example.shape[1:]), "images")
     logits = TensorSpec(np.dtype(np.float32), (-1, len(about["classes"])), "logits")
-    # Said here, since MLflow would run the model to find out.
+    # given here, because MLflow would run the model to find out
     needs = [f"{package.__name__}=={package.__version__}" for package in (onnx, onnxruntime, np)]
     mlflow.onnx.save_model(
         onnx.load(onnx_file), folder, signature=ModelSignature(Schema([inputs]), Schema([logits])),
@@ -227,7 +226,7 @@ def save_model(onnx_file: str, example: np.ndarray, about: dict[str, Any], folde
 
 
 def _source() -> dict[str, str]:
-    """Tags by which MLflow's pages show who started a run, and how."""
+    """Tags from which MLflow's pages show who started a run, and how."""
     program, *words = sys.argv
     name = "raydistill" if Path(program).name == "__main__.py" else Path(program).name
     user = str(os.getuid())

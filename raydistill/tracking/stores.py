@@ -1,5 +1,4 @@
-"""The stores of MLflow and Optuna: which one a job means, whether it can be used, and one process at a time to make
-it."""
+"""The stores of MLflow and Optuna: which one a job uses, whether it is usable, and a lock while it is created."""
 
 from __future__ import annotations
 
@@ -19,25 +18,25 @@ from raydistill.storage.directory import workspace_root
 from raydistill.storage.local import make_private
 
 _ANSWER_SECONDS, _CONNECT_SECONDS = 5, 10
-_REQUEST_SECONDS = "30"  # MLflow's own are 120, twice, which a command's end would wait for
+_REQUEST_SECONDS = "30"  # MLflow's own are 120, twice, and the end of a command would wait for them
 _LOOKS, _SECONDS_BETWEEN_LOOKS = 3, 1.0
-# Held by a connection, and let go with it, whatever becomes of its process.
+# A connection holds it, and releases it when it ends, whatever happens to its process.
 _LOCKS = {
     "postgresql": "SELECT pg_advisory_lock(7261796469)",
     "mysql": "SELECT GET_LOCK('raydistill', 600)",
     "mariadb": "SELECT GET_LOCK('raydistill', 600)",
 }
-_DRIVERS = {"MySQLdb": "mysqlclient"}  # packages that have another name than their module
+_DRIVERS = {"MySQLdb": "mysqlclient"}  # packages whose name differs from their module's
 _REFUSED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED")
 
 
 class UnusableError(Exception):
-    """The store will take no run, however often it is asked; the message says why and what to do."""
+    """The store will never accept a run; the message says why and what to do."""
 
 
 def tracking_uri(config: RunConfig) -> tuple[str, str]:
     """MLflow's store, and what names it: the config, the environment, or SQLite in the workspace. A workspace that is
-    not local can have none: the address is empty."""
+    not local has none: the address is empty."""
     if config.tracking.uri is not None:
         return config.tracking.uri, "tracking.uri"
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
@@ -48,8 +47,8 @@ def tracking_uri(config: RunConfig) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def store_lock(uri: str, folder: str = "") -> Iterator[None]:
-    """One process at a time uses a store: by a lock file beside SQLite's, or in `folder` for servers, where that is
-    local. A file system without locks is no error."""
+    """One process at a time uses a store: by a lock file beside SQLite's, or in `folder` for servers, if that is local.
+    A file system without locks is not an error."""
     path = sqlite_file(uri)
     if path is None and "://" not in folder and folder:
         path = f"{folder}/mlflow"
@@ -62,12 +61,12 @@ def store_lock(uri: str, folder: str = "") -> Iterator[None]:
 
 
 def _without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe would be waited for
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # opening a pipe would wait
 
 
 @contextlib.contextmanager
 def database_lock(uri: str) -> Iterator[None]:
-    """As `store_lock`, while a database gets its tables; over all machines, where it is a server."""
+    """Like `store_lock`, while a database gets its tables; over all machines, if it is a server."""
     import sqlalchemy
 
     with store_lock(uri), contextlib.ExitStack() as stack:
@@ -77,14 +76,12 @@ def database_lock(uri: str) -> Iterator[None]:
 
 
 def connect(uri: str) -> Any:
-    """MLflow's client of a store that answers; a database without tables is given them.
-
-    Raises UnusableError, and what MLflow and its libraries raise where the store may answer later.
-    """
+    """MLflow's client of a store that answers. It creates the tables of an empty database. Raises UnusableError, and
+    errors of MLflow and its libraries if the store may answer later."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # its retries would hold the writer for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _REQUEST_SECONDS)
     if not (uri.startswith("databricks") or "://" in uri) or uri.startswith("file:"):
-        raise UnusableError("is a folder, in which MLflow keeps no runs any more: name a database or a server")
+        raise UnusableError("is a folder, and MLflow no longer keeps runs in folders: name a database or a server")
     import mlflow  # half a second, here in the writer's thread
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
     from mlflow.exceptions import MlflowException
@@ -103,27 +100,27 @@ def connect(uri: str) -> Any:
         if words := _never(error):
             raise UnusableError(words) from None
         raise
-    except ValueError as error:  # of an address that cannot be read
-        raise UnusableError(f"is no address ({reason(error)})") from None
+    except ValueError as error:  # of an unreadable address
+        raise UnusableError(f"is not an address ({reason(error)})") from None
     finally:
         MLFLOW_HTTP_REQUEST_TIMEOUT.set(usual)
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether it is the store or the way there that failed, rather than what it was asked."""
+    """Whether the store or the connection failed, rather than the request."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import OperationalError
 
     if isinstance(error, MlflowException):
         return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED",
                                     "REQUEST_LIMIT_EXCEEDED")  # fmt: skip
-    # What `requests` raises are OSErrors; a file that is not there, or in a folder's place, will not go away.
+    # The errors of `requests` are OSErrors; a missing file, or one in a folder's place, stays wrong.
     stays = (FileNotFoundError, PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
     return (isinstance(error, OSError) and not isinstance(error, stays)) or isinstance(error, OperationalError)
 
 
 def reason(error: Exception) -> str:
-    """The words of an error that matter: libraries wrap the system's words in many lines of their own."""
+    """The useful part of an error's text: libraries wrap the system's words in many lines of their own."""
     text = str(error).strip()
     known = (
         r"\[Errno -?\d+\] [^'\")\n]+|\[SSL: \w+\]|certificate verify failed[^)\n]*"
@@ -135,7 +132,7 @@ def reason(error: Exception) -> str:
 
 
 def _never(error: Any) -> str | None:
-    """What a server's answer means that will not change; None where it may."""
+    """The reason if a server's answer will not change; None if it may."""
     text = str(error)
     status = re.search(r"error code (\d+) != 200", text)
     if error.error_code in _REFUSED or (status and status[1] in ("401", "403", "407")):
@@ -146,9 +143,9 @@ def _never(error: Any) -> str | None:
         )
     if status or "not in a valid JSON format" in text or error.error_code in ("ENDPOINT_NOT_FOUND", "NOT_FOUND"):
         answer = f"it answers {status[1]}" if status else "it does not answer in JSON"
-        return f"is no MLflow server ({answer}): look at host, port and path"
+        return f"is not an MLflow server ({answer}): look at host, port and path"
     if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
-        return f"is no store of MLflow's ({reason(error)})"
+        return f"is not an MLflow store ({reason(error)})"
     return None
 
 
@@ -171,7 +168,7 @@ def engine_of(uri: str) -> Any:
         package = _DRIVERS.get(error.name or "", error.name)
         raise UnusableError(f"needs a driver that is not installed here: pip install {package}") from None
     except sqlalchemy.exc.ArgumentError as error:
-        raise UnusableError(f"is no address of a database ({reason(error)})") from None
+        raise UnusableError(f"is not a database address ({reason(error)})") from None
 
 
 def _ready(uri: str) -> None:
@@ -197,7 +194,8 @@ def _ready(uri: str) -> None:
 
 
 def _make(uri: str, path: str | None) -> None:
-    """MLflow's tables. SQLite's file appears whole or not at all: half of the migrations would be of no use."""
+    """Create MLflow's tables. SQLite's file appears whole or not at all, because half of the migrations would be
+    useless."""
     import mlflow
     import sqlalchemy
 
@@ -212,7 +210,7 @@ def _make(uri: str, path: str | None) -> None:
 
 
 def _has_tables(uri: str) -> bool:
-    """Whether the database has MLflow's tables of this version, or none. Raises UnusableError where it has others."""
+    """Whether the database has MLflow's tables of this version, or none. Raises UnusableError if it has others."""
     import mlflow
     import sqlalchemy
     from alembic.migration import MigrationContext
@@ -228,21 +226,21 @@ def _has_tables(uri: str) -> bool:
             return version == wanted
         if "experiments" not in tables:
             if not version:
-                return False  # a schema that MLflow shares
+                return False  # a schema that MLflow shares with others
             raise UnusableError(
-                f"is of another program (it has {', '.join(sorted(tables)[:3])} …): give MLflow its own"
+                f"belongs to another program (it has {', '.join(sorted(tables)[:3])} …): give MLflow its own"
             )
         if (look and version == before) or not _knows(script, version):
             break
-        before = version  # older, unless another process is making it at this moment
+        before = version  # older, unless another process is creating it now
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     if not _knows(script, version):
         raise UnusableError(
-            f"is of a newer MLflow than the {mlflow.__version__} here (its schema is {version}): install that one's "
+            f"was made by a newer MLflow than the {mlflow.__version__} here (its schema is {version}): install that "
             "version, or name another store in tracking.uri"
         )
     raise UnusableError(
-        f"is of an older MLflow than the {mlflow.__version__} here (its schema is {version}): make a "
+        f"was made by an older MLflow than the {mlflow.__version__} here (its schema is {version}): make a "
         f"copy of it and run `mlflow db upgrade {redacted(uri)}`, or name another store in tracking.uri"
     )
 

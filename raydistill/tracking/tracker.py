@@ -1,4 +1,4 @@
-"""MLflow, written by one writer: a thread of the driver, so that neither its start nor an outage holds up a run."""
+"""MLflow's only writer: a thread of the driver, so that neither its start nor an outage delays a run."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Tracker:
     """One parent run for each `job`, one child for each stage directory. A resumed stage continues its old run, and
     nothing is recorded twice.
 
-    Every call returns at once. While MLflow does not answer, what is to be recorded waits, until the run has ended and
-    half a minute more; what it refuses is left out. Each is a warning, and the last one names what is missing.
+    Every call returns at once. While MLflow does not answer, records wait, until half a minute after the run has ended.
+    Records that MLflow refuses are left out. Each problem is a warning, and the last one names what is missing.
     """
 
     def __init__(self, config: RunConfig, job: str, title: str = "") -> None:
@@ -58,7 +58,7 @@ class Tracker:
         self.uri, self._whence = tracking_uri(config)
         self._shown = redacted(self.uri)
         root = workspace_root(config)
-        # Where runs have their files. A workspace's own store may be a stranger's, or a copy: the place that it names
+        # The folder of the runs' files. A workspace's own store may be untrusted, or a copy, so the path that it names
         # does not count.
         is_own = self.uri == f"sqlite:///{root}/mlflow.db"
         self._files = Path(root, "mlartifacts").as_uri() if is_own else ""
@@ -85,8 +85,8 @@ class Tracker:
 
     @contextlib.contextmanager
     def child(self, name: str, directory: str = "", settings: dict[str, Any] | None = None) -> Iterator[ChildRun]:
-        """A child run for the time of a stage or a trial; its status tells how that ended. `directory` tells apart what
-        has one name, and `settings` are what decides it."""
+        """A child run during a stage or a trial; its status tells how that ended. `directory` distinguishes runs of one
+        name, and `settings` are what decides the result."""
         run = ChildRun(self, name, directory)
         if settings:
             run.params(settings)
@@ -104,7 +104,7 @@ class Tracker:
         self._closing.set()
         self._beats.close()
         self._writer.shutdown(wait=True)
-        with contextlib.suppress(ValueError):  # it is what was called
+        with contextlib.suppress(ValueError):  # the text of the warning
             interrupts.before_forced_end.remove(self._kill)
         if self._missing and not self._recording:
             logger.warning("nothing of this run is in MLflow at %s", self._shown)
@@ -118,7 +118,7 @@ class Tracker:
         self.close("KILLED")
 
     def end_orphans(self) -> None:
-        """Children that a killed command left open end as killed; one that is resumed is opened again."""
+        """Mark children that a killed command left open as killed; a resumed one is opened again."""
 
         def end() -> None:
             if not self._guest:
@@ -127,8 +127,8 @@ class Tracker:
         self.submit("runs that were killed", end)
 
     def log_model(self, onnx_file: str, example: np.ndarray, about: dict[str, Any], register_as: str | None) -> None:
-        """The ONNX file as the run's MLflow model, `model`, with its signature and an input example; once. Registered,
-        where a name is given, if no version of it is this run's."""
+        """The ONNX file as the run's MLflow model, `model`, with its signature and an input example; once. It is
+        registered if a name is given and no version of it is this run's."""
 
         def write() -> None:
             run = self.parent.id
@@ -143,14 +143,14 @@ class Tracker:
         self.submit("the model", write)
 
     def keep(self, run: str, path: str, folder: str | None = None) -> None:
-        """A file or folder among the run's files, those of before replaced; in the writer's thread."""
+        """A file or folder among the run's files, replacing earlier ones; in the writer's thread."""
         from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
         if not self._files:
             log = self.client.log_artifacts if Path(path).is_dir() else self.client.log_artifact
             log(run, path, folder)
         elif not re.fullmatch(r"[0-9a-f]{32}", run):
-            raise UnusableError(f"has a run {run!r:.50}, which is no run's name: it was not made by MLflow")
+            raise UnusableError(f"has a run {run!r:.50}, which is not a valid run id: MLflow did not make it")
         else:
             own = LocalArtifactRepository(f"{self._files}/{run}/artifacts")
             (own.log_artifacts if Path(path).is_dir() else own.log_artifact)(path, folder)
@@ -165,8 +165,8 @@ class Tracker:
         return store_lock(self.uri, workspace_root(self._config))
 
     def submit(self, what: str, call: Callable[[], None]) -> None:
-        """Have the writer make this call; `what` names it where it is lost. What comes after `close` has no writer: a
-        forced end may close a second time."""
+        """Queue a call for the writer; `what` names it if it is lost. After `close` there is no writer: a forced end
+        may close a second time."""
         if not self._failed and not self._closing.is_set():
             self._writer.submit(self._guarded, what, call)
 
@@ -186,7 +186,7 @@ class Tracker:
                 return
             except Exception as error:  # MLflow, its database and its server fail in many ways; none may stop a run
                 if not is_transient(error):
-                    self._failed = not self._recording  # there is nothing to record in
+                    self._failed = not self._recording  # there is no store to record in
                     self._missing[what] += 1
                     words = "MLflow at %s refuses a record, which is left out: %s (%s)"
                     logger.warning(words, self._shown, what, reason(error))
@@ -205,7 +205,7 @@ class Tracker:
 
     def _open(self) -> None:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # between our own lines
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # MLflow asks for git, and says so where there is none
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # MLflow looks for git, and complains if there is none
         if self._files:
             refuse_links_of(self.uri)
             refuse_programs(self.uri)
@@ -220,11 +220,11 @@ class Tracker:
         end_dead(self.client, self.experiment)
 
     def _begin(self) -> None:
-        """What the parent run is begun with, when it is found or made."""
+        """The tags and name with which the parent run is found or created."""
         self._recording = True
         before, mine = self.parent.before, process_name()
         others = before is not None and before.data.tags.get("raydistill.process") != mine
-        # The runs of processes that are gone have just been ended.
+        # The runs of dead processes have just been ended.
         self._guest = others and before.info.status == "RUNNING"
         if not self._guest:
             self._take_over()
@@ -232,15 +232,15 @@ class Tracker:
         self.keep_text(self.parent.id, shown_yaml(self._config), "config.yaml")
 
     def _take_over(self) -> None:
-        """This process is the one that the run lives and ends with."""
+        """Tags: this process is the one that the run lives and ends with."""
         self._guest = False
         self.client.update_run(self.parent.id, status="RUNNING")
         for tag, value in signs_of_life().items():
             self.client.set_tag(self.parent.id, tag, value)
 
     def _end(self, status: str) -> None:
-        """A run that another process works on too ends with that process. A finished run that is asked for again keeps
-        its end time, where nothing is new."""
+        """If another process works on the run too, the run ends with that process. A finished run that is asked for
+        again keeps its end time, if nothing is new."""
         if not self.parent.id or (self._guest and self._is_led()):
             return
         before = self.parent.before
@@ -274,5 +274,5 @@ class Tracker:
 
 
 def _how_it_ended(kind: type[BaseException]) -> str:
-    """Whatever goes wrong after a signal, it was the signal that ended the work."""
+    """After a signal, the signal counts as the cause of the end, whatever else fails."""
     return "KILLED" if interrupts.was_interrupted() or issubclass(kind, KeyboardInterrupt) else "FAILED"

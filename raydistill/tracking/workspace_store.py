@@ -1,4 +1,4 @@
-"""The SQLite store that lies in a workspace: it may be a stranger's, so nothing in it runs or leads files elsewhere."""
+"""The SQLite store in a workspace: it may be untrusted, so nothing in it runs or leads files elsewhere."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ _PROGRAMS = "select type, name from sqlite_master where type = 'view' or (type =
 
 
 def refuse_programs(uri: str) -> None:
-    """Raises UnusableError where a workspace's own SQLite file is none, or holds triggers or views, which would run
-    while it is used, and may have no end. MLflow has one of its own, on a table that nothing here writes to."""
+    """Raises UnusableError if a workspace's own SQLite file is not one, or has triggers or views, which would run when
+    it is used, perhaps without end. MLflow has one trigger of its own, on a table that nothing here writes to."""
     path = sqlite_file(uri)
     if path is not None:
         _refuse_other_journals(path)
     if path is None or not os.path.lexists(path):
         return
     if not os.path.isfile(path):
-        raise UnusableError("is no regular file: delete it, or name another store")
-    # To write also: what a killed process left half written is undone before it is read, from the store's own journal.
+        raise UnusableError("is not a regular file: delete it, or name another store")
+    # Open it to write too: what a killed process left half written is undone before it is read, from the store's
+    # journal.
     with contextlib.closing(sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=rw", uri=True)) as store:
         try:
             found = store.execute(_PROGRAMS).fetchone()
@@ -43,15 +44,15 @@ def refuse_programs(uri: str) -> None:
 
 
 def _refuse_other_journals(path: str) -> None:
-    """A journal that SQLite has not ended may name another of several databases together. SQLite deletes that one once
-    it has read the first, and it may be any file. Nothing here writes such a journal."""
+    """A journal that SQLite has not finished may name another one, of several databases together. SQLite deletes that
+    one once it has read the first, and it may be any file. Nothing here writes such a journal."""
     journal = f"{path}-journal"
     try:
         with open_file(journal) as file:
             file.seek(max(file.seek(0, 2) - len(_OTHER_JOURNAL), 0))
             if file.read() != _OTHER_JOURNAL:
                 return
-    except FileNotFoundError:  # or another process has just ended it
+    except FileNotFoundError:  # or another process has just finished it
         return
     except OSError as error:
         raise UnusableError(f"has a journal, {journal}, that cannot be read ({reason(error)}): delete it") from None
@@ -62,7 +63,7 @@ def _refuse_other_journals(path: str) -> None:
 
 
 def refuse_links_of(uri: str) -> None:
-    """Raises UnusableError where a workspace's own store, its lock and journal, or a file of its runs is a link."""
+    """Raises UnusableError if a workspace's own store, its lock and journal, or a file of its runs is a link."""
     path = Path(sqlite_file(uri) or "")
     try:
         for place in (*path.parent.glob("mlflow.*"), path.parent / "mlartifacts"):
@@ -72,8 +73,8 @@ def refuse_links_of(uri: str) -> None:
 
 
 def put_files(uri: str, experiment: str, place: str) -> list[str]:
-    """Set where the files of an experiment's runs are, in a workspace's own store: in folders below `place`. Returns
-    some of the other places that it named."""
+    """Set the path of the files of an experiment's runs, in a workspace's own store: folders below `place`. Returns
+    some of the other paths that it named."""
     import sqlalchemy
 
     told = {"experiment": experiment, "place": place}

@@ -81,9 +81,9 @@ OTHER_KINDS = ("ftp", "sftp", "github", "memory", "nothing", "reference")
     ("address", "reason"),
     [
         *[(f"{kind}://example.org/a.png", f"an address of {kind} is not read") for kind in OTHER_KINDS],
-        ("https://[::1/a.png", "it is no address"),
-        ("s3://a]/b.png", "it is no address"),
-        ("https:///a.png", "it is no address"),
+        ("https://[::1/a.png", "not an address"),
+        ("s3://a]/b.png", "not an address"),
+        ("https:///a.png", "not an address"),
         ("https://[::1]:1/a.png", "or of IPv6, is not followed"),
         ("HTTPS://127.0.0.1:1/a.png", "its host is in this machine's own network"),
         ("https://[::1]/simplecache::file:///a.png", "an address in another"),

@@ -156,7 +156,7 @@ def test_a_holder_that_was_taken_for_dead_does_not_end_well(directory: StageDire
             create_file(f"{directory.path}/lease-000002", b"{}")
             wait_for(lambda: not any(thread.name == "lease" for thread in threading.enumerate()), 20)
 
-    with pytest.raises(StageError, match="another command took this stage over"):
+    with pytest.raises(StageError, match="another command took over this stage"):
         command()
     assert "lease-000002" in leases(directory), "the other's is left alone"
 

@@ -125,11 +125,11 @@ def test_every_reader_of_a_stage_directory_refuses_it(tmp_path: Path, file: str,
 @pytest.mark.parametrize("record", [{"step": 4.0}, {"epoch": 1.0}, {"epoch": -1.0, "step": 4.0}])
 def test_the_record_of_an_epoch_counts(tmp_path: Path, record: dict[str, float]) -> None:
     (tmp_path / "epochs").mkdir()
-    good = {"epoch": 1.0, "step": 4.0, "loss": float("nan")}  # fp16 passes over steps whose loss is no number
+    good = {"epoch": 1.0, "step": 4.0, "loss": float("nan")}  # fp16 passes over steps whose loss is not a number
     (tmp_path / "epochs/00001.json").write_text(json.dumps(good))
     assert [set(one) for one in read_epochs(str(tmp_path))] == [set(good)]
     (tmp_path / "epochs/00002.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match="is no count"):
+    with pytest.raises(CheckpointError, match="is not a count"):
         read_epochs(str(tmp_path))
 
 

@@ -47,9 +47,9 @@ def server() -> Iterator[tuple[str, list[tuple[int, str]]]]:
         (401, "login", r"does not let this user in \(HTTP 401\): set MLFLOW_TRACKING_USERNAME"),
         (401, '{"error_code": "UNAUTHENTICATED", "message": "who?"}', r"does not let this user in \(.*who\?\)"),
         (403, "", r"does not let this user in \(HTTP 403\)"),
-        (404, "nginx", r"is no MLflow server \(it answers 404\): look at host, port and path"),
-        (302, "", r"is no MLflow server \(it answers 302\)"),
-        (200, "<html>It works!</html>", r"is no MLflow server \(it does not answer in JSON\)"),
+        (404, "nginx", r"is not an MLflow server \(it answers 404\): look at host, port and path"),
+        (302, "", r"is not an MLflow server \(it answers 302\)"),
+        (200, "<html>It works!</html>", r"is not an MLflow server \(it does not answer in JSON\)"),
     ],
 )
 def test_a_server_that_is_none_or_refuses_is_said_at_once(server, status, body, words) -> None:
@@ -84,9 +84,17 @@ def database(path: str, *tables: str, version: str = "") -> str:
 @pytest.mark.parametrize(
     ("tables", "version", "words"),
     [
-        (("experiments", "runs"), "ffffffffffff", "is of a newer MLflow .* install that one's version"),
-        (("experiments", "runs"), "0c779009ac13", "is of an older MLflow .* run `mlflow db upgrade sqlite:///.*`"),
-        (("studies", "trials"), "v3.2.0.a", r"is of another program \(it has alembic_version, studies, trials …\)"),
+        (("experiments", "runs"), "ffffffffffff", "was made by a newer MLflow .* install that version"),
+        (
+            ("experiments", "runs"),
+            "0c779009ac13",
+            "was made by an older MLflow .* run `mlflow db upgrade sqlite:///.*`",
+        ),
+        (
+            ("studies", "trials"),
+            "v3.2.0.a",
+            r"belongs to another program \(it has alembic_version, studies, trials …\)",
+        ),
     ],
 )
 def test_a_database_of_another_version_or_program_is_left_as_it_is(tmp_path, tables, version, words) -> None:
@@ -103,11 +111,11 @@ def test_a_database_of_another_version_or_program_is_left_as_it_is(tmp_path, tab
     [
         ("sqlite:////proc/x.db", "cannot be (used|written)"),
         ("sqlite:///{folder}/text", r"cannot be used \(.*file is not a database"),
-        ("postgresql+nodriver://h/x", "is no address of a database"),
+        ("postgresql+nodriver://h/x", "is not a database address"),
         ("mysql://h/x", "needs a driver that is not installed here: pip install mysqlclient"),
         ("./mlruns", "is a folder"),
-        ("foo://x", "is no store of MLflow's"),
-        ("http://[x", "is no address"),
+        ("foo://x", "is not an MLflow store"),
+        ("http://[x", "is not an address"),
     ],
 )
 def test_an_address_that_can_never_work_is_said_with_the_reason(tmp_path, uri, words) -> None:

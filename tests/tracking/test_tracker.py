@@ -416,7 +416,7 @@ def test_a_run_goes_on_where_its_store_takes_none(tmp_path, caplog) -> None:
             tracker.parent.log({"loss": 1.0}, epoch)
     assert time.monotonic() - started < 20
     assert [record.getMessage().partition("mlflow.db")[2] for record in caplog.records] == [
-        f" is of a newer MLflow than the {mlflow.__version__} here (its schema is ffffffffffff): install that one's "
+        f" was made by a newer MLflow than the {mlflow.__version__} here (its schema is ffffffffffff): install that "
         "version, or name another store in tracking.uri",
         "",
     ]

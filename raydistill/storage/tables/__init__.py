@@ -1,9 +1,12 @@
-"""The one opener of parquet, feather and Arrow files, strangers' and our own. It gives plain values; nothing runs.
+"""The only code that opens parquet, feather and Arrow files, untrusted ones and our own. It gives plain values and runs
+no code.
 
-Arrow lets a file name extension types, and libraries register such types whose values are pickles: to read one is to
-run what the file says. So Arrow never sees the names of those types: the schema is read without them, and a column that
-has one is refused. And few bytes may unpack to very many: headers tell the sizes of pages and buffers before they are
-unpacked, and what is too large is refused.
+A file can name extension types. Libraries register such types whose values are pickles, so reading one runs code from
+the file. So Arrow never sees the names of those types: the schema is read without them, and a column that has one is
+refused.
+
+A few bytes may unpack to very many. Headers give the sizes of pages and buffers before they are unpacked, and anything
+too large is refused.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ _DAMAGES = (pa.ArrowException, OSError, EOFError, LookupError, ValueError, Memor
 
 @contextlib.contextmanager
 def open_table(path: str) -> Iterator[Table]:
-    """A stranger's file. Raises DataError with its name: the file is damaged, of another kind or a bomb, or a column is
+    """An untrusted file. Raises DataError with its name: the file is damaged, of another kind or a bomb, or a column is
     not plain."""
     shown = quoted(path)
     suffix = PurePosixPath(path).suffix.lower().lstrip(".")
@@ -70,7 +73,7 @@ def read_table(path: str, schema: pa.Schema, data: bytes | None = None) -> pa.Ta
     try:
         with pa.BufferReader(data) if data is not None else _opened(path) as file:
             table, batches, total = ParquetFile(file, path, {}), [], 0
-            if not table.schema.names:  # what no rows were written to
+            if not table.schema.names:  # a file without rows
                 return schema.empty_table()
             for field in schema:
                 if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
@@ -90,7 +93,7 @@ def read_table(path: str, schema: pa.Schema, data: bytes | None = None) -> pa.Ta
 
 
 def rows_of(table: Any) -> list[dict[str, Any]]:
-    """Each with the values of its columns by name."""
+    """The values of the columns by name, for each row."""
     columns = [values(table[name]) for name in table.schema.names]
     return [dict(zip(table.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
@@ -102,5 +105,5 @@ def _opened(path: str) -> Any:
 
 @functools.lru_cache(maxsize=2)
 def _known(path: str, version: str) -> dict[Any, Any]:
-    """What this process has found out of a file: many calls read rows of one file."""
+    """What this process has learnt about a file: many calls read rows of one file."""
     return {}

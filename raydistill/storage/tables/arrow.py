@@ -63,18 +63,18 @@ class ArrowFile(Parts):
         return self._batches()[0]
 
     def refuse_bombs(self, columns: Sequence[str]) -> None:
-        """By what all messages say, of any columns."""
+        """From the sizes in all messages, for any columns."""
         refuse_few_bytes(self.num_rows, self.size, self._shown)
 
     def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None) -> Batches:
-        """As that of parquet."""
+        """Like that of parquet."""
         refuse_other_types(self.schema, columns, self._shown)
         options = pa.ipc.IpcReadOptions(included_fields=[self.schema.get_field_index(name) for name in columns])
         starts, places = self._batches()
         self._file.seek(0)
         reader = (pa.ipc.open_file if self._is_file else pa.ipc.open_stream)(self._file, options=options)
         parts = read = self._parts_of(wanted)
-        if not self._is_file and len(parts):  # a stream's dictionaries are read with the batch behind them
+        if not self._is_file and len(parts):  # a stream's dictionaries are read with the batch after them
             needed = np.flatnonzero(places[: parts[-1], 0] < places[: parts[-1], 1])
             if not any(pa.types.is_dictionary(self.schema.field(name).type) for name in columns):
                 needed = needed[:1]  # Arrow asks for these in any case
@@ -88,19 +88,19 @@ class ArrowFile(Parts):
             first, end = map(int, starts[part : part + 2])
             if any_of(wanted, first, end):
                 self._refuse_shared(int(places[part, 2] - places[part, 1]), batch.select(list(columns)))
-                batch.validate(full=True)  # offsets that point elsewhere would show what else is in memory
+                batch.validate(full=True)  # offsets that point elsewhere would show other memory
                 yield first, batch.select(list(columns))
 
     def _refuse_shared(self, packed: int, batch: pa.RecordBatch) -> None:
-        """By the bytes of all rows of a batch in columns whose rows may share theirs. Of what any file may unpack to
-        the batch has its share."""
+        """From the bytes of all rows of a batch in columns whose rows may share theirs. A batch may have its share of
+        what any file may unpack to."""
         total = sum(map(bytes_of_views, batch.columns))
         if total > MOST_TIMES * packed + MOST_BYTES * packed // self.size:
             raise bomb(self._shown, "what the rows of a batch share", packed, total)
 
     def _batches(self) -> tuple[np.ndarray, np.ndarray]:
-        """The first row of each and the number of rows; and (batches, 3) where each begins, with the dictionaries
-        before it and without them, and ends."""
+        """The first row of each batch and the number of rows; and (batches, 3): where each begins, with and without the
+        dictionaries before it, and ends."""
         if "batches" not in self._known:
             rows, places, before = [0], array("q"), self._begin
             for message in self._messages():
@@ -113,7 +113,7 @@ class ArrowFile(Parts):
         return found
 
     def _messages(self) -> Iterator[Message]:
-        """Those of batches and their dictionaries, each of a plausible size."""
+        """The messages of batches and their dictionaries, each of a plausible size."""
         packed = unpacked = rows = dictionaries = 0
         in_all = (0, 0)
         if self._is_file:

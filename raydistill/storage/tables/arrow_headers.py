@@ -1,6 +1,6 @@
-"""What Arrow's own headers say of sizes, before anything is unpacked. No library of Python's tells it.
+"""Sizes from Arrow's own headers, before anything is unpacked. No Python library gives them.
 
-Sources: Arrow's Message.fbs and File.fbs, and FlatBuffers' internals. Damage is an EOFError, a ValueError or a
+Sources: Arrow's Message.fbs and File.fbs, and FlatBuffers' internals. Damage raises EOFError, ValueError or
 LookupError.
 """
 
@@ -18,7 +18,7 @@ _LONGEST_MESSAGE = 16 << 20
 class Message:
     """Where it begins and ends, its rows, and the bytes of its body, packed and unpacked."""
 
-    is_batch: bool  # else a dictionary or a schema
+    is_batch: bool  # otherwise a dictionary or a schema
     start: int
     end: int
     rows: int = 0
@@ -34,8 +34,8 @@ def stream(file: Any, start: int, size: int) -> Iterator[Message]:
 
 
 def blocks(file: Any, footer: bytes, size: int) -> Iterator[Message]:
-    """The messages that an Arrow file's footer names: the dictionaries, then the batches, each as they lie in the file.
-    A footer may name one message very often, which would be read as often."""
+    """The messages that an Arrow file's footer names: the dictionaries, then the batches, each in file order. A footer
+    could name one message many times, and each would be read."""
     root = _indirect(footer, 0)
     for slot in (2, 3):
         end = 0
@@ -56,7 +56,7 @@ def message(file: Any, start: int, size: int, body: int = 0) -> Message | None:
         raise ValueError("a block without a place")
     file.seek(start)
     marker, length = struct.unpack("<Ii", _bytes(file, 8))
-    before = 8 if marker == 0xFFFFFFFF else 4  # as it was until 2019
+    before = 8 if marker == 0xFFFFFFFF else 4  # the format until 2019
     length = length if before == 8 else marker
     if not length:
         return None
@@ -94,7 +94,7 @@ def _indirect(data: bytes, at: int) -> int:
 
 
 def _field(data: bytes, table: int, slot: int) -> int:
-    """Where a table's field lies; 0 where it has none."""
+    """The position of a table's field; 0 if it has none."""
     entries = table - struct.unpack_from("<i", data, table)[0]
     place = 4 + 2 * slot
     if place >= struct.unpack_from("<H", data, entries)[0]:
@@ -104,7 +104,7 @@ def _field(data: bytes, table: int, slot: int) -> int:
 
 
 def _vector(data: bytes, table: int, slot: int, width: int) -> Iterator[int]:
-    """Where each struct of a table's vector lies."""
+    """The position of each struct of a table's vector."""
     if at := _field(data, table, slot):
         at = _indirect(data, at)
         for k in range(struct.unpack_from("<I", data, at)[0]):

@@ -12,20 +12,20 @@ from pyarrow import compute as pc
 from raydistill.errors import DataError
 from raydistill.escaping import quoted, shortened
 
-# Under the second name, of the same length, the first means nothing to Arrow.
+# Under the second name, of the same length, Arrow ignores the key.
 EXTENSION, NO_EXTENSION = b"ARROW:extension:name", b"arrow.extension.name"
 _MOST_DIGITS = 76  # of any decimal
 
 
 def values(column: Any) -> list[Any]:
-    """Those of an array or of a table's column. Raises DataError where reading them may run code."""
+    """The values of an array or of a table's column. Raises DataError if reading them may run code."""
     if found := _extension(pa.field("", column.type)):
         raise DataError(f"a column is of the extension type {found[1]}, whose values may be code")
     return list(column.to_pylist())
 
 
 def longest(column: Any) -> int:
-    """Bytes of the longest text in an array; 0 of other values."""
+    """Bytes of the longest text in an array; 0 for other values."""
     types, texts = pa.types, column
     while isinstance(texts, pa.DictionaryArray):
         texts = texts.dictionary
@@ -38,7 +38,7 @@ def longest(column: Any) -> int:
 
 
 def bytes_of_views(column: Any) -> int:
-    """Of all rows together, where these may share their bytes; 0 of other types. The column may be damaged."""
+    """Of all rows together, if these may share their bytes; 0 for other types. The column may be damaged."""
     types, kind = pa.types, column.type
     if types.is_struct(kind):
         return sum(bytes_of_views(column.field(k)) for k in range(kind.num_fields))
@@ -50,7 +50,7 @@ def bytes_of_views(column: Any) -> int:
 
 
 def named(name: str) -> str:
-    """A column's name, as messages show it."""
+    """A column's name in messages."""
     return shortened(quoted(name))
 
 
@@ -64,7 +64,7 @@ def neutral(header: bytes) -> bytes:
 
 
 def _extension(field: pa.Field, path: str = "") -> tuple[str, str] | None:
-    """Where in a column an extension type is, and its name."""
+    """The place of an extension type in a column, and its name."""
     kind, path = field.type, f"{path}.{field.name}" if path else field.name
     name = (field.metadata or {}).get(NO_EXTENSION)
     if name is not None or isinstance(kind, pa.BaseExtensionType):
@@ -74,7 +74,7 @@ def _extension(field: pa.Field, path: str = "") -> tuple[str, str] | None:
 
 
 def refuse_extensions(schema: pa.Schema, header: bytes, shown: str) -> None:
-    """Raises DataError, also where the file's `header` names a type in a place where only other readers look."""
+    """Raises DataError, also if the file's `header` names a type in a place that only other readers look at."""
     found = next(filter(None, map(_extension, schema)), None)
     if found or EXTENSION in header:
         where = (

@@ -1,4 +1,4 @@
-"""Parquet files, read batch by batch: no page is unpacked before its header has told its size."""
+"""Parquet files, read batch by batch: each page's header is checked for its size before the page is unpacked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from raydistill.storage.tables.parts import (
 )
 
 _MOST_ROWS, _MOST_LEVELS = 16384, 64  # rows that are read together; levels of nested types
-# Under the second name, of the same length, the first means nothing to Arrow.
+# Under the second name, of the same length, Arrow ignores the key.
 _SCHEMA, _NO_SCHEMA = b"ARROW:schema", b"arrow.schema"
 
 
@@ -48,14 +48,14 @@ class ParquetFile(Parts):
         self.schema = self._parquet.schema_arrow
 
     def _read_footer(self) -> tuple[Any, list[list[Chunk]], np.ndarray]:
-        """As Arrow has it, and the columns and first rows of the row groups."""
+        """Arrow's metadata, and the columns and first rows of the row groups."""
         footer, end = self._footer(8)
         if end[4:] != b"PAR1":
             raise ValueError("it is encrypted" if end[4:] == b"PARE" else "it does not end as one")
         levels, groups = parquet_headers.footer(footer)
-        if levels > _MOST_LEVELS:  # Arrow calls itself for each
+        if levels > _MOST_LEVELS:  # Arrow recurses over each
             raise DataError(f"{self._shown}: columns are nested more than {_MOST_LEVELS} levels deep")
-        # Arrow makes types of what that key holds as soon as it reads a footer.
+        # Arrow makes types of that key's content as soon as it reads a footer.
         metadata = pq.read_metadata(io.BytesIO(b"PAR1" + footer.replace(_SCHEMA, _NO_SCHEMA) + end))
         if stated := (metadata.metadata or {}).get(_NO_SCHEMA):
             refuse_extensions(neutral_schema(base64.b64decode(stated)), b"", self._shown)
@@ -88,7 +88,7 @@ class ParquetFile(Parts):
                     break
 
     def refuse_bombs(self, columns: Sequence[str]) -> None:
-        """By what the footer says of all columns. The headers of pages are read with their rows."""
+        """From the footer's sizes of all columns. The headers of pages are read with their rows."""
         packed, unpacked = Counter[str](), Counter[str]()
         for chunk in (chunk for chunks in self._groups for chunk in _of(chunks, columns)):
             packed[chunk.path] += chunk.packed
@@ -98,12 +98,12 @@ class ParquetFile(Parts):
         refuse_few_bytes(self.num_rows, self.size, self._shown)
 
     def _refuse_in_all(self, column: str, packed: int, unpacked: int) -> None:
-        """By the bytes of all row groups, or of those that are read so far."""
+        """From the bytes of all row groups, or of those that are read so far."""
         if is_bomb(packed, unpacked, MOST_TIMES_IN_ALL):
             raise bomb(self._shown, f"the column {named(column)}", packed, unpacked)
 
     def _most_of_a_row(self, chunk: Chunk, num_rows: int) -> int:
-        """Bytes by which each further row may add to what is held, beyond the pages themselves where these are few."""
+        """Bytes that each further row may add to memory, beyond the pages themselves if these are few."""
         if chunk not in self._known:
             total = largest = repeated = 0
             for packed, unpacked, repeats in parquet_headers.pages(self._file, chunk, num_rows):

@@ -1,6 +1,6 @@
-"""What parquet's own headers say of sizes, before anything is unpacked. No library of Python's tells it.
+"""Sizes from parquet's own headers, before anything is unpacked. No Python library gives them.
 
-Sources: parquet-format's parquet.thrift, and Thrift's compact protocol. Damage is an EOFError, a ValueError or a
+Sources: parquet-format's parquet.thrift, and Thrift's compact protocol. Damage raises EOFError, ValueError or
 LookupError.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 _LONGEST_HEADERS = (1 << 12, 1 << 20)  # bytes of most pages' headers, and of all
 # Reads, of about half a microsecond each, of a page's header and of a footer.
 _MOST_STEPS, _MOST_STEPS_OF_ALL = 1 << 9, 1 << 22
-# Pages that a column chunk may always have, and bytes and rows for each other page.
+# Pages that a column chunk may always have, and bytes and rows for each further page.
 _ALWAYS_PAGES, _FEWEST_BYTES, _FEWEST_ROWS = 16, 256, 1024
 _DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7
 _BOOL, _BYTE, _INTEGERS, _DOUBLE, _BYTES, _LIST, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
@@ -22,7 +22,7 @@ _FIXED = {_BYTE: 1, _DOUBLE: 8}
 
 
 class _Thrift:
-    """Bytes in Thrift's compact protocol, read in at most so many steps: a few bytes could need minutes."""
+    """Bytes in Thrift's compact protocol, read in a limited number of steps: a few bytes could need minutes."""
 
     __slots__ = ("_data", "_left", "at")
 
@@ -66,7 +66,7 @@ class _Thrift:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A column of a row group, as the footer has it. Arrow's own object for it aborts the process on some damage."""
+    """A column of a row group, from the footer. Arrow's own object for it aborts the process on some damage."""
 
     path: str
     packed: int
@@ -76,7 +76,7 @@ class Chunk:
 
 def pages(file: Any, chunk: Chunk, num_rows: int) -> Iterator[tuple[int, int, bool]]:
     """The bytes of each page of a column chunk, packed and unpacked, and whether many rows may repeat some of them: a
-    dictionary's, or the beginning of earlier values (DELTA_BYTE_ARRAY)."""
+    dictionary's values, or the beginning of earlier values (DELTA_BYTE_ARRAY)."""
     start, end = chunk.start, chunk.start + chunk.packed
     left = _ALWAYS_PAGES + chunk.packed // _FEWEST_BYTES + num_rows // _FEWEST_ROWS
     while start < end:
@@ -100,7 +100,7 @@ def pages(file: Any, chunk: Chunk, num_rows: int) -> Iterator[tuple[int, int, bo
 
 def footer(data: bytes) -> tuple[int, list[tuple[int, list[Chunk]]]]:
     """How deep a parquet file's columns are nested, and the rows and columns of each row group. Nothing else is kept:
-    each byte of it might become an object of Python's."""
+    each byte of it might become a Python object."""
     stream, levels, groups = _Thrift(data, _MOST_STEPS_OF_ALL), 0, list[tuple[int, list[Chunk]]]()
     for number, kind in _fields(stream):
         if number == 2:
@@ -163,13 +163,13 @@ def _levels(stream: _Thrift, kind: int) -> int:
 
 
 def _whole(fields: Any, number: int) -> int | None:
-    """A whole number among a struct's fields. Damage puts other kinds in its place."""
+    """A whole number in a struct's fields. Damage puts other types there."""
     value = fields.get(number) if isinstance(fields, dict) else None
     return value if isinstance(value, int) else None
 
 
 def _fields(stream: _Thrift) -> Iterator[tuple[int, int]]:
-    """Number and kind of a struct's fields. The caller reads each value before the next field."""
+    """Number and type of a struct's fields. The caller reads each value before the next field."""
     number = 0
     while head := stream.byte():
         number = number + (head >> 4) if head >> 4 else stream.integer()
@@ -207,7 +207,7 @@ def _skip(stream: _Thrift, kind: int) -> None:
 
 
 def _elements(stream: _Thrift, kind: int, wanted: int) -> Iterator[int]:
-    """Those of a list of the wanted kind. The caller reads each before the next."""
+    """The items of a list of the wanted type. The caller reads each before the next."""
     count, own = _length(stream) if kind in _LIST else (1, 0)
     if count and own != wanted:
         raise ValueError("a list of another kind")
@@ -215,6 +215,6 @@ def _elements(stream: _Thrift, kind: int, wanted: int) -> Iterator[int]:
 
 
 def _length(stream: _Thrift) -> tuple[int, int]:
-    """A list's, and the kind of its elements."""
+    """The size of a list, and the type of its items."""
     head = stream.byte()
     return head >> 4 if head >> 4 < 15 else stream.varint(), head & 15

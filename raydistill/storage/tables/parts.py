@@ -1,4 +1,4 @@
-"""What parquet and Arrow files share: rows that lie in parts (row groups or batches), and the limits on their sizes."""
+"""Code shared by parquet and Arrow files: rows in parts (row groups or batches), and the limits on their sizes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pyarrow as pa
 
 from raydistill.errors import DataError
 
-# A page of parquet, a batch of Arrow, or the rows that are read together may always unpack to so many bytes. Pictures
-# are compressed already, so a larger one comes from at least an eighth of its size.
+# The bytes that a page of parquet, a batch of Arrow, or the rows read together may always unpack to. Pictures are
+# compressed already, so a larger one comes from at least an eighth of its size.
 MOST_BYTES, MOST_TIMES = 64 << 20, 8
-MOST_TIMES_IN_ALL = 200  # that all pages or batches may unpack to, of their packed bytes: labels repeat
+MOST_TIMES_IN_ALL = 200  # that all pages or batches may unpack to, relative to their packed bytes: labels repeat
 _MOST_FOOTER = 16 << 20  # bytes
 _ALWAYS_ROWS, _FEWEST_BYTES = 1 << 18, 12  # rows that a set may always have, and bytes for each other row
 Batches = Iterator[tuple[int, pa.RecordBatch]]
 
 
 class Parts:
-    """An open file. `known` holds what earlier calls found out of it; `shown` is its name in messages."""
+    """An open file. `known` holds what earlier calls learnt about it; `shown` is its name in messages."""
 
     schema: pa.Schema
 
@@ -39,7 +39,7 @@ class Parts:
         return int(self._starts[-1])
 
     def end_of_part(self, row: int) -> float:
-        """The first row of the next part; infinity behind the last."""
+        """The first row of the next part; infinity after the last."""
         return next(map(int, self._starts[np.searchsorted(self._starts, row, "right") :]), math.inf)
 
     def _parts_of(self, wanted: Sequence[int] | None) -> np.ndarray:
@@ -50,7 +50,7 @@ class Parts:
         return np.unique(np.searchsorted(self._starts, inside, "right") - 1)
 
     def _footer(self, tail: int) -> tuple[bytes, bytes]:
-        """The footer of the file, and the `tail` bytes behind it. The first four of these are the footer's length."""
+        """The footer of the file, and the `tail` bytes after it. The first four of these are the footer's length."""
         self._file.seek(max(self.size - tail, 0))
         end = self._file.read(tail)
         length = int.from_bytes(end[:4], "little")
@@ -78,13 +78,13 @@ def bomb(shown: str, what: str, packed: int, unpacked: int) -> DataError:
 
 
 def refuse_many_rows(num_rows: int, size: int, shown: str) -> None:
-    """A row of any table takes a byte at least."""
+    """A row of any table takes at least a byte."""
     if num_rows > size:
         raise DataError(f"{shown}: {num_rows:,} rows from {size:,} bytes: a decompression bomb")
 
 
 def refuse_few_bytes(num_rows: int, size: int, shown: str) -> None:
-    """Rows without a picture are refused one by one, so far more rows than can have one would take minutes."""
+    """Rows without a picture are refused one by one, so many more rows than pictures would take minutes."""
     if num_rows > _ALWAYS_ROWS + size // _FEWEST_BYTES:
         raise DataError(
             f"{shown}: {num_rows:,} rows from {size:,} bytes, too few for as many pictures; leave out the rows that "
