@@ -1,4 +1,4 @@
-"""What a stage costs on a cluster: the time of its nodes by type, and those that were taken away meanwhile."""
+"""The cost of a stage on a cluster: the time of its nodes by type, and the nodes that were lost."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from raydistill.runtime.periodic import repeated
 
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LOOKS = 5.0
-# Ray's NodeDeathInfo.Reason: ended unexpectedly, and preempted; nodes that were idle, or told to end, are not lost.
+# Ray's NodeDeathInfo.Reason: ended unexpectedly, and preempted. Nodes that were idle, or told to end, are not lost.
 _LOST = (2, 3)
 
 
 class NodeClock:
-    """Adds up how long nodes of each type were there, by looks at the cluster.
+    """Adds up how long nodes of each type existed, by looking at the cluster now and then.
 
     `seconds` is by node type: the label `pool`, `head` for a head without one, `nodes` for others. `lost` counts nodes
     that died or were preempted.
@@ -33,7 +33,7 @@ class NodeClock:
         self._failed = False
 
     def look(self) -> None:
-        """Count the time since the last look for all nodes that are there."""
+        """Add the time since the last look for all nodes that exist."""
         import ray
 
         now = time.monotonic()
@@ -42,7 +42,7 @@ class NodeClock:
             return
         try:
             nodes = ray.nodes()
-        except Exception as error:  # Ray's own and its connection's; no stage fails because it could not be billed
+        except Exception as error:  # errors of Ray and its connection; no stage fails because its bill is incomplete
             if not self._failed:
                 log.warning("the hours of nodes are incomplete: Ray does not answer (%s)", error)
             self._failed = True
@@ -58,14 +58,14 @@ class NodeClock:
 
 @contextlib.contextmanager
 def billed(config: RunConfig) -> Iterator[dict[str, Any]]:
-    """Gives what is kept beside a stage's seconds, filled when the `with` block ends. It stays empty where no cluster
-    was joined: the machine alone is measured by the seconds themselves."""
+    """Gives a dict that is filled when the `with` block ends, and kept beside a stage's seconds. It stays empty without
+    a joined cluster: for one machine the seconds say everything."""
     bill: dict[str, Any] = {}
     if config.cluster.address is None:
         yield bill
         return
     clock = NodeClock()
-    clock.look()  # who is here now may be lost before the next look
+    clock.look()  # a node that exists now may be lost before the next look
     with repeated(clock.look, _SECONDS_BETWEEN_LOOKS, "node-clock"):
         yield bill
     clock.look()
@@ -80,14 +80,14 @@ def node_type(node: Mapping[str, Any]) -> str:
 
 
 def cost(node_seconds: Mapping[str, float], prices: Mapping[str, float]) -> float | None:
-    """Money for nodes whose types have a price an hour; None where one has none, or nothing was measured."""
+    """The cost of nodes by the price of their types an hour; None if a type has no price, or nothing was measured."""
     if not node_seconds or not set(node_seconds) <= set(prices):
         return None
     return sum(seconds / 3600 * prices[name] for name, seconds in node_seconds.items())
 
 
 def bill_words(bill: Mapping[str, Any], prices: Mapping[str, float]) -> str:
-    """What a finished stage took, in words: `130 s; spot 0.21 h, train 0.04 h = 0.12; 1 node(s) lost`."""
+    """The time and cost of a finished stage in words: `130 s; spot 0.21 h, train 0.04 h = 0.12; 1 node(s) lost`."""
     words = [f"{bill['seconds']:.0f} s"] if "seconds" in bill else []
     if node_seconds := bill.get("node_seconds"):
         hours = ", ".join(f"{name} {seconds / 3600:.2f} h" for name, seconds in sorted(node_seconds.items()))

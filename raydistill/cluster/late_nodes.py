@@ -1,4 +1,4 @@
-"""Checks nodes that join a cluster while work is going on, as those before them were."""
+"""Checks nodes that join a cluster while work runs, as the first ones were checked."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _SECONDS_BETWEEN_LOOKS = 5.0
 
 @contextlib.contextmanager
 def late_nodes_checked(config: RunConfig) -> Iterator[None]:
-    """For the time of a `with` block, drain whatever node joins and is not fit, and say why. The work goes on with the
-    others, and begins again what an actor on that node had begun."""
+    """During a `with` block, drain each node that joins and is not fit, and say why. The work continues on the other
+    nodes, and repeats what an actor on that node had begun."""
     import ray
 
     known = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -25,7 +25,7 @@ def late_nodes_checked(config: RunConfig) -> Iterator[None]:
     def look() -> None:
         try:
             _inspect(config, known)
-        except Exception as error:  # Ray's and its connection's: the next look may tell
+        except Exception as error:  # errors of Ray and its connection; the next look may succeed
             log.warning("nodes that join are not checked for now: %s", reason_of(error))
 
     with repeated(look, _SECONDS_BETWEEN_LOOKS, "late-nodes"):
@@ -43,6 +43,6 @@ def _inspect(config: RunConfig, known: set[str]) -> None:
         bad = [finding for finding in inspect_nodes(config, [node]) if finding.advice]
         if bad:
             why = "; ".join(f"{finding.about}: {finding.found}; {finding.advice}" for finding in bad)
-            log.error("a node that joined is drained, since it is not fit: %s", why)
+            log.error("a node that joined is drained, because it is not fit: %s", why)
             drain(node["NodeID"], "raydistill: not fit", 0.0, ray.get_runtime_context().gcs_address)
-        known.add(node["NodeID"])  # last: a drain that failed is tried again
+        known.add(node["NodeID"])  # last, so that a failed drain is tried again

@@ -1,5 +1,5 @@
-"""What a cluster must be before work starts on it: the same packages on every node, a workspace, images and models that
-all of them see, a place for every actor. Each finding is a line with the way out."""
+"""Checks of a cluster before work starts: the same packages on every node; a workspace, images and models that all
+nodes see; a place for every actor. Each finding is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raydistill.storage.directory import workspace_root
 from raydistill.storage.filesystems import open_filesystem, write_bytes
 from raydistill.tracking.stores import tracking_uri
 
-# Keys that name places, or models that may lie in one, which every node must see under the same name.
+# Keys that name paths, or models that may be at one, which every node must see under the same name.
 PLACES = (
     "images.path", "teacher.model", "teacher.weights", "student.model", "student.weights", "compare.student_weights",
     "generate.pipeline",
@@ -29,7 +29,7 @@ _BEGINNING = 1024**2
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table. `advice` is None where all is well."""
+    """One line of the table. `advice` is None if all is well."""
 
     about: str
     found: str
@@ -37,7 +37,7 @@ class Finding:
 
 
 def check_nodes(config: RunConfig) -> list[Finding]:
-    """Look at every node of the cluster that Ray is connected to, and at what they are together."""
+    """Check every node of the cluster that Ray is connected to, and the cluster as a whole."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -45,7 +45,7 @@ def check_nodes(config: RunConfig) -> list[Finding]:
 
 
 def inspect_nodes(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
-    """Look at nodes, as `ray.nodes()` describes them, from each of them itself: versions, workspace, images, models."""
+    """Check nodes, as `ray.nodes()` describes them, with a task on each: versions, workspace, images, models."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -64,7 +64,7 @@ def inspect_nodes(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Findin
         for node in nodes:
             try:
                 seen[node["NodeID"]] = ray.get(asked[node["NodeID"]], timeout=_SECONDS)
-            except Exception as error:  # Ray's errors, or whatever its worker failed of
+            except Exception as error:  # Ray's errors, or any error of the worker
                 lines = [line for line in str(error).strip().splitlines() if line.strip()]
                 found = f"runs no task ({lines[-1] if lines else type(error).__name__})"
                 advice = "install raydistill there: see its log, `ray logs cluster`"
@@ -85,9 +85,9 @@ def refuse_unfit(config: RunConfig) -> None:
 
 
 def _places(config: RunConfig) -> dict[str, str]:
-    """A file for each key that names a place the driver sees. For a folder it is the first thing inside, since nodes
-    may have the folder without what is mounted there. A table of images adds its first image. What the driver does not
-    see is a name on a hub."""
+    """A file for each key that names a path that the driver sees. For a folder it is the first file inside, because a
+    node may have the folder without what is mounted there. A table of images adds its first image. A path that the
+    driver does not see is a name on a hub."""
     found = {}
     for key in PLACES:
         section, _, name = key.rpartition(".")
@@ -96,7 +96,7 @@ def _places(config: RunConfig) -> dict[str, str]:
         if not place or place.startswith("example:") or not _fingerprint(place):
             continue
         fs, path = open_filesystem(place)
-        # The driver lists the images, and train workers go to its folder; other actors have folders of their own.
+        # The driver lists the images, and train workers use its folder; other actors have their own folders.
         if fs.is_local and not key.startswith(("teacher.", "generate.")):
             place = path
         inside = fs.names(path) if fs.isdir(path) else []
@@ -107,8 +107,8 @@ def _places(config: RunConfig) -> dict[str, str]:
 
 
 def _fingerprint(place: str) -> str | None:
-    """`a folder`, or a file's size and the checksum of its beginning, which differs between weights of one shape. None
-    where nothing is."""
+    """`a folder`, or a file's size and the checksum of its beginning, which differs between weights of equal shapes.
+    None if nothing is there."""
     try:
         fs, path = open_filesystem(place)
         if not fs.exists(path):
@@ -121,8 +121,8 @@ def _fingerprint(place: str) -> str | None:
 
 
 def _inspect(root: str, mark: str, node: str, places: dict[str, str]) -> dict[str, Any]:
-    """Runs on a node: its versions, whether it reads what the driver wrote to the workspace, and what it sees in the
-    places. It writes to the workspace too."""
+    """Runs on a node: its versions, whether it reads what the driver wrote to the workspace, and what it sees at the
+    paths. It also writes to the workspace."""
     fs, folder = open_filesystem(root)
     path, error = f"{folder}/.seen-{mark}", ""
     try:
@@ -145,7 +145,7 @@ def _name(node: dict[str, Any]) -> str:
 
 
 def _versions(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]]) -> list[Finding]:
-    """Compared with the driver's, which writes the config that the nodes read."""
+    """Compared with the driver, which writes the config that the nodes read."""
     mine, findings = _installed(), []
     for node in nodes:
         theirs = seen.get(node["NodeID"], {}).get("versions", mine)
@@ -155,7 +155,7 @@ def _versions(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]]) -> l
             findings.append(Finding(_name(node), ", ".join(differ), advice))
     if not findings:
         shown = ", ".join(f"{name} {version}" for name, version in mine.items() if name in ("python", "ray", "torch"))
-        findings.append(Finding("versions", f"{len(seen)} node(s) alike: {shown}"))
+        findings.append(Finding("versions", f"{len(seen)} node(s) with equal versions: {shown}"))
     return findings
 
 
@@ -194,12 +194,12 @@ def _tracking(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
         return [Finding("tracking", "off")]
     if uri.startswith("sqlite") and len(nodes) > 1:
         advice = "set tracking.uri to an MLflow server, or tracking.enabled=false"
-        return [Finding("tracking", f"{uri} is a file, and a cluster's head may go with all its files", advice)]
+        return [Finding("tracking", f"{uri} is a file, which is lost when the cluster's head ends", advice)]
     return [Finding("tracking", uri or "off: SQLite needs a local workspace; set tracking.uri to an MLflow server")]
 
 
 def _labels(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
-    """Nodes that generation asks for may come later, so their absence alone is no fault."""
+    """Nodes for generation may come later, so it is not an error that they are missing."""
     wanted = config.cluster.generator_labels
     if config.generate is None or not wanted:
         return []
@@ -208,6 +208,6 @@ def _labels(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Finding]:
     if fit:
         return [Finding("generator nodes", f"{len(fit)} with {words}")]
     there = {f"{k}={v}" for n in nodes for k, v in (n.get("Labels") or {}).items() if not k.startswith("ray.io")}
-    waits = "" if config.cluster.generator_fallback is not None else "; generating waits until one comes"
+    waits = "" if config.cluster.generator_fallback is not None else "; generation waits until one joins"
     found = f"none with {words} yet (there are {', '.join(sorted(there)) or 'none'}){waits}"
     return [Finding("generator nodes", found)]

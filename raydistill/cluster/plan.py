@@ -1,7 +1,7 @@
-"""The plan of who gets which share of a cluster.
+"""The plan of how a cluster's CPUs and GPUs are shared. It is made before anything starts, and checked to fit.
 
-It is made before anything starts and proved to fit. On few CPUs Ray waits for ever when train workers, teacher actors
-and the tasks that feed them together ask for more than there is; so they are given shares that add up.
+On few CPUs Ray waits forever if train workers, teacher actors and the tasks that feed them together ask for more than
+the cluster has. So each gets a share, and the shares add up.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Plan:
     train_cpus: float
     train_gpus: float
     train_threads: int
-    trainings: int = 1  # that may run at once, as the trials of a search do
+    trainings: int = 1  # that may run at once, like the trials of a search
 
     def describe(self) -> list[str]:
         """The plan in words, a line for each stage that uses Ray."""
@@ -68,10 +68,10 @@ def _share_words(cpus: float, gpus: float) -> str:
 
 
 def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> Plan:
-    """Shares for `cpus` logical CPUs and `gpus` GPUs; `cores` real ones decide about threads.
+    """Shares of `cpus` logical CPUs and `gpus` GPUs; the number of real `cores` sets the threads. In `teach`, the
+    teacher actors and a loading task run at once; with fresh views the train workers too.
 
-    What runs at once: teacher actors and a loading task in `teach`; with fresh views the train workers as well. Raises
-    ConfigError with the sum where even the smallest shares do not fit.
+    Raises ConfigError with the sum if even the smallest shares do not fit.
     """
     workers = config.distill.num_workers
     fewest_workers = workers[0] if isinstance(workers, tuple) else workers
@@ -86,7 +86,7 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
     if uses_gpus:
         needed = fewest + beside if together else max(fewest, fewest_workers)
         if together and needed == 2 and gpus == 1:
-            gpu_share = 0.5  # one trainer and one teacher get along on one GPU; two trainers would not (NCCL)
+            gpu_share = 0.5  # one trainer and one teacher can share a GPU; two trainers cannot (NCCL)
         elif gpus < needed:
             raise ConfigError(
                 f"needs {needed} GPUs for {fewest} teacher actor(s) and {fewest_workers} train worker(s), has "
@@ -117,15 +117,15 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
 
 
 def _plan_generators(config: RunConfig, cpus: float, gpus: float, cores: int) -> tuple[tuple[int, int], float, float]:
-    """Fewest and most generator actors and the CPUs and GPUs of each. On CPUs an actor uses one thread, so there are as
-    many as cores; the task that feeds them, and the teacher that may judge what they make, need little."""
+    """The fewest and most generator actors, and the CPUs and GPUs of each. On CPUs an actor uses one thread, so there
+    are as many actors as cores; the task that feeds them, and the teacher that may judge their images, need little."""
     if config.generate is None:
         return (0, 0), 0.0, 0.0
     fewest, most = config.cluster.generator_actors
-    fewest = max(fewest, 1)  # where there is work: Ray has no pool that begins with none
+    fewest = max(fewest, 1)  # if there is work: Ray has no pool that starts with no actor
     judged = config.shows_generated
     left = cpus - LEAST_SHARE * (1 + judged)
-    # Of a cluster that grows, more may come than are there: the pool takes what there is.
+    # In a cluster that grows, nodes may be added: the pool takes what is there.
     if gpus > 0:
         share = 0.5 if judged and gpus < 2 else 1.0
         if gpus - (share if judged else 0) < fewest * share:
@@ -157,8 +157,8 @@ def _share(cpus: float, parts: int, what: str) -> float:
 
 
 def local_plan(config: RunConfig) -> Plan:
-    """The plan for a cluster of this machine alone, made without starting Ray."""
-    import torch  # the driver of a run loads it anyway; `--help` and `show` never come here
+    """The plan for only this machine, made without starting Ray."""
+    import torch  # the driver of a run loads it anyway; `--help` and `show` never call this
 
     return plan_resources(config, float(num_cores()), float(torch.cuda.device_count()), num_cores())
 
@@ -168,7 +168,7 @@ def num_cores() -> int:
 
 
 def live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:
-    """The plan for what is there, or for `cluster.grows_to`: a pool that asks for more makes a cluster grow."""
+    """The plan for the nodes that exist, or for `cluster.grows_to`: a pool that asks for more makes a cluster grow."""
     import ray
 
     there, later = ray.cluster_resources(), config.cluster.grows_to or {}
@@ -181,6 +181,6 @@ def live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:
         if config.cluster.address is None or later:
             raise
         raise ConfigError(
-            f"{error}; a cluster that starts nodes on demand is planned for what it may grow to: "
+            f"{error}; for a cluster that starts nodes on demand, say how far it may grow: "
             "cluster.grows_to={CPU: 48, GPU: 6}"
         ) from None

@@ -25,16 +25,16 @@ from urllib.request import HTTPHandler, OpenerDirector, Request
 from raydistill.cluster.ray_private import drain_preempted, gcs_client, raylets_here
 from raydistill.errors import RaydistillError
 
-# What a cloud has to provide: asked once a poll, gives the time (UTC) at which the node is taken, or None. Raises
-# RaydistillError where it gets no answer, or one that it cannot read.
+# One poll of a cloud: gives the time (UTC) at which the node is taken, or None. Raises RaydistillError if there is no
+# answer, or an unreadable one.
 Notice = Callable[[], datetime | None]
 
-# Ray takes a node's end for a preemption only if it comes after the deadline that draining gave; otherwise for a crash,
-# which is charged to `distill.max_failures`. So Ray is told of an end somewhat earlier than the cloud's.
+# Ray counts a node's end as a preemption only if it comes after the deadline that draining gave; otherwise as a crash,
+# which counts against `distill.max_failures`. So Ray is told an earlier time than the cloud's.
 MARGIN_SECONDS = 10.0
-# The service answers from the machine itself: within milliseconds, or not at all.
+# The service runs on the machine itself: it answers within milliseconds, or not at all.
 _HTTP_SECONDS = 2.0
-_TOKEN_SECONDS = 6 * 3600  # the most that the service grants
+_TOKEN_SECONDS = 6 * 3600  # the longest that the service grants
 
 Answer = TypeVar("Answer")
 
@@ -54,7 +54,7 @@ class AwsNotice:
 
     def __init__(self, url: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._url, self._clock = url.rstrip("/"), clock
-        # Neither proxies, which must not see what the service says, nor redirects, which would be given the token.
+        # No proxies, which must not see the answers, and no redirects, which would be given the token.
         self._opener = OpenerDirector()
         self._opener.add_handler(HTTPHandler())
         self._token, self._renew_at = "", -math.inf
@@ -64,7 +64,7 @@ class AwsNotice:
         text = self._get("/latest/meta-data/spot/instance-action")
         if text is None:
             if not self._rebalance_said and (advice := self._get("/latest/meta-data/events/recommendations/rebalance")):
-                say(f"the cloud recommends to leave this machine, which is not yet a notice: {advice[:200]!r}")
+                say(f"the cloud recommends leaving this machine, which is not yet a notice: {advice[:200]!r}")
                 self._rebalance_said = True
             return None
         try:
@@ -77,11 +77,11 @@ class AwsNotice:
         return taken_at
 
     def _get(self, path: str) -> str | None:
-        """What the service says at `path`; None for 404, which means that there is nothing yet."""
+        """The service's answer at `path`; None for 404, which means that there is no notice."""
         if self._clock() >= self._renew_at:
             self._renew_token()
         status, text = self._ask("GET", path, "", self._token)
-        if status == 401:  # before its time: the clock stood still, or the service began anew
+        if status == 401:  # before its time: the clock stood still, or the service restarted
             self._renew_token()
             status, text = self._ask("GET", path, "", self._token)
         if status not in (200, 404):
@@ -104,13 +104,13 @@ class AwsNotice:
             raise RaydistillError(f"no answer from {self._url}{path} ({error}); containers need hop limit 2") from error
 
 
-# By the word after --cloud: what makes a Notice of the metadata service's URL.
+# By the value of --cloud: what makes a Notice from the metadata service's URL.
 NOTICES: dict[str, Callable[[str], Notice]] = {"aws": AwsNotice}
 
 
 def find_node(node_id: str | None, address: str) -> tuple[str, str]:
-    """The hex id of this machine's Ray node and the `host:port` of its GCS, by the command lines of the raylets here.
-    What is given is not looked for. Raises RaydistillError where there is no raylet, or more than one."""
+    """The hex id of this machine's Ray node and the `host:port` of its GCS, from the command lines of the raylets here.
+    It does not look for a value that is given. Raises RaydistillError if there is no raylet, or more than one."""
     nodes, addresses = raylets_here()
     nodes = {node_id} if node_id else nodes
     addresses = {address} if address != "auto" else addresses
@@ -122,12 +122,12 @@ def find_node(node_id: str | None, address: str) -> tuple[str, str]:
 
 
 def drain(node_id: str, reason: str, seconds: float, address: str) -> None:
-    """Tell Ray that the node will be taken in `seconds`; ends nothing by itself. Raises RaydistillError."""
+    """Tell Ray that the node will be taken in `seconds`. It ends nothing itself. Raises RaydistillError."""
     drain_preempted(node_id, reason, round((time.time() + seconds) * 1000), address)
 
 
 def poll(ask: Callable[[], Answer | None], pause: float) -> Answer:
-    """Ask until there is an answer, every `pause` seconds. What goes wrong is said when it changes, not each time."""
+    """Ask until there is an answer, every `pause` seconds. An error is printed when it changes, not each time."""
     trouble = ""
     while True:
         before, trouble, answer = trouble, "", None
@@ -138,7 +138,7 @@ def poll(ask: Callable[[], Answer | None], pause: float) -> Answer:
         if trouble and trouble != before:
             say(f"{trouble}; trying again every {pause:g} s")
         if before and not trouble:
-            say("that trouble is over")
+            say("the error is over")
         if answer is not None:
             return answer
         time.sleep(pause)
@@ -154,9 +154,9 @@ def drain_on_notice(notice: Notice, drain_here: Callable[[float], str], poll_sec
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The watcher, from its arguments to its exit code."""
+    """The watcher: from arguments to an exit code."""
     arguments = _parse(words)
-    # As KeyboardInterrupt, which ends a pause or a request at once, and a call to Ray as soon as that returns.
+    # Like KeyboardInterrupt, which ends a pause or a request at once, and a call to Ray as soon as it returns.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def find_living_node() -> str:
@@ -164,7 +164,7 @@ def main(words: Sequence[str] | None = None) -> int:
         gcs_client(node_id, address)
         return f"node {node_id} of the cluster at {address}"
 
-    def drain_here(seconds: float) -> str:  # looks again: Ray may have been started anew since, under another id
+    def drain_here(seconds: float) -> str:  # looks again: Ray may have restarted since, under another id
         node_id, address = find_node(arguments.node_id, arguments.address)
         drain(node_id, "the cloud's notice of preemption", seconds, address)
         return node_id
@@ -174,7 +174,7 @@ def main(words: Sequence[str] | None = None) -> int:
         say(f"watching for a notice of preemption: {poll(find_living_node, arguments.poll_seconds)}")
         drain_on_notice(NOTICES[arguments.cloud](arguments.metadata_url), drain_here, arguments.poll_seconds)
     except KeyboardInterrupt:
-        say("ended, as told by a signal")
+        say("ended by a signal")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""The names of Ray 2.60 that are not public, each behind a function. No other file uses one.
+"""The private names of Ray 2.60 that raydistill uses, each behind a function. No other file uses one.
 
-`tests/cluster/test_ray_private.py` fails where Ray takes one of them away, or changes what it takes.
+`tests/cluster/test_ray_private.py` fails if Ray removes or changes one of them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ _RAY_SECONDS = 10.0
 
 
 def leave_uv_alone() -> None:
-    """Ray takes it that `uv run` stands for the project's folder, and would send all of it to its workers."""
+    """Ray takes `uv run` to mean the project's folder, and would send all of it to its workers."""
     from ray._private import ray_constants
 
     ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
 
 
 def on_loopback() -> contextlib.AbstractContextManager[Any]:
-    """A Ray that starts meanwhile has no clusters, as on macOS: its servers listen on the loopback interface alone."""
+    """A Ray that starts in the block is as on macOS, without clusters: its servers listen on the loopback interface
+    only."""
     from ray._private import ray_constants
 
     return patch.multiple(ray_constants, ENABLE_RAY_CLUSTER=False)
@@ -72,18 +73,18 @@ def raylets_here() -> tuple[set[str], set[str]]:
     """Hex ids of the nodes whose raylets run on this machine, and the `host:port` of their GCS."""
     from ray._private import services
 
-    services.find_gcs_addresses.cache_clear()  # Ray may have been started anew, for another cluster
+    services.find_gcs_addresses.cache_clear()  # Ray may have been restarted, for another cluster
     return set(services.find_node_ids()), set(services.find_gcs_addresses())
 
 
 @contextlib.contextmanager
 def _asking(address: str) -> Iterator[None]:
-    """What Ray raises comes as RaydistillError."""
+    """Errors of Ray become RaydistillError."""
     import ray
     from ray.exceptions import RayError
 
     try:
-        # Ray's C++ layer writes what it raises to stderr, too. Drivers tell it not to, when they join a cluster.
+        # Ray's C++ layer also writes its errors to stderr. Drivers tell it not to, when they join a cluster.
         with open(os.devnull, "wb") as null, contextlib.nullcontext() if ray.is_initialized() else stderr_into(null):
             yield
     except RayError as error:
@@ -92,7 +93,7 @@ def _asking(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stderr_into(file: IO[bytes]) -> Iterator[None]:
-    """What this process writes to descriptor 2 meanwhile, also in C++, goes to a file."""
+    """Everything that this process writes to descriptor 2 in the block, also from C++, goes to a file."""
     sys.stderr.flush()
     stderr = os.dup(2)
     os.dup2(file.fileno(), 2)
@@ -111,18 +112,18 @@ def gcs_client(node_id: str, address: str) -> Any:
     from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
     with _asking(address):
-        # Without a token where one is asked for, the client would abort this process.
+        # Without a token for a cluster that asks for one, the client would abort this process.
         ensure_token_if_auth_enabled(None, create_token_if_missing=False)
         client = GcsClient(address=address)
         alive = client.get_all_node_info(timeout=_RAY_SECONDS, state_filter=GcsNodeInfo.ALIVE)
-    # To drain a node that it does not know, or not yet, is a success to the GCS.
+    # The GCS reports success for draining a node that it does not know, or does not know yet.
     if NodeID.from_hex(node_id) not in alive:
         raise RaydistillError(f"node {node_id} is not among the living nodes of the cluster at {address}")
     return client
 
 
 def drain_preempted(node_id: str, reason: str, deadline_ms: int, address: str) -> None:
-    """Tell the GCS that the node goes at that time, in ms of the epoch, as `ray drain-node` does. Raises
+    """Tell the GCS that the node will be gone at that time, in ms since the epoch, as `ray drain-node` does. Raises
     RaydistillError."""
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
@@ -144,21 +145,21 @@ def cluster_file_schema() -> dict[str, Any]:
 
 
 def refuse_cluster_file(file: dict[str, Any]) -> None:
-    """Raises ValueError where the numbers or names of a cluster.yaml do not fit."""
+    """Raises ValueError if the numbers or names of a cluster.yaml are not valid."""
     from ray.autoscaler._private.util import validate_config
 
     validate_config({"cluster_synced_files": [], **file})
 
 
 def refuse_labels(labels: dict[str, str]) -> None:
-    """Raises ValueError where a node cannot have these labels."""
+    """Raises ValueError if a node cannot have these labels."""
     from ray._private.label_utils import validate_node_label_syntax
 
     validate_node_label_syntax(labels)
 
 
 def autoscaling_of(document: dict[str, Any]) -> dict[str, Any]:
-    """What Ray's autoscaler reads in a RayCluster: the configuration of a cluster.yaml."""
+    """A RayCluster as Ray's autoscaler reads it: the configuration of a cluster.yaml."""
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
     read: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(document)

@@ -1,4 +1,4 @@
-"""Ray: joining a cluster or starting one of this machine, for as long as a command runs."""
+"""Ray: joins a cluster, or starts one on this machine, while a command runs."""
 
 from __future__ import annotations
 
@@ -25,17 +25,15 @@ from raydistill.storage.local import make_private
 
 logger = logging.getLogger(__name__)
 
-# Ray has no other way to keep the servers of its dashboard and its autoscaler from starting.
+# Ray has no other way to keep its dashboard's and autoscaler's servers from starting.
 _NO_METRICS = {"DASHBOARD_METRIC_PORT": "-1", "AUTOSCALER_METRIC_PORT": "-1", "RAY_enable_metrics_collection": "0"}
 
 
 @contextlib.contextmanager
 def ray_cluster(config: RunConfig, reserved: float = 0.0, dashboard: bool = False) -> Iterator[Plan]:
-    """Ray for the time of a `with` block, and the plan that fits it, less the `reserved` CPUs.
-
-    A cluster of several nodes is looked at first, and nodes that join later when they come. Raises ConfigError where it
-    is not fit, or the plan does not fit.
-    """
+    """Ray during a `with` block, and the plan that fits it, without the `reserved` CPUs. A cluster of several nodes is
+    checked first; nodes that join later are checked when they join. Raises ConfigError if a node is not fit, or the
+    plan does not fit."""
     import ray
 
     with joined_cluster(config, dashboard), contextlib.ExitStack() as stack:
@@ -50,17 +48,17 @@ def ray_cluster(config: RunConfig, reserved: float = 0.0, dashboard: bool = Fals
 
 @contextlib.contextmanager
 def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]:
-    """The cluster of `cluster.address`, or one of this machine, for the time of a `with` block.
+    """The cluster of `cluster.address`, or one on this machine, during a `with` block.
 
     All ports of a local one are on the loopback interface, and ask for a token. Without the `dashboard` Ray cannot free
-    what an ended Tune trial's train workers held.
+    the resources of an ended Tune trial's train workers.
     """
     import ray
 
     from raydistill.cluster.first_worker import refuse_dying_workers
 
     configure_ray_data()
-    if ray.is_initialized():  # a cluster of the caller's, which stays
+    if ray.is_initialized():  # a cluster of the caller's, which stays open
         yield
         return
     leave_uv_alone()
@@ -68,10 +66,10 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
     with warnings.catch_warnings(), _quiet_native_log(), own_signals():
         warnings.simplefilter("ignore", FutureWarning)
         if config.cluster.address is None:
-            # Else Ray shows its metrics, with the names of tasks, to all who ask, on any interface, without a token.
+            # Otherwise Ray shows its metrics, with the names of tasks, to everybody, on any interface, without a token.
             for name, off in _NO_METRICS.items():
                 os.environ.setdefault(name, off)
-            # Else ray.init waits for worker processes, and for ever where they die at their start.
+            # Otherwise ray.init waits for worker processes, forever if they die at their start.
             os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             with on_loopback():
                 joined = ray.init(
@@ -92,7 +90,7 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
                 raise ConfigError(
                     f"cluster.address={config.cluster.address}: no Ray cluster can be joined there "
                     f"({first_line_of(error)}); start one (`ray start --head`, `ray up cluster.yaml`), and give its "
-                    "token where it asks for one"
+                    "token if it asks for one"
                 ) from None
     _protect_token()
     session = joined.address_info["session_dir"]
@@ -103,14 +101,14 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
     finally:
         with own_signals():
             ray.shutdown()
-    if config.cluster.address is None:  # sessions would pile up; where something went wrong, Ray's logs stay
+    if config.cluster.address is None:  # sessions would pile up; after an error Ray's logs stay
         shutil.rmtree(session, ignore_errors=True)
 
 
 def _ray_folder() -> str:
-    """Where Ray's sessions go: a folder of this user alone in RAY_TMPDIR, TMPDIR or /tmp. Ray opens its folders to all,
-    and others could put links there that redirect this user's writes. XDG_RUNTIME_DIR will not do: it is in memory, and
-    Ray spills to disk. Linux takes names of sockets of up to 107 bytes."""
+    """The folder of Ray's sessions: a private folder in RAY_TMPDIR, TMPDIR or /tmp. Ray's own folders are open to all
+    users, who could put links there that redirect this user's writes. XDG_RUNTIME_DIR will not do: it is in memory, and
+    Ray spills to disk. Linux limits a socket's path to 107 bytes."""
     room = 107 - len(f"/raydistill-{os.getuid()}/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
     own, trouble = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", ""
     for above in dict.fromkeys((own, tempfile.gettempdir(), "/tmp")):
@@ -124,7 +122,7 @@ def _ray_folder() -> str:
                 logger.warning("Ray's session goes to %s (%s)", folder, trouble)
             return str(folder / "ray")
     raise ConfigError(
-        f"Ray keeps its sockets in {own}, which cannot be written to, or has a name of more than {room} bytes; set "
+        f"Ray keeps its sockets in {own}, which is not writable, or has a name of more than {room} bytes; set "
         "RAY_TMPDIR to a folder with a short name"
     )
 
@@ -134,7 +132,7 @@ def _new_folder(above: str) -> Path:
 
 
 def _spill_directory(config: RunConfig) -> str | None:
-    """Makes the folder: where Ray cannot write to it, Ray ends without a reason."""
+    """Make the folder: if Ray cannot write to it, Ray ends without a reason."""
     if config.cluster.spill_directory is None:
         return None
     folder = Path(config.cluster.spill_directory).expanduser().absolute()
@@ -148,8 +146,8 @@ def _spill_directory(config: RunConfig) -> str | None:
 
 @contextlib.contextmanager
 def _quiet_native_log() -> Iterator[None]:
-    """Tells Ray's C++ layer not to write to the terminal what its Python layer raises or retries anyway. The line by
-    which it confirms that is dropped from what is written to the terminal meanwhile."""
+    """Tell Ray's C++ layer not to write errors to the terminal that its Python layer raises or retries anyway. Ray
+    confirms this with a line, which is removed from the output."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with tempfile.TemporaryFile() as written:
         try:
@@ -161,10 +159,10 @@ def _quiet_native_log() -> Iterator[None]:
 
 
 class RayStart:
-    """Ray, started in a thread of its own while the main one loads torch and the models, or not at all.
+    """Ray, started in its own thread while the main thread loads torch and the models, or not at all. The thread lives
+    as long as Ray does, because the system ends Ray's processes with the thread that started them.
 
-    The thread lives as long as Ray does: the system ends Ray's processes with the thread that started them. When
-    something goes wrong, a Ray `of_command` that is still starting is left to end with the process.
+    After an error, a Ray `of_command` that is still starting is left to end with the process.
     """
 
     def __init__(self, config: RunConfig, of_command: bool = False) -> None:
@@ -178,7 +176,7 @@ class RayStart:
             self._starting = self._thread.submit(self._stack.enter_context, ray_cluster(self._config))
 
     def plan(self) -> Plan:
-        """The plan that fits the cluster, once it is there."""
+        """The plan that fits the cluster, once it has started."""
         self.begin()
         assert self._starting is not None
         return self._starting.result()
@@ -196,7 +194,7 @@ class RayStart:
 
 
 def _protect_token() -> None:
-    """Ray writes the token that lets code run on this machine readable by all its users."""
+    """Ray makes the token that lets code run on this machine readable for all its users."""
     token = Path.home() / ".ray" / "auth_token"
     if token.exists():
         token.parent.chmod(stat.S_IRWXU)
@@ -204,7 +202,8 @@ def _protect_token() -> None:
 
 
 def configure_ray_data() -> None:
-    """Keeps rows in order, one block a shard, and Ray's bars off. Each process that makes a Dataset calls it."""
+    """Keep rows in order, one block for each shard, without Ray's progress bars. Each process that makes a Dataset
+    calls it."""
     from ray.data import DataContext
 
     context = DataContext.get_current()

@@ -1,7 +1,7 @@
-"""submit: run a command on a Ray cluster by Ray Jobs, with the words that it has on a laptop.
+"""submit: run a command on a Ray cluster by Ray Jobs, with the same words as on a laptop.
 
-What travels is the package and one resolved job file with the small files that it names; images, outputs and secrets
-never do. The job's own exit code comes back.
+It sends the package and one resolved job file with the small files that it names; never images, outputs or secrets. The
+job's own exit code comes back.
 """
 
 from __future__ import annotations
@@ -25,26 +25,23 @@ from raydistill.cluster.upload import Package
 from raydistill.errors import ConfigError, StageError, first_line_of, reason_of
 
 STOPPED = 3  # the exit code of a job that was stopped, beside 0 (done), 1 (the run failed) and 2 (config or data)
-# Ray's own default is 3 s, in which no checkpoint of any size reaches a bucket.
+# Ray's default is 3 s, too short to write a large checkpoint to a bucket
 _STOP_SECONDS = 120
 _HEAD_SECONDS = 60.0
-# What the nodes were made with: the first is how they were joined, the others fit their GPUs.
+# Packages of the nodes: the first is how they were joined, the others fit their GPUs.
 _OF_THE_NODE = ("ray", "torch", "torchvision")
 
 
 def check_address(address: str) -> str:
-    """The address without a closing slash.
-
-    Raises ConfigError: one that is not http, or one off this machine without the token that it would be trusted by.
-    """
+    """The address without a closing slash. Raises ConfigError: not http, or another machine without a token."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--address={address}: give the address of the dashboard, as http://127.0.0.1:8265")
-    # ~/.ray/auth_token may be the one that Ray wrote for this machine alone, which no other machine should be sent.
+    # ~/.ray/auth_token may be this machine's own token; never send that to another one.
     if not _is_loopback(parts.hostname) and not _names_token():
         raise ConfigError(
-            f"--address={address}: whoever reaches this address may run code there, so raydistill speaks to it with a "
-            "token alone; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds the cluster's, or open a "
+            f"--address={address}: anybody who reaches this address can run code there, so raydistill needs a "
+            "token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds the cluster's, or open a "
             "tunnel and use http://127.0.0.1:8265"
         )
     return address.rstrip("/")
@@ -65,16 +62,16 @@ def _is_loopback(host: str) -> bool:
 
 
 def has_token() -> bool:
-    """Is there a token where Ray looks for one?"""
+    """Whether there is a token where Ray looks for one."""
     return _names_token() or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def job_client(address: str) -> Any:
-    """Ray's client for jobs. Raises ConfigError where nobody answers there, or it does not trust the token."""
+    """Ray's client for jobs. Raises ConfigError if nothing answers there, or the token is refused."""
     address = check_address(address)
     if has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    # Ray would let these outvote the address that was asked for.
+    # Ray would prefer these to the address that was given.
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     os.environ.pop("RAY_ADDRESS", None)
     from ray.exceptions import AuthenticationError
@@ -91,7 +88,7 @@ def job_client(address: str) -> Any:
         ) from None
     except (ConnectionError, OSError, RuntimeError) as error:
         reason = first_line_of(error)
-        if "404" in reason:  # Ray's words for it are of an old version of Ray
+        if "404" in reason:  # Ray's own message is about an old version of Ray
             reason = "what answers there is no Ray dashboard"
         raise ConfigError(
             f"no Ray dashboard answers at {address} ({reason}); start the cluster, open the tunnel (`ray dashboard "
@@ -101,14 +98,14 @@ def job_client(address: str) -> Any:
 
 
 def pinned() -> list[str]:
-    """What raydistill requires, in the versions that are installed here, less what a node has to bring itself."""
+    """What raydistill requires, in the versions installed here, without what a node has to bring itself."""
     wanted = [Requirement(line) for line in metadata.requires("raydistill") or []]
     names = [r.name for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
     return [f"{name}=={metadata.version(name)}" for name in names if name not in _OF_THE_NODE]
 
 
 def _start(client: Any, entrypoint: str, name: str, environment: dict[str, Any]) -> None:
-    """Raises StageError where the head does not take the job; one that was started a moment ago takes none yet."""
+    """Raises StageError if the head does not accept the job; a head that started a moment ago accepts none yet."""
     end = time.monotonic() + _HEAD_SECONDS
     while True:
         try:
@@ -119,15 +116,17 @@ def _start(client: Any, entrypoint: str, name: str, environment: dict[str, Any])
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() >= end:
                 raise StageError(
-                    f"submit: the head does not take the job ({reason_of(error)}); see its log: ray logs cluster"
+                    f"submit: the head does not accept the job ({reason_of(error)}); see its log: ray logs cluster"
                 ) from None
         time.sleep(1)
 
 
 def submit(client: Any, package: Package, install: bool = False) -> tuple[str, bool]:
-    """Start the job, unless an equal one runs or is done. Returns its id and whether it is new. A job that failed or
-    was stopped is started again under the next number. With `install` Ray first makes an environment for this job on
-    each node, with what is `pinned`."""
+    """Start the job, unless an equal one runs or is done. Returns its id and whether it is new.
+
+    A job that failed or was stopped starts again under the next number. With `install` Ray first makes an environment
+    for this job on each node, with the `pinned` packages.
+    """
     packages = {"pip": {"packages": pinned(), "pip_check": False}} if install else {}
     for number in range(1, 1000):
         name = package.id if number == 1 else f"{package.id}-{number}"
@@ -146,7 +145,7 @@ def submit(client: Any, package: Package, install: bool = False) -> tuple[str, b
 
 
 def find_job(client: Any, name: str) -> Any:
-    """What Ray knows of a job; None where there is no such job."""
+    """Ray's information about a job; None if there is no such job."""
     try:
         return client.get_job_info(name)
     except RuntimeError as error:
@@ -159,19 +158,19 @@ def existing_job(client: Any, name: str) -> Any:
     info = find_job(client, name)
     if info is None:
         names = sorted(job.submission_id for job in client.list_jobs() if job.submission_id)
-        raise ConfigError(f"{name}: no such job; there are {', '.join(names[-10:]) or 'none'}")
+        raise ConfigError(f"{name}: no such job; the jobs are {', '.join(names[-10:]) or 'none'}")
     return info
 
 
 def follow(client: Any, name: str, write: Callable[[str], object]) -> int:
-    """Write the job's log as it grows, until it ends, and return the job's exit code. A connection that breaks is made
-    again, and no text is written twice."""
+    """Write the job's log as it grows, until it ends, and return the job's exit code. It reconnects when a connection
+    breaks, and writes no text twice."""
     written = 0
     while True:
         written = asyncio.run(_tail(client, name, written, write))
         info = _asked(client, name)
         if info.status.is_terminal():
-            asyncio.run(_tail(client, name, written, write))  # what came between the two
+            asyncio.run(_tail(client, name, written, write))  # the text between the two
             return exit_code(info)
         time.sleep(1)
 
@@ -181,14 +180,14 @@ def follow(client: Any, name: str, write: Callable[[str], object]) -> int:
     stop=tenacity.stop_after_delay(_HEAD_SECONDS), reraise=True,
 )  # fmt: skip
 def _asked(client: Any, name: str) -> Any:
-    """What Ray knows of a job. A head that starts again answers after a while. Raises OSError."""
+    """Ray's information about a job. A head that restarts answers after a while. Raises OSError."""
     return client.get_job_info(name)
 
 
 async def _tail(client: Any, name: str, written: int, write: Callable[[str], object]) -> int:
     """Write the log from character `written` on, while the connection lasts; returns how many are written now."""
     seen = 0
-    # The ways in which a connection breaks; the next one tells whether the cluster is gone.
+    # the ways in which a connection breaks; the next one shows whether the cluster is gone
     with contextlib.suppress(RuntimeError, OSError, aiohttp.ClientError):
         async for text in client.tail_job_logs(name):
             write(text[max(written - seen, 0) :])
@@ -198,7 +197,7 @@ async def _tail(client: Any, name: str, written: int, write: Callable[[str], obj
 
 
 def exit_code(info: Any) -> int:
-    """Of a job that has ended."""
+    """The exit code of a job that has ended."""
     status = str(info.status.value)
     if status == "SUCCEEDED":
         return 0

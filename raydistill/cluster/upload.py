@@ -1,4 +1,4 @@
-"""What a job uploads: the package's own code, the resolved job file, and small files that are what they seem to be."""
+"""The upload of a job: the package's own code, the resolved job file, and small files that are checked first."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from raydistill.graph import STAGES
 from raydistill.secrets import has_secret, texts_in
 
 COMMANDS = ("run", *(stage.name for stage in STAGES), "compare", "tune")
-# The package has about 1 MiB. Whatever makes an upload large is no job file.
+# The package has about 1 MiB. Anything that makes an upload large is not a job file.
 _MOST_BYTES = 16 * 1024**2
 _JOB_FILE = "job.yaml"
-# Keys that name small text files, which travel with the job.
+# Keys that name small text files, which are uploaded with the job.
 _SHIPPED = ("images.classes", "generate.names", "tune.space")
 
 _CODE = (".py", ".html", "py.typed")  # of the package, with the templates of its pages
@@ -41,14 +41,13 @@ _LOOKED_AT = 1024**2
 
 @dataclass(frozen=True)
 class Package:
-    """What a submission uploads: a folder, its files with their bytes, the command, and the id that follows from
-    them."""
+    """One upload: a folder, its files with their bytes, the command, and the id made from them."""
 
     folder: str
     files: list[tuple[str, int]]
     entrypoint: str
     id: str
-    left_out: tuple[str, ...] = ()  # of the package's folder, what is no code of it
+    left_out: tuple[str, ...] = ()  # files in the package's folder that are not its code
 
     @property
     def size(self) -> int:
@@ -61,11 +60,11 @@ def pack(
 ) -> Package:  # fmt: skip
     """Copy what the job needs into an empty folder.
 
-    Raises ConfigError: a secret in the config, a file that is missing, or lies outside of the current folder without
-    `send_outside`, more than the upload may hold.
+    Raises ConfigError: a secret in the config; a file that is missing, or outside the current folder without
+    `send_outside`; or an upload above the limit.
     """
     if command not in COMMANDS:
-        raise ConfigError(f"submit: {command!r} is no command of a job{did_you_mean(command, COMMANDS)} "
+        raise ConfigError(f"submit: {command!r} is not a command of a job{did_you_mean(command, COMMANDS)} "
                           f"(known: {', '.join(COMMANDS)})")  # fmt: skip
     _refuse_secrets(config)
     config = _on_the_cluster(config, folder, send_outside)
@@ -91,7 +90,7 @@ def pack(
     if package.size > _MOST_BYTES:
         largest = ", ".join(f"{name} {size:,} bytes" for name, size in package.files[:3])
         raise ConfigError(
-            f"submit: the job would upload {package.size:,} bytes, and {_MOST_BYTES:,} is the most ({largest}); "
+            f"submit: the job would upload {package.size:,} bytes, above {_MOST_BYTES:,} ({largest}); "
             "images and weights belong where all nodes can read them"
         )
     return package
@@ -101,14 +100,14 @@ def _refuse_secrets(config: RunConfig) -> None:
     for key, value in flattened(config.model_dump(mode="json")):
         if any(map(has_secret, texts_in(value))):
             raise ConfigError(
-                f"submit: {key} holds a password or a key, and a job's files can be read by all who reach the "
-                "cluster; leave it out and give it to the nodes' environment (MLFLOW_TRACKING_USERNAME and "
+                f"submit: {key} holds a password or a key, and everybody who reaches the cluster can read its files; "
+                "leave it out, and set it in the nodes' environment (MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD, AWS_… or an instance profile)"
             )
 
 
 def _on_the_cluster(config: RunConfig, folder: str, send_outside: bool) -> RunConfig:
-    """The config as the job reads it: small files beside it, local places by their full names, the cluster joined."""
+    """The config as the job reads it: small files beside it, local paths absolute, and the cluster joined."""
     tree: dict[str, Any] = {"cluster": {"address": config.cluster.address or "auto"}}
     for key in (*_SHIPPED, "workspace", *PLACES):
         section, _, name = key.rpartition(".")
@@ -120,7 +119,7 @@ def _on_the_cluster(config: RunConfig, folder: str, send_outside: bool) -> RunCo
             place = find_shipped(value) if key == "tune.space" else value
             if not os.path.isfile(place):
                 raise ConfigError(f"{key}={value}: no such file")
-            if place == value:  # the user's own
+            if place == value:  # the user's own file
                 refuse_private(key, value, send_outside)
             new = f"files/{key}{Path(place).suffix}"
             Path(folder, "files").mkdir(exist_ok=True)
@@ -134,10 +133,10 @@ def _on_the_cluster(config: RunConfig, folder: str, send_outside: bool) -> RunCo
 
 
 def package_files(source: Path) -> tuple[list[str], list[str]]:
-    """The package's files that are uploaded, and those that are not: what is no code, is hidden, holds a key, is a link
-    that leads out of the folder, or is ignored by the repository around it."""
+    """The package's files to upload, and those left out: files that are not code, are hidden, hold a key, are links out
+    of the folder, or are ignored by the repository around it."""
     ignored, code, left_out = _ignored(source), list[str](), list[str]()
-    for folder, folders, files in os.walk(source):  # it enters no link
+    for folder, folders, files in os.walk(source):  # does not enter links
         hidden = {name for name in folders if name.startswith(".") or Path(folder, name).is_symlink()}
         left_out += (f"{Path(folder, name).relative_to(source)}/" for name in hidden)
         folders[:] = [name for name in folders if name not in hidden and name != "__pycache__"]
@@ -150,7 +149,7 @@ def package_files(source: Path) -> tuple[list[str], list[str]]:
 
 
 def _ignored(source: Path) -> set[str]:
-    """By git, where it is there and the folder is in a repository."""
+    """By git, if git is installed and the folder is in a repository."""
     words = ["git", "-C", str(source), "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--", "."]
     try:
         listed = subprocess.run(words, capture_output=True, check=True, timeout=60).stdout
@@ -165,21 +164,21 @@ def _holds_key(file: Path) -> bool:
 
 
 def refuse_private(key: str, value: str, may_lie_outside: bool = False) -> None:
-    """Raises ConfigError where a file that the job names looks private or, unless it `may_lie_outside`, is not in the
+    """Raises ConfigError if a file that the job names looks private or, unless it `may_lie_outside`, is not in the
     current folder."""
     named, here = Path(os.path.abspath(value)), Path.cwd()
     real = named.resolve()
     home = named.parent if may_lie_outside and not named.is_relative_to(here) else here
     if not real.is_relative_to(home.resolve()):
         raise ConfigError(
-            f"{key}={value}: is {real}, outside of {home}, and what is submitted can be read by all who reach the "
-            "cluster; copy it into that folder, or give --send-outside"
+            f"{key}={value}: is {real}, outside {home}, and everybody who reaches the cluster can read it; "
+            "copy it into that folder, or give --send-outside"
             + (" and name the file itself, not a link" if may_lie_outside else "")
         )
     by_name = any(_PRIVATE.search(path.name) or path.name.startswith(".") for path in (named, real))
     text = real.read_bytes()[:_LOOKED_AT].decode(errors="replace")
     if by_name or _PRIVATE_FOLDERS.intersection(real.parts) or _holds_key(real) or has_secret(text):
         raise ConfigError(
-            f"{key}={value}: is, or looks like, a file of keys or passwords, and a job's files can be read by all who "
-            "reach the cluster; name a file that holds nothing else than what the key is for"
+            f"{key}={value}: is, or looks like, a file of keys or passwords, and everybody who reaches the cluster "
+            "can read a job's files; name a file that holds only what this setting needs"
         )

@@ -1,4 +1,4 @@
-"""What a command finds around itself, made fit before anything else looks at it: streams, a home, a user's name."""
+"""Prepares the environment of a command: standard streams, a home folder, a user name."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from raydistill.runtime import interrupts
 
 
 def prepare_environment() -> None:
-    """Raises ConfigError where there is no folder for temporary files, which Ray and all writers need."""
+    """Raises ConfigError if there is no folder for temporary files, which Ray and all writers need."""
     # torch's threads spin while they wait for each other, for long by default. On 2 cores beside one busy process,
-    # 30,000 rounds trained at 88 images/s where the default gave 35 to 50, and on idle cores no slower; not spinning at
-    # all is better still beside others, and costs a sixth on idle cores. Read when torch loads, in Ray's processes too.
+    # 30,000 rounds trained at 88 images/s where the default gave 35 to 50, and no slower on idle cores. Not spinning at
+    # all is better still beside other processes, but costs a sixth on idle cores. It is read when torch loads, also in
+    # Ray's processes.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     try:
         folder = tempfile.gettempdir()
     except FileNotFoundError:
-        raise ConfigError(
-            "no folder for temporary files can be written to; set TMPDIR to one that this user may write to"
-        ) from None
+        raise ConfigError("no folder for temporary files is writable; set TMPDIR to a writable folder") from None
     _name_the_user()
     _find_a_home(folder)
 
 
 class _Output(io.FileIO):
-    """Standard output. When its reader has gone, as `head` does, the command ends as by SIGPIPE, and no thread that
+    """Standard output. When its reader has gone, as with `head`, the command ends as by SIGPIPE, and no thread that
     writes fails."""
 
     def write(self, data: Any, /) -> int:
@@ -45,23 +44,23 @@ class _Output(io.FileIO):
 
 
 def open_streams() -> None:
-    """Standard streams that take whatever comes, also where they are closed."""
-    for descriptor in range(3):  # a closed one would be given to the next file that is opened
+    """Standard streams that accept any text, even if they are closed."""
+    for descriptor in range(3):  # otherwise the next opened file would take a closed one's number
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
     output = io.BufferedWriter(_Output(1, "w", closefd=False))
-    # Line by line, also into a file: a log's lines then appear when things happen.
+    # Line by line, even into a file, so that a log's lines appear when things happen.
     sys.stdout = io.TextIOWrapper(output, encoding, errors="backslashreplace", line_buffering=True)
-    # A copy of descriptor 2: Ray's start points the usual one elsewhere for a while, and an error may come meanwhile.
+    # A copy of descriptor 2: Ray's start redirects the usual one for a while, and an error may come then.
     encoding = "utf-8" if sys.stderr is None else sys.stderr.encoding
     sys.stderr = open(os.dup(2), "w", 1, encoding, "backslashreplace")  # noqa: SIM115
 
 
 def _name_the_user() -> None:
-    """A container may run as a user that no passwd file knows; torch and MLflow ask for a name."""
+    """A container may run as a user who is not in the passwd file; torch and MLflow ask for a name."""
     import getpass
 
     try:
@@ -71,10 +70,8 @@ def _name_the_user() -> None:
 
 
 def private_folder(above: str) -> Path:
-    """A folder of this user's alone in one that others may write to; the same one each time.
-
-    Raises OSError, also where somebody else made it, or a link, or may look into it.
-    """
+    """A private folder of this user in a folder that others may write to; the same one each time. Raises OSError, also
+    if somebody else made it, or it is a link, or others may look into it."""
     own = Path(above) / f"raydistill-{os.getuid()}"
     own.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = own.lstat()
@@ -84,8 +81,8 @@ def private_folder(above: str) -> Path:
 
 
 def _find_a_home(temporary: str) -> None:
-    """Ray's token and the libraries' caches are in the home. Where that cannot be written to, a private folder stands
-    in; models in a read-only home are still found."""
+    """Ray's token and the libraries' caches are in the home folder. If that is not writable, a private folder replaces
+    it; models in a read-only home are still found."""
     home = Path(os.path.expanduser("~"))
     if home.is_absolute() and os.access(home, os.W_OK | os.X_OK):
         return
@@ -93,7 +90,7 @@ def _find_a_home(temporary: str) -> None:
         own = private_folder(temporary)
     except OSError as error:
         raise ConfigError(
-            f"HOME={home} cannot be written to, nor {error.filename} used: {error.strerror}; set HOME to a folder"
+            f"HOME={home} is not writable, and {error.filename} cannot be used: {error.strerror}; set HOME to a folder"
         ) from None
     for name, cache in (("HF_HOME", "huggingface"), ("TORCH_HOME", "torch")):
         if (home / ".cache" / cache).is_dir():

@@ -1,4 +1,4 @@
-"""Says that work has not moved for long, and what Ray waits for."""
+"""Reports work that has not moved for long, and what Ray waits for."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 
 @contextlib.contextmanager
 def idle_noticed(say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Gives a function to call whenever something has moved. Where it is not called for two minutes, and each time
-    that this doubles, `say` is given a sentence, from a thread of its own."""
+    """Gives a function to call whenever something has moved. If it is not called for two minutes, and each time that
+    this doubles, `say` gets a sentence, in a thread of its own."""
     moved, limit = time.monotonic(), _SECONDS
 
     def move() -> None:
@@ -30,17 +30,15 @@ def idle_noticed(say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
             limit *= 2
             say(f"nothing has moved for {idle:.0f} s{waiting_words()}")
 
-    # The last look may be asking a head that does not answer.
+    # The last look may wait for a head that does not answer.
     with repeated(look, _SECONDS_BETWEEN_LOOKS, "idle", patience=_SECONDS_BETWEEN_LOOKS):
         yield move
 
 
 def waiting_words() -> str:
-    """What Ray cannot place, and how much of that is free; empty without Ray.
-
-    `; Ray waits to place 2 x {GPU: 1}; free: GPU 0 of 1`.
-    """
-    if "ray" not in sys.modules:  # nothing of it runs in this process
+    """What Ray cannot place, and how much of that is free; empty without Ray. `; Ray waits to place 2 x {GPU: 1}; free:
+    GPU 0 of 1`."""
+    if "ray" not in sys.modules:  # Ray does not run in this process
         return ""
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
@@ -49,7 +47,7 @@ def waiting_words() -> str:
         return ""
     try:
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    except Exception as error:  # Ray's own and its connection's; what waits is then not known
+    except Exception as error:  # errors of Ray and its connection; then it is not known what waits
         return f"; Ray does not say what waits ({reason_of(error)[:100]})"
     demand = [*status.resource_demands.ray_task_actor_demand, *status.resource_demands.placement_group_demand]
     asked = [request for one in demand for request in one.bundles_by_count]

@@ -1,8 +1,8 @@
 """Signals that end a command: SIGINT (Ctrl-C), SIGTERM, and SIGHUP (its terminal was closed).
 
-The first is raised as `Interrupted` in the main thread, so that whatever runs closes behind itself. A thread, which
-Python's own C handler wakes whoever holds the interpreter, sees to the rest: a signal that somebody swallowed is raised
-again, a command that does not close in time is ended, and a second signal ends it at once.
+The first signal is raised as `Interrupted` in the main thread, so that every `with` block closes. A thread does the
+rest; Python's own C handler wakes it even if another thread holds the interpreter. It raises a swallowed signal again,
+ends a command that does not close in time, and ends it at once at a second signal.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import NoReturn
 import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SECONDS_OF_ONE_PRESS = 0.2  # `timeout` and others signal a process and then its group, so that it hears twice
-_SECONDS_TO_NOTICE = 8.0  # of C code that lets no Python run
-_TIMES_TO_RAISE = 3  # of code that keeps the signal to itself
+_SECONDS_OF_ONE_PRESS = 0.2  # `timeout` and others signal a process and then its group, so it gets the signal twice
+_SECONDS_TO_NOTICE = 8.0  # C code that does not let Python run
+_TIMES_TO_RAISE = 3  # code that catches the exception and continues
 _SECONDS_TO_CLOSE = 30.0
 _LAST_SECONDS = 2.0
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -33,10 +33,10 @@ class Interrupted(KeyboardInterrupt):
     """A signal ended the command."""
 
 
-_signal: int | None = None  # the first that came
-_raised, _again = False, 0  # has the handler run? How often was the signal raised anew, and not yet heard?
+_signal: int | None = None  # the first signal
+_raised, _again = False, 0  # whether the handler has run, and how often the signal was raised again and not yet handled
 _resume_hint = "nothing was written"
-# Called in threads, for no longer than a moment, where the process is ended by force.
+# Called in threads, each for a moment at most, before a forced end.
 before_forced_end: list[Callable[[], object]] = []
 _terminal = -1
 _leaving, _told, _all_heard = False, -1, threading.Event()
@@ -44,10 +44,10 @@ _ending, _main_ends = threading.Lock(), False
 
 
 def handle_signals() -> None:
-    """Handle the signals from now on. For the main thread of a command; a signal that whoever started it has set to be
-    ignored, as `nohup` does, stays so."""
+    """Handle the signals from now on. For the main thread of a command. A signal that was set to be ignored when the
+    process started, as by `nohup`, stays ignored."""
     global _terminal, _told
-    with contextlib.suppress(OSError):  # closed; else kept, since others may point the usual one elsewhere for a while
+    with contextlib.suppress(OSError):  # closed; otherwise kept, because others may redirect the usual one for a while
         _terminal = os.dup(2)
     heard, _told = os.pipe()
     os.set_blocking(_told, False)
@@ -59,7 +59,7 @@ def handle_signals() -> None:
 
 
 def interrupt(number: int) -> None:
-    """As if the signal had come, from any thread."""
+    """Act as if the signal had come, from any thread."""
     global _signal
     if _signal is None:
         _signal = number
@@ -82,7 +82,7 @@ def exit_process(code: int) -> NoReturn:
     global _leaving
     _leaving = True
     os.write(_told, b"\0")
-    _all_heard.wait(1)  # of a signal that another handler has just made an exit of
+    _all_heard.wait(1)  # another handler has just turned a signal into an exit
     if _signal is not None:
         _end()
     for stream in (sys.stdout, sys.stderr):
@@ -90,21 +90,21 @@ def exit_process(code: int) -> NoReturn:
             stream.flush()
     if code:
         _kill_children()  # a Ray that was still starting
-    # Ray's and MLflow's threads have nothing left to write, and waiting for them costs seconds.
+    # Ray's and MLflow's threads have nothing left to write, and waiting for them takes seconds.
     os._exit(code)
 
 
 def _end() -> NoReturn:
-    """Say the interruption, end all child processes, and exit with 128 and the signal's number, as shells do."""
+    """Print the interruption, end all child processes, and exit with 128 plus the signal's number, as shells do."""
     global _main_ends
     assert _signal is not None, "a signal has come"
-    # A handler of one more signal would wait below for the thread that it interrupts, for ever.
+    # Otherwise another signal's handler would wait below forever, for the thread that it interrupts.
     _main_ends = _main_ends or threading.current_thread() is threading.main_thread()
-    _ending.acquire()  # never given back: whoever else comes here waits for the end
-    shown = "\033[?25h" if sys.stdout is not None and sys.stdout.isatty() else ""  # a bar hides the cursor
+    _ending.acquire()  # never released: every other caller waits here for the end
+    shown = "\033[?25h" if sys.stdout is not None and sys.stdout.isatty() else ""  # a progress bar hides the cursor
     words = f"{shown}interrupted ({signal.Signals(_signal).name}); {_resume_hint}\n"
     with contextlib.suppress(OSError, ValueError):
-        # A pipe that is full, or a terminal that is stopped, may never take them.
+        # A full pipe, or a stopped terminal, may never accept them.
         if select.select([], [_terminal], [], _LAST_SECONDS)[1]:
             os.write(_terminal, words.encode())
     _kill_children()
@@ -120,7 +120,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
     if _leaving:
         _end()
     _raised = True
-    if not _unwinding():  # what is closing already is not to be closed halfway
+    if not _unwinding():  # do not interrupt what is already closing
         raise Interrupted
 
 
@@ -144,8 +144,8 @@ def _watch(heard: int) -> None:
 
 
 def _see_it_through() -> None:
-    """The handler waits for C code that lets no Python run; else the exception is on its way up, or somebody kept it,
-    or handled the signal in our place."""
+    """The handler waits for C code that does not let Python run; otherwise the exception is on its way up, or some code
+    caught it, or handled the signal instead."""
     global _again
     began, closing, times = time.monotonic(), False, 0
     while times < _TIMES_TO_RAISE and time.monotonic() - began < (_SECONDS_TO_CLOSE if closing else _SECONDS_TO_NOTICE):
@@ -163,11 +163,11 @@ def _main() -> int:
 
 
 def _unwinding() -> bool:
-    """Whether the main thread handles an interruption, or what went wrong while it did."""
+    """Whether the main thread handles an interruption, or an error that came while it did."""
     found = sys._current_exceptions().get(_main())
     error = found[1] if isinstance(found, tuple) else found  # a triple before Python 3.12
     while error is not None:
-        if isinstance(error, KeyboardInterrupt | SystemExit):  # Ray raises its own in place of ours
+        if isinstance(error, KeyboardInterrupt | SystemExit):  # Ray raises its own instead of ours
             return True
         error = error.__context__
     return False

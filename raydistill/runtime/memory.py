@@ -1,4 +1,4 @@
-"""How much memory this process may use: the machine's, or less where a cgroup, as a container has, sets a limit."""
+"""The memory that this process may use: the machine's, or less if a cgroup sets a limit, as in a container."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import psutil
 
-# Ray's objects are shards on their way, and what a sort of all images does not keep there is spilled.
+# Ray's objects are shards in transit; a sort of all images spills the rest to disk.
 _STORE_SHARE, _LEAST_STORE, _MOST_STORE = 0.1, 512 * 1024**2, 8 * 1024**3
-# Of cgroup v2 and v1: the files of a limit, of what is used, and the field of what is used and may be dropped.
+# For cgroup v2 and v1: the files of a limit and of the memory in use, and the field of memory in use that may be
+# dropped.
 _Files = tuple[tuple[str, ...], str, str]
 _V2: _Files = (("memory.max", "memory.high"), "memory.current", "inactive_file")
 _V1: _Files = (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
@@ -23,13 +24,13 @@ def total_bytes(root: Path = Path("/")) -> int:
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """What can still be had without swapping: on the machine, and under each limit."""
+    """The memory available without swapping: on the machine, and under each limit."""
     left = (max(0, limit - used) for limit, used in _limits(root))
     return min([int(psutil.virtual_memory().available), *left])
 
 
 def object_store_bytes(root: Path = Path("/")) -> int:
-    """For a local Ray: a tenth of the memory within bounds, and no more than /dev/shm holds, unless that is tiny, as in
+    """For a local Ray: a tenth of the memory within bounds, and at most what /dev/shm holds, unless that is tiny, as in
     a container without --shm-size: Ray then maps files in its temporary folder."""
     memory = total_bytes(root)
     wanted = min(max(int(memory * _STORE_SHARE), _LEAST_STORE), _MOST_STORE, memory // 4)
@@ -58,7 +59,7 @@ def _limits(root: Path) -> Iterator[tuple[int, int]]:
         else:
             continue
         own = mount / path.lstrip("/")
-        # In a container the path may be the host's, of which only the mount itself is there.
+        # In a container the path may be the host's, and only the mount itself exists here.
         for group in (own, *own.parents):
             limits = [value for name in names if (value := _number(group / name)) is not None]
             if limits:
@@ -70,7 +71,7 @@ def _limits(root: Path) -> Iterator[tuple[int, int]]:
 def _number(file: Path) -> int | None:
     try:
         return int(file.read_text())
-    except (OSError, ValueError):  # it is not there, or says `max`
+    except (OSError, ValueError):  # the file is missing, or says `max`
         return None
 
 

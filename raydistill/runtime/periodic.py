@@ -1,4 +1,4 @@
-"""What is done again and again beside the work, in a thread of its own."""
+"""Repeats a call in the background, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def repeated(call: Callable[[], object], seconds: float, name: str, patience: float | None = None) -> Iterator[None]:
-    """Call it every so many seconds for the time of a `with` block, whose end waits for an open call; no longer than
-    `patience` seconds, where that is given."""
+    """Call it every `seconds` seconds during a `with` block. The end of the block waits for an open call, but no longer
+    than `patience` seconds, if given."""
     over = threading.Event()
 
     def work() -> None:

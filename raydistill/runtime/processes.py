@@ -1,4 +1,4 @@
-"""A process by a name that no other has, and whether it is still there."""
+"""A unique name for a process, and whether that process is still running."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 
 import psutil
 
-# When a process began follows from the clock, which may be put right meanwhile.
+# the start time follows from the clock, which may be corrected meanwhile
 _CLOCK_SECONDS = 60.0
 
 
 def process_name(pid: int | None = None) -> str:
-    """A name of this process, or of one beside it, that no other has on any machine: numbers of processes repeat, and
-    containers have their own."""
+    """A name of this process, or of another on this machine, that no other process has on any machine: process numbers
+    repeat, and containers have their own."""
     pid = os.getpid() if pid is None else pid
     space = "/proc/self/ns/pid"
     place = os.readlink(space) if os.path.exists(space) else "-"
@@ -22,13 +22,13 @@ def process_name(pid: int | None = None) -> str:
 
 
 def is_running(name: str) -> bool | None:
-    """Whether the process of this name is there. None for one on another machine, and for what is no such name."""
+    """Whether the process of this name is running. None for one on another machine, or if it is not such a name."""
     found = re.fullmatch(r"(\S* \S+) ([0-9]{1,9}) ([0-9]{1,12})", name)
     if found is None or found[1].split(" ") != process_name().split(" ")[:-2]:
         return None
     try:
         now = process_name(int(found[2])).rpartition(" ")[2]
-        if psutil.Process(int(found[2])).status() == psutil.STATUS_ZOMBIE:  # ended, and nobody has asked how
+        if psutil.Process(int(found[2])).status() == psutil.STATUS_ZOMBIE:  # ended, but not yet reaped
             return False
     except psutil.NoSuchProcess:
         return False

@@ -28,24 +28,24 @@ from raydistill.runtime.idle import idle_noticed
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-# What a speed is measured over: the last minute, and the last marks where those lie further back. Marks closer
-# together than this many seconds are one.
+# A speed is measured over the last minute, or over the last marks if those are older. Marks closer together than this
+# many seconds count as one.
 _WINDOW_SECONDS, _FEWEST_MARKS, _SECONDS_BETWEEN_MARKS = 60.0, 8, 0.25
 
 
 class SpeedMeter:
-    """How fast work goes that comes in lumps: a shard, a batch, an epoch at a time.
+    """The speed of work that comes in lumps: a shard, a batch, an epoch at a time.
 
-    A lump is the work of the time since the one before it. Waiting for the next one changes nothing as long as it takes
-    no longer than the longest wait there was; what is beyond that counts, so that a speed falls while nothing moves.
+    A lump is the work of the time since the one before it. A wait for the next one lowers the speed only when it is
+    longer than the longest wait before, so the speed falls while nothing moves.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock, self._units, self._began = clock, 0.0, clock()
-        self._marks = deque([(self._began, 0.0)])  # when so many units were done
+        self._marks = deque([(self._began, 0.0)])  # when that many units were done
 
     def add(self, units: float) -> None:
-        """So many were done since the last call. What an earlier run had done does not count."""
+        """Add the units done since the last call. What an earlier run had done does not count."""
         if not units:
             return
         now, self._units = self._clock(), self._units + units
@@ -62,7 +62,7 @@ class SpeedMeter:
         return (after - before) / seconds if after > before and seconds > 0 else None
 
     def left(self, units: float) -> float | None:
-        """Seconds until so many more are done, at this speed. The time since the last lump is a part of the next."""
+        """Seconds until that many more are done, at this speed. The time since the last lump is part of the next."""
         rate = self.rate()
         return None if rate is None else max(units / rate - min(self._waiting(), self._longest_wait()), 0.0)
 
@@ -80,7 +80,7 @@ class SpeedMeter:
 
 
 def speed_words(rate: float | None, unit: str) -> str:
-    """`1,234 images/s`, `2.5 steps/s` or, of what takes longer, `100 s/step`; empty where nothing is known."""
+    """`1,234 images/s`, `2.5 steps/s` or, for slower work, `100 s/step`; empty if nothing is known."""
     if rate is None:
         return ""
     value, per = (rate, f"{unit}/s") if rate >= 1 else (1 / rate, f"s/{unit.removesuffix('s')}")
@@ -88,7 +88,7 @@ def speed_words(rate: float | None, unit: str) -> str:
 
 
 class _Speed(ProgressColumn):
-    """Speed and time left of a bar. Drawn anew all the time, so both move while nothing else does."""
+    """Speed and time left of a bar. It is redrawn all the time, so both change even while nothing moves."""
 
     def render(self, task: Task) -> Text:
         meter, unit = task.fields["meter"], task.fields["unit"]
@@ -101,10 +101,10 @@ class _Speed(ProgressColumn):
 
 
 class Progress:
-    """Shows one task at a time. `advance(count)` moves it; `advance(count, note)` adds a word on how it goes. A task
-    that does not move for long is said to be idle, with what it waits for.
+    """Shows one task at a time. `advance(count)` moves it; `advance(count, note)` adds a note on how it goes.
 
-    `images_again` and `seconds_again` add up what was begun again because a process or its node was lost.
+    If a task does not move for long, it reports that, and what the task waits for. `images_again` and `seconds_again`
+    count work that was repeated because a process or its node was lost.
     """
 
     def __init__(self, console: Console) -> None:
@@ -112,7 +112,7 @@ class Progress:
         self.images_again, self.seconds_again = 0, 0.0
 
     def again(self, name: str, images: int, seconds: float) -> None:
-        """Count what was begun and lost, and say it, if it is anything."""
+        """Count work that was lost and repeated, and report it, if there is any."""
         if images:
             self.images_again, self.seconds_again = self.images_again + images, self.seconds_again + seconds
             self.line(f"{name:<9} {images:,} image(s) begun again, {seconds:.0f} s: a process or its node was lost")
@@ -122,8 +122,8 @@ class Progress:
 
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
-        """Gives `advance(count, note, worked)`. What was `done` before, and what is found done (`worked=False`), moves
-        the task and is no speed."""
+        """Gives `advance(count, note, worked)`. Units `done` before, or found done (`worked=False`), move the task but
+        do not count for the speed."""
         show, meter = self._bar if self.console.is_terminal else self._lines, SpeedMeter(time.monotonic)
         idle = idle_noticed(lambda words: self.line(f"{name:<9} {words}"))
         with show(name, total, unit, done, meter) as advance, idle as move:
@@ -178,5 +178,5 @@ class Progress:
                 say()
 
         yield advance
-        if said != (position, latest):  # a last step that took long had its line
+        if said != (position, latest):  # a slow last step has had its line
             say()

@@ -1,16 +1,16 @@
-"""Which versions of libraries are installed where this runs."""
+"""The versions of installed libraries."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import metadata
 
-# They decide what a stage's files hold.
+# they decide the content of a stage's files
 PACKAGES = ("raydistill", "ray", "torch", "timm", "transformers", "diffusers", "numpy", "pyarrow")
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Versions by name; `none` of what is not installed. Builds of one version for CPUs and GPUs go together."""
+    """Versions by name; `none` if not installed. Builds of one version for CPUs and GPUs count as the same."""
     versions: dict[str, str] = {}
     for name in packages:
         try:

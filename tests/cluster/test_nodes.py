@@ -143,7 +143,7 @@ def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
     assert "torch" in answers["refused"]
     assert answers["good"] == [True]
     drained, failed, again = answers["newcomer"]
-    assert "a node that joined is drained, since it is not fit" in drained
+    assert "a node that joined is drained, because it is not fit" in drained
     assert "(here 0.0.1)" in drained
     assert failed == "nodes that join are not checked for now: the head is busy"
     assert again == drained, "what failed is tried again"
@@ -170,8 +170,8 @@ def test_kuberays_files_are_looked_at_too(name: str, tmp_path: Path) -> None:
     broken = tmp_path / name
     broken.write_text(path.read_text().replace("mode: token", "mode: disabled"))
     (finding,) = check_offers(config, str(broken))
-    assert finding.found.endswith("authOptions.mode: whoever reaches a port of Ray's can run code; write token")
-    assert finding.advice == "mend it before `kubectl apply`"
+    assert finding.found.endswith("authOptions.mode: anybody who reaches a port of Ray can run code; write token")
+    assert finding.advice == "fix it before `kubectl apply`"
 
 
 def test_a_broken_cluster_file_is_named(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ if any("default_worker.py" in word for word in sys.orig_argv):
             "os.write(2, b'ImportError: libgone.so.1: no such\\n'); os._exit(1)",
             "start: ImportError: libgone.so.1: no s",
         ),
-        ("os.kill(os.getpid(), 9)", "start: without a word, as where memory runs out"),
+        ("os.kill(os.getpid(), 9)", "start: no reason given, as when memory runs out"),
         ("sys.modules['raydistill'] = None", "cannot run raydistill: ModuleNotFoundError: .*raydistill"),
     ],
     ids=["with a reason", "killed", "another environment"],

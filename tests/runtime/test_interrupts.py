@@ -162,7 +162,7 @@ def test_a_run_says_at_once_what_it_reads_and_ends_while_it_loads(image_folder, 
     command = Command("-m", "raydistill", "run", *small_job(tmp_path, image_folder, teacher_weights))
     command.wait_for_line(str(image_folder))  # before torch, which takes seconds
     command.press(signal.SIGHUP)
-    assert command.end() == (129, "interrupted (SIGHUP); the same command goes on from here\n")
+    assert command.end() == (129, "interrupted (SIGHUP); the same command continues from here\n")
 
 
 def glob(pattern: str) -> Callable[[Path], bool]:
@@ -197,7 +197,7 @@ def test_every_signal_in_every_stage(moment, number, workers, image_folder, teac
     command.press(number)
     code, said = command.end(60)  # seconds on an idle machine, of which MLflow takes most to make its tables
     assert code == CODES[number], said
-    assert said.splitlines()[-1] == f"interrupted ({signal.Signals(number).name}); the same command goes on from here"
+    assert said.splitlines()[-1] == f"interrupted ({signal.Signals(number).name}); the same command continues from here"
     assert said.count("interrupted") == 1
     assert "Traceback" not in said
     if (workspace / "mlflow.db").exists():
