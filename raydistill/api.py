@@ -1,6 +1,6 @@
-"""The front door for Python: the same jobs, settings and errors as the command line.
+"""The Python interface: the same jobs, settings and errors as the command line.
 
-Imports that take time stand inside the functions, so that `import raydistill` costs next to nothing.
+Slow imports are inside the functions, so that `import raydistill` takes milliseconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # One job at a time in a process: the first one to end would take Ray away from the other.
 _ONE = threading.Lock()
-_ARGUMENTS = ("learning_curve", "progress", "strict")  # of the functions below, which are no keys of a job
+_ARGUMENTS = ("learning_curve", "progress", "strict")  # arguments of the functions below that are not keys of a job
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Shares of right answers, expected calibration errors and agreement: `test_accuracy`, `teacher_test_accuracy`,
-        `val_top5`, `agreement_test`… of the splits that there are."""
+        """Accuracies, expected calibration errors and agreement, each as a share: `test_accuracy`,
+        `teacher_test_accuracy`, `val_top5`, `agreement_test` and so on, for the splits that exist."""
         report = self._report
         measured = {"": report.student, "teacher_": report.teacher or {}}
         found = {
@@ -87,7 +87,7 @@ class Run:
         return load(self.path)
 
     def predict(self, pictures: Pictures) -> list[Prediction]:
-        """What the student says of pictures: paths, folders, PIL images, or (H, W, 3) uint8 arrays."""
+        """One prediction for each picture: paths, folders, PIL images, or (H, W, 3) uint8 arrays."""
         return self.student.predict(pictures)
 
     @property
@@ -105,14 +105,14 @@ def distill(
     progress: bool = True,
     **settings: Any,
 ) -> Run:
-    """Distil a student on a folder, table or file of images, or as a job file says; finished stages are not done again.
+    """Distil a student on a folder, table or file of images, or by a job file. Finished stages are skipped.
 
-    `teacher` and `student` are models, as `timm:resnet10t`, or their whole sections. `settings` are the keys of the
+    `teacher` and `student` are models, such as `timm:resnet10t`, or whole sections. `settings` are the keys of the
     job, nested or dotted: `distill={"epochs": 30}`, `**{"loss.temperature": 2}`, `workspace="runs"`. `keys()` lists
-    them. With `progress=False` no progress is printed.
+    them. `progress=False` prints no progress.
 
-    Raises ConfigError and DataError where the job cannot work, UselessStudentError where the student is at chance
-    (export.allow_useless), StageError where a stage fails.
+    Raises ConfigError and DataError if the job cannot work, UselessStudentError if the student is at chance
+    (export.allow_useless), StageError if a stage fails.
     """
     given = {name: model for name, model in (("teacher", teacher), ("student", student)) if model is not None}
     config = _config(images, {**given, **settings})
@@ -124,15 +124,16 @@ def distill(
 
 
 def check(images: Path, /, *, strict: bool = False, progress: bool = True, **settings: Any) -> Checkup:
-    """Look at every image, as `raydistill check` does: what would stop a run, and what deserves a look. Writes nothing.
+    """Look at every image, as `raydistill check` does, and list what would stop a run and what deserves attention. It
+    writes nothing.
 
-    `settings` as for `distill`, here and below. Raises ConfigError, DataError.
+    `settings` are as for `distill`. Raises ConfigError, DataError.
     """
     config = _config(images, settings, trains=False)
     from raydistill.doctor.images import check_images
 
     checkup = check_images(config, _progress(progress), strict)
-    if checkup.is_interrupted:  # which tells of the images before
+    if checkup.is_interrupted:  # the checkup covers only the images before the interruption
         raise KeyboardInterrupt
     return checkup
 
@@ -140,8 +141,8 @@ def check(images: Path, /, *, strict: bool = False, progress: bool = True, **set
 def compare(
     images: Path, /, *, learning_curve: bool = False, progress: bool = True, **settings: Any
 ) -> tuple[Comparison, str]:
-    """Train the student in several ways over several seeds (`compare.arms`, `compare.seeds`) and say which to ship; and
-    the folder of tables and figures.
+    """Train the student in several ways over several seeds (`compare.arms`, `compare.seeds`). Returns the comparison,
+    which says which arm to ship, and the folder of its tables and figures.
 
     Raises RaydistillError.
     """
@@ -153,7 +154,8 @@ def compare(
 
 
 def tune(images: Path, space: Path, /, *, progress: bool = True, **settings: Any) -> Search:
-    """Search the settings of a space, a file such as `tune_spaces/loss.yaml`, and confirm the best with new seeds.
+    """Search the settings of a search space, a file such as `tune_spaces/loss.yaml`, and confirm the best with new
+    seeds.
 
     Raises RaydistillError.
     """
@@ -167,7 +169,7 @@ def tune(images: Path, space: Path, /, *, progress: bool = True, **settings: Any
 def load(student: Path) -> Student:
     """An exported student from its folder, or from the Hugging Face hub (`OWNER/NAME`, or `hf:OWNER/NAME`).
 
-    Raises ConfigError where it is none.
+    Raises ConfigError if it is not an exported student.
     """
     import os
 
@@ -177,14 +179,14 @@ def load(student: Path) -> Student:
 
 
 def keys(word: str = "") -> list[Key]:
-    """The settings of a job whose name or meaning has `word`: dotted name, default, values allowed, meaning."""
+    """The settings of a job whose name or meaning contains `word`: dotted name, default, allowed values, meaning."""
     from raydistill.config.keys import describe_keys
 
     return list(describe_keys(word))
 
 
 def _config(images: Path, settings: Mapping[str, Any], trains: bool = True) -> RunConfig:
-    """What trains needs the job's models and cluster, which are looked at first."""
+    """The config. If the call `trains`, it also checks the job's models and cluster."""
     import os
 
     from raydistill.config import RunConfig, load_config
@@ -194,9 +196,9 @@ def _config(images: Path, settings: Mapping[str, Any], trains: bool = True) -> R
 
     prepare_environment()
     for key in settings.keys() - RunConfig.model_fields.keys() - set(_ARGUMENTS):
-        if "." not in key and (hint := did_you_mean(key, _ARGUMENTS)):  # else it would count as a key of the job
+        if "." not in key and (hint := did_you_mean(key, _ARGUMENTS)):  # otherwise it would count as a key of the job
             raise ConfigError(f"{key}: unknown argument{hint}")
-    # A folder may have any name, as `day=1`, which among the words of a command is a setting.
+    # A folder may have any name. `day=1` among the words of a command would be a setting.
     place = os.path.expanduser(images)
     words, under = ([], {"images.path": place}) if os.path.isdir(place) else ([place], {})
     models = {name: {"model": settings[name]} for name in ("teacher", "student") if isinstance(settings.get(name), str)}

@@ -1,7 +1,7 @@
-"""Finds what no job of a workspace needs, and deletes it. A workspace is a folder with a record of a job in it.
+"""Finds what no job of a workspace needs, and deletes it. A workspace is a folder with the record of at least one job.
 
-A folder counts as ours if its name is the hash of its `identity.json`, as every stage makes it. Links, folders that
-hold links, directories in use and all else stay.
+A stage directory is recognised by its name, which is the hash of its `identity.json`. Links, folders that hold links,
+directories in use and everything else stay.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LEFT_OVER_SECONDS = 3600.0  # no file takes so long to be written
 
 @dataclass(frozen=True)
 class Waste:
-    """Something to delete, and why; with a reason to keep it, it stays. `size` is in bytes."""
+    """A path that no job needs, and why. If `kept` gives a reason, it stays. `size` is in bytes."""
 
     path: str
     why: str
@@ -40,20 +40,18 @@ class Waste:
 
 
 def find_waste(workspace: str, job: str | None = None) -> tuple[list[Waste], list[str]]:
-    """What no job needs. With `job`, also what that job alone needs, and the paths of its records.
+    """What no job needs. With `job`, also what only that job needs, and the paths of its records.
 
-    Raises ConfigError where there is no workspace or no such job, or where it runs; CheckpointError where a record
-    cannot be read, since what it names may be needed.
+    Raises ConfigError if there is no workspace or no such job, or if the job runs; CheckpointError if a record cannot
+    be read, because the directories that it names may be needed.
     """
     root = absolute_root(workspace)
     if "://" in root:
-        raise ConfigError(
-            f"{workspace}: clean deletes on disks alone; in a bucket let its own rules for old files do it"
-        )
+        raise ConfigError(f"{workspace}: clean works only on a disk; in a bucket use the bucket's lifecycle rules")
     runs = list(read_jobs(root, all_or_none=True))
     leaving = [] if job is None else named_runs(runs, job)
     if any(state_of(root, run) == "running" for _, run in leaving):
-        raise ConfigError(f"{job} is running; end it first, or wait for its end")
+        raise ConfigError(f"{job} is running; stop it, or wait until it ends")
     needed = {name for item in runs if item not in leaving for name in item[1].directories.values()}
     return list(_waste_in(root, needed)), [path for path, _ in leaving]
 
@@ -70,7 +68,7 @@ def _waste_in(root: str, needed: set[str]) -> Iterator[Waste]:
         elif not (entry.is_symlink() or is_held(entry.path)):
             old = f"{entry.path}/checkpoints"
             if os.path.isfile(f"{entry.path}/DONE") and os.path.isdir(old) and not os.path.islink(old):
-                yield Waste(old, "superseded", folder_bytes(old))  # by the student, which is there
+                yield Waste(old, "superseded", folder_bytes(old))  # by the finished student
             yield from _half_written(_files_below(entry.path))
 
 
@@ -79,7 +77,7 @@ def _files_below(folder: str) -> Iterator[str]:
 
 
 def _half_written(paths: Iterable[str]) -> Iterator[Waste]:
-    """Those of the files that a killed process did not finish."""
+    """The files that a killed process did not finish."""
     for path in paths:
         if _LEFT_OVER.fullmatch(os.path.basename(path)) and os.path.isfile(path) and not os.path.islink(path):
             state = os.stat(path)
@@ -88,13 +86,13 @@ def _half_written(paths: Iterable[str]) -> Iterator[Waste]:
 
 
 def _reason_to_keep(path: str) -> str:
-    """Why a folder with a name of ours stays; empty where it may go."""
+    """Why a folder with the name of a stage directory stays; empty if it may be deleted."""
     try:
         refuse_links(path)
         names = os.listdir(path)
         if is_held(path):
             return "in use"
-        if all(map(_LEASE.fullmatch, names)):  # a run that was killed as it began
+        if all(map(_LEASE.fullmatch, names)):  # the run was killed as it began
             return ""
         digest = hashlib.sha256(read_file(f"{path}/identity.json", MOST_BYTES)).hexdigest()
     except CheckpointError:
@@ -105,15 +103,15 @@ def _reason_to_keep(path: str) -> str:
 
 
 def delete(waste: Waste) -> bool:
-    """Delete it, unless somebody began to use it meanwhile. A folder gets another name first, so that no command finds
-    a part of it; a link in its place stays. Raises OSError."""
+    """Delete it, and return whether it did: another command may have begun to use it. It renames a folder first, so
+    that no command finds a part of it. A link in its place stays. Raises OSError."""
     folder, name = os.path.split(waste.path)
     gone = waste.path if _HALF_DELETED.fullmatch(name) else f"{folder}/.deleted-{name}"
     if os.path.islink(waste.path):
         return False
     with contextlib.suppress(FileNotFoundError):  # another `clean` was first
         if name == "checkpoints":
-            from raydistill.engine.checkpoints import drop_checkpoints  # with torch
+            from raydistill.engine.checkpoints import drop_checkpoints  # imports torch
 
             drop_checkpoints(folder)
         elif not os.path.isdir(waste.path):
@@ -122,5 +120,5 @@ def delete(waste: Waste) -> bool:
             return False
         else:
             os.rename(waste.path, gone)
-            shutil.rmtree(gone)  # which follows no link
+            shutil.rmtree(gone)  # follows no links
     return True

@@ -1,7 +1,7 @@
-"""What can go wrong, each as one sentence that names the thing and the way out.
+"""Exceptions. Each message is one sentence that names the problem, its place and the way out.
 
-Every error takes one message string, so that it survives the trip between Ray processes unchanged. Passwords in it are
-hidden, and names of any length cut: messages quote settings, strangers and libraries.
+Every error takes one message string, so that it passes between Ray processes unchanged. Messages quote settings, other
+people's files and libraries, so passwords in them are hidden and long names are shortened.
 """
 
 import contextlib
@@ -18,23 +18,23 @@ _MOST_NEIGHBOURS = 1000  # comparing more names would take seconds
 
 
 def reason_of(error: BaseException) -> str:
-    """What a library says of its error, in one line of 500 characters at most."""
+    """A library's error message, in one line of at most 500 characters."""
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def first_line_of(error: BaseException | None) -> str:
-    """The same, of errors whose first line says all."""
+    """The first line of an error's message, for errors whose first line says everything."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean smoke?`, or nothing where no known name is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.65)  # three letters, two of them swapped
+    """`; did you mean smoke?`, or nothing if no known name is similar."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.65)  # of 3 letters, 2 may be swapped
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def near_path(path: str, known: Iterable[str] = ()) -> str:
-    """As `did_you_mean`; the files and folders beside the path are known too."""
+    """Like `did_you_mean`, and also knows the files and folders beside the path."""
     folder, beside = os.path.dirname(path), list[str]()
     with contextlib.suppress(OSError, ValueError), os.scandir(folder or ".") as found:
         beside = [os.path.join(folder, one.name) for one in itertools.islice(found, _MOST_NEIGHBOURS)]
@@ -42,7 +42,7 @@ def near_path(path: str, known: Iterable[str] = ()) -> str:
 
 
 class RaydistillError(Exception):
-    """Base of everything raydistill raises on purpose. `exit_code` is what the command line returns."""
+    """Base class of all errors that raydistill raises on purpose. `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -51,19 +51,19 @@ class RaydistillError(Exception):
 
 
 class ConfigError(RaydistillError):
-    """The job, an overlay, a `key=value` or a model it names cannot be used as it stands."""
+    """The job, an overlay, a `key=value` or a model that it names cannot be used."""
 
     exit_code = 2
 
 
 class DataError(RaydistillError):
-    """The images or their labels cannot be used as they stand."""
+    """The images or their labels cannot be used."""
 
     exit_code = 2
 
 
 class CheckpointError(RaydistillError):
-    """Something an earlier run left in the workspace is damaged or belongs to other inputs."""
+    """A file of an earlier run in the workspace is damaged or belongs to other inputs."""
 
     exit_code = 2
 
@@ -73,11 +73,11 @@ class StageError(RaydistillError):
 
 
 class StorageError(StageError):
-    """The place where results or images lie does not answer, or has no such bucket."""
+    """Storage does not answer, or has no such bucket."""
 
 
 class UselessStudentError(StageError):
-    """The student is at chance, so `export` wrote nothing. `outcome` holds the run's results before it."""
+    """The student is at chance, so `export` wrote nothing. `outcome` holds the results of the earlier stages."""
 
     outcome: Any = None
 

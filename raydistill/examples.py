@@ -1,7 +1,7 @@
-"""Real images and real weights for the example jobs, fetched on first use into the user's cache.
+"""Real images and weights for the example jobs, fetched on first use into `~/.cache/raydistill`.
 
-They lie in `~/.cache/raydistill`. Each is made in a scratch folder there and renamed at the end: an interrupted fetch
-leaves nothing under the final name, and two processes may fetch at once.
+Each is made in a scratch folder there and renamed at the end. So an interrupted fetch leaves nothing under the final
+name, and two processes may fetch at once.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _NOT_CLIP_ART = ("transportation/aiga-symbols/", "transportation/roadsigns/", "r
 
 
 def images_path(name: str) -> Path:
-    """The folder of class folders, the .parquet or the .csv of `example:NAME`. Raises ConfigError: the name is unknown
-    or a package is missing; DataError: the images could not be fetched."""
+    """The path of `example:NAME`: a folder of class folders, a .parquet or a .csv. Raises ConfigError: the name is
+    unknown or a package is missing; DataError: the images could not be fetched."""
     _check(name, IMAGES, "images")
     try:
         if name == "elpv":
@@ -83,7 +83,7 @@ def weights_fingerprint(name: str) -> str:
 def _open_clip_art(scratch: Path, *, pool: bool) -> None:
     """Eight classes of Open Clip Art: each .png below the class's folder, as it is, under its path joined by `__`.
 
-    With `pool`, all other images of the package stand beside them as unlabelled ones: other things, the same style.
+    With `pool`, all other images of the package are unlabelled images beside them: other objects in the same style.
     animals 316, food 366, transportation 176, people 400, plants 95, buildings 70, tools 149, recreation 347. No cap,
     and Debian's links are followed: the 1,919 files are 1,662 different pictures, 100 of them in more than one class.
     """
@@ -161,7 +161,8 @@ def _efficientnet(name: str, package: str, scratch: Path) -> None:
 def _vit_s_saliency(package: str, scratch: Path) -> None:
     """The backbone in the package's ONNX file, under the names of transformers, with its config and preprocessing.
 
-    Weights that are multiplied have lost their names there; the bias that is added to the product still has its own.
+    In the ONNX file the weights of matrix products have lost their names; the biases added to the products have kept
+    theirs.
     """
     import onnx
     import torch
@@ -202,7 +203,7 @@ def _cached(name: str) -> Path:
 
 
 def _once(name: str, fetch: Callable[[Path], None]) -> Path:
-    """The cached file or folder of that name. Where there is none, `fetch` makes it in a scratch folder, as `made`."""
+    """The cached file or folder of that name. If it does not exist, `fetch` makes it in a scratch folder, as `made`."""
     final = _cached(name)
     if not final.exists():
         final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -211,7 +212,7 @@ def _once(name: str, fetch: Callable[[Path], None]) -> Path:
             try:
                 (Path(scratch) / "made").rename(final)
             except OSError:
-                if not final.exists():  # else another process was first
+                if not final.exists():  # otherwise another process was first
                     raise
     return final
 
@@ -245,7 +246,7 @@ def _unpack_debian(package: str, scratch: Path) -> Path:
 
 
 def _run(*words: str, cwd: Path) -> None:
-    """Run a program; RuntimeError with the last line of its complaint if it fails."""
+    """Run a program. Raises RuntimeError with the last line of its error output if it fails."""
     done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{words[0]}: {(done.stderr.strip() or f'exit status {done.returncode}').splitlines()[-1]}")

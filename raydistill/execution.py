@@ -1,4 +1,4 @@
-"""The execution of one command: the argument of each stage's function. It makes each result once."""
+"""`Execution` is the argument of each stage's function. It makes each result once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raydistill.tracking.tracker import Tracker
 
 class Execution:
     """A stage reads `config`, `outcome` and the other fields, and adds its result to `outcome`. `adapt` may replace the
-    config's teacher by its fine-tuned one."""
+    config's teacher with its fine-tuned one."""
 
     def __init__(
         self, config: RunConfig, progress: Progress, work: Work, ray: RayStart, tracker: Tracker, record: JobRecord
@@ -35,13 +35,13 @@ class Execution:
 
     @property
     def samples(self) -> SampleSet:
-        assert self.outcome.samples is not None, "prepare comes before all others"
+        assert self.outcome.samples is not None, "prepare runs first"
         return self.outcome.samples
 
     @property
     def head(self) -> str:
         """The directory of the teacher's head."""
-        assert self.outcome.adapted is not None, "adapt comes before what needs its head"
+        assert self.outcome.adapted is not None, "adapt runs before stages that need its head"
         return self.outcome.adapted.path
 
     def plan(self) -> Plan:
@@ -50,12 +50,12 @@ class Execution:
 
     def result(self, directory: StageDirectory, work: Callable[[Any], object]) -> dict[str, Any]:
         """The result in a directory: from an earlier command, from another command that runs now, or from `work`, which
-        gets its MLflow run."""
+        gets the directory's MLflow run."""
         self.outcome.directories[directory.stage] = directory.path
         self.record.uses(self.outcome.directories)
         done = directory.done()
         if done is None:
-            with held(directory, self.progress.line) as is_to_do:  # another command may do it meanwhile
+            with held(directory, self.progress.line) as is_to_do:  # false: another command did it meanwhile
                 if is_to_do:
                     return self._do(directory, work)
             done = directory.done()

@@ -114,8 +114,8 @@ def generate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 
 def class_directory(config: RunConfig, recipe: dict[str, Any]) -> StageDirectory:
-    """Every image of one class by one recipe, kept or not, so that a stage with more images or other filters makes no
-    image twice."""
+    """Every image of one class by one recipe, kept or not. So a stage with more images or other filters makes no image
+    twice."""
     identity = {"pipeline": pipeline_identity(config.generate), "seed": config.seed, **recipe}
     directory = stage_directory(config, "generated", identity)
     digest = directory.name.removeprefix("generated-")
@@ -123,7 +123,7 @@ def class_directory(config: RunConfig, recipe: dict[str, Any]) -> StageDirectory
 
 
 def teach_generated_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """The soft targets of the generated images, apart from those of the real images, which do not change."""
+    """The soft targets of the generated images, separate from those of the real images, which do not change."""
     identity = _stored_views(config) | {"generate": generate_directory(config, samples).name}
     return replace(stage_directory(config, "teach", identity), stage="teach_generated")
 
@@ -153,7 +153,7 @@ def _stored_views(config: RunConfig) -> dict[str, Any]:
 
 
 def taught_before(directory: StageDirectory) -> list[str]:
-    """Files of soft targets in other `teach` directories, of the same teacher and views and of other images."""
+    """Files of soft targets in other `teach` directories, by the same teacher and views, of other images."""
     own = _apart_from_images(json.loads(directory.identity))
     root, place = directory.path.rpartition("/")[0], directory.place.rpartition("/")[0]
     files: list[str] = []
@@ -205,7 +205,7 @@ def evaluate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 
 def export_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """It covers `evaluate`, whose measures its card shows."""
+    """It covers `evaluate`, because the model card shows its measures."""
     identity = {"evaluate": evaluate_directory(config, samples).name, **_exporting(config)}
     return stage_directory(config, "export", identity)
 

@@ -27,7 +27,7 @@ def refuse_early(config: RunConfig) -> None:
     if config.generate is not None:
         _check_file("generate.names", config.generate.names)
         if not Path(config.generate.pipeline).is_dir() and not _REPOSITORY.fullmatch(config.generate.pipeline):
-            raise ConfigError(f"generate.pipeline={config.generate.pipeline}: no such folder, and no name on the hub")
+            raise ConfigError(f"generate.pipeline={config.generate.pipeline}: no such folder, not a name on the hub")
     if config.cluster.address is not None:
         _probe(config.cluster.address)
 
@@ -45,7 +45,7 @@ def _check_model(key: str, model: str, also_here: str) -> None:
         return
     if colon and prefix == "hf":
         if not _REPOSITORY.fullmatch(name) and not Path(name).is_dir():
-            raise ConfigError(f"{key}={model}: no such folder, and no name on the hub, which is OWNER/NAME")
+            raise ConfigError(f"{key}={model}: no such folder, not a name on the hub (OWNER/NAME)")
         return
     meant = f"; did you mean timm:{model} or hf:{model}?" if _REPOSITORY.fullmatch(model) and not colon else ""
     raise ConfigError(f"{key}={model}: no such folder; use timm:NAME, hf:NAME, {also_here} saved{meant}")
@@ -65,8 +65,8 @@ def _probe(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS).close()
     except (OSError, OverflowError, UnicodeError) as error:
         raise ConfigError(
-            f"cluster.address={address}: nobody answers there ({getattr(error, 'strerror', None) or error}); start a "
-            "cluster (`ray start --head`, `ray up cluster.yaml`), or leave it out for a Ray of this machine"
+            f"cluster.address={address}: no server answers ({getattr(error, 'strerror', None) or error}); start a "
+            "cluster (`ray start --head`, `ray up cluster.yaml`), or leave it out to use only this machine"
         ) from None
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from raydistill.data.sample import SampleSet
 
 PREDICTIONS_FILE = "predictions.parquet"
-# Those of its columns that others read, besides what the networks said in full.
+# The columns that other code reads; the full logits follow.
 PREDICTIONS = pa.schema([
     ("sample_id", pa.string()), ("label", pa.int32()), ("split", pa.string()),
     ("student_class", pa.int32()), ("student_probability", pa.float32()),
@@ -38,8 +38,8 @@ class AdaptedTeacher:
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """The result of `generate`. `wanted`, `kept` and `missing` are counts by class, `rejected` by reason;
-    `actor_seconds` is the cost of all images, over all runs."""
+    """The result of `generate`. `wanted`, `kept` and `missing` are counts by class, `rejected` by reason.
+    `actor_seconds` is the time of all actors for all images, over all runs."""
 
     samples: SampleSet
     wanted: dict[str, int]
@@ -81,7 +81,7 @@ class Report:
     student: dict[str, Any]  # split -> measures
     teacher: dict[str, Any] | None
     agreement: dict[str, float] | None  # split -> share of equal top-1
-    temperature: float | None  # calibrates the student by dividing its logits; fitted on val
+    temperature: float | None  # divide the student's logits by it for calibrated probabilities; fitted on val
     student_parameters: int
     teacher_parameters: int | None
     student_images_per_second: float
@@ -111,7 +111,7 @@ class Exported:
 
 @dataclass
 class Outcome:
-    """What a run came to; stages that were not asked for are None."""
+    """The results of a run; None for stages that were not asked for."""
 
     samples: SampleSet | None = None
     adapted: AdaptedTeacher | None = None
@@ -120,7 +120,7 @@ class Outcome:
     report: Report | None = None
     exported: Exported | None = None
     refused: str | None = None  # why the student is not exported
-    without_generated: Report | None = None  # of the same job without generated images, where it was run
-    seconds: dict[str, float] = field(default_factory=dict)  # of the stages that ran; 0 where one was done before
+    without_generated: Report | None = None  # of the same job without generated images, if it was run
+    seconds: dict[str, float] = field(default_factory=dict)  # of the stages that ran; 0 for those done before
     directories: dict[str, str] = field(default_factory=dict)
-    page: str | None = None  # where report.html lies
+    page: str | None = None  # the path of report.html

@@ -1,7 +1,7 @@
-"""Passwords, keys and tokens: no text of ours shows them.
+"""Hides passwords, keys and tokens in every text that raydistill shows.
 
-They come in URIs that a job names (a tracking server, a database, signed links to images), and libraries repeat those
-in their errors. So all that is printed, stored, logged or raised goes through `redacted`.
+They are in the URIs that a job names (a tracking server, a database, signed links to images), and libraries repeat
+those in their errors. So everything printed, stored, logged or raised passes through `redacted`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from urllib.parse import quote, quote_plus, unquote
 from raydistill.escaping import for_terminal, printable
 
 HIDDEN = "***"
-_END = r"\s'\"<>`"  # what ends a URI in a text
+_END = r"\s'\"<>`"  # characters that end a URI in a text
 # A port is no password. A raw password may hold / ? # and @, so it reaches to the last @.
 _USER_INFO = (
     r"(?!\[[\d.:a-fA-F]+\])(?P<user>[^/?#:{end}]*)(?P<password>:(?!\d{{1,5}}(?:[/?#{end}]|$))[^{end}]{{0,300}})?@"
 )
 _IN_TEXT = re.compile(r"(?P<scheme>(?:\b[A-Za-z][A-Za-z0-9.+-]*:)?//)" + _USER_INFO.format(end=_END))
 _WHOLE = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9.+-]*://)" + _USER_INFO.format(end=r"\0"))
-_CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")  # before their @ stands a container, and no user
+_CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")  # before their @ is a container, not a user
 _NAMES = re.compile(
     r"(?i)[\w.%-]*(?:token|secret|signature|credential|passw|passphrase|pwd|auth|jwt|session)[\w.%-]*"
     r"|[\w.%-]*key(?:[-_]?(?:pair[-_]?)?id)?|sig|sas|pass|pw|psw|pin|otp|hmac|policy|googleaccessid|creds?|ticket"
     r"|(?:(?:device|user)_?)?code|code_verifier|(?:client_)?assertion|saml(?:request|response)"
 )
-# A URI may itself be the value in a query, and is quoted there.
+# A URI may be the value in a query, and is then percent-quoted.
 _QUERY = re.compile(
     rf"(?i)(?P<name>(?:[?&;#]|%3F|%26)(?:amp;)?(?P<key>[^\s=&;?#/]{{1,60}}?)(?:=|%3D))(?P<value>(?:(?!%26)[^&;#{_END}])+)"
 )
@@ -41,8 +41,8 @@ _ASSIGNED = re.compile(
     r"|(?<![/\w])passw(?:or)?d(?: for '[^']{0,300}')?: (?!unknown|terminal|No such))"
     r"(?P<value>[^\s'\"&;,)}\]]+)"
 )
-# Half a URI: without the host, or without what comes before the user. A port, a time, half of an IPv6 address and a
-# bucket's ARN are no passwords.
+# Half a URI: without the host, or without the part before the user. A port, a time, half of an IPv6 address and a
+# bucket's ARN are not passwords.
 _HOSTLESS = re.compile(
     rf"(?P<name>\b[A-Za-z][A-Za-z0-9.+-]*://(?!arn:)[^/?#:@{_END}]*:)"
     rf"(?P<value>(?![:$({{]|\d{{1,5}}(?!\w)|HOST|PORT)[^@{_END}]+)(?![^{_END}]*@)"
@@ -57,21 +57,21 @@ _HEADER = re.compile(
 )
 _SHAPES = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|(?:AKIA|ASIA)[0-9A-Z]{16})\b")
 _VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)(?:_ID)?$")
-# Shorter secrets are found by their place alone: a word of three letters would be hidden everywhere.
+# Shorter secrets are found by their place only: a word of three letters would be hidden everywhere.
 _LEAST, _LEAST_OF_ENVIRONMENT = 4, 8
 _known: set[str] = set()
 
 
 def redacted(text: str) -> str:
-    """The text with *** for each password, key and token: found by its place, by its shape, or because `remember` or
-    the environment knows it."""
+    """The text with *** for each password, key and token: found by its place, by its form, or because `remember` or the
+    environment knows it."""
     for secret in sorted(_known | _of_environment(), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return without_secrets(text)
 
 
 def without_secrets(text: str) -> str:
-    """As `redacted`, from the text alone: the same in every process."""
+    """Like `redacted`, but from the text alone, so the result is the same in every process."""
     if "//" in text:
         text = _IN_TEXT.sub(_hide_user, text)
     text = _QUERY.sub(_hide_value, text)
@@ -81,7 +81,7 @@ def without_secrets(text: str) -> str:
 
 
 def redacted_tree(value: Any, hide: Callable[[str], str] = redacted) -> Any:
-    """Mappings and sequences with every text in them redacted, each as one whole URI where it is one."""
+    """Mappings and sequences with every text in them redacted. A text that is one URI is treated as a whole."""
     if isinstance(value, str):
         return hide(_WHOLE.sub(_hide_user, value) if _is_uri(value) else value)
     if isinstance(value, Mapping):
@@ -92,7 +92,7 @@ def redacted_tree(value: Any, hide: Callable[[str], str] = redacted) -> Any:
 
 
 def for_page(value: Any) -> Any:
-    """For Jinja's `finalize`: each text of a template, redacted and printable. What is markup already stays."""
+    """For Jinja's `finalize`: each text of a template, redacted and printable. Markup stays as it is."""
     return printable(redacted(value)) if type(value) is str else value
 
 
@@ -102,7 +102,7 @@ def has_secret(value: str) -> bool:
 
 
 def remember(values: Iterable[str]) -> None:
-    """Let `redacted` hide the secrets in these settings from now on, also where a library shows them alone."""
+    """Make `redacted` hide the secrets in these settings from now on, even if a library shows only the secret."""
     for value in values:
         for secret in _secrets_of(value):
             forms = {secret, unquote(secret), quote(secret), quote(secret, safe=""), quote_plus(secret)}
@@ -123,7 +123,7 @@ def texts_in(tree: Any) -> Iterator[str]:
 
 
 class RedactedStream:
-    """A text stream that writes `redacted` text without escapes of strangers. What libraries print goes through it."""
+    """A text stream that writes text `redacted` and without escapes. The output of libraries goes through it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -164,7 +164,7 @@ def _secrets_of(value: str) -> Iterator[str]:
 
 
 def _hide_value(found: re.Match[str], within: bool = True) -> str:
-    """Where the value is no secret itself, it may be a quoted URI that holds one."""
+    """Hide the value if its key names a secret. Otherwise it may be a quoted URI that holds one."""
     value = found["value"]
     inner = _QUERY.sub(lambda part: _hide_value(part, False), value) if within else value
     return found["name"] + (HIDDEN if _is_secret(found) else inner)
@@ -175,7 +175,7 @@ def _is_secret(found: re.Match[str]) -> bool:
 
 
 def _of_environment() -> set[str]:
-    """Of variables that are named as HF_TOKEN and AWS_SECRET_ACCESS_KEY are."""
+    """The values of variables with names such as HF_TOKEN and AWS_SECRET_ACCESS_KEY."""
     found = {os.environ.get(name, "") for name in _secret_variables(tuple(os.environ))}
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         if value := os.environ.get(name):

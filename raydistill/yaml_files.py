@@ -1,7 +1,7 @@
-"""YAML and JSON files that people write, or get from others: job files, overlays, spaces, names, clusters.
+"""YAML and JSON files that people write or get from others: jobs, overlays, search spaces, class names, clusters.
 
-A file loads, or one sentence with its name and line refuses it before it costs much time or memory: for its size, its
-depth, a repeated key, or its number of values, with each alias counted as often as it is used.
+A file either loads, or is refused in one sentence with its name and line before it costs much time or memory. It is
+refused for its size, its depth, a repeated key, or its number of values, where each use of an alias counts.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _FLOAT = (
     re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
-_TAG = re.compile("[\n\r\x85\u2028\u2029]%TAG")  # all ends of lines of YAML's
+_TAG = re.compile("[\n\r\x85\u2028\u2029]%TAG")  # all line ends of YAML
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
-_Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is written in C, and many times as fast
+_Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # written in C, and many times as fast
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class Loader(_Safe):
-    """YAML as PyYAML's safe loader reads it, and so Ray: numbers, dates, no objects. But `1:30` is text: PyYAML makes
-    90 of it, and takes minutes for a long one."""
+    """YAML as PyYAML's safe loader reads it, and so Ray: numbers, dates, no objects. But `1:30` is text: PyYAML would
+    make 90 of it, and takes minutes for a long one."""
 
     most_bytes, most_values = 4 * 1024**2, 100_000
     keys_are_text = False
@@ -54,22 +54,22 @@ class Loader(_Safe):
     def ascend_resolver(self) -> None: ...
 
     def construct_document(self, node: yaml.Node) -> Any:
-        self._weigh(node, {})  # before keys are merged: a few lines can make billions
+        self._weigh(node, {})  # before keys are merged: a few lines can make billions of values
         return super().construct_document(node)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if node.tag in _NO_SETTINGS:  # later the value would be refused as something else
+        if node.tag in _NO_SETTINGS:  # otherwise the value would be refused later, as something else
             kind = node.tag.rpartition(":")[2]
-            raise _refusal(f"!!{kind} makes a value that no key takes; write a mapping, a list or text", node)
+            raise _refusal(f"!!{kind} makes a value that no key accepts; write a mapping, a list or text", node)
         try:
-            if node.tag in _NUMBERS and ":" in node.value:  # of `!!int 1:30`
+            if node.tag in _NUMBERS and ":" in node.value:  # as in `!!int 1:30`
                 raise ValueError
             value = super().construct_object(node, deep)
-            if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # Python refuses to write it
+            if isinstance(value, int) and value.bit_length() > _MOST_BITS:  # Python refuses to print it
                 raise ValueError
             return value
-        except (ValueError, LookupError, AttributeError, OverflowError):  # of `!!int x`, `!!bool x`, `!!timestamp x`
-            raise _refusal(f"{node.value!r} is no {node.tag.rpartition(':')[2]}", node) from None
+        except (ValueError, LookupError, AttributeError, OverflowError):  # as in `!!int x`, `!!bool x`, `!!timestamp x`
+            raise _refusal(f"{node.value!r} is not a valid {node.tag.rpartition(':')[2]}", node) from None
 
     def _weigh(self, node: yaml.Node, known: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:
         """The number of a node's values, and their depth."""
@@ -77,7 +77,7 @@ class Loader(_Safe):
             return 1, 0
         if node in known:
             if not known[node][0]:
-                raise _refusal("an alias stands for what it is a part of", node)
+                raise _refusal("an alias refers to a value that contains it", node)
             return known[node]
         known[node] = 0, 0
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
@@ -88,7 +88,7 @@ class Loader(_Safe):
             inner, below = self._weigh(part, known)
             count, depth = count + inner, max(depth, below + 1)
         if count > self.most_values:
-            raise _refusal(f"its aliases come to {count:,} values, and {self.most_values:,} are the most", node)
+            raise _refusal(f"with its aliases it has {count:,} values, above {self.most_values:,}", node)
         if depth > _MOST_DEPTH:
             raise _refusal("nested too deeply", node)
         known[node] = count, depth
@@ -99,27 +99,28 @@ class Loader(_Safe):
         for key in keys:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:  # YAML would take the last
-                    raise _refusal(f"{key.value!r} stands twice", key)
+                    raise _refusal(f"the key {key.value!r} is there twice", key)
                 seen.add(key.value)
                 if self.keys_are_text and key.tag != _MERGE:
                     key.tag = _STR
 
 
 class JobLoader(Loader):
-    """Keys are text, `1e-3` is a number as everywhere but in YAML 1.1, and a date is text."""
+    """Keys are text, dates are text, and `1e-3` is a number, unlike in YAML 1.1."""
 
     keys_are_text = True
 
 
 class TextLoader(Loader):
-    """All values are text, as names are: `NO`, `017`, `2024-01-01`. Room for the names of all classes of a set."""
+    """All values are text, because names are: `NO`, `017`, `2024-01-01`. It has room for the names of all classes of a
+    data set."""
 
     most_bytes, most_values = 32 * 1024**2, 400_000
     keys_are_text = True
 
 
 class _NoColon(NamedTuple):
-    """A pattern that nothing with a colon matches."""
+    """A pattern that never matches text with a colon."""
 
     pattern: re.Pattern[str]
 
@@ -128,7 +129,7 @@ class _NoColon(NamedTuple):
 
 
 def _resolvers(keep: Callable[[str], bool]) -> dict[str, list[tuple[str, Any]]]:
-    """PyYAML's, by the first character, for some kinds of values. Numbers to the base 60 are none."""
+    """PyYAML's resolvers by first character, for the wanted kinds of values, without base-60 numbers."""
     return {
         first: [
             (tag, _NoColon(pattern) if tag in _NUMBERS else pattern)
@@ -145,8 +146,8 @@ JobLoader.add_implicit_resolver(*_FLOAT)
 
 
 def read_documents(path: str, advice: str, loader: type[Loader] = Loader, key: str = "") -> list[Any]:
-    """The documents of a file that are not empty. Raises ConfigError, with the `advice` where there is no such file,
-    and with the `key` of the config that names it."""
+    """The documents of a file that are not empty. Raises ConfigError, with the `advice` if there is no such file, and
+    with the config `key` that names it."""
     shown = f"{key}={path}" if key else path
     text = _text(path, shown, advice, loader.most_bytes)
     return parse(text, shown, loader, "JSON" if loader is TextLoader and path.lower().endswith(".json") else "YAML")
@@ -167,7 +168,7 @@ def parse(text: str, shown: str, loader: type[Loader] = JobLoader, form: str = "
         reason = "nested too deeply" if "nesting depth" in reason else reason
     except yaml.reader.ReaderError as error:
         reason, line = f"{error.reason} (U+{int(error.character):04X})", 1 + text[: error.position].count("\n")
-    except ValueError as error:  # JSON's numbers of 5,000 digits, and repeated keys
+    except ValueError as error:  # numbers of 5,000 digits in JSON, and repeated keys
         reason = str(error)
     else:
         return [document for document in found if document is not None]
@@ -193,7 +194,7 @@ def as_flow(tree: dict[str, Any]) -> str:
 
 
 class _Dumper(_SafeDumper):
-    """Quotes what any reader would take for a number or a date."""
+    """Quotes text that any reader would take for a number or a date."""
 
 
 _Dumper.add_implicit_resolver(*_FLOAT)
@@ -204,7 +205,8 @@ def read_mapping(path: str, advice: str, loader: type[Loader] = JobLoader, key: 
     documents = read_documents(path, advice, loader, key)
     if len(documents) > 1 or not all(isinstance(document, dict) for document in documents):
         found = f"{len(documents)} documents" if len(documents) > 1 else f"a {type(documents[0]).__name__}"
-        raise ConfigError(f"{f'{key}=' if key else ''}{path}: the file has to be a mapping, this one is {found}")
+        where = f"{key}={path}" if key else path
+        raise ConfigError(f"{where}: the file has to be a mapping from keys to values, and is {found}")
     return documents[0] if documents else {}
 
 
@@ -214,11 +216,11 @@ def _text(path: str, shown: str, advice: str, most: int) -> str:
         if not place.exists():
             raise ConfigError(f"{shown}: no such file; {advice}")
         if not place.is_file():
-            raise ConfigError(f"{shown}: {'a folder' if place.is_dir() else 'no file'}; {advice}")
-        with place.open("rb") as file:  # files of the system may be longer than they state
+            raise ConfigError(f"{shown}: {'a folder' if place.is_dir() else 'not a regular file'}; {advice}")
+        with place.open("rb") as file:  # system files may be longer than they state
             data = file.read(most + 1)
         if (size := max(len(data), place.stat().st_size)) > most:
-            raise ConfigError(f"{shown}: {size:,} bytes, and {most:,} are the most; {advice}")
+            raise ConfigError(f"{shown}: {size:,} bytes, above {most:,}; {advice}")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{shown}: not UTF-8 (byte {error.start:,}); save it as UTF-8") from None
@@ -239,5 +241,5 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise KeyTwiceError(f"{name!r:.60} stands twice")
+        raise KeyTwiceError(f"the key {name!r:.60} is there twice")
     return found

@@ -245,7 +245,7 @@ def test_what_a_job_needs_that_began_before_the_answer_stays(
     told = capsys.readouterr().out
     assert names(root) >= {"export"}
     assert "adapt" not in names(root)
-    assert "stays: it came into use meanwhile" in told
+    assert "stays: another command began to use it" in told
     assert "deleted 1 thing(s)" in told
 
 

@@ -712,7 +712,7 @@ def test_a_workspace_that_can_be_written_is_left_clean(tmp_path):
 def test_a_workspace_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "deep" / "workspace"):
-        with pytest.raises(ConfigError, match="a file is there, and no folder"):
+        with pytest.raises(ConfigError, match="is a file, not a folder"):
             workspace_root(config_of(f"workspace={place}"))
     with pytest.raises(ConfigError, match="workspace"):
         check_writable(config_of(f"workspace={tmp_path / 'file' / 'below'}"))

@@ -23,7 +23,7 @@ OFF = ["teacher=null", *(f"loss.{name}_weight=0" for name in ("kd", "alignment",
         (["teacher.model=timm:vit_bas_patch16_224.mae"], "timm:vit_bas.* did you mean timm:vit_base_patch16_224"),
         (["student.model=timm:resnet10t/../x"], "timm has no model of this name"),
         (["student.model=timm:"], "student.model=timm:: no such folder"),
-        (["teacher.model=hf:a/b/c"], "teacher.model=hf:a/b/c: no such folder, and no name on the hub"),
+        (["teacher.model=hf:a/b/c"], "teacher.model=hf:a/b/c: no such folder, not a name on the hub"),
         (["teacher.model=example:nothing"], "nothing"),
         (["teacher.weights=none.pth"], "teacher.weights=none.pth: no such file"),
         (["student.init=pretrained", "student.weights=none.safetensors"], "student.weights=none.safetensors: no such"),
@@ -59,7 +59,7 @@ def test_a_cluster_that_nobody_answers_for_is_not_waited_for() -> None:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         config = load_config(["images.path=x", f"cluster.address=127.0.0.1:{port}"])
-        with pytest.raises(ConfigError, match=rf"address=127.0.0.1:{port}: nobody answers there \(Connection ref"):
+        with pytest.raises(ConfigError, match=rf"address=127.0.0.1:{port}: no server answers \(Connection ref"):
             refuse_early(config)
         taken.listen()
         refuse_early(config)

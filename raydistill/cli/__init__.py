@@ -1,4 +1,4 @@
-"""The command line. Imports that take time stand inside the commands, so that config errors answer at once."""
+"""The command line. Slow imports are inside the commands, so that config errors appear at once."""
 
 from raydistill.cli.main import main
 

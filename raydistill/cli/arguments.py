@@ -1,4 +1,4 @@
-"""The Typer app, and what all commands share: their arguments and their first line."""
+"""The Typer app, and what all commands share: their arguments and their first line of output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from raydistill.escaping import one_line
 
 STARTED = time.time()
-GOES_ON = "the same command goes on from here"
+CONTINUES = "the same command continues from here"
 Arguments = Annotated[
     list[str] | None,
     typer.Argument(

@@ -59,9 +59,7 @@ def check(
         wide.print(teachers_table(check_teachers(config, names, progress)), "")
     stops = sum(finding.severity == "stop" for finding in checkup.findings)
     used = sum(sum(counts.values()) for counts in checkup.counts.values())
-    console.print(
-        f"{stops} finding(s) would stop a run" if stops else f"a run would be sound: it would use {used:,} images"
-    )
+    console.print(f"{stops} finding(s) would stop a run" if stops else f"a run would start, and use {used:,} images")
     if stops:
         raise typer.Exit(2)
 
@@ -80,7 +78,7 @@ def _check_cluster(words: list[str] | None, cluster: bool, file: str | None, con
         findings += check_cluster(config)
     table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
     for finding in findings:
-        table.add_row("mend" if finding.advice else "ok", finding.about, finding.found, finding.advice or "")
+        table.add_row("fix" if finding.advice else "ok", finding.about, finding.found, finding.advice or "")
     console.print(table)
     if any(finding.advice for finding in findings):
         raise typer.Exit(2)

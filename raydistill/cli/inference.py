@@ -18,7 +18,7 @@ def predict(
     out: Annotated[str | None, typer.Option("--out", help="A .csv, .json, .jsonl or .parquet file to write.")] = None,
     top: Annotated[int, typer.Option("--top", min=0, help="How many classes to give for each picture; 0: all.")] = 1,
     engine: Annotated[str, typer.Option("--engine", help="onnx, or torch with the folder's safetensors.")] = "onnx",
-    skip: Annotated[int, typer.Option("--skip", min=0, help="Skip this many pictures at the start, to go on.")] = 0,
+    skip: Annotated[int, typer.Option("--skip", min=0, help="Skip this many pictures at the start, to continue.")] = 0,
     address: Annotated[
         str | None,
         typer.Option("--address", help="A Ray cluster to join. Without it, Ray starts here for very many pictures."),
@@ -29,7 +29,7 @@ def predict(
     announce(f"predict: loading {folder}", sys.stderr)  # its answers may go to a pipe
     from raydistill.models.metadata import check_export
 
-    check_export(folder, engine)  # what is wrong there is said before torch is loaded, which takes seconds
+    check_export(folder, engine)  # mistakes in these are reported before torch loads, which takes seconds
     from raydistill.inference.command import predict_command
 
     predict_command(folder, pictures, out, top, engine, address, skip)
@@ -66,7 +66,7 @@ def serve(
     check_export(folder, engine)
 
     allowed, sockets = [check_name(name) for name in allow_host or []], listen(host, port)
-    from raydistill.inference.command import serve_command  # with torch, which takes seconds
+    from raydistill.inference.command import serve_command  # imports torch, which takes seconds
 
     settings = ServeSettings(int(max_megabytes * 1e6), int(max_megapixels * 1e6), window / 1000, allowed)
     serve_command(folder, engine, host, sockets, settings)

@@ -20,7 +20,7 @@ def init(
 ) -> None:
     """Look at the images and the machine, and write a job file that fits, with reasons."""
     if os.path.lexists(out):
-        raise ConfigError(f"--out {out}: it is there, and init writes over nothing; give another name")
+        raise ConfigError(f"--out {out}: the file exists, and init overwrites nothing; give another name")
     announce(f"init: {images}")
     from raydistill.doctor.first_job import choose, job_text, look
 
@@ -31,7 +31,7 @@ def init(
     from raydistill.storage.local import create_here
     from raydistill.yaml_files import parse
 
-    load_config([], next(iter(parse(text, out))))  # no job is written that cannot be read
+    load_config([], next(iter(parse(text, out))))  # never write a job that cannot be read back
     try:
         create_here(out, text.encode())
     except OSError as error:

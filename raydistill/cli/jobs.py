@@ -50,7 +50,7 @@ def submit(
     from raydistill.config import load_config
 
     if install and python != "python":
-        raise ConfigError("submit: --install makes an environment with an interpreter of its own; leave out --python")
+        raise ConfigError("submit: --install makes an environment with its own interpreter; leave out --python")
     interrupts.resume_hint("raydistill job status says whether the job was submitted; the same command submits it once")
     announce(f"submit: {command} to {address}")
     given = tune_settings(space, trials)
@@ -61,12 +61,12 @@ def submit(
         for file, size in package.files:
             print(one_line(f"  {file} {size:,}"))
         for file in package.left_out:
-            print(one_line(f"left out, as no code of the package: {file}"))
+            print(one_line(f"left out, not code of the package: {file}"))
         if told := sorted(name for name in os.environ if name.startswith("MLFLOW_")):
-            print(f"stay here: {', '.join(told)}; the job goes by tracking.uri and by what its nodes have set")
+            print(f"not sent: {', '.join(told)}; the job uses tracking.uri and its nodes' own variables")
         client = jobs_api.job_client(address)
         name, is_new = jobs_api.submit(client, package, install)
-    print(f"job {name} {'is submitted' if is_new else 'was submitted before: an equal one is not started again'}")
+    print(f"job {name} {'is submitted' if is_new else 'runs or is done already, so it is not started again'}")
     print(f"raydistill job logs {name}     raydistill job stop {name}")
     if not detach:
         _follow(client, name)
@@ -97,11 +97,11 @@ def stop(name: Name, address: Address = _ADDRESS) -> None:
     jobs_api.existing_job(client, name)
     interrupts.resume_hint(f"{name} may still be ending; raydistill job status {name} tells")
     jobs_api.stop(client, name)
-    print(f"{name} has ended; the same `raydistill submit` goes on from there")
+    print(f"{name} has ended; the same `raydistill submit` continues from there")
 
 
 def _ask(address: str) -> tuple[Any, Any]:
-    """Ray's client of the cluster, and our module that speaks through it."""
+    """Ray's job client for the cluster, and our module that uses it."""
     announce(f"asking {address}", sys.stderr)
     from raydistill.cluster import submit as jobs_api
 
@@ -115,6 +115,6 @@ def _follow(client: Any, name: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    interrupts.resume_hint(f"the job goes on; raydistill job logs {name} shows it, raydistill job stop {name} ends it")
+    interrupts.resume_hint(f"the job continues; see raydistill job logs {name}, or stop it: raydistill job stop {name}")
     if code := follow(client, name, write):
         raise typer.Exit(code)

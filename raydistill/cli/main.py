@@ -25,7 +25,7 @@ def main() -> None:
     code = 1
     try:
         code = _exit_code()
-    finally:  # also of an interruption, at whatever moment it came
+    finally:  # also for an interruption, at whatever moment it comes
         interrupts.exit_process(code)
 
 
@@ -36,11 +36,11 @@ def _exit_code() -> int:
         for handler in logging.getLogger().handlers:
             handler.setFormatter(_Plain("%(levelname)s %(message)s"))
         logging.getLogger("raydistill").setLevel(logging.INFO)
-        from raydistill.cli.commands import app  # signals are taken care of by now
+        from raydistill.cli.commands import app  # signals have been handled
 
         app()
-    except SystemExit as stop:  # how Typer ends
-        if isinstance(stop.__context__, OSError):  # a pipe or a socket, of which Typer says nothing
+    except SystemExit as stop:  # Typer exits this way
+        if isinstance(stop.__context__, OSError):  # a pipe or a socket failed, which Typer does not report
             return _explain(stop.__context__)
         return stop.code if isinstance(stop.code, int) else 1
     except RaydistillError as error:
@@ -63,9 +63,9 @@ def _say(message: str) -> None:
 
 
 def _explain(error: Exception) -> int:
-    """Ray wraps what a task or an actor raised in its own classes; the raydistill error inside is what to say."""
+    """Ray wraps the error of a task or an actor in its own classes. The raydistill error inside is the one to print."""
     if interrupts.was_interrupted():
-        return 1  # what went wrong on the way out
+        return 1  # an error that happened while another was handled
     inner: BaseException | None = error
     while inner is not None:
         for candidate in (inner, getattr(inner, "cause", None)):
@@ -73,7 +73,7 @@ def _explain(error: Exception) -> int:
                 _say(str(candidate))
                 return candidate.exit_code
         inner = inner.__cause__
-    # Of what a task of Ray Data raised its text alone comes back.
+    # Of an error in a task of Ray Data only the text comes back.
     if found := re.findall(r"^raydistill\.errors\.(\w+): (.+)$", str(error), re.MULTILINE):
         name, message = found[-1]
         _say(message)

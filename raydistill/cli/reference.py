@@ -1,4 +1,4 @@
-"""keys: what a job can say."""
+"""keys: lists the settings of a job."""
 
 from __future__ import annotations
 

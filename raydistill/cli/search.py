@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from raydistill.cli.arguments import GOES_ON, STARTED, Arguments, announce, app, tune_settings
+from raydistill.cli.arguments import CONTINUES, STARTED, Arguments, announce, app, tune_settings
 from raydistill.escaping import plain_console
 from raydistill.runtime import interrupts
 
@@ -26,7 +26,7 @@ def compare(
     from raydistill.preflight import refuse_early
     from raydistill.runtime.progress import Progress
 
-    interrupts.resume_hint(GOES_ON)
+    interrupts.resume_hint(CONTINUES)
     config, console = load_config(words or []), plain_console()
     announce(f"compare: {', '.join(config.compare.arms)} on {config.images.path}, into {config.workspace}")
     refuse_early(config)
@@ -37,7 +37,7 @@ def compare(
     table = Table(*titles, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    wide = plain_console(width=max(console.width, 160))  # a cell that is cut tells nothing
+    wide = plain_console(width=max(console.width, 160))  # a cell that is cut off is useless
     wide.print("", table, "")
     console.print(comparison.verdict, soft_wrap=True)
     if comparison.curve_verdict:
@@ -56,13 +56,14 @@ def tune(
         int | None, typer.Option("--trials", help="Trials in all; more of them continue a search (tune.trials).")
     ] = None,
 ) -> None:
-    """Search for better settings: a student for each trial, one pass of the teacher for all. Writes best.yaml."""
+    """Search for better settings: each trial trains a student, and all share one pass of the teacher. Writes
+    best.yaml."""
 
     from raydistill.config import load_config
     from raydistill.preflight import refuse_early
     from raydistill.runtime.progress import Progress
 
-    interrupts.resume_hint(GOES_ON)
+    interrupts.resume_hint(CONTINUES)
     config, console = load_config([*(words or []), *tune_settings(space, trials)]), plain_console()
     announce(f"tune: {config.tune.space} on {config.images.path}, into {config.workspace}")
     refuse_early(config)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from raydistill.cli.arguments import GOES_ON, STARTED, Arguments, announce, app
+from raydistill.cli.arguments import CONTINUES, STARTED, Arguments, announce, app
 from raydistill.errors import UselessStudentError
 from raydistill.escaping import plain_console
 from raydistill.graph import STAGES, find_work
@@ -30,7 +30,7 @@ def generate(
         bool, typer.Option("--dry-run", help="Only print every prompt, the counts and the cost.")
     ] = False,
 ) -> None:
-    """Make images with a diffusion pipeline and keep the good ones (with all that this needs)."""
+    """Make images with a diffusion pipeline and keep the good ones. Runs the stages that this needs first."""
     if not dry_run:
         _run(words, "generate", "generate")
         return
@@ -53,7 +53,7 @@ def _command(until: str) -> Callable[[list[str] | None], None]:
     return command
 
 
-_OWN = {"generate": generate}  # with options of its own
+_OWN = {"generate": generate}  # `generate` has its own options
 for _stage in STAGES:
     app.command(_stage.name, help=_stage.help)(_OWN.get(_stage.name) or _command(_stage.name))
 
@@ -75,9 +75,9 @@ def show(words: Arguments = None) -> None:
     table = Table("stage", "directory", "state", box=None, pad_edge=False)
     for stage, directories in work.directories.items():
         if directories is None:
-            table.add_row(stage, "named once the stage before it is done", "would run")
+            table.add_row(stage, "named when the earlier stages are done", "would run")
         for directory in directories or []:
-            state = "would go on" if directory.started() else "would run"
+            state = "would continue" if directory.started() else "would run"
             if directory.done() is not None:
                 took = bill_words(read_bill(directory.path), config.cluster.prices)
                 state = f"done, {took}" if took else "done"
@@ -93,7 +93,7 @@ def show(words: Arguments = None) -> None:
     for what, count in work.listing.notes.items():
         told.print(f"note: {count} {what}", markup=False)
     told.print(table)
-    for line in told.file.getvalue().splitlines():  # comments, so that what `show` says is a job again
+    for line in told.file.getvalue().splitlines():  # as comments, so that the output of `show` is a job again
         print(f"# {line}".rstrip())
 
 
@@ -105,7 +105,7 @@ def _run(words: list[str] | None, until: str | None, command: str) -> None:
     from raydistill.runtime.progress import Progress
     from raydistill.storage.directory import check_writable
 
-    interrupts.resume_hint(GOES_ON)
+    interrupts.resume_hint(CONTINUES)
     config = load_config(words or [])
     announce(f"{command}: {config.images.path}, into {config.workspace}")
     console = plain_console()

@@ -144,7 +144,7 @@ def clean(
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigError(
-                f"clean: would delete {total}; nobody can be asked here, so add --yes, or --dry-run to look"
+                f"clean: would delete {total}; it cannot ask here, so add --yes, or --dry-run to only look"
             )
         if not typer.confirm(f"Delete {one_line(total)}" + (f", and the job {one_line(job)}?" if job else "?")):
             raise typer.Exit(1)
@@ -157,11 +157,11 @@ def clean(
             if item.path in free and delete(item):
                 gone.append(item)
             else:
-                console.print(f"{item.path} stays: it came into use meanwhile", soft_wrap=True)
+                console.print(f"{item.path} stays: another command began to use it", soft_wrap=True)
         forget(root, records)
     except OSError as error:
         raise StageError(
-            f"{error.filename}: cannot be deleted ({error.strerror}); deleted until then: {_total(gone, root)}"
+            f"{error.filename}: cannot be deleted ({error.strerror}); deleted before that: {_total(gone, root)}"
         ) from None
     console.print(f"deleted {_total(gone, root)}", soft_wrap=True)
 

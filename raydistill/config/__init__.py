@@ -1,7 +1,7 @@
-"""The one configuration tree: every key a user can type, its default, its bounds, and what it is for.
+"""The config: every key a user can set, its default, its bounds, and what it is for.
 
-Defaults live here alone, and are the paper's where it has one. Nothing here imports torch or ray, so `raydistill
---help` and `raydistill show` answer at once.
+Only this package has defaults, and they are the paper's if it has one. Nothing here imports torch or ray, so
+`raydistill --help` and `raydistill show` answer at once.
 """
 
 from raydistill.config.cluster import Cluster

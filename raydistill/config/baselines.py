@@ -1,4 +1,4 @@
-"""What each arm of `compare` lays over a job. The files of jobs/overlays hold the same."""
+"""The overlay of each arm of `compare`. The files of jobs/overlays hold the same settings."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Cluster(Section):
     """CPUs and GPUs that the cluster's autoscaler may start at most, as {CPU: 48, GPU: 6}; null: what is there."""
 
     price_per_hour: Weight | None = None
-    """Cost of the machines an hour, in any currency, for the forecast and the bill of `tune`; null: seconds alone."""
+    """Cost of the machines an hour, in any currency, for the forecast and the bill of `tune`; null: only seconds."""
     prices: dict[str, Weight] = Field(default_factory=dict)
     """Cost of a node of each type an hour, as {train: 0.98, spot: 0.35, head: 0.4}, by the node's label `pool`."""
 

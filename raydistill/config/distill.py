@@ -27,7 +27,7 @@ class Distill(Section):
     momentum: Share = 0.9
     """For `sgd`."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: to zero along a cosine, or not at all."""
+    """The learning rate after the warm-up: it falls to zero along a cosine, or stays constant."""
     warmup_epochs: Weight = 0.0
     """Epochs (or a fraction) over which the learning rate rises from zero."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

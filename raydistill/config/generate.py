@@ -10,7 +10,7 @@ from raydistill.config.section import Count, Positive, Section, Share, Weight
 
 
 class ClassPrompt(Section):
-    """What `generate` does in another way for one class; null: as for the others."""
+    """The settings of `generate` that differ for one class; null: as for the others."""
 
     templates: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     negative_prompt: str | None = None
@@ -19,7 +19,7 @@ class ClassPrompt(Section):
 
 
 class Filter(Section):
-    """Which generated images are kept. The ledger has each rejection with its reason."""
+    """Which generated images are kept. The ledger lists each rejection with its reason."""
 
     contrast: Weight = 3.0
     """Smallest standard deviation of an image's brightness, of 255. Below it the image is nearly constant."""
@@ -75,14 +75,14 @@ class Generate(Section):
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """The numbers that the pipeline computes in."""
     batch_size: Count = 8
-    """Images in one call on a GPU, and in one file. On CPUs each image is made alone, so this changes none."""
+    """Images in one call on a GPU, and in one file. On CPUs each image is made alone, so this changes no image."""
     safety_checker: bool = True
     """Reject what the pipeline's safety checker flags. A text-to-image pipeline without one is refused."""
     attempts: Count = 3
     """Tries for an image, each with another recorded seed, before it counts as missing."""
     filter: Filter = Filter()
     task_weight: Share = 1.0
-    """Weight of generated images in the cross-entropy; 0: the student learns from their soft targets alone."""
+    """Weight of generated images in the cross-entropy; 0: the student learns only from their soft targets."""
     share: Share | None = None
     """Share of generated images in each batch; null: their share of all train images."""
 

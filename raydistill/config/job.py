@@ -1,4 +1,4 @@
-"""The job: all sections, and what must hold between them."""
+"""The job: all sections, and the rules between them."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class RunConfig(Section):
 
     @property
     def streams_generated(self) -> bool:
-        """The teacher sees the stored views of generated images as they are made. A cluster has room for both; on one
-        machine they would slow each other down."""
+        """Whether the teacher processes the stored views of generated images while they are made. A cluster has room
+        for both; on one machine they would slow each other down."""
         stored = self.loss.needs_teacher and self.views.per_image != "fresh"
         return self.generate is not None and stored and self.cluster.address is not None
 
@@ -110,12 +110,12 @@ class RunConfig(Section):
 
 
 def fine_tuning(config: RunConfig) -> RunConfig:
-    """The run that fine-tunes the teacher of `config`: its model is a student of the task alone, from its own weights,
-    with a head ten times as fast as the body (the paper's recipe)."""
+    """The config that fine-tunes the teacher of `config`: its model is a student that learns from labels only, from its
+    own weights, with a head that learns ten times as fast as the body (the paper's recipe)."""
     teacher = config.teacher
     assert teacher is not None
     of_model = teacher.model_dump(include={"model", "weights", "revision", "size"})
-    # The student's settings play no part, so a search over them trains no teacher again.
+    # The student's settings are left out, so a search over them does not train the teacher again.
     where = config.distill.model_dump(
         include={"num_workers", "precision", "channels_last", "cache", "checkpoint_seconds", "max_failures"}
     )

@@ -1,4 +1,4 @@
-"""The job's keys as users type them: which there are, and which one a user meant."""
+"""The job's keys as users type them: the list of keys, and the key that a user meant."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Key:
     """One setting of a job."""
 
     name: str
-    default: Any  # `...` where it has to be given, as pydantic writes it
+    default: Any  # `...` if it is required, as pydantic writes it
     values: str  # the type and the bounds, in words
     meaning: str
 
     @property
     def head(self) -> str:
-        """All but its meaning."""
+        """The line without the meaning."""
         default = "required" if self.default is ... else json.dumps(self.default, default=str)
         return f"{self.name} = {default} ({self.values})"
 
@@ -43,7 +43,7 @@ class Key:
 
 
 def describe_keys(word: str = "") -> Iterator[Key]:
-    """The settings whose name or meaning has the word, in the order of the job."""
+    """The settings whose name or meaning contains the word, in the order of the job."""
     return (key for key in _keys_of(RunConfig, "") if word.lower() in f"{key.name} {key.meaning}".lower())
 
 
@@ -60,7 +60,7 @@ def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[Key]:
 
 def _bounds(field: FieldInfo) -> Iterator[Any]:
     yield from field.metadata
-    for kind in get_args(field.annotation):  # of `Count | None` the bounds lie within
+    for kind in get_args(field.annotation):  # in `Count | None` the inner type has the bounds
         yield from getattr(kind, "__metadata__", ())
 
 
@@ -91,7 +91,7 @@ def _type_words(annotation: Any) -> str:
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and what stands there, down to what is no mapping."""
+    """Dotted keys and their values, down to values that are not mappings."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flattened(value, f"{prefix}{key}.")
@@ -108,11 +108,11 @@ def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
 
 
 def suggest_key(dotted: str) -> str:
-    """The end of a sentence about an unknown key: the known key that it looks like."""
+    """The end of a sentence about an unknown key: the known key that it resembles."""
     section, _, leaf = dotted.rpartition(".")
     keys = [key.rpartition(".") for key in known_keys()]
     beside = {name: (place, name) for place, _, name in keys if place == section}
-    anywhere = {name: (place, name) for place, _, name in reversed(keys)}  # the right word in the wrong section
+    anywhere = {name: (place, name) for place, _, name in reversed(keys)}  # the right name in the wrong section
     for names in (beside, anywhere):
         if near := difflib.get_close_matches(leaf, names, n=1, cutoff=0.75):
             return f"; did you mean {'.'.join(names[near[0]]).lstrip('.')}?"
@@ -132,7 +132,7 @@ def user_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def takes_text(dotted: str, or_null: bool = False) -> bool:
-    """Whether a key's value is text alone or, with `or_null`, text or null."""
+    """Whether a key takes only text or, with `or_null`, text or null."""
     model: type[BaseModel] | None = RunConfig
     *sections, leaf = dotted.split(".")
     for name in sections:

@@ -66,13 +66,13 @@ class Loss(Section):
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Names of the terms that weigh anything at any time, in the order in which they are declared."""
+        """Names of the terms whose weight is above 0 at some time, in the order of declaration."""
         weights = self.model_dump(include={key for key in Loss.model_fields if key.endswith("_weight")})
         heaviest = {key: max(w) if isinstance(w, list | tuple) else w for key, w in weights.items()}
         return tuple(key.removesuffix("_weight") for key, weight in heaviest.items() if weight > 0)
 
     def weight(self, term: str, progress: float) -> float:
-        """The weight of a term when a share `progress` of all steps is done."""
+        """The weight of a term when the share `progress` of all steps is done."""
         weight = getattr(self, f"{term}_weight")
         return float(weight[0] + (weight[1] - weight[0]) * progress if isinstance(weight, tuple) else weight)
 

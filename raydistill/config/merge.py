@@ -1,4 +1,4 @@
-"""The merge of job files, overlays and single settings, and the answer to a wrong one."""
+"""Merges job files, overlays and single settings, and explains wrong ones."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from raydistill.escaping import shortened
 from raydistill.secrets import redacted_tree, remember, texts_in
 from raydistill.yaml_files import as_yaml, parse, read_mapping
 
-_MOST_PROBLEMS, _LONGEST = 10, 300  # that one answer tells, and characters of a key or a value in it
+_MOST_PROBLEMS, _LONGEST = 10, 300  # limits of one error message: lines, and characters of a key or a value
 
 
 def overlay(config: RunConfig, tree: Mapping[str, Any]) -> RunConfig:
-    """The config with `tree` laid over it. Raises ConfigError where the result is not valid."""
+    """The config with `tree` laid over it. Raises ConfigError if the result is not valid."""
     remember(texts_in(tree))
     return _validated(merged(config.model_dump(mode="json"), dict(tree)))
 
@@ -64,7 +64,7 @@ def shown_yaml(config: RunConfig) -> str:
 
 
 def merged(under: Any, over: Any) -> Any:
-    """The second tree laid over the first. Raises TypeError where a section is laid over a value."""
+    """The second tree laid over the first. Raises TypeError if it lays a section over a value."""
     if not isinstance(over, dict):
         return over
     if not isinstance(under, dict | None):
@@ -82,7 +82,7 @@ def _read_word(word: str) -> Any:
             return read_mapping(find_shipped(word), advice)
         return nested("images.path", word)
     tree: Any
-    if takes_text(key):  # YAML reads `set #2`, `day: one`, `2024` and `no` as other things than words
+    if takes_text(key):  # YAML reads `set #2`, `day: one`, `2024` and `no` as something else than text
         tree = None if not value or (value == "null" and takes_text(key, or_null=True)) else value
     else:
         tree = next(iter(parse(value, word)), None)
@@ -90,8 +90,8 @@ def _read_word(word: str) -> Any:
 
 
 def is_job(word: str) -> bool:
-    """Whether a word names a job file or an overlay, and not the images: YAML and JSON are jobs, and so is what has no
-    ending and is no folder, which is told what it should be."""
+    """Whether a word names a job file or an overlay, not the images. YAML and JSON files are jobs. So is a name without
+    an ending that is not a folder: its error message then says what it should be."""
     ending = PurePosixPath(word.rstrip("/")).suffix.lower()
     if os.path.isdir(word):
         return False
@@ -111,7 +111,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
-    # A field that takes one of several types reports each: one line says them all.
+    # A field that takes one of several types reports each; one line names them all.
     heads: dict[str, str] = {}
     tails: dict[str, list[str]] = {}
     more = set[str]()
@@ -126,7 +126,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
             head, tail = f"{dotted}: ", f"unknown key{suggest_key(whole)}"
         elif dotted in ("images", "images.path") and (item["type"] == "missing" or item["input"] in (None, "")):
             head, tail = "images.path: ", "required; for instance: raydistill run images.path=./my_images"
-        elif item["type"] == "value_error":  # our own check: its sentence names the keys
+        elif item["type"] == "value_error":  # our own check, whose sentence names the keys
             head, tail = "", str(item["ctx"]["error"])
         elif item["type"] == "string_unicode":
             head, tail = f"{dotted}={value}: ", "not UTF-8; give it another name, or a link that has one"

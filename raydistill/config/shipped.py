@@ -13,13 +13,13 @@ _FOLDERS = ("jobs", "jobs/overlays", "tune_spaces")
 
 
 def find_shipped(word: str) -> str:
-    """The path of the file that a word names: the user's own, or the one that comes with raydistill under this name, as
-    `fashion_mnist`, `smoke` or `jobs/overlays/smoke.yaml`. The word itself where there is neither."""
+    """The path of the file that a word names: the user's own file, or the one that comes with raydistill under this
+    name, such as `fashion_mnist`, `smoke` or `jobs/overlays/smoke.yaml`. If neither exists, the word itself."""
     return word if os.path.lexists(word) else shipped_files().get(word.removeprefix("./"), word)
 
 
 def near_shipped(word: str) -> str:
-    """`; did you mean smoke?`, or nothing: of what comes with raydistill, and of what lies beside the path."""
+    """`; did you mean smoke?`, or nothing. It looks at raydistill's own files and at the files beside the path."""
     return near_path(word, shipped_files())
 
 
@@ -30,7 +30,7 @@ def shipped_spaces() -> str:
 
 @functools.cache
 def shipped_files() -> dict[str, str]:
-    """Paths by name, and by place."""
+    """Paths by name, and by path inside the package."""
     found = {}
     for folder in _FOLDERS:
         for path in sorted((_PACKAGE / folder).glob("*.yaml")):

@@ -13,7 +13,7 @@ PATHS = ("/", "/health", "/ready", "/predict", "/metrics", "/openapi.json")
 
 
 class Metrics:
-    """Of one server. Paths that there are not count as `other`, so that strangers cannot make it grow."""
+    """The counters of one server. Unknown paths count as `other`, so that clients cannot make it grow."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()

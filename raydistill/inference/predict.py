@@ -87,7 +87,7 @@ class Predictor:
             found = f"{logits_BC.dtype} of {logits_BC.shape}" if np.isfinite(logits_BC).all() else "numbers not finite"
         except ConfigError:
             raise
-        except Exception as error:  # a stranger's settings make a network fail in any way
+        except Exception as error:  # untrusted settings make a network fail in any way
             raise ConfigError(
                 f"{self._folder}: its network cannot answer a picture ({reason_of(error)}); export the student again"
             ) from None
@@ -133,7 +133,7 @@ def find_units(paths: Sequence[str], ignored: Counter[str] | None = None) -> lis
                 raise DataError(f"{quoted(path)}: no pictures found in this folder{_describe(ignored)}")
             found += [(picture, 0, 1) for picture in pictures]
         elif not os.path.exists(path):
-            raise DataError(f"{quoted(path)}: there is nothing at this path")
+            raise DataError(f"{quoted(path)}: no such file or folder")
         elif PurePosixPath(path).suffix.lower() in SUFFIXES:
             num_rows = count_rows(path)
             found += [(path, first, min(_TOGETHER, num_rows - first)) for first in range(0, num_rows, _TOGETHER)]

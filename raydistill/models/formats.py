@@ -195,7 +195,7 @@ def program_run(file: Path) -> Run:
 
 
 def try_onnx(file: Path, inputs_1: np.ndarray) -> int:
-    """The bytes of memory that an answer takes, by a first look at a stranger's file in a process of its own, on one
+    """The bytes of memory that an answer takes, by a first look at an untrusted file in a separate process, on one
     blank input of the same shape. Raises ConfigError: it is refused, or takes too much memory or time."""
     statement = "import sys; from raydistill.models.onnx_files import answer_blank; answer_blank(*sys.argv[1:])"
     data, seconds = limits(file)

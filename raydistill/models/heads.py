@@ -40,7 +40,7 @@ def encode_head(head: LinearHead) -> bytes:
 
 
 def load_head(directory: str) -> LinearHead:
-    """The head that `adapt` wrote into its directory. Raises CheckpointError where it is damaged."""
+    """The head that `adapt` wrote into its directory. Raises CheckpointError if it is damaged."""
     path = f"{directory}/{HEAD_FILE}"
     try:
         tensors = load(bounded(read_bytes(path)))

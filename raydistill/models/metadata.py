@@ -64,7 +64,7 @@ def read_metadata(folder: str) -> dict[str, Any]:
     """Read the description of an exported folder. Raises ConfigError."""
     shown, advice = quoted(folder), "give the folder that `raydistill export` printed"
     if not os.path.isdir(folder):
-        reason = "it is not a folder" if os.path.exists(folder) else "there is nothing at this path"
+        reason = "it is not a folder" if os.path.exists(folder) else "no such file or folder"
         raise ConfigError(f"{shown} is not an exported student: {reason}; {advice}")
     try:
         data = read_file(str(Path(folder, METADATA_FILE)), MOST_BYTES)

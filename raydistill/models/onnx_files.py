@@ -1,6 +1,6 @@
-"""ONNX files of others. A file is judged, and answers a blank picture, in a process of its own with little memory and
-time. So nothing else has to foresee what a graph takes, if that follows from the images' shape alone: `check_onnx`
-sees to this."""
+"""Checks ONNX files from others. A file is first judged, and then classifies a blank picture, in a separate process
+with little memory and time. So nothing else has to foresee the memory that a graph takes, if that depends only on the
+images' shape: `check_onnx` ensures this."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def limits(file: Path) -> tuple[int, int]:
 
 
 def _resident(key: str) -> int:
-    """Bytes; 0 where the system does not say."""
+    """Bytes; 0 if the system does not say."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
@@ -127,7 +127,7 @@ def check_onnx(file: Path, shape: Sequence[int]) -> None:
         for node in model.graph.node:
             if lacking := [name for name in node.output if name and name not in one]:
                 raise ConfigError(
-                    f"{file}: {lacking[0]!r:.80} ({node.op_type:.40}) is no tensor of numbers, or ONNX lacks the "
+                    f"{file}: {lacking[0]!r:.80} ({node.op_type:.40}) is not a tensor of numbers, or ONNX lacks the "
                     "operator in this form"
                 )
             if not steady.issuperset(_sizes(node, version, any(one[name] is None for name in node.output if name))):
@@ -158,7 +158,7 @@ def _check_parts(graph: Any, file: Path) -> None:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise ConfigError(f"{file}: its weights are in other files, which are not read; export them into one")
         if tensor.data_type == onnx.TensorProto.STRING:
-            raise ConfigError(f"{file}: {tensor.name!r:.80} is text, no tensor of numbers")
+            raise ConfigError(f"{file}: {tensor.name!r:.80} is text, not a tensor of numbers")
         for field in _VALUES if tensor.ByteSize() > _LARGE else ():
             tensor.ClearField(field)  # shape inference copies the whole model
 

@@ -88,7 +88,7 @@ def sizes_of(folder: Path | None) -> list[int] | None:
 
 
 def refuse_long_header(path: Path) -> None:
-    """Raises ValueError where a safetensors file has the header of a million tensors."""
+    """Raises ValueError if a safetensors file has the header of a million tensors."""
     with path.open("rb") as file:
         header_bytes(file.read(8))
 

@@ -232,7 +232,7 @@ def test_predict_goes_round_links_once_and_names_what_it_leaves_out(exported, pi
     predict_command(result.path, [str(pictures)], None, 1, "onnx", None)
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 12
-    assert "pipe.png: cannot be read: it is no regular file" in printed.err
+    assert "pipe.png: cannot be read: not a regular file" in printed.err
     for what in ("1 links to folders that are read elsewhere (more/up is .)", "1 files ending in .txt",
                  "1 hidden and system files"):  # fmt: skip
         assert f"ignored: {what}" in printed.err
@@ -335,7 +335,7 @@ def test_what_cannot_be_answered_is_refused_with_the_way_out(exported, pictures,
         (ConfigError, "is not an exported student", str(pictures), [picture], None, "onnx"),
         (ConfigError, "use onnx or torch", result.path, [picture], None, "tensorrt"),
         (ConfigError, r"ends in \.csv", result.path, [picture], f"{tmp_path}/out.txt", "torch"),
-        (DataError, "there is nothing at this path", result.path, [f"{tmp_path}/nothing.png"], None, "torch"),
+        (DataError, "no such file or folder", result.path, [f"{tmp_path}/nothing.png"], None, "torch"),
         (DataError, r"^s3://\*\*\*@b/x: predict reads local files only", result.path, ["s3://k:h@b/x"], None, "torch"),
         (DataError, "no pictures found", result.path, [f"{tmp_path}/empty"], None, "torch"),
         (DataError, "no picture could be read", result.path, [f"{pictures}/cut.jpg"], None, "torch"),

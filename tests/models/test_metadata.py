@@ -59,7 +59,7 @@ def test_what_is_no_folder_of_an_export_is_said_to_be_what_it_is(folder: Path, t
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "empty" / "model.onnx")
     for name, said in {
-        "none": "there is nothing at this path", "link": "there is nothing at this path", "file": "it is not a folder",
+        "none": "no such file or folder", "link": "no such file or folder", "file": "it is not a folder",
         "pipe": "it is not a folder", "empty": "it has no raydistill.json",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=f"{name} is not an exported student: {said}; give the folder"):

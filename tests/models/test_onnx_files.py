@@ -82,11 +82,11 @@ OTHERS = [node("Gelu", ["images"], ["logits"], domain="com.microsoft")]
         (SQUARES, (), lambda _: None, "faster than the number of pictures"),
         (THROUGH, [TEXT], lambda _: None, "'text' is text"),
         ([node("Cast", ["images"], ["logits"], to=TensorProto.STRING)], (), lambda _: None, "no tensor of numbers"),
-        (LISTS, (), lambda _: None, r"'q' \(SequenceConstruct\) is no tensor of numbers"),
+        (LISTS, (), lambda _: None, r"'q' \(SequenceConstruct\) is not a tensor of numbers"),
         (OTHERS, (), lambda _: None, "the operator 'Gelu', which may not end or cannot be checked"),
         (
             [node("Einsum", ["images"], ["logits"], equation=b"\xff->")], (), lambda _: None,
-            r"'logits' \(Einsum\) is no tensor of numbers, or ONNX lacks the operator in this form",
+            r"'logits' \(Einsum\) is not a tensor of numbers, or ONNX lacks the operator in this form",
         ),
     ],
 )  # fmt: skip
