@@ -101,7 +101,7 @@ STAGES = (
         takes=("prepare", "adapt", "generate", "teach"),
         settings=("student", "loss", "distill", "views", "seed"),
         directories=_directory("distill"),
-        needs_ray=lambda config: bool(config.distill.num_workers) or _streams(config),
+        needs_ray=lambda config: bool(config.train_workers) or _streams(config),
     ),
     Stage(
         "evaluate",

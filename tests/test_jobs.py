@@ -85,7 +85,7 @@ def test_recipes_have_the_papers_settings_whatever_the_data() -> None:
     assert config.teacher is not None
     assert config.teacher.size == config.student.size == 224
     assert config.student.init == "random"
-    assert config.loss == Loss()  # whose defaults are the paper's
+    assert config.loss == Loss(projection_head="two_layer")  # all other defaults are the paper's
     settings = config.distill
     assert (settings.optimizer, settings.learning_rate, settings.weight_decay) == ("adamw", 1e-3, 1e-2)
     assert (settings.schedule, settings.batch_size, settings.epochs) == ("constant", 64, 250)

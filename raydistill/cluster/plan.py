@@ -73,7 +73,7 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
 
     Raises ConfigError with the sum if even the smallest shares do not fit.
     """
-    workers = config.distill.num_workers
+    workers = config.train_workers
     fewest_workers = workers[0] if isinstance(workers, tuple) else workers
     fewest, most = config.cluster.teacher_actors if config.loss.needs_teacher else (0, 0)
     together = config.views.per_image == "fresh" and config.loss.needs_teacher

@@ -44,8 +44,9 @@ class Distill(Section):
     """Which epoch ships: the `last`, or the `best` of those measured on val (the latest of equals). `auto`: the best
     where the val images show that it is better than the last (McNemar's test at 5 %, divided by the number of epochs
     measured), else the last, and a better epoch is named."""
-    num_workers: Annotated[int, Field(ge=0)] | tuple[Count, Count] = 1
-    """Ray Train workers; 0: in this process; (min, max): as many as the cluster has room for at the moment."""
+    num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] | tuple[Count, Count] = "auto"
+    """Ray Train workers; 0: in this process; (min, max): as many as the cluster has room for at the moment. `auto`: in
+    this process, which starts sooner, or one worker where `cluster.address` names a cluster."""
     cache: Literal["auto", "memory", "stream"] = "auto"
     """Where a worker keeps the train split: `memory` loads it once, `stream` reads shards when they are needed."""
     checkpoint_seconds: Weight = 5.0
@@ -56,4 +57,6 @@ class Distill(Section):
 
     @property
     def most_workers(self) -> int:
+        if self.num_workers == "auto":
+            return 1
         return self.num_workers[1] if isinstance(self.num_workers, tuple) else max(self.num_workers, 1)

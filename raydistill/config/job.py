@@ -97,6 +97,12 @@ class RunConfig(Section):
         return self
 
     @property
+    def train_workers(self) -> int | tuple[int, int]:
+        """`distill.num_workers`, and what `auto` stands for in this job."""
+        workers = self.distill.num_workers
+        return int(self.cluster.address is not None) if workers == "auto" else workers
+
+    @property
     def streams_generated(self) -> bool:
         """Whether the teacher processes the stored views of generated images while they are made. A cluster has room
         for both; on one machine they would slow each other down."""

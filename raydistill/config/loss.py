@@ -56,7 +56,7 @@ class Loss(Section):
     """Relative distances of pairs of images (RKD, Park et al. 2019, who use 25)."""
     rkd_angle_weight: Weight | tuple[Weight, Weight] = 0.0
     """Angles of triples of images (RKD, who use 50)."""
-    projection_head: Literal["linear", "two_layer", "simclr", "simclrv2"] = "two_layer"
+    projection_head: Literal["linear", "two_layer", "simclr", "simclrv2"] = "simclr"
     """The trained map to the unit sphere, on both sides, for alignment, uniformity, info_nce and crd. `simclr` has
     batch norm: where the uniformity term stays near 0 for long, all embeddings lie on one point, and it helps."""
     projection_dim: Annotated[int, Field(ge=2)] = 128

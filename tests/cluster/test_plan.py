@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydistill.cluster.plan import LEAST_SHARE, Plan, live_plan, plan_resources
-from raydistill.config import RunConfig
+from raydistill.config import Cluster, RunConfig
 from raydistill.errors import ConfigError
+from raydistill.graph import stage_named
 
 SLACK = 1e-9
 NO_TEACHER = {"kd_weight": 0, "alignment_weight": 0, "uniformity_weight": 0}
@@ -193,3 +194,14 @@ def test_generators_on_cpus_are_as_many_as_the_cores_of_all_nodes():
     tree = config_of(0, (1, 1)).model_dump() | {"generate": {"pipeline": "owner/name"}}
     tree["cluster"]["generator_actors"] = (1, 40)
     assert plan_resources(RunConfig.model_validate(tree), 16.0, 0.0, 4).generator_actors == (1, 16)
+
+
+def test_one_machine_trains_in_this_process_and_a_cluster_on_a_worker():
+    alone = config_of("auto")
+    joined = alone.model_copy(update={"cluster": Cluster(address="auto")})
+    assert (alone.train_workers, joined.train_workers) == (0, 1)
+    assert plan_resources(alone, 2, 0, 2).describe()[-1] == "distill: in this process, 2 thread(s)"
+    assert plan_resources(joined, 2, 0, 2).describe()[-1] == "distill: 1 worker(s) of 1 CPU, 2 thread(s) each"
+    distill = stage_named("distill")
+    assert (distill.needs_ray(alone), distill.needs_ray(joined)) == (False, True)
+    assert (config_of(1).train_workers, config_of(0).train_workers) == (1, 0)

@@ -66,6 +66,8 @@ def test_a_look_counts_what_there_is(tmp_path: Path) -> None:
     of = look(str(folder_of(tmp_path, a=4, b=9, unlabelled=7)))
     assert (of.classes, of.labelled, of.unlabelled, of.fewest, of.most) == (2, 13, 7, 4, 9)
     assert (of.short_side, of.long_share, of.set_apart) == (40, 1, 0)
+    sizes = [choose(replace(of, short_side=side))[0].settings["size"] for side in (28, 64, 65, 96, 500)]
+    assert sizes == [32, 64, 64, 128, 128]  # no more than the pictures show
     folder_of(tmp_path / "split/train", a=2, b=2)
     folder_of(tmp_path / "split/test", a=3, b=3)
     assert (look(str(tmp_path / "split")).labelled, look(str(tmp_path / "split")).set_apart) == (4, 6)
