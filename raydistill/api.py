@@ -48,12 +48,16 @@ class Page:
         return self.path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished job: `config` as it was resolved, and `outcome` with every stage's result."""
 
     config: RunConfig
     outcome: Outcome
+
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{name}={value:.3f}" for name, value in self.metrics.items() if name.endswith("accuracy"))
+        return f"<Run {self.config.name!r}: {shares}; report {self.report}>"
 
     @property
     def metrics(self) -> dict[str, float]:

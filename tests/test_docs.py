@@ -105,7 +105,7 @@ def test_commands_were_found() -> None:
 
 
 # Those of a cluster, a hub, other data and long measurements are parsed alone.
-EXECUTED = ("../README", "index", "data", "jobs", "compare", "search", "deploy")
+EXECUTED = ("../README", "index", "data", "jobs", "compare", "search", "deploy", "models", "python")
 SMALL = {
     "teacher.model": "timm:test_resnet", "teacher.weights": "teacher.safetensors", "student.model": "timm:test_resnet",
     "images.path": "./my_images", "distill.num_workers": 0, "images.num_labelled": None, "name": "small",
@@ -138,7 +138,7 @@ def test_the_blocks_do_what_they_say(page: str, my_folder: Path) -> None:
         takes_job = words[0] in ("run", "show", "check", "compare", "tune")
         more = ["smoke", *small, *FEW.get(words[0], ())] if takes_job else []
         do("raydistill", *words, *more)
-    for block in blocks(ROOT / "docs" / f"{page}.md", "python"):
+    if block := "\n".join(blocks(ROOT / "docs" / f"{page}.md", "python")):
         smoke = read_mapping(str(ROOT / "jobs" / "overlays" / "smoke.yaml"), "")
         settings = {**dict(flattened(smoke)), **SMALL}
         do(sys.executable, "-c", re.sub(r"teacher=.*\)", f"**{settings!r})", block, count=1))

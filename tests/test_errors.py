@@ -1,6 +1,8 @@
 """Errors survive the trip between processes and say how the command ends."""
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -81,3 +83,12 @@ def test_a_misspelt_command_or_option_gets_the_nearest_one(words: str, near: str
     result = CliRunner().invoke(app, words.split())
     assert result.exit_code == 2
     assert near in result.output
+
+
+def test_a_setting_with_dashes_is_told_how_settings_are_written() -> None:
+    command = [sys.executable, "-m", "raydistill", "run", "x"]
+    ended = subprocess.run([*command, "--epochs", "8"], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.endswith(
+        "error: a setting is written without dashes, as key=value; did you mean distill.epochs?\n"
+    )

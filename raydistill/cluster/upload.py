@@ -28,7 +28,7 @@ _JOB_FILE = "job.yaml"
 # Keys that name small text files, which are uploaded with the job.
 _SHIPPED = ("images.classes", "generate.names", "tune.space")
 
-_CODE = (".py", ".html", "py.typed")  # of the package, with the templates of its pages
+_CODE = (".py", ".html", ".css", "py.typed")  # of the package, with the templates of its pages
 # Files that hold keys or passwords, by the names that tools give them.
 _PRIVATE = re.compile(
     r"(?i)\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk|gpg|asc|ovpn|env)$|^id_(rsa|dsa|ecdsa|ed25519)|^_?netrc$|kubeconfig"

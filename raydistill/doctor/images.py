@@ -40,8 +40,8 @@ _MOST_REASONS = 50
 _ALIKE = {"MPO": "JPEG", "DIB": "BMP", "BMP": "DIB"}
 # Bits of 256 in which two pictures of the same thing may differ; spread of brightness below which a picture shows
 # nothing; pixels above which decoding is slow; ratio of sides above which most of a picture is cropped away; images of
-# the largest class for each of the smallest.
-_NEAR, _CONTRAST, _HUGE, _LONG, _IMBALANCE = 4, 3.0, 50e6, 3.0, 10.0
+# the largest class for each of the smallest; labels a class below which docs/results.md has no figure.
+_NEAR, _CONTRAST, _HUGE, _LONG, _IMBALANCE, _FEW = 4, 3.0, 50e6, 3.0, 10.0, 10
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,9 @@ def _of_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[
     lacking = [name for name in listing.classes if not train[name]]
     yield from _found(lacking, "stop", "classes without a usable train image", "a run refuses to start",
                       "add images, or take the class out of the data")  # fmt: skip
+    few = [name for name in listing.classes if 0 < train[name] < _FEW]
+    yield from _found(few, "look", f"classes with fewer than {_FEW} labelled train images", "they are used as they are",
+                      f"label more: {_FEW} a class are the fewest that docs/results.md has a figure for")  # fmt: skip
     for what, names in lacking_classes(listing, splits).items():
         yield from _found(names, "look", what, "they are used as they are",
                           "add images, or name the splits in the data")  # fmt: skip

@@ -35,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
 
 _signal: int | None = None  # the first signal
 _raised, _again = False, 0  # whether the handler has run, and how often the signal was raised again and not yet handled
-_resume_hint = "nothing was written"
+_NOTHING = _resume_hint = "nothing was written"
 # Called in threads, each for a moment at most, before a forced end.
 before_forced_end: list[Callable[[], object]] = []
 _terminal = -1
@@ -103,6 +103,8 @@ def _end() -> NoReturn:
     _ending.acquire()  # never released: every other caller waits here for the end
     shown = "\033[?25h" if sys.stdout is not None and sys.stdout.isatty() else ""  # a progress bar hides the cursor
     words = f"{shown}interrupted ({signal.Signals(_signal).name}); {_resume_hint}\n"
+    if _signal == signal.SIGPIPE and _resume_hint == _NOTHING:
+        words = shown  # as other programs: whoever runs `raydistill keys | head` has what they want
     with contextlib.suppress(OSError, ValueError):
         # A full pipe, or a stopped terminal, may never accept them.
         if select.select([], [_terminal], [], _LAST_SECONDS)[1]:

@@ -587,3 +587,15 @@ def test_versions_are_those_of_the_package() -> None:
     assert [name for name, version in pins if version not in allowed[name]] == []
     images = re.findall(r"image: (?:&image )?(\S+:\S+)", RAYCLUSTER.read_text() + RAYJOB.read_text())
     assert images == [f"registry.example.com/raydistill:{project['version']}"] * 2
+
+
+def test_nodes_get_all_that_the_package_is_built_from() -> None:
+    """Where the target of one of its links lacks, pip builds a package without jobs and says nothing."""
+    links = {str(link.resolve().relative_to(ROOT)) for link in (ROOT / "raydistill").iterdir() if link.is_symlink()}
+    wanted = {"pyproject.toml", "README.md", "LICENSE", "raydistill", *links}
+    assert "jobs" in wanted
+    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
+    assert wanted <= set(" ".join(copied).split())
+    mounts = yaml.safe_load(CLUSTER.read_text())["file_mounts"]
+    assert wanted <= {source.removeprefix("./") for source in mounts.values()}
+    assert {name: mounts[f"~/raydistill/{name}"] for name in wanted} == {name: f"./{name}" for name in wanted}

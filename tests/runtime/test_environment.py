@@ -38,7 +38,7 @@ def test_a_reader_that_goes_ends_the_command_without_a_traceback(job, tmp_path) 
     job_file.write_text(json.dumps({"teacher": {"prompts": prompts}}))
     ended = sh('"$@" | head -c 10', *SHOW, str(job_file), job)
     assert ended.returncode == 141
-    assert ended.stderr == "interrupted (SIGPIPE); nothing was written\n"
+    assert ended.stderr == ""
 
 
 def test_an_error_is_said_while_somebody_else_has_the_descriptor() -> None:
