@@ -111,7 +111,6 @@ def remember(values: Iterable[str]) -> None:
 
 
 def texts_in(tree: Any) -> Iterator[str]:
-    """Every text in mappings and sequences."""
     if isinstance(tree, str):
         yield tree
     elif isinstance(tree, Mapping):

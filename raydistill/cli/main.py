@@ -18,7 +18,6 @@ from raydistill.secrets import RedactedStream, redacted
 
 
 def main() -> None:
-    """Entry point of `raydistill`."""
     open_streams()
     sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     interrupts.handle_signals()

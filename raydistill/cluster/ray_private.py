@@ -79,7 +79,7 @@ def raylets_here() -> tuple[set[str], set[str]]:
 
 @contextlib.contextmanager
 def _asking(address: str) -> Iterator[None]:
-    """Errors of Ray become RaydistillError."""
+    """In the block, errors of Ray become RaydistillError."""
     import ray
     from ray.exceptions import RayError
 

@@ -111,7 +111,7 @@ class RunConfig(Section):
 
     @property
     def shows_generated(self) -> bool:
-        """A teacher runs beside the generators."""
+        """Whether a teacher runs beside the generators."""
         return self.generate is not None and (self.generate.filter.needs_teacher or self.streams_generated)
 
 

@@ -32,7 +32,7 @@ class Teacher(Section):
     size: Annotated[int, Field(ge=8, le=2048)] | None = None
     """Side in pixels that the teacher sees; null: the size it was trained at."""
     center_crop: bool = False
-    """Cut off the margin of whole images that the model's own configuration cuts off (timm's `crop_pct`, a center crop
+    """Cut off the margin of whole images that the model's own configuration cuts off (timm's `crop_pct`, a centre crop
     of transformers; none in a folder of raydistill). A view keeps its margin unless it is the whole image."""
     batch_size: Count = 64
     """Views in one forward pass of a teacher actor."""

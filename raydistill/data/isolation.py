@@ -141,7 +141,7 @@ def start_processes(work: Callable[..., Any], count: int) -> None:
 
 @atexit.register
 def end_processes() -> None:
-    """At once, whatever they do."""
+    """Ends them at once, whatever they do."""
     for process in list(_processes):
         process.stop()
     with contextlib.suppress(IndexError):

@@ -179,7 +179,7 @@ class TrainSplit:
         return [read_labels(part.samples, "train", k) for part in self.parts for k in range(part.num_shards)]
 
     def num_bytes(self, feature_bytes: int) -> int:
-        """Of memory that the whole split takes."""
+        """Bytes of memory that the whole split takes."""
         return sum(self.shard_rows) * (self.parts[0].samples.size ** 2 * 3 + feature_bytes)
 
     def batch(

@@ -111,7 +111,6 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, self._weights, self._state, meta)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()

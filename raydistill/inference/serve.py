@@ -78,7 +78,7 @@ class Batcher:
 
 
 class Endpoints:
-    """What answers each path."""
+    """The functions that answer each path."""
 
     def __init__(self, predictor: Predictor, title: str, settings: ServeSettings) -> None:
         self._predictor, self._title, self._most_pixels = predictor, title, settings.most_pixels

@@ -67,7 +67,6 @@ def interrupt(number: int) -> None:
 
 
 def was_interrupted() -> bool:
-    """Whether a signal has come."""
     return _signal is not None
 
 

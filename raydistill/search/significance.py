@@ -214,5 +214,5 @@ def needed_words(gain: Spread, level: float, key: str) -> str:
 
 
 def _round(count: float) -> int:
-    """To two digits."""
+    """Rounded to two digits."""
     return int(float(f"{count:.1e}"))

@@ -56,7 +56,7 @@ class Space:
         return chosen
 
     def settings(self, chosen: Mapping[str, Choice]) -> dict[str, Any]:
-        """The overlay of a trial's choices."""
+        """The overlay for a trial's choices."""
         tree: dict[str, Any] = {}
         for key, entry in self.entries.items():
             if entry.is_fixed:

@@ -37,7 +37,7 @@ _PREFIX, _LAST = "lease-", 10**9 - 1
 
 
 class _State(BaseModel):
-    """A lease's file."""
+    """The content of a lease's file."""
 
     id: str = ""
     process: str = Field("", pattern=r"^\S* \S+ [0-9]{1,9} [0-9]{1,12}$")

@@ -105,7 +105,7 @@ def parsed(data: bytes | str, shape: type[T], any_float: bool = False, any_keys:
 
 
 def _refuse_many_values(data: bytes) -> None:
-    """Before any value is made."""
+    """Checked before any value is made."""
     if _count(data) > MOST_VALUES and _count(_QUOTED.sub(b"", data)) > MOST_VALUES:  # names may contain commas
         raise ValueError(f"it holds more than {MOST_VALUES:,} values")
 

@@ -67,7 +67,7 @@ class ArrowFile(Parts):
         refuse_few_bytes(self.num_rows, self.size, self._shown)
 
     def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None) -> Batches:
-        """Like that of parquet."""
+        """As in `ParquetFile`."""
         refuse_other_types(self.schema, columns, self._shown)
         options = pa.ipc.IpcReadOptions(included_fields=[self.schema.get_field_index(name) for name in columns])
         starts, places = self._batches()
