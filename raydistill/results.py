@@ -6,9 +6,16 @@ The result of `prepare` is `data.sample.SampleSet`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # those that pydantic reads
+)
 
 import pyarrow as pa
+from pydantic import Field, GetPydanticSchema, NonNegativeFloat, NonNegativeInt
+from typing_extensions import TypedDict
 
 from raydistill.data.sample import SampleSet
 
@@ -19,6 +26,55 @@ PREDICTIONS = pa.schema([
     ("student_class", pa.int32()), ("student_probability", pa.float32()),
     ("teacher_class", pa.int32()), ("teacher_probability", pa.float32()),
 ])  # fmt: skip
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Measured = Literal["val", "test"]
+
+
+class _OfClass(TypedDict):
+    images: NonNegativeInt
+    answers: NonNegativeInt
+    recall: Share | None
+    precision: Share
+
+
+class _Pair(TypedDict):
+    true: str
+    taken_for: str
+    images: NonNegativeInt
+
+
+class _Measures(TypedDict):
+    images: NonNegativeInt
+    accuracy: Share
+    interval: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    top5: Share
+    ece: Share
+    ece_calibrated: NotRequired[Share]
+    balanced_accuracy: Share
+    per_class: dict[str, _OfClass]
+    confused: list[_Pair]
+
+
+class _Speed(TypedDict):
+    p50_milliseconds: NonNegativeFloat
+    p95_milliseconds: NonNegativeFloat
+    images_per_second: NonNegativeFloat
+    batch_size: NonNegativeInt
+
+
+class _Int8(TypedDict):
+    images: NonNegativeInt
+    agreement: Share
+    accuracy_before: Share | None
+    accuracy_after: Share | None
+    max_drop: float
+    kept: bool
+
+
+def _read_as(shape: Any) -> GetPydanticSchema:
+    """Of a plain dictionary: what it has to be where it is read from a workspace."""
+    return GetPydanticSchema(lambda _, handler: handler(shape))
 
 
 @dataclass(frozen=True)
@@ -78,9 +134,11 @@ class Report:
     """The result of `evaluate`, also as `report.json`; the figures are beside it."""
 
     path: str
-    student: dict[str, Any]  # split -> measures
-    teacher: dict[str, Any] | None
-    agreement: dict[str, float] | None  # split -> share of equal top-1
+    student: Annotated[dict[str, Any], _read_as(dict[Measured, _Measures])]  # split -> measures
+    teacher: Annotated[dict[str, Any] | None, _read_as(dict[Measured, _Measures] | None)]
+    agreement: Annotated[
+        dict[str, float] | None, _read_as(dict[Measured, Share] | None)
+    ]  # split -> share of equal top-1
     temperature: float | None  # divide the student's logits by it for calibrated probabilities; fitted on val
     student_parameters: int
     teacher_parameters: int | None
@@ -88,6 +146,14 @@ class Report:
     teacher_images_per_second: float | None  # with evaluate.time_teacher
     device: str
     kept: str = ""  # which epoch of the student ships, and why
+
+    def __post_init__(self) -> None:
+        for beside in (self.teacher, self.agreement):
+            if beside is not None and beside.keys() != self.student.keys():
+                raise ValueError("student and teacher are measured on different splits")
+        for split, of_split in self.student.items():
+            if not {pair["true"] for pair in of_split.get("confused", ())} <= of_split.get("per_class", {}).keys():
+                raise ValueError(f"a class that is confused on {split} is none of its classes")
 
     @property
     def accuracies(self) -> dict[str, dict[str, float]]:
@@ -105,8 +171,8 @@ class Exported:
     path: str
     files: dict[str, int]
     differences: dict[str, float]
-    int8: dict[str, float | None] | None
-    speed: dict[str, dict[str, float]]
+    int8: Annotated[dict[str, float | None] | None, _read_as(_Int8 | None)]
+    speed: Annotated[dict[str, dict[str, float]], _read_as(dict[str, _Speed])]
 
 
 @dataclass

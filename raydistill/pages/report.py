@@ -57,7 +57,7 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
         report=report,
         warnings=compare_with_majority(report.student).warnings,
         main="test" if "test" in report.student else "val",
-        baselines=_baselines(config, samples),
+        baselines=_baselines(config, samples, report),
         without_generated=outcome.without_generated,
         figures={name: data_uri(read_bytes(f"{report.path}/{name}.png")) for name in _figures(report)},
         disagreements=_disagreements(report, samples, shown),
@@ -84,7 +84,7 @@ def _figures(report: Report) -> list[str]:
     return ["curves", *(f"{kind}_{split}" for split in report.student for kind in kinds)]
 
 
-def _baselines(config: RunConfig, samples: SampleSet) -> dict[str, Report]:
+def _baselines(config: RunConfig, samples: SampleSet, report: Report) -> dict[str, Report]:
     """By overlay of jobs/overlays, the report of this job with it, if that run exists."""
     found = {}
     for name, tree in OVERLAYS.items():
@@ -98,8 +98,10 @@ def _baselines(config: RunConfig, samples: SampleSet) -> dict[str, Report]:
             done = evaluate_directory(other, samples).done()
         except ConfigError:
             continue  # this arm cannot be trained with this job
-        if done is not None and done["path"] != evaluate_directory(config, samples).path:
-            found[name] = result_of(done, done["path"], Report)
+        if done is not None and done["path"] != report.path:
+            of_arm = result_of(done, done["path"], Report)
+            if of_arm.student.keys() >= report.student.keys():
+                found[name] = of_arm
     return found
 
 

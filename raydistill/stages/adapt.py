@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from raydistill.config import RunConfig, Teacher, fine_tuning
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import labels_of, read_samples, read_targets
-from raydistill.errors import ConfigError
+from raydistill.errors import CheckpointError, ConfigError
 from raydistill.execution import Execution
 from raydistill.identity import (
     adapt_directory,
@@ -130,7 +130,11 @@ def fit_linear_probe(
             probe.fit(scaled_ND, train_labels)
         loss = 0.0
         if len(val_labels):
-            assert len(probe.classes_) == num_classes, "prepare leaves no class without a labelled train image"
+            if len(probe.classes_) != num_classes:  # prepare leaves no class without a labelled train image
+                raise CheckpointError(
+                    f"the train images of `prepare` are of {len(probe.classes_)} classes, and its DONE names "
+                    f"{num_classes}; delete its folder and run the command again"
+                )
             likely_NC = np.clip(probe.predict_proba(scaler.transform(val_ND)), 1e-7, 1)
             loss = float(log_loss(val_labels, likely_NC, labels=range(num_classes)))
         worse = worse + 1 if best is not None and loss >= best[0] else 0

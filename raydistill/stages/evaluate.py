@@ -237,7 +237,8 @@ def evaluate(execution: Execution) -> None:
     report = outcome.report = result_of(execution.result(directory, work), directory.path, Report)
     if config.generate is not None:
         without = evaluate_directory(config.model_copy(update={"generate": None}), samples).done()
-        outcome.without_generated = None if without is None else result_of(without, without["path"], Report)
+        other = None if without is None else result_of(without, without["path"], Report)
+        outcome.without_generated = other if other and other.student.keys() == report.student.keys() else None
     metrics = {
         f"{who}_{split}_{name}": float(values[split][name])
         for who, values in (("student", report.student), ("teacher", report.teacher or {}))

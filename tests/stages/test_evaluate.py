@@ -6,6 +6,7 @@ import io
 import json
 import math
 import tracemalloc
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
+from raydistill.errors import CheckpointError
 from raydistill.models.student import build_student, split_logits
 from raydistill.pages.figures import Answers, confusion_figure, per_class_figure
+from raydistill.results import Exported, Report
 from raydistill.stages import evaluate
 from raydistill.stages.evaluate import agreement, fitted_temperature, measures
+from raydistill.storage.state import result_of
 
 
 def slow_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> float:
@@ -144,3 +148,43 @@ def test_predictions_keep_the_likeliest_of_very_many_classes(monkeypatch) -> Non
         assert kept["probability"][n].as_py() == pytest.approx(expected, rel=1e-5)
     assert {name: column.type for name, column in without.items()} == {n: c.type for n, c in kept.items()}
     assert all(column.null_count == 7 for column in without.values())
+
+
+def of_a_stranger(change) -> dict[str, object]:
+    """The result of `evaluate` as its DONE holds it, with a change."""
+    found = measures(np.eye(3, dtype=np.float32)[[0, 1, 1]], np.array([0, 1, 2]), ("a", "b", "c"), bins=10)
+    report = Report("ws/evaluate-0", {"val": found}, {"val": found}, {"val": 1.0}, 1.0, 1, 1, 1.0, None, "CPU")
+    done = json.loads(json.dumps(asdict(report)))
+    change(done)
+    return done
+
+
+ELSEWHERE = "x/../../../private"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda done: done["student"].update({ELSEWHERE: done["student"]["val"]}), "has to be 'val' or 'test'"),
+        (lambda done: done.update(student={"val": 5}), "student.val has to be a mapping"),
+        (lambda done: done["student"]["val"].pop("accuracy"), "student.val.accuracy is missing"),
+        (lambda done: done["student"]["val"].update(ece="<b>"), "student.val.ece has to be a valid number"),
+        (lambda done: done["student"]["val"]["per_class"]["a"].pop("recall"), "student.val.per_class.a is missing"),
+        (lambda done: done["student"]["val"]["confused"][0].update(true="z"), "confused on val is none of its classes"),
+        (lambda done: done["teacher"].clear(), "measured on different splits"),
+        (lambda done: done["agreement"].update(val=2.0), "agreement.val has to be less than or equal to 1"),
+    ],
+)  # fmt: skip
+def test_a_report_of_a_stranger_names_no_other_files_and_has_what_the_page_shows(change, said) -> None:
+    """The names of splits are part of the names of figures, which the page shows."""
+    assert result_of(of_a_stranger(lambda done: None), "ws/evaluate-0", Report).student["val"]["accuracy"] == 2 / 3
+    with pytest.raises(CheckpointError, match=f"ws/evaluate-0/DONE is not what raydistill writes .*({said})"):
+        result_of(of_a_stranger(change), "ws/evaluate-0", Report)
+
+
+@pytest.mark.parametrize("odd", [{"int8": {"kept": 1.0}}, {"speed": {"student, onnx": {}}}])
+def test_an_export_of_a_stranger_has_what_the_page_shows(odd) -> None:
+    done = {"path": "ws/export-0", "files": {}, "differences": {}, "int8": None, "speed": {}}
+    assert result_of(done, "ws/export-0", Exported).int8 is None
+    with pytest.raises(CheckpointError, match="ws/export-0/DONE is not what raydistill writes"):
+        result_of({**done, **odd}, "ws/export-0", Exported)
