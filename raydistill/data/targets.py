@@ -47,7 +47,8 @@ class Batch:
     weights_V: np.ndarray | None = None  # float32, of the hard labels; None if all are 1
 
     def arrays(self) -> tuple[np.ndarray | None, ...]:
-        return (self.images_VHHC, self.parameters_VP, self.labels_V, self.features_VD, self.rows_V, self.weights_V)
+        """All but the views' parameters, which `render` takes from the CPU."""
+        return (self.images_VHHC, self.labels_V, self.features_VD, self.rows_V, self.weights_V)
 
 
 def encode_targets(sample_ids: Sequence[str], features_KRD: np.ndarray) -> bytes:

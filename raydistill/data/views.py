@@ -5,6 +5,7 @@ Shapes: B images, P parameters of a view, H x W working pixels, S pixels on a si
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -68,19 +69,35 @@ def _draws(seed: int, sample: str, view: int) -> np.ndarray:
 
 def render(images_BHWC: torch.Tensor, parameters_BP: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
     """(B, 3, S, S) float32, normalised: crop, antialiased resize, flip, colour, in one batched pass on the images'
-    device.
+    device. The parameters lie on the CPU.
 
     Resampling is separable, so each image costs two matrix products with the filter of Pillow's `resize(box=...)`.
     """
-    parameters_BP = parameters_BP.to(images_BHWC.device, torch.float32)
+    # Asked of the CPU, where they come from: a question to a device would wait for it.
+    has_colour = bool((parameters_BP[:, 5:].numpy() != 1).any())
+    parameters_BP = to_device(parameters_BP.float(), images_BHWC.device)
     _, rows, columns, _ = images_BHWC.shape
     images_BCHW = images_BHWC.permute(0, 3, 1, 2).float()
     vertical_BSH, horizontal_BSW = view_filters(parameters_BP, rows, columns, preprocessing)
-    colour = parameters_BP[:, 5:].unbind(dim=1)
     images_BCSS = vertical_BSH[:, None] @ images_BCHW @ horizontal_BSW[:, None].transpose(-1, -2)
-    images_BCSS = _colour(images_BCSS.div_(255).clamp_(0, 1), *colour)
-    mean, std = (images_BCSS.new_tensor(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+    images_BCSS = images_BCSS.div_(255).clamp_(0, 1)
+    if has_colour:
+        images_BCSS = _colour(images_BCSS, *parameters_BP[:, 5:].unbind(dim=1))
+    mean, std = (_channels(values, images_BCSS.device) for values in (preprocessing.mean, preprocessing.std))
     return (images_BCSS - mean) / std
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy to a GPU does not wait for it: it comes from pinned memory, in the order of the stream."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@functools.cache
+def _channels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """(3, 1, 1) float32. Kept, since the copy of numbers to a GPU waits for it."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def view_filters(
@@ -122,10 +139,8 @@ def _colour(
     images: torch.Tensor, brightness_B: torch.Tensor, contrast_B: torch.Tensor, saturation_B: torch.Tensor
 ) -> torch.Tensor:
     """Brightness, contrast, saturation in this order, as torchvision defines each for images in [0, 1]."""
-    if bool(((brightness_B == 1) & (contrast_B == 1) & (saturation_B == 1)).all()):
-        return images
     brightness, contrast, saturation = (f[:, None, None, None] for f in (brightness_B, contrast_B, saturation_B))
-    luma = images.new_tensor([0.2989, 0.587, 0.114])[:, None, None]
+    luma = _channels((0.2989, 0.587, 0.114), images.device)
     images = (images * brightness).clamp(0, 1)
     mean_grey = (images * luma).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
     images = (mean_grey + contrast * (images - mean_grey)).clamp(0, 1)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydistill.config import Distill
-from raydistill.data.views import render
+from raydistill.data.views import render, to_device
 from raydistill.engine.batches import DistillJob, worker_batches
 from raydistill.engine.checkpoints import (
     Checkpoint,
@@ -68,14 +68,15 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     if worker.rank == 0:
         need = bytes_to_write(job.path, modules, optimizer)
         refuse_small_disk(config, "distill: its checkpoints", need, "choose another workspace")
-    reporter = Reporter(job, worker, step, partial)
+    reporter = Reporter(job, worker, step, partial, scaler.is_enabled())
     model.train()
     with CheckpointWriter(job.path) as checkpoints:
         for batch in worker_batches(job, worker, step):
             torch.manual_seed(_step_seed(config.seed, step, worker.rank))  # for dropout and the like
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * learning_rate(settings, step, job.steps_per_epoch)
-            images, parameters, labels, features, rows, weights = (_to(device, array) for array in batch.arrays())
+            images, labels, features, rows, weights = (_to(device, array) for array in batch.arrays())
+            parameters = torch.from_numpy(np.array(batch.parameters_VP))
             views = render(images, parameters, model.student.preprocessing).contiguous(memory_format=layout)
             with autocast:
                 student, teacher = network(views, None if features is None else features.float())
@@ -88,17 +89,17 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = _clip(model, settings.clip_norm)
-            reporter.refuse_not_finite(step, norm, scaler, {"loss": loss, **terms})
             scaler.step(optimizer)
             scaler.update()
             if ema is not None:
                 ema.update(model.student)
             step += 1
-            reporter.count(len(labels), {"loss": loss, **terms})
+            reporter.count(step, len(labels), norm, {"loss": loss, **terms})
             ended, preempted = step % job.steps_per_epoch == 0, worker.preempted(step)
             if ended:
                 record = reporter.end_epoch(step, student_now, best, optimizer)
-            if worker.rank == 0 and (preempted or reporter.checkpoint_due(step, ended, checkpoints.seconds)):
+            due = worker.rank == 0 and (preempted or reporter.checkpoint_due(step, ended, checkpoints.seconds))
+            if due and reporter.is_finite():
                 checkpoints.save(Checkpoint(step, modules, optimizer, scaler, reporter.partial_epoch(), record))
                 if preempted:
                     checkpoints.wait()  # the node may be lost at any moment
@@ -201,5 +202,4 @@ def _resume(
 def _to(device: torch.device, array: np.ndarray | None) -> Any:
     if array is None:
         return None
-    tensor = torch.from_numpy(array if array.flags.writeable else array.copy())  # Ray's blocks are read-only
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return to_device(torch.from_numpy(array if array.flags.writeable else array.copy()), device)  # Ray's: read-only

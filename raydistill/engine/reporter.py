@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from raydistill.models.student import split_logits
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 _MOST_SKIPPED_STEPS = 20
+_STEPS_BETWEEN_READS = 50  # of what stays on the device
 # Least seconds between two checkpoints for each second of writing one, even with a shorter `checkpoint_seconds`.
 _LEAST_GAP = 4.0
 
@@ -24,49 +24,74 @@ _LEAST_GAP = 4.0
 class Reporter:
     """Writes the progress of training to the stage directory, for other processes to read."""
 
-    def __init__(self, job: DistillJob, worker: Worker, first_step: int, partial: dict[str, float]) -> None:
+    def __init__(
+        self, job: DistillJob, worker: Worker, first_step: int, partial: dict[str, float], skips: bool = False
+    ) -> None:
+        """`skips`: the scaler of fp16 leaves out some steps that are not finite, while it adapts its scale."""
         self._job, self._worker = job, worker
-        self._skipped = 0
+        self._most_skipped = _MOST_SKIPPED_STEPS if skips else 0
         self._written = self._saved = time.monotonic()
+        self._names: list[str] = []
+        self._state: torch.Tensor | None = None
         self._begin_epoch(partial)
         if worker.rank == 0:
             self._lost_steps = note_lost_steps(job.path, first_step)
 
     def _begin_epoch(self, partial: dict[str, float]) -> None:
         """`partial` holds the sums of the epoch's steps before the checkpoint that training resumes from."""
-        self._sums = dict(partial)
-        self._started = time.monotonic() - self._sums.pop("seconds", 0.0)
+        self._partial = dict(partial)
+        self._started = time.monotonic() - self._partial.pop("seconds", 0.0)
+        if self._state is not None:
+            self._state[0].zero_()
 
-    def partial_epoch(self) -> dict[str, float]:
-        """Sums over the steps of the epoch so far, and over all workers: `images`, `seconds`, the terms' means."""
-        return self._sums and {**self._sums, "seconds": time.monotonic() - self._started}
+    def count(self, step: int, images: int, norm: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        """Add the step that ends now, on the device: nothing waits for it but every `_STEPS_BETWEEN_READS` steps, and
+        at the end of an epoch. The sums always cover all workers, so a checkpoint can follow any step.
 
-    def refuse_not_finite(self, step: int, norm: torch.Tensor, scaler: Any, terms: dict[str, torch.Tensor]) -> None:
-        """Raises DivergedError. The gradient is the mean over workers, so all see a bad one at the same step. The fp16
-        scaler skips a few such steps while it adapts its scale."""
-        if bool(torch.isfinite(norm)):
-            self._skipped = 0
+        Raises DivergedError where the gradient of a step since the last look was not finite. It is the mean over
+        workers, so all see it, and look, at the same step.
+        """
+        now = torch.stack([*(value.detach().double() for value in terms.values()), norm.detach().double()])
+        sums = torch.cat([now[:-1], now.new_full((1,), images)])
+        if self._worker.size > 1:
+            torch.distributed.all_reduce(sums)
+            sums[:-1] /= self._worker.size
+        if self._state is None:
+            self._names = [*terms, "images"]
+            before = [self._partial.get(name, 0.0) for name in self._names]
+            # Rows: the sums; the terms of the step that diverged; that step, steps skipped in a row.
+            self._state = torch.zeros(3, len(before), dtype=torch.float64, device=now.device)
+            self._state[0] = torch.tensor(before, dtype=torch.float64)
+        total, diverged, at = self._state
+        total += sums
+        skipped = torch.where(torch.isfinite(now[-1]), 0.0, at[1] + 1)
+        diverges = (skipped > self._most_skipped) & (at[0] == 0)
+        diverged.copy_(torch.where(diverges, sums, diverged))
+        at[0], at[1] = torch.where(diverges, step, at[0]), skipped
+        if step % _STEPS_BETWEEN_READS == 0 or step % self._job.steps_per_epoch == 0:
+            self._refuse_diverged()
+
+    def is_finite(self) -> bool:
+        """Whether no step has diverged; a checkpoint of one that has is worth nothing."""
+        return self._state is None or float(self._state[2, 0]) == 0
+
+    def _refuse_diverged(self) -> None:
+        assert self._state is not None
+        if self.is_finite():
             return
-        self._skipped += 1
-        if scaler.is_enabled() and self._skipped <= _MOST_SKIPPED_STEPS:
-            return
-        shown = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
+        step = int(self._state[2, 0]) - 1
+        terms = zip(self._names[:-1], self._state[1].tolist(), strict=False)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in terms)
         raise DivergedError(
             f"distill: the loss or its gradient is not finite at step {step} (epoch "
             f"{step // self._job.steps_per_epoch}): {shown}; lower distill.learning_rate, set distill.clip_norm=1, or "
             f"use distill.precision=fp32. The last good checkpoint stays in {self._job.path}/checkpoints"
         )
 
-    def count(self, images: int, terms: dict[str, torch.Tensor]) -> None:
-        """Add a step. The sums always cover all workers, so a checkpoint can follow any step."""
-        values = torch.tensor([float(value.detach()) for value in terms.values()] + [images], dtype=torch.float64)
-        if self._worker.size > 1:
-            on_device = values.to(self._worker.device)
-            torch.distributed.all_reduce(on_device)
-            values = on_device.cpu()
-            values[:-1] /= self._worker.size
-        for name, value in zip([*terms, "images"], values.tolist(), strict=True):
-            self._sums[name] = self._sums.get(name, 0.0) + value
+    def partial_epoch(self) -> dict[str, float]:
+        """Sums over the steps of the epoch so far, and over all workers: `images`, `seconds`, the terms' means."""
+        sums = self._partial if self._state is None else dict(zip(self._names, self._state[0].tolist(), strict=True))
+        return sums and {**sums, "seconds": time.monotonic() - self._started}
 
     def end_epoch(
         self, step: int, student: nn.Module, best: BestStudent | None, optimizer: torch.optim.Optimizer

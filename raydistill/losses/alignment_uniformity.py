@@ -4,6 +4,8 @@
 Shapes: B images, D dimensions of the projection; rows are expected to have unit length.
 """
 
+import math
+
 import torch
 
 
@@ -24,4 +26,4 @@ def uniformity(projected_BD: torch.Tensor, t: float) -> torch.Tensor:
     if len(projected_BD) < 2:
         return projected_BD.sum() * 0.0
     squared_P = torch.pdist(projected_BD.float()).square()
-    return squared_P.mul(-t).logsumexp(dim=0) - torch.log(torch.tensor(float(len(squared_P))))
+    return squared_P.mul(-t).logsumexp(dim=0) - math.log(len(squared_P))

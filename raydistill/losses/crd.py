@@ -68,6 +68,18 @@ class ContrastiveMemory(nn.Module):
         self.register_buffer("label_M", torch.full((places,), UNLABELLED))
         self.register_buffer("put_in", torch.zeros((), dtype=torch.int64))
         self.register_buffer("log_mean", torch.full((2,), torch.nan))
+        self._forget_what_is_known()
+        self.register_load_state_dict_post_hook(ContrastiveMemory._forget_what_is_known)
+
+    def _forget_what_is_known(self, *_: object) -> None:
+        """What the host knows of the buffers, so that a step does not wait for the device to ask."""
+        self._known_put_in: int | None = None
+        self._is_measured = False
+
+    def _num_put_in(self) -> int:
+        if self._known_put_in is None:
+            self._known_put_in = int(self.put_in)
+        return self._known_put_in
 
     @torch.no_grad()
     def put(
@@ -76,30 +88,34 @@ class ContrastiveMemory(nn.Module):
         """Replace the oldest entries by a global batch."""
         places = len(self.image_M)
         student_GP, teacher_GP, image_G, label_G = (x[-places:] for x in (student_GP, teacher_GP, image_G, label_G))
-        at = (int(self.put_in) + torch.arange(len(image_G), device=image_G.device)) % places
+        before = self._num_put_in()
+        at = (before + torch.arange(len(image_G), device=image_G.device)) % places
         self.student_MP[at], self.teacher_MP[at] = student_GP.float(), teacher_GP.float()
         self.image_M[at], self.label_M[at] = image_G, label_G
         self.put_in += len(image_G)
+        self._known_put_in = before + len(image_G)
 
     @torch.no_grad()
     def draw(
         self, count: int, image_G: torch.Tensor, label_G: torch.Tensor, mine: slice, seed: list[int], temperature: float
     ) -> Negatives:
         """Draw at most `count` entries without replacement for the rows `mine` of the global batch, after its `put`."""
-        filled = min(int(self.put_in), len(self.image_M))
-        drawn = np.random.default_rng(seed).permutation(filled)[:count]
-        at = torch.from_numpy(drawn).to(self.image_M.device)
+        filled = min(self._num_put_in(), len(self.image_M))
+        drawn = torch.from_numpy(np.random.default_rng(seed).permutation(filled)[:count])
+        at = drawn.pin_memory().to("cuda", non_blocking=True) if self.image_M.is_cuda else drawn
         other_GK = image_G[:, None] != self.image_M[at][None]
         same_class_GK = (label_G[:, None] == self.label_M[at][None]) & (label_G[:, None] != UNLABELLED)
         allowed_GK = other_GK & ~same_class_GK
-        if bool(self.log_mean.isnan().any()):
-            self._measure(at, allowed_GK, image_G, temperature)
+        if not self._is_measured:
+            if bool(self.log_mean.isnan().any()):
+                self._measure(at, allowed_GK, image_G, temperature)
+            self._is_measured = not bool(self.log_mean.isnan().any())
         log_mean = self.log_mean.nan_to_num(nan=0.0)  # a copy; 0 until there is a negative
         return Negatives(self.student_MP[at], self.teacher_MP[at], allowed_GK[mine], log_mean)
 
     def _measure(self, at: torch.Tensor, allowed_GK: torch.Tensor, image_G: torch.Tensor, temperature: float) -> None:
         """Compute the posterior's constant from the first global batch with negatives, the latest in the ring."""
-        latest = (int(self.put_in) - torch.arange(min(len(image_G), len(self.image_M)), 0, -1)) % len(self.image_M)
+        latest = (self._num_put_in() - torch.arange(min(len(image_G), len(self.image_M)), 0, -1)) % len(self.image_M)
         allowed = allowed_GK[-len(latest) :]
         if not bool(allowed.any()):
             return

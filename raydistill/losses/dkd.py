@@ -4,7 +4,6 @@ Shapes: B images, C classes.
 """
 
 import torch
-from torch.nn import functional
 
 from raydistill.losses.soft_targets import soft_target_kl
 from raydistill.losses.task import UNLABELLED
@@ -26,16 +25,17 @@ def dkd(
     """
     student_BC, teacher_BC = student_logits_BC.float(), teacher_logits_BC.float()
     target_B = torch.where(labels_B == UNLABELLED, teacher_BC.argmax(dim=1), labels_B)
-    target_BC = functional.one_hot(target_B, student_BC.shape[1]).bool()
     of_target = soft_target_kl(
-        _target_or_not(student_BC / temperature, target_BC), _target_or_not(teacher_BC / temperature, target_BC), 1.0
+        _target_or_not(student_BC / temperature, target_B), _target_or_not(teacher_BC / temperature, target_B), 1.0
     )
-    others = (len(student_BC), student_BC.shape[1] - 1)
-    among_others = soft_target_kl(student_BC[~target_BC].view(others), teacher_BC[~target_BC].view(others), temperature)
+    # By number, since a mask would make the step wait for the device.
+    others_BC = torch.arange(student_BC.shape[1] - 1, device=target_B.device).repeat(len(target_B), 1)
+    others_BC = others_BC + (others_BC >= target_B[:, None])
+    among_others = soft_target_kl(student_BC.gather(1, others_BC), teacher_BC.gather(1, others_BC), temperature)
     return target_factor * temperature**2 * of_target + other_factor * among_others
 
 
-def _target_or_not(scaled_BC: torch.Tensor, target_BC: torch.Tensor) -> torch.Tensor:
+def _target_or_not(scaled_BC: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
     """Two logits for each image: the target's, and the log-sum-exp of all others."""
-    others_B = scaled_BC.masked_fill(target_BC, -torch.inf).logsumexp(dim=1)
-    return torch.stack([scaled_BC[target_BC], others_B], dim=1)
+    others_B = scaled_BC.scatter(1, target_B[:, None], -torch.inf).logsumexp(dim=1)
+    return torch.stack([scaled_BC.gather(1, target_B[:, None])[:, 0], others_B], dim=1)

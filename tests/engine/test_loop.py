@@ -14,6 +14,8 @@ import timm
 import torch
 from safetensors.numpy import load, save
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from raydistill.config import Distill, Loss
 from raydistill.data.targets import UNLABELLED
@@ -164,6 +166,72 @@ def test_a_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_checkpoin
     for name, value in weights(job).items():
         assert torch.equal(value, good[name])
         assert torch.isfinite(value.float()).all()
+
+
+class Waits(TorchDispatchMode):
+    """Operations whose result the host has to know, which on a GPU wait for all work before. Optimizers that are not
+    fused count steps in tensors of the host: these are left out."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.counts = self.in_optimizer = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name.startswith("index") else []
+        if self.counts and not self.in_optimizer and (masks or name.startswith(self.NAMES)):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*({"loss": ALONE | {weight: 1.0}} for weight in ALONE),
+     {"loss": CRD, "distill": {"clip_norm": 1.0, "ema_decay": 0.9, "optimizer": "sgd", "warmup_epochs": 0.5}},
+     {"views": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}, "distill": {"precision": "bf16"}}],
+    ids=str,
+)  # fmt: skip
+def test_no_step_waits_for_the_device(make_set, settings) -> None:
+    """Ten steps, between which no epoch ends and nothing is read."""
+    distill = {"epochs": 1, "batch_size": 4} | settings.get("distill", {})
+    job, waits = make_set("set", num_train=100, labelled=50).job("job", **(settings | {"distill": distill})), Waits()
+
+    def after(step: int) -> bool:
+        waits.counts = 10 <= step < 20
+        return False
+
+    def optimizing(now: bool):
+        return lambda *_: setattr(waits, "in_optimizer", now)
+
+    hooks = [register_optimizer_step_pre_hook(optimizing(True)), register_optimizer_step_post_hook(optimizing(False))]
+    try:
+        with waits:
+            distill_loop(job, replace(here(), preempted=after))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert waits.found == []
+
+
+def test_the_first_of_many_bad_steps_is_named_and_none_is_saved(make_set) -> None:
+    """All are looked at together, long after."""
+    job = make_set("set", num_train=120).job("job", distill={"batch_size": 2, "epochs": 1, "checkpoint_seconds": 1e-9})
+
+    def after(step: int) -> bool:
+        if step == 7:  # the next step's gradient is not finite
+            spoilt["loss"] = torch.nan
+        return step > 7  # as if a node were about to be lost: a checkpoint is due after each
+
+    spoilt, backward = {"loss": 0.0}, torch.Tensor.backward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", lambda self: backward(self + spoilt["loss"] * self))
+        with pytest.raises(DivergedError, match=r"step 7 \(epoch 0\)"):
+            distill_loop(job, replace(here(), preempted=after))
+    assert latest_step(job.path) <= 7
+    assert all(torch.isfinite(value.float()).all() for value in weights(job).values())
 
 
 def test_soft_targets_of_other_samples_are_refused(tiny_set) -> None:
