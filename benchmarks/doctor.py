@@ -27,10 +27,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from raydistill.cluster.plan import num_cores
 from raydistill.config import load_config
 from raydistill.data.decode import decode
 from raydistill.doctor.images import check_images
+from raydistill.runtime.cgroups import num_cores
 from raydistill.runtime.progress import Progress
 
 STDOUT = 1  # its file descriptor

@@ -7,11 +7,11 @@ the cluster has. So each gets a share, and the shares add up.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError
+from raydistill.runtime.cgroups import num_cores, num_threads
 
 # Below this share of a CPU a worker is starved rather than scheduled.
 LEAST_SHARE = 0.25
@@ -105,14 +105,15 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
         teacher_actors=(fewest, most),
         teacher_cpus=share,
         teacher_gpus=gpu_share * uses_gpus,
-        teacher_threads=max(1, cores // max(most + beside, 1)),
+        teacher_threads=config.cluster.threads or max(1, cores // max(most + beside, 1)),
         generator_actors=generators,
         generator_cpus=generator_cpus,
         generator_gpus=generator_gpus,
         train_workers=workers,
         train_cpus=train_cpus,
         train_gpus=gpu_share * (uses_gpus and fewest_workers > 0),
-        train_threads=max(1, cores // (max(fewest_workers, 1) + (fewest if together and not uses_gpus else 0))),
+        train_threads=config.cluster.threads
+        or max(1, cores // (max(fewest_workers, 1) + (fewest if together and not uses_gpus else 0))),
     )
 
 
@@ -160,11 +161,7 @@ def local_plan(config: RunConfig) -> Plan:
     """The plan for only this machine, made without starting Ray."""
     import torch  # the driver of a run loads it anyway; `--help` and `show` never call this
 
-    return plan_resources(config, float(num_cores()), float(torch.cuda.device_count()), num_cores())
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return plan_resources(config, float(num_cores()), float(torch.cuda.device_count()), num_threads())
 
 
 def live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:
@@ -174,7 +171,9 @@ def live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:
     there, later = ray.cluster_resources(), config.cluster.grows_to or {}
     cpus, gpus = (max(there.get(name, 0.0), later.get(name, 0.0)) for name in ("CPU", "GPU"))
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    cores = num_cores() if len(nodes) == 1 and not later else max(1, int(max(nodes, default=1)))
+    cores = max(1, int(max(nodes, default=1)))
+    if len(nodes) == 1 and not later:  # Ray sets OMP_NUM_THREADS for the commands that it starts
+        cores = num_threads() if config.cluster.address is None else num_cores()
     try:
         return plan_resources(config, cpus - reserved, gpus, cores)
     except ConfigError as error:

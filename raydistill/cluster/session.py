@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.cluster.late_nodes import late_nodes_checked
-from raydistill.cluster.plan import Plan, live_plan, num_cores
+from raydistill.cluster.plan import Plan, live_plan
 from raydistill.cluster.ray_private import leave_uv_alone, on_loopback, own_signals, stderr_into
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError, first_line_of
+from raydistill.runtime.cgroups import num_cores
 from raydistill.runtime.environment import private_folder
 from raydistill.runtime.memory import object_store_bytes
 from raydistill.storage.local import make_private

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from raydistill.data import decode
 from raydistill.errors import StageError
+from raydistill.runtime.cgroups import num_cores
 from raydistill.runtime.memory import total_bytes
 
 I = TypeVar("I")  # noqa: E741 - of items
@@ -201,7 +202,7 @@ def _idle_or_new() -> _Process:
 
 def serve(descriptor: int) -> None:
     """The main function of the isolated process."""
-    decode.limit_memory(total_bytes(), os.cpu_count() or 1)  # half of the memory, for one process a core
+    decode.limit_memory(total_bytes(), num_cores())  # half of the memory, for one process a core
     decode.is_isolated = True
     with contextlib.suppress(OSError):  # when memory runs out, the system ends this process first
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
-from raydistill.cluster.plan import num_cores
 from raydistill.config import load_config
 from raydistill.data.sources.listing import list_images
 from raydistill.doctor.images import look_at
 from raydistill.errors import DataError
+from raydistill.runtime.cgroups import num_cores
 from raydistill.runtime.memory import total_bytes
 from raydistill.yaml_files import as_flow
 

@@ -15,7 +15,6 @@ from posixpath import splitext
 
 from PIL import Image
 
-from raydistill.cluster.plan import num_cores
 from raydistill.config import Images, RunConfig
 from raydistill.data.chunks import Inspection, inspect_chunk
 from raydistill.data.decode import NOTES, Facts
@@ -31,6 +30,7 @@ from raydistill.data.splits import (
     without_duplicates,
 )
 from raydistill.errors import DataError
+from raydistill.runtime.cgroups import num_cores
 from raydistill.runtime.progress import Progress
 from raydistill.stages.prepare import chunks, refuse_too_many_bad
 

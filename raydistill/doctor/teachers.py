@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from raydistill.cluster.plan import num_cores
 from raydistill.config import RunConfig, Teacher
 from raydistill.data.chunks import decode_chunk
 from raydistill.data.decode import pixels
@@ -27,6 +26,7 @@ from raydistill.errors import ConfigError, DataError
 from raydistill.models.heads import match_native_head
 from raydistill.models.student import build_student
 from raydistill.models.teacher import TeacherBackbone, load_teacher
+from raydistill.runtime.cgroups import num_cores
 from raydistill.runtime.progress import Progress
 from raydistill.stages.adapt import fit_linear_probe
 from raydistill.stages.prepare import chunks

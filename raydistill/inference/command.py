@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import cast
 
-from raydistill.cluster.plan import num_cores
 from raydistill.cluster.session import joined_cluster
 from raydistill.config import RunConfig
 from raydistill.data.decode import working_images
@@ -22,6 +21,7 @@ from raydistill.inference.predictions import Answer, best, check_output, write_p
 from raydistill.inference.sockets import ServeSettings
 from raydistill.models.metadata import Engine, check_export
 from raydistill.runtime import interrupts
+from raydistill.runtime.cgroups import num_cores
 from raydistill.runtime.progress import Progress
 
 

@@ -18,7 +18,6 @@ import pyarrow as pa
 import torch
 from scipy.special import softmax
 
-from raydistill.cluster.plan import num_cores
 from raydistill.data.decode import working_images
 from raydistill.data.isolation import map_isolated, run_isolated
 from raydistill.data.sources.containers import EXTENSIONS, SUFFIXES, count_rows
@@ -32,6 +31,7 @@ from raydistill.inference.predictions import Answer, chunks
 from raydistill.models.formats import load_from_library, network_inputs, torch_run, try_onnx
 from raydistill.models.metadata import Engine, check_export
 from raydistill.models.onnx_files import onnx_run
+from raydistill.runtime.cgroups import num_cores
 
 Unit = tuple[str, int, int]  # a file; or, for a file of many images, the first row and the number of rows
 # More pictures than this go through a pool of actors, which takes some ten seconds to start.

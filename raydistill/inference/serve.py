@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 import time
 from collections.abc import AsyncIterator, Collection
@@ -34,6 +33,7 @@ from raydistill.inference.predict import Predictor
 from raydistill.inference.predictions import Answer, best
 from raydistill.inference.request_images import WANTED, RequestImages
 from raydistill.inference.sockets import ServeSettings, host_name
+from raydistill.runtime.cgroups import num_cores
 
 _TOP = 5
 _READY_SECONDS = 5.0
@@ -85,7 +85,7 @@ class Endpoints:
         self.metrics, self._intake = Metrics(), RequestImages(settings.most_bytes)
         self.batcher = Batcher(predictor, settings.window_seconds, self.metrics)
         # Not the network's thread, so that pictures that wait for memory do not delay answers.
-        self._decoders = CapacityLimiter(max(2, os.cpu_count() or 2))
+        self._decoders = CapacityLimiter(max(2, num_cores()))
 
     async def page(self, request: Request) -> HTMLResponse:
         return HTMLResponse(_PAGE)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from raydistill.runtime.cgroups import cgroups
+
 # Ray's objects are shards in transit; a sort of all images spills the rest to disk.
 _STORE_SHARE, _LEAST_STORE, _MOST_STORE = 0.1, 512 * 1024**2, 8 * 1024**3
 # For cgroup v2 and v1: the files of a limit and of the memory in use, and the field of memory in use that may be
@@ -42,30 +44,12 @@ def object_store_bytes(root: Path = Path("/")) -> int:
 
 
 def _limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of each cgroup above this process that has a limit.
-
-    https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html
-    """
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return  # not Linux
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            mount, (names, current, idle) = root / "sys/fs/cgroup", _V2
-        elif "memory" in controllers.split(","):
-            mount, (names, current, idle) = root / "sys/fs/cgroup/memory", _V1
-        else:
-            continue
-        own = mount / path.lstrip("/")
-        # In a container the path may be the host's, and only the mount itself exists here.
-        for group in (own, *own.parents):
-            limits = [value for name in names if (value := _number(group / name)) is not None]
-            if limits:
-                yield min(limits), max(0, (_number(group / current) or 0) - _field(group / "memory.stat", idle))
-            if group == mount:
-                break
+    """Limit and use, in bytes, of each cgroup above this process that has a limit."""
+    for group, is_v2 in cgroups("memory", root):
+        names, current, idle = _V2 if is_v2 else _V1
+        limits = [value for name in names if (value := _number(group / name)) is not None]
+        if limits:
+            yield min(limits), max(0, (_number(group / current) or 0) - _field(group / "memory.stat", idle))
 
 
 def _number(file: Path) -> int | None:
