@@ -81,7 +81,7 @@ OTHERS = [node("Gelu", ["images"], ["logits"], domain="com.microsoft")]
         ([*ROWS, node("TopK", ["f", "i"], ["logits", ""])], (), lambda _: None, r"\(TopK\) follows from the pictures"),
         (SQUARES, (), lambda _: None, "faster than the number of pictures"),
         (THROUGH, [TEXT], lambda _: None, "'text' is text"),
-        ([node("Cast", ["images"], ["logits"], to=TensorProto.STRING)], (), lambda _: None, "no tensor of numbers"),
+        ([node("Cast", ["images"], ["logits"], to=TensorProto.STRING)], (), lambda _: None, "not a tensor of numbers"),
         (LISTS, (), lambda _: None, r"'q' \(SequenceConstruct\) is not a tensor of numbers"),
         (OTHERS, (), lambda _: None, "the operator 'Gelu', which may not end or cannot be checked"),
         (
