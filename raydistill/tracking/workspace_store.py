@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,12 +19,18 @@ from raydistill.storage.local import refuse_links
 from raydistill.tracking.stores import UnusableError, engine_of, reason, sqlite_file
 
 _OTHER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # the end of a journal that names one
-_PROGRAMS = "select type, name from sqlite_master where type = 'view' or (type = 'trigger' and tbl_name != 'secrets')"
+# MLflow's and Optuna's tables call none of these. In a check or a default they take gigabytes, or have no end.
+_CALLS = re.compile(
+    r"\b(?:virtual|like|glob|match|regexp|zeroblob|randomblob|replace|printf|format|hex|char|quote|instr|json_\w+)\b",
+    re.IGNORECASE,
+)
+_SECONDS, _BYTES_A_SECOND = 5.0, 50e6
 
 
 def refuse_programs(uri: str) -> None:
-    """Raises UnusableError if a workspace's own SQLite file is not one, or has triggers or views, which would run when
-    it is used, perhaps without end. MLflow has one trigger of its own, on a table that nothing here writes to."""
+    """Raises UnusableError if a workspace's own SQLite file is not one, is damaged, or has triggers, views or calls in
+    its tables, which would run when it is used, perhaps without end. MLflow has one trigger of its own, on a table that
+    nothing here writes to."""
     path = sqlite_file(uri)
     if path is not None:
         _refuse_other_journals(path)
@@ -29,18 +38,30 @@ def refuse_programs(uri: str) -> None:
         return
     if not os.path.isfile(path):
         raise UnusableError("is not a regular file: delete it, or name another store")
+    end = time.monotonic() + _SECONDS + os.path.getsize(path) / _BYTES_A_SECOND
     # Open it to write too: what a killed process left half written is undone before it is read, from the store's
     # journal.
     with contextlib.closing(sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=rw", uri=True)) as store:
+        store.set_progress_handler(lambda: time.monotonic() > end, 10_000)  # pages that lead back hold rows without end
         try:
-            found = store.execute(_PROGRAMS).fetchone()
+            schema = store.execute("select type, name, tbl_name, sql from sqlite_master").fetchall()
+            _refuse_odd(schema)
+            store.execute("pragma ignore_check_constraints = on")
+            (found,) = store.execute("pragma quick_check(1)").fetchone()
         except sqlite3.Error as error:
             raise UnusableError(f"cannot be read ({reason(error)}): delete it, or name another store") from None
-    if found:
-        raise UnusableError(
-            f"holds a {found[0]}, {one_line(found[1])!r:.100}, which would run while it is used: drop it, or name "
-            "another store"
-        )
+    if found != "ok":
+        raise UnusableError(f"is damaged ({one_line(found.splitlines()[-1])}): delete it, or name another store")
+
+
+def _refuse_odd(schema: Iterable[tuple[Any, Any, Any, Any]]) -> None:
+    for kind, name, table, text in schema:
+        called = None if kind == "trigger" else _CALLS.search(str(text))
+        if called or kind == "view" or (kind == "trigger" and table != "secrets"):
+            raise UnusableError(
+                f"holds a {kind}, {one_line(str(name))!r:.100}, which would run when it is used"
+                f"{f' ({called[0]})' if called else ''}: drop it, or name another store"
+            )
 
 
 def _refuse_other_journals(path: str) -> None:

@@ -495,7 +495,7 @@ def test_a_study_of_a_stranger_is_refused_by_the_trial_or_the_note_that_is_odd(w
     engine(config, tmp_path / "own")
     with contextlib.closing(sqlite3.connect(tmp_path / "own/study.db")) as database:
         database.execute("create trigger t after insert on trials begin delete from trials; end")
-    with pytest.raises(ConfigError, match="holds a trigger, 't', which would run while it is used"):
+    with pytest.raises(ConfigError, match="holds a trigger, 't', which would run when it is used"):
         engine(config, tmp_path / "own")
 
 

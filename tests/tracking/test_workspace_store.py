@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from raydistill.tracking import workspace_store
 from raydistill.tracking.stores import UnusableError
 from raydistill.tracking.workspace_store import refuse_programs
 
@@ -68,3 +69,76 @@ def test_a_store_that_a_killed_process_left_half_written_is_used(tmp_path) -> No
     refuse_programs(f"sqlite:///{copy}/mlflow.db")
     with contextlib.closing(sqlite3.connect(copy / "mlflow.db")) as database:
         assert database.execute("select * from runs").fetchall() == [("whole",)]
+
+
+def b_tree_without_end(path: Path, root: int) -> None:
+    """The page becomes the top of ten levels. All children of a page are one page, so there are 400**10 rows."""
+    size = 4096
+    pages = bytearray(path.read_bytes())
+    pages += pages[(root - 1) * size : root * size]
+    for level in range(10):
+        child = len(pages) // size
+        cells = b"".join(struct.pack(">IB", child, min(k, 127)) for k in range(400))
+        starts = [size - len(cells) + 5 * k for k in range(400)]
+        page = struct.pack(">BHHHBI400H", 5, 0, 400, starts[0], 0, child, *starts)
+        page = page.ljust(size - len(cells), b"\0") + cells
+        if level < 9:
+            pages += page
+    pages[(root - 1) * size : root * size] = page
+    pages[28:32] = struct.pack(">I", len(pages) // size)
+    path.write_bytes(pages)
+
+
+def test_pages_that_hold_rows_without_end_are_refused(tmp_path) -> None:
+    path = store(tmp_path)
+    refuse_programs(f"sqlite:///{path}")
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        (root,) = database.execute("select rootpage from sqlite_master").fetchone()
+    b_tree_without_end(path, root)
+    with pytest.raises(UnusableError, match=r"is damaged .*: delete it, or name another store"):
+        refuse_programs(f"sqlite:///{path}")
+
+
+def test_a_schema_without_end_is_given_up(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(workspace_store, "_SECONDS", 0.5)
+    path = tmp_path / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("create table runs (run_uuid text unique)")  # its second row is an index without a text
+    pages = bytearray(path.read_bytes())
+    starts = struct.unpack(">2H", pages[108:112])
+    leaves = []
+    for start in starts:
+        cell = bytes(pages[start : min(end for end in (*starts, 4096) if end > start)])
+        head = struct.pack(">BHHHBH", 13, 0, 1, 4096 - len(cell), 0, 4096 - len(cell))
+        leaves.append(head.ljust(4096 - len(cell), b"\0") + cell)
+    first = len(pages) // 4096 + 1
+    pages += leaves[0] + leaves[1]
+    path.write_bytes(pages)
+    b_tree_without_end(path, first + 1)  # the index, again and again
+    pages = bytearray(path.read_bytes())
+    pages[100:4096] = struct.pack(">BHHHBIH", 5, 0, 1, 4091, 0, first + 1, 4091).ljust(3991, b"\0") + struct.pack(
+        ">IB", first, 1
+    )
+    path.write_bytes(pages)
+    with pytest.raises(UnusableError, match=r"cannot be read \(interrupted\)"):
+        refuse_programs(f"sqlite:///{path}")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "create table t (a check ('" + "a" * 99 + "' not like '" + "%a" * 40 + "%b'))",
+        "create table t (a default (hex(zeroblob(400000000))))",
+        'create table t (a, b as ("zeroblob"(400000000)))',
+        "create index t on runs (length(printf('%900000000d', run_uuid)))",
+        "create virtual table t using fts5(a)",
+        "create view t as select 1",
+    ],
+)
+def test_a_store_that_computes_while_it_is_used_is_refused(tmp_path, made: str) -> None:
+    path = store(tmp_path)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute(made)
+        database.commit()
+    with pytest.raises(UnusableError, match=r"holds a (table|index|view), 't.*', which would run when it is used"):
+        refuse_programs(f"sqlite:///{path}")
