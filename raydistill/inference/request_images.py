@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Iterable
 from itertools import islice
 from urllib.parse import parse_qsl
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -24,6 +25,7 @@ _KEYS = (
 )  # fmt: skip
 _RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded", "binary/octet-stream")  # the third: curl's
 _FIELDS = re.compile(rb"[\w.%\[\]-]{1,64}=[!-~\r\n]*")
+_CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "latin-1", "windows-1252")
 # A body may take this long, and one second more for each of these many bytes.
 BODY_SECONDS, BYTES_A_SECOND = 20, 20_000
 
@@ -87,6 +89,9 @@ async def _from_form(request: Request, data: bytes) -> tuple[list[bytes], bool]:
             yield data[first : first + (1 << 16)]
             await asyncio.sleep(0)
 
+    charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in _CHARSETS:  # Python decodes some, as idna and punycode, in quadratic time
+        raise HTTPException(415, f"charset {charset[:60]!r} is not supported; use utf-8")
     try:
         parser = MultiPartParser(request.headers, stream(), max_files=MOST_PICTURES, max_part_size=len(data))
         form = await parser.parse()
