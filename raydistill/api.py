@@ -5,8 +5,9 @@ Slow imports are inside the functions, so that `import raydistill` takes millise
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ def distill(
     config = _config(images, {**given, **settings})
     from raydistill.run import run_stages
 
-    with _ONE:
+    with _alone():
         outcome = run_stages(config, _progress(progress), None, command=f"raydistill.distill({str(images)!r}, …)")
     return Run(config, outcome)
 
@@ -138,7 +139,9 @@ def check(images: Path, /, *, strict: bool = False, progress: bool = True, **set
 
     checkup = check_images(config, _progress(progress), strict)
     if checkup.is_interrupted:  # the checkup covers only the images before the interruption
-        raise KeyboardInterrupt
+        from raydistill.runtime.interrupts import Interrupted
+
+        raise Interrupted("the same call looks at all images again")
     return checkup
 
 
@@ -153,7 +156,7 @@ def compare(
     config = _config(images, settings)
     from raydistill.search.compare import compare_arms
 
-    with _ONE:
+    with _alone():
         return compare_arms(config, _progress(progress), learning_curve)
 
 
@@ -166,7 +169,7 @@ def tune(images: Path, space: Path, /, *, progress: bool = True, **settings: Any
     config = _config(images, {**settings, "tune.space": space})
     from raydistill.search.tune import tune_job
 
-    with _ONE:
+    with _alone():
         return tune_job(config, _progress(progress))
 
 
@@ -177,6 +180,9 @@ def load(student: Path) -> Student:
     """
     import os
 
+    from raydistill.runtime.environment import prepare_environment
+
+    prepare_environment()
     from raydistill.inference.student import load_student
 
     return load_student(os.path.expanduser(os.fspath(student)))
@@ -187,6 +193,18 @@ def keys(word: str = "") -> list[Key]:
     from raydistill.config.keys import describe_keys
 
     return list(describe_keys(word))
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One job at a time in this process. An interruption, as by a notebook's stop button, says how to go on."""
+    from raydistill.runtime.interrupts import Interrupted
+
+    try:
+        with _ONE:
+            yield
+    except KeyboardInterrupt:
+        raise Interrupted("the same call goes on from here") from None
 
 
 def _config(images: Path, settings: Mapping[str, Any], trains: bool = True) -> RunConfig:

@@ -8,10 +8,11 @@ import contextlib
 import difflib
 import itertools
 import os
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
-from raydistill.escaping import truncated
+from raydistill.escaping import printable, truncated
 from raydistill.secrets import redacted
 
 _MOST_NEIGHBOURS = 1000  # comparing more names would take seconds
@@ -48,6 +49,12 @@ class RaydistillError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(redacted(truncated(message, redacted)))
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: one line, as the command line does."""
+        if os.environ.get("RAYDISTILL_TRACEBACK"):
+            return traceback.format_exception(self)
+        return [f"{type(self).__name__}: {printable(str(self))}"]
 
 
 class ConfigError(RaydistillError):

@@ -72,6 +72,11 @@ class Checkup:
     def is_sound(self) -> bool:
         return all(finding.severity != "stop" for finding in self.findings)
 
+    def _repr_markdown_(self) -> str:
+        from raydistill.pages.check import findings_markdown
+
+        return findings_markdown(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Look:

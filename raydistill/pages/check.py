@@ -17,7 +17,7 @@ from raydistill.data.chunks import decode_isolated
 from raydistill.data.decode import pixels
 from raydistill.data.sources.listing import Entry, entry_name, list_images
 from raydistill.errors import ConfigError
-from raydistill.escaping import quoted
+from raydistill.escaping import markdown, quoted
 from raydistill.pages.templates import data_uri, file_name, page
 from raydistill.secrets import redacted_tree
 from raydistill.storage.filesystems import write_bytes
@@ -40,6 +40,14 @@ def findings_table(checkup: Checkup) -> Table:
     if not checkup.findings:
         table.add_row("ok", "nothing to say", "", "", "", "")
     return table
+
+
+def findings_markdown(checkup: Checkup) -> str:
+    """The same table, for notebooks."""
+    columns = findings_table(checkup).columns
+    rows = zip(*(["<br>".join(map(markdown, str(cell).split("\n"))) for cell in c.cells] for c in columns), strict=True)
+    lines = [[str(column.header) for column in columns], ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_checkup(config: RunConfig, checkup: Checkup, path: str) -> None:

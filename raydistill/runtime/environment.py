@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import signal
 import stat
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ def prepare_environment() -> None:
         raise ConfigError("no folder for temporary files is writable; set TMPDIR to a writable folder") from None
     _name_the_user()
     _find_a_home(folder)
+    # In a notebook Ray and tqdm ask for ipywidgets when they are imported. Nothing here needs it.
+    logging.getLogger("ray.widgets").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "IProgress not found")
 
 
 class _Output(io.FileIO):

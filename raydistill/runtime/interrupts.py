@@ -30,7 +30,11 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the command."""
+    """A signal ended the command, or a call in Python."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows."""
+        return [f"interrupted; {self}"]
 
 
 _signal: int | None = None  # the first signal

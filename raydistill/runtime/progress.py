@@ -1,4 +1,5 @@
-"""Progress that a person can follow: bars with speed and time left on a terminal, plain lines elsewhere."""
+"""Progress that a person can follow: bars with speed and time left on a terminal and in a notebook, plain lines
+elsewhere."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ from rich.text import Text
 
 from raydistill.escaping import printable
 from raydistill.runtime.idle import idle_noticed
+from raydistill.runtime.periodic import repeated
 
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_BARS = 10.0, 0.5
 
 
 # A speed is measured over the last minute, or over the last marks if those are older. Marks closer together than this
@@ -100,6 +102,19 @@ class _Speed(ProgressColumn):
         )
 
 
+@contextlib.contextmanager
+def _in_notebook(bars: Bars) -> Iterator[None]:
+    """One output of the cell, which changes. rich's own way needs ipywidgets, and a saved notebook has none of it."""
+    from IPython.display import display
+
+    output = display(bars, display_id=True)
+    try:
+        with repeated(lambda: output.update(bars), _SECONDS_BETWEEN_BARS, "bars"):
+            yield
+    finally:
+        output.update(bars)
+
+
 class Progress:
     """Shows one task at a time. `advance(count)` moves it; `advance(count, note)` adds a note on how it goes.
 
@@ -118,13 +133,17 @@ class Progress:
             self.line(f"{name:<9} {images:,} image(s) begun again, {seconds:.0f} s: a process or its node was lost")
 
     def line(self, text: str) -> None:
-        self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+        if self.console.is_jupyter:  # where rich makes each line an output of its own
+            print(printable(text), flush=True)
+        else:
+            self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
         """Gives `advance(count, note, worked)`. Units `done` before, or found done (`worked=False`), move the task but
         do not count for the speed."""
-        show, meter = self._bar if self.console.is_terminal else self._lines, SpeedMeter(time.monotonic)
+        has_bars = self.console.is_terminal or self.console.is_jupyter
+        show, meter = self._bar if has_bars else self._lines, SpeedMeter(time.monotonic)
         idle = idle_noticed(lambda words: self.line(f"{name:<9} {words}"))
         with show(name, total, unit, done, meter) as advance, idle as move:
 
@@ -147,8 +166,9 @@ class Progress:
             _Speed(),
             TextColumn("{task.fields[note]}", markup=False),
         )
-        with Bars(*columns, console=self.console) as bars:
-            task = bars.add_task(name, total=total, completed=done, unit=unit, note="", meter=meter)
+        bars = Bars(*columns, console=self.console)
+        task = bars.add_task(name, total=total, completed=done, unit=unit, note="", meter=meter)
+        with _in_notebook(bars) if self.console.is_jupyter else bars:
 
             def advance(count: int, note: str | None = None) -> None:
                 fields = {} if note is None else {"note": printable(note)}

@@ -103,6 +103,9 @@ class Comparison:
         lines += ["", NOTES]
         return "\n".join(lines) + "\n"
 
+    def _repr_markdown_(self) -> str:
+        return self.markdown("").partition("\n")[2]  # a notebook has headings of its own
+
 
 NOTES = (
     "All arms take the same number of steps with the same batch size, and none is tuned for this data. Mean val "

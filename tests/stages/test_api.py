@@ -130,6 +130,10 @@ def test_a_folder_of_any_name_and_a_teacher_by_its_name(class_folders) -> None:
 def test_check_tells_what_would_stop_a_run(class_folders) -> None:
     found = rd.check(class_folders({"cat": 30}), progress=False, **{"images.size": 16})
     assert any(finding.severity == "stop" for finding in found.findings)
+    titles, rule, *rows = found._repr_markdown_().splitlines()
+    assert rule == "| --- " * titles.count(" | ") + "| --- |"
+    assert len(rows) == len(found.findings)
+    assert all(row.count(" | ") == titles.count(" | ") for row in rows)
 
 
 def test_a_folder_is_the_images_and_yaml_is_the_job(class_folders, tmp_path, monkeypatch) -> None:
