@@ -137,7 +137,7 @@ def test_what_clients_of_other_servers_send_is_understood_or_explained(server):
         (400, "int", b'{"instances": [[1, 2]]}', {"Content_Type": "application/json"}),
         (400, "no file", form("a", b"b"), {"Content_Type": is_form}),
         (400, "boundary", form("a", b"b"), {"Content_Type": "multipart/form-data"}),
-        (415, "charset 'idna'", form("image", b"xn--" + b"a9" * 10**6), {"Content_Type": f"{is_form}; charset=idna"}),
+        (415, "charset 'idna'", form("image", b"xn--" + b"a9" * 10**4), {"Content_Type": f"{is_form}; charset=idna"}),
         (415, "text/html", b"<html>", {"Content_Type": "text/html"}),
         (415, "gzip", data, {"Content_Encoding": "gzip"}),
         (400, "no picture (its fields: 'url')", b"url=x", {"Content_Type": "application/x-www-form-urlencoded"}),
