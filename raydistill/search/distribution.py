@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from decimal import Decimal
+from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -21,7 +23,7 @@ class Distribution(Section):
     float_range: Annotated[Bounds | None, Field(alias="float")] = None
     log_range: Annotated[Bounds | None, Field(alias="log")] = None
     int_range: Annotated[tuple[int, int] | None, Field(alias="int")] = None
-    categorical: Annotated[tuple[Any, ...] | dict[str, Any] | None, Field(min_length=1)] = None
+    categorical: Annotated[tuple[Any, ...] | dict[str, Any] | None, Field(min_length=1, max_length=1000)] = None
     fixed: Any = None
     step: Annotated[float, Field(gt=0)] | None = None
     when: Annotated[dict[str, Any], Field(default_factory=dict)]
@@ -95,6 +97,12 @@ class Distribution(Section):
             return list(self.choices)
         return [self._at(k) for k in range(self._num_steps + 1)] if self._has_steps else None
 
+    @property
+    def num_values(self) -> float:
+        if self.categorical is not None:
+            return len(self.choices)
+        return self._num_steps + 1 if self._has_steps else math.inf
+
     def holds(self, value: Any) -> bool:
         """Whether a config's own value lies in a range, and on its steps."""
         if self.is_fixed or self.categorical is not None:
@@ -119,8 +127,8 @@ class Distribution(Section):
 
     @property
     def _num_steps(self) -> int:
-        low, high = (Decimal(str(end)) for end in self._limits)
-        return int((high - low) // Decimal(str(self.step or 1)))
+        low, high = (Fraction(str(end)) for end in self._limits)
+        return int((high - low) // Fraction(str(self.step or 1)))
 
     def _at(self, index: int) -> int | float:
         """The value `index` steps above the lowest, in decimals, like Optuna's highest."""

@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ _SECTIONS = ("teacher", "student", "views", "generate", "loss", "distill")
 # The stages before `distill` depend on these.
 _SHARED = ("teacher", "views", "generate")
 _TRAINING_ALONE = ("generate.share", "generate.task_weight")
+_MOST_COMBINATIONS = 100_000  # that are gone through one by one
 # The layout of trials on the machines is planned once, from the job's own value.
 _PLANNED = "distill.num_workers"
 
@@ -113,13 +115,14 @@ class Space:
         """
         keys = [k for k, e in self.entries.items() if not e.is_fixed and _is_shared(k)]
         for key in filter(_is_shared, self.entries):
-            if key in keys and self.entries[key].values() is None:
+            if key in keys and math.isinf(self.entries[key].num_values):
                 raise ConfigError(
                     f"{key} changes the teacher's input, so each value needs a pass of the teacher: give categorical, "
                     "int, or float with a step"
                 )
             if parents := [parent for parent in self.entries[key].when if not _is_shared(parent)]:
                 raise ConfigError(f"{key}: `when` names {parents[0]}, which does not change the stages before training")
+        self._refuse_many(keys)
         found: dict[str, dict[str, Choice]] = {}
         for values in itertools.product(*(self.entries[key].values() or () for key in keys)):
             chosen: dict[str, Choice] = {}
@@ -131,18 +134,23 @@ class Space:
 
     def grid(self) -> dict[str, list[Choice]]:
         """All values of all keys. Raises ConfigError: a key has infinitely many values, or a `when`."""
-        grid = {}
-        for key, entry in self.entries.items():
-            if entry.is_fixed:
-                continue
-            values = entry.values()
-            if values is None or entry.when:
+        searched = {key: entry for key, entry in self.entries.items() if not entry.is_fixed}
+        for key, entry in searched.items():
+            if math.isinf(entry.num_values) or entry.when:
                 raise ConfigError(
                     f"{key}: a grid needs a list of values, an int, or a float with a step, and no `when`; change it, "
                     "or set another tune.sampler"
                 )
-            grid[key] = values
-        return grid
+        self._refuse_many(list(searched))
+        return {key: entry.values() or [] for key, entry in searched.items()}
+
+    def _refuse_many(self, keys: Sequence[str]) -> None:
+        """Raises ConfigError before a combination of the keys' values is made."""
+        if math.prod(self.entries[key].num_values for key in keys) > _MOST_COMBINATIONS:
+            raise ConfigError(
+                f"{', '.join(keys)}: more than {_MOST_COMBINATIONS:,} combinations of their values; give fewer values, "
+                "or larger steps"
+            )
 
     def _active(self, entry: Distribution, chosen: Mapping[str, Choice]) -> bool:
         return all(chosen.get(parent) in _listed(allowed) for parent, allowed in entry.when.items())

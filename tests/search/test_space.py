@@ -41,6 +41,7 @@ def space(tmp_path):
         ("distill.num_workers: {categorical: [0, 2]}", "distill.num_workers may not differ between trials"),
         ("distill: {categorical: {one: {num_workers: 0}, two: {num_workers: 2}}}", "num_workers may not differ"),
         ("loss.temperature: {log: [1, 2]}\ndistill.num_workers: {fixed: 2}", "num_workers may not differ"),
+        ("loss.temperature: {categorical: [" + "1, " * 1001 + "]}", "at most 1000 items"),
         ("loss.temperature: {log: [0, 9]}", "log needs bounds above 0"),
         ("loss.temperature: {float: [3, 2]}", r"\[3, 2\] is empty"),
         ("loss.temperature: {float: [-1, 9]}", "loss.temperature=-1.0: input should be greater than 0"),
@@ -257,3 +258,19 @@ student: {fixed: {size: 32}}
 """
     expected = {"distill.precision", "distill.channels_last", "loss.temperature", "student.size"}
     assert space(text).all_keys() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "walk"),
+    [
+        ("distill.epochs: {int: [1, 1000000000000]}", "grid"),
+        ("loss.temperature: {float: [1, 20], step: 1.0e-300}", "grid"),
+        ("loss.projection_dim: {int: [4, 4000]}\ndistill.epochs: {int: [1, 4000]}", "grid"),
+        ("teacher.batch_size: {int: [1, 2000000000]}", "shared"),
+        ("teacher.size: {int: [8, 2048]}\nteacher.batch_size: {int: [1, 2048]}", "shared"),
+    ],
+)
+def test_more_combinations_than_anybody_runs_are_refused_before_one_is_made(space, text, walk):
+    found = space(text)
+    with pytest.raises(ConfigError, match="more than 100,000 combinations of their values; give fewer values"):
+        getattr(found, walk)()
