@@ -7,6 +7,7 @@ directories in use and everything else stay.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -20,7 +21,7 @@ from raydistill.storage.directory import absolute_root, folder_bytes
 from raydistill.storage.filesystems import read_file
 from raydistill.storage.jobs import DIRECTORY, FOLDER, named_runs, read_jobs, state_of
 from raydistill.storage.lease import is_held
-from raydistill.storage.local import refuse_links
+from raydistill.storage.local import files_below, refuse_links
 from raydistill.storage.state import MOST_BYTES
 
 _LEFT_OVER = re.compile(r".+\.[0-9a-f]{32}\.tmp|\.writable-[0-9a-f]{32}")
@@ -61,7 +62,7 @@ def _waste_in(root: str, needed: set[str]) -> Iterator[Waste]:
         if _HALF_DELETED.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
             yield Waste(entry.path, "half deleted before", folder_bytes(entry.path))
         elif not re.fullmatch(DIRECTORY, entry.name):
-            yield from _half_written(_files_below(entry.path) if entry.name == FOLDER else [entry.path])
+            yield from _half_written(files_below(entry.path) if entry.name == FOLDER else [entry.path])
         elif entry.name not in needed:
             size = folder_bytes(entry.path) if entry.is_dir(follow_symlinks=False) else 0
             yield Waste(entry.path, "no job needs it", size, _reason_to_keep(entry.path))
@@ -69,11 +70,7 @@ def _waste_in(root: str, needed: set[str]) -> Iterator[Waste]:
             old = f"{entry.path}/checkpoints"
             if os.path.isfile(f"{entry.path}/DONE") and os.path.isdir(old) and not os.path.islink(old):
                 yield Waste(old, "superseded", folder_bytes(old))  # by the finished student
-            yield from _half_written(_files_below(entry.path))
-
-
-def _files_below(folder: str) -> Iterator[str]:
-    return (f"{place}/{name}" for place, _, names in os.walk(folder) for name in names)
+            yield from _half_written(files_below(entry.path))
 
 
 def _half_written(paths: Iterable[str]) -> Iterator[Waste]:
@@ -96,7 +93,7 @@ def _reason_to_keep(path: str) -> str:
             return ""
         digest = hashlib.sha256(read_file(f"{path}/identity.json", MOST_BYTES)).hexdigest()
     except CheckpointError:
-        return "a link, or a folder that holds one"
+        return "it is a link, has one, or is nested too deeply"
     except OSError:
         return "no folder of raydistill's"
     return "" if path.endswith(f"-{digest[:12]}") else "no folder of raydistill's"
@@ -120,5 +117,8 @@ def delete(waste: Waste) -> bool:
             return False
         else:
             os.rename(waste.path, gone)
-            shutil.rmtree(gone)  # follows no links
+            try:
+                shutil.rmtree(gone)  # follows no links
+            except RecursionError:
+                raise OSError(errno.ENAMETOOLONG, "its folders are nested too deeply", gone) from None
     return True

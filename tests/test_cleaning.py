@@ -29,6 +29,7 @@ from raydistill.storage.jobs import JobRecord
 from raydistill.storage.lease import held
 
 PART = "0" * 32 + ".tmp"
+LINKED = "it is a link, has one, or is nested too deeply"
 
 
 def stage(root: Path, kind: str, identity: str = "{}", size: int = 1000) -> Path:
@@ -275,7 +276,7 @@ def test_links_and_folders_of_others_stay(root: Path, tmp_path: Path) -> None:
     ours = "no folder of raydistill's"
     assert wasted(root) == {
         "adapt": ours, "decoded": ours, "prepare": ours, "export": "no job needs it",
-        "features": "a link, or a folder that holds one", "teach": "a link, or a folder that holds one",
+        "features": LINKED, "teach": LINKED,
     }  # fmt: skip
     assert call("clean", root, "--yes").exit_code == 0
     kept = set(tmp_path.rglob("*"))
@@ -331,3 +332,33 @@ def test_a_second_clean_at_the_same_time_ends_well(root: Path) -> None:
         thread.join()
     assert errors == []
     assert wasted(root) == {}
+
+
+def nest(folder: Path, depth: int) -> None:
+    """Folders in folders: from a certain depth on no path leads to them."""
+    folder.mkdir(parents=True)
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=here)
+        inner = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+
+
+def test_folders_of_any_depth_end_nothing(root: Path) -> None:
+    needed = json.loads(next((root / "jobs").rglob("runs/*.json")).read_text())["directories"]
+    used, orphan = root / next(iter(needed.values())), stage(root, "prepare")
+    for folder in (used, orphan, root / "jobs/x"):
+        nest(folder / "deep", 2100)
+    nest(root / ".deleted-teach-0123456789ab", 1200)
+    try:
+        assert call("ls", root).exit_code == 0
+        found = {Path(waste.path).name: waste.kept for waste in find_waste(str(root))[0]}
+        assert found[orphan.name] == LINKED
+        with pytest.raises(StageError, match=r"\.deleted-.*: cannot be deleted .its folders are nested too deeply"):
+            clean(str(root), yes=True)
+        with pytest.raises(CheckpointError, match="has folders that are nested too deeply; delete it"):
+            StageDirectory(str(used), used.name.partition("-")[0], "{}").done()
+    finally:
+        subprocess.run(["rm", "-rf", str(root)], check=True)  # pytest's own way is recursive

@@ -441,3 +441,17 @@ def test_files_that_come_with_it_are_found_by_name_from_anywhere(tmp_path, monke
             load_config([word])
     (tmp_path / "smoke").write_text("seed: 7")  # the user's own comes first
     assert load_config(["fashion_mnist", "smoke"]).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("a." * 9000 + "b=1", "unknown key; `raydistill keys` lists them"),
+        ("images." + "path." * 900 + "b=1", "unknown key; `raydistill keys` lists them"),
+        ("name=caf\udce9", "not UTF-8, which every value but a path has to be"),
+        ("seed=\udce9", "not UTF-8, which every value but a path has to be"),
+    ],
+)
+def test_words_that_no_job_holds_are_one_sentence(word: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config([word, "images.path=x"])

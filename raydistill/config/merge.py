@@ -19,6 +19,7 @@ from raydistill.escaping import shortened
 from raydistill.secrets import redacted_tree, remember, texts_in
 from raydistill.yaml_files import as_yaml, parse, read_mapping
 
+_MOST_PARTS = 20  # of a dotted key; its tree is walked through by recursion
 _MOST_PROBLEMS, _LONGEST = 10, 300  # limits of one error message: lines, and characters of a key or a value
 
 
@@ -81,6 +82,8 @@ def _read_word(word: str) -> Any:
             advice = f"give a job file, an overlay, key=value, or a folder of images{near_shipped(word)}"
             return read_mapping(find_shipped(word), advice)
         return nested("images.path", word)
+    if key != "images.path" and re.search("[\ud800-\udfff]", word):
+        raise ConfigError(f"{word}: not UTF-8, which every value but a path has to be")
     tree: Any
     if takes_text(key):  # YAML reads `set #2`, `day: one`, `2024` and `no` as something else than text
         tree = None if not value or (value == "null" and takes_text(key, or_null=True)) else value
@@ -102,9 +105,12 @@ def is_job(word: str) -> bool:
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
-    """The tree of one dotted key. A path is its text."""
+    """The tree of one dotted key. A path is its text. Raises ConfigError."""
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    for part in reversed(key.split(".")):
+    parts = key.split(".")
+    if len(parts) > _MOST_PARTS:
+        raise ConfigError(f"{shortened(key)}: unknown key; `raydistill keys` lists them")
+    for part in reversed(parts):
         value = {part: value}
     tree: dict[str, Any] = value
     return tree

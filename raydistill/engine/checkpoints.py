@@ -233,7 +233,7 @@ def _whole(path: str) -> list[str]:
     _open(path)
     try:
         names = read_state(f"{path}/checkpoints/{_POINTER}", list[str]) or []
-        return [name for name in names if _STEP.fullmatch(name)]
+        return [name for name in names[:_KEPT] if _STEP.fullmatch(name)]
     except CheckpointError:
         logger.warning("%s/checkpoints/%s is damaged; training starts from the first step", path, _POINTER)
         return []

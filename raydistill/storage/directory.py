@@ -19,7 +19,7 @@ from raydistill.config import RunConfig
 from raydistill.errors import ConfigError, StageError
 from raydistill.runtime.versions import PACKAGES, installed
 from raydistill.storage.filesystems import FileSystem, open_filesystem, write_bytes
-from raydistill.storage.local import make_private, refuse_links
+from raydistill.storage.local import files_below, make_private, refuse_links
 from raydistill.storage.state import read_state
 
 GENERATED = "generated"  # the folder of the classes' own directories
@@ -161,10 +161,9 @@ def folder_bytes(path: str) -> int:
     if not fs.is_local:
         return sum(entry["size"] or 0 for entry in fs.find(place, detail=True).values())  # fs.du would ask for each
     size = 0
-    for folder, _, names in os.walk(place):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError, PermissionError):  # another command's, or another user's
-                size += os.lstat(f"{folder}/{name}").st_size
+    for file in files_below(place):
+        with contextlib.suppress(OSError):  # another command's, or another user's
+            size += os.lstat(file).st_size
     return size
 
 

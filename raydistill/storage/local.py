@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from raydistill.errors import CheckpointError
@@ -39,8 +40,26 @@ def refuse_links(place: str) -> None:
     while waiting:
         folder = waiting.pop()
         refuse_link(folder)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-            waiting += [entry.path for entry in entries if entry.is_symlink() or entry.is_dir()]
+        try:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+                waiting += [entry.path for entry in entries if entry.is_symlink() or entry.is_dir()]
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise CheckpointError(f"{place} has folders that are nested too deeply; delete it") from None
+
+
+def files_below(place: str) -> Iterator[str]:
+    """The paths of all files below a local folder, without following links. What has gone, belongs to another user or
+    is nested too deeply for a path is left out."""
+    waiting = [place]
+    while waiting:
+        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                else:
+                    yield entry.path
 
 
 def refuse_link(place: str) -> None:
