@@ -131,7 +131,7 @@ class StudentCheckpoint:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `evaluate`, also as `report.json`; the figures are beside it."""
+    """The result of `evaluate`, also as `report.json`."""
 
     path: str
     student: Annotated[dict[str, Any], _read_as(dict[Measured, _Measures])]  # split -> measures

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from raydistill.config import RunConfig
+from raydistill.config import RunConfig, load_config
 from raydistill.config import Student as StudentConfig
 from raydistill.data.decode import encode
 from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
@@ -23,7 +23,9 @@ from raydistill.engine import speed
 from raydistill.engine.batches import DistillJob
 from raydistill.models.heads import LinearHead, encode_head
 from raydistill.models.student import Student, build_student, write_student
-from raydistill.results import Exported
+from raydistill.pages.report import write_report
+from raydistill.results import Exported, Outcome
+from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
 from raydistill.stages.export import export_student
 from raydistill.storage.directory import StageDirectory
@@ -176,6 +178,16 @@ def small_job(folder: Path, image_folder: Path, teacher_weights: Path) -> list[s
 @pytest.fixture
 def words(image_folder: Path, teacher_weights: Path, tmp_path: Path) -> list[str]:
     return small_job(tmp_path, image_folder, teacher_weights)
+
+
+@pytest.fixture(scope="module")
+def finished(taught_workspace, image_folder, teacher_weights, tmp_path_factory) -> tuple[RunConfig, Outcome, Path]:
+    """A run from first to last, what it came to, and its report."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(taught_workspace, folder / "workspace", symlinks=True)
+    config = load_config([*small_job(folder, image_folder, teacher_weights), 'name=<i>größe</i> & "co"'])
+    outcome = run_stages(config, Progress(Console(quiet=True)), "export")
+    return config, outcome, Path(write_report(config, outcome, "raydistill run job.yaml name='<i>'"))
 
 
 @pytest.fixture

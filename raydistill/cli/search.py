@@ -42,7 +42,7 @@ def compare(
     console.print(comparison.verdict, soft_wrap=True)
     if comparison.curve_verdict:
         console.print(comparison.curve_verdict, soft_wrap=True)
-    console.print(f"table, figures and JSON: {path}", soft_wrap=True)
+    console.print(f"report: {path}/compare.html, also as compare.md and compare.json", soft_wrap=True)
     console.print(f"compare is done after {time.time() - STARTED:.0f} s")
 
 

@@ -13,7 +13,6 @@ import contextlib
 import sys
 import time
 from collections.abc import AsyncIterator, Collection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,13 +32,13 @@ from raydistill.inference.predict import Predictor
 from raydistill.inference.predictions import Answer, best
 from raydistill.inference.request_images import WANTED, RequestImages
 from raydistill.inference.sockets import ServeSettings, host_name
+from raydistill.pages.templates import page
 from raydistill.runtime.cgroups import num_cores
 
 _TOP = 5
 _READY_SECONDS = 5.0
 _GONE = 499  # nginx's code for a client that left before its answer
 _ADVICE = {404: f"the paths are {', '.join(PATHS)}", 405: f"POST to /predict: {WANTED}"}
-_PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
 
 class Batcher:
@@ -82,13 +81,14 @@ class Endpoints:
 
     def __init__(self, predictor: Predictor, title: str, settings: ServeSettings) -> None:
         self._predictor, self._title, self._most_pixels = predictor, title, settings.most_pixels
+        self._page = page("serve.html", name=title, kind="serve")
         self.metrics, self._intake = Metrics(), RequestImages(settings.most_bytes)
         self.batcher = Batcher(predictor, settings.window_seconds, self.metrics)
         # Not the network's thread, so that pictures that wait for memory do not delay answers.
         self._decoders = CapacityLimiter(max(2, num_cores()))
 
     async def page(self, request: Request) -> HTMLResponse:
-        return HTMLResponse(_PAGE)
+        return HTMLResponse(self._page)
 
     async def health(self, request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok", "model": self._title, "classes": list(self._predictor.classes)})

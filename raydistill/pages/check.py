@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from collections import Counter
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 from PIL import Image
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from raydistill.config import Images, RunConfig
 from raydistill.data.chunks import decode_isolated
@@ -18,9 +21,10 @@ from raydistill.data.decode import pixels
 from raydistill.data.sources.listing import Entry, entry_name, list_images
 from raydistill.errors import ConfigError
 from raydistill.escaping import markdown, quoted
-from raydistill.pages.templates import data_uri, file_name, page
+from raydistill.pages.templates import Table, data_uri, file_name, page
 from raydistill.secrets import redacted_tree
 from raydistill.storage.filesystems import write_bytes
+from raydistill.storage.jobs import job_name
 
 if TYPE_CHECKING:
     from raydistill.doctor.images import Checkup
@@ -29,8 +33,8 @@ _SIGNS = {"stop": "stops", "loses": "loses", "look": "look", "note": "note"}
 _THUMBNAIL = 128
 
 
-def findings_table(checkup: Checkup) -> Table:
-    table = Table("", "what", "images", "for instance", "what a run does", "how to change that", box=None,
+def findings_table(checkup: Checkup) -> RichTable:
+    table = RichTable("", "what", "images", "for instance", "what a run does", "how to change that", box=None,
                   pad_edge=False, show_header=True)  # fmt: skip
     for finding in checkup.findings:
         table.add_row(
@@ -65,18 +69,36 @@ def write_checkup(config: RunConfig, checkup: Checkup, path: str) -> None:
 def _page(config: RunConfig, checkup: Checkup) -> bytes:
     is_listed = checkup.counts or checkup.is_interrupted
     entries = {entry_name(e): e for e in list_images(config.images).entries} if is_listed else {}
-    pictures = [
-        [(example, _pictures(example, entries, config.images)) for example in finding.examples]
+    above = os.path.commonprefix([e.path for e in entries.values()]).rpartition("/")[0]  # noqa: RUF071 - to a slash
+    findings = [
+        (
+            finding,
+            [
+                (_pictures(e, entries, config.images), e.replace(f"{above}/", "") if above else e)
+                for e in finding.examples
+            ],
+        )
         for finding in checkup.findings
     ]
     classes = sorted({name for of_split in checkup.counts.values() for name in of_split})
+    rows = [[name or "no label", *(f"{n.get(name, 0):,}" for n in checkup.counts.values())] for name in classes]
+    severities = Counter(finding.severity for finding in checkup.findings)
+    signs = {"stop": "stopping a run", "loses": "losing images", "look": "to look at", "note": "to know of"}
     return page(
         "check.html",
+        name=job_name(config),
+        kind="check of the images",
+        when=datetime.now(UTC),
         path=quoted(config.images.path),
         checkup=checkup,
-        pictures=pictures,
+        tiles=[
+            (f"{sum(sum(of_split.values()) for of_split in checkup.counts.values()):,}", "images that a run would use"),
+            (f"{len(set(classes) - {''}):,}", "classes"),
+            *((str(n), f"finding{'s' * (n > 1)} {words}") for kind, words in signs.items() if (n := severities[kind])),
+        ],
+        findings=findings,
         signs=_SIGNS,
-        classes=classes,
+        images=Table(["class", *checkup.counts], rows),
     )
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pyarrow as pa
+from markupsafe import Markup
 from pyarrow import compute as pc
 from pydantic import BaseModel
 
@@ -15,13 +16,16 @@ from raydistill.config import RunConfig, overlay, shown_yaml
 from raydistill.config.baselines import OVERLAYS
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_samples
+from raydistill.engine.records import read_epochs
 from raydistill.errors import ConfigError
 from raydistill.identity import evaluate_directory
 from raydistill.majority_baseline import compare_with_majority
-from raydistill.pages.templates import data_uri, file_name, page
+from raydistill.pages import tables
+from raydistill.pages.figures import curves, reliability
+from raydistill.pages.templates import Table, data_uri, file_name, page
 from raydistill.results import PREDICTIONS, PREDICTIONS_FILE, Outcome, Report
 from raydistill.runtime.versions import PACKAGES, installed
-from raydistill.storage.directory import read_bill
+from raydistill.storage.directory import finished_at, read_bill
 from raydistill.storage.filesystems import exists, read_bytes, write_bytes
 from raydistill.storage.jobs import job_name
 from raydistill.storage.state import needed_state, result_of
@@ -44,31 +48,44 @@ class Disagreement:
 
 
 def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
-    """Write `report.html` beside the report's figures, and return its path. `command` repeats the run."""
-    report, samples = outcome.report, outcome.samples
+    """Write `report.html` into the directory of `evaluate`, and return its path. `command` repeats the run."""
+    report, samples, student = outcome.report, outcome.samples, outcome.student
     assert report is not None
     assert samples is not None
+    assert student is not None
     # A reader who sees single test images selects by them, so the page shows them only without a val split.
     shown = "val" if "val" in report.student else "test"
+    main = "test" if "test" in report.student else "val"
+    baselines = _baselines(config, samples, report)
+    predictions = read_table(f"{report.path}/{PREDICTIONS_FILE}", PREDICTIONS)
     html = page(
         "report.html",
         name=job_name(config),
-        config=config,
+        kind="report",
+        when=finished_at(report.path),
         report=report,
         warnings=compare_with_majority(report.student).warnings,
-        main="test" if "test" in report.student else "val",
-        baselines=_baselines(config, samples, report),
+        main=main,
+        baselines=baselines,
+        measures=tables.measures(report, baselines, len(samples.classes)),
         without_generated=outcome.without_generated,
-        figures={name: data_uri(read_bytes(f"{report.path}/{name}.png")) for name in _figures(report)},
-        disagreements=_disagreements(report, samples, shown),
+        classes=tables.by_class(report, samples, main) if report.student else None,
+        matrix=tables.confusion_matrix(report, main) if report.student else None,
+        confused=tables.confused(report, main) if report.student else None,
+        curves=curves(read_epochs(student.path), student.kept_epoch),
+        calibration=_calibration(config, report, predictions, main),
+        disagreements=_disagreements(report, samples, predictions, shown),
         shown=shown,
         generated=outcome.generated,
+        wanted=outcome.generated and tables.wanted(outcome.generated),
         sheets=_sheets(outcome),
         samples=samples,
-        counts={split: (samples.num_rows(split), samples.num_labelled[split]) for split in samples.shards},
+        images=tables.by_split(samples),
         refused=_refused(samples),
         stages=_stages(config, outcome),
         exported=outcome.exported,
+        files=outcome.exported and tables.files(outcome.exported),
+        speeds=outcome.exported and tables.speeds(outcome.exported),
         yaml=shown_yaml(config),
         versions=installed((*PACKAGES, "optuna", "mlflow")) | {"python": platform.python_version()},
         other_versions=_other_versions(outcome),
@@ -77,11 +94,6 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
     path = f"{report.path}/report.html"
     write_bytes(path, html)
     return path
-
-
-def _figures(report: Report) -> list[str]:
-    kinds = ("per_class", "confusion", "reliability")
-    return ["curves", *(f"{kind}_{split}" for split in report.student for kind in kinds)]
 
 
 def _baselines(config: RunConfig, samples: SampleSet, report: Report) -> dict[str, Report]:
@@ -105,11 +117,21 @@ def _baselines(config: RunConfig, samples: SampleSet, report: Report) -> dict[st
     return found
 
 
-def _disagreements(report: Report, samples: SampleSet, split: str) -> list[Disagreement]:
+def _calibration(config: RunConfig, report: Report, predictions: pa.Table, split: str) -> tuple[str, Markup] | None:
+    table = predictions.filter(pc.equal(predictions["split"], split))
+    if not table.num_rows:
+        return None
+    answers = {
+        who: (table[f"{who}_probability"].to_numpy(), pc.equal(table[f"{who}_class"], table["label"]).to_numpy())
+        for who in ("student", *(["teacher"] if report.agreement else []))
+    }
+    return reliability(answers, config.evaluate.calibration_bins, split)
+
+
+def _disagreements(report: Report, samples: SampleSet, table: pa.Table, split: str) -> list[Disagreement]:
     """The images of the highest confidence of both, in descending order."""
     if report.agreement is None:
         return []
-    table = read_table(f"{report.path}/{PREDICTIONS_FILE}", PREDICTIONS)
     differ = pc.and_(pc.equal(table["split"], split), pc.not_equal(table["student_class"], table["teacher_class"]))
     rows = rows_of(table.filter(differ))
     rows.sort(key=lambda row: -(row["student_probability"] + row["teacher_probability"]))
@@ -152,14 +174,15 @@ class _Refused(BaseModel):
     reason: str
 
 
-def _refused(samples: SampleSet) -> list[tuple[str, int, list[str]]]:
+def _refused(samples: SampleSet) -> Table:
     """Reasons of refused images, their counts and some examples."""
     refused = needed_state(f"{samples.path}/refused.json", list[_Refused], most_bytes=_MOST_OF_REFUSED)
     reasons = Counter(_reason(one.reason) for one in refused)
-    return [
-        (reason, count, [file_name(one.path) for one in refused if _reason(one.reason) == reason][:_EXAMPLES])
-        for reason, count in reasons.most_common(_MOST_REASONS)
-    ]
+    rows = []
+    for reason, count in reasons.most_common(_MOST_REASONS):
+        names = [file_name(one.path) for one in refused if _reason(one.reason) == reason]
+        rows.append([reason, f"{count:,}", ", ".join(names[:_EXAMPLES])])
+    return Table(["reason", "images", "for instance"], rows)
 
 
 def _reason(words: str) -> str:
@@ -179,7 +202,9 @@ def _other_versions(outcome: Outcome) -> dict[str, str]:
     return others
 
 
-def _stages(config: RunConfig, outcome: Outcome) -> list[tuple[str, str, str]]:
-    return [
-        (stage, bill_words(read_bill(path), config.cluster.prices), path) for stage, path in outcome.directories.items()
+def _stages(config: RunConfig, outcome: Outcome) -> Table:
+    rows = [
+        [stage, bill_words(read_bill(path), config.cluster.prices), path.rpartition("/")[2]]
+        for stage, path in outcome.directories.items()
     ]
+    return Table(["stage", "took", "directory"], rows)

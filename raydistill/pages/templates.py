@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -20,9 +22,18 @@ _CARDS = _PAGES.overlay(autoescape=False, finalize=None)
 _CARDS.filters = {**_CARDS.filters, "md": markdown, "code": code_span}
 
 
-def page(template: str, **values: Any) -> bytes:
-    """The page of a template. Every value is escaped, printable and without secrets."""
-    return _PAGES.get_template(template).render(values).encode()
+class Table(NamedTuple):
+    """The first cell of a row names it. A cell is text or a bar: a `share`, and perhaps a `mark` at another one."""
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+
+def page(template: str, name: str, kind: str, when: datetime | None = None, **values: Any) -> bytes:
+    """The page of a template, with the name and the time of the job on top. Every value is escaped, printable and
+    without secrets."""
+    shown = when and f"{when.astimezone():%-d %B %Y, %H:%M %Z}"
+    return _PAGES.get_template(template).render(values, name=name, kind=kind, when=shown).encode()
 
 
 def card(template: str, **values: Any) -> str:

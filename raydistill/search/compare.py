@@ -26,10 +26,10 @@ from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
 from raydistill.search.arms import Arm, arm_of
 from raydistill.search.directory import trained_settings
-from raydistill.search.figures import draw_comparison, draw_curve
+from raydistill.search.page import comparison_page
 from raydistill.search.verdict import Comparison, summarise
 from raydistill.storage.directory import StageDirectory, check_writable
-from raydistill.storage.jobs import JobRecord
+from raydistill.storage.jobs import JobRecord, job_name
 from raydistill.tracking.tracker import Tracker
 
 _GENERATED = "+generated"
@@ -75,6 +75,7 @@ def compare_arms(config: RunConfig, progress: Progress, learning_curve: bool = F
                 curve = [_run(trial, progress, tracker) for trial in _told(shares, progress)]
         comparison = summarise(ran, curve, config.compare.seeds)
         _write(comparison, directory, config)
+        record.results({}, f"{directory.path}/compare.html")
         tracker.parent.log({f"{row.arm}_test_accuracy": row.test_mean for row in comparison.rows})
         tracker.parent.note({"verdict": comparison.verdict})
         if "://" not in directory.path:
@@ -198,8 +199,6 @@ def _directory(config: RunConfig, trials: list[_Trial], learning_curve: bool) ->
 
 def _write(comparison: Comparison, directory: StageDirectory, config: RunConfig) -> None:
     directory.write_json("compare.json", asdict(comparison))
-    directory.write("compare.md", comparison.markdown(config.name).encode())
-    directory.write("accuracy_over_seconds.png", draw_comparison(comparison))
-    if comparison.curve:
-        directory.write("learning_curve.png", draw_curve(comparison))
+    directory.write("compare.md", comparison.markdown(job_name(config)).encode())
+    directory.write("compare.html", comparison_page(comparison, job_name(config)))
     directory.finish({"path": directory.path, "verdict": comparison.verdict})

@@ -166,10 +166,10 @@ class SearchDisplay:
         for number, (choices, record) in self._running.items():
             at = f"epoch {record['epoch']:.0f}" if record else "starting"
             value = record.get(self._config.tune.objectives[0])
-            table.add_row(str(number), at, "" if value is None else f"{value:.4g}", "", _short(choices))
+            table.add_row(str(number), at, "" if value is None else f"{value:.4g}", "", settings_words(choices))
         for trial in self._best()[:5]:
             assert trial.values is not None
-            words = "the job's own values" if trial.own else _short(trial.choices)
+            words = "the job's own values" if trial.own else settings_words(trial.choices)
             table.add_row(str(trial.number), trial.state, f"{trial.values[0]:.4g}", f"{trial.seconds:.0f}", words)
         return table
 
@@ -186,7 +186,8 @@ def _status(trial: Trial) -> str:
     return "FAILED" if trial.state == "failed" else "FINISHED"
 
 
-def _short(choices: dict[str, Choice]) -> str:
+def settings_words(choices: dict[str, Choice]) -> str:
+    """Each by the last part of its key."""
     names = {key: one_line(key.rpartition(".")[2]) for key in choices}
     return " ".join(f"{names[k]}={v:.3g}" if isinstance(v, float) else f"{names[k]}={shortened(one_line(str(v)))}"
                     for k, v in choices.items())  # fmt: skip

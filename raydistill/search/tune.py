@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import optuna
@@ -24,13 +25,14 @@ from raydistill.graph import find_work
 from raydistill.identity import tuned
 from raydistill.models.student import build_student
 from raydistill.pages.study import search_page
+from raydistill.pages.templates import Table
 from raydistill.preflight import check_measurable, check_run
 from raydistill.results import Outcome
 from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
 from raydistill.search.confirmation import Gain, confirm, search_verdict
 from raydistill.search.directory import tune_directory
-from raydistill.search.display import Clock, SearchDisplay, minutes
+from raydistill.search.display import Clock, SearchDisplay, minutes, settings_words
 from raydistill.search.forecast import forecast_lines, search_cost, seconds_per_step
 from raydistill.search.space import Choice, Space, read_space, shared_part
 from raydistill.search.study import (
@@ -48,7 +50,7 @@ from raydistill.search.trial_resources import RESERVED, TrialResources, plan_tri
 from raydistill.search.trials import MakeJob, run_trials
 from raydistill.stages.distill import distill_job
 from raydistill.storage.directory import StageDirectory, check_writable, read_seconds, workspace_root
-from raydistill.storage.jobs import JobRecord
+from raydistill.storage.jobs import JobRecord, job_name
 from raydistill.storage.lease import held
 from raydistill.tracking.tracker import Tracker
 from raydistill.yaml_files import as_yaml
@@ -129,7 +131,7 @@ def tune_job(config: RunConfig, progress: Progress) -> Search:
     return search
 
 
-_OWN = "own"
+_OWN, _MOST_SHOWN = "own", 10
 _OF_FINE_TUNING = ("distill.precision", "distill.channels_last")
 
 
@@ -237,5 +239,32 @@ def _best(config: RunConfig, study: optuna.Study, trials: list[Trial]) -> tuple[
 def _write(search: Search, study: optuna.Study, directory: StageDirectory, config: RunConfig) -> None:
     directory.write("best.yaml", as_yaml(search.best).encode())
     directory.write_json("search.json", {**asdict(search), "objectives": config.tune.objectives})
-    directory.write("search.html", search_page(study, search.verdict, config.tune.objectives))
+    directory.write("search.html", _page(search, study, config))
     directory.finish({"path": directory.path, "verdict": search.verdict, "trials": len(search.trials)})
+
+
+def _page(search: Search, study: optuna.Study, config: RunConfig) -> bytes:
+    names, counts = config.tune.objectives, Counter(trial.state for trial in search.trials)
+    best = ranked(search.trials, names)
+    (chosen,) = (trial for trial in best if trial.number == search.best_number)
+    own = next((trial.values[0] for trial in best if trial.own and trial.values), None)
+    more = [
+        f"{counts[state]} {words}"
+        for state, words in (("pruned", "ended early"), ("failed", "failed"))
+        if counts[state]
+    ]
+    tiles = [
+        (f"{value:.4g}", f"{name} of trial {chosen.number}")
+        for name, value in zip(names, chosen.values or (), strict=False)
+    ]
+    tiles += [] if own is None else [(f"{own:.4g}", f"{names[0]} with the job's own values")]
+    tiles += [(str(len(search.trials)), ", ".join(["trials", *more])), (minutes(search.seconds), "by the clock")]
+    rows = [
+        [f"{trial.number}", *(f"{value:.4g}" for value in trial.values or ()), f"{trial.seconds:.0f} s",
+         "the job's own values" if trial.own else settings_words(trial.choices)]
+        for trial in best[:_MOST_SHOWN]
+    ]  # fmt: skip
+    return search_page(
+        study, names, name=job_name(config), when=datetime.now(UTC), verdict=search.verdict, tiles=tiles,
+        best=Table(["trial", *names, "took", "settings"], rows),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""evaluate: measure the student and its teacher, and draw the figures.
+"""evaluate: measure the student and its teacher.
 
 Shapes: N images, C classes, K classes whose logits are kept, P images of a part.
 """
@@ -20,21 +20,12 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
 from raydistill.data.targets import read_samples
-from raydistill.engine.records import read_epochs
 from raydistill.engine.speed import images_per_second
 from raydistill.execution import Execution
 from raydistill.identity import evaluate_directory, held_out_directory
 from raydistill.models.heads import load_head
 from raydistill.models.student import read_student, split_logits
 from raydistill.models.teacher import load_teacher
-from raydistill.pages.figures import (
-    Answers,
-    confused_pairs,
-    confusion_figure,
-    curves_figure,
-    per_class_figure,
-    reliability_figure,
-)
 from raydistill.results import PREDICTIONS_FILE, AdaptedTeacher, Report, StudentCheckpoint
 from raydistill.runtime.progress import Progress
 from raydistill.stages.adapt import split_features
@@ -55,7 +46,7 @@ def evaluate_student(
     directory: StageDirectory,
     progress: Progress,
 ) -> Report:
-    """Measure student and teacher on val and on test, and draw the figures."""
+    """Measure student and teacher on val and on test."""
     directory.begin()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = read_student(student.path)[0].to(device)
@@ -79,7 +70,6 @@ def evaluate_student(
                 measured["student"][split]["ece_calibrated"] = _calibration_error(
                     logits["student"] / temperature, labels_N, config.evaluate.calibration_bins
                 )
-            _draw(config, samples, split, logits, labels_N, directory)
             predictions.append(_predictions(samples, split, logits))
             advance(len(all_labels))
     teacher_parameters, teacher_speed = (None, None) if adapted is None else _teacher_cost(config, device)
@@ -96,7 +86,6 @@ def evaluate_student(
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         kept=student.kept,
     )
-    directory.write("curves.png", curves_figure(read_epochs(student.path), student.kept_epoch))
     sink = pa.BufferOutputStream()
     pq.write_table(pa.concat_tables(predictions) if predictions else pa.table({}), sink)
     directory.write(PREDICTIONS_FILE, bytes(sink.getvalue().to_pybytes()))
@@ -112,25 +101,6 @@ def _teacher_cost(config: RunConfig, device: torch.device) -> tuple[int, float |
     is_timed = config.evaluate.time_teacher
     speed = images_per_second(teacher, teacher.preprocessing.size, device) if is_timed else None
     return sum(parameter.numel() for parameter in teacher.parameters()), speed
-
-
-def _draw(
-    config: RunConfig,
-    samples: SampleSet,
-    split: str,
-    logits: dict[str, np.ndarray],
-    labels_N: np.ndarray,
-    directory: StageDirectory,
-) -> None:
-    answers, classes = {who: Answers.of(logits_NC) for who, logits_NC in logits.items()}, samples.classes
-    bins = config.evaluate.calibration_bins
-    figures = {
-        "confusion": confusion_figure(answers["student"].class_N, labels_N, classes, split),
-        "reliability": reliability_figure(answers, labels_N, bins, split),
-        "per_class": per_class_figure(answers, labels_N, classes, split),
-    }
-    for name, picture in figures.items():
-        directory.write(f"{name}_{split}.png", picture)
 
 
 def measures(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ...], bins: int) -> dict[str, Any]:
@@ -164,6 +134,14 @@ def measures(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ..
             for k, j, count in confused_pairs(predicted_N, labels_N)[:_MOST_PAIRS]
         ],
     }
+
+
+def confused_pairs(answers_N: np.ndarray, labels_N: np.ndarray) -> list[tuple[int, int, int]]:
+    """(true class, predicted class, images), the most frequent first."""
+    wrong_N = answers_N != labels_N
+    pairs, counts = np.unique(np.stack([labels_N, answers_N])[:, wrong_N], axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [(int(pairs[0, n]), int(pairs[1, n]), int(counts[n])) for n in order]
 
 
 def _calibration_error(logits_NC: np.ndarray, labels_N: np.ndarray, bins: int) -> float:
@@ -213,7 +191,9 @@ def _columns(logits_NC: np.ndarray | None, num_rows: int, num_classes: int) -> d
         kinds["classes"] = pa.list_(pa.int32())
     if logits_NC is None:
         return {name: pa.nulls(num_rows, kind) for name, kind in kinds.items()}
-    class_N, sure_N = Answers.of(logits_NC)
+    class_N = logits_NC.argmax(1)
+    highest_N1 = np.take_along_axis(logits_NC, class_N[:, None], axis=1)
+    sure_N = 1 / np.exp(logits_NC - highest_N1).sum(axis=1)
     found = {"class": class_N, "probability": sure_N, "logits": logits_NC}
     if "classes" in kinds:
         kept = torch.from_numpy(logits_NC).topk(_LIKELIEST, dim=1)

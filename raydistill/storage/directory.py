@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,13 @@ def refuse_small_disk(config: RunConfig, what: str, need: float, advice: str) ->
 def read_seconds(path: str) -> float:
     """How long the run that finished a stage took, without the time of interrupted runs; 0 if unknown."""
     return float(read_bill(path).get("seconds", 0.0))
+
+
+def finished_at(path: str) -> datetime:
+    """When a stage finished."""
+    fs, place = open_filesystem(path)
+    modified: datetime = fs.modified(f"{place}/DONE")
+    return modified
 
 
 def read_bill(path: str) -> dict[str, Any]:

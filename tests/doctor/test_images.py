@@ -209,6 +209,7 @@ def test_the_page_shows_pictures_and_takes_names_as_text(check, folder, tmp_path
     assert "&lt;i&gt;copy.png" in page
     assert len(re.findall('src="data:image/jpeg;base64,', page)) == 2
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert str(folder) not in page.split("</header>")[1].replace(f'<p class="dim">{folder}</p>', "")
     with pytest.raises(ConfigError, match=r"\.html or \.json"):
         write_checkup(config, check(), str(tmp_path / "page.pdf"))
     sink = io.StringIO()

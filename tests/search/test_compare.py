@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import shutil
 import sqlite3
 from pathlib import Path
@@ -15,6 +16,7 @@ from raydistill.data.sample import decode_shard, encode_shard
 from raydistill.errors import ConfigError, DataError
 from raydistill.run import run_stages
 from raydistill.search.compare import compare_arms
+from raydistill.storage.jobs import read_jobs
 
 ARMS = "compare.arms=[scratch,crd,align_uniform]"
 
@@ -35,8 +37,10 @@ def test_all_arms_over_all_seeds_and_the_same_again(words, progress, tmp_path) -
     by_arm = {row.arm: row for row in comparison.rows}
     assert by_arm["scratch"].teach_seconds == by_arm["scratch"].adapt_seconds == 0
     assert all(by_arm[name].teach_seconds > 0 and by_arm[name].adapt_seconds > 0 for name in ("crd", "align_uniform"))
-    for name in ("accuracy_over_seconds.png", "compare.md", "compare.json"):
+    for name in ("compare.html", "compare.md", "compare.json"):
         assert (Path(path) / name).stat().st_size > 0
+    (opened,) = [run.page for _, run in read_jobs(str(workspace)) if run.page]  # by `raydistill open`
+    assert (workspace / opened).samefile(Path(path) / "compare.html")
     with sqlite3.connect(workspace / "mlflow.db") as database:
         statuses = [row[0] for row in database.execute("select status from runs")]
         children = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
@@ -58,7 +62,7 @@ def test_the_learning_curve_has_fewer_labels_and_the_same_images(words, progress
     assert set(counts) == {("scratch", 0.5), ("scratch", 1.0), ("kd", 0.5), ("kd", 1.0)}
     assert counts["kd", 0.5] == pytest.approx(counts["kd", 1.0] / 2, abs=1)
     assert comparison.curve_verdict
-    assert (Path(path) / "learning_curve.png").stat().st_size > 0
+    assert comparison.curve_verdict in html.unescape((Path(path) / "compare.html").read_text())
     assert len(list((tmp_path / "workspace").glob("teach-*/DONE"))) == 1  # fewer labels cost no teacher pass
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -33,6 +34,7 @@ from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.identity import distill_directory
 from raydistill.pages import study as study_page
 from raydistill.pages.study import search_page
+from raydistill.pages.templates import Table
 from raydistill.results import Outcome
 from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
@@ -689,11 +691,17 @@ def test_what_makes_another_search_is_said_line_by_line(words, space_file) -> No
     assert changes == ["-2.0", "+3.0", '-"sampler":"tpe"', '+"sampler":"random"']
 
 
+def page_of(study: optuna.Study, *objectives: str, verdict: str = "a verdict") -> str:
+    return search_page(
+        study, objectives, name="a job", verdict=verdict, tiles=[("0.9", "best")], best=Table(["trial"], [["0"]])
+    ).decode()
+
+
 @pytest.mark.parametrize(
     ("directions", "pictures", "said"),
     [
-        (["maximize", "minimize"], 7, '<h2>Pareto front</h2>\n<img alt="" src="data:image/png'),
-        (["maximize"], 3, "it needs two settings with an effect"),  # there is one
+        (["maximize", "minimize"], 5, "<h2>Pareto front</h2>"),
+        (["maximize"], 2, "Which settings matter is not known yet: this takes 20 trials"),
     ],
 )
 def test_the_page_has_the_pictures_that_the_trials_suffice_for(directions, pictures, said) -> None:
@@ -701,8 +709,8 @@ def test_the_page_has_the_pictures_that_the_trials_suffice_for(directions, pictu
     for turn in range(5):
         trial = study.ask()
         study.tell(trial, [trial.suggest_float("loss.temperature", 1, 9), turn][: len(directions)])
-    page = search_page(study, "a verdict", ["val_accuracy", "parameters"][: len(directions)]).decode()
-    assert page.count("<img") == pictures
+    page = page_of(study, *["val_accuracy", "parameters"][: len(directions)])
+    assert page.count("<svg") == pictures
     assert said in page
 
 
@@ -710,7 +718,7 @@ def test_trials_that_ended_early_are_compared_at_an_epoch_that_all_reached() -> 
     """Only two come to an end, and those alone would say that the temperature does nothing."""
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.NopPruner())
-    for number in range(12):
+    for number in range(24):
         trial = study.ask()
         first, second = trial.suggest_float("loss.temperature", 1, 9), trial.suggest_float("loss.kd_weight", 0, 1)
         assert 0 <= second <= 1
@@ -721,14 +729,14 @@ def test_trials_that_ended_early_are_compared_at_an_epoch_that_all_reached() -> 
         trial.report(0.9, 2)
         study.tell(trial, 0.95)
     compared, when = study_page._compared(study)
-    assert len(compared) == 12
+    assert len(compared) == 24
     assert all(t.value == pytest.approx(t.params["loss.temperature"] / 9) for t in compared)
-    assert when == " after epoch 1, which all 12 trials reached,"
-    importances = optuna.importance.get_param_importances(study_page._without_short_trials(compared, study.directions))
-    assert next(iter(importances)) == "loss.temperature"
-    page = search_page(study, "a verdict", ["val_accuracy"]).decode()
-    assert page.count("<img") == 4
-    assert "Which settings val_accuracy after epoch 1, which all 12 trials reached, depends on" in page
+    assert when == "after epoch 1, which all 24 trials reached"
+    page = page_of(study, "val_accuracy")
+    assert page.count("<svg") == 4
+    assert "What it depends on, after epoch 1, which all 24 trials reached" in page
+    table = page[page.index("share of the variance") :]
+    assert table.index("loss.temperature") < table.index("loss.kd_weight")
 
 
 @pytest.mark.filterwarnings("error:Glyph")
@@ -741,16 +749,15 @@ def test_labels_of_strangers_are_text_in_the_pictures_of_a_search() -> None:
         trial = study.ask()
         trial.suggest_categorical("loss", labels)
         study.tell(trial, trial.suggest_float("$\x1b]0;k$", 0, 1) + turn % 3)
-    page = search_page(study, "ends\x1b[2J<b>", ["val_accuracy"]).decode()
-    assert page.count("<img") == 4
+    page = page_of(study, "val_accuracy", verdict="ends\x1b[2J<b>")
+    assert page.count("<svg") == 4
     assert "ends\\x1b[2J&lt;b&gt;" in page
-    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", page)
-    drawn = study_page._without_short_trials(study.trials, study.directions).trials
-    shown = {key: trial.params["loss"] for trial in drawn for key in trial.params}
-    assert set(shown) == {"loss", "\\$\\x1b]0;k\\$"}
-    pairs = {(a.params["loss"], b.params["loss"]) for a, b in zip(study.trials, drawn, strict=True)}
-    assert len({label for label, _ in pairs}) == len({label for _, label in pairs}) == len(pairs) > 6
-    assert all(len(label) < 70 and label.isprintable() for _, label in pairs if isinstance(label, str))
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]|<img|J<b>", page)
+    (drawn,) = re.findall("<svg[^>]*by loss.*?</svg>", page, flags=re.S)
+    shown = [html.unescape(text) for text in re.findall("<text[^>]*>(.*?)</text>", drawn)]
+    expected = {"$x$", r"$\frac{1}$", r"\x1b[2Jcat\u202e", "<img src=x onerror=alert(1)>", r"two\nlines", "None"}
+    assert expected <= set(shown)
+    assert all(len(text) < 70 for text in shown)
 
 
 OFF = [f"loss.{name}_weight=0" for name in ("kd", "alignment", "uniformity")]
@@ -916,7 +923,7 @@ class TestSlow:
         search = tune_job(load_config([*words, file, *more, "tune.confirm_seeds=0", "tune.sampler=random"]), progress)
         assert search.front
         assert search.best_number in search.front
-        assert b"<h2>Pareto front</h2>\n<img" in (Path(search.path) / "search.html").read_bytes()
+        assert "<h2>Pareto front</h2>" in (Path(search.path) / "search.html").read_text()
 
 
 def start_search(words: list[str]) -> subprocess.Popen:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,7 @@ from markdown_it import MarkdownIt
 
 from raydistill.escaping import one_line
 from raydistill.search.arms import Arm, training_seconds
-from raydistill.search.figures import draw_comparison, draw_curve
+from raydistill.search.page import comparison_page
 from raydistill.search.significance import Answers, accuracy_interval, difference
 from raydistill.search.verdict import Comparison, summarise
 
@@ -187,7 +189,9 @@ def test_the_curve_says_what_is_short(accuracies, advice) -> None:
     result = summarise([arm("scratch", 0, 0.5, 0.5), arm("kd", 0, 0.6, 0.6)], curve, 3)
     assert result.curve_verdict.startswith(advice)
     assert [p["num_labelled"] for p in result.curve if p["arm"] == "kd"] == [400, 800]
-    assert draw_curve(result).startswith(b"\x89PNG")
+    page = comparison_page(result, "a job").decode()
+    assert page.count("<svg") == 2
+    assert result.curve_verdict in html.unescape(page)
     once = summarise([arm("scratch", 0, 0.5, 0.5)], [run for run in curve if run.seed == 0], 1)
     assert once.curve_verdict.startswith("The results do not decide")
 
@@ -209,7 +213,10 @@ def test_tables_and_figures_have_every_arm(seeds) -> None:
     assert all(len(row) == len(titles) for row in cells)
     lines = [line for line in result.markdown("x").splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 3
-    assert draw_comparison(result).startswith(b"\x89PNG")
+    page = html.unescape(comparison_page(result, "<i>a job").decode())
+    for words in (*titles, *itertools.chain(*cells), result.verdict):
+        assert words in page
+    assert page.count("<svg") == 1
 
 
 def test_arms_of_any_name_are_text_in_the_table_and_the_verdict() -> None:

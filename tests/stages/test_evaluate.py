@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import tracemalloc
@@ -11,12 +10,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from raydistill.errors import CheckpointError
 from raydistill.models.student import build_student, split_logits
-from raydistill.pages.figures import Answers, confusion_figure, per_class_figure
 from raydistill.results import Exported, Report
 from raydistill.stages import evaluate
 from raydistill.stages.evaluate import agreement, fitted_temperature, measures
@@ -120,18 +117,11 @@ def test_nothing_grows_with_the_square_of_the_classes(num_classes) -> None:
     tracemalloc.start()
     found = measures(logits, labels, names, 15)
     assert 0 < fitted_temperature(logits, labels) < 1000
-    answers = Answers.of(logits)
+    evaluate._columns(logits, 60, num_classes)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 20e6  # a table of all pairs has 25 million entries
     assert len(json.dumps(found)) < 130 * num_classes + 10_000
-    for picture in (
-        confusion_figure(answers.class_N, labels, names, "val"),
-        per_class_figure({"student": answers, "teacher": answers}, labels, names, "val"),
-    ):
-        width, height = Image.open(io.BytesIO(picture)).size
-        assert 300 < min(width, height) < max(width, height) < 2200
-        assert len(picture) < 300_000
 
 
 def test_predictions_keep_the_likeliest_of_very_many_classes(monkeypatch) -> None:

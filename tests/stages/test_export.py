@@ -6,8 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +16,11 @@ import torch
 import transformers
 from PIL import Image
 from pyarrow import parquet as pq
-from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
 from raydistill.cli.commands import app
-from raydistill.config import RunConfig, load_config, overlay
+from raydistill.config import load_config, overlay
 from raydistill.config.baselines import OVERLAYS
 from raydistill.data.decode import pixels
 from raydistill.data.sample import SampleSet, sample_id
@@ -34,12 +31,10 @@ from raydistill.models.formats import network_inputs
 from raydistill.models.student import Student, read_student, split_logits
 from raydistill.pages.card import int8_words, snippets
 from raydistill.pages.report import write_report
-from raydistill.results import Outcome
 from raydistill.run import run_stages
-from raydistill.runtime.progress import Progress
 from raydistill.stages import export
 from tests.models.conftest import classifier
-from tests.small_run import CLASSES, small_job
+from tests.small_run import CLASSES
 
 CLASSES_BY_NAME = sorted(CLASSES)  # as a folder gives them
 
@@ -224,16 +219,6 @@ def test_a_form_that_gives_no_number_is_refused(tiny_set):
         export._compare(lambda x: np.full((len(x), 2), np.nan, np.float32), images, images + 1, "model.onnx")
 
 
-@pytest.fixture(scope="module")
-def finished(taught_workspace, image_folder, teacher_weights, tmp_path_factory) -> tuple[RunConfig, Outcome, Path]:
-    """A run from first to last, what it came to, and its report."""
-    folder = tmp_path_factory.mktemp("finished")
-    shutil.copytree(taught_workspace, folder / "workspace", symlinks=True)
-    config = load_config([*small_job(folder, image_folder, teacher_weights), 'name=<i>größe</i> & "co"'])
-    outcome = run_stages(config, Progress(Console(quiet=True)), "export")
-    return config, outcome, Path(write_report(config, outcome, "raydistill run job.yaml name='<i>'"))
-
-
 def test_a_run_ends_in_a_folder_with_a_card(finished, progress):
     config, outcome, _ = finished
     assert outcome.exported is not None
@@ -291,7 +276,7 @@ def test_unknown_formats_are_refused():
 def test_the_report_is_one_page_that_needs_nothing_else(finished):
     report_page = finished[2]
     page = report_page.read_text()
-    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
     assert "@import" not in page
     assert "<i>" not in page  # names of people's jobs and classes are text
     assert "&lt;i&gt;größe&lt;/i&gt; &amp; &#34;co&#34;" in page
@@ -299,12 +284,11 @@ def test_the_report_is_one_page_that_needs_nothing_else(finished):
     for who in ("student", "teacher"):
         for split in ("val", "test"):
             assert f"{who}, {split}" in page
-            assert f"{report[who][split]['accuracy']:.3f} <small>" in page
+            assert f">{report[who][split]['accuracy']:.3f}</span>" in page
     assert f"temperature {report['temperature']:.2f}" in page
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(pictures) > 4
-    for encoded in pictures:
+    for encoded in re.findall(r'src="data:image/png;base64,([^"]+)"', page):  # on which the two disagree
         Image.open(io.BytesIO(base64.b64decode(encoded))).verify()
+    assert page.count("<svg") == 3
     for words in ("a copy of another image", "model.onnx", "torch ", "per_image: 2"):
         assert words in page
     assert "red/cut.png" in page or "red/copy.png" in page
@@ -350,19 +334,3 @@ def test_disagreements_are_those_of_the_predictions(finished):
     report = json.loads((report_page.parent / "report.json").read_text())
     right = [np.argmax(row["student_logits"]) == row["label"] for row in val]
     assert report["student"]["val"]["accuracy"] == pytest.approx(np.mean(right))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-@pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_the_report(finished, tmp_path, width):
-    shot = tmp_path / "page.png"
-    subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", f"--screenshot={shot}",
-         f"file://{finished[2]}"],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    picture = np.asarray(Image.open(shot).convert("L"))
-    assert picture.shape == (2000, width)
-    assert picture.std() > 10

@@ -85,8 +85,6 @@ def test_a_run_and_the_same_again(words, progress, tmp_path, image_folder) -> No
     # What `evaluate` says of the teacher is what `adapt` measured.
     assert outcome.report.teacher["val"]["accuracy"] == pytest.approx(outcome.adapted.val_accuracy)
     assert outcome.report.student["val"]["accuracy"] == pytest.approx(outcome.student.val_accuracy)
-    for picture in ("curves", "confusion_test", "reliability_val", "per_class_test"):
-        assert (Path(outcome.report.path) / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     with sqlite3.connect(workspace / "mlflow.db") as database:
         runs = database.execute("select run_uuid, status from runs").fetchall()
         children = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()[0]
