@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from raydistill.escaping import for_figure
@@ -70,11 +71,13 @@ def curves(epochs: list[dict[str, float]], kept_epoch: int) -> list[tuple[str, M
         for name in ["loss", *terms]:
             axes.plot(at, [e.get(name, np.nan) for e in epochs], label=name)
         axes.set(xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     def accuracy(axes: Axes) -> None:
         axes.plot(*zip(*measured, strict=True), marker="o", markersize=3, label="student")
         axes.axvline(kept_epoch, color=TEACHER, linewidth=1, linestyle="--", label=f"epoch {kept_epoch} ships")
         axes.set(xlabel="epoch", ylabel="accuracy")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     found = [chart("Loss and its terms on train, by epoch", losses)]
     return [*found, chart("Accuracy of the student on val, by epoch", accuracy)] if measured else found
