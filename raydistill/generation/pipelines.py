@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from raydistill.config import Generate
 from raydistill.errors import ConfigError, reason_of
+from raydistill.models.weight_shards import check_tokenizer
 from raydistill.models.weights import ask_hub
 from raydistill.storage.state import read_json
 
@@ -48,6 +49,8 @@ def inspect_pipeline(settings: Generate) -> PipelineFacts:
     network does not take the classes, or it lacks the safety checker that the job asks for."""
     what = f"generate.pipeline={settings.pipeline}"
     index, folder, commit, licence = _read_index(settings)
+    for place in folder.glob("*/tokenizer.json"):
+        check_tokenizer(place.parent, what)
     name = str(index["_class_name"])
     by_number, null = _known_classes(folder)
     kind, num_classes = _kind(settings, name), None

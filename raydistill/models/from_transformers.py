@@ -19,7 +19,7 @@ from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, reason_of
 from raydistill.models.state_dicts import no_larger_than, refuse_not_finite, sizes_of
 from raydistill.models.weight_shards import check_settings
-from raydistill.models.weights import known_interpolation
+from raydistill.models.weights import checked, known_interpolation, refusing_odd_input
 
 
 class Recorder:
@@ -161,13 +161,18 @@ def transformers_preprocessing(folder: str, size: int | None, what: str, center_
     """The preprocessing of the checkpoint's image processor, at `size` or at its own. Raises ConfigError."""
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError):
+    except Exception:  # of an untrusted file
         raise ConfigError(
             f"{what} has no readable preprocessor_config.json, so its mean, std and size are unknown"
         ) from None
     for option in ("do_flip_channel_order", "rescale_offset"):
         if getattr(processor, option, False):
             raise ConfigError(f"{what} needs {option}, which is not supported; name another")
+    with refusing_odd_input(what):
+        return checked(_preprocessing(processor, size, what, center_crop))
+
+
+def _preprocessing(processor: Any, size: int | None, what: str, center_crop: bool) -> Preprocessing:
     # The crop is the network's input; `size` is the resize before it.
     before = _side(processor.size)
     own = (_side(getattr(processor, "crop_size", None)) if getattr(processor, "do_center_crop", False) else 0) or before

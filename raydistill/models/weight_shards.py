@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, reason_of
+from raydistill.storage.filesystems import read_file
 from raydistill.storage.state import read_json
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.\w+$)")
+_MOST_TOKENIZER, _MOST_TOKENS, _MOST_GROWTH = 64 * 1024**2, 1 << 23, 64
 _DEPTH = re.compile("layer|depth|block|stage|repeat")
 # The file names of a folder's weights; the first that exists counts.
 NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -33,6 +36,38 @@ def check_settings(folder: Path, what: str) -> None:
             most = 2**20 if is_classes else 10_000 if is_depth else 65_536 if is_timms else math.inf
             if number > most and (is_classes or "label" not in key):
                 raise ConfigError(f"{what}: its {name} sets {key[1:]!r:.80} to {number}, far more than any network has")
+
+
+def check_tokenizer(folder: Path, what: str) -> None:
+    """Raises ConfigError: a model's tokenizer.json is very large, or makes a text very much longer: twelve replacements
+    of one letter by ten take all memory."""
+    try:
+        data = read_file(str(folder / "tokenizer.json"), _MOST_TOKENIZER)
+        if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_TOKENS:
+            raise ValueError("it holds far more tokens than any")
+        growth = _growth(json.loads(data).get("normalizer"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{what}: its tokenizer.json cannot be read ({reason_of(error)})") from None
+    if growth > _MOST_GROWTH:
+        raise ConfigError(
+            f"{what}: its tokenizer.json makes a text more than {_MOST_GROWTH} times as long; name another"
+        )
+
+
+def _growth(tree: Any) -> float:
+    """By what factor the replacements of a normalizer may lengthen a text, one after the other."""
+    if isinstance(tree, list):
+        return math.prod(map(_growth, tree))
+    if not isinstance(tree, dict):
+        return 1
+    content, pattern = tree.get("content"), tree.get("pattern")
+    own = 1.0
+    if isinstance(content, str):
+        plain = pattern.get("String") if isinstance(pattern, dict) else pattern
+        own = max(1, len(content) / max(1, len(plain) if isinstance(plain, str) else 1))
+    return own * math.prod(_growth(inner) for inner in tree.values())
 
 
 def _numbers(tree: Any, key: str) -> Iterator[tuple[str, float]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+from collections.abc import Iterator
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import nn
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, StorageError, first_line_of
 from raydistill.examples import weights_path
+from raydistill.models.metadata import NetworkInput
 from raydistill.models.state_dicts import (
     fitting,
     load_strictly,
@@ -140,12 +143,33 @@ def load_timm_weights(
 
 
 def timm_preprocessing(network: nn.Module, size: int | None, what: str, center_crop: bool = False) -> Preprocessing:
-    """The preprocessing that a timm network was trained with, at `size` or at its own."""
-    data = resolve_model_data_config(network)
-    side = size or int(data["input_size"][1])
-    interpolation = known_interpolation(data["interpolation"], what)
-    resized = math.floor(side / data["crop_pct"]) if center_crop else None  # like timm's transforms_imagenet_eval
-    return Preprocessing(side, tuple(data["mean"]), tuple(data["std"]), interpolation, resized)
+    """The preprocessing that a timm network was trained with, at `size` or at its own. Raises ConfigError."""
+    with refusing_odd_input(what):
+        data = resolve_model_data_config(network)
+        side = size or int(data["input_size"][1])
+        interpolation = known_interpolation(data["interpolation"], what)
+        resized = math.floor(side / data["crop_pct"]) if center_crop else None  # like timm's transforms_imagenet_eval
+        return checked(Preprocessing(side, tuple(data["mean"]), tuple(data["std"]), interpolation, resized))
+
+
+@contextlib.contextmanager
+def refusing_odd_input(what: str) -> Iterator[None]:
+    """An untrusted config may hold anything where a size, a mean or a crop should be: that raises ConfigError."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
+        raise ConfigError(
+            f"{what}: its config names an input that no network takes (a size above 2,048 pixels, or an odd mean, "
+            "std, crop or resampling); name another model, or put its files right"
+        ) from None
+
+
+def checked(found: Preprocessing) -> Preprocessing:
+    """The same. Raises ValueError if it is not that of a network: its size alone could take all memory."""
+    NetworkInput(size=found.size, mean=found.mean, std=found.std, interpolation=found.interpolation)
+    if not all(map(math.isfinite, (*found.mean, *found.std))) or not 1 <= (found.resized or 1) <= 8192:
+        raise ValueError
+    return found
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch.nn import functional
 
 from raydistill.config import Teacher
 from raydistill.data.prompts import class_words, reading, sentence, words_of
-from raydistill.errors import ConfigError
+from raydistill.errors import ConfigError, reason_of
 from raydistill.models.from_transformers import load_or_refuse, load_weights, refuse_missing
 from raydistill.models.heads import LinearHead
+from raydistill.models.weight_shards import check_tokenizer
 from raydistill.models.weights import model_kind, resolve_hf_folder
 
 
@@ -63,14 +65,28 @@ def zero_shot_head(config: Teacher, classes: Sequence[str]) -> LinearHead:
         raise ConfigError(f"teacher.head=zero_shot: {config.model} has no text tower; name a CLIP-like hf: model")
     what, folder = f"teacher.model={config.model}", resolve_hf_folder(name, config.revision, "teacher")
     network = two_towers(what, folder).eval()
+    check_tokenizer(Path(folder), what)
     tokenizer = load_or_refuse(what, transformers.AutoTokenizer.from_pretrained, folder)
+    try:
+        return _head_of(tokenizer, network, sentences, classes, what)
+    except ConfigError:
+        raise
+    except Exception as error:  # an untrusted tokenizer may give numbers that the tower does not know
+        raise ConfigError(f"{what}: its tokenizer does not fit its text tower ({reason_of(error)})") from None
+
+
+def _head_of(
+    tokenizer: Any, network: Any, sentences: Sequence[Sequence[str]], classes: Sequence[str], what: str
+) -> LinearHead:
     _refuse_unknown_words(tokenizer, classes, what)
     # Not every tokenizer states the longest text.
     length = min(tokenizer.model_max_length, network.config.get_text_config().max_position_embeddings)
     rows = []
     for of_class in sentences:
         # SigLIP was trained on padded texts; CLIP accepts both.
-        tokens = tokenizer(of_class, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            list(of_class), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         accepted = {k: v for k, v in tokens.items() if k in ("input_ids", "attention_mask")}
         embedded = functional.normalize(embedding_of(network.get_text_features(**accepted)), dim=1)
         rows.append(functional.normalize(embedded.mean(dim=0), dim=0))

@@ -30,6 +30,8 @@ from raydistill.errors import CheckpointError, ConfigError
 from raydistill.models import student as students
 from raydistill.models.heads import LinearHead, match_native_head
 from raydistill.models.teacher import TeacherBackbone, load_teacher
+from raydistill.models.weight_shards import check_tokenizer
+from raydistill.models.weights import timm_preprocessing
 from raydistill.models.zero_shot import prompts_of, zero_shot_head
 from tests.models.conftest import VIT
 from tests.small_run import save_student
@@ -450,7 +452,25 @@ def write(name: str, content: str | None) -> Callable[[Path], object]:
     return lambda folder: (folder / name).unlink() if content is None else (folder / name).write_text(content)
 
 
+def odd_input(**settings: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        file = folder / "preprocessor_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return change
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
+    "pictures of gigabytes": odd_input(size={"height": 20_000, "width": 20_000}),
+    "a negative size": odd_input(size={"height": -5, "width": -5}),
+    "an infinite size": odd_input(size={"height": float("inf"), "width": 32}),
+    "a mean of text": odd_input(image_mean="abc"),
+    "a short mean": odd_input(image_mean=[0.5]),
+    "a std of 0": odd_input(image_std=[0, 0, 0]),
+    "no std": odd_input(image_std=None),
+    "white of 0": odd_input(rescale_factor=0),
+    "unknown resampling": odd_input(resample=99),
+    "a processor that is a number": odd_input(image_processor_type=5),
     "no weights": write("model.safetensors", None),
     "weights cut off": lambda folder: os.truncate(folder / "model.safetensors", 500),
     "empty weights": write("model.safetensors", ""),
@@ -470,6 +490,13 @@ def test_a_damaged_folder_is_refused(hf, damage, prefix):
     folder, _ = hf(vit())
     damage(Path(folder))
     assert folder in refusal(load_teacher, Teacher(model=prefix + folder))
+
+
+@pytest.mark.parametrize("settings", [{"input_size": [3, 20_000, 20_000]}, {"mean": "abc"}, {"crop_pct": 1e-9}])
+def test_an_input_that_no_network_takes_is_refused_for_timm_too(settings):
+    network = timm.create_model("test_resnet", num_classes=2)
+    network.pretrained_cfg.update(settings)
+    assert "no network takes" in refusal(timm_preprocessing, network, None, "teacher.model=x", True)
 
 
 def test_code_that_comes_with_a_model_is_not_run(hf, tmp_path):
@@ -857,6 +884,34 @@ def test_the_image_tower_takes_a_linear_probe_too(clip):
         expected = normalize(network.visual_projection(network.vision_model(images(3)).pooler_output), dim=1)
     torch.testing.assert_close(backbone(images(3)), expected, rtol=1e-5, atol=1e-6)
     assert head is None
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 10}] * 12}}, "64 times as long"),
+        ({"normalizer": {"type": "Replace", "pattern": {"Regex": "."}, "content": "e" * 100}}, "64 times as long"),
+        ({"normalizer": {"type": "Prepend", "prepend": "e" * 5, "content": 5}}, ""),
+        ({"deep": eval("[" * 90 + "]" * 90)}, ""),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_makes_a_text_very_long_is_refused(tmp_path, odd, said):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(odd))
+    if said:
+        assert said in refusal(check_tokenizer, tmp_path, "teacher.model=x")
+    else:
+        check_tokenizer(tmp_path, "teacher.model=x")
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    assert "tokenizer.json cannot be read" in refusal(check_tokenizer, tmp_path, "teacher.model=x")
+
+
+def test_tokens_that_the_tower_does_not_know_are_refused(clip, tmp_path):
+    folder = shutil.copytree(clip[0], tmp_path / "odd")
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps({token: number + 10**6 for token, number in vocabulary.items()}))
+    config = Teacher(model=str(folder), head="zero_shot")
+    assert "does not fit its text tower" in refusal(zero_shot_head, config, THINGS)
 
 
 @pytest.mark.parametrize("settings", [{}, {"model_max_length": 10**30}])
