@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from raydistill.config import Generate
 from raydistill.errors import ConfigError, reason_of
 from raydistill.models.weight_shards import check_tokenizer
 from raydistill.models.weights import ask_hub
+from raydistill.storage.filesystems import open_file
 from raydistill.storage.state import read_json
 
 Kind = Literal["text", "image", "class", "none"]
@@ -22,6 +24,7 @@ CLASSES_FILE = "classes.json"
 # and the scheduler lie at the root, under these names.
 PLAIN = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 AT_ROOT = {"unet": "config.json", "scheduler": "scheduler_config.json"}
+_MOST_SIDE, _MOST_CARD = 8192, 1 << 16  # pixels, and bytes of a README.md in which the licence stands
 _DIT_NO_CLASS = 1000  # DiTPipeline's constant, whatever its network
 
 
@@ -47,6 +50,25 @@ class PipelineFacts:
 def inspect_pipeline(settings: Generate) -> PipelineFacts:
     """Raises ConfigError: there is no such pipeline, parts are missing, it makes no images from text or classes, its
     network does not take the classes, or it lacks the safety checker that the job asks for."""
+    try:
+        facts = _facts_of(settings)
+        for number in (facts.num_classes, facts.null_class, facts.train_steps, facts.side):
+            if number is not None and not (isinstance(number, int) and 0 <= number < 2**31):
+                raise ValueError
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+        raise ConfigError(
+            f"generate.pipeline={settings.pipeline}: a value in its config files has another form; save or fetch the "
+            "pipeline again"
+        ) from None
+    if facts.side > _MOST_SIDE:
+        raise ConfigError(
+            f"generate.pipeline={settings.pipeline}: its config names pictures of {facts.side:,} pixels, and "
+            f"{_MOST_SIDE:,} are the most"
+        )
+    return facts
+
+
+def _facts_of(settings: Generate) -> PipelineFacts:
     what = f"generate.pipeline={settings.pipeline}"
     index, folder, commit, licence = _read_index(settings)
     for place in folder.glob("*/tokenizer.json"):
@@ -289,7 +311,9 @@ def _fetch_index(settings: Generate) -> tuple[Path, str | None, str]:
 
 def _licence_of(folder: Path) -> str:
     card = folder / "README.md"
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
+    lines = list[str]()
+    with contextlib.suppress(OSError), open_file(str(card)) as file:
+        lines = file.read(_MOST_CARD).decode(errors="replace").splitlines()
     return next((x.partition(":")[2].strip() for x in lines if x.lower().startswith("license:")), "") or "not stated"
 
 

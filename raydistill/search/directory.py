@@ -16,6 +16,8 @@ from raydistill.secrets import redacted_tree, without_secrets
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import needed_state
 
+_MOST_LINES = 50  # of what changed
+
 
 def trained_settings(config: RunConfig) -> Any:
     """The part of the config that can change what is trained or measured, without secrets."""
@@ -60,6 +62,8 @@ def _differences(config: RunConfig, directory: StageDirectory) -> list[str]:
                              for t in (other, mine))  # fmt: skip
             changes = list(difflib.unified_diff(before, after, n=0, lineterm=""))[3:]
             shown = [line for line in changes if not line.startswith("@@")]
+            if len(shown) > _MOST_LINES:
+                shown = [*shown[:_MOST_LINES], f"and {len(shown) - _MOST_LINES:,} more lines"]
             return [f"tune: a new search, since this changed from the one in {path.rpartition('/')[0]}:",
                     *(f"  {line}" for line in shown)]  # fmt: skip
     return []

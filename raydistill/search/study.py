@@ -62,6 +62,8 @@ def open_study(config: RunConfig, directory: StageDirectory, own: dict[str, Choi
                 directions=["maximize" if name in MAXIMISED else "minimize" for name in config.tune.objectives],
                 pruner=_pruner(config),
             )
+            if len(study.directions) != len(config.tune.objectives):
+                raise UnusableError(f"has a study of {len(study.directions)} objectives: name another database")
             if not study.trials:
                 study.enqueue_trial(own, user_attrs={"own": True})
     except UnusableError as error:

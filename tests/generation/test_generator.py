@@ -474,3 +474,29 @@ def test_the_generator_of_the_benchmarks_goes_on_from_its_checkpoint(tmp_path, m
     for key, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][key], rtol=0, atol=0)
     assert inspect_pipeline(settings(tmp_path / "broken", guidance=2)).classes == {"boot": 0, "coat": 1}
+
+
+@pytest.mark.parametrize(
+    ("file", "odd", "said"),
+    [
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}, "has another form"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**10}, "has another form"),
+        ("unet/config.json", {"num_class_embeds": "x"}, "has another form"),
+        ("unet/config.json", {"sample_size": 30_000}, "names pictures of 30,000 pixels, and 8,192 are the most"),
+        ("model_index.json", {"_class_name": "DiTPipeline", "id2label": "x"}, "has another form"),
+        ("model_index.json", {"_class_name": "DiTPipeline", "id2label": {"a": 5}}, "has another form"),
+        ("classes.json", {"null": 1e300}, "has another form|number of no class"),
+    ],
+)
+def test_a_pipeline_whose_files_hold_anything_is_refused_in_a_sentence(class_pipeline, changed, file, odd, said):
+    with pytest.raises(ConfigError, match=said):
+        inspect_pipeline(settings(changed(class_pipeline, file, **odd)))
+
+
+def test_a_licence_is_read_from_the_beginning_of_a_file_alone(class_pipeline, changed):
+    folder = changed(class_pipeline, "classes.json")
+    (folder / "README.md").write_text("license: mit\n" + "\n" * 10**6 + "license: other\n")
+    assert inspect_pipeline(settings(folder)).licence == "mit"
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to("/dev/zero")
+    assert inspect_pipeline(settings(folder)).licence == "not stated"

@@ -691,6 +691,26 @@ def test_what_makes_another_search_is_said_line_by_line(words, space_file) -> No
     assert changes == ["-2.0", "+3.0", '-"sampler":"tpe"', '+"sampler":"random"']
 
 
+def test_what_a_stranger_changed_is_said_in_few_lines(words, space_file) -> None:
+    said = io.StringIO()
+    config = load_config([*words, space_file("loss.temperature: {log: [1, 2]}\n")])
+    directory = tune_directory(config, read_space(config.tune.space, config), Progress(Console(file=io.StringIO())))
+    directory.begin()
+    other = json.loads(directory.identity) | {"space": [[str(k), {}] for k in range(5000)]}
+    directory.write_json("identity.json", other)
+    config = load_config([*words, space_file("loss.temperature: {log: [1, 3]}\n")])
+    tune_directory(config, read_space(config.tune.space, config), Progress(Console(file=said, width=200)))
+    assert len(said.getvalue().splitlines()) == 52
+    assert "more lines" in said.getvalue()
+
+
+def test_a_study_of_other_objectives_is_refused(words, space_file, tmp_path) -> None:
+    engine(load_config([*words, space_file()]), tmp_path / "study")
+    config = load_config([*words, space_file(), "tune.objectives=[val_accuracy, parameters]", "tune.pruner=none"])
+    with pytest.raises(ConfigError, match="has a study of 1 objectives: name another database"):
+        engine(config, tmp_path / "study")
+
+
 def page_of(study: optuna.Study, *objectives: str, verdict: str = "a verdict") -> str:
     return search_page(
         study, objectives, name="a job", verdict=verdict, tiles=[("0.9", "best")], best=Table(["trial"], [["0"]])
