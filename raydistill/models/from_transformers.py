@@ -131,14 +131,16 @@ def load_or_refuse(what: str, load: Any, folder: str, **options: Any) -> Any:
             loaded = load(folder, trust_remote_code=False, **options)
     except ConfigError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, of no better class
+            raise
         raise _refusal(what, error, "cannot be loaded") from None
     if isinstance(loaded, tuple):  # a network, and the missing names
         refuse_not_finite(loaded[0], what)
     return loaded
 
 
-def _refusal(what: str, error: Exception, found: str) -> ConfigError:
+def _refusal(what: str, error: BaseException, found: str) -> ConfigError:
     """With a config from others a library may fail in any way."""
     reason = reason_of(error)
     if "trust_remote_code" in reason:  # the library advises to run it

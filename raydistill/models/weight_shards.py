@@ -62,7 +62,7 @@ def _growth(tree: Any) -> float:
         return math.prod(map(_growth, tree))
     if not isinstance(tree, dict):
         return 1
-    content, pattern = tree.get("content"), tree.get("pattern")
+    content, pattern = tree.get("content", tree.get("prepend")), tree.get("pattern")
     own = 1.0
     if isinstance(content, str):
         plain = pattern.get("String") if isinstance(pattern, dict) else pattern

@@ -892,7 +892,8 @@ def test_the_image_tower_takes_a_linear_probe_too(clip):
         ({"normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 10}] * 12}}, "64 times as long"),
         ({"normalizer": {"type": "Replace", "pattern": {"Regex": "."}, "content": "e" * 100}}, "64 times as long"),
-        ({"normalizer": {"type": "Prepend", "prepend": "e" * 5, "content": 5}}, ""),
+        ({"normalizer": {"type": "Prepend", "prepend": "e" * 100}}, "64 times as long"),
+        ({"normalizer": {"type": "Prepend", "prepend": "e" * 5}}, ""),
         ({"deep": eval("[" * 90 + "]" * 90)}, ""),
     ],
 )  # fmt: skip
@@ -904,6 +905,15 @@ def test_a_tokenizer_that_makes_a_text_very_long_is_refused(tmp_path, odd, said)
         check_tokenizer(tmp_path, "teacher.model=x")
     (tmp_path / "tokenizer.json").write_text("[" * 100_000)
     assert "tokenizer.json cannot be read" in refusal(check_tokenizer, tmp_path, "teacher.model=x")
+
+
+def test_a_tokenizer_whose_library_panics_is_refused(clip, tmp_path):
+    folder, _, tokenizer = shutil.copytree(clip[0], tmp_path / "odd"), *clip[1:]
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    tree["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "/////w=="}
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert "cannot be loaded" in refusal(zero_shot_head, Teacher(model=str(folder), head="zero_shot"), THINGS)
 
 
 def test_tokens_that_the_tower_does_not_know_are_refused(clip, tmp_path):
