@@ -48,7 +48,8 @@ def findings_table(checkup: Checkup) -> RichTable:
 
 def findings_markdown(checkup: Checkup) -> str:
     """The same table, for notebooks."""
-    columns = findings_table(checkup).columns
+    columns = list(findings_table(checkup).columns)
+    columns.append(columns.pop(3))  # the instances, which are long
     rows = zip(*(["<br>".join(map(markdown, str(cell).split("\n"))) for cell in c.cells] for c in columns), strict=True)
     lines = [[str(column.header) for column in columns], ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
