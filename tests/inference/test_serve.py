@@ -179,7 +179,8 @@ def peak_megabytes(process: subprocess.Popen) -> float:
 # A server as `serve` runs it, but for the student and for limits that a test can wait for.
 IMPATIENT = """if True:
     import numpy as np
-    from raydistill.inference import intake, listening
+    from raydistill.inference import request_images
+    from raydistill.inference import sockets as listening
     from raydistill.inference.serve import make_app
     class Student:
         classes = ("cat", "dog")
@@ -190,7 +191,7 @@ IMPATIENT = """if True:
         def probabilities(self, images):
             return np.full((len(images), 2), 0.5, np.float32)
     listening.HEAD_SECONDS, listening.GOODBYE_SECONDS, listening.MOST_CONNECTIONS = 1.0, 0.5, 80
-    intake.BODY_SECONDS = 2.0
+    request_images.BODY_SECONDS = 2.0
     sockets = listening.listen("127.0.0.1", 0)
     print(*listening.addresses(sockets)[0], flush=True)
     listening.run(make_app(Student(), "a student", {"127.0.0.1"}, listening.ServeSettings(10**6, 10**6, 0.0)), sockets)
