@@ -31,6 +31,8 @@ from raydistill.models.student import Student, read_student
 from raydistill.models.weights import load_timm_weights, model_kind, resolve_hf_folder, timm_preprocessing
 from raydistill.models.zero_shot import embedding_of, two_towers
 
+_LONGEST = 10_000  # characters of an output's names, which may be millions in an untrusted config
+
 
 class TeacherBackbone(nn.Module):
     """Images to pooled features. It stays frozen and in eval mode: `train()` does nothing, so that batch norm and
@@ -189,12 +191,12 @@ def _load_transformers(config: TeacherConfig, name: str) -> LoadedTeacher:
     settings = load_or_refuse(what, transformers.AutoConfig.from_pretrained, folder)
     head, names = None, []
     features: nn.Module
-    if config.head == "native" and any("ForImageClassification" in a for a in settings.architectures or ()):
+    if config.head == "native" and "ForImageClassification" in str(settings.architectures):
         network, *unfit = load_weights(what, transformers.AutoModelForImageClassification, folder)
         refuse_missing(what, set().union(*unfit))
         classifier = last_linear(network, settings.num_labels, what)
         head = head_of(classifier)
-        names = [tuple(settings.id2label[k].split(", ")) for k in range(settings.num_labels)]
+        names = [tuple(str(settings.id2label[k])[:_LONGEST].split(", ")) for k in range(settings.num_labels)]
         features = _ClassifierFeatures(TransformersClassifier(network, classifier))
     elif config.head == "zero_shot":
         features = _ImageTower(two_towers(what, folder))

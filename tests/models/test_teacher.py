@@ -499,6 +499,17 @@ def test_an_input_that_no_network_takes_is_refused_for_timm_too(settings):
     assert "no network takes" in refusal(timm_preprocessing, network, None, "teacher.model=x", True)
 
 
+def test_names_of_outputs_without_end_are_cut_and_odd_architectures_passed_over(hf):
+    folder, _ = hf(vit_classifier())
+    file = Path(folder) / "config.json"
+    settings = json.loads(file.read_text())
+    settings["id2label"]["0"] = ", ".join(map(str, range(10**6)))
+    file.write_text(json.dumps(settings))
+    assert len(load_teacher(Teacher(model=folder, head="native")).names[0]) < 10_000
+    file.write_text(json.dumps(settings | {"architectures": [5]}))
+    load_teacher(Teacher(model=folder, head="native"))
+
+
 def test_code_that_comes_with_a_model_is_not_run(hf, tmp_path):
     folder, _ = hf(vit())
     settings = json.loads((Path(folder) / "config.json").read_text())
