@@ -47,7 +47,7 @@ class Batch:
     weights_V: np.ndarray | None = None  # float32, of the hard labels; None if all are 1
 
     def arrays(self) -> tuple[np.ndarray | None, ...]:
-        """All but the views' parameters, which `render` takes from the CPU."""
+        """All fields but the parameters, which `render` takes from the CPU."""
         return (self.images_VHHC, self.labels_V, self.features_VD, self.rows_V, self.weights_V)
 
 
