@@ -93,7 +93,7 @@ evaluate: {batch_size: 5, calibration_bins: 10, time_teacher: true}
 export: {formats: [onnx], preprocessing: true, int8: static, int8_max_drop: 0.1, allow_useless: true, hub: me/student,
   register_as: student}
 compare: {arms: [kd, crd], seeds: 2, student_weights: x.safetensors, label_shares: [0.5, 1.0]}
-cluster: {address: "ray://head:10001", teacher_actors: [2, 2], generator_actors: [2, 9],
+cluster: {address: "ray://head:10001", threads: 3, teacher_actors: [2, 2], generator_actors: [2, 9],
   generator_labels: {pool: spot}, generator_fallback: {pool: train}, spill_directory: /scratch/spill,
   grows_to: {CPU: 8.0}, price_per_hour: 1.5, prices: {spot: 0.35}}
 generate: {pipeline: owner/name, revision: main, ratio: 2.0, per_class: 5, balance: false, names: names.yaml,

@@ -122,10 +122,10 @@ loss.kd_weight: {float: [2, 4]}
 distill.clip_norm: {categorical: [null, 1.0]}
 loss.projection_dim: {int: [64, 256], step: 64}
 loss.alignment_weight: {float: [0, 2], step: 0.3}
-loss.projection_head: {categorical: [linear, two_layer]}
+loss.projection_head: {categorical: [linear, simclr]}
 """
     own = {"loss.temperature": 4.0, "distill.clip_norm": None, "loss.projection_dim": 128,
-           "loss.projection_head": "two_layer"}  # fmt: skip
+           "loss.projection_head": "simclr"}  # fmt: skip
     assert space(text).own(JOB) == own
     assert space(NESTED, overlay(JOB, {"loss": {"kd_weight": 2, "alignment_weight": 0, "uniformity_weight": 0}})).own(
         JOB

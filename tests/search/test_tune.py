@@ -67,10 +67,10 @@ from tests.processes import wait_for
 
 SPACE = """
 loss.temperature: {log: [1, 20]}
-loss.projection_head: {categorical: [linear, two_layer]}
+loss.projection_head: {categorical: [linear, simclr]}
 loss.projection_dim: {int: [4, 16], step: 4}
 """
-GRID = "loss.temperature: {float: [2, 6], step: 2}\nloss.projection_head: {categorical: [linear, two_layer]}\n"
+GRID = "loss.temperature: {float: [2, 6], step: 2}\nloss.projection_head: {categorical: [linear, simclr]}\n"
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def engine(config: RunConfig, folder: Path) -> tuple[StudySearch, optuna.Study]:
 
 def score(choices: dict) -> float:
     """Deterministic, and smooth in what is numeric."""
-    wide = choices.get("loss.projection_head") == "two_layer"
+    wide = choices.get("loss.projection_head") == "simclr"
     return 1 / choices["loss.temperature"] + 0.1 * wide + 0.001 * choices.get("loss.projection_dim", 0)
 
 
@@ -155,7 +155,7 @@ def test_a_trial_that_was_half_drawn_when_the_search_was_killed_is_drawn_to_its_
     sampler, at, words, space_file, tmp_path
 ) -> None:
     text = "loss.temperature: {float: [2, 6], step: 2}\nloss.projection_dim: {int: [4, 16], step: 4}\n"
-    text += "" if sampler == "cmaes" else "loss.projection_head: {categorical: [linear, two_layer]}\n"
+    text += "" if sampler == "cmaes" else "loss.projection_head: {categorical: [linear, simclr]}\n"
     config = load_config([*words, space_file(text), f"tune.sampler={sampler}", "tune.trials=14"])
     search, study = engine(config, tmp_path / "unbroken")
     list(play(search, study, 99))
@@ -240,7 +240,7 @@ def test_the_first_trial_has_the_jobs_own_values_and_more_trials_go_on(words, sp
     list(play(search, study, 99))
     first = read_trials(study)
     assert (first[0].own, first[0].choices) == (
-        True, {"loss.temperature": 4.0, "loss.projection_head": "two_layer", "loss.projection_dim": 8},
+        True, {"loss.temperature": 4.0, "loss.projection_head": "simclr", "loss.projection_dim": 8},
     )  # fmt: skip
     assert [t.own for t in first] == [True, False, False]
     search, study = engine(
@@ -251,7 +251,7 @@ def test_the_first_trial_has_the_jobs_own_values_and_more_trials_go_on(words, sp
     # A value that the space does not hold is not invented.
     search, study = engine(load_config([*words, space_file(), "loss.projection_dim=7"]), tmp_path / "other")
     next(play(search, study, 1))
-    assert read_trials(study)[0].choices == {"loss.temperature": 4.0, "loss.projection_head": "two_layer"}
+    assert read_trials(study)[0].choices == {"loss.temperature": 4.0, "loss.projection_head": "simclr"}
 
 
 def test_what_becomes_of_a_trial_is_remembered(words, space_file, tmp_path) -> None:
@@ -805,7 +805,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(more, message, words
     files = {
         "tune.space=VIEWS": space_file("views.per_image: {int: [1, 3]}\nloss.temperature: {log: [1, 2]}"),
         "tune.space=STUDENT": space_file('student.model: {categorical: ["timm:test_resnet", "timm:test_resnat"]}'),
-        "tune.space=HEADS": space_file("loss.projection_head: {categorical: [linear, two_layer]}"),
+        "tune.space=HEADS": space_file("loss.projection_head: {categorical: [linear, simclr]}"),
         "tune.space=LOSSES": space_file("loss: {categorical: {task: {kd_weight: 0}, kd: {kd_weight: 1}}}"),
         "tune.space=PRECISION": space_file("distill: {categorical: {a: {precision: bf16}, b: {precision: fp32}}}"),
     }
