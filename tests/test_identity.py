@@ -76,7 +76,8 @@ EFFECTS = by_change(
         compare.label_shares=[0.5]  distill.cache=stream  distill.checkpoint_seconds=0  distill.max_failures=0
         evaluate.batch_size=5  export.allow_useless=true  export.hub=me/student  export.register_as=student
         cluster.address=ray://head:10001  cluster.teacher_actors=[2,3]  cluster.generator_actors=[2,3]
-        cluster.spill_directory=/scratch/spill  cluster.grows_to={"CPU":8}  cluster.generator_labels={"pool":"spot"}
+        cluster.spill_directory=/scratch/spill  cluster.grows_to={"CPU":8}  cluster.threads=3
+        cluster.generator_labels={"pool":"spot"}
         cluster.generator_fallback={"pool":"train"}  tracking.enabled=false  tracking.uri=http://host:5000
     """),
     ({"prepare"} | VIEWS, "seed=1"),

@@ -40,7 +40,7 @@ def free(monkeypatch) -> Callable[[int], None]:
 def needed(refused: pytest.ExceptionInfo) -> int:
     (message,) = refused.value.args
     assert "\n" not in message
-    return int(re.search(r"may take ([\d,]+) bytes and [\d,]+ are free in /", message)[1].replace(",", ""))
+    return int(re.search(r"may take ([\d,]+) bytes, and [\d,]+ are free in /", message)[1].replace(",", ""))
 
 
 @pytest.fixture
