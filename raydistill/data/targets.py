@@ -46,8 +46,7 @@ class Batch:
     rows_V: np.ndarray  # int64, the index of the image in the train split
     weights_V: np.ndarray | None = None  # float32, of the hard labels; None if all are 1
 
-    def arrays(self) -> tuple[np.ndarray | None, ...]:
-        """All fields but the parameters, which `render` takes from the CPU."""
+    def arrays(self) -> tuple[np.ndarray | None, ...]:  # without the parameters, which `render` takes from the CPU
         return (self.images_VHHC, self.labels_V, self.features_VD, self.rows_V, self.weights_V)
 
 
