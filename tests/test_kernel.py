@@ -109,8 +109,10 @@ def test_a_restarted_kernel_leaves_no_process(kernel: Kernel, how: str) -> None:
     kernel.client.execute(CALL)
     wait_for(lambda: any(map(is_ray, kernel.descendants())))
     there = kernel.descendants()
+    assert len(there) > 3, "Ray has several"
     if how == "restart":
         kernel.manager.restart_kernel()
     else:
         kernel.manager.provisioner.process.kill()
     wait_for(lambda: not list(filter(is_alive, there)))
+    assert [process for process in there if is_alive(process)] == []

@@ -61,6 +61,12 @@ def test_outputs_are_kept_small_and_name_no_machine(name: str) -> None:
     assert nbformat.writes(notebook) == text.rstrip("\n"), "it is as `python -m tests.notebooks` leaves it"
 
 
+def executed(name: str, folder: Path) -> Any:
+    notebook = notebooks.read(name)
+    notebooks.execute(notebook, folder)
+    return notebook
+
+
 def printed(notebook: Any) -> str:
     """What the cells print, and the tables that they show."""
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -76,8 +82,7 @@ def numbers(pattern: str, text: str) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_folder_becomes_a_student_that_is_shipped(tmp_path: Path) -> None:
-    notebook = notebooks.read("folder_to_student")
-    notebooks.execute(notebook, tmp_path)
+    notebook = executed("folder_to_student", tmp_path)
     said = printed(notebook)
     (student,) = numbers(r"\btest_accuracy +([\d.]+)", said)
     (teacher,) = numbers(r"teacher_test_accuracy +([\d.]+)", said)
@@ -94,9 +99,7 @@ def test_a_folder_becomes_a_student_that_is_shipped(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_result_is_read_and_improved(tmp_path: Path) -> None:
-    notebook = notebooks.read("improve_a_student")
-    notebooks.execute(notebook, tmp_path)
-    said = printed(notebook)
+    said = printed(executed("improve_a_student", tmp_path))
     kinds = ("both are right", "only the teacher is right", "only the student is right", "both are wrong")
     shares = [numbers(rf"{words} +([\d.]+)", said)[0] for words in kinds]
     assert sum(shares) == pytest.approx(1, abs=0.03)

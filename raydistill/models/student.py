@@ -199,15 +199,20 @@ def write_student(
     return files
 
 
-def read_student(folder: str) -> tuple[Student, tuple[str, ...]]:
-    """A student that `distill` wrote, in eval mode, and the names of its classes.
+def read_student(folder: str, of: StudentConfig | None = None) -> tuple[Student, tuple[str, ...]]:
+    """A student that `distill` wrote, in eval mode, and the names of its classes. `of`: the job's student, if known.
 
-    Raises ConfigError, CheckpointError.
+    Raises ConfigError, CheckpointError; also for another model or size than the job's: a stranger's workspace could
+    name one that costs gigabytes, or one on a hub.
     """
     try:
         about = needed_state(f"{folder}/{STUDENT_FILE}", StudentMetadata)
         weights = load(bounded(read_bytes(f"{folder}/student.safetensors")))
         classes, preprocessing = tuple(about.classes), Preprocessing(**dict(about.preprocessing))
+        if of is not None and (about.model, preprocessing.size) != (of.model, of.size or preprocessing.size):
+            raise ValueError(
+                f"it is {about.model} at {preprocessing.size}, the job's is {of.model} at {of.size} pixels"
+            )
         sizes = [tensor.numel() for tensor in weights.values()]
         if dict(about)["library"] == "timm":
             with no_larger_than(sizes, folder, len(classes)):

@@ -120,7 +120,7 @@ def _measures(work: TrialWork, student: StudentCheckpoint, record: dict[str, flo
 
     config, samples = work.job.config, work.job.samples
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = read_student(student.path)[0].to(device)
+    network = read_student(student.path, config.student)[0].to(device)
     if "milliseconds_per_image" in wanted:
         found["milliseconds_per_image"] = 1000 / images_per_second(network, network.preprocessing.size, device)
     if any(name.startswith("val_") for name in wanted):

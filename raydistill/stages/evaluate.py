@@ -49,7 +49,7 @@ def evaluate_student(
     """Measure student and teacher on val and on test."""
     directory.begin()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = read_student(student.path)[0].to(device)
+    network = read_student(student.path, config.student)[0].to(device)
     splits = [split for split in ("val", "test") if samples.num_rows(split)]
     measured: dict[str, dict[str, Any]] = {"student": {}, "teacher": {}}
     agreements, temperature, predictions = {}, None, []

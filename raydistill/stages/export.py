@@ -78,7 +78,7 @@ def export_student(
     """
     settings = config.export
     directory.begin()
-    student, classes = read_student(student_path)
+    student, classes = read_student(student_path, config.student)
     about = student_metadata(student_path, settings.preprocessing, config.images)
     images_NHH3, labels_N = _some_images(samples, "val" if samples.num_rows("val") else "train", _MOST_IMAGES)
     plain_N = network_inputs(images_NHH3, student.preprocessing, from_pixels=False)

@@ -642,6 +642,22 @@ def test_a_damaged_folder_of_a_student_is_refused_by_name(hf_folder, tmp_path, d
         read_student(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("size", 2048), ("model", "timm:hf-hub:evil/evil"), ("model", "timm:resnet152"), ("model", "hf:evil/evil")],
+)
+def test_a_student_that_is_not_the_jobs_is_refused_before_it_is_built(tmp_path, monkeypatch, key, value):
+    config = StudentConfig(model="timm:test_resnet", size=32)
+    folder = save_student(tmp_path / "student", config, CLASSES)
+    assert read_student(str(folder), config)[1] == CLASSES
+    about = json.loads((folder / "student.json").read_text())
+    (about["preprocessing"] if key == "size" else about)[key] = value
+    (folder / "student.json").write_text(json.dumps(about))
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(CheckpointError, match=rf"{folder} holds no complete student .*the job's is timm:test_resnet"):
+        read_student(str(folder), config)
+
+
 def test_a_students_folder_is_no_name_of_a_student(hf_folder, tmp_path):
     """The way to go on from one is said."""
     config = StudentConfig(model="timm:test_resnet", size=32)
