@@ -204,7 +204,7 @@ def _alone() -> Iterator[None]:
         with _ONE:
             yield
     except KeyboardInterrupt:
-        raise Interrupted("the same call goes on from here") from None
+        raise Interrupted("the same call continues from here") from None
 
 
 def _config(images: Path, settings: Mapping[str, Any], trains: bool = True) -> RunConfig:

@@ -94,7 +94,7 @@ def is_ray(process: psutil.Process) -> bool:
 @pytest.mark.parametrize("at", ["samples:", "teach ", "distill "])
 def test_a_stopped_cell_says_so_in_one_line_and_the_next_one_goes_on(kernel: Kernel, at: str) -> None:
     said, error = kernel.run(CALL, stop=lambda said: at in said)
-    assert error == ["interrupted; the same call goes on from here"]
+    assert error == ["interrupted; the same call continues from here"]
     assert not list(filter(is_ray, kernel.descendants()))
     said, error = kernel.run(CALL)
     assert not error
