@@ -97,6 +97,7 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
         fit = min(fit, math.floor(gpus / gpu_share) - beside)
     most = max(fewest, min(most, fit))
     generators, generator_cpus, generator_gpus = _plan_generators(config, cpus, gpus, cores)
+    threads = min(config.cluster.threads or 0, cores)  # a thousand would wait for each other; 0: not set
     return Plan(
         cpus=cpus,
         gpus=gpus,
@@ -105,14 +106,14 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
         teacher_actors=(fewest, most),
         teacher_cpus=share,
         teacher_gpus=gpu_share * uses_gpus,
-        teacher_threads=config.cluster.threads or max(1, cores // max(most + beside, 1)),
+        teacher_threads=threads or max(1, cores // max(most + beside, 1)),
         generator_actors=generators,
         generator_cpus=generator_cpus,
         generator_gpus=generator_gpus,
         train_workers=workers,
         train_cpus=train_cpus,
         train_gpus=gpu_share * (uses_gpus and fewest_workers > 0),
-        train_threads=config.cluster.threads
+        train_threads=threads
         or max(1, cores // (max(fewest_workers, 1) + (fewest if together and not uses_gpus else 0))),
     )
 
@@ -161,7 +162,12 @@ def local_plan(config: RunConfig) -> Plan:
     """The plan for only this machine, made without starting Ray."""
     import torch  # the driver of a run loads it anyway; `--help` and `show` never call this
 
-    return plan_resources(config, float(num_cores()), float(torch.cuda.device_count()), num_threads())
+    return plan_resources(config, float(num_cores()), float(torch.cuda.device_count()), _own_threads(config))
+
+
+def _own_threads(config: RunConfig) -> int:
+    """The most threads of a process on this machine. `cluster.threads` is asked before OMP_NUM_THREADS."""
+    return num_cores() if config.cluster.threads else num_threads()
 
 
 def live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:
@@ -173,7 +179,7 @@ def live_plan(config: RunConfig, reserved: float = 0.0) -> Plan:
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     cores = max(1, int(max(nodes, default=1)))
     if len(nodes) == 1 and not later:  # Ray sets OMP_NUM_THREADS for the commands that it starts
-        cores = num_threads() if config.cluster.address is None else num_cores()
+        cores = _own_threads(config) if config.cluster.address is None else num_cores()
     try:
         return plan_resources(config, cpus - reserved, gpus, cores)
     except ConfigError as error:

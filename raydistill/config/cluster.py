@@ -21,8 +21,8 @@ class Cluster(Section):
     generator_fallback: dict[str, str] | None = None
     """Labels to fall back on where no node has the first, {} for any node; null: wait for one."""
     threads: Count | None = None
-    """Threads of torch in each teacher and train process; null: a share of the cores that a cgroup and OMP_NUM_THREADS
-    allow."""
+    """Threads of torch in each teacher and train process, at most the node's cores; null: a share of the cores that a
+    cgroup and OMP_NUM_THREADS allow."""
     spill_directory: str | None = None
     """Where Ray on this machine writes what its memory does not hold; null: in Ray's folder, under /tmp."""
     grows_to: dict[Literal["CPU", "GPU"], Annotated[float, Field(ge=0)]] | None = None

@@ -60,6 +60,8 @@ def test_threads_are_as_many_as_asked_for_and_no_more_than_cores(monkeypatch: py
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
         assert num_threads() == threads, asked
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    plans = [local_plan(load_config(["images.path=x", *more])) for more in ([], ["cluster.threads=3"])]
-    assert [(plan.train_threads, plan.teacher_threads) for plan in plans] == [(1, 1), (3, 3)]
+    asked = ("null", 2, 100_000)
+    plans = [local_plan(load_config(["images.path=x", f"cluster.threads={threads}"])) for threads in asked]
+    least = min(2, cores)
+    assert [(p.train_threads, p.teacher_threads) for p in plans] == [(1, 1), (least, least), (cores, cores)]
     assert plans[0].cpus == cores  # Ray may still run as many tasks
