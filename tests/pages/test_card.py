@@ -126,7 +126,7 @@ def test_pictures_are_read_as_predict_reads_them(exported, tmp_path, interpolati
     def change(student) -> None:
         student.preprocessing = type(student.preprocessing)(17, (0.1, 0.3, 0.6), (0.4, 0.2, 0.1), interpolation)
 
-    result, checkpoint = exported(formats=[], change=change)
+    result, checkpoint = exported(formats=[], change=change, size=17)
     wanted = read_student(checkpoint)[0].preprocessing
     for fit in ("crop", "pad"):
         _with_fit(result.path, fit)

@@ -144,6 +144,7 @@ def test_runs_whose_process_is_gone_end_as_killed(tmp_path) -> None:
         """A run that was killed in its first stage. Gives its id."""
         tracker = Tracker(load_config([*words, f"name={job}"]), job)
         ChildRun(tracker, f"stage of {job}")
+        tracker._beats.close()
         tracker._writer.shutdown()
         return tracker.parent.id
 
