@@ -12,25 +12,18 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from raydistill.cluster.plan import Plan
-from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import RunConfig
 from raydistill.data.sample import Pools, SampleSet, Visits, batch_order
 from raydistill.data.targets import UNLABELLED, Batch, InMemory, Part, Streamed, TrainSplit
-from raydistill.engine.checkpoints import latest_step
-from raydistill.engine.teacher_pool import fresh_views
 from raydistill.engine.workers import Worker
 from raydistill.models.heads import load_head
 from raydistill.runtime.memory import available_bytes
 from raydistill.storage.filesystems import write_bytes
 
 _BATCHES_AHEAD = 4
-# Steps whose images one Ray task gathers for the stream of fresh views.
-_STEPS_IN_UNIT = 8
 # The least share of labelled images in a batch. With 100 labels in 10,000 images a batch of 64 would have one or none,
 # and a noisy cross-entropy: this share raised an EfficientNet-Lite0 from 0.45 to 0.56.
 _LEAST_LABELLED_SHARE = 0.33
@@ -161,42 +154,3 @@ def _fits_in_memory(job: DistillJob, worker: Worker) -> bool:
     if job.targets is not None and job.head is not None and job.config.views.per_image != "fresh":
         per_image = 2 * job.config.views.per_image * load_head(job.head).weight_CD.shape[1]
     return job.train_split.num_bytes(per_image) * worker.workers_on_node < _MEMORY_SHARE * available_bytes()
-
-
-class FreshStream:
-    """Makes Ray's stream of fresh views, from the first step of the workers."""
-
-    def __init__(self, job: DistillJob, plan: Plan) -> None:
-        self._job, self._plan = job, plan
-
-    def __call__(self) -> Any:
-        job = self._job
-        assert job.config.teacher is not None
-        units = [
-            {"first": first, "steps": min(_STEPS_IN_UNIT, job.total_steps - first)}
-            for first in range(latest_step(job.path), job.total_steps, _STEPS_IN_UNIT)
-        ]
-        # After the last step there is nothing to stream, but Ray Data needs a row.
-        units, tries = units or [{"first": 0, "steps": 1}], new_tries()
-        return fresh_views(job.config.teacher, _GatherUnit(job, tries), units, self._plan, tries)
-
-
-class _GatherUnit:
-    """A Ray Data task: the images and views of some steps' global batches."""
-
-    def __init__(self, job: DistillJob, tries: Any) -> None:
-        self._job, self._labels, self._tries = job, job.train_split.labels(), tries
-
-    def __call__(self, unit: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        source, order = Streamed(self._job.train_split, 1), self._job.order(self._labels, int(unit["first"][0]))
-        visits = Visits.concat(list(itertools.islice(order, int(unit["steps"][0]))))
-        with trying(self._tries, f"{len(visits)} images of the steps from {int(unit['first'][0])} on, to be read"):
-            batch = source.gather(visits)
-        weights = {} if batch.weights_V is None else {"weight": batch.weights_V}
-        return weights | {
-            "image": batch.images_VHHC,
-            "parameters": batch.parameters_VP,
-            "label": batch.labels_V,
-            "row": batch.rows_V,
-            "sample_id": np.array(source.ids(visits)),
-        }

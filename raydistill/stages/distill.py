@@ -12,8 +12,9 @@ from typing import Any
 
 from raydistill.cluster.plan import Plan
 from raydistill.config import RunConfig
-from raydistill.engine.batches import DistillJob, FreshStream
+from raydistill.engine.batches import DistillJob
 from raydistill.engine.checkpoints import drop_checkpoints, latest_checkpoint, latest_step
+from raydistill.engine.fresh_stream import FreshStream
 from raydistill.engine.loop import distill_loop
 from raydistill.engine.records import drop_epochs_after, note_lost_steps, read_epoch, read_epochs, read_progress
 from raydistill.engine.workers import run_workers

@@ -31,7 +31,8 @@ from raydistill.data.decode import pixels
 from raydistill.data.sample import decode_shard, sample_id, samples_from_json
 from raydistill.data.targets import read_targets
 from raydistill.data.views import render, view_parameters
-from raydistill.engine.batches import DistillJob, FreshStream
+from raydistill.engine.batches import DistillJob
+from raydistill.engine.fresh_stream import FreshStream
 from raydistill.errors import ConfigError, DataError
 from raydistill.graph import find_work
 from raydistill.identity import taught_before, teach_directory, tuned
