@@ -1,0 +1,109 @@
+"""benchmarks/engine.py: ours and the bare loops compute the same, and programs can read what it writes. Tests marked
+`gpu` need no fixtures and no Ray: `python -m pytest --noconftest -m gpu tests/benchmarks`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks.engine import ALL, measure, parse_options
+from benchmarks.engine_bench import SIZES, TERMS, Data, Waits, new_config, worker, write_data
+from benchmarks.engine_networks import teacher_features
+from raydistill.data.views import view_parameters
+from raydistill.engine.loop import distill_loop
+from raydistill.models.teacher import TeacherBackbone, load_teacher
+
+ROOT = Path(__file__).parents[2]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+# Without the libraries that a GPU machine may lack, as a file, from another folder.
+ALONE = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(("ray", "diffusers", "optuna", "mlflow", "omegaconf")))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def assert_sound(figures: dict) -> None:
+    for key in ("teach_ratio", "distill_ratio", "shard_read_speedup", "view_draw_speedup"):
+        assert figures[key] > 0
+    assert figures["syncs_per_step"] == 0
+    rows = {row["name"]: row for row in figures["rows"]}
+    for name, row in rows.items():
+        # Drawing compares the means of random numbers.
+        assert row["difference"] is None or row["difference"] < (0.1 if name == "drawing views" else 1e-3), row
+    compared = {"teacher", "student, default", "drawing views", "rendering views", "reading shards"}
+    assert {name for name in rows if rows[name]["difference"] is not None} >= compared
+    assert all(rows[name]["share_of_peak"] > 0 for name in rows if name.startswith(("teacher", "student", "rend")))
+
+
+def test_ours_and_the_bare_loops_compute_the_same() -> None:
+    words = ["--device", "cpu", "--tiny", "--losses", "default", "crd"]
+    figures = measure(parse_options(words), Console(quiet=True))
+    assert_sound(figures)
+    assert figures["rows"][-1]["difference"] < 0.01  # grey levels of generated images
+    json.dumps(figures)
+
+
+@pytest.mark.slow
+def test_every_loss_is_measured_where_there_is_no_ray(tmp_path) -> None:
+    words = [ROOT / "benchmarks" / "engine.py", "--device", "cpu", "--tiny", "--json", "engine.json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", ALONE, *map(str, words)], cwd=tmp_path, env=environment, check=True)
+    figures = json.loads((tmp_path / "engine.json").read_text())
+    assert_sound(figures)
+    assert {row["name"] for row in figures["rows"]} >= {f"student, {loss}" for loss in ALL}
+    assert figures["rows"][-1]["note"] == "diffusers is not installed"
+
+
+def test_waits_are_counted() -> None:
+    numbers, mask = torch.arange(4.0), torch.tensor([True, False, True, False])
+    with Waits(CPU) as waits:
+        numbers.sum().item()
+        numbers[mask]
+        bool(numbers.isnan().any())
+        mask.nonzero()
+        numbers[:2].sum() + numbers[torch.tensor([0, 1])].sum()
+    assert waits.count == 4
+
+
+def tiny(root: Path) -> tuple[Data, TeacherBackbone]:
+    config = new_config(root, SIZES["tiny"], "fp32")
+    backbone = load_teacher(config.teacher).backbone
+    return write_data(root, config, SIZES["tiny"], width=8), backbone
+
+
+@pytest.mark.parametrize("loss", [pytest.param(loss, marks=on_a_gpu) for loss in ("default", *TERMS)])
+def test_no_step_on_cuda_waits(tmp_path, loss) -> None:
+    def after(step: int) -> bool:
+        if step == 10:
+            torch.cuda.set_sync_debug_mode("error")
+        if step == 20:
+            raise KeyboardInterrupt
+        return False
+
+    job = tiny(tmp_path)[0].job(loss, 16)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            distill_loop(job, worker(CUDA, after))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", [pytest.param(CUDA, marks=on_a_gpu)])
+def test_the_teacher_on_cuda_gives_the_features_of_the_cpu(tmp_path, device) -> None:
+    data, backbone = tiny(tmp_path)
+    images = torch.from_numpy(data.images())
+    parameters = torch.from_numpy(view_parameters(data.config.views, 0, data.ids, [0] * len(data.ids)))
+    expected = teacher_features(backbone, images, parameters, CPU)
+    found = teacher_features(backbone.to(device), images, parameters, device)
+    np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), rtol=0.02, atol=0.02)
