@@ -31,8 +31,7 @@ from torch.optim import Optimizer
 
 from raydistill.cluster.session import ray_cluster
 from raydistill.config import RunConfig, load_config
-from raydistill.data.decode import encode, pixels
-from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
+from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name, working_images
 from raydistill.data.targets import read_samples
 from raydistill.data.views import render, view_parameters
 from raydistill.engine.batches import Batch, DistillJob, read_batches
@@ -74,7 +73,7 @@ def bare_teacher(config: RunConfig, samples: SampleSet) -> float:
     backbone = load_teacher(config.teacher)[0].to(memory_format=torch.channels_last)
     table = read_samples(samples, "train", 0)
     ids = table["sample_id"].to_pylist()
-    images = torch.from_numpy(np.stack([pixels(i) for i in table["image"].to_pylist()]))
+    images = torch.from_numpy(working_images(table, samples.size).copy())
     size, count, started = config.teacher.batch_size, 0, 0.0
     for first in itertools.cycle(range(0, len(ids), size)):
         if count == size:  # the first batch warms up
@@ -150,7 +149,7 @@ def streaming_peak(root: Path, copies: int) -> int:
     directory.mkdir()
     for k in range(2 * copies):
         noise = rng.integers(0, 255, (256, 16, 16, 3), np.uint8)
-        images = [encode(Image.fromarray(n).resize((128, 128))) for n in noise]
+        images = [Image.fromarray(n).resize((128, 128)).tobytes() for n in noise]
         table = pa.table(
             {
                 "sample_id": [sample_id(i) for i in images],

@@ -16,6 +16,7 @@ Shapes: B images, S pixels.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import time
@@ -25,9 +26,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from raydistill.data.decode import pixels
 from raydistill.examples import images_path
 from raydistill.storage.filesystems import write_file
 
@@ -52,7 +53,7 @@ def load_images() -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     table = table.filter(np.array(table["split"].to_pylist()) == "train").slice(SEEN_BY_THE_TASK)
     names = sorted(set(table["label"].to_pylist()))
     labels = torch.tensor([names.index(label) for label in table["label"].to_pylist()])
-    images = np.stack([pixels(image) for image in table["image"].to_pylist()])
+    images = np.stack([np.asarray(Image.open(io.BytesIO(image))) for image in table["image"].to_pylist()])
     return torch.from_numpy(images)[:, None].float() / 127.5 - 1, labels, names
 
 

@@ -20,7 +20,7 @@ from raydistill.storage.state import read_state
 
 # Raise the number of a stage if its results change for equal inputs, so that it runs again.
 FORMATS = {
-    "decoded": 2, "prepare": 3, "features": 3, "adapt": 3, "generated": 1, "generate": 3, "teach": 2, "distill": 7,
+    "decoded": 3, "prepare": 4, "features": 3, "adapt": 3, "generated": 1, "generate": 4, "teach": 3, "distill": 8,
     "evaluate": 4, "export": 4, "compare": 2, "tune": 2,
 }  # fmt: skip
 
@@ -135,7 +135,7 @@ def backbone_name(config: RunConfig) -> str:
 
 def views_name(views: Views, seed: int) -> str:
     """A short name of the stored views of any image."""
-    return _short_name([views.model_dump(), seed])
+    return _short_name([views.model_dump(), seed, FORMATS["teach"]])
 
 
 def _short_name(identity: object) -> str:

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from raydistill.config import RunConfig, load_config
 from raydistill.config import Student as StudentConfig
-from raydistill.data.decode import encode
 from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
 from raydistill.data.targets import encode_targets
 from raydistill.engine import speed
@@ -77,7 +76,7 @@ class TinySet:
             sizes = []
             for k, first in enumerate(range(0, count, shard_size)):
                 truth = [(first + i) % len(CLASSES) for i in range(min(shard_size, count - first))]
-                images = [encode(painted(t, rng)) for t in truth]
+                images = [painted(t, rng).tobytes() for t in truth]
                 shown = [t if split != "train" or first + i < labelled else None for i, t in enumerate(truth)]
                 ids = write_shard(root / "samples", shard_name(split, k), images, shown)
                 features = centres[truth] + rng.normal(0, 0.1, (NUM_VIEWS, len(ids), NUM_FEATURES))

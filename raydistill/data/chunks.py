@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from raydistill.config import Images
-from raydistill.data.decode import Facts, decode, decode_with_facts, encode, large_alone
+from raydistill.data.decode import Facts, decode, decode_with_facts, large_alone
 from raydistill.data.isolation import Killed, run_isolated
 from raydistill.data.near_duplicates import contrast, difference_hash
 from raydistill.data.sample import sample_id
@@ -69,13 +69,13 @@ def inspect_chunk(chunk: Sequence[Place], images: Images) -> Iterator[Inspection
 
 
 def decode_chunk(chunk: Sequence[Place], images: Images) -> Iterator[dict[str, Any]]:
-    """Rows with the working image as PNG, or with the reason why there is none."""
+    """Rows with the pixels of the working image, or with the reason why there is none."""
     for index, data, reason in read_chunk(chunk, images):
         if data is None:
             yield _refused(index, _redacted(reason))
             continue
         try:
-            image = encode(decode(data, images.size, images.fit, images.max_pixels))
+            image = decode(data, images.size, images.fit, images.max_pixels).tobytes()
             yield {"index": index, "sample_id": sample_id(data), "image": image, "reason": ""}
         except DataError as error:
             yield _refused(index, str(error))

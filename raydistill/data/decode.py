@@ -386,15 +386,10 @@ def _facts(image: Image.Image) -> Facts:
 
 
 def encode(image: Image.Image) -> bytes:
-    """Lossless, so training sees the same bits as later predictions."""
+    """A PNG: for pages and generated pictures."""
     sink = io.BytesIO()
     image.save(sink, format="PNG", compress_level=3)
     return sink.getvalue()
-
-
-def pixels(encoded: bytes) -> np.ndarray:
-    """The (H, W, 3) uint8 array of a working image."""
-    return np.asarray(Image.open(io.BytesIO(encoded)))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -12,7 +12,6 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +21,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from raydistill.config import Views
-from raydistill.data.decode import pixels
-from raydistill.data.sample import SCHEMA, WINDOW_SHARDS, SampleSet, Visits, decode_shard, shard_name
-from raydistill.data.views import view_parameters
+from raydistill.data.sample import (
+    SCHEMA,
+    WINDOW_SHARDS,
+    SampleSet,
+    Visits,
+    decode_shard,
+    shard_name,
+    with_whole_images,
+    working_images,
+)
+from raydistill.data.views import stored_views, view_parameters
 from raydistill.errors import CheckpointError
 from raydistill.storage.filesystems import open_filesystem, read_bytes
 from raydistill.storage.state import parsed
@@ -99,7 +106,7 @@ def read_sample_ids(path: str) -> bytes:
 
 def read_samples(samples: SampleSet, split: str, shard: int) -> pa.Table:
     path = _shard_path(samples, split, shard)
-    return decode_shard(read_bytes(path), path)
+    return with_whole_images(decode_shard(read_bytes(path), path), samples.size, path)
 
 
 def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str]) -> np.ndarray:
@@ -172,7 +179,8 @@ class TrainSplit:
             weights = np.array([1.0 if part.weights is None else part.weights[i] for i in ids], np.float32)
         features = None if part.targets is None else read_targets(part.targets, "train", own, ids)
         labels = labels_of(table) if part.hard_labels else np.full(len(ids), UNLABELLED)
-        return Shard(ids, values(table["image"]), labels, features, weights)
+        stored = None if self.views.per_image == "fresh" else stored_views(self.views, self.seed, ids)
+        return Shard(ids, working_images(table, part.samples.size), labels, stored, features, weights)
 
     def labels(self) -> list[np.ndarray]:
         """The labels of every shard; the order of visits needs nothing else."""
@@ -182,80 +190,85 @@ class TrainSplit:
         """Bytes of memory that the whole split takes."""
         return sum(self.shard_rows) * (self.parts[0].samples.size ** 2 * 3 + feature_bytes)
 
-    def batch(
-        self, visits: Visits, ids: list[str], images: np.ndarray, labels: np.ndarray,
-        features: np.ndarray | None, weights: np.ndarray | None,
-    ) -> Batch:  # fmt: skip
-        parameters = view_parameters(self.views, self.seed, ids, self.view_indices(visits))
-        first_row = np.cumsum([0, *self.shard_rows])
-        return Batch(images, parameters, labels, features, first_row[visits.shard] + visits.row, weights)
-
     def view_indices(self, visits: Visits) -> np.ndarray:
         """Stored views are replayed in turn; a fresh view never repeats."""
         return visits.visit if self.views.per_image == "fresh" else visits.visit % self.views.per_image
 
+    def row_numbers(self, visits: Visits) -> np.ndarray:
+        """(V,): each visit's row in the whole split."""
+        return np.cumsum([0, *self.shard_rows])[visits.shard] + visits.row
+
+    def gather(self, shard: Shard, row_V: np.ndarray, view_V: np.ndarray) -> Gathered:
+        """These rows of a shard, as these views."""
+        if shard.parameters_KRP is None:
+            parameters_VP = view_parameters(self.views, self.seed, [shard.ids[row] for row in row_V], view_V)
+        else:
+            parameters_VP = shard.parameters_KRP[view_V, row_V]
+        features_VD = None if shard.features_KRD is None else shard.features_KRD[view_V, row_V]
+        weights_V = None if shard.weights_R is None else shard.weights_R[row_V]
+        return shard.images_RHHC[row_V], parameters_VP, shard.labels_R[row_V], features_VD, weights_V
+
+
+# Images (V, H, H, 3), parameters (V, P), labels (V,), features (V, D) and weights (V,) or None.
+Gathered = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
+
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard in memory, images still encoded."""
+    """One shard in memory."""
 
     ids: list[str]
-    images: list[bytes]
-    labels: np.ndarray
+    images_RHHC: np.ndarray  # uint8
+    labels_R: np.ndarray
+    parameters_KRP: np.ndarray | None  # of the stored views; None if views are fresh
     features_KRD: np.ndarray | None
     weights_R: np.ndarray | None
 
     @property
     def num_bytes(self) -> int:
-        return sum(map(len, self.images)) + (0 if self.features_KRD is None else self.features_KRD.nbytes)
+        return sum(array.nbytes for array in vars(self).values() if isinstance(array, np.ndarray))
 
 
 class InMemory:
-    """The whole split, decoded once: for sets that fit."""
+    """The whole split, for sets that fit."""
 
-    def __init__(self, split: TrainSplit, decode_threads: int) -> None:
+    def __init__(self, split: TrainSplit) -> None:
         self._split = split
-        self._first_row = np.cumsum([0, *split.shard_rows])
         side = split.parts[0].samples.size
-        self._images = np.empty((sum(split.shard_rows), side, side, 3), np.uint8)
-        shards = []
-        with ThreadPoolExecutor(decode_threads) as pool:
-            for k, first in enumerate(self._first_row[:-1]):
-                shard = split.shard(k)
-                for row, image in enumerate(pool.map(pixels, shard.images), int(first)):
-                    self._images[row] = image
-                shards.append(replace(shard, images=[]))  # the encoded images would take as much again
-        self._ids = [i for shard in shards for i in shard.ids]
-        self._labels = np.concatenate([shard.labels for shard in shards])
-        features = [shard.features_KRD for shard in shards if shard.features_KRD is not None]
-        self._features_KND = np.concatenate(features, axis=1) if features else None
-        weights = [shard.weights_R for shard in shards if shard.weights_R is not None]
-        self._weights_N = np.concatenate(weights) if weights else None
+        images = np.empty((sum(split.shard_rows), side, side, 3), np.uint8)
+        shards, first = [], 0
+        for k, rows in enumerate(split.shard_rows):
+            shard = split.shard(k)
+            images[first : first + rows] = shard.images_RHHC
+            shards.append(replace(shard, images_RHHC=images[:0]))  # it would take as much again
+            first += rows
+
+        def joined(name: str, axis: int = 0) -> np.ndarray | None:
+            parts = [array for array in (getattr(shard, name) for shard in shards) if array is not None]
+            return np.concatenate(parts, axis) if parts else None
+
+        ids, labels = [i for shard in shards for i in shard.ids], np.concatenate([shard.labels_R for shard in shards])
+        stored = (joined("parameters_KRP", 1), joined("features_KRD", 1), joined("weights_R"))
+        self._all = Shard(ids, images, labels, *stored)
 
     def gather(self, visits: Visits) -> Batch:
-        rows, views = self._first_row[visits.shard] + visits.row, self._split.view_indices(visits)
-        features = None if self._features_KND is None else self._features_KND[views, rows]
-        weights = None if self._weights_N is None else self._weights_N[rows]
-        ids = [self._ids[row] for row in rows]
-        return self._split.batch(visits, ids, self._images[rows], self._labels[rows], features, weights)
-
-
-def _decode_all(encoded: list[bytes]) -> np.ndarray:
-    return np.stack([pixels(image) for image in encoded])
+        rows_V = self._split.row_numbers(visits)
+        images, parameters, labels, features, weights = self._split.gather(
+            self._all, rows_V, self._split.view_indices(visits)
+        )
+        return Batch(images, parameters, labels, features, rows_V, weights)
 
 
 class Streamed:
-    """Shards are read when a visit needs them and dropped some windows later; only visited rows are decoded.
+    """Shards are read when a visit needs them and dropped some windows later.
 
     Labelled and unlabelled rows of each part are visited in separate windows, so a batch takes from as many windows as
     there are such pools. `most_bytes` of memory hold two windows of each, the last and the current one. If they do not,
     the least recently used shards are dropped, with a warning.
     """
 
-    def __init__(self, split: TrainSplit, decode_threads: int, most_bytes: float = math.inf) -> None:
+    def __init__(self, split: TrainSplit, most_bytes: float = math.inf) -> None:
         self._split = split
-        self._num_threads = decode_threads
-        self._threads = ThreadPoolExecutor(decode_threads)
         self._held: OrderedDict[int, Shard] = OrderedDict()  # the most recently used one last
         self._in_windows = 2 * len(split.parts) * WINDOW_SHARDS
         self._most_bytes, self._bytes, self._said = most_bytes, 0, False
@@ -284,17 +297,15 @@ class Streamed:
         return [self._shard(int(k)).ids[int(r)] for k, r in zip(visits.shard, visits.row, strict=True)]
 
     def gather(self, visits: Visits) -> Batch:
-        views = self._split.view_indices(visits)
-        needed = {int(k): self._shard(int(k)) for k in np.unique(visits.shard)}
-        rows = [(needed[int(k)], int(r), int(v)) for k, r, v in zip(visits.shard, visits.row, views, strict=True)]
-        encoded = [shard.images[r] for shard, r, _ in rows]
-        # One task for each thread: handing over single images takes as long as decoding them.
-        each = -(-len(encoded) // self._num_threads)
-        chunks = [encoded[first : first + each] for first in range(0, len(encoded), each)]
-        images = np.concatenate(list(self._threads.map(_decode_all, chunks)))
-        labels = np.array([shard.labels[r] for shard, r, _ in rows])
-        features = [shard.features_KRD[v, r] for shard, r, v in rows if shard.features_KRD is not None]
-        weights = [shard.weights_R[r] for shard, r, _ in rows if shard.weights_R is not None]
-        features_VD = np.stack(features) if features else None
-        weights_V = np.array(weights, np.float32) if weights else None
-        return self._split.batch(visits, [s.ids[r] for s, r, _ in rows], images, labels, features_VD, weights_V)
+        views_V = self._split.view_indices(visits)
+        order, ends = np.argsort(visits.shard, kind="stable"), np.flatnonzero(np.diff(np.sort(visits.shard))) + 1
+        parts = [
+            self._split.gather(self._shard(int(visits.shard[at[0]])), visits.row[at], views_V[at])
+            for at in np.split(order, ends)
+        ]
+        back = np.argsort(order)
+        images, parameters, labels = (np.concatenate([part[n] for part in parts])[back] for n in range(3))
+        features, weights = (
+            None if parts[0][n] is None else np.concatenate([part[n] for part in parts])[back] for n in (3, 4)
+        )
+        return Batch(images, parameters, labels, features, self._split.row_numbers(visits), weights)

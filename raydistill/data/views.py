@@ -19,7 +19,6 @@ from raydistill.config import Views
 NUM_PARAMETERS = 8
 WHOLE_IMAGE = np.array([0, 0, 1, 1, 0, 1, 1, 1], np.float32)
 _ATTEMPTS = 10  # RandomResizedCrop's number of tries for a crop that fits
-_DRAWS = 2 * _ATTEMPTS + 2 + 4
 
 
 @dataclass(frozen=True)
@@ -42,29 +41,54 @@ def view_parameters(
     The crop is that of torchvision's RandomResizedCrop: area uniform, aspect ratio log-uniform, the first of ten tries
     that fits, or the whole image if none does.
     """
-    draws_BN = np.stack([_draws(seed, s, int(v)) for s, v in zip(sample_ids, indices, strict=True)])
-    area_BA = views.min_scale + draws_BN[:, :_ATTEMPTS] * (1 - views.min_scale)
-    ratio_BA = np.exp((2 * draws_BN[:, _ATTEMPTS : 2 * _ATTEMPTS] - 1) * np.log(views.max_ratio))
-    width_BA, height_BA = np.sqrt(area_BA * ratio_BA), np.sqrt(area_BA / ratio_BA)
-    fits_BA = (width_BA <= 1) & (height_BA <= 1)
-    pick = (np.arange(len(draws_BN)), fits_BA.argmax(axis=1))
-    width_B, height_B = (np.where(fits_BA.any(axis=1), side_BA[pick], 1) for side_BA in (width_BA, height_BA))
-    place_BN, rest_BN = draws_BN[:, 2 * _ATTEMPTS : 2 * _ATTEMPTS + 2], draws_BN[:, 2 * _ATTEMPTS + 2 :]
-    jitter_BN = 1 + (2 * rest_BN[:, 1:] - 1) * np.array([views.brightness, views.contrast, views.saturation])
-    columns = [place_BN[:, 0] * (1 - width_B), place_BN[:, 1] * (1 - height_B), width_B, height_B]
-    return np.column_stack([*columns, rest_BN[:, 0] < views.flip, jitter_BN]).astype(np.float32)
+    keys_B = _keys(seed, sample_ids, indices)
+    rows_BP = np.ones((len(keys_B), NUM_PARAMETERS))
+    left_R = np.arange(len(keys_B))  # the rows that have no crop yet
+    for attempt in range(_ATTEMPTS):
+        area_R = views.min_scale + _draw(keys_B[left_R], 2 * attempt) * (1 - views.min_scale)
+        ratio_R = np.exp((2 * _draw(keys_B[left_R], 2 * attempt + 1) - 1) * np.log(views.max_ratio))
+        sides_2R = np.sqrt([area_R * ratio_R, area_R / ratio_R])
+        fits_R = (sides_2R <= 1).all(axis=0)
+        rows_BP[left_R[fits_R], 2:4] = sides_2R[:, fits_R].T
+        left_R = left_R[~fits_R]
+        if not len(left_R):
+            break
+    rest = iter(range(2 * _ATTEMPTS, 2 * _ATTEMPTS + NUM_PARAMETERS))
+    for column in (0, 1):
+        rows_BP[:, column] = _draw(keys_B, next(rest)) * (1 - rows_BP[:, column + 2])
+    rows_BP[:, 4] = _draw(keys_B, next(rest)) < views.flip
+    for column, strength in enumerate((views.brightness, views.contrast, views.saturation), 5):
+        rows_BP[:, column] += (2 * _draw(keys_B, next(rest)) - 1) * strength
+    return rows_BP.astype(np.float32)
 
 
 def stored_views(views: Views, seed: int, sample_ids: Sequence[str]) -> np.ndarray:
     """(K, B, P) float32: all stored views of the images."""
     assert views.per_image != "fresh", "fresh views are not stored"
-    return np.stack([view_parameters(views, seed, sample_ids, [k] * len(sample_ids)) for k in range(views.per_image)])
+    count = len(sample_ids)
+    rows = view_parameters(views, seed, [*sample_ids] * views.per_image, np.repeat(np.arange(views.per_image), count))
+    return rows.reshape(views.per_image, count, NUM_PARAMETERS)
 
 
-def _draws(seed: int, sample: str, view: int) -> np.ndarray:
-    """Uniform numbers in [0, 1). Raw Philox output, which numpy keeps stable between versions (NEP 19)."""
-    key = np.array([int(sample[:16], 16), (seed << 32) | view], np.uint64)
-    return (np.random.Philox(key=key).random_raw(_DRAWS) >> np.uint64(11)) * 2.0**-53
+def _keys(seed: int, sample_ids: Sequence[str], indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(B,) uint64: where the random numbers of each view begin."""
+    views_B = np.asarray(indices).astype(np.uint64) | np.uint64(seed << 32)
+    ids_B2 = np.frombuffer(bytes.fromhex("".join(sample_ids)), ">u8").reshape(-1, 2)
+    return _mixed(_mixed(views_B) ^ ids_B2[:, 0].astype(np.uint64))
+
+
+def _draw(keys_B: np.ndarray, number: int) -> np.ndarray:
+    """(B,) uniform numbers in [0, 1): those of this number in the sequences of SplitMix64 (Steele, Lea and Flood 2014),
+    a generator without state, so that a whole batch takes a few operations of numpy."""
+    step = np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    return (_mixed(keys_B + step) >> np.uint64(11)) * 2.0**-53
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser, which changes half of the bits if one changes."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def render(images_BHWC: torch.Tensor, parameters_BP: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:

@@ -17,7 +17,6 @@ from rich.table import Table
 
 from raydistill.config import RunConfig, Teacher
 from raydistill.data.chunks import decode_chunk
-from raydistill.data.decode import pixels
 from raydistill.data.isolation import Killed, map_isolated
 from raydistill.data.sample import seeded_rank
 from raydistill.data.sources.listing import Entry, list_images
@@ -90,7 +89,7 @@ def _decode(config: RunConfig, entries: list[Entry], classes: Sequence[str]) -> 
     for _, found in map_isolated(work, chunks(entries, settings), num_cores()):
         for one in found:
             if not isinstance(one, Killed) and one["image"]:  # `check` has given the reasons for the others
-                images.append(pixels(one["image"]))
+                images.append(np.frombuffer(one["image"], np.uint8).reshape(settings.size, settings.size, 3))
                 labels.append(classes.index(str(entries[one["index"]].label)))
     if not images:
         raise DataError(f"images.path={settings.path}: no labelled train image can be read")

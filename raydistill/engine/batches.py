@@ -130,8 +130,8 @@ def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[B
     """This worker's share of every global batch from `first_step` on, prepared a few batches ahead in a thread."""
     split = job.train_split
     labels = split.labels()
-    most_bytes, threads = _MEMORY_SHARE * available_bytes() / worker.workers_on_node, worker.threads
-    source = InMemory(split, threads) if _fits_in_memory(job, worker) else Streamed(split, threads, most_bytes)
+    most_bytes = _MEMORY_SHARE * available_bytes() / worker.workers_on_node
+    source = InMemory(split) if _fits_in_memory(job, worker) else Streamed(split, most_bytes)
     mine = (source.gather(visits[worker.rank :: worker.size]) for visits in job.order(labels, first_step))
     with ThreadPoolExecutor(1) as pool:
         ahead = deque(pool.submit(next, mine) for _ in range(_BATCHES_AHEAD))

@@ -47,7 +47,7 @@ class _GatherUnit:
         self._job, self._labels, self._tries = job, job.train_split.labels(), tries
 
     def __call__(self, unit: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        source, order = Streamed(self._job.train_split, 1), self._job.order(self._labels, int(unit["first"][0]))
+        source, order = Streamed(self._job.train_split), self._job.order(self._labels, int(unit["first"][0]))
         visits = Visits.concat(list(itertools.islice(order, int(unit["steps"][0]))))
         with trying(self._tries, f"{len(visits)} images of the steps from {int(unit['first'][0])} on, to be read"):
             batch = source.gather(visits)

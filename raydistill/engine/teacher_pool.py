@@ -17,7 +17,7 @@ from ray.data import ActorPoolStrategy
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import Restart, trying
 from raydistill.config import RunConfig, Teacher
-from raydistill.data.views import render
+from raydistill.data.views import render, to_device
 from raydistill.errors import StageError
 from raydistill.models.heads import load_head
 from raydistill.models.teacher import load_teacher
@@ -54,17 +54,18 @@ class TeacherActor:
             self._backbone.to(self._device, memory_format=torch.channels_last)
         self._batch_size = teacher.batch_size
 
-    def features(self, images_RHHC: np.ndarray, parameters_RP: np.ndarray) -> np.ndarray:
-        """(R, D) float16 features of one view of each image."""
-        parts = []
+    def features(self, images_RHHC: np.ndarray, parameters_KRP: np.ndarray) -> np.ndarray:
+        """(K, R, D) float16 features of K views of each image."""
+        backbone, parts = self._backbone, []
         for first in range(0, len(images_RHHC), self._batch_size):
             rows = slice(first, first + self._batch_size)
-            images = torch.from_numpy(np.array(images_RHHC[rows])).to(
-                self._device
-            )  # a copy: Ray's blocks are read-only
-            views = render(images, torch.from_numpy(np.array(parameters_RP[rows])), self._backbone.preprocessing)
-            parts.append(self._backbone(views).half().cpu().numpy())
-        return np.concatenate(parts)
+            images = to_device(torch.from_numpy(np.array(images_RHHC[rows])), self._device)  # Ray's are read-only
+            views = (
+                render(images, torch.from_numpy(np.array(one_RP[rows])), backbone.preprocessing)
+                for one_RP in parameters_KRP
+            )
+            parts.append(torch.stack([backbone(view).half() for view in views]).cpu().numpy())
+        return np.concatenate(parts, axis=1)
 
 
 def fresh_views(
@@ -96,9 +97,9 @@ class StreamTeacher(TeacherActor):
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with trying(self._tries, f"{len(batch['image'])} images, {batch['sample_id'][0]} the first"):
-            features_RD = self.features(batch["image"], batch["parameters"])
-        refuse_not_finite(features_RD[None], batch["sample_id"].tolist())
-        return {**batch, "features": features_RD}
+            features_1RD = self.features(batch["image"], batch["parameters"][None])
+        refuse_not_finite(features_1RD, batch["sample_id"].tolist())
+        return {**batch, "features": features_1RD[0]}
 
 
 def refuse_not_finite(features_KRD: np.ndarray, ids: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from raydistill.config import Images
-from raydistill.data.decode import encode, pixels
 from raydistill.generation.features import working_image
 from raydistill.generation.recipes import Key, Made, images_in
 from raydistill.generation.selection import Chosen
@@ -20,15 +19,15 @@ from raydistill.storage.directory import StageDirectory
 _MOST_PICTURES, _FEWEST_PICTURES, _PICTURES_IN_ALL = 24, 4, 2400
 
 
-def kept_pictures(images: Images, made: Mapping[Key, Made], chosen: Chosen) -> dict[Key, bytes]:
+def kept_pictures(images: Images, made: Mapping[Key, Made], chosen: Chosen) -> dict[Key, Image.Image]:
     """Working images of the kept images. It reads each file once."""
     by_file: dict[str, list[Key]] = defaultdict(list)
     for key in chosen.kept:
         by_file[made[key].file].append(key)
-    found: dict[Key, bytes] = {}
+    found: dict[Key, Image.Image] = {}
     for file, keys in by_file.items():
         raw = images_in(file)
-        found |= {key: encode(working_image(raw[made[key].row], images)) for key in keys}
+        found |= {key: working_image(raw[made[key].row], images) for key in keys}
     return found
 
 
@@ -37,7 +36,7 @@ def draw_sheets(
     names: Sequence[str],
     made: Mapping[Key, Made],
     chosen: Chosen,
-    pictures: Mapping[Key, bytes],
+    pictures: Mapping[Key, Image.Image],
 ) -> None:
     """A contact sheet for each class: kept images, and rejected ones with the reason."""
     most = min(max(_PICTURES_IN_ALL // len(names), _FEWEST_PICTURES), _MOST_PICTURES)
@@ -48,7 +47,7 @@ def draw_sheets(
         if len(shown[key[0]]) < most:
             shown[key[0]].append(key)
     for number, name in enumerate(names):
-        good = [Image.fromarray(pixels(pictures[key])) for key in kept[name]]
+        good = [pictures[key] for key in kept[name]]
         raw = _raw_images([made[key] for key in rejected[name]])
         bad = [(image, chosen.verdicts[key]) for key, image in zip(rejected[name], raw, strict=True)]
         if good or bad:

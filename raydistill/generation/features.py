@@ -76,7 +76,7 @@ class FileTeacher(TeacherActor):
         with trying(self._tries, f"{place} ({len(made)} generated images)"):
             if made:
                 images_NHHC = np.stack([np.asarray(working_image(image, self._images)) for image in made])
-                features_KND = np.stack([self.features(images_NHHC, parameters_NP) for parameters_NP in parameters_KNP])
+                features_KND = self.features(images_NHHC, parameters_KNP)
                 refuse_not_finite(features_KND, ids)
             write_bytes(place, encode_targets(ids, features_KND))
 

@@ -24,10 +24,10 @@ from pyarrow import parquet as pq
 
 from raydistill.cluster.restarts import Restart, trying
 from raydistill.config import Generate, RunConfig
-from raydistill.data.decode import encode, pixels
+from raydistill.data.decode import encode
 from raydistill.data.near_duplicates import contrast, difference_hash
 from raydistill.data.prompts import ClassPrompts, class_prompts
-from raydistill.data.sample import SampleSet, sample_id
+from raydistill.data.sample import SampleSet, sample_id, working_images
 from raydistill.data.targets import labels_of, read_samples
 from raydistill.generation.generator import Generator, Request
 from raydistill.generation.pipelines import PipelineFacts, class_numbers
@@ -186,7 +186,9 @@ class GeneratorActor:
         self._least_contrast = settings.filter.contrast
         with trying(tries, self._restart.starts(settings.pipeline)):
             self._generator = Generator(settings, facts, torch.device("cuda" if on_gpu else "cpu"))
-        self._shard = lru_cache(maxsize=16)(lambda shard: values(read_samples(samples, "train", shard)["image"]))
+        self._shard = lru_cache(maxsize=16)(
+            lambda shard: working_images(read_samples(samples, "train", shard), samples.size)
+        )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         unit = json.loads(str(batch["unit"][0]))
@@ -230,7 +232,7 @@ class GeneratorActor:
         return rows
 
     def _source(self, source: Sequence[Any] | None) -> Image.Image | None:
-        return None if source is None else Image.fromarray(pixels(self._shard(source[1])[source[2]]))
+        return None if source is None else Image.fromarray(self._shard(source[1])[source[2]])
 
 
 def images_in(file: str) -> list[Any]:

@@ -14,16 +14,14 @@ import torch
 from PIL import Image
 
 from raydistill.config import Generate, Images, RunConfig
-from raydistill.data.decode import pixels
 from raydistill.data.near_duplicates import difference_hash, hash_words
-from raydistill.data.sample import SampleSet, sample_id
+from raydistill.data.sample import SampleSet, sample_id, working_images
 from raydistill.data.targets import read_all_targets, read_samples
 from raydistill.generation.features import FileTeacher, made_images, whole_features, working_image
 from raydistill.generation.recipes import Key, Made
 from raydistill.identity import backbone_name
 from raydistill.models.heads import load_head
 from raydistill.storage.filesystems import exists
-from raydistill.storage.tables import values
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,8 @@ class HeldOut:
         hashes = []
         for split in ("val", "test"):
             for shard in range(len(samples.shards.get(split, ()))):
-                rows = values(read_samples(samples, split, shard)["image"])
-                hashes += [difference_hash(Image.fromarray(pixels(row))) for row in rows]
+                images_RHH3 = working_images(read_samples(samples, split, shard), samples.size)
+                hashes += [difference_hash(Image.fromarray(image)) for image in images_RHH3]
         self._real = hash_words(hashes)
         self._read: set[str] = set()
         self._shown: set[str] = set()

@@ -19,8 +19,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from raydistill.config import Student as StudentConfig
-from raydistill.data.decode import pixels
-from raydistill.data.sample import SampleSet
+from raydistill.data.sample import SampleSet, working_images
 from raydistill.data.targets import labels_of, read_samples
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import CheckpointError, ConfigError, reason_of
@@ -41,7 +40,6 @@ from raydistill.models.weights import (
 )
 from raydistill.storage.filesystems import read_bytes
 from raydistill.storage.state import needed_state
-from raydistill.storage.tables import values
 from raydistill.storage.tensors import bounded
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -278,7 +276,7 @@ def split_logits(
     whole = torch.from_numpy(WHOLE_IMAGE)
     for shard in range(len(samples.shards[split])):
         table = read_samples(samples, split, shard)
-        images = torch.from_numpy(np.stack([pixels(image) for image in values(table["image"])]))
+        images = torch.from_numpy(working_images(table, samples.size).copy())
         for part in images.split(batch_size):
             views = render(part.to(device), whole.expand(len(part), -1), student.preprocessing)
             logits.append(student(views)[0].float().cpu().numpy())

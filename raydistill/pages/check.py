@@ -17,7 +17,6 @@ from rich.table import Table as RichTable
 
 from raydistill.config import Images, RunConfig
 from raydistill.data.chunks import decode_isolated
-from raydistill.data.decode import pixels
 from raydistill.data.sources.listing import Entry, entry_name, list_images
 from raydistill.errors import ConfigError
 from raydistill.escaping import markdown, quoted
@@ -114,7 +113,7 @@ def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[M
         for one in decode_isolated([(0, entry.path, entry.row)], small):
             if one["image"]:
                 sink = io.BytesIO()
-                Image.fromarray(pixels(one["image"])).save(sink, "JPEG", quality=80)
+                Image.frombytes("RGB", (_THUMBNAIL, _THUMBNAIL), one["image"]).save(sink, "JPEG", quality=80)
                 found.append(data_uri(sink.getvalue(), "jpeg"))
     return found
 

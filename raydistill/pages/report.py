@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 from markupsafe import Markup
+from PIL import Image
 from pyarrow import compute as pc
 from pydantic import BaseModel
 
 from raydistill.cluster.bill import bill_words
 from raydistill.config import RunConfig, overlay, shown_yaml
 from raydistill.config.baselines import OVERLAYS
-from raydistill.data.sample import SampleSet
+from raydistill.data.decode import encode
+from raydistill.data.sample import SampleSet, working_images
 from raydistill.data.targets import read_samples
 from raydistill.engine.records import read_epochs
 from raydistill.errors import ConfigError
@@ -156,8 +158,8 @@ def _images(samples: SampleSet, split: str, wanted: set[str]) -> dict[str, str]:
             break
         table = read_samples(samples, split, shard)
         table = table.filter(pc.is_in(table["sample_id"], pa.array(wanted, pa.string())))
-        for sample, image in zip(values(table["sample_id"]), values(table["image"]), strict=True):
-            found[sample] = data_uri(image)
+        for sample, image in zip(values(table["sample_id"]), working_images(table, samples.size), strict=True):
+            found[sample] = data_uri(encode(Image.fromarray(image)))
     return found
 
 

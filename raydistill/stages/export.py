@@ -17,8 +17,7 @@ import torch
 from scipy.special import softmax
 
 from raydistill.config import Images, RunConfig
-from raydistill.data.decode import pixels
-from raydistill.data.sample import SampleSet
+from raydistill.data.sample import SampleSet, working_images
 from raydistill.data.targets import labels_of, read_samples
 from raydistill.engine.speed import measure_speed
 from raydistill.errors import StageError
@@ -54,7 +53,6 @@ from raydistill.results import Exported
 from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import needed_state, result_of
-from raydistill.storage.tables import values
 from raydistill.tracking.tracker import Tracker
 
 # Compare each format with the checkpoint at these batch sizes, on this many images of val (of train without a val
@@ -188,7 +186,7 @@ def _some_images(samples: SampleSet, split: str, most: int) -> tuple[np.ndarray,
         if len(images) >= most:
             break
         table = read_samples(samples, split, shard)
-        images += [pixels(image) for image in values(table["image"])]
+        images += list(working_images(table, samples.size))
         labels.append(labels_of(table))
     return np.stack(images[:most]), np.concatenate(labels)[:most]
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
+from PIL import Image
 from pyarrow import parquet as pq
 from ray.data import ActorPoolStrategy
 
@@ -214,7 +215,7 @@ def _write(config: RunConfig, samples: SampleSet, run: _Run, directory: StageDir
 
 
 def _write_shards(
-    config: RunConfig, samples: SampleSet, run: _Run, pictures: Mapping[Key, bytes], directory: StageDirectory
+    config: RunConfig, samples: SampleSet, run: _Run, pictures: Mapping[Key, Image.Image], directory: StageDirectory
 ) -> tuple[list[int], list[str]]:
     """Write the shards, with the classes mixed; returns the rows of each shard and the ids of all rows."""
     order = sorted(run.chosen.kept, key=lambda key: seeded_rank(config.seed, "order", run.made[key].id))
@@ -226,7 +227,7 @@ def _write_shards(
         table = pa.table(
             {
                 "sample_id": own,
-                "image": [pictures[key] for key in keys],
+                "image": [pictures[key].tobytes() for key in keys],
                 "label": pa.array([number.get(key[0]) for key in keys], pa.int32()),
                 "source": ["generated"] * len(keys),
                 "split": ["train"] * len(keys),

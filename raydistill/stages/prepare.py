@@ -16,13 +16,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from pyarrow import parquet as pq
 
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import SHARD_BYTES, Images, RunConfig
 from raydistill.data.chunks import Chunk, decode_isolated
-from raydistill.data.sample import SPLITS, SampleSet, encode_shard, samples_from_json, shard_name
+from raydistill.data.sample import (
+    SPLITS,
+    SampleSet,
+    encode_images,
+    encode_shard,
+    samples_from_json,
+    shard_name,
+    with_whole_images,
+)
 from raydistill.data.sources.listing import Entry, Listing, entry_name
 from raydistill.data.sources.reading import UNREADABLE
 from raydistill.data.splits import Decoded, Drawn, draw, lacking_classes, without_duplicates
@@ -44,7 +51,7 @@ _DECODED = pa.schema(
     [
         pa.field("index", pa.int64()),  # of the entry in the listing
         pa.field("sample_id", pa.string()),
-        pa.field("image", pa.binary()),  # PNG at the working size; empty for a refused image
+        pa.field("image", pa.binary()),  # pixels of the working image; empty for a refused image
         pa.field("reason", pa.string()),
     ]
 )
@@ -107,12 +114,13 @@ def _decode_images(
 
 def _refuse_small_disk(config: RunConfig, listing: Listing, together: Mapping[str, Chunk]) -> None:
     """Raises ConfigError if the images to decode, and all images once more in shards, may not fit on the disk. It
-    decodes some for an estimate only if the uncompressed pixels would not fit."""
+    compresses some for an estimate only if the uncompressed pixels would not fit."""
     entries, images = listing.entries, config.images
     if 2 * len(entries) * images.size**2 * 3 <= free_bytes(config):
         return
     some = entries[:: max(len(entries) // _TRIED, 1)]
-    sizes = [len(found["image"]) for chunk in chunks(some, images) for found in decode_isolated(chunk, images)]
+    pixels = [found["image"] for chunk in chunks(some, images) for found in decode_isolated(chunk, images)]
+    sizes = [pa.compress(one, codec="lz4").size for one in pixels]
     count = len(entries) + sum(len(chunk) for file, chunk in together.items() if not exists(file))
     what = f"prepare: {len(entries):,} images of {images.size} pixels, decoded and then in shards,"
     refuse_small_disk(config, what, count * sum(sizes) / len(sizes), "lower images.size, choose another workspace")
@@ -147,9 +155,7 @@ class _DecodeChunk:
         with trying(self._tries, f"{len(chunk)} images, {quoted(chunk[0][1])} the first"):
             rows = decode_isolated(chunk, self._images)
         table = pa.Table.from_pylist(rows, schema=_DECODED)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="none", use_dictionary=False)  # PNGs are compressed
-        write_bytes(file, sink.getvalue().to_pybytes())
+        write_bytes(file, encode_images(table))
         return table.drop_columns(["image"])
 
 
@@ -208,7 +214,7 @@ def _write(
     buffer: pa.Table | None = None
     pending = iter(names)
     expected = next(pending, None)
-    placed = _sorted_images(files, facts, fact_of_entry, plan)
+    placed = _sorted_images(files, facts, fact_of_entry, config.images.size, plan)
     for block in placed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         buffer = block if buffer is None else pa.concat_tables([buffer, block])
         while expected and buffer.num_rows >= expected[1]:
@@ -228,15 +234,19 @@ def _write(
     )
 
 
-def _sorted_images(files: list[str], facts: pa.Table, fact_of_entry: np.ndarray, plan: Plan) -> ray.data.Dataset:
+def _sorted_images(
+    files: list[str], facts: pa.Table, fact_of_entry: np.ndarray, side: int, plan: Plan
+) -> ray.data.Dataset:
     """The rows of `facts` with their images, in order. `fact_of_entry` is the row of each entry, or -1."""
     shared = ray.put((facts, fact_of_entry))
 
     def place(batch: dict[str, np.ndarray]) -> pa.Table:
         facts, fact_of_entry = ray.get(shared)
-        block = _read_decoded(str(batch["file"][0]), ["index", "image"])
+        file = str(batch["file"][0])
+        block = _read_decoded(file, ["index", "image"])
         places = fact_of_entry[block["index"].to_numpy()]
-        return facts.take(places[places >= 0]).append_column("image", block["image"].filter(pa.array(places >= 0)))
+        kept = with_whole_images(block.filter(pa.array(places >= 0)), side, file)
+        return facts.take(places[places >= 0]).append_column("image", kept["image"])
 
     placed = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files)).map_batches(
         place, batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus

@@ -17,9 +17,8 @@ import ray.data
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import RunConfig, Teacher, Views
-from raydistill.data.decode import pixels
 from raydistill.data.reuse import KnownRows, find_known, read_known
-from raydistill.data.sample import SampleSet, shard_name
+from raydistill.data.sample import SampleSet, shard_name, working_images
 from raydistill.data.targets import UNLABELLED, encode_targets, read_all_targets, read_ids, read_labels, read_samples
 from raydistill.data.views import WHOLE_IMAGE, stored_views
 from raydistill.engine.teacher_pool import TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
@@ -149,12 +148,11 @@ class _LoadShard:
         is_known_R, known_KRD = read_known(json.loads(str(batch["known"][0])), len(ids))
         new_R = np.flatnonzero(~is_known_R)
         with trying(self._tries, f"shard {shard_name(split, shard)} ({len(new_R)} images to decode)"):
-            images = [pixels(image) for image in values(table["image"].take(new_R))]
-        side = self._samples.size
+            images_NHH3 = working_images(table.take(new_R), self._samples.size)
         return {
             "shard": np.array([shard_name(split, shard)]),
             "sample_ids": np.array([" ".join(ids)]),
-            "images": np.reshape(images, (1, len(images), side, side, 3)).astype(np.uint8),
+            "images": images_NHH3[None],
             "parameters": parameters_KRP[None, :, new_R],
             "new": new_R[None],
             "known": known_KRD[None],
@@ -177,7 +175,7 @@ class ShardTeacher(TeacherActor):
             features_KRD = np.array(batch["known"][0])
             with trying(self._tries, f"shard {name} ({len(ids)} images, {ids[0]} the first)"):
                 if len(new_N):
-                    features_KND = np.stack([self.features(images_NHHC, views_NP) for views_NP in parameters_KNP])
+                    features_KND = self.features(images_NHHC, parameters_KNP)
                     refuse_not_finite(features_KND, [ids[row] for row in new_N])
                     if not features_KRD.size:
                         features_KRD = np.empty((len(features_KND), len(ids), features_KND.shape[2]), np.float16)

@@ -19,7 +19,10 @@ from raydistill.data.sample import (
     samples_from_json,
     seeded_rank,
     visit_order,
+    with_whole_images,
+    working_images,
 )
+from raydistill.errors import CheckpointError
 
 # Shards of 0 to 6 rows, some of which take part.
 shards = st.lists(st.lists(st.booleans(), max_size=6), min_size=1, max_size=20).map(
@@ -163,6 +166,31 @@ def test_a_shard_comes_back_as_it_was(count):
     found = decode_shard(encode_shard(table))
     assert found.equals(table)
     assert found.schema.equals(SCHEMA)
+
+
+@given(
+    side=st.integers(1, 9), count=st.integers(0, 12), cut=st.integers(0, 12), parts=st.integers(1, 3), data=st.data(),
+)  # fmt: skip
+def test_images_come_back_to_the_pixel_from_slices_chunks_and_picked_rows(side, count, cut, parts, data):
+    images = np.random.default_rng(count).integers(0, 256, (count, side, side, 3), np.uint8)
+    rows = [
+        {"sample_id": sample_id(bytes([n])), "image": image.tobytes(), "label": n, "source": "real", "split": "train"}
+        for n, image in enumerate(images)
+    ]
+    table = decode_shard(encode_shard(pa.Table.from_pylist(rows, schema=SCHEMA)))
+    np.testing.assert_array_equal(working_images(table, side), images)
+    np.testing.assert_array_equal(working_images(table.slice(cut), side), images[cut:])
+    chunked = pa.concat_tables([table] * parts)
+    np.testing.assert_array_equal(working_images(chunked, side), np.concatenate([images] * parts))
+    picked = data.draw(st.lists(st.integers(0, count - 1))) if count else []
+    np.testing.assert_array_equal(working_images(table.take(pa.array(picked, pa.int64())), side), images[picked])
+
+
+@pytest.mark.parametrize("other", [b"", bytes(3 * 16 - 1), bytes(3 * 25), b"\x89PNG of an older version"])
+def test_an_image_of_another_size_is_named_with_its_file(other):
+    table = table_of(3).set_column(1, SCHEMA.field("image"), pa.array([bytes(3 * 16), other, bytes(3 * 16)]))
+    with pytest.raises(CheckpointError, match=r"^train-00000 is damaged \(an image has not 4 x 4 pixels\); delete it"):
+        with_whole_images(table, 4, "train-00000")
 
 
 def test_columns_may_come_in_another_order_and_integer_size():

@@ -9,11 +9,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.numpy import save
 
 from raydistill.config import Views
-from raydistill.data.decode import encode
 from raydistill.data.sample import (
     SCHEMA,
     WINDOW_SHARDS,
@@ -71,7 +69,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> TrainSplit:
     number = 0
     for shard, count in enumerate(ROWS):
         numbers = range(number, number + count)
-        images = [encode(Image.fromarray(picture_of(n))) for n in numbers]
+        images = [picture_of(n).tobytes() for n in numbers]
         columns = [
             ids(99)[number : number + count],
             images,
@@ -109,7 +107,7 @@ def some_visits(
 
 @pytest.mark.parametrize("reader", [InMemory, Streamed])
 def test_every_row_of_a_batch_is_of_one_image_and_one_view(split, reader):
-    source = reader(split, 2)
+    source = reader(split)
     seen = set()
     for visits in some_visits(split):
         batch = source.gather(visits)
@@ -130,7 +128,7 @@ def test_every_row_of_a_batch_is_of_one_image_and_one_view(split, reader):
 def test_memory_and_stream_give_the_same_batches(split, share, batch_size, seed, fresh):
     if fresh:
         split = replace(with_targets(split, None), views=Views(per_image="fresh"))
-    memory, stream = InMemory(split, 1), Streamed(split, 1)
+    memory, stream = InMemory(split), Streamed(split)
     for visits in some_visits(split, 4, batch_size, share, seed):
         for first, second in zip(memory.gather(visits).arrays(), stream.gather(visits).arrays(), strict=True):
             assert (first is None) == (second is None)
@@ -148,7 +146,7 @@ class CountingSplit(TrainSplit):
         type(self).reads += 1
         rows = self.shard_rows[index]
         identities = [hashlib.md5(f"{index}/{row}".encode()).hexdigest() for row in range(rows)]
-        return Shard(identities, [bytes(99)] * rows, np.zeros(rows, int), None, None)
+        return Shard(identities, np.zeros((rows, 6, 6, 3), np.uint8), np.zeros(rows, int), None, None, None)
 
 
 ROWS_OF_SHARD, SHARDS = 64, 30
@@ -162,7 +160,7 @@ def test_a_streamed_shard_is_read_once_in_each_pass_of_a_pool(pools, share, gene
     samples = SampleSet("", ("a",), SIZE, {"train": (ROWS_OF_SHARD,) * SHARDS}, {"train": 0}, 0, {}, {})
     parts = (Part(samples, None),) * (2 if pools == 3 else 1)
     CountingSplit.reads = 0
-    source = Streamed(CountingSplit(parts, Views(per_image="fresh"), SEED), 1)
+    source = Streamed(CountingSplit(parts, Views(per_image="fresh"), SEED))
     first = ROWS_OF_SHARD if pools == 1 else ROWS_OF_SHARD // 2  # of each real shard so many rows are labelled
     none, rows, visited = [np.arange(0)] * SHARDS, np.arange(ROWS_OF_SHARD), np.zeros(3)
     labelled, others = [rows[:first]] * SHARDS, [rows[first:]] * SHARDS
@@ -183,7 +181,7 @@ def test_streamed_shards_stay_within_the_bytes_there_are_and_too_few_are_said_on
     samples = SampleSet("", ("a",), SIZE, {"train": (ROWS_OF_SHARD,) * SHARDS}, {"train": 0}, 0, {}, {})
     split = CountingSplit((Part(samples, None),), Views(per_image="fresh"), SEED)
     most = 5 * split.shard(0).num_bytes
-    source = Streamed(split, 1, most)
+    source = Streamed(split, most)
     order = batch_order(Pools([np.arange(ROWS_OF_SHARD)] * SHARDS, [np.arange(0)] * SHARDS, 1.0), 16, SEED)
     for visits in itertools.islice(order, 60):
         source.ids(visits)
@@ -194,7 +192,7 @@ def test_streamed_shards_stay_within_the_bytes_there_are_and_too_few_are_said_on
 
 @pytest.mark.parametrize("reader", [InMemory, Streamed])
 def test_fresh_views_never_come_again(split, reader):
-    source = reader(replace(with_targets(split, None), views=Views(per_image="fresh")), 1)
+    source = reader(replace(with_targets(split, None), views=Views(per_image="fresh")))
     visits = Visits(np.zeros(50, int), np.ones(50, int), np.arange(50))
     batch = source.gather(visits)
     assert batch.features_VD is None
@@ -211,7 +209,7 @@ def test_targets_of_other_images_are_refused(split, reader, tmp_path):
         stored = encode_targets(names, np.zeros((VIEWS, count, FEATURES), np.float16))
         (tmp_path / f"{shard_name('train', shard)}.safetensors").write_bytes(stored)
     with pytest.raises(CheckpointError, match="train-00003"):
-        reader(with_targets(split, str(tmp_path)), 1).gather(Visits(*np.array([[3], [0], [0]])))
+        reader(with_targets(split, str(tmp_path))).gather(Visits(*np.array([[3], [0], [0]])))
 
 
 @pytest.mark.parametrize("hard_labels", [True, False])
@@ -223,10 +221,10 @@ def test_generated_images_follow_the_real_ones_with_their_own_weights(split, har
     assert both.shard_rows == [*ROWS, *ROWS]
     visits = some_visits(split)[0]
     moved = replace(visits, shard=visits.shard + len(ROWS))
-    alone = InMemory(split, 1).gather(visits)
+    alone = InMemory(split).gather(visits)
     assert alone.weights_V is None
     for reader in (InMemory, Streamed):
-        first, second = (reader(both, 1).gather(v) for v in (visits, moved))
+        first, second = (reader(both).gather(v) for v in (visits, moved))
         np.testing.assert_array_equal(first.labels_V, alone.labels_V)
         np.testing.assert_array_equal(second.labels_V, alone.labels_V if hard_labels else UNLABELLED)
         np.testing.assert_array_equal(second.features_VD, alone.features_VD)

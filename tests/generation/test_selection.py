@@ -148,7 +148,7 @@ def test_a_copy_of_a_held_out_image_is_known_at_whatever_size_is_trained_on(tmp_
     pictures = [small, *(Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).convert("RGB") for _ in range(20))]
     files, images = [encode(picture) for picture in pictures], Images(path="x", size=size)
     held = files[:11]
-    working = [encode(working_image(file, images)) for file in held]
+    working = [working_image(file, images).tobytes() for file in held]
     write_shard(tmp_path, "test-00000", working, [0] * len(held), of=held)
     samples = SampleSet(str(tmp_path), CLASSES, size, {"test": (len(held),)}, {}, 0, {}, {})
     made_file = f"{tmp_path}/made.parquet"

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from starlette.testclient import TestClient
 
-from raydistill.data.decode import decode, encode, pixels
+from raydistill.data.decode import decode
 from raydistill.data.isolation import end_processes
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import CheckpointError, ConfigError, DataError
@@ -65,7 +65,7 @@ def pictures(tmp_path: Path) -> Path:
 def slow_probabilities(checkpoint: str, data: bytes, fit: str = "crop") -> np.ndarray:
     """One picture through the checkpoint by the functions that training uses."""
     student, _ = read_student(checkpoint)
-    image = torch.from_numpy(pixels(encode(decode(data, SIZE, fit, 10**7))))[None]
+    image = torch.from_numpy(np.array(decode(data, SIZE, fit, 10**7)))[None]
     with torch.inference_mode():
         logits = student(render(image, torch.from_numpy(WHOLE_IMAGE)[None], student.preprocessing))[0]
     return logits.softmax(1)[0].numpy()
@@ -120,7 +120,7 @@ def test_the_network_sees_what_training_sees_bit_for_bit(exported, pictures):
     result, checkpoint = exported(formats=["onnx"])
     predictor, wanted = Predictor(result.path), read_student(checkpoint)[0].preprocessing
     for file in sorted(pictures.glob("*.JPG")):
-        prepared = pixels(encode(decode(file.read_bytes(), SIZE, "crop", 10**6)))
+        prepared = np.array(decode(file.read_bytes(), SIZE, "crop", 10**6))
         seen = predictor.working_image(file.read_bytes())
         np.testing.assert_array_equal(seen, prepared)
         view = render(torch.from_numpy(prepared)[None], torch.from_numpy(WHOLE_IMAGE)[None], wanted)

@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from raydistill.config import Student, Teacher
-from raydistill.data.decode import pixels
-from raydistill.data.sample import shard_name
+from raydistill.data.sample import shard_name, working_images
 from raydistill.data.targets import encode_targets, labels_of, read_samples
 from raydistill.data.views import render, view_parameters
 from raydistill.engine.batches import DistillJob
@@ -116,7 +115,7 @@ def soft_targets(tiny: TinySet, name: str, backbone: TeacherBackbone) -> Taught:
     for shard in range(len(samples.shards["train"])):
         table = read_samples(samples, "train", shard)
         ids = table["sample_id"].to_pylist()
-        images = torch.from_numpy(np.stack([pixels(image) for image in table["image"].to_pylist()]))
+        images = torch.from_numpy(working_images(table, samples.size).copy())
         features = []
         for view in range(NUM_VIEWS):
             parameters = torch.from_numpy(view_parameters(views, 0, ids, [view] * len(ids)))

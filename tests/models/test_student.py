@@ -12,14 +12,12 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
 from torch import nn
 from transformers import AutoModelForImageClassification
 
 from raydistill.config import Student as StudentConfig
-from raydistill.data.decode import encode
 from raydistill.data.sample import SampleSet
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.models.projections import Adapter, ProjectionHead
@@ -677,7 +675,7 @@ def samples(tmp_path: Path) -> tuple[SampleSet, np.ndarray]:
     """Two shards of a val split, and their pictures."""
     pictures = np.random.default_rng(0).integers(0, 256, (7, 48, 48, 3), dtype=np.uint8)
     for shard, numbers in enumerate((range(5), range(5, 7))):
-        images = [encode(Image.fromarray(pictures[n])) for n in numbers]
+        images = [pictures[n].tobytes() for n in numbers]
         write_shard(tmp_path, f"val-{shard:05d}", images, [None if n == 2 else n % 4 for n in numbers])
     return SampleSet(str(tmp_path), ("a", "b", "c", "d"), 48, {"val": (5, 2)}, {"val": 6}, 0, {"val": ""}, ""), pictures
 

@@ -18,7 +18,7 @@ from raydistill.cluster import restarts
 from raydistill.cluster.plan import live_plan
 from raydistill.cluster.restarts import Restart, Tries, new_tries, trying
 from raydistill.config import load_config
-from raydistill.data.decode import encode, pixels
+from raydistill.data.decode import encode
 from raydistill.data.sample import SampleSet, sample_id, samples_from_json
 from raydistill.data.views import WHOLE_IMAGE
 from raydistill.generation.features import FileTeacher
@@ -32,8 +32,8 @@ Call = tuple[Callable[[dict], dict], dict]
 
 
 def shard_teacher(words: list[str], folder: Path, _: Path) -> Call:
-    files = [encode(painted(i % 3, np.random.default_rng(i), 32)) for i in range(4)]
-    images, ids = np.stack([pixels(file) for file in files]), " ".join(sample_id(file) for file in files)
+    images = np.stack([np.asarray(painted(i % 3, np.random.default_rng(i), 32)) for i in range(4)])
+    ids = " ".join(sample_id(image.tobytes()) for image in images)
     parameters = np.tile(WHOLE_IMAGE, (1, 2, 4, 1))
     batch = {"shard": np.array(["train-00000"]), "sample_ids": np.array([ids]), "images": images[None]}
     batch |= {"new": np.arange(4)[None], "known": np.empty((1, 0, 4, 0), np.float16)}

@@ -9,12 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from raydistill.cluster.plan import plan_resources
 from raydistill.config import load_config
-from raydistill.data.decode import decode, encode
+from raydistill.data.decode import decode
 from raydistill.data.sources.listing import list_images
 from raydistill.engine.loop import distill_loop
 from raydistill.engine.teacher_pool import refuse_large_targets
@@ -45,13 +46,13 @@ def needed(refused: pytest.ExceptionInfo) -> int:
 
 @pytest.fixture
 def flat_images(tmp_path) -> tuple[Path, int]:
-    """Thirty pictures that PNG makes much smaller than their pixels, and the bytes of them all at 64 pixels."""
+    """Thirty pictures that LZ4 makes much smaller than their pixels, and the bytes of them all at 64 pixels."""
     total = 0
     for k in range(30):
         path = tmp_path / "images" / ("red", "blue")[k % 2] / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (80, 60), (8 * k, 0, 90)).save(path)
-        total += len(encode(decode(path.read_bytes(), 64, "crop", 10**6)))
+        total += pa.compress(decode(path.read_bytes(), 64, "crop", 10**6).tobytes(), codec="lz4").size
     return tmp_path / "images", total
 
 
@@ -68,9 +69,7 @@ def test_prepare_is_refused_where_its_images_do_not_fit_twice(flat_images, tmp_p
     assert not list(tmp_path.glob("workspace/*/*.parquet"))
 
 
-def test_images_count_at_the_size_that_they_have_as_png_and_once_where_they_are_decoded(
-    flat_images, tmp_path, free
-) -> None:
+def test_images_count_at_their_size_on_disk_and_once_where_they_are_decoded(flat_images, tmp_path, free) -> None:
     folder, total = flat_images
     config = load_config([f"images.path={folder}", "images.size=64", f"workspace={tmp_path}/workspace"])
     listing = list_images(config.images)

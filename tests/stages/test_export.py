@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from raydistill.cli.commands import app
 from raydistill.config import load_config, overlay
 from raydistill.config.baselines import OVERLAYS
-from raydistill.data.decode import pixels
+from raydistill.data import sample
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import UNLABELLED, read_samples
 from raydistill.errors import ConfigError, StageError, UselessStudentError
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def working_images(samples, split: str = "val") -> np.ndarray:
-    return np.stack([pixels(image) for image in read_samples(samples, split, 0)["image"].to_pylist()])
+    return sample.working_images(read_samples(samples, split, 0), samples.size)
 
 
 def expected_logits(samples, checkpoint: str) -> np.ndarray:

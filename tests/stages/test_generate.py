@@ -362,7 +362,7 @@ def test_killed_drivers_at_random_times_make_the_same_set(generating, progress, 
 
 def with_test_split(samples: SampleSet, config: RunConfig, files: list[bytes]) -> SampleSet:
     """As `prepare` would have made them of these files."""
-    working = [encode(working_image(file, config.images)) for file in files]
+    working = [working_image(file, config.images).tobytes() for file in files]
     write_shard(Path(samples.path), "test-00000", working, [0] * len(files), of=files)
     return dataclasses.replace(samples, shards={**samples.shards, "test": (len(files),)})
 

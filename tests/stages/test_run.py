@@ -27,8 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 from raydistill.cluster.plan import plan_resources
 from raydistill.config import Student, load_config
-from raydistill.data.decode import pixels
-from raydistill.data.sample import decode_shard, sample_id, samples_from_json
+from raydistill.data.sample import decode_shard, sample_id, samples_from_json, working_images
 from raydistill.data.targets import read_targets
 from raydistill.data.views import render, view_parameters
 from raydistill.engine.batches import DistillJob
@@ -118,7 +117,7 @@ def test_soft_targets_are_the_teacher_of_that_very_view(words, progress) -> None
     stored = read_targets(outcome.directories["teach"], "train", 1, ids)
     for view in range(2):
         for row in (0, 5):
-            image = torch.from_numpy(pixels(table["image"][row].as_py()).copy())[None]
+            image = torch.from_numpy(working_images(table, config.images.size)[row : row + 1].copy())
             parameters = torch.from_numpy(view_parameters(config.views, config.seed, [ids[row]], [view]))
             alone = backbone(render(image, parameters, backbone.preprocessing)).numpy()[0]
             np.testing.assert_allclose(stored[view, row].astype(np.float32), alone, atol=2e-3, rtol=2e-3)
@@ -402,11 +401,11 @@ def test_a_folder_that_grew_costs_the_teacher_its_new_images(words, tmp_path, im
         table = decode_shard((Path(after.samples.path) / f"train-{number:05d}.parquet").read_bytes())
         ids = table["sample_id"].to_pylist()
         stored = read_targets(after.directories["teach"], "train", number, ids)
-        for row, (name, image) in enumerate(zip(ids, table["image"].to_pylist(), strict=True)):
+        for row, (name, image) in enumerate(zip(ids, working_images(table, config.images.size), strict=True)):
             for view in range(2):
                 expected = np.full(stored.shape[2], 7.0)
                 if name not in known:
-                    picture = torch.from_numpy(pixels(image).copy())[None]
+                    picture = torch.from_numpy(image.copy())[None]
                     parameters = torch.from_numpy(view_parameters(config.views, config.seed, [name], [view]))
                     expected = backbone(render(picture, parameters, backbone.preprocessing)).numpy()[0]
                 np.testing.assert_allclose(stored[view, row].astype(np.float32), expected, atol=2e-3, rtol=2e-3)
