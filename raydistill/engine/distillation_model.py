@@ -6,12 +6,15 @@ Shapes: V images, D features, E features of the student, C classes.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from scipy.special import bdtrc
 from torch import nn
 
+from raydistill.data.views import render
 from raydistill.engine.batches import DistillJob
+from raydistill.engine.replicas import Replicas
 from raydistill.losses.total import Outputs
 from raydistill.models.heads import load_head
 from raydistill.models.projections import Adapter, ProjectionHead
@@ -28,6 +31,7 @@ class DistillationModel(nn.Module):
         super().__init__()
         loss = job.config.loss
         self.student: Student = build_student(job.config.student, len(job.samples.classes))
+        self.replicas: Replicas | None = None  # that compute the student's outputs instead of itself
         if job.config.distill.body_rate == 0:
             self.student.freeze_body()
         head = None if job.head is None else load_head(job.head)
@@ -42,8 +46,15 @@ class DistillationModel(nn.Module):
             if loss.needs_adapter:
                 self.adapter = Adapter(loss.adapter, width, teacher_width)
 
+    def render(self, images_VHH3: torch.Tensor, parameters_VP: torch.Tensor) -> torch.Tensor:
+        """(V, 3, S, S): what the student sees."""
+        as_seen = partial(render, preprocessing=self.student.preprocessing)
+        if self.replicas is None:
+            return as_seen(images_VHH3, parameters_VP)
+        return torch.cat(self.replicas.map(as_seen, images_VHH3, parameters_VP))
+
     def forward(self, images: torch.Tensor, features_VD: torch.Tensor | None) -> tuple[Outputs, Outputs | None]:
-        logits_VC, student_VE = self.student(images)
+        logits_VC, student_VE = (self.replicas or self.student)(images)
         if features_VD is None:
             return Outputs(logits_VC), None
         adapted_VD = None if self.adapter is None else self.adapter(student_VE)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydistill.config import Distill
-from raydistill.data.views import render, to_device
+from raydistill.data.views import to_device
 from raydistill.engine.batches import DistillJob, worker_batches
 from raydistill.engine.checkpoints import (
     Checkpoint,
@@ -26,6 +26,7 @@ from raydistill.engine.checkpoints import (
     latest_checkpoint,
 )
 from raydistill.engine.distillation_model import BestStudent, DistillationModel
+from raydistill.engine.replicas import replicas_of
 from raydistill.engine.reporter import Reporter
 from raydistill.engine.workarounds import keep_freed_memory
 from raydistill.engine.workers import Worker
@@ -50,6 +51,9 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     torch.manual_seed(config.seed)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     model = DistillationModel(job).to(device, memory_format=layout)
+    if device.type == "cpu" and 1 < worker.threads <= job.batch_size // worker.size // 2:
+        model.replicas = replicas_of(model.student, worker.threads)
+        torch.set_num_threads(1 if model.replicas else worker.threads)
     ema = ModelEmaV3(model.student, decay=settings.ema_decay) if settings.ema_decay else None
     remembers = "crd" in config.loss.terms
     memory = ContrastiveMemory(config.loss.crd_memory, config.loss.projection_dim).to(device) if remembers else None
@@ -77,7 +81,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
                 group["lr"] = group["rate"] * learning_rate(settings, step, job.steps_per_epoch)
             images, labels, features, rows, weights = (_to(device, array) for array in batch.arrays())
             parameters = torch.from_numpy(np.array(batch.parameters_VP))
-            views = render(images, parameters, model.student.preprocessing).contiguous(memory_format=layout)
+            views = model.render(images, parameters).contiguous(memory_format=layout)
             with autocast:
                 student, teacher = network(views, None if features is None else features.float())
             negatives = memory and _negatives(
@@ -97,7 +101,10 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             reporter.count(step, len(labels), norm, {"loss": loss, **terms})
             ended, preempted = step % job.steps_per_epoch == 0, worker.preempted(step)
             if ended:
+                own = torch.get_num_threads()
+                torch.set_num_threads(worker.threads)  # val is measured without replicas
                 record = reporter.end_epoch(step, student_now, best, optimizer)
+                torch.set_num_threads(own)
             due = worker.rank == 0 and (preempted or reporter.checkpoint_due(step, ended, checkpoints.seconds))
             if due and reporter.is_finite():
                 checkpoints.save(Checkpoint(step, modules, optimizer, scaler, reporter.partial_epoch(), record))
