@@ -1,18 +1,14 @@
-"""Soft targets in shards that line up with the sample shards, and the batches that the trainer reads from both.
+"""Soft targets in shards that line up with the sample shards, and the readers of both.
 
 Target shard k holds the teacher's features of the rows of sample shard k, in order, for each stored view. The teacher's
 linear head makes logits of them, so a new head costs no teacher pass.
 
-Shapes: K views, R rows of a shard, D features, V visits, N rows of the split, H pixels.
+Shapes: K views, R rows of a shard, D features.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,41 +16,20 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from raydistill.config import Views
 from raydistill.data.sample import (
     SCHEMA,
-    WINDOW_SHARDS,
     SampleSet,
-    Visits,
     decode_shard,
     shard_name,
     with_whole_images,
-    working_images,
 )
-from raydistill.data.views import stored_views, view_parameters
 from raydistill.errors import CheckpointError
 from raydistill.storage.filesystems import open_filesystem, read_bytes
 from raydistill.storage.state import parsed
 from raydistill.storage.tables import read_table, values
 from raydistill.storage.tensors import bounded, header_bytes
 
-logger = logging.getLogger(__name__)
 UNLABELLED = -1
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The data that one worker trains on in one step."""
-
-    images_VHHC: np.ndarray  # uint8
-    parameters_VP: np.ndarray  # float32
-    labels_V: np.ndarray  # int64, UNLABELLED if there is none
-    features_VD: np.ndarray | None  # float16; None without a teacher
-    rows_V: np.ndarray  # int64, the index of the image in the train split
-    weights_V: np.ndarray | None = None  # float32, of the hard labels; None if all are 1
-
-    def arrays(self) -> tuple[np.ndarray | None, ...]:  # without the parameters, which `render` takes from the CPU
-        return (self.images_VHHC, self.labels_V, self.features_VD, self.rows_V, self.weights_V)
 
 
 def encode_targets(sample_ids: Sequence[str], features_KRD: np.ndarray) -> bytes:
@@ -134,178 +109,3 @@ def _shard_path(samples: SampleSet, split: str, shard: int) -> str:
 
 def labels_of(table: pa.Table) -> np.ndarray:
     return table["label"].fill_null(UNLABELLED).to_numpy().astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Train shards at one path. `targets`: None without a teacher. `weights`: of the hard labels, by sample id; None if
-    all are 1."""
-
-    samples: SampleSet
-    targets: str | None
-    weights: dict[str, float] | None = None
-    hard_labels: bool = True  # false: the student does not see labels
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.samples.shards["train"])
-
-
-@dataclass(frozen=True)
-class TrainSplit:
-    """Where the train split is stored, real images before generated ones, and how its views are drawn."""
-
-    parts: tuple[Part, ...]
-    views: Views
-    seed: int
-
-    @property
-    def shard_rows(self) -> list[int]:
-        return [rows for part in self.parts for rows in part.samples.shards["train"]]
-
-    def _place(self, index: int) -> tuple[Part, int]:
-        for part in self.parts:
-            if index < part.num_shards:
-                return part, index
-            index -= part.num_shards
-        raise IndexError(index)
-
-    def shard(self, index: int) -> Shard:
-        part, own = self._place(index)
-        table = read_samples(part.samples, "train", own)
-        ids = values(table["sample_id"])
-        weights = None
-        if any(p.weights is not None for p in self.parts):
-            weights = np.array([1.0 if part.weights is None else part.weights[i] for i in ids], np.float32)
-        features = None if part.targets is None else read_targets(part.targets, "train", own, ids)
-        labels = labels_of(table) if part.hard_labels else np.full(len(ids), UNLABELLED)
-        stored = None if self.views.per_image == "fresh" else stored_views(self.views, self.seed, ids)
-        return Shard(ids, working_images(table, part.samples.size), labels, stored, features, weights)
-
-    def labels(self) -> list[np.ndarray]:
-        """The labels of every shard; the order of visits needs nothing else."""
-        return [read_labels(part.samples, "train", k) for part in self.parts for k in range(part.num_shards)]
-
-    def num_bytes(self, feature_bytes: int) -> int:
-        """Bytes of memory that the whole split takes."""
-        return sum(self.shard_rows) * (self.parts[0].samples.size ** 2 * 3 + feature_bytes)
-
-    def view_indices(self, visits: Visits) -> np.ndarray:
-        """Stored views are replayed in turn; a fresh view never repeats."""
-        return visits.visit if self.views.per_image == "fresh" else visits.visit % self.views.per_image
-
-    def row_numbers(self, visits: Visits) -> np.ndarray:
-        """(V,): each visit's row in the whole split."""
-        return np.cumsum([0, *self.shard_rows])[visits.shard] + visits.row
-
-    def gather(self, shard: Shard, row_V: np.ndarray, view_V: np.ndarray) -> Gathered:
-        """These rows of a shard, as these views."""
-        if shard.parameters_KRP is None:
-            parameters_VP = view_parameters(self.views, self.seed, [shard.ids[row] for row in row_V], view_V)
-        else:
-            parameters_VP = shard.parameters_KRP[view_V, row_V]
-        features_VD = None if shard.features_KRD is None else shard.features_KRD[view_V, row_V]
-        weights_V = None if shard.weights_R is None else shard.weights_R[row_V]
-        return shard.images_RHHC[row_V], parameters_VP, shard.labels_R[row_V], features_VD, weights_V
-
-
-# Images (V, H, H, 3), parameters (V, P), labels (V,), features (V, D) and weights (V,) or None.
-Gathered = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard in memory."""
-
-    ids: list[str]
-    images_RHHC: np.ndarray  # uint8
-    labels_R: np.ndarray
-    parameters_KRP: np.ndarray | None  # of the stored views; None if views are fresh
-    features_KRD: np.ndarray | None
-    weights_R: np.ndarray | None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(array.nbytes for array in vars(self).values() if isinstance(array, np.ndarray))
-
-
-class InMemory:
-    """The whole split, for sets that fit."""
-
-    def __init__(self, split: TrainSplit) -> None:
-        self._split = split
-        side = split.parts[0].samples.size
-        images = np.empty((sum(split.shard_rows), side, side, 3), np.uint8)
-        shards, first = [], 0
-        for k, rows in enumerate(split.shard_rows):
-            shard = split.shard(k)
-            images[first : first + rows] = shard.images_RHHC
-            shards.append(replace(shard, images_RHHC=images[:0]))  # it would take as much again
-            first += rows
-
-        def joined(name: str, axis: int = 0) -> np.ndarray | None:
-            parts = [array for array in (getattr(shard, name) for shard in shards) if array is not None]
-            return np.concatenate(parts, axis) if parts else None
-
-        ids, labels = [i for shard in shards for i in shard.ids], np.concatenate([shard.labels_R for shard in shards])
-        stored = (joined("parameters_KRP", 1), joined("features_KRD", 1), joined("weights_R"))
-        self._all = Shard(ids, images, labels, *stored)
-
-    def gather(self, visits: Visits) -> Batch:
-        rows_V = self._split.row_numbers(visits)
-        images, parameters, labels, features, weights = self._split.gather(
-            self._all, rows_V, self._split.view_indices(visits)
-        )
-        return Batch(images, parameters, labels, features, rows_V, weights)
-
-
-class Streamed:
-    """Shards are read when a visit needs them and dropped some windows later.
-
-    Labelled and unlabelled rows of each part are visited in separate windows, so a batch takes from as many windows as
-    there are such pools. `most_bytes` of memory hold two windows of each, the last and the current one. If they do not,
-    the least recently used shards are dropped, with a warning.
-    """
-
-    def __init__(self, split: TrainSplit, most_bytes: float = math.inf) -> None:
-        self._split = split
-        self._held: OrderedDict[int, Shard] = OrderedDict()  # the most recently used one last
-        self._in_windows = 2 * len(split.parts) * WINDOW_SHARDS
-        self._most_bytes, self._bytes, self._said = most_bytes, 0, False
-
-    def _shard(self, number: int) -> Shard:
-        shard = self._held.pop(number, None)
-        if shard is None:
-            shard = self._split.shard(number)
-            self._bytes += shard.num_bytes
-            while self._held and (len(self._held) >= 2 * self._in_windows or self._bytes > self._most_bytes):
-                self._say_if_too_little()
-                self._bytes -= self._held.popitem(last=False)[1].num_bytes
-        self._held[number] = shard
-        return shard
-
-    def _say_if_too_little(self) -> None:
-        if not self._said and len(self._held) < min(self._in_windows, len(self._split.shard_rows)):
-            self._said = True
-            logger.warning(
-                "%d shards of train images take %s bytes, above the %s available to them, and are read again and "
-                "again; lower images.shard_size, or give the workers more memory",
-                len(self._held) + 1, f"{self._bytes:,}", f"{self._most_bytes:,.0f}",
-            )  # fmt: skip
-
-    def ids(self, visits: Visits) -> list[str]:
-        return [self._shard(int(k)).ids[int(r)] for k, r in zip(visits.shard, visits.row, strict=True)]
-
-    def gather(self, visits: Visits) -> Batch:
-        views_V = self._split.view_indices(visits)
-        order, ends = np.argsort(visits.shard, kind="stable"), np.flatnonzero(np.diff(np.sort(visits.shard))) + 1
-        parts = [
-            self._split.gather(self._shard(int(visits.shard[at[0]])), visits.row[at], views_V[at])
-            for at in np.split(order, ends)
-        ]
-        back = np.argsort(order)
-        images, parameters, labels = (np.concatenate([part[n] for part in parts])[back] for n in range(3))
-        features, weights = (
-            None if parts[0][n] is None else np.concatenate([part[n] for part in parts])[back] for n in (3, 4)
-        )
-        return Batch(images, parameters, labels, features, self._split.row_numbers(visits), weights)

@@ -17,7 +17,8 @@ import numpy as np
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import Pools, SampleSet, Visits, batch_order
-from raydistill.data.targets import UNLABELLED, Batch, InMemory, Part, Streamed, TrainSplit
+from raydistill.data.targets import UNLABELLED
+from raydistill.data.train_split import Batch, InMemory, Part, Streamed, TrainSplit
 from raydistill.engine.workers import Worker
 from raydistill.models.heads import load_head
 from raydistill.runtime.memory import available_bytes

@@ -13,7 +13,7 @@ import numpy as np
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
 from raydistill.data.sample import Visits
-from raydistill.data.targets import Streamed
+from raydistill.data.train_split import Streamed
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.checkpoints import latest_step
 from raydistill.engine.teacher_pool import fresh_views
