@@ -22,15 +22,13 @@ import numpy as np
 import pyarrow as pa
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from raydistill.config import Loss, RunConfig
-from raydistill.data.decode import encode, pixels
-from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name
+from raydistill.data.sample import SampleSet, encode_shard, sample_id, shard_name, working_images
 from raydistill.data.targets import encode_targets, read_samples
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.workers import Worker
@@ -197,7 +195,7 @@ class Data:
 
     def images(self) -> np.ndarray:
         """(B, H, H, 3) uint8 of the first shard, as the stages read them."""
-        return np.stack([pixels(image) for image in read_samples(self.samples, "train", 0)["image"].to_pylist()])
+        return working_images(read_samples(self.samples, "train", 0), self.samples.size)
 
     def job(self, loss: str, num_shards: int) -> DistillJob:
         """A training with this term of the loss alone, or with the `default` loss. With one shard it has one epoch."""
@@ -232,7 +230,7 @@ def write_data(root: Path, config: RunConfig, sizes: Sizes, width: int) -> Data:
     rng, count = np.random.default_rng(0), SHARD_STEPS * sizes.batch
     pictures = [_picture(rng, sizes.side) for _ in range(count)]
     ids = [sample_id(picture.tobytes()) for picture in pictures]
-    columns: dict[str, Any] = {"sample_id": ids, "image": [encode(Image.fromarray(each)) for each in pictures]}
+    columns: dict[str, Any] = {"sample_id": ids, "image": [picture.tobytes() for picture in pictures]}
     columns |= {"label": pa.array(rng.integers(0, CLASSES, count), pa.int32())}
     columns |= {"source": ["real"] * count, "split": ["train"] * count}
     shards = (count,) * (EPOCH_STEPS // SHARD_STEPS)
