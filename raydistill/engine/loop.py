@@ -75,7 +75,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     reporter = Reporter(job, worker, step, partial, scaler.is_enabled())
     model.train()
     with CheckpointWriter(job.path) as checkpoints:
-        for batch in worker_batches(job, worker, step):
+        for batch in reporter.timed(worker_batches(job, worker, step)):
             torch.manual_seed(_step_seed(config.seed, step, worker.rank))  # for dropout and the like
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * learning_rate(settings, step, job.steps_per_epoch)

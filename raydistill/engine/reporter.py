@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from raydistill.data.train_split import Batch
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.distillation_model import BestStudent
 from raydistill.engine.records import note_lost_steps, write_epoch, write_progress
@@ -40,9 +42,19 @@ class Reporter:
     def _begin_epoch(self, partial: dict[str, float]) -> None:
         """`partial` holds the sums of the epoch's steps before the checkpoint that training resumes from."""
         self._partial = dict(partial)
-        self._started = time.monotonic() - self._partial.pop("seconds", 0.0)
+        self._resumed, self._waited = time.monotonic(), 0.0
+        self._started = self._resumed - self._partial.pop("seconds", 0.0)
         if self._state is not None:
             self._state[0].zero_()
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches. The time until each comes is a time in which training waits for data."""
+        for asked in iter(time.monotonic, None):
+            batch = next(batches, None)
+            self._waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
 
     def count(self, step: int, images: int, norm: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
         """Add the step that ends now, on the device: nothing waits for it but every `_STEPS_BETWEEN_READS` steps, and
@@ -96,12 +108,12 @@ class Reporter:
     def end_epoch(
         self, step: int, student: nn.Module, best: BestStudent | None, optimizer: torch.optim.Optimizer
     ) -> dict[str, float]:
-        """The epoch's record: the number of images of all workers, the mean of each term, and the val accuracy if it is
-        due."""
+        """The epoch's record: the number of images of all workers, the share of time in which this worker waited for
+        data, the mean of each term, and the val accuracy if it is due."""
         job, worker, sums = self._job, self._worker, self.partial_epoch()
         epoch, images, seconds = step // job.steps_per_epoch, sums.pop("images"), sums.pop("seconds")
         record = {"epoch": float(epoch), "step": float(step), "images_per_second": images / max(seconds, 1e-9)}
-        record["images"] = images
+        record |= {"images": images, "waits_for_data": self._waited / max(time.monotonic() - self._resumed, 1e-9)}
         record |= {name: sums[name] / job.steps_per_epoch for name in sorted(sums)}
         record["learning_rate"] = optimizer.param_groups[0]["lr"]
         due = epoch % job.config.distill.val_every == 0 or step == job.total_steps

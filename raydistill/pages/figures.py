@@ -62,7 +62,8 @@ def curves(epochs: list[dict[str, float]], kept_epoch: int) -> list[tuple[str, M
     """Every loss term and the val accuracy by epoch, with the epoch that ships."""
     at = [e["epoch"] for e in epochs]
     plain = {
-        "epoch", "step", "images", "images_per_second", "learning_rate", "val_accuracy", "kept_epoch", "loss",
+        "epoch", "step", "images", "images_per_second", "waits_for_data", "learning_rate", "val_accuracy", "kept_epoch",
+        "loss",
     }  # fmt: skip
     terms = sorted({name for e in epochs for name in e} - plain)
     measured = [(e["epoch"], e["val_accuracy"]) for e in epochs if "val_accuracy" in e]

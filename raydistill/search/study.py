@@ -85,7 +85,7 @@ def ranked(trials: Iterable[Trial], objectives: Sequence[str]) -> list[Trial]:
 
 
 _TERMS = [key.removesuffix("_weight") for key in Loss.model_fields if key.endswith("_weight")]
-_LOGGED = ("epoch", "step", "loss", "val_accuracy", "images_per_second", "learning_rate", *_TERMS)
+_LOGGED = ("epoch", "step", "loss", "val_accuracy", "images_per_second", "waits_for_data", "learning_rate", *_TERMS)
 
 
 def logged(record: dict[str, Any]) -> dict[str, float]:

@@ -181,7 +181,8 @@ def _following(
 
 def _note(record: dict[str, float]) -> str:
     accuracy = f", val {record['val_accuracy']:.3f}" if "val_accuracy" in record else ""
-    return f"epoch {int(record['epoch'])}, loss {record['loss']:.3f}{accuracy}"
+    waits = f", {record.get('waits_for_data', 0):.0%} waiting for data"
+    return f"epoch {int(record['epoch'])}, loss {record['loss']:.3f}{accuracy}{waits}"
 
 
 def distill_job(config: RunConfig, outcome: Outcome) -> tuple[DistillJob, StageDirectory]:

@@ -397,7 +397,9 @@ def trained(tiny_set, monkeypatch):
 
 
 def learnt(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "images_per_second", "waits_for_data")} for r in records
+    ]
 
 
 def test_a_trial_tells_of_every_epoch_and_again_of_those_before_it_was_killed(trained) -> None:
