@@ -88,7 +88,7 @@ def test_ls_counts_what_jobs_share_once(root: Path) -> None:
     assert (first["name"], first["state"], first["accuracies"]["student"]["test"]) == ("first", "done", 0.25)
     assert (first["bytes"], first["shared_bytes"], second["shared_bytes"]) == (1004, 1004, 1004)
     assert Path(first["report"]).is_file()
-    told = call("ls", root).stdout
+    told = call("ls", f"workspace={root}").stdout  # as the other commands take it
     assert "0.500, 0.250" in told
     assert f"2 run(s) in {root}" in told.replace("\n", "")
     assert "3.0 kB" in told

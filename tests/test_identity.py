@@ -2,6 +2,7 @@
 C20)."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -515,6 +516,24 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, how,
     finally:
         if how == "mounted":
             subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_place_that_may_not_be_written_asks_for_the_right_and_not_for_room(tmp_path, monkeypatch, code):
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StageError, match=rf"{os.strerror(code)}\); make its folder writable and run") as refused:
+        write_bytes(f"{tmp_path}/a", b"x")
+    assert "bytes" not in str(refused.value)
+    with pytest.raises(ConfigError) as refused:
+        check_writable(config_of(f"workspace={tmp_path}"))
+    assert (
+        str(refused.value)
+        == f"workspace={tmp_path}: cannot be written ([Errno {code}] {os.strerror(code)}); choose another"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_takes_no_files_is_a_stage_error(tmp_path):

@@ -19,7 +19,14 @@ from raydistill.runtime import interrupts
 if TYPE_CHECKING:
     from raydistill.cleaning import Waste
 
-Workspace = Annotated[str, typer.Argument(metavar="WORKSPACE", help="The job's `workspace` folder.")]
+Workspace = Annotated[
+    str,
+    typer.Argument(
+        metavar="WORKSPACE",
+        help="The job's `workspace` folder.",
+        callback=lambda text: text.removeprefix("workspace="),  # as all other commands take it
+    ),
+]
 
 
 @app.command("ls")

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, NonNegativeFloat, NonNegativeInt
 
 from raydistill.config import RunConfig
-from raydistill.errors import ConfigError, StageError
+from raydistill.errors import ConfigError, StageError, reason_of
 from raydistill.runtime.versions import PACKAGES, installed
 from raydistill.storage.filesystems import FileSystem, open_filesystem, write_bytes
 from raydistill.storage.local import files_below, make_private, refuse_links
@@ -187,4 +187,5 @@ def check_writable(config: RunConfig) -> None:
         write_bytes(f"{root}/{mark}", b"")
         fs.remove(f"{path}/{mark}")
     except (OSError, StageError) as error:
-        raise ConfigError(f"workspace={config.workspace}: cannot be written ({error}); choose another") from None
+        reason = reason_of(error.__cause__ or error)  # a StageError names the mark, which nobody knows
+        raise ConfigError(f"workspace={config.workspace}: cannot be written ({reason}); choose another") from None

@@ -261,13 +261,16 @@ def write_file(path: str, write: Callable[[str], object]) -> None:
         # The writers of torch and safetensors turn the system's error into their own.
         if not isinstance(error, OSError | RuntimeError | SafetensorError):
             raise
-        space = os.statvfs(next(parent for parent in Path(target).parents if parent.exists()))
-        free = space.f_bavail * space.f_frsize
-        reason = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            reason, advice = error.strerror, "make its folder writable"
+        else:
+            space = os.statvfs(next(parent for parent in Path(target).parents if parent.exists()))
+            free = space.f_bavail * space.f_frsize
+            reason = f"{error.strerror if isinstance(error, OSError) else error}; {free:,} bytes are free there"
+            advice = "make room"
         raise StageError(
-            f"{target}: cannot be written ({reason}; {free:,} bytes are free there); "
-            "make room and run the same command again: what is finished stays"
-        ) from None
+            f"{target}: cannot be written ({reason}); {advice} and run the same command again: what is finished stays"
+        ) from error
 
 
 def _send(call: Callable[[str, Any], object], place: str, what: Any, path: str) -> None:
