@@ -138,9 +138,9 @@ def _table_rows(path: str, table: Table, notes: Counter[str]) -> Iterator[Row]:
         advice = "a label in its folder's name is not read; write it as a column" if in_folder else "rename them"
         raise DataError(f"{shown}: no column {' and no column '.join(sorted(lacking))} among {found}; {advice}")
     _check_image_column(path, table)
-    table.refuse_bombs(["image"])
-    names = _class_names(path, schema.metadata or {})
     columns = [name for name in ("label", "split") if name in schema.names]
+    table.refuse_bombs(["image", *columns])
+    names = _class_names(path, schema.metadata or {})
     plain = dict[str, str]()  # labels that are read as they look: rows share them
     for first, part in _in_pieces(table.read(columns), shown):
         splits = values(part["split"]) if "split" in columns else [None] * part.num_rows

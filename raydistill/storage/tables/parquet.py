@@ -6,6 +6,7 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,15 +41,15 @@ class ParquetFile(Parts):
         super().__init__(file, shown, known)
         if "footer" not in known:
             known["footer"] = self._read_footer()
-        metadata, self._groups, self._first_rows = known["footer"]
+        metadata, self._groups, self._first_rows, self._paths = known["footer"]
         file.seek(0)
         # Without a buffer Arrow holds the whole column of a row group. Bytes in memory need none.
         size = 0 if isinstance(file, pa.BufferReader) else 1 << 22
         self._parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=size, arrow_extensions_enabled=False)
         self.schema = self._parquet.schema_arrow
 
-    def _read_footer(self) -> tuple[Any, list[list[Chunk]], np.ndarray]:
-        """Arrow's metadata, and the columns and first rows of the row groups."""
+    def _read_footer(self) -> tuple[Any, list[list[Chunk]], np.ndarray, list[str]]:
+        """Arrow's metadata, the columns and first rows of the row groups, and the columns' paths."""
         footer, end = self._footer(8)
         if end[4:] != b"PAR1":
             raise ValueError("it is encrypted" if end[4:] == b"PARE" else "it does not end as one")
@@ -61,11 +62,18 @@ class ParquetFile(Parts):
             refuse_extensions(neutral_schema(base64.b64decode(stated)), b"", self._shown)
         if any(not 0 <= c.start <= c.start + c.packed <= self.size for _, chunks in groups for c in chunks):
             raise ValueError("a column without a place")
+        places = sorted((c.start, c.start + c.packed) for num_rows, chunks in groups for c in chunks if num_rows)
+        if any(end > start for (_, end), (start, _) in pairwise(places)):
+            raise ValueError("its columns overlap")
+        # Arrow takes a row group's columns by their order in the schema, whatever path they state.
+        paths = [metadata.schema.column(k).path for k in range(metadata.num_columns)]
+        if any(len(chunks) != len(paths) for _, chunks in groups):
+            raise ValueError(f"a row group that does not have {len(paths):,} columns")
         rows = [num_rows for num_rows, _ in groups]
         if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
             raise ValueError(f"its row groups hold {sum(rows):,} rows, and its footer says {metadata.num_rows:,}")
         refuse_many_rows(metadata.num_rows, self.size, self._shown)
-        return metadata, [chunks for _, chunks in groups], np.cumsum([0, *rows])
+        return metadata, [chunks for _, chunks in groups], np.cumsum([0, *rows]), paths
 
     @property
     def _starts(self) -> np.ndarray:
@@ -77,7 +85,8 @@ class ParquetFile(Parts):
         refuse_other_types(self.schema, columns, self._shown)
         for group in map(int, self._parts_of(wanted)):
             first, end = map(int, self._starts[group : group + 2])
-            most = max((self._most_of_a_row(c, end - first) for c in _of(self._groups[group], columns)), default=0)
+            found = self._of(self._groups[group], columns)
+            most = max((self._most_of_a_row(path, chunk, end - first) for path, chunk in found), default=0)
             together = max(1, min(_MOST_ROWS, MOST_BYTES // max(most, 1)))
             for batch in self._parquet.iter_batches(together, [group], list(columns), use_threads=False):
                 if any_of(wanted, first, first + len(batch)):
@@ -88,35 +97,34 @@ class ParquetFile(Parts):
                     break
 
     def refuse_bombs(self, columns: Sequence[str]) -> None:
-        """From the footer's sizes of all columns. The headers of pages are read with their rows."""
-        packed, unpacked = Counter[str](), Counter[str]()
-        for chunk in (chunk for chunks in self._groups for chunk in _of(chunks, columns)):
-            packed[chunk.path] += chunk.packed
-            unpacked[chunk.path] += chunk.unpacked
-        for path, size in unpacked.items():
-            self._refuse_in_all(path, packed[path], size)
+        """From the footer's sizes of these columns together. The headers of pages are read with their rows."""
+        packed, unpacked = 0, Counter[str]()
+        for path, chunk in (found for chunks in self._groups for found in self._of(chunks, columns)):
+            packed, unpacked[path] = packed + chunk.packed, unpacked[path] + chunk.unpacked
+        self._refuse_in_all(packed, unpacked.total(), max(unpacked, key=unpacked.__getitem__, default=""))
         refuse_few_bytes(self.num_rows, self.size, self._shown)
 
-    def _refuse_in_all(self, column: str, packed: int, unpacked: int) -> None:
-        """From the bytes of all row groups, or of those that are read so far."""
+    def _refuse_in_all(self, packed: int, unpacked: int, path: str) -> None:
+        """From the bytes of all row groups and columns, or of those that are read so far."""
         if is_bomb(packed, unpacked, MOST_TIMES_IN_ALL):
-            raise bomb(self._shown, f"the column {named(column)}", packed, unpacked)
+            raise bomb(self._shown, f"what it holds, as in the column {named(path)},", packed, unpacked)
 
-    def _most_of_a_row(self, chunk: Chunk, num_rows: int) -> int:
+    def _most_of_a_row(self, path: str, chunk: Chunk, num_rows: int) -> int:
         """Bytes that each further row may add to memory, beyond the pages themselves if these are few."""
         if chunk not in self._known:
             total = largest = repeated = 0
             for packed, unpacked, repeats in parquet_headers.pages(self._file, chunk, num_rows):
                 if is_bomb(packed, unpacked):
-                    raise bomb(self._shown, f"a page of the column {named(chunk.path)}", packed, unpacked)
+                    raise bomb(self._shown, f"a page of the column {named(path)}", packed, unpacked)
                 total, largest = total + unpacked, max(largest, unpacked)
-                before = self._known.get(chunk.path, (0, 0))
-                self._known[chunk.path] = before[0] + packed, before[1] + unpacked
-                self._refuse_in_all(chunk.path, *self._known[chunk.path])
+                before = self._known.get("pages", (0, 0))
+                self._known["pages"] = before[0] + packed, before[1] + unpacked
+                self._refuse_in_all(before[0] + packed, before[1] + unpacked, path)
                 repeated = max(repeated, unpacked if repeats else 0)
             self._known[chunk] = repeated if total <= MOST_BYTES else largest
         return int(self._known[chunk])
 
-
-def _of(chunks: Sequence[Chunk], columns: Sequence[str]) -> list[Chunk]:
-    return [chunk for chunk in chunks if chunk.path in columns or chunk.path.partition(".")[0] in columns]
+    def _of(self, chunks: Sequence[Chunk], columns: Sequence[str]) -> list[tuple[str, Chunk]]:
+        """The parts of these columns in a row group, with their paths."""
+        found = zip(self._paths, chunks, strict=True)
+        return [(path, chunk) for path, chunk in found if path in columns or path.partition(".")[0] in columns]

@@ -43,9 +43,9 @@ class Parts:
         return next(map(int, self._starts[np.searchsorted(self._starts, row, "right") :]), math.inf)
 
     def _parts_of(self, wanted: Sequence[int] | None) -> np.ndarray:
-        """The parts that hold these rows, in their order."""
+        """The parts that hold these rows or, without any, rows at all; in their order."""
         if wanted is None:
-            return np.arange(len(self._starts) - 1)
+            return np.flatnonzero(np.diff(self._starts))
         inside = np.asarray(wanted[: bisect_left(wanted, self.num_rows)], np.int64)
         return np.unique(np.searchsorted(self._starts, inside, "right") - 1)
 
