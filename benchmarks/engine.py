@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -25,12 +26,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so it runs as a file, too
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does, before torch loads
+
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so it runs as a file, too
 
 from benchmarks.engine_bench import DTYPES, SIZES, TERMS, Bench, Meter, Row, new_config, write_data
 from benchmarks.engine_data import copying_row, drawing_row, reading_row, rendering_row

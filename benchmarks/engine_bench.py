@@ -12,7 +12,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -132,6 +132,7 @@ class Meter:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device, self._seconds, self.repeats = torch.device(options.device), options.seconds, options.repeats
+        self.threads = torch.get_num_threads()
 
     def now(self) -> float:
         """The time when all work so far is done."""
@@ -142,6 +143,14 @@ class Meter:
     def count(self, seconds: float) -> int:
         """How many calls of so many seconds make a turn."""
         return max(1, min(round(self._seconds / seconds), 1000))
+
+    @contextlib.contextmanager
+    def all_threads(self) -> Iterator[None]:
+        """For a bare loop within the training loop, which may have set fewer for itself."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        yield
+        torch.set_num_threads(before)
 
     def timed(self, path: Callable[[], object], count: int) -> float:
         """Seconds of one call."""
@@ -257,9 +266,9 @@ def _picture(rng: np.random.Generator, side: int) -> np.ndarray:
     return np.asarray(((shades + rng.normal(0, 0.02, shades.shape)).clip(0, 1) * 255).astype(np.uint8))
 
 
-def worker(device: torch.device, after: Callable[[int], bool] = lambda step: False) -> Worker:
-    """This process; `after` is called after each step."""
-    return Worker(0, 1, str(device), torch.get_num_threads(), after)
+def worker(meter: Meter) -> Worker:
+    """This process."""
+    return Worker(0, 1, str(meter.device), meter.threads, lambda step: False)
 
 
 @dataclass(frozen=True)

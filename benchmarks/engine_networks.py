@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -21,11 +22,13 @@ from raydistill.data.views import Preprocessing, render, view_parameters
 from raydistill.engine.batches import DistillJob, read_batches
 from raydistill.engine.distillation_model import DistillationModel
 from raydistill.engine.loop import distill_loop
+from raydistill.engine.workers import Worker
 from raydistill.losses.crd import ContrastiveMemory
 from raydistill.losses.total import Outputs, distillation_loss
 from raydistill.models.teacher import TeacherBackbone
 
-# AHEAD: the batches that may have been prepared while a bare loop ran.
+# COUNTED_STEPS end before an epoch of three shards does. AHEAD: batches that may have been prepared while a bare loop
+# ran.
 WARM_STEPS, COUNTED_STEPS, AHEAD = 3, 5, 4
 
 
@@ -116,7 +119,7 @@ class BareStep:
 def ready_batches(job: DistillJob, bench: Bench, preprocessing: Preprocessing) -> list[tuple[torch.Tensor, ...]]:
     """Rendered images, labels, features and row numbers of the first steps, on the device."""
     found, device = [], bench.meter.device
-    for batch in itertools.islice(read_batches(job, 0, worker(device)), SHARD_STEPS):
+    for batch in itertools.islice(read_batches(job, 0, worker(bench.meter)), SHARD_STEPS):
         images, labels, features, rows = (torch.from_numpy(array).to(device) for array in batch.arrays()[:4])
         views = render(images, torch.from_numpy(batch.parameters_VP), preprocessing)
         found.append((_ready(views, bench.precision), labels, features.float(), rows))
@@ -125,20 +128,18 @@ def ready_batches(job: DistillJob, bench: Bench, preprocessing: Preprocessing) -
 
 def student_rows(bench: Bench, loss: str) -> Iterator[Row]:
     """A step of the training loop itself, which lets the bare loops run between its steps."""
-    meter, short, job = bench.meter, bench.data.job(loss, 1), bench.data.job(loss, EPOCH_STEPS // SHARD_STEPS)
+    meter, batch, short = bench.meter, bench.sizes.batch, bench.data.job(loss, 1)
     paths = {f"student, {loss}": BareStep(short, bench)}
     if bench.compiles and loss == "default":
         paths["student, compiled bare"] = BareStep(short, bench, compiles=True)
     bare, cross_entropy = paths[f"student, {loss}"], BareStep(short, bench, with_loss=False)
-    mean = distill_loop(short, worker(meter.device))["loss"]  # over the steps of an epoch
+    mean = distill_loop(short, worker(meter))["loss"]  # over the steps of an epoch
     difference = apart([mean], torch.stack([bare() for _ in range(short.total_steps)]).double().mean())
-    waits, turns, others = Waits(meter.device), [], [*paths.values(), cross_entropy]
+    turns, others = [], [*paths.values(), cross_entropy]
     repeats = meter.repeats if loss == "default" else -(-meter.repeats // 2)  # there are many others
 
     def between_steps() -> Iterator[None]:
         yield from itertools.repeat(None, WARM_STEPS)
-        with waits:
-            yield from itertools.repeat(None, COUNTED_STEPS)
         started = meter.now()
         yield
         count = meter.count(meter.now() - started)
@@ -147,18 +148,46 @@ def student_rows(bench: Bench, loss: str) -> Iterator[Row]:
             started = meter.now()
             yield from itertools.repeat(None, count)
             mine = (meter.now() - started) / count
-            for other in others:
-                other()
-            turns.append((mine, *(meter.timed(other, count) for other in others)))
-        raise _Measured
+            with meter.all_threads():
+                for other in others:
+                    other()
+                turns.append((mine, *(meter.timed(other, count) for other in others)))
 
-    steps = between_steps()
-    with contextlib.suppress(_Measured):
-        distill_loop(job, worker(meter.device, lambda _: bool(next(steps))))
-    ours, *rates, plain = (bench.sizes.batch / median(taken) for taken in zip(*turns, strict=True))
-    share = flops(bare) * ours / bench.sizes.batch / bench.peaks[bench.precision]
+    run_between(bench.data.job(loss, EPOCH_STEPS // SHARD_STEPS), worker(meter), between_steps())
+    ours, *rates, plain = (batch / median(taken) for taken in zip(*turns, strict=True))
+    share, waits = flops(bare) * ours / batch / bench.peaks[bench.precision], waits_in_a_step(bench, loss)
     for name, rate in zip(paths, rates, strict=True):
-        yield Row(name, "images", ours, rate, share, waits.count / COUNTED_STEPS, difference, ours / plain)
+        yield Row(name, "images", ours, rate, share, waits, difference, ours / plain)
+
+
+def waits_in_a_step(bench: Bench, loss: str) -> float:
+    """With one thread, since on CPUs the loop divides a batch between threads, whose operations are not seen here."""
+    waits = Waits(bench.meter.device)
+
+    def between_steps() -> Iterator[None]:
+        yield from itertools.repeat(None, WARM_STEPS)
+        with waits:
+            yield from itertools.repeat(None, COUNTED_STEPS)
+
+    run_between(bench.data.job(loss, 3), replace(worker(bench.meter), threads=1), between_steps())
+    return waits.count / COUNTED_STEPS
+
+
+def run_between(job: DistillJob, worker: Worker, between_steps: Iterator[None]) -> None:
+    """Run the training loop, and go on with `between_steps` after each of its steps, until that ends."""
+
+    def after(step: int) -> bool:
+        if next(between_steps, _END) is _END:
+            raise _Measured
+        return False
+
+    threads = torch.get_num_threads()
+    with contextlib.suppress(_Measured):
+        distill_loop(job, replace(worker, preempted=after))
+    torch.set_num_threads(threads)
+
+
+_END = object()
 
 
 class _Measured(Exception):

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,10 @@ import torch
 from rich.console import Console
 
 from benchmarks.engine import ALL, measure, parse_options
-from benchmarks.engine_bench import SIZES, TERMS, Data, Waits, new_config, worker, write_data
-from benchmarks.engine_networks import teacher_features
+from benchmarks.engine_bench import SIZES, TERMS, Data, Waits, new_config, write_data
+from benchmarks.engine_networks import run_between, teacher_features
 from raydistill.data.views import view_parameters
-from raydistill.engine.loop import distill_loop
+from raydistill.engine.workers import Worker
 from raydistill.models.teacher import TeacherBackbone, load_teacher
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +48,7 @@ def assert_sound(figures: dict) -> None:
     assert all(rows[name]["share_of_peak"] > 0 for name in rows if name.startswith(("teacher", "student", "rend")))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_ours_and_the_bare_loops_compute_the_same() -> None:
     words = ["--device", "cpu", "--tiny", "--losses", "default", "crd"]
     figures = measure(parse_options(words), Console(quiet=True))
@@ -57,7 +60,8 @@ def test_ours_and_the_bare_loops_compute_the_same() -> None:
 @pytest.mark.slow
 def test_every_loss_is_measured_where_there_is_no_ray(tmp_path) -> None:
     words = [ROOT / "benchmarks" / "engine.py", "--device", "cpu", "--tiny", "--json", "engine.json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # Two threads, with which the loop computes in replicas; they wait without spinning.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "0"}
     subprocess.run([sys.executable, "-c", ALONE, *map(str, words)], cwd=tmp_path, env=environment, check=True)
     figures = json.loads((tmp_path / "engine.json").read_text())
     assert_sound(figures)
@@ -84,17 +88,13 @@ def tiny(root: Path) -> tuple[Data, TeacherBackbone]:
 
 @pytest.mark.parametrize("loss", [pytest.param(loss, marks=on_a_gpu) for loss in ("default", *TERMS)])
 def test_no_step_on_cuda_waits(tmp_path, loss) -> None:
-    def after(step: int) -> bool:
-        if step == 10:
-            torch.cuda.set_sync_debug_mode("error")
-        if step == 20:
-            raise KeyboardInterrupt
-        return False
+    def between_steps() -> Iterator[None]:
+        yield from itertools.repeat(None, 10)
+        torch.cuda.set_sync_debug_mode("error")
+        yield from itertools.repeat(None, 10)
 
-    job = tiny(tmp_path)[0].job(loss, 16)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            distill_loop(job, worker(CUDA, after))
+        run_between(tiny(tmp_path)[0].job(loss, 16), Worker(0, 1, "cuda", 1, lambda step: False), between_steps())
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -102,7 +102,7 @@ def test_no_step_on_cuda_waits(tmp_path, loss) -> None:
 @pytest.mark.parametrize("device", [pytest.param(CUDA, marks=on_a_gpu)])
 def test_the_teacher_on_cuda_gives_the_features_of_the_cpu(tmp_path, device) -> None:
     data, backbone = tiny(tmp_path)
-    images = torch.from_numpy(data.images())
+    images = torch.from_numpy(data.images().copy())
     parameters = torch.from_numpy(view_parameters(data.config.views, 0, data.ids, [0] * len(data.ids)))
     expected = teacher_features(backbone, images, parameters, CPU)
     found = teacher_features(backbone.to(device), images, parameters, device)
