@@ -13,6 +13,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -226,6 +227,62 @@ def test_one_long_label_that_many_rows_share_is_refused_before_they_have_it(tmp_
     path = write_table(tmp_path / name, pa.table({"image": pa.array([b""] * 5000), "label": labels}))
     with pytest.raises(DataError, match=rf"{name}: the column label holds 4,194,304 bytes in one row"):
         list(list_rows(str(path), Counter(), Counter()))  # 20 GB, if each had its own
+
+
+def write_batches(path: Path, dictionaries: list[pa.Array], count: int, **options: Any) -> Path:
+    """Batches of a row, whose labels are the first word of each dictionary in turn."""
+    labels = [pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), words) for words in dictionaries]
+    batches = [pa.record_batch({"image": [b"1"], "label": own}) for own in labels]
+    new = pa.ipc.new_file if path.name.startswith("file") else pa.ipc.new_stream
+    with new(path, batches[0].schema, options=pa.ipc.IpcWriteOptions(compression="zstd", **options)) as writer:
+        for k in range(count):
+            writer.write_batch(batches[k % len(batches)])
+    return path
+
+
+@pytest.mark.parametrize("name", ["file.arrow", "stream.arrow"])
+def test_a_large_dictionary_that_very_many_batches_share_is_refused(tmp_path, name):
+    words = pa.array(["a", "b"] + [""] * 2_000_000)
+    path = write_batches(tmp_path / name, [words], 100)
+    with pytest.raises(DataError, match=rf"{name}: what its batches hold, each with all dictionaries, unpacks to"):
+        count_rows(str(path))
+    assert [row.label for row in list_rows(str(write_batches(path, [words], 5)), Counter(), Counter())] == ["a"] * 5
+
+
+@pytest.mark.parametrize("name", ["file.arrow", "stream.arrow"])
+def test_a_dictionary_that_grows_with_each_batch_counts_each_time(tmp_path, name):
+    words = pa.array(["a"] + [""] * 2_000_000)
+    growing = [pa.concat_arrays([words, pa.array(["b"] * k, pa.string())]) for k in range(20)]
+    path = write_batches(tmp_path / name, growing, 20, emit_dictionary_deltas=True)
+    assert path.stat().st_size < 50_000
+    with pytest.raises(DataError, match=rf"{name}: what its batches hold, each with all dictionaries, unpacks to"):
+        count_rows(str(path))
+    few = [pa.array(["a", "b"]), pa.array(["a", "b", "c"])]
+    path = write_batches(path, few, 2, emit_dictionary_deltas=True)
+    assert [row.label for row in list_rows(str(path), Counter(), Counter())] == ["a", "a"]
+
+
+def test_each_dictionary_of_a_stream_is_looked_at_and_each_batchs_indices(tmp_path):
+    damaged = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(struct.pack("<ii", 0, 1)), pa.py_buffer(b"\xff")]
+    )
+    path = write_batches(tmp_path / "t.arrow", [pa.array(["a"]), damaged], 2)
+    with pytest.raises(DataError, match=r"t\.arrow: .*[Ii]nvalid UTF"):
+        list(list_rows(str(path), Counter(), Counter()))
+    good, none = (pa.DictionaryArray.from_arrays(pa.array([k], pa.int32()), ["a"], safe=False) for k in (0, 9))
+    with pa.ipc.new_stream(path, pa.schema({"image": pa.binary(), "label": good.type})) as writer:
+        for label in (good, good, none):
+            writer.write_batch(pa.record_batch({"image": [b"1"], "label": label}))
+    with pytest.raises(DataError, match=r"t\.arrow: .*out of bounds"):
+        list(list_rows(str(path), Counter(), Counter()))
+
+
+def test_compression_that_the_sizes_do_not_tell_of_is_refused(tmp_path):
+    batch = pa.record_batch({"image": [b"1"], "label": ["a"]})
+    with pa.ipc.new_stream(tmp_path / "t.arrow", batch.schema) as writer:
+        writer.write_batch(batch, custom_metadata={"ARROW:experimental_compression": "zstd"})
+    with pytest.raises(DataError, match=r"t\.arrow: .*compressed as Arrow 0\.17 did"):
+        count_rows(str(tmp_path / "t.arrow"))
 
 
 @pytest.mark.timeout(10)

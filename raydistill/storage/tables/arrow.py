@@ -18,6 +18,7 @@ from raydistill.storage.tables.columns import (
     neutral_schema,
     refuse_extensions,
     refuse_other_types,
+    validate,
 )
 from raydistill.storage.tables.parts import (
     MOST_BYTES,
@@ -74,6 +75,7 @@ class ArrowFile(Parts):
         self._file.seek(0)
         reader = (pa.ipc.open_file if self._is_file else pa.ipc.open_stream)(self._file, options=options)
         parts = read = self._parts_of(wanted)
+        dictionaries = dict[Any, Any]()
         if not self._is_file and len(parts):  # a stream's dictionaries are read with the batch after them
             needed = np.flatnonzero(places[: parts[-1], 0] < places[: parts[-1], 1])
             if not any(pa.types.is_dictionary(self.schema.field(name).type) for name in columns):
@@ -87,9 +89,11 @@ class ArrowFile(Parts):
                 batch = reader.read_next_batch()
             first, end = map(int, starts[part : part + 2])
             if any_of(wanted, first, end):
-                self._refuse_shared(int(places[part, 2] - places[part, 1]), batch.select(list(columns)))
-                batch.validate(full=True)  # offsets that point elsewhere would show other memory
-                yield first, batch.select(list(columns))
+                batch = batch.select(list(columns))
+                self._refuse_shared(int(places[part, 2] - places[part, 1]), batch)
+                for name in columns:  # offsets that point elsewhere would show other memory
+                    validate(batch[name], dictionaries, name)
+                yield first, batch
 
     def _refuse_shared(self, packed: int, batch: pa.RecordBatch) -> None:
         """From the bytes of all rows of a batch in columns whose rows may share theirs. A batch may have its share of
@@ -114,8 +118,8 @@ class ArrowFile(Parts):
 
     def _messages(self) -> Iterator[Message]:
         """The messages of batches and their dictionaries, each of a plausible size."""
-        packed = unpacked = rows = dictionaries = 0
-        in_all = (0, 0)
+        packed = unpacked = rows = dictionaries = held = 0
+        in_all, sizes = (0, 0), dict[int, int]()  # each batch is read with all dictionaries, of these sizes
         if self._is_file:
             found = arrow_headers.blocks(self._file, self._header, self.size)
         else:
@@ -123,18 +127,22 @@ class ArrowFile(Parts):
         for message in found:
             if message.is_batch:
                 own, what, rows = (message.packed, message.unpacked), "a batch", rows + message.rows
-                in_all = in_all[0] + message.packed, in_all[1] + message.unpacked
+                in_all = in_all[0] + message.packed, in_all[1] + message.unpacked + held
                 if max(own) > _MOST_OF_A_BATCH:
                     size = f"{max(own):,} bytes, above {_MOST_OF_A_BATCH:,}"
                     raise DataError(f"{self._shown}: a batch of {size}; write smaller batches")
             else:  # dictionaries stay in memory
                 packed, unpacked, dictionaries = packed + message.packed, unpacked + message.unpacked, dictionaries + 1
                 own, what = (packed, unpacked), "its dictionaries"
+                before = sizes.get(message.dictionary, 0)
+                sizes[message.dictionary] = message.unpacked + before * message.is_delta
+                held += sizes[message.dictionary] - before
+                in_all = in_all[0] + message.packed, in_all[1] + sizes[message.dictionary]  # a delta is a new copy
             if dictionaries > _MOST_DICTIONARIES:
                 raise DataError(f"{self._shown}: more than {_MOST_DICTIONARIES:,} dictionaries; write larger batches")
             if is_bomb(*own):
                 raise bomb(self._shown, what, *own)
             if is_bomb(*in_all, MOST_TIMES_IN_ALL):
-                raise bomb(self._shown, "what its batches hold", *in_all)
+                raise bomb(self._shown, "what its batches hold, each with all dictionaries,", *in_all)
             refuse_many_rows(rows, self.size, self._shown)
             yield message

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 _LONGEST_MESSAGE = 16 << 20
+_OLD_COMPRESSION = b"ARROW:experimental_compression"  # of Arrow 0.17 alone, beside the sizes that are looked at
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Where it begins and ends, its rows, and the bytes of its body, packed and unpacked."""
+    """Where it begins and ends, its rows, the bytes of its body, packed and unpacked, and the dictionary that it is or,
+    as a delta, adds to."""
 
     is_batch: bool  # otherwise a dictionary or a schema
     start: int
@@ -24,6 +26,8 @@ class Message:
     rows: int = 0
     packed: int = 0
     unpacked: int = 0
+    dictionary: int = 0
+    is_delta: bool = False
 
 
 def stream(file: Any, start: int, size: int) -> Iterator[Message]:
@@ -64,6 +68,8 @@ def message(file: Any, start: int, size: int, body: int = 0) -> Message | None:
         raise EOFError(f"a header of {length:,} bytes, where {min(size - start, _LONGEST_MESSAGE):,} are the most")
     file.seek(start + before)
     data, body = _bytes(file, length), body or start + before + length
+    if _OLD_COMPRESSION in data:
+        raise ValueError("it is compressed as Arrow 0.17 did; write it again")
     root = _indirect(data, 0)
     kind, header, packed = (_field(data, root, slot) for slot in (1, 2, 3))
     packed = struct.unpack_from("<q", data, packed)[0] if packed else 0
@@ -72,8 +78,11 @@ def message(file: Any, start: int, size: int, body: int = 0) -> Message | None:
     kind, table = data[kind] if kind else 0, _indirect(data, header)
     if kind not in (2, 3):
         return Message(False, start, body + packed)
+    dictionary, is_delta = 0, False
     if kind == 2:
-        table = _indirect(data, _field(data, table, 1))
+        number, delta = _field(data, table, 0), _field(data, table, 2)
+        dictionary = struct.unpack_from("<q", data, number)[0] if number else 0
+        is_delta, table = bool(delta and data[delta]), _indirect(data, _field(data, table, 1))
     rows, compression = _field(data, table, 0), _field(data, table, 3)
     unpacked = 0
     for at in _vector(data, table, 2, 16):
@@ -86,7 +95,7 @@ def message(file: Any, start: int, size: int, body: int = 0) -> Message | None:
     num_rows = struct.unpack_from("<q", data, rows)[0] if rows else 0
     if num_rows < 0:
         raise ValueError("a batch of less than no rows")
-    return Message(kind == 3, start, body + packed, num_rows, packed, unpacked)
+    return Message(kind == 3, start, body + packed, num_rows, packed, unpacked, dictionary, is_delta)
 
 
 def _indirect(data: bytes, at: int) -> int:

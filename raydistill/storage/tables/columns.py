@@ -28,13 +28,38 @@ def longest(column: Any) -> int:
     """Bytes of the longest text in an array; 0 for other values."""
     types, texts = pa.types, column
     while isinstance(texts, pa.DictionaryArray):
-        texts = texts.dictionary
+        texts = texts.dictionary.take(texts.indices.unique())  # very many batches may have one dictionary
     if types.is_fixed_size_binary(texts.type):
         return int(texts.type.byte_width)
     if types.is_string_view(texts.type) or types.is_binary_view(texts.type):  # Arrow has no function for their lengths
         return max((len(text.as_buffer()) for text in texts if text.is_valid), default=0)
     tests = (types.is_string, types.is_binary, types.is_large_string, types.is_large_binary)
     return (pc.max(pc.binary_length(texts)).as_py() or 0) if any(test(texts.type) for test in tests) else 0
+
+
+def validate(column: Any, known: dict[Any, Any], *place: Any) -> None:
+    """Validates an array of plain values in full, but a dictionary that the `known` one of its place is only once: many
+    batches may have one. Raises pa.ArrowInvalid."""
+    types, kind = pa.types, column.type
+    if types.is_struct(kind):
+        column.validate()
+        for k in range(kind.num_fields):
+            validate(column.field(k), known, *place, k)
+    elif types.is_dictionary(kind) and not types.is_dictionary(kind.value_type):
+        column.validate()
+        column.indices.validate(full=True)
+        own, before = column.dictionary, known.get(place)
+        if before is None or _places(own) != _places(before):
+            own.validate(full=True)
+            known[place] = own
+        pa.DictionaryArray.from_arrays(column.indices, pa.nulls(len(own)))  # compares the indices with the length
+    else:
+        column.validate(full=True)
+
+
+def _places(column: Any) -> list[int]:
+    """Where an array lies in memory. While it is kept, no other array lies there."""
+    return [len(column), column.offset, *(buffer.address if buffer else 0 for buffer in column.buffers())]
 
 
 def bytes_of_views(column: Any) -> int:
