@@ -56,6 +56,8 @@ def job_config(workspace: Path, *more: str) -> RunConfig:
         "tracking.enabled=false",
         "views.per_image=4",
         "distill.val_every=1000",
+        "teacher.precision=fp32",
+        "distill.precision=fp32",
     ]
     return load_config([*words, *more])
 

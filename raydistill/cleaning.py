@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from raydistill.errors import CheckpointError, ConfigError
-from raydistill.storage.directory import absolute_root, folder_bytes
+from raydistill.storage.directory import PRECISION, absolute_root, folder_bytes
 from raydistill.storage.filesystems import read_file
 from raydistill.storage.jobs import DIRECTORY, FOLDER, named_runs, read_jobs, state_of
 from raydistill.storage.lease import is_held
@@ -62,7 +62,7 @@ def _waste_in(root: str, needed: set[str]) -> Iterator[Waste]:
         if _HALF_DELETED.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
             yield Waste(entry.path, "half deleted before", folder_bytes(entry.path))
         elif not re.fullmatch(DIRECTORY, entry.name):
-            yield from _half_written(files_below(entry.path) if entry.name == FOLDER else [entry.path])
+            yield from _half_written(files_below(entry.path) if entry.name in (FOLDER, PRECISION) else [entry.path])
         elif entry.name not in needed:
             size = folder_bytes(entry.path) if entry.is_dir(follow_symlinks=False) else 0
             yield Waste(entry.path, "no job needs it", size, _reason_to_keep(entry.path))

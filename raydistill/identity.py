@@ -15,7 +15,7 @@ from raydistill.config import RunConfig, Teacher, Views, fine_tuning
 from raydistill.data.sample import SampleSet
 from raydistill.data.sources.listing import Listing
 from raydistill.models.fingerprints import content_hash, model_identity, pipeline_identity
-from raydistill.storage.directory import GENERATED, StageDirectory, workspace_root
+from raydistill.storage.directory import GENERATED, PRECISION, StageDirectory, workspace_root
 from raydistill.storage.state import read_state
 
 # Raise the number of a stage if its results change for equal inputs, so that it runs again.
@@ -131,6 +131,19 @@ def teach_generated_directory(config: RunConfig, samples: SampleSet) -> StageDir
 def backbone_name(config: RunConfig) -> str:
     """A short name of the teacher's backbone and its working images."""
     return _short_name([_backbone(config), _pixels(config)])
+
+
+def teacher_pin(root: str, config: RunConfig) -> str:
+    """The file in the workspace `root` of what `teacher.precision: auto` stands for: one for all directories of a
+    teacher, so a head and its soft targets are of one precision."""
+    return f"{root}/{PRECISION}/{_short_name(_backbone(config))}.json"
+
+
+def student_pin(root: str, config: RunConfig) -> str:
+    """The same of a student's training, whoever runs it on however many workers."""
+    student = config.student.model_dump(exclude={"weights"}) | model_identity(config.student)
+    settings = config.distill.model_dump(include={"batch_size", "channels_last"})
+    return f"{root}/{PRECISION}/{_short_name([student, settings, config.distill.body_rate == 0])}.json"
 
 
 def views_name(views: Views, seed: int) -> str:
@@ -251,6 +264,8 @@ def _backbone(config: RunConfig) -> dict[str, Any]:
     identity = teacher.model_dump(include={"revision", "size"}) | model_identity(teacher)
     if teacher.center_crop:
         identity["center_crop"] = True
+    if teacher.precision != "fp32":  # the only one of older versions, whose directories keep their names
+        identity["precision"] = teacher.precision
     if not teacher.model.startswith("timm:"):
         # The native head of a transformers model may read other features than its backbone gives.
         identity["head"] = teacher.head

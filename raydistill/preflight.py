@@ -117,17 +117,25 @@ def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -
     """Build the models now: a wrong name, size or weights show before the run."""
     if undone.isdisjoint({"adapt", "teach", "distill"}):
         return
+    import torch
+
+    from raydistill.engine.precision import refuse_unable
     from raydistill.models.heads import match_native_head
     from raydistill.models.student import build_student, has_batch_norm
     from raydistill.models.teacher import load_teacher
     from raydistill.models.zero_shot import zero_shot_head
 
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if "distill" in undone:
         student = build_student(config.student, len(listing.classes))
         simclr = config.loss.projects_with_batch_norm
         what = f"loss.projection_head={config.loss.projection_head}" if simclr else config.student.model
         _check_batch_norm(config, what, simclr or has_batch_norm(student))
+        if config.cluster.address is None:  # the workers of a cluster try their own devices, and so do its actors
+            refuse_unable("distill.precision", config.distill.precision, here)
     if config.teacher and config.loss.needs_teacher and {"adapt", "teach"} & undone:
+        if config.cluster.address is None:
+            refuse_unable("teacher.precision", config.teacher.precision, here)
         _, head, names = load_teacher(config.teacher)
         if config.teacher.head == "native":
             match_native_head(head, names, listing.classes)

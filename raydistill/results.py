@@ -17,6 +17,7 @@ import pyarrow as pa
 from pydantic import Field, GetPydanticSchema, NonNegativeFloat, NonNegativeInt
 from typing_extensions import TypedDict
 
+from raydistill.config.section import Precision
 from raydistill.data.sample import SampleSet
 
 PREDICTIONS_FILE = "predictions.parquet"
@@ -90,6 +91,7 @@ class AdaptedTeacher:
     chance: float
     l2: float | None
     num_train: int
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,16 @@ class GeneratedImages:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """The result of `teach`."""
+    """The result of `teach`; if a batch was compared with fp32, also the share of equal answers, and the largest
+    difference of a logit."""
 
     path: str
     num_images: int
     num_views: int
     num_features: int
+    precision: Precision = "fp32"
+    equal_in_fp32: Share | None = None
+    largest_difference: NonNegativeFloat | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class StudentCheckpoint:
     batch_size: int
     kept_epoch: int
     kept: str
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True)

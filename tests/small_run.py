@@ -97,7 +97,7 @@ class TinySet:
             "student": {"model": "timm:test_resnet", "size": SIZE},
             "views": {"per_image": NUM_VIEWS, "min_scale": 0.5},
             "loss": {"projection_dim": 8},
-            "distill": {"epochs": 4, "batch_size": 8, "num_workers": 0, "checkpoint_seconds": 0},
+            "distill": {"epochs": 4, "batch_size": 8, "num_workers": 0, "checkpoint_seconds": 0, "precision": "fp32"},
         }
         if not teacher:
             tree |= {"teacher": None}
@@ -161,11 +161,12 @@ def small_job(folder: Path, image_folder: Path, teacher_weights: Path) -> list[s
             "weights": str(teacher_weights),
             "size": 32,
             "allow_near_chance": True,
+            "precision": "fp32",  # timing would decide, and runs are compared bit by bit
         },
         "student": {"model": "timm:test_resnet", "size": 24},
         "views": {"per_image": 2},
         "loss": {"projection_dim": 8},
-        "distill": {"epochs": 3, "batch_size": 16, "num_workers": 0, "checkpoint_seconds": 0},
+        "distill": {"epochs": 3, "batch_size": 16, "num_workers": 0, "checkpoint_seconds": 0, "precision": "fp32"},
         "export": {"allow_useless": True},
         "tracking": {"enabled": False},  # making MLflow's database takes seconds
     }

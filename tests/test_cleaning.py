@@ -298,6 +298,10 @@ def test_what_killed_processes_leave_goes(root: Path) -> None:
     new, half = evaluate / f"student.{PART}", evaluate / f"report.json.{PART}"
     new.write_text("being written")
     old_files = [half, root / f".writable-{'1' * 32}", root / f"jobs/first/runs/0123456789ab.json.{PART}"]
+    old_files.append(root / f"precision/0123456789ab.json.{PART}")
+    (pinned := root / "precision" / "0123456789ab.json").parent.mkdir()
+    pinned.write_text("{}")
+    old(pinned)
     for path in old_files:
         path.write_text("half")
         old(path)
@@ -310,6 +314,7 @@ def test_what_killed_processes_leave_goes(root: Path) -> None:
     assert call("clean", root, "--yes").exit_code == 0
     assert not any(path.exists() for path in (*old_files, begun, root / ".deleted-teach-0123456789ab", steps))
     assert new.exists()
+    assert pinned.exists()
 
 
 def test_a_second_clean_at_the_same_time_ends_well(root: Path) -> None:

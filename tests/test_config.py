@@ -76,7 +76,7 @@ images: {path: "example:elpv", size: 96, fit: pad, classes: classes.txt, val_sha
   max_pixels: 10000, max_bytes: 1000000, shard_size: 32}
 teacher: {model: "hf:owner/name", weights: w.safetensors, revision: 0123456789abcdef, head: native, size: 98,
   class_balanced: true, center_crop: true, batch_size: 8, allow_near_chance: true, prompts: ["a {class}"],
-  fine_tune_epochs: 3, fine_tune_learning_rate: 0.1, fine_tune_batch_size: 32}
+  fine_tune_epochs: 3, fine_tune_learning_rate: 0.1, fine_tune_batch_size: 32, precision: fp16}
 student: {model: "timm:resnet18", init: pretrained, weights: null, revision: main, size: 32}
 loss: {task_weight: 0.5, kd_weight: 0.0, temperature: 0.001, alignment_weight: 0.1, uniformity_weight: 0.0,
   alignment_alpha: 1.0, uniformity_t: 3.0, info_nce_weight: 1.5, crd_weight: [0.5, 1.0], crd_negatives: 8,
@@ -268,7 +268,7 @@ OUT_OF_BOUNDS = {
         max_per_class=0 num_labelled=0 num_unlabelled=-1 max_bad_share=-0.1 max_bad_share=1.1
         max_pixels=0 max_pixels=178956971 max_bytes=0 shard_size=0 allow_missing_val=perhaps
     """,
-    "teacher": "head=linear head=null size=0 size=4096 batch_size=0 fine_tune_batch_size=0",
+    "teacher": "head=linear head=null size=0 size=4096 batch_size=0 fine_tune_batch_size=0 precision=int8",
     "student": "init=pretrain size=7 size=2049",
     "views": """
         per_image=0 per_image=stale per_image=null min_scale=0 min_scale=1.01 max_ratio=0.99

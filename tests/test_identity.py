@@ -91,7 +91,7 @@ EFFECTS = by_change(
     ({"decoded", "prepare"}, "images.max_pixels=1000  images.max_bytes=1000"),
     (TEACHER, """
         teacher.model=timm:resnet18  teacher.weights=example:efficientnet-lite2  teacher.revision=abc
-        teacher.size=64  teacher.center_crop=true
+        teacher.size=64  teacher.center_crop=true  teacher.precision=bf16  teacher.precision=fp32
     """),
     (HEAD, "teacher.head=native  teacher.class_balanced=true"),
     (STUDENT, """
@@ -106,8 +106,8 @@ EFFECTS = by_change(
         student.revision=abc  distill.body_rate=0.5  loss.kd_weight=[1,0]  distill.epochs=3  distill.batch_size=8
         distill.labelled_share=0.5  distill.optimizer=sgd  distill.learning_rate=0.1  distill.weight_decay=0
         distill.momentum=0  distill.schedule=constant  distill.warmup_epochs=1  distill.ema_decay=0.9
-        distill.precision=bf16  distill.channels_last=false  distill.clip_norm=1  distill.val_every=1
-        distill.num_workers=2  distill.keep=last
+        distill.precision=bf16  distill.precision=fp32  distill.channels_last=false  distill.clip_norm=1
+        distill.val_every=1  distill.num_workers=2  distill.keep=last
     """),
     (VIEWS, """
         views.per_image=9  views.min_scale=0.5  views.max_ratio=2  views.flip=0  views.brightness=0.1
@@ -736,3 +736,11 @@ def test_a_workspace_that_cannot_be_written_is_refused(tmp_path):
             workspace_root(config_of(f"workspace={place}"))
     with pytest.raises(ConfigError, match="workspace"):
         check_writable(config_of(f"workspace={tmp_path / 'file' / 'below'}"))
+
+
+def test_a_teacher_in_fp32_has_the_directories_of_before_other_precisions() -> None:
+    """Their content is the same, so a workspace of an older version is used again."""
+    configs = [config_of(f"teacher.precision={name}") for name in ("fp32", "auto", "bf16")]
+    backbones = [json.loads(identity.teach_directory(one, SAMPLES).identity)["backbone"] for one in configs]
+    assert [backbone.get("precision") for backbone in backbones] == [None, "auto", "bf16"]
+    assert backbones[0].keys() == {"revision", "size", "model", "weights"}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raydistill.config.section import Count, Positive, Section, Share, Weight
+from raydistill.config.section import Count, Positive, Precision, Section, Share, Weight
 
 
 class Distill(Section):
@@ -32,8 +32,10 @@ class Distill(Section):
     """Epochs (or a fraction) over which the learning rate rises from zero."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights, which becomes the student; null: none."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast of the student's forward pass; losses stay in fp32."""
+    precision: Precision = "auto"
+    """Autocast of the student's forward pass; losses stay in fp32. `auto`: bf16 where a short measurement of this
+    student's own step shows that it is at least 1.1 times as fast as fp32, else fp32; the workspace keeps the result.
+    fp32 means TF32 on GPUs."""
     channels_last: bool = True
     """Lay images out pixel by pixel: convolutions are faster that way, other layers no slower."""
     clip_norm: Positive | None = None

@@ -17,6 +17,7 @@ from raydistill.data.train_split import Streamed
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.checkpoints import latest_step
 from raydistill.engine.teacher_pool import fresh_views
+from raydistill.identity import teacher_pin
 
 # Steps whose images one Ray task gathers for the stream of fresh views.
 _STEPS_IN_UNIT = 8
@@ -37,7 +38,8 @@ class FreshStream:
         ]
         # After the last step there is nothing to stream, but Ray Data needs a row.
         units, tries = units or [{"first": 0, "steps": 1}], new_tries()
-        return fresh_views(job.config.teacher, _GatherUnit(job, tries), units, self._plan, tries)
+        pin = teacher_pin(job.path.rpartition("/")[0], job.config)
+        return fresh_views(job.config.teacher, _GatherUnit(job, tries), units, self._plan, pin, tries)
 
 
 class _GatherUnit:

@@ -26,13 +26,16 @@ from raydistill.engine.checkpoints import (
     latest_checkpoint,
 )
 from raydistill.engine.distillation_model import BestStudent, DistillationModel
+from raydistill.engine.precision import student_precision
 from raydistill.engine.replicas import replicas_of
 from raydistill.engine.reporter import Reporter
 from raydistill.engine.workarounds import keep_freed_memory
 from raydistill.engine.workers import Worker
 from raydistill.errors import StageError
+from raydistill.identity import student_pin
 from raydistill.losses.crd import ContrastiveMemory, Negatives
 from raydistill.losses.total import distillation_loss
+from raydistill.models.autocast import autocast
 from raydistill.models.from_transformers import TransformersClassifier
 from raydistill.storage.directory import refuse_small_disk
 
@@ -54,6 +57,8 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     if device.type == "cpu" and 1 < worker.threads <= job.batch_size // worker.size // 2:
         model.replicas = replicas_of(model.student, worker.threads)
         torch.set_num_threads(1 if model.replicas else worker.threads)
+    pin, share = student_pin(job.path.rpartition("/")[0], config), max(job.batch_size // worker.size, 1)
+    precision = student_precision(model.student, model.replicas, settings.precision, pin, share, device, layout)
     ema = ModelEmaV3(model.student, decay=settings.ema_decay) if settings.ema_decay else None
     remembers = "crd" in config.loss.terms
     memory = ContrastiveMemory(config.loss.crd_memory, config.loss.projection_dim).to(device) if remembers else None
@@ -63,12 +68,11 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     parts = {"model": model, "ema": None if ema is None else ema.module, "memory": memory, "kept": best}
     modules = {name: module for name, module in parts.items() if module is not None}
     optimizer = _optimizer(settings, model)
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     step, partial, record = _resume(job, modules, optimizer, scaler)
     # transformers models may have a mask token, which never gets a gradient.
     idle = isinstance(model.student.body, TransformersClassifier)
     network = DistributedDataParallel(model, find_unused_parameters=idle) if worker.size > 1 else model
-    autocast = torch.autocast(device.type, _DTYPES[settings.precision], enabled=settings.precision != "fp32")
     if worker.rank == 0:
         need = bytes_to_write(job.path, modules, optimizer)
         refuse_small_disk(config, "distill: its checkpoints", need, "choose another workspace")
@@ -82,7 +86,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             images, labels, features, rows, weights = (_to(device, array) for array in batch.arrays())
             parameters = torch.from_numpy(np.array(batch.parameters_VP))
             views = model.render(images, parameters).contiguous(memory_format=layout)
-            with autocast:
+            with autocast(device, precision):
                 student, teacher = network(views, None if features is None else features.float())
             negatives = memory and _negatives(
                 memory, job, worker, step, (student.projected_BP, teacher.projected_BP, rows, labels)
@@ -152,9 +156,6 @@ def _gather(mine: torch.Tensor, worker: Worker) -> torch.Tensor:
     torch.distributed.all_gather(shares, filled)
     taken = torch.arange(longest, device=mine.device)[:, None] < torch.cat(counts)
     return torch.stack(shares, dim=1)[taken]
-
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _optimizer(settings: Distill, model: DistillationModel) -> torch.optim.Optimizer:

@@ -18,8 +18,9 @@ from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import Restart, trying
 from raydistill.config import RunConfig, Teacher
 from raydistill.data.views import render, to_device
+from raydistill.engine.precision import set_teacher_precision
 from raydistill.errors import StageError
-from raydistill.models.heads import load_head
+from raydistill.models.heads import LinearHead, load_head
 from raydistill.models.teacher import load_teacher
 from raydistill.storage.directory import refuse_small_disk
 
@@ -42,9 +43,10 @@ def teacher_pool(plan: Plan, most_useful: int) -> dict[str, Any]:
 
 
 class TeacherActor:
-    """Holds the teacher for the life of the pool. `tries` are the pool's; None without Ray."""
+    """Holds the teacher for the life of the pool. `pin` is the file of what `precision: auto` stands for; `tries` are
+    the pool's; None without Ray."""
 
-    def __init__(self, teacher: Teacher, threads: int, tries: Any = None) -> None:
+    def __init__(self, teacher: Teacher, threads: int, pin: str, tries: Any = None) -> None:
         self._restart, self._tries = Restart(), tries
         torch.set_num_threads(threads)
         with trying(tries, self._restart.starts(teacher.model)):
@@ -52,7 +54,28 @@ class TeacherActor:
             self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
             # With channels last, convolutions took little more than half the time on CPUs.
             self._backbone.to(self._device, memory_format=torch.channels_last)
+            set_teacher_precision(self._backbone, teacher.precision, pin, teacher.batch_size, self._device)
         self._batch_size = teacher.batch_size
+
+    @property
+    def num_overflowed(self) -> int:
+        return self._backbone.num_overflowed
+
+    def compared(
+        self, head: LinearHead, images_RHHC: np.ndarray, parameters_KRP: np.ndarray, features_KRD: np.ndarray
+    ) -> dict[str, float]:
+        """The answers to the first view of a batch beside those in fp32: how many `answers`, how many `equal`, and the
+        largest `difference` of a logit. Empty if the teacher computes in fp32."""
+        precision, rows = self._backbone.precision, slice(self._batch_size)
+        if precision == "fp32":
+            return {}
+        self._backbone.precision = "fp32"
+        exact_RC = head.logits(self.features(images_RHHC[rows], parameters_KRP[:1, rows])[0])
+        self._backbone.precision = precision
+        logits_RC = head.logits(features_KRD[0, rows])
+        equal_R = logits_RC.argmax(1) == exact_RC.argmax(1)
+        difference = float(np.abs(logits_RC - exact_RC).max())
+        return {"answers": len(equal_R), "equal": int(equal_R.sum()), "difference": difference}
 
     def features(self, images_RHHC: np.ndarray, parameters_KRP: np.ndarray) -> np.ndarray:
         """(K, R, D) float16 features of K views of each image."""
@@ -73,6 +96,7 @@ def fresh_views(
     gather: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
     units: list[dict[str, int]],
     plan: Plan,
+    pin: str,
     tries: Any,
 ) -> ray.data.Dataset:
     """The online path: rows of fresh views with the teacher's features, in the order of `units`, as one long execution,
@@ -82,7 +106,7 @@ def fresh_views(
     )
     return rows.map_batches(
         StreamTeacher,
-        fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads, "tries": tries},
+        fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads, "pin": pin, "tries": tries},
         # One unit at a time, or the whole stream would become one task: on CPUs Ray fuses this with the previous step,
         # whose rows are units, and would gather `batch_size` of them first. With GPUs it needs a number, and does not
         # fuse.

@@ -24,9 +24,10 @@ from raydistill.data.decode import decode
 from raydistill.data.sample import SampleSet, sample_id, shard_name
 from raydistill.data.targets import encode_targets, read_all_targets, read_ids
 from raydistill.data.views import WHOLE_IMAGE, stored_views
+from raydistill.engine.precision import described
 from raydistill.engine.teacher_pool import TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
 from raydistill.generation.recipes import images_in
-from raydistill.identity import backbone_name, views_name
+from raydistill.identity import backbone_name, teacher_pin, views_name
 from raydistill.results import SoftTargets
 from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import StageDirectory, workspace_root
@@ -38,7 +39,7 @@ def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Data
     """Send each file of images from the generators to a teacher actor."""
     return made.map_batches(
         FileTeacher,
-        fn_constructor_kwargs={"config": config, "name": backbone_name(config), "tries": new_tries()},
+        fn_constructor_kwargs=_of_teacher(config),
         batch_size=1,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=1),
@@ -47,14 +48,19 @@ def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Data
     )
 
 
+def _of_teacher(config: RunConfig) -> dict[str, Any]:
+    pin = teacher_pin(workspace_root(config), config)
+    return {"config": config, "name": backbone_name(config), "pin": pin, "tries": new_tries()}
+
+
 class FileTeacher(TeacherActor):
     """Writes the teacher's features of the images in one file beside it: of each whole image and, if `sees_views` and
     generated images are streamed, of each stored view. A repeated call skips written files."""
 
-    def __init__(self, config: RunConfig, name: str, sees_views: bool = True, tries: Any = None) -> None:
+    def __init__(self, config: RunConfig, name: str, pin: str, sees_views: bool = True, tries: Any = None) -> None:
         """`name` stands for the teacher in file names; `tries` is None outside Ray."""
         assert config.teacher is not None
-        super().__init__(config.teacher, threads=1, tries=tries)
+        super().__init__(config.teacher, threads=1, pin=pin, tries=tries)
         self._images, self._seed, self._name = config.images, config.seed, name
         self._views = config.views if sees_views and config.streams_generated else None
 
@@ -118,7 +124,9 @@ def teach_files(
         write_bytes(target, encode_targets(ids, features_KRD))
         width = features_KRD.shape[2]
     assert config.views.per_image != "fresh", "fresh views are not stored"
-    result = SoftTargets(directory.path, len(file_of), config.views.per_image, width)
+    assert config.teacher is not None
+    precision, _ = described(config.teacher.precision, teacher_pin(workspace_root(config), config))
+    result = SoftTargets(directory.path, len(file_of), config.views.per_image, width, precision)
     directory.finish(asdict(result))
     return result
 
@@ -128,7 +136,7 @@ def _teach_missing(config: RunConfig, files: list[str], plan: Plan) -> Iterator[
         dataset = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
         seen = dataset.map_batches(
             FileTeacher,
-            fn_constructor_kwargs={"config": config, "name": backbone_name(config), "tries": new_tries()},
+            fn_constructor_kwargs=_of_teacher(config),
             batch_size=1,
             batch_format="numpy",
             **teacher_pool(plan, len(files)),

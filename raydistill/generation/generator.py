@@ -22,6 +22,7 @@ from PIL import Image
 from raydistill.config import Generate
 from raydistill.errors import ConfigError, reason_of
 from raydistill.generation.pipelines import PipelineFacts
+from raydistill.models.autocast import DTYPES
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class Generator:
 
         diffusers.utils.logging.disable_progress_bar()
         self._settings, self._facts, self._device = settings, facts, device
-        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.dtype]
-        options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "revision": facts.commit}
+        options: dict[str, Any] = {"dtype": DTYPES[settings.dtype], "use_safetensors": True, "revision": facts.commit}
         options["low_cpu_mem_usage"] = False  # otherwise diffusers needs accelerate
         if facts.kind in ("text", "image") and not settings.safety_checker:
             options |= {"safety_checker": None, "requires_safety_checker": False}

@@ -19,8 +19,9 @@ from raydistill.data.sample import SampleSet, sample_id, working_images
 from raydistill.data.targets import read_all_targets, read_samples
 from raydistill.generation.features import FileTeacher, made_images, whole_features, working_image
 from raydistill.generation.recipes import Key, Made
-from raydistill.identity import backbone_name
+from raydistill.identity import backbone_name, teacher_pin
 from raydistill.models.heads import load_head
+from raydistill.storage.directory import workspace_root
 from raydistill.storage.filesystems import exists
 
 
@@ -142,6 +143,7 @@ class Judge:
 
     def __init__(self, config: RunConfig, head: str) -> None:
         self._head, self._config, self._name = load_head(head), config, backbone_name(config)
+        self._pin = teacher_pin(workspace_root(config), config)
         self._read: set[str] = set()
         self._likely: dict[str, np.ndarray] = {}
 
@@ -152,7 +154,7 @@ class Judge:
         for file in sorted(files - self._read):
             place = whole_features(file, self._name)
             if not exists(place):
-                teacher = teacher or FileTeacher(self._config, self._name, sees_views=False)
+                teacher = teacher or FileTeacher(self._config, self._name, self._pin, sees_views=False)
                 teacher({"file": np.array([file])})
             ids, features_1ND = read_all_targets(place)
             logits_NC = torch.from_numpy(self._head.logits(features_1ND[0].astype(np.float32)))

@@ -18,6 +18,7 @@ from torch.nn import functional
 from raydistill.config import Teacher as TeacherConfig
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, reason_of
+from raydistill.models.autocast import autocast
 from raydistill.models.from_transformers import (
     TransformersClassifier,
     last_linear,
@@ -36,12 +37,14 @@ _LONGEST = 10_000  # characters of an output's names, which may be millions in a
 
 class TeacherBackbone(nn.Module):
     """Images to pooled features. It stays frozen and in eval mode: `train()` does nothing, so that batch norm and
-    dropout never change, whatever module contains it."""
+    dropout never change, whatever module contains it. It computes in its `precision`, and gives features in fp32."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = network
         self.preprocessing = preprocessing
+        self.precision = "fp32"
+        self.num_overflowed = 0  # images of batches that were computed again in fp32
         self.requires_grad_(False)
         super().train(False)
 
@@ -50,8 +53,12 @@ class TeacherBackbone(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images_B3SS: torch.Tensor) -> torch.Tensor:
-        features_BD: torch.Tensor = self.network(images_B3SS)
-        return features_BD.float()
+        with autocast(images_B3SS.device, self.precision):
+            features_BD: torch.Tensor = self.network(images_B3SS).float()
+        if self.precision != "fp32" and not features_BD.isfinite().all():
+            self.num_overflowed += len(images_B3SS)
+            return self.network(images_B3SS).float()
+        return features_BD
 
 
 class _TimmFeatures(nn.Module):

@@ -85,6 +85,8 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
         images=tables.by_split(samples),
         refused=_refused(samples),
         stages=_stages(config, outcome),
+        trained=student.precision,
+        taught=outcome.adapted and outcome.adapted.precision,
         exported=outcome.exported,
         files=outcome.exported and tables.files(outcome.exported),
         speeds=outcome.exported and tables.speeds(outcome.exported),

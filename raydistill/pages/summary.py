@@ -31,6 +31,8 @@ def closing_table(config: RunConfig, outcome: Outcome) -> Group:
     for row in _generated_rows(config, outcome):
         results.add_row(*row)
     results.add_row("parameters", f"{report.student_parameters:,}", _number(report.teacher_parameters))
+    if outcome.student is not None:
+        results.add_row("computed in", outcome.student.precision, outcome.adapted.precision if outcome.adapted else "")
     results.add_row("images/s", f"{report.student_images_per_second:,.0f}", _number(report.teacher_images_per_second))
     bills = {stage: read_bill(directory) for stage, directory in outcome.directories.items()}
     on_nodes = any(bill.keys() & {"node_seconds", "images_again"} for bill in bills.values())

@@ -34,7 +34,7 @@ def seconds_per_step(job: DistillJob, threads: int) -> float | None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # The trial of these settings will report an error such as too little memory; other trials may work.
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):
-        distill_loop(dataclasses.replace(job, path=folder), Worker(0, 1, device, threads, count))
+        distill_loop(dataclasses.replace(job, path=f"{folder}/steps"), Worker(0, 1, device, threads, count))
     if device == "cuda":
         torch.cuda.empty_cache()  # for the trials
     gaps = np.diff(ticks)

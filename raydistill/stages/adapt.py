@@ -69,7 +69,8 @@ def adapt_teacher(
         confidence = float(likely_NC.max(axis=1).mean())
     chance = float(np.bincount(val_labels).max() / len(val_labels)) if len(val_labels) else 1 / len(samples.classes)
     directory.write(HEAD_FILE, encode_head(head))
-    result = AdaptedTeacher(directory.path, features.path, accuracy, confidence, chance, l2, len(train[1]))
+    precision = (features.done() or {}).get("precision", "fp32")
+    result = AdaptedTeacher(directory.path, features.path, accuracy, confidence, chance, l2, len(train[1]), precision)
     done = asdict(result)
     del done["features"]  # the config names this directory
     directory.finish(done)
@@ -166,7 +167,8 @@ def adapt(execution: Execution) -> None:
     if adapted.val_accuracy is not None:
         progress.line(
             f"teacher:  val accuracy {adapted.val_accuracy:.3f} (most frequent class: {adapted.chance:.3f}), "
-            f"mean confidence {adapted.val_confidence:.3f}, head from {adapted.num_train} labelled images"
+            f"mean confidence {adapted.val_confidence:.3f}, head from {adapted.num_train} labelled images, computed in "
+            f"{adapted.precision}"
         )
     assert config.teacher is not None
     refuse_near_chance(config.teacher, adapted)
@@ -202,7 +204,7 @@ def _infer(execution: Execution, directory: StageDirectory, splits: tuple[str, .
     def work(_: Any) -> None:
         directory.begin()
         wanted = FeaturePass(execution.config, execution.samples, splits, 0, directory.path)
-        width = write_features(wanted, directory.stage, execution.plan(), execution.progress)
-        directory.finish({"path": directory.path, "num_features": width})
+        done = write_features(wanted, directory.stage, execution.plan(), execution.progress)
+        directory.finish({"num_features": done.num_features, "precision": done.precision})
 
     execution.result(directory, work)

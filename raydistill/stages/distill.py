@@ -16,11 +16,12 @@ from raydistill.engine.batches import DistillJob
 from raydistill.engine.checkpoints import drop_checkpoints, latest_checkpoint, latest_step
 from raydistill.engine.fresh_stream import FreshStream
 from raydistill.engine.loop import distill_loop
+from raydistill.engine.precision import described
 from raydistill.engine.records import drop_epochs_after, note_lost_steps, read_epoch, read_epochs, read_progress
 from raydistill.engine.workers import run_workers
 from raydistill.errors import DataError
 from raydistill.execution import Execution
-from raydistill.identity import distill_directory
+from raydistill.identity import distill_directory, student_pin
 from raydistill.models.student import build_student, has_batch_norm, write_student
 from raydistill.results import Outcome, StudentCheckpoint
 from raydistill.runtime.progress import Progress
@@ -65,12 +66,15 @@ def distill_student(
     epochs = read_epochs(job.path)
     kept_epoch = int(record.get("kept_epoch", job.config.distill.epochs))
     kept = kept_words(job, epochs, kept_epoch)
-    num_parameters = _write_student(job, directory, {"kept_epoch": kept_epoch, "epochs": len(epochs), "kept": kept})
+    precision, words = described(job.config.distill.precision, student_pin(job.path.rpartition("/")[0], job.config))
+    training = {"kept_epoch": kept_epoch, "epochs": len(epochs), "kept": kept, "precision": precision}
+    num_parameters = _write_student(job, directory, training)
     val_accuracy = epochs[kept_epoch - 1].get("val_accuracy")
     result = StudentCheckpoint(
-        directory.path, val_accuracy, num_parameters, job.total_steps, job.batch_size, kept_epoch, kept
+        directory.path, val_accuracy, num_parameters, job.total_steps, job.batch_size, kept_epoch, kept, precision
     )
     progress.line(f"{title:<9} {kept}")
+    progress.line(f"{title:<9} trained in {words}")
     directory.finish(asdict(result))
     drop_checkpoints(job.path)
     for run in directory.fs.names(f"{directory.place}/ray"):

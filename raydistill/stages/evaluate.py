@@ -228,6 +228,10 @@ def evaluate(execution: Execution) -> None:
     parent, student = execution.tracker.parent, outcome.directories["distill"]
     parent.log(metrics)
     parent.note({stage: path.rpartition("/")[2] for stage, path in outcome.directories.items()})
+    assert outcome.student is not None
+    parent.note({"student_precision": outcome.student.precision})
+    if outcome.adapted is not None:
+        parent.note({"teacher_precision": outcome.adapted.precision})
     if "://" not in report.path:
         parent.files([report.path], "evaluate")
         parent.files([f"{student}/student.safetensors", f"{student}/student.json"], "student")

@@ -6,9 +6,10 @@ Shapes: R rows of a shard, N of them not yet taught, K views, H working pixels, 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -17,19 +18,24 @@ import ray.data
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import RunConfig, Teacher, Views
+from raydistill.config.section import Precision
 from raydistill.data.reuse import KnownRows, find_known, read_known
 from raydistill.data.sample import SampleSet, shard_name, working_images
 from raydistill.data.targets import UNLABELLED, encode_targets, read_all_targets, read_ids, read_labels, read_samples
 from raydistill.data.views import WHOLE_IMAGE, stored_views
+from raydistill.engine.precision import described
 from raydistill.engine.teacher_pool import TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
 from raydistill.execution import Execution
 from raydistill.generation.features import teach_files
-from raydistill.identity import taught_before, teach_directory, teach_generated_directory
+from raydistill.identity import taught_before, teach_directory, teach_generated_directory, teacher_pin
+from raydistill.models.heads import load_head
 from raydistill.results import SoftTargets
 from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.filesystems import exists, write_bytes
 from raydistill.storage.tables import values
+
+logger = logging.getLogger(__name__)
 
 
 def stream_soft_targets(
@@ -46,9 +52,9 @@ def stream_soft_targets(
     known = find_known(before) if before else None
     missing = [n for k, n in enumerate(samples.shards["train"]) if not exists(_file(directory.path, "train", k))]
     refuse_large_targets(config, sum(missing), head)
-    wanted = FeaturePass(config, samples, ("train",), views, directory.path, known)
-    width = write_features(wanted, "teach", plan, progress)
-    result = SoftTargets(directory.path, samples.num_rows("train"), views, width)
+    wanted = FeaturePass(config, samples, ("train",), views, directory.path, known, head)
+    done = write_features(wanted, "teach", plan, progress)
+    result = SoftTargets(directory.path, samples.num_rows("train"), views, *done)
     directory.finish(asdict(result))
     return result
 
@@ -56,7 +62,8 @@ def stream_soft_targets(
 @dataclass(frozen=True)
 class FeaturePass:
     """The input of the teacher: `num_views` random views of every row or, with 0, the whole image of every labelled
-    row. It writes one file to `path` for each sample shard. It copies the views of `known` images."""
+    row. It writes one file to `path` for each sample shard. It copies the views of `known` images. With the `head` in a
+    directory, it compares answers with those in fp32."""
 
     config: RunConfig
     samples: SampleSet
@@ -64,21 +71,38 @@ class FeaturePass:
     num_views: int
     path: str
     known: KnownRows | None = None
+    head: str | None = None
+
+    @property
+    def pin(self) -> str:
+        return teacher_pin(self.path.rpartition("/")[0], self.config)
 
 
-def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progress) -> int:
-    """Write the teacher's features, and return their width D.
+class Written(NamedTuple):
+    """The width D of features, their precision and, if answers were compared with those in fp32, the share of `equal`
+    ones and the largest `difference` of a logit."""
+
+    num_features: int
+    precision: Precision
+    equal: float | None = None
+    difference: float | None = None
+
+
+def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progress) -> Written:
+    """Write the teacher's features.
 
     One Ray Data row is one shard: a task reads and decodes it, an actor of the pool renders the views, infers and
     commits the file by rename. So a lost actor or node costs its open shards, and a later run makes only the missing.
     """
+    teacher = wanted.config.teacher
+    assert teacher is not None
     rows = {name: count for name, count in _rows_to_do(wanted).items() if count}
     if not rows:  # the job generates no image
-        return 0
+        return Written(0, teacher.precision)
     missing = [n for n in rows if not exists(_file(wanted.path, *n))]
     each = max(wanted.num_views, 1)
     total, todo = sum(rows.values()) * each, sum(rows[name] for name in missing) * each
-    copied = 0
+    copied, overflowed, compared = 0, 0, dict[str, float]()
     with progress.task(title, total, "views", done=total - todo) as advance:
         for written in _pool(wanted, missing, plan) if missing else ():
             found = int(written["copied"]) * each
@@ -86,9 +110,26 @@ def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progre
             advance(int(written["views"]) - found)
             progress.again(title, int(written["images_again"]), float(written["seconds_again"]))
             copied += int(written["copied"])
+            overflowed += int(written["overflowed"])
+            compared = compared or json.loads(written["compared"])
+    precision, words = described(teacher.precision, wanted.pin)
+    if compared:
+        words += "; {equal} of {answers} answers equal, largest difference of a logit {difference:.2g}".format(
+            **compared
+        )
+    if wanted.head is not None and words != "fp32":
+        progress.line(f"{title:<9} {words}")
+    if overflowed:
+        logger.warning(
+            "%s: %d views were computed again in fp32, because they, or others of their batch, overflow in %s; "
+            "set teacher.precision=bf16 or fp32", title, overflowed, precision,
+        )  # fmt: skip
     if copied:
         progress.line(f"{title:<9} copied the views of {copied:,} images that an earlier run taught")
-    return read_all_targets(_file(wanted.path, *next(iter(rows))))[1].shape[2]
+    width = read_all_targets(_file(wanted.path, *next(iter(rows))))[1].shape[2]
+    if not compared:
+        return Written(width, precision)
+    return Written(width, precision, compared["equal"] / compared["answers"], compared["difference"])
 
 
 def _file(path: str, split: str, shard: int) -> str:
@@ -116,10 +157,10 @@ def _pool(wanted: FeaturePass, shards: list[tuple[str, int]], plan: Plan) -> Ite
         batch_format="numpy",
         num_cpus=plan.load_cpus,
     )
-    teacher = {"teacher": config.teacher, "threads": plan.teacher_threads, "path": wanted.path, "tries": tries}
+    teacher = {"teacher": config.teacher, "threads": plan.teacher_threads, "pin": wanted.pin, "path": wanted.path}
     written = shards_read.map_batches(
         ShardTeacher,
-        fn_constructor_kwargs=teacher,
+        fn_constructor_kwargs=teacher | {"head": wanted.head, "tries": tries},
         batch_size=1,
         batch_format="numpy",
         **teacher_pool(plan, len(shards)),
@@ -162,21 +203,26 @@ class _LoadShard:
 class ShardTeacher(TeacherActor):
     """Makes one target shard in each call. Ray repeats a call whose actor was lost; the repeat skips a written file."""
 
-    def __init__(self, teacher: Teacher, threads: int, path: str, tries: Any = None) -> None:
-        super().__init__(teacher, threads, tries)
-        self._path = path
+    def __init__(
+        self, teacher: Teacher, threads: int, pin: str, path: str, head: str | None = None, tries: Any = None
+    ) -> None:
+        super().__init__(teacher, threads, pin, tries)
+        self._path, self._head = path, None if head is None else load_head(head)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         name, ids = str(batch["shard"][0]), str(batch["sample_ids"][0]).split()
         images_NHHC, parameters_KNP, new_N = batch["images"][0], batch["parameters"][0], batch["new"][0]
         file = f"{self._path}/{name}.safetensors"
-        missing = not exists(file)
+        missing, compared, overflowed = not exists(file), {}, self.num_overflowed
         if missing:
             features_KRD = np.array(batch["known"][0])
             with trying(self._tries, f"shard {name} ({len(ids)} images, {ids[0]} the first)"):
                 if len(new_N):
                     features_KND = self.features(images_NHHC, parameters_KNP)
                     refuse_not_finite(features_KND, [ids[row] for row in new_N])
+                    if self._head is not None:  # the first batch of this actor
+                        compared = self.compared(self._head, images_NHHC, parameters_KNP, features_KND)
+                        self._head = None
                     if not features_KRD.size:
                         features_KRD = np.empty((len(features_KND), len(ids), features_KND.shape[2]), np.float16)
                     features_KRD[:, new_N] = features_KND
@@ -184,6 +230,8 @@ class ShardTeacher(TeacherActor):
         return {
             "views": np.array([len(parameters_KNP) * len(ids)]),
             "copied": np.array([len(ids) - len(new_N)]),
+            "overflowed": np.array([self.num_overflowed - overflowed]),
+            "compared": np.array([json.dumps(compared)]),
             **self._restart.note(len(new_N) * missing),
         }
 

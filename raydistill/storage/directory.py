@@ -24,6 +24,7 @@ from raydistill.storage.local import files_below, make_private, refuse_links
 from raydistill.storage.state import read_state
 
 GENERATED = "generated"  # the folder of the classes' own directories
+PRECISION = "precision"  # the folder of what `precision: auto` stands for
 
 
 class Bill(BaseModel):

@@ -121,7 +121,9 @@ def result_of(done: dict[str, Any], path: str, shape: type[T]) -> T:
 
 def of_another_form(path: str, reason: str) -> CheckpointError:
     folder = path.rpartition("/")[0]
-    whole = path if folder.endswith("/runs") else folder  # beside a job's record are those of its other runs
+    whole = (
+        path if folder.endswith(("/runs", "/precision")) else folder
+    )  # beside it are those of other runs, of other networks
     return CheckpointError(f"{path} is not what raydistill writes ({reason}); delete {whole} and run the command again")
 
 

@@ -37,14 +37,14 @@ def shard_teacher(words: list[str], folder: Path, _: Path) -> Call:
     parameters = np.tile(WHOLE_IMAGE, (1, 2, 4, 1))
     batch = {"shard": np.array(["train-00000"]), "sample_ids": np.array([ids]), "images": images[None]}
     batch |= {"new": np.arange(4)[None], "known": np.empty((1, 0, 4, 0), np.float16)}
-    return ShardTeacher(load_config(words).teacher, 1, str(folder)), {**batch, "parameters": parameters}
+    return ShardTeacher(load_config(words).teacher, 1, "", str(folder)), {**batch, "parameters": parameters}
 
 
 def file_teacher(words: list[str], folder: Path, _: Path) -> Call:
     config = load_config(words)
     image = encode(painted(0, np.random.default_rng(0), 32))
     pq.write_table(pa.table({"image": pa.array([image], pa.binary())}), folder / "made.parquet")
-    return FileTeacher(config, "teacher"), {"file": np.array([f"{folder}/made.parquet"])}
+    return FileTeacher(config, "teacher", ""), {"file": np.array([f"{folder}/made.parquet"])}
 
 
 def generator(words: list[str], folder: Path, pipeline: Path) -> Call:

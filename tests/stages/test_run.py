@@ -377,6 +377,27 @@ def test_half_done_teach_makes_only_what_is_missing(words, progress) -> None:
 
 
 @pytest.mark.usefixtures("taught")
+def test_a_teacher_that_overflows_teaches_in_fp32_and_says_so(words, tmp_path, teacher_weights, caplog) -> None:
+    """The same function as the teacher of the other tests, with inner numbers that fp16 does not hold."""
+    expected = run_stages(load_config(words), Progress(Console(quiet=True)), until="teach")
+    weights = load_file(teacher_weights)
+    for name, power in (("weight", 1), ("running_mean", 1), ("running_var", 2)):
+        weights[f"conv1.{0 if name == 'weight' else 1}.{name}"] *= np.float32(1e6) ** power
+    save_file(weights, tmp_path / "strong.safetensors")
+    more, said = [f"teacher.weights={tmp_path}/strong.safetensors", "teacher.precision=fp16"], io.StringIO()
+    outcome = run_stages(load_config([*words, *more]), Progress(Console(file=said, width=200)), until="teach")
+    assert "teach     fp16; 16 of 16 answers equal, largest difference of a logit 0\n" in said.getvalue()
+    views = 2 * outcome.samples.num_rows("train")
+    assert f"teach: {views} views were computed again in fp32" in caplog.text
+    before, after = expected.directories["teach"], outcome.directories["teach"]
+    done = json.loads(Path(after, "DONE").read_text())
+    assert (done["precision"], done["equal_in_fp32"], done["largest_difference"]) == ("fp16", 1.0, 0.0)
+    for file in Path(before).glob("*.safetensors"):
+        one, other = (load_file(folder / file.name)["features"] for folder in (Path(before), Path(after)))
+        np.testing.assert_allclose(one, other, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.usefixtures("taught")
 def test_a_folder_that_grew_costs_the_teacher_its_new_images(words, tmp_path, image_folder) -> None:
     """The stored features of the smaller set are changed by hand, so that copies of them are known from new ones."""
     said = io.StringIO()

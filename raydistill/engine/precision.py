@@ -1,0 +1,206 @@
+"""The precision of a network's steps. What `auto` stands for is measured once and pinned in the workspace, so that a
+directory never mixes two, whichever processes and machines fill it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat
+from torch.nn import functional
+
+from raydistill.config.section import Precision
+from raydistill.engine.replicas import Replicas
+from raydistill.errors import ConfigError, reason_of
+from raydistill.models.autocast import autocast
+from raydistill.models.student import Student
+from raydistill.models.teacher import TeacherBackbone
+from raydistill.storage.filesystems import create_file, open_filesystem
+from raydistill.storage.local import refuse_links
+from raydistill.storage.state import needed_state, read_state
+
+_LEAST_GAIN = 1.1  # of bf16: digits are not given away for noise
+# A measurement takes about `_SECONDS`, in at most so many rounds; a step of it at most `_STEP_SECONDS`.
+_SECONDS, _STEP_SECONDS, _MOST_ROUNDS = 2.5, 0.25, 9
+
+# Takes a step with so many images in a precision, and gives what has to be finite.
+Step = Callable[[int, str], Iterable[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What `auto` stands for, and why: the medians of a step; None if bf16 fails or is not finite."""
+
+    precision: Literal["fp32", "bf16"]
+    fp32_seconds: PositiveFloat
+    bf16_seconds: PositiveFloat | None
+    device: str
+
+    def __str__(self) -> str:
+        if self.bf16_seconds is None:
+            return "fp32: bf16 gives no finite numbers"
+        gain = self.fp32_seconds / self.bf16_seconds
+        if self.precision == "fp32":
+            return f"fp32: bf16 is only {gain:.2f} times as fast"
+        return f"bf16, {gain:.1f} times as fast as fp32"
+
+
+def described(asked: Precision, pin: str) -> tuple[Precision, str]:
+    """The precision of what was computed as `asked`, and in words how it was chosen. `pin` is the file of what `auto`
+    stands for."""
+    decision = read_state(pin, Decision) if asked == "auto" else None
+    return (asked, asked) if decision is None else (decision.precision, str(decision))
+
+
+def set_teacher_precision(
+    backbone: TeacherBackbone, asked: str, pin: str, batch_size: int, device: torch.device
+) -> None:
+    """Let the teacher, which is on its device, compute as asked. Raises ConfigError: the device cannot."""
+
+    def make_step() -> Step:
+        images = _noise(batch_size, backbone.preprocessing.size, device)
+
+        def step(count: int, precision: str) -> Iterable[torch.Tensor]:
+            with torch.inference_mode(), autocast(device, precision):
+                return [backbone.network(images[:count])]
+
+        return step
+
+    backbone.precision = _settled("teacher.precision", asked, pin, make_step, batch_size, device)
+
+
+def student_precision(
+    student: Student,
+    replicas: Replicas | None,
+    asked: str,
+    pin: str,
+    batch_size: int,
+    device: torch.device,
+    layout: torch.memory_format,
+) -> str:
+    """The precision of training the student on a worker's share of a batch; the student does not change. Raises
+    ConfigError: the device cannot compute as asked."""
+
+    def make_step() -> Step:
+        trial = copy.deepcopy(student).train()
+        network = Replicas(trial, replicas.threads) if replicas else trial
+        images = _noise(batch_size, student.preprocessing.size, device).contiguous(memory_format=layout)
+
+        def step(count: int, precision: str) -> Iterable[torch.Tensor]:
+            trial.zero_grad(set_to_none=True)
+            with autocast(device, precision):
+                logits_VC, _ = network(images[:count])
+            logits_VC.float().logsumexp(1).mean().backward()
+            return [logits_VC, *(p.grad for p in trial.parameters() if p.grad is not None)]
+
+        return step
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of dropout: a step's numbers stay the same
+        least = 2 * replicas.threads if replicas else 2  # images that batch norm needs
+        return _settled("distill.precision", asked, pin, make_step, batch_size, device, least)
+
+
+def _noise(count: int, side: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _settled(
+    key: str, asked: str, pin: str, make_step: Callable[[], Step], batch_size: int, device: torch.device, least: int = 2
+) -> str:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions by default
+    if asked != "auto":
+        refuse_unable(key, asked, device)
+        return asked
+    fs, folder = open_filesystem(pin.rpartition("/")[0])
+    if fs.is_local:
+        refuse_links(folder)
+    decision = read_state(pin, Decision)
+    if decision is None:
+        measured = measure(make_step(), batch_size, device, least)
+        fs.make_folder(folder)
+        with contextlib.suppress(FileExistsError):  # another process was first, and counts
+            create_file(pin, json.dumps(asdict(measured)).encode())
+        decision = needed_state(pin, Decision)
+    refuse_unable(
+        key, decision.precision, device, f" (what auto stands for since {decision.device} measured it: {pin})"
+    )
+    return decision.precision
+
+
+def measure(step: Step, batch_size: int, device: torch.device, least: int = 2) -> Decision:
+    """Time steps in fp32 and bf16 in turn, after warming up, for two to three seconds. A step has `batch_size` images,
+    or fewer, but the `least`, if it would take long."""
+
+    def timed(count: int, precision: str) -> float:
+        started = time.perf_counter()
+        step(count, precision)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    began, count = time.perf_counter(), min(least, batch_size)
+    times: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    usable = _is_finite(step, count)
+    precisions = list(times) if usable else ["fp32"]
+    while True:
+        for precision in precisions:
+            timed(count, precision)  # memory is allocated, kernels are chosen
+        if count == batch_size or max(timed(count, p) for p in precisions) > _STEP_SECONDS / 4:
+            break
+        count = min(4 * count, batch_size)
+    while len(times["fp32"]) < _MOST_ROUNDS:
+        for precision in precisions:
+            times[precision].append(timed(count, precision))
+        if time.perf_counter() - began > _SECONDS:
+            break
+    fp32 = median(times["fp32"])
+    bf16 = median(times["bf16"]) if usable and _is_finite(step, count) else None
+    wins = bf16 is not None and fp32 >= _LEAST_GAIN * bf16
+    return Decision("bf16" if wins else "fp32", fp32, bf16, _name_of(device))
+
+
+def _is_finite(step: Step, count: int) -> bool:
+    """Whether bf16 works, and gives finite numbers."""
+    try:
+        return all(bool(tensor.isfinite().all()) for tensor in step(count, "bf16"))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def refuse_unable(key: str, precision: str, device: torch.device, why: str = "") -> None:
+    """Raises ConfigError: a small convolution and matrix product in this precision, forward and backward, fail on the
+    device. `why` says where the precision comes from."""
+    if precision in ("auto", "fp32"):
+        return
+    try:
+        if (
+            device.type == "cuda"
+            and precision == "bf16"
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            raise RuntimeError("the card has no bf16")
+        with autocast(device, precision):
+            image = torch.ones(2, 8, 8, 8, device=device, requires_grad=True)
+            kernel, matrix = torch.ones(8, 8, 3, 3, device=device), torch.ones(8, 8, device=device)
+            out = functional.linear(functional.conv2d(image, kernel).mean((2, 3)), matrix)
+        out.float().sum().backward()
+        if out.dtype == torch.float32 or not out.isfinite().all():
+            raise RuntimeError("it gives other numbers")
+    except (RuntimeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"{key}={precision}{why}: {_name_of(device)} cannot compute in it ({reason_of(error)}); set {key}=fp32"
+        ) from None
