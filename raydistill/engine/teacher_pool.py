@@ -5,7 +5,9 @@ Shapes: R rows, K views, H working pixels, P parameters of a view, D features.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from raydistill.errors import StageError
 from raydistill.models.heads import LinearHead, load_head
 from raydistill.models.teacher import load_teacher
 from raydistill.storage.directory import refuse_small_disk
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_large_targets(config: RunConfig, num_images: int, head: str) -> None:
@@ -48,13 +52,16 @@ class TeacherActor:
 
     def __init__(self, teacher: Teacher, threads: int, pin: str, tries: Any = None) -> None:
         self._restart, self._tries = Restart(), tries
-        torch.set_num_threads(threads)
+        self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+        # On CPUs a thread for each share of a batch does more than several threads inside each operation.
+        self._threads = 1 if self._device.type == "cuda" else threads
+        torch.set_num_threads(1)
         with trying(tries, self._restart.starts(teacher.model)):
             self._backbone, _, _ = load_teacher(teacher)
-            self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
             # With channels last, convolutions took little more than half the time on CPUs.
             self._backbone.to(self._device, memory_format=torch.channels_last)
-            set_teacher_precision(self._backbone, teacher.precision, pin, teacher.batch_size, self._device)
+            share = -(-teacher.batch_size // self._threads)
+            set_teacher_precision(self._backbone, teacher.precision, pin, share, self._device)
         self._batch_size = teacher.batch_size
 
     @property
@@ -79,16 +86,29 @@ class TeacherActor:
 
     def features(self, images_RHHC: np.ndarray, parameters_KRP: np.ndarray) -> np.ndarray:
         """(K, R, D) float16 features of K views of each image."""
-        backbone, parts = self._backbone, []
-        for first in range(0, len(images_RHHC), self._batch_size):
-            rows = slice(first, first + self._batch_size)
-            images = to_device(torch.from_numpy(np.array(images_RHHC[rows])), self._device)  # Ray's are read-only
+        size = -(-min(self._batch_size, len(images_RHHC)) // self._threads)
+        shares = [slice(first, first + size) for first in range(0, len(images_RHHC), size)]
+        with ThreadPoolExecutor(self._threads) as pool:
+            seen = pool.map(lambda rows: self._seen(images_RHHC[rows], parameters_KRP[:, rows]), shares)
+            return np.concatenate(list(seen), axis=1)
+
+    def _seen(self, images_RHHC: np.ndarray, parameters_KRP: np.ndarray) -> np.ndarray:
+        """The features of a batch, in halves if it does not fit into the device's memory."""
+        backbone, half = self._backbone, len(images_RHHC) // 2
+        try:
+            images = to_device(torch.from_numpy(np.array(images_RHHC)), self._device)  # a copy: Ray's are read-only
             views = (
-                render(images, torch.from_numpy(np.array(one_RP[rows])), backbone.preprocessing)
-                for one_RP in parameters_KRP
+                render(images, torch.from_numpy(np.array(one_RP)), backbone.preprocessing) for one_RP in parameters_KRP
             )
-            parts.append(torch.stack([backbone(view).half() for view in views]).cpu().numpy())
-        return np.concatenate(parts, axis=1)
+            return torch.stack([backbone(view).half() for view in views]).cpu().numpy()
+        except torch.OutOfMemoryError:
+            if not half:
+                raise
+        if half < self._batch_size:
+            self._batch_size = half
+            logger.warning("the teacher takes %d images at a time: more do not fit into its memory", half)
+        halves = slice(half), slice(half, None)
+        return np.concatenate([self._seen(images_RHHC[rows], parameters_KRP[:, rows]) for rows in halves], axis=1)
 
 
 def fresh_views(
