@@ -65,7 +65,9 @@ def write_shard(
 class TinySet:
     """Writes a sample set with soft targets that know the class, and makes jobs on it."""
 
-    def __init__(self, root: Path, num_train: int, labelled: int | None = None, shard_size: int = 16) -> None:
+    def __init__(
+        self, root: Path, num_train: int, labelled: int | None = None, shard_size: int = 16, size: int = SIZE
+    ) -> None:
         self.root, rng = root, np.random.default_rng(0)
         labelled = num_train if labelled is None else labelled
         (root / "samples").mkdir(parents=True)
@@ -76,7 +78,7 @@ class TinySet:
             sizes = []
             for k, first in enumerate(range(0, count, shard_size)):
                 truth = [(first + i) % len(CLASSES) for i in range(min(shard_size, count - first))]
-                images = [painted(t, rng).tobytes() for t in truth]
+                images = [painted(t, rng, size).tobytes() for t in truth]
                 shown = [t if split != "train" or first + i < labelled else None for i, t in enumerate(truth)]
                 ids = write_shard(root / "samples", shard_name(split, k), images, shown)
                 features = centres[truth] + rng.normal(0, 0.1, (NUM_VIEWS, len(ids), NUM_FEATURES))
@@ -88,7 +90,7 @@ class TinySet:
         self.head = LinearHead(3 * centres.astype(np.float32), np.zeros(len(CLASSES), np.float32))
         (root / "adapt" / "head.safetensors").write_bytes(encode_head(self.head))
         self.samples = SampleSet(
-            str(root / "samples"), CLASSES, SIZE, shards, {"train": labelled, "val": 12, "test": 0}, 0, {}, {}
+            str(root / "samples"), CLASSES, size, shards, {"train": labelled, "val": 12, "test": 0}, 0, {}, {}
         )
 
     def job(self, name: str, teacher: bool = True, **sections: dict[str, object]) -> DistillJob:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from raydistill.models.from_transformers import keeps_outputs
 from raydistill.models.student import Student
 
 Part = tuple[torch.Tensor, torch.Tensor]
@@ -78,8 +79,10 @@ class Replicas:
 
 
 def replicas_of(student: Student, threads: int) -> Replicas | None:
-    """Replicas, if they do what the student does. A network that draws random numbers, like dropout, does not, nor does
-    one that looks at the whole batch elsewhere than in batch norm."""
+    """Replicas, if they do what the student does. They do not if it draws random numbers, like dropout, looks at the
+    whole batch elsewhere than in batch norm, or keeps what it computes."""
+    if keeps_outputs(student):
+        return None
     size = student.preprocessing.size
     images = torch.rand(2 * threads, 3, size, size, generator=torch.Generator().manual_seed(0))
     alone, together = (copy.deepcopy(student).train() for _ in range(2))

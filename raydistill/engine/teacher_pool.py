@@ -22,6 +22,7 @@ from raydistill.config import RunConfig, Teacher
 from raydistill.data.views import render, to_device
 from raydistill.engine.precision import set_teacher_precision
 from raydistill.errors import StageError
+from raydistill.models.from_transformers import keeps_outputs
 from raydistill.models.heads import LinearHead, load_head
 from raydistill.models.teacher import load_teacher
 from raydistill.storage.directory import refuse_small_disk
@@ -53,11 +54,12 @@ class TeacherActor:
     def __init__(self, teacher: Teacher, threads: int, pin: str, tries: Any = None) -> None:
         self._restart, self._tries = Restart(), tries
         self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-        # On CPUs a thread for each share of a batch does more than several threads inside each operation.
-        self._threads = 1 if self._device.type == "cuda" else threads
-        torch.set_num_threads(1)
         with trying(tries, self._restart.starts(teacher.model)):
             self._backbone, _, _ = load_teacher(teacher)
+            # On CPUs a thread for each share of a batch does more than several threads inside each operation.
+            shares = self._device.type == "cpu" and not keeps_outputs(self._backbone)
+            self._threads = threads if shares else 1
+            torch.set_num_threads(1 if shares else threads)
             # With channels last, convolutions took little more than half the time on CPUs.
             self._backbone.to(self._device, memory_format=torch.channels_last)
             share = -(-teacher.batch_size // self._threads)

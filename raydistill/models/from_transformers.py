@@ -22,6 +22,12 @@ from raydistill.models.weight_shards import check_settings
 from raydistill.models.weights import checked, known_interpolation, refusing_odd_input
 
 
+def keeps_outputs(network: nn.Module) -> bool:
+    """Whether a forward pass leaves something in the network, as those of transformers do, so that threads cannot share
+    it."""
+    return any(isinstance(module, transformers.PreTrainedModel) for module in network.modules())
+
+
 class Recorder:
     """A forward pre-hook that stores a layer's input. It is an object, not a closure, so that a copy of the network,
     such as an average of its weights, has its own recorder."""

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from raydistill.config import Student as StudentConfig
 from raydistill.data.views import Preprocessing
@@ -141,3 +142,10 @@ def test_training_with_two_threads_follows_training_with_one(tiny_set, loss):
         for threads in (1, 2)
     ]
     assert records[0]["loss"] == pytest.approx(records[1]["loss"], rel=1e-2)
+
+
+def test_networks_of_transformers_which_keep_their_outputs_have_none():
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3, layer_type="basic")
+    network = Network(nn.BatchNorm2d(6))
+    network.inner = ResNetForImageClassification(config)
+    assert replicas_of(network, 2) is None

@@ -102,7 +102,10 @@ def in_this_process(monkeypatch, progress):
 @pytest.fixture
 def samples(make_set) -> SampleSet:
     """Nine labelled train images, six val ones."""
-    made = make_set("samples", num_train=9, labelled=9).samples
+    return sample_set(make_set("samples", num_train=9, labelled=9).samples)
+
+
+def sample_set(made: SampleSet) -> SampleSet:
     return dataclasses.replace(
         made, ids=dict.fromkeys(("train", "val", "test"), "i"), labels=dict.fromkeys(("train", "val", "test"), "l")
     )
@@ -369,9 +372,10 @@ def with_test_split(samples: SampleSet, config: RunConfig, files: list[bytes]) -
 
 @pytest.mark.parametrize("size", [16, 32])
 def test_a_copy_of_a_test_image_is_rejected_whatever_the_working_size(
-    generating, in_this_process, samples, tmp_path, size
+    generating, in_this_process, make_set, tmp_path, size
 ) -> None:
     """The pipeline makes 16 pixels."""
+    samples = sample_set(make_set("samples of a size", num_train=9, labelled=9, size=size).samples)
     config = load_config([*generating, *NO_TEACHER, f"images.size={size}", "generate.attempts=1"])
     plain = in_this_process(config, samples)
     assert sum(plain.kept.values()) == 18
@@ -524,7 +528,7 @@ def test_every_class_has_a_contact_sheet(tmp_path) -> None:
     keys = [(name, 0, 0) for name in names]
     chosen = Chosen(dict.fromkeys(keys[1:], 1.0), dict.fromkeys(keys, "kept") | {keys[0]: "not finite"}, None, [], {})
     directory = StageDirectory(str(tmp_path), "generate", "")
-    picture = encode(Image.new("RGB", (8, 8)))
+    picture = Image.new("RGB", (8, 8))
     draw_sheets(directory, names, dict.fromkeys(keys, one), chosen, dict.fromkeys(keys[1:], picture))
     assert {p.name for p in tmp_path.iterdir()} == {f"sheet-{k:03d}.png" for k in range(103)}
 
