@@ -52,6 +52,10 @@ class StudentMetadata(BaseModel):
     classes: Annotated[list[str], Field(min_length=1, max_length=2**20)]
     preprocessing: NetworkInput
     image: WorkingImage
+    training: dict[str, int | float | str | None] | None = None  # which epoch this is, and why
+
+    def as_written(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
 
 
 class ExportMetadata(StudentMetadata):
@@ -75,7 +79,7 @@ def read_metadata(folder: str) -> dict[str, Any]:
                 raise ConfigError(
                     f"{shown}/{METADATA_FILE} lacks {', '.join(sorted(lacking))}; export the student again"
                 )
-        return parsed(data, ExportMetadata).model_dump()
+        return parsed(data, ExportMetadata).model_dump(exclude={"training"})
     except FileNotFoundError:
         raise ConfigError(f"{shown} is not an exported student: it has no {METADATA_FILE}; {advice}") from None
     except (OSError, ValueError) as error:

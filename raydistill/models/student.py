@@ -42,6 +42,7 @@ from raydistill.storage.filesystems import read_bytes
 from raydistill.storage.state import needed_state
 from raydistill.storage.tensors import bounded
 
+_MOST_OWN_SIZE = 640  # pixels that a model of transformers may take without student.size: any folder may name any
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -170,6 +171,8 @@ def _build_transformers(config: StudentConfig, name: str, num_classes: int) -> S
         preprocessing = Preprocessing(side, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
     else:
         preprocessing = transformers_preprocessing(folder, config.size, what)
+    if config.size is None and preprocessing.size > _MOST_OWN_SIZE:
+        raise ConfigError(f"{what} takes {preprocessing.size} pixels, above {_MOST_OWN_SIZE}; set student.size")
     return Student(classifier, preprocessing)
 
 
@@ -207,14 +210,18 @@ def read_student(folder: str, of: StudentConfig | None = None) -> tuple[Student,
         about = needed_state(f"{folder}/{STUDENT_FILE}", StudentMetadata)
         weights = load(bounded(read_bytes(f"{folder}/student.safetensors")))
         classes, preprocessing = tuple(about.classes), Preprocessing(**dict(about.preprocessing))
-        if of is not None and (about.model, preprocessing.size) != (of.model, of.size or preprocessing.size):
-            raise ValueError(
-                f"it is {about.model} at {preprocessing.size}, the job's is {of.model} at {of.size} pixels"
-            )
+        size = preprocessing.size if of is None else of.size
+        if of is not None and (about.model, preprocessing.size) != (of.model, size or preprocessing.size):
+            raise ValueError(f"it is {about.model} at {preprocessing.size}, the job's is {of.model} at {size} pixels")
         sizes = [tensor.numel() for tensor in weights.values()]
         if dict(about)["library"] == "timm":
             with no_larger_than(sizes, folder, len(classes)):
-                student = build_student(StudentConfig(model=about.model, size=preprocessing.size), len(classes))
+                student = build_student(StudentConfig(model=about.model, size=size), len(classes))
+            if student.preprocessing.size != preprocessing.size:
+                own = student.preprocessing.size
+                raise ValueError(f"it is {about.model} at {preprocessing.size}, the model's own size is {own} pixels")
+        elif size is None and preprocessing.size > _MOST_OWN_SIZE:
+            raise ValueError(f"{preprocessing.size} pixels, above {_MOST_OWN_SIZE}, without student.size")
         else:
             student = _empty_transformers(folder, len(classes), preprocessing, sizes)
         student.preprocessing = preprocessing

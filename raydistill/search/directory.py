@@ -8,6 +8,7 @@ from typing import Any
 
 from raydistill.config import RunConfig
 from raydistill.data.sources.listing import list_images
+from raydistill.escaping import shortened
 from raydistill.identity import stage_directory
 from raydistill.runtime.progress import Progress
 from raydistill.search.distribution import Distribution
@@ -16,7 +17,7 @@ from raydistill.secrets import redacted_tree, without_secrets
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import needed_state
 
-_MOST_LINES = 50  # of what changed
+_MOST_LINES, _MOST_COMPARED = 50, 2000  # of what changed, and of the identities, which may be untrusted
 
 
 def trained_settings(config: RunConfig) -> Any:
@@ -58,12 +59,14 @@ def _differences(config: RunConfig, directory: StageDirectory) -> list[str]:
     for path in sorted(paths, key=fs.modified, reverse=True):
         other = needed_state(f"{directory.path.rpartition('/')[0]}{path.removeprefix(root)}", dict[str, Any])
         if (other.get("config"), other.get("files")) == (mine["config"], mine["files"]):
-            before, after = (json.dumps({k: t.get(k) for k in ("format", "space", "tune")}, indent=1).splitlines()
-                             for t in (other, mine))  # fmt: skip
+            before, after = (
+                json.dumps({k: t.get(k) for k in ("format", "space", "tune")}, indent=1).splitlines()[:_MOST_COMPARED]
+                for t in (other, mine)
+            )
             changes = list(difflib.unified_diff(before, after, n=0, lineterm=""))[3:]
             shown = [line for line in changes if not line.startswith("@@")]
             if len(shown) > _MOST_LINES:
                 shown = [*shown[:_MOST_LINES], f"and {len(shown) - _MOST_LINES:,} more lines"]
             return [f"tune: a new search, since this changed from the one in {path.rpartition('/')[0]}:",
-                    *(f"  {line}" for line in shown)]  # fmt: skip
+                    *(f"  {shortened(line, 500)}" for line in shown)]  # fmt: skip
     return []

@@ -42,7 +42,7 @@ from raydistill.models.formats import (
     to_program,
     torch_run,
 )
-from raydistill.models.metadata import METADATA_FILE
+from raydistill.models.metadata import METADATA_FILE, ExportMetadata, StudentMetadata
 from raydistill.models.onnx_files import onnx_run
 from raydistill.models.picture_classifier import PictureClassifier
 from raydistill.models.student import Student, TimmClassifier, read_student
@@ -138,11 +138,15 @@ def _ship(
 
 def record_model(config: RunConfig, exported: Exported, tracker: Tracker) -> None:
     """Log the ONNX file to MLflow as a model."""
-    about = needed_state(f"{exported.path}/{METADATA_FILE}", dict[str, Any])
-    side = about["image"]["size"] if about["input"] == "pixels" else about["preprocessing"]["size"]
-    white = np.full((1, side, side, 3), 255, np.uint8)
-    example = white if about["input"] == "pixels" else np.zeros((1, 3, side, side), np.float32)
-    tracker.log_model(f"{exported.path}/model.onnx", example, about, config.export.register_as)
+    if not config.tracking.enabled:
+        return
+    about = needed_state(f"{exported.path}/{METADATA_FILE}", ExportMetadata)
+    if config.export.preprocessing:
+        example = np.full((1, config.images.size, config.images.size, 3), 255, np.uint8)
+    else:
+        side = config.student.size or about.preprocessing.size
+        example = np.zeros((1, 3, side, side), np.float32)
+    tracker.log_model(f"{exported.path}/model.onnx", example, about.as_written(), config.export.register_as)
 
 
 def push_to_hub(folder: str, repository: str) -> None:
@@ -166,8 +170,8 @@ def push_to_hub(folder: str, repository: str) -> None:
 def student_metadata(path: str, from_pixels: bool, images: Images) -> dict[str, Any]:
     """What a program needs to use the exported files: the classes, how a picture becomes a working image, and the input
     of the graphs: `pixels`, working images (B, H, H, 3) uint8, or `normalised` images (B, 3, S, S) float32."""
-    about = needed_state(f"{path}/{STUDENT_FILE}", dict[str, Any])
-    image = about["image"] | images.model_dump(include={"max_pixels", "max_bytes"})
+    about = needed_state(f"{path}/{STUDENT_FILE}", StudentMetadata).as_written()
+    image = images.model_dump(include={"size", "fit", "max_pixels", "max_bytes"})
     return about | {"image": image, "input": "pixels" if from_pixels else "normalised"}
 
 

@@ -656,6 +656,19 @@ def test_a_student_that_is_not_the_jobs_is_refused_before_it_is_built(tmp_path, 
         read_student(str(folder), config)
 
 
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_without_a_size_in_the_job_the_models_own_counts(hf_folder, tmp_path, library):
+    config = StudentConfig(model="timm:test_resnet" if library == "timm" else hf_folder("ViT"), size=None)
+    folder = save_student(tmp_path / "student", config, CLASSES)
+    about = json.loads((folder / "student.json").read_text())
+    assert read_student(str(folder), config)[0].preprocessing.size == about["preprocessing"]["size"]
+    for size in (*([about["preprocessing"]["size"] * 2] if library == "timm" else []), 2048):
+        about["preprocessing"]["size"] = size
+        (folder / "student.json").write_text(json.dumps(about))
+        with pytest.raises(CheckpointError, match=rf"{folder} holds no complete student \(.*{size}.*pixels"):
+            read_student(str(folder), config)
+
+
 def test_a_students_folder_is_no_name_of_a_student(hf_folder, tmp_path):
     """The way to go on from one is said."""
     config = StudentConfig(model="timm:test_resnet", size=32)

@@ -25,12 +25,13 @@ from raydistill.config.baselines import OVERLAYS
 from raydistill.data import sample
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.targets import UNLABELLED, read_samples
-from raydistill.errors import ConfigError, StageError, UselessStudentError
+from raydistill.errors import CheckpointError, ConfigError, StageError, UselessStudentError
 from raydistill.inference.predict import Predictor, find_units, predict_locally
 from raydistill.models.formats import network_inputs
 from raydistill.models.student import Student, read_student, split_logits
 from raydistill.pages.card import int8_words, snippets
 from raydistill.pages.report import write_report
+from raydistill.results import Exported
 from raydistill.run import run_stages
 from raydistill.stages import export
 from tests.models.conftest import classifier
@@ -51,6 +52,33 @@ def expected_logits(samples, checkpoint: str) -> np.ndarray:
 
 def onnx_logits(file: Path, inputs: np.ndarray) -> np.ndarray:
     return onnxruntime.InferenceSession(file).run(["logits"], {"images": inputs})[0]
+
+
+class Logged:
+    """A tracker that keeps what it is given."""
+
+    def log_model(self, file: str, example: np.ndarray, about: dict, register_as: str | None) -> None:
+        self.example, self.about = example, about
+
+
+@pytest.mark.parametrize("in_graph", [True, False])
+def test_a_model_is_recorded_at_the_jobs_size_whatever_a_shared_workspace_says(tmp_path, in_graph):
+    words = [f"export.preprocessing={in_graph}", "images.size=24", "student.size=32", f"workspace={tmp_path}"]
+    config, exported = load_config(["images.path=x", *words]), Exported(str(tmp_path), {}, {}, None, {})
+    about = {
+        "model": "timm:test_resnet", "library": "timm", "classes": ["a", "b"],
+        "preprocessing": {"size": 2048, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
+        "image": {"size": 2048, "fit": "crop"}, "training": {"kept_epoch": 3, "kept": "the last"}, "input": "pixels",
+    }  # fmt: skip
+    (tmp_path / "raydistill.json").write_text(json.dumps(about))
+    export.record_model(config, exported, logged := Logged())
+    assert logged.example.shape == ((1, 24, 24, 3) if in_graph else (1, 3, 32, 32))
+    assert json.loads(json.dumps(logged.about)) == about
+    for damaged in (about | {"image": {"size": 30_000, "fit": "crop"}}, {"classes": []}, about | {"training": [1]}):
+        (tmp_path / "raydistill.json").write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match=rf"{tmp_path}/raydistill\.json is not what raydistill writes"):
+            export.record_model(config, exported, logged)
+        export.record_model(load_config(["images.path=x", "tracking.enabled=false", *words]), exported, logged)
 
 
 @pytest.mark.parametrize("model", ["timm:test_resnet", "timm:test_vit"])
