@@ -29,34 +29,46 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so it runs as a file, too
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the command does, before torch loads
 
+import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engine_bench import DTYPES, SIZES, TERMS, Bench, Meter, Row, new_config, write_data
+from benchmarks.engine_bench import DTYPES, SIZES, TERMS, Bench, Meter, Row, new_config, worker, write_data
 from benchmarks.engine_data import copying_row, drawing_row, reading_row, rendering_row
-from benchmarks.engine_networks import generation_row, student_rows, teacher_rows
-from raydistill.models.teacher import load_teacher
+from benchmarks.engine_networks import generation_row, run_between, student_rows, teacher_rows
+from raydistill.data.views import WHOLE_IMAGE
+from raydistill.engine.frozen_teacher import FrozenTeacher
+from raydistill.engine.precision import described
+from raydistill.identity import student_pin, teacher_pin
 
 STDOUT = 1  # its file descriptor
 ALL = ("default", *TERMS)
 
 
-def all_rows(root: Path, options: argparse.Namespace) -> Iterator[Row]:
+def new_bench(root: Path, options: argparse.Namespace) -> tuple[Bench, FrozenTeacher]:
+    """What is measured, and the teacher. What a precision of `auto` stands for is settled as in a run."""
     meter, sizes = Meter(options), SIZES["tiny" if options.tiny else options.device]
     config = new_config(root, sizes, options.precision)
     assert config.teacher is not None
-    backbone = load_teacher(config.teacher).backbone
-    width = backbone(torch.zeros(1, 3, sizes.teacher_side, sizes.teacher_side)).shape[1]
-    backbone.to(meter.device, memory_format=torch.channels_last)
-    precisions = {"fp32", "bf16" if options.device == "cuda" else "fp32", options.precision}
-    peaks = {precision: meter.peak(sizes.matmul, precision) for precision in precisions}
-    bench = Bench(meter, sizes, write_data(root, config, sizes, width), options.precision, peaks, options.compile)
-    for precision, peak in sorted(peaks.items()):
+    with meter.all_threads():
+        teacher = FrozenTeacher(config.teacher, meter.device, meter.threads, teacher_pin(str(root), config))
+    one = np.zeros((1, sizes.side, sizes.side, 3), np.uint8)
+    data = write_data(root, config, sizes, teacher.features(one, WHOLE_IMAGE[None, None]).shape[-1])
+    run_between(data.job("default", 2), worker(meter), iter(()))
+    settled = described(options.precision, teacher_pin(str(root), config))[0]
+    student = described(options.precision, student_pin(str(root), config))[0]
+    needed = {"fp32", "bf16" if options.device == "cuda" else "fp32", settled, student}
+    peaks = {precision: meter.peak(sizes.matmul, precision) for precision in sorted(needed)}
+    return Bench(meter, sizes, data, settled, student, peaks, options.compile), teacher
+
+
+def all_rows(bench: Bench, teacher: FrozenTeacher, losses: Sequence[str]) -> Iterator[Row]:
+    for precision, peak in bench.peaks.items():
         yield Row(f"peak, {precision}", "TFLOP", peak / 1e12)
-    yield from teacher_rows(bench, backbone)
-    for loss in options.losses:
+    yield from teacher_rows(bench, teacher)
+    for loss in losses:
         yield from student_rows(bench, loss)
     for row in (drawing_row, rendering_row, reading_row, copying_row, generation_row):
         yield row(bench)
@@ -66,11 +78,13 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Prints each ratio and the table, and gives what --json writes."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for row in all_rows(Path(scratch), options):
+        bench, teacher = new_bench(Path(scratch), options)
+        for row in all_rows(bench, teacher, options.losses):
             rows.append(row)
             console.print(f"{row.name}: {row.note or _shown(row.ratio or row.ours, '.3g')}")
     name = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
-    console.print(_table(rows, f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"))
+    precisions = f"teacher in {bench.teacher_precision}, student in {bench.precision}"
+    console.print(_table(rows, f"{name}, {bench.meter.threads} threads, torch {torch.__version__}; {precisions}"))
     ratios = {row.name: row.ratio for row in rows}
     return {
         "teach_ratio": ratios["teacher"],
@@ -79,7 +93,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         "shard_read_speedup": ratios["reading shards"],
         "view_draw_speedup": ratios["drawing views"],
         "device": name,
-        "precision": options.precision,
+        "precision": {"teacher": bench.teacher_precision, "student": bench.precision},
         "rows": [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows],
     }
 
@@ -107,14 +121,13 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--losses", nargs="+", choices=ALL, default=ALL, help="of the student; all of them if not given"
     )
-    parser.add_argument("--precision", choices=DTYPES, help="of the student; bf16 on a GPU, else fp32")
+    parser.add_argument("--precision", choices=("auto", *DTYPES), default="auto", help="of teacher and student")
     parser.add_argument("--seconds", type=float, help="of one turn; 0.5, or 0 with --tiny")
     parser.add_argument("--repeats", type=int, help="turns; 5, or 1 with --tiny")
     parser.add_argument(
         "--json", nargs="?", const=STDOUT, metavar="FILE", help="write the figures; without FILE, to stdout"
     )
     options = parser.parse_args(words)
-    options.precision = options.precision or ("bf16" if options.device == "cuda" else "fp32")
     options.seconds = options.seconds if options.seconds is not None else 0.0 if options.tiny else 0.5
     options.repeats = options.repeats or (1 if options.tiny else 5)
     return options

@@ -226,7 +226,8 @@ def new_config(root: Path, sizes: Sizes, precision: str) -> RunConfig:
     distill = {"batch_size": sizes.batch, "schedule": "constant", "keep": "last", "precision": precision}
     tree: dict[str, Any] = {
         "images": {"path": "unused", "size": sizes.side},
-        "teacher": {"model": f"timm:{sizes.teacher}", "weights": str(weights), "size": sizes.teacher_side},
+        "teacher": {"model": f"timm:{sizes.teacher}", "weights": str(weights), "size": sizes.teacher_side}
+        | {"batch_size": sizes.batch, "precision": precision},
         "student": {"model": f"timm:{sizes.student}", "size": sizes.student_side},
         "views": {"per_image": VIEWS, "min_scale": 0.35},
         "distill": distill | {"cache": "memory", "checkpoint_seconds": 1e6},
@@ -278,6 +279,7 @@ class Bench:
     meter: Meter
     sizes: Sizes
     data: Data
+    teacher_precision: str
     precision: str  # of the student
     peaks: dict[str, float]
     compiles: bool

@@ -18,52 +18,51 @@ from torch import nn
 
 from benchmarks.engine_bench import CLASSES, DTYPES, EPOCH_STEPS, SHARD_STEPS, Bench, Row, Waits, apart, flops, worker
 from raydistill.config import Generate
-from raydistill.data.views import Preprocessing, render, view_parameters
+from raydistill.data.views import Preprocessing, render, stored_views
 from raydistill.engine.batches import DistillJob, read_batches
 from raydistill.engine.distillation_model import DistillationModel
+from raydistill.engine.frozen_teacher import FrozenTeacher
 from raydistill.engine.loop import distill_loop
 from raydistill.engine.workers import Worker
 from raydistill.losses.crd import ContrastiveMemory
 from raydistill.losses.total import Outputs, distillation_loss
-from raydistill.models.teacher import TeacherBackbone
+from raydistill.models.teacher import load_teacher
 
 # COUNTED_STEPS end before an epoch of three shards does. AHEAD: batches that may have been prepared while a bare loop
 # ran.
-WARM_STEPS, COUNTED_STEPS, AHEAD = 3, 5, 4
-
-
-def teacher_features(
-    backbone: TeacherBackbone, images_BHHC: torch.Tensor, parameters_BP: torch.Tensor, device: torch.device
-) -> np.ndarray:
-    """(B, D) float16 of one batch, as `TeacherActor` of engine.teacher_pool, which needs Ray, makes them."""
-    views = render(images_BHHC.to(device), parameters_BP, backbone.preprocessing)
-    return np.asarray(backbone(views).half().cpu().numpy())
+WARM_STEPS, COUNTED_STEPS, AHEAD, TAUGHT_VIEWS = 3, 5, 4, 2
 
 
 @torch.inference_mode()
-def teacher_rows(bench: Bench, backbone: TeacherBackbone) -> Iterator[Row]:
-    batch, precision, device = bench.sizes.batch, "fp32", bench.meter.device
-    images = torch.from_numpy(bench.data.images()[:batch].copy())
-    parameters = torch.from_numpy(view_parameters(bench.data.config.views, 0, bench.data.ids[:batch], [0] * batch))
-    ready = _ready(render(images.to(device), parameters, backbone.preprocessing), precision)
+def teacher_rows(bench: Bench, teacher: FrozenTeacher) -> Iterator[Row]:
+    """Features of some views of one batch of images, from pixels to float16."""
+    data, meter, batch, precision = bench.data, bench.meter, bench.sizes.batch, bench.teacher_precision
+    images, ids = data.images()[:batch].copy(), data.ids[:batch]
+    parameters = stored_views(data.config.views, 0, ids)[:TAUGHT_VIEWS]
+    assert data.config.teacher is not None
+    backbone = load_teacher(data.config.teacher).backbone.to(meter.device, memory_format=torch.channels_last)
+    pixels = torch.from_numpy(images).to(meter.device)
+    ready = [_ready(render(pixels, torch.from_numpy(one), backbone.preprocessing), precision) for one in parameters]
 
     def ours() -> np.ndarray:
-        return teacher_features(backbone, images, parameters, device)
+        return teacher.features(images, parameters)
 
     def bare(network: Any) -> Callable[[], torch.Tensor]:
         def path() -> torch.Tensor:
-            with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-                return network(ready).half()
+            with meter.all_threads(), torch.autocast(meter.device.type, DTYPES[precision], enabled=precision != "fp32"):
+                return torch.stack([network(views).half() for views in ready])
 
         return path
 
     paths = {"teacher": bare(backbone.network)}
     if bench.compiles:
         paths["teacher, compiled bare"] = bare(torch.compile(backbone.network))
-    mine, *others = bench.meter.rates(ours, *paths.values())
-    share, waits = flops(paths["teacher"]) * mine / bench.peaks[precision], bench.meter.waits(ours)
+    mine, *others = meter.rates(ours, *paths.values())
+    share, views = flops(paths["teacher"]) * mine / bench.peaks[precision], batch * len(ready)
+    # It works in threads: of them only CUDA's driver tells.
+    waits = meter.waits(ours) / len(ready) if meter.device.type == "cuda" else None
     for (name, path), other in zip(paths.items(), others, strict=True):
-        yield Row(name, "images", batch * mine, batch * other, share, waits, apart(ours(), path()))
+        yield Row(name, "views", views * mine, views * other, share, waits, apart(ours(), path()))
 
 
 def _ready(views: torch.Tensor, precision: str) -> torch.Tensor:
@@ -133,7 +132,8 @@ def student_rows(bench: Bench, loss: str) -> Iterator[Row]:
     if bench.compiles and loss == "default":
         paths["student, compiled bare"] = BareStep(short, bench, compiles=True)
     bare, cross_entropy = paths[f"student, {loss}"], BareStep(short, bench, with_loss=False)
-    mean = distill_loop(short, worker(meter))["loss"]  # over the steps of an epoch
+    with meter.all_threads():
+        mean = distill_loop(short, worker(meter))["loss"]  # over the steps of an epoch
     difference = apart([mean], torch.stack([bare() for _ in range(short.total_steps)]).double().mean())
     turns, others = [], [*paths.values(), cross_entropy]
     repeats = meter.repeats if loss == "default" else -(-meter.repeats // 2)  # there are many others
@@ -184,7 +184,7 @@ def run_between(job: DistillJob, worker: Worker, between_steps: Iterator[None]) 
     threads = torch.get_num_threads()
     with contextlib.suppress(_Measured):
         distill_loop(job, replace(worker, preempted=after))
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads)  # the loop may have set one for itself
 
 
 _END = object()

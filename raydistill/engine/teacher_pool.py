@@ -1,13 +1,11 @@
 """The pool of teacher actors, for shards of images or a stream of fresh views.
 
-Shapes: R rows, K views, H working pixels, P parameters of a view, D features.
+Shapes: R rows, K views, D features.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,15 +17,10 @@ from ray.data import ActorPoolStrategy
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import Restart, trying
 from raydistill.config import RunConfig, Teacher
-from raydistill.data.views import render, to_device
-from raydistill.engine.precision import set_teacher_precision
+from raydistill.engine.frozen_teacher import FrozenTeacher
 from raydistill.errors import StageError
-from raydistill.models.from_transformers import keeps_outputs
-from raydistill.models.heads import LinearHead, load_head
-from raydistill.models.teacher import load_teacher
+from raydistill.models.heads import load_head
 from raydistill.storage.directory import refuse_small_disk
-
-logger = logging.getLogger(__name__)
 
 
 def refuse_large_targets(config: RunConfig, num_images: int, head: str) -> None:
@@ -47,70 +40,15 @@ def teacher_pool(plan: Plan, most_useful: int) -> dict[str, Any]:
     return {"compute": pool, "num_cpus": plan.teacher_cpus, "num_gpus": plan.teacher_gpus or None}
 
 
-class TeacherActor:
+class TeacherActor(FrozenTeacher):
     """Holds the teacher for the life of the pool. `pin` is the file of what `precision: auto` stands for; `tries` are
     the pool's; None without Ray."""
 
     def __init__(self, teacher: Teacher, threads: int, pin: str, tries: Any = None) -> None:
         self._restart, self._tries = Restart(), tries
-        self._device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         with trying(tries, self._restart.starts(teacher.model)):
-            self._backbone, _, _ = load_teacher(teacher)
-            # On CPUs a thread for each share of a batch does more than several threads inside each operation.
-            shares = self._device.type == "cpu" and not keeps_outputs(self._backbone)
-            self._threads = threads if shares else 1
-            torch.set_num_threads(1 if shares else threads)
-            # With channels last, convolutions took little more than half the time on CPUs.
-            self._backbone.to(self._device, memory_format=torch.channels_last)
-            share = -(-teacher.batch_size // self._threads)
-            set_teacher_precision(self._backbone, teacher.precision, pin, share, self._device)
-        self._batch_size = teacher.batch_size
-
-    @property
-    def num_overflowed(self) -> int:
-        return self._backbone.num_overflowed
-
-    def compared(
-        self, head: LinearHead, images_RHHC: np.ndarray, parameters_KRP: np.ndarray, features_KRD: np.ndarray
-    ) -> dict[str, float]:
-        """The answers to the first view of a batch beside those in fp32: how many `answers`, how many `equal`, and the
-        largest `difference` of a logit. Empty if the teacher computes in fp32."""
-        precision, rows = self._backbone.precision, slice(self._batch_size)
-        if precision == "fp32":
-            return {}
-        self._backbone.precision = "fp32"
-        exact_RC = head.logits(self.features(images_RHHC[rows], parameters_KRP[:1, rows])[0])
-        self._backbone.precision = precision
-        logits_RC = head.logits(features_KRD[0, rows])
-        equal_R = logits_RC.argmax(1) == exact_RC.argmax(1)
-        difference = float(np.abs(logits_RC - exact_RC).max())
-        return {"answers": len(equal_R), "equal": int(equal_R.sum()), "difference": difference}
-
-    def features(self, images_RHHC: np.ndarray, parameters_KRP: np.ndarray) -> np.ndarray:
-        """(K, R, D) float16 features of K views of each image."""
-        size = -(-min(self._batch_size, len(images_RHHC)) // self._threads)
-        shares = [slice(first, first + size) for first in range(0, len(images_RHHC), size)]
-        with ThreadPoolExecutor(self._threads) as pool:
-            seen = pool.map(lambda rows: self._seen(images_RHHC[rows], parameters_KRP[:, rows]), shares)
-            return np.concatenate(list(seen), axis=1)
-
-    def _seen(self, images_RHHC: np.ndarray, parameters_KRP: np.ndarray) -> np.ndarray:
-        """The features of a batch, in halves if it does not fit into the device's memory."""
-        backbone, half = self._backbone, len(images_RHHC) // 2
-        try:
-            images = to_device(torch.from_numpy(np.array(images_RHHC)), self._device)  # a copy: Ray's are read-only
-            views = (
-                render(images, torch.from_numpy(np.array(one_RP)), backbone.preprocessing) for one_RP in parameters_KRP
-            )
-            return torch.stack([backbone(view).half() for view in views]).cpu().numpy()
-        except torch.OutOfMemoryError:
-            if not half:
-                raise
-        if half < self._batch_size:
-            self._batch_size = half
-            logger.warning("the teacher takes %d images at a time: more do not fit into its memory", half)
-        halves = slice(half), slice(half, None)
-        return np.concatenate([self._seen(images_RHHC[rows], parameters_KRP[:, rows]) for rows in halves], axis=1)
+            super().__init__(teacher, device, threads, pin)
 
 
 def fresh_views(

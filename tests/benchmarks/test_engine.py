@@ -18,10 +18,10 @@ from rich.console import Console
 
 from benchmarks.engine import ALL, measure, parse_options
 from benchmarks.engine_bench import SIZES, TERMS, Data, Waits, new_config, write_data
-from benchmarks.engine_networks import run_between, teacher_features
-from raydistill.data.views import view_parameters
+from benchmarks.engine_networks import run_between
+from raydistill.data.views import stored_views
+from raydistill.engine.frozen_teacher import FrozenTeacher
 from raydistill.engine.workers import Worker
-from raydistill.models.teacher import TeacherBackbone, load_teacher
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -50,7 +50,7 @@ def assert_sound(figures: dict) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_ours_and_the_bare_loops_compute_the_same() -> None:
-    words = ["--device", "cpu", "--tiny", "--losses", "default", "crd"]
+    words = ["--device", "cpu", "--tiny", "--precision", "fp32", "--losses", "default", "crd"]
     figures = measure(parse_options(words), Console(quiet=True))
     assert_sound(figures)
     assert figures["rows"][-1]["difference"] < 0.01  # grey levels of generated images
@@ -59,7 +59,16 @@ def test_ours_and_the_bare_loops_compute_the_same() -> None:
 
 @pytest.mark.slow
 def test_every_loss_is_measured_where_there_is_no_ray(tmp_path) -> None:
-    words = [ROOT / "benchmarks" / "engine.py", "--device", "cpu", "--tiny", "--json", "engine.json"]
+    words = [
+        ROOT / "benchmarks" / "engine.py",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--precision",
+        "fp32",
+        "--json",
+        "engine.json",
+    ]
     # Two threads, with which the loop computes in replicas; they wait without spinning.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "0"}
     subprocess.run([sys.executable, "-c", ALONE, *map(str, words)], cwd=tmp_path, env=environment, check=True)
@@ -80,10 +89,9 @@ def test_waits_are_counted() -> None:
     assert waits.count == 4
 
 
-def tiny(root: Path) -> tuple[Data, TeacherBackbone]:
+def tiny(root: Path) -> Data:
     config = new_config(root, SIZES["tiny"], "fp32")
-    backbone = load_teacher(config.teacher).backbone
-    return write_data(root, config, SIZES["tiny"], width=8), backbone
+    return write_data(root, config, SIZES["tiny"], width=8)
 
 
 @pytest.mark.parametrize("loss", [pytest.param(loss, marks=on_a_gpu) for loss in ("default", *TERMS)])
@@ -94,16 +102,16 @@ def test_no_step_on_cuda_waits(tmp_path, loss) -> None:
         yield from itertools.repeat(None, 10)
 
     try:
-        run_between(tiny(tmp_path)[0].job(loss, 16), Worker(0, 1, "cuda", 1, lambda step: False), between_steps())
+        run_between(tiny(tmp_path).job(loss, 16), Worker(0, 1, "cuda", 1, lambda step: False), between_steps())
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("device", [pytest.param(CUDA, marks=on_a_gpu)])
 def test_the_teacher_on_cuda_gives_the_features_of_the_cpu(tmp_path, device) -> None:
-    data, backbone = tiny(tmp_path)
-    images = torch.from_numpy(data.images().copy())
-    parameters = torch.from_numpy(view_parameters(data.config.views, 0, data.ids, [0] * len(data.ids)))
-    expected = teacher_features(backbone, images, parameters, CPU)
-    found = teacher_features(backbone.to(device), images, parameters, device)
+    data = tiny(tmp_path)
+    views = stored_views(data.config.views, 0, data.ids)
+    expected, found = (
+        FrozenTeacher(data.config.teacher, where, 1, "").features(data.images(), views) for where in (CPU, device)
+    )
     np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), rtol=0.02, atol=0.02)
