@@ -44,9 +44,14 @@ class TeacherBackbone(nn.Module):
         self.network = network
         self.preprocessing = preprocessing
         self.precision = "fp32"
-        self.num_overflowed = 0  # images of batches that were computed again in fp32
+        self._overflowed: list[int] = []  # which threads extend at once
         self.requires_grad_(False)
         super().train(False)
+
+    @property
+    def num_overflowed(self) -> int:
+        """Images of batches that were computed again in fp32."""
+        return sum(self._overflowed)
 
     def train(self, mode: bool = True) -> TeacherBackbone:
         return self
@@ -56,7 +61,7 @@ class TeacherBackbone(nn.Module):
         with autocast(images_B3SS.device, self.precision):
             features_BD: torch.Tensor = self.network(images_B3SS).float()
         if self.precision != "fp32" and not features_BD.isfinite().all():
-            self.num_overflowed += len(images_B3SS)
+            self._overflowed.append(len(images_B3SS))
             return self.network(images_B3SS).float()
         return features_BD
 
