@@ -50,7 +50,8 @@ def teacher_rows(bench: Bench, teacher: FrozenTeacher) -> Iterator[Row]:
     def bare(network: Any) -> Callable[[], torch.Tensor]:
         def path() -> torch.Tensor:
             with meter.all_threads(), torch.autocast(meter.device.type, DTYPES[precision], enabled=precision != "fp32"):
-                return torch.stack([network(views).half() for views in ready])
+                features = [network(views).half() for views in ready]
+            return torch.stack(features)
 
         return path
 

@@ -24,6 +24,7 @@ from raydistill.engine.frozen_teacher import FrozenTeacher
 from raydistill.engine.workers import Worker
 
 ROOT = Path(__file__).parents[2]
+TINY = ("--device", "cpu", "--tiny", "--precision")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 # Without the libraries that a GPU machine may lack, as a file, from another folder.
@@ -49,26 +50,18 @@ def assert_sound(figures: dict) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_ours_and_the_bare_loops_compute_the_same() -> None:
-    words = ["--device", "cpu", "--tiny", "--precision", "fp32", "--losses", "default", "crd"]
-    figures = measure(parse_options(words), Console(quiet=True))
+@pytest.mark.parametrize(("precision", "losses"), [("fp32", ["default", "crd"]), ("bf16", ["default"])])
+def test_ours_and_the_bare_loops_compute_the_same(precision, losses) -> None:
+    figures = measure(parse_options([*TINY, precision, "--losses", *losses]), Console(quiet=True))
     assert_sound(figures)
+    assert figures["precision"] == {"teacher": precision, "student": precision}
     assert figures["rows"][-1]["difference"] < 0.01  # grey levels of generated images
     json.dumps(figures)
 
 
 @pytest.mark.slow
 def test_every_loss_is_measured_where_there_is_no_ray(tmp_path) -> None:
-    words = [
-        ROOT / "benchmarks" / "engine.py",
-        "--device",
-        "cpu",
-        "--tiny",
-        "--precision",
-        "fp32",
-        "--json",
-        "engine.json",
-    ]
+    words = [ROOT / "benchmarks" / "engine.py", *TINY, "fp32", "--json", "engine.json"]
     # Two threads, with which the loop computes in replicas; they wait without spinning.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "0"}
     subprocess.run([sys.executable, "-c", ALONE, *map(str, words)], cwd=tmp_path, env=environment, check=True)
