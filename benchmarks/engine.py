@@ -103,7 +103,7 @@ def _table(rows: Sequence[Row], title: str) -> Table:
     table.caption = "images, views or TFLOP a second; to CE: over a bare step with cross-entropy alone; waits in a step"
     table.columns[0].no_wrap = True
     for row in rows:
-        rates = (_shown(rate, ",.0f" if rate and rate > 100 else ".3g") for rate in (row.ours, row.bare))
+        rates = (_shown(rate, ",.0f" if rate and 100 < rate < 1e6 else ".3g") for rate in (row.ours, row.bare))
         ratios = (_shown(ratio, ".2f") for ratio in (row.ratio, row.over_cross_entropy))
         table.add_row(row.name, *rates, *ratios, _shown(row.share_of_peak, ".1%"), _shown(row.waits, ".1f"))
     return table
