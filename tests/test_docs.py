@@ -105,7 +105,9 @@ def test_commands_were_found() -> None:
 
 
 # Those of a cluster, a hub, other data and long measurements are parsed alone.
-EXECUTED = ("../README", "index", "data", "jobs", "compare", "search", "deploy", "models", "python")
+EXECUTED = (
+    "../README", "index", "data", "jobs", "compare", "search", "deploy", "models", "python", "generated", "results",
+)  # fmt: skip
 SMALL = {
     "teacher.model": "timm:test_resnet", "teacher.weights": "teacher.safetensors", "student.model": "timm:test_resnet",
     "images.path": "./my_images", "distill.num_workers": 0, "images.num_labelled": None, "name": "small",
@@ -119,7 +121,7 @@ FEW = {
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("page", EXECUTED)
-def test_the_blocks_do_what_they_say(page: str, my_folder: Path) -> None:
+def test_the_blocks_do_what_they_say(page: str, my_folder: Path, class_pipeline: Path) -> None:
     """In smoke size: on a few tiny pictures, for an epoch."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
@@ -137,6 +139,8 @@ def test_the_blocks_do_what_they_say(page: str, my_folder: Path) -> None:
             continue
         takes_job = words[0] in ("run", "show", "check", "compare", "tune")
         more = ["smoke", *small, *FEW.get(words[0], ())] if takes_job else []
+        if page == "generated":
+            more += [f"generate.pipeline={class_pipeline}", "generate.steps=2"]
         do("raydistill", *words, *more)
     if block := "\n".join(blocks(ROOT / "docs" / f"{page}.md", "python")):
         smoke = read_mapping(str(ROOT / "jobs" / "overlays" / "smoke.yaml"), "")

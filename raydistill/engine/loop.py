@@ -48,17 +48,10 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     DivergedError, CheckpointError, and ConfigError (the disk is too small).
     """
     config, settings, device = job.config, job.config.distill, torch.device(worker.device)
-    torch.set_num_threads(worker.threads)
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(config.seed)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     model = DistillationModel(job).to(device, memory_format=layout)
-    if device.type == "cpu" and 1 < worker.threads <= job.batch_size // worker.size // 2:
-        model.replicas = replicas_of(model.student, worker.threads)
-        torch.set_num_threads(1 if model.replicas else worker.threads)
-    pin, share = student_pin(job.path.rpartition("/")[0], config), max(job.batch_size // worker.size, 1)
-    precision = student_precision(model.student, model.replicas, settings.precision, pin, share, device, layout)
+    precision = _threads_and_precision(job, worker, model, layout)
     ema = ModelEmaV3(model.student, decay=settings.ema_decay) if settings.ema_decay else None
     remembers = "crd" in config.loss.terms
     memory = ContrastiveMemory(config.loss.crd_memory, config.loss.projection_dim).to(device) if remembers else None
@@ -105,10 +98,7 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             reporter.count(step, len(labels), norm, {"loss": loss, **terms})
             ended, preempted = step % job.steps_per_epoch == 0, worker.preempted(step)
             if ended:
-                own = torch.get_num_threads()
-                torch.set_num_threads(worker.threads)  # val is measured without replicas
                 record = reporter.end_epoch(step, student_now, best, optimizer)
-                torch.set_num_threads(own)
             due = worker.rank == 0 and (preempted or reporter.checkpoint_due(step, ended, checkpoints.seconds))
             if due and reporter.is_finite():
                 checkpoints.save(Checkpoint(step, modules, optimizer, scaler, reporter.partial_epoch(), record))
@@ -120,6 +110,21 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     if step < job.total_steps or record is None:
         raise StageError(f"distill: the images ran out at step {step} of {job.total_steps}; run the same command again")
     return record
+
+
+def _threads_and_precision(
+    job: DistillJob, worker: Worker, model: DistillationModel, layout: torch.memory_format
+) -> str:
+    """Set how many threads compute a step, and return its precision."""
+    device, share = torch.device(worker.device), max(job.batch_size // worker.size, 1)
+    torch.set_num_threads(worker.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+        if 1 < worker.threads <= share // 2:
+            model.replicas = replicas_of(model.student, worker.threads)
+            torch.set_num_threads(1 if model.replicas else worker.threads)
+    asked, pin = job.config.distill.precision, student_pin(job.path.rpartition("/")[0], job.config)
+    return student_precision(model.student, model.replicas, asked, pin, share, device, layout)
 
 
 def _clip(model: DistillationModel, most: float | None) -> torch.Tensor:

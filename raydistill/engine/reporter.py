@@ -119,7 +119,10 @@ class Reporter:
         due = epoch % job.config.distill.val_every == 0 or step == job.total_steps
         if due and worker.rank == 0 and job.samples.num_rows("val"):
             device, size = torch.device(worker.device), job.config.evaluate.batch_size
+            own = torch.get_num_threads()
+            torch.set_num_threads(worker.threads)  # in training, replicas of the student may have one each
             logits, labels = split_logits(student, job.samples, "val", device, size)
+            torch.set_num_threads(own)
             right = torch.from_numpy(logits.argmax(1) == labels)
             record["val_accuracy"] = float(right.double().mean())
             if best is not None:

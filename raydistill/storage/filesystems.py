@@ -233,10 +233,10 @@ def create_file(path: str, data: bytes) -> None:
     """Write a whole file if none exists. Raises FileExistsError, also if another process is first by a moment: on
     disks, and in the buckets of S3, Google and Azure."""
     fs, target = open_filesystem(path)
-    if not fs.is_local:
+    if fs.is_local:
+        create_here(target, data)
+    else:
         fs.pipe_file(target, data, mode="create")
-        return
-    create_here(target, data)
 
 
 def write_file(path: str, write: Callable[[str], object]) -> None:
@@ -261,13 +261,10 @@ def write_file(path: str, write: Callable[[str], object]) -> None:
         # The writers of torch and safetensors turn the system's error into their own.
         if not isinstance(error, OSError | RuntimeError | SafetensorError):
             raise
-        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            reason, advice = error.strerror, "make its folder writable"
-        else:
+        reason, advice = error.strerror if isinstance(error, OSError) else error, "make its folder writable"
+        if not (isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)):
             space = os.statvfs(next(parent for parent in Path(target).parents if parent.exists()))
-            free = space.f_bavail * space.f_frsize
-            reason = f"{error.strerror if isinstance(error, OSError) else error}; {free:,} bytes are free there"
-            advice = "make room"
+            reason, advice = f"{reason}; {space.f_bavail * space.f_frsize:,} bytes are free there", "make room"
         raise StageError(
             f"{target}: cannot be written ({reason}); {advice} and run the same command again: what is finished stays"
         ) from error
