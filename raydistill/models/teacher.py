@@ -60,7 +60,7 @@ class TeacherBackbone(nn.Module):
     def forward(self, images_B3SS: torch.Tensor) -> torch.Tensor:
         with autocast(images_B3SS.device, self.precision):
             features_BD: torch.Tensor = self.network(images_B3SS).float()
-        if self.precision != "fp32" and not features_BD.isfinite().all():
+        if self.precision == "fp16" and not features_BD.isfinite().all():  # bf16 has the range of fp32
             self._overflowed.append(len(images_B3SS))
             return self.network(images_B3SS).float()
         return features_BD
