@@ -14,6 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from raydistill.cluster.late_nodes import late_nodes_checked
 from raydistill.cluster.plan import Plan, live_plan
 from raydistill.cluster.ray_private import leave_uv_alone, on_loopback, own_signals, stderr_into
@@ -100,10 +102,22 @@ def joined_cluster(config: RunConfig, dashboard: bool = False) -> Iterator[None]
             refuse_dying_workers(Path(session, "logs"))
         yield
     finally:
+        workers = _workers_of_ours()
         with own_signals():
             ray.shutdown()
+        for worker in workers:  # they end without their raylet, but a busy one only after ten seconds
+            with contextlib.suppress(psutil.Error):
+                worker.kill()
     if config.cluster.address is None:  # sessions would pile up; after an error Ray's logs stay
         shutil.rmtree(session, ignore_errors=True)
+
+
+def _workers_of_ours() -> list[psutil.Process]:
+    """The processes of a Ray that this process has started."""
+    with contextlib.suppress(psutil.Error):
+        raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+        return [worker for raylet in raylets for worker in raylet.children(recursive=True)]
+    return []
 
 
 def _ray_folder() -> str:
@@ -215,4 +229,4 @@ def configure_ray_data() -> None:
     # one CPU, and so may a spot node.
     context.execution_no_progress_timeout_s = -1
     context.target_max_block_size = 1024**3  # a shard's rows stay in one block, so that one actor call sees them all
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it also raises what it logs as an error

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from raydistill.config import Generate
 from raydistill.errors import ConfigError, reason_of
+from raydistill.escaping import quoted, shortened
 from raydistill.models.weights import ask_hub
 from raydistill.storage.filesystems import open_file
 from raydistill.storage.state import read_json
@@ -39,12 +42,25 @@ def read_index(settings: Generate) -> tuple[dict[str, Any], Path, str | None, st
         plain = index["_class_name"] in PLAIN
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{what}: its model_index.json cannot be read ({error})") from None
+    if foreign := {part: str(library) for part, (library, _) in parts.items() if str(library) not in _library_names()}:
+        part, library = min(foreign.items())
+        reason = f"is of the library {quoted(shortened(library))}, whose code is not run"
+        raise ConfigError(f"{what}: its {quoted(shortened(part))} {reason}; name another pipeline")
     if Path(name).is_dir():
         at_root = {part for part, file in AT_ROOT.items() if plain and (folder / file).is_file()}
         if lacking := sorted(part for part in parts if not (folder / part).is_dir() and part not in at_root):
             raise ConfigError(f"{what}: the folder lacks {', '.join(lacking)}; save or fetch the pipeline again")
         licence = _licence_of(folder)
     return index, folder, commit, licence
+
+
+@functools.cache
+def _library_names() -> set[str]:
+    """Where a pipeline's classes may come from: libraries, and the modules of diffusers' pipelines."""
+    found = find_spec("diffusers")  # does not load it
+    folders = found.submodule_search_locations or () if found is not None else ()
+    modules = [file.stem for folder in folders for file in Path(folder, "pipelines").iterdir()]
+    return {"diffusers", "transformers", *modules}
 
 
 def known_classes(folder: Path) -> tuple[list[tuple[str, int]], int | None]:

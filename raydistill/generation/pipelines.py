@@ -21,7 +21,7 @@ from raydistill.generation.pipeline_files import (
 from raydistill.models.weight_shards import check_tokenizer
 
 Kind = Literal["text", "image", "class", "none"]
-_MOST_SIDE = 8192  # pixels
+_MOST_SIDE, _MOST_TRAIN_STEPS = 8192, 1 << 16  # pixels, and steps for each of which schedulers hold several numbers
 _DIT_NO_CLASS = 1000  # DiTPipeline's constant, whatever its network
 
 
@@ -57,6 +57,11 @@ def inspect_pipeline(settings: Generate) -> PipelineFacts:
             f"generate.pipeline={settings.pipeline}: a value in its config files has another form; save or fetch the "
             "pipeline again"
         ) from None
+    if (facts.train_steps or 0) > _MOST_TRAIN_STEPS:
+        raise ConfigError(
+            f"generate.pipeline={settings.pipeline}: its scheduler names {facts.train_steps:,} steps of training, and "
+            f"{_MOST_TRAIN_STEPS:,} are the most"
+        )
     if facts.side > _MOST_SIDE:
         raise ConfigError(
             f"generate.pipeline={settings.pipeline}: its config names pictures of {facts.side:,} pixels, and "

@@ -29,6 +29,7 @@ from raydistill.data.near_duplicates import contrast, difference_hash
 from raydistill.data.prompts import ClassPrompts, class_prompts
 from raydistill.data.sample import SampleSet, sample_id, working_images
 from raydistill.data.targets import labels_of, read_samples
+from raydistill.errors import ConfigError
 from raydistill.generation.generator import Generator, Request
 from raydistill.generation.pipelines import PipelineFacts, class_numbers
 from raydistill.identity import class_directory
@@ -184,13 +185,19 @@ class GeneratorActor:
         if not on_gpu:
             torch.set_num_threads(1)  # the number of threads changes the rounding of sums
         self._least_contrast = settings.filter.contrast
+        self._refused: ConfigError | None = None
         with trying(tries, self._restart.starts(settings.pipeline)):
-            self._generator = Generator(settings, facts, torch.device("cuda" if on_gpu else "cpu"))
+            try:
+                self._generator = Generator(settings, facts, torch.device("cuda" if on_gpu else "cpu"))
+            except ConfigError as error:
+                self._refused = error  # raised by each call: of a constructor's error Ray shows pages of its own code
         self._shard = lru_cache(maxsize=16)(
             lambda shard: working_images(read_samples(samples, "train", shard), samples.size)
         )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._refused is not None:
+            raise self._refused
         unit = json.loads(str(batch["unit"][0]))
         images, missing = len(unit["requests"]), not exists(unit["file"])
         if missing:

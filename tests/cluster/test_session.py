@@ -180,6 +180,43 @@ def test_work_is_cancelled_where_the_command_ignores_ctrl_c() -> None:
     assert "CANCELLED" in ended.stdout, ended.stdout + ended.stderr
 
 
+_ENDS = """
+import atexit, ctypes, os, psutil, ray, sys, time
+from pathlib import Path
+from raydistill.config import load_config
+from raydistill.cluster.session import joined_cluster
+
+ends = Path(sys.argv[1])
+
+@ray.remote
+class Late:
+    def begin(self):
+        atexit.register(ctypes.PyDLL(None).sleep, 60)
+        atexit.register(ends.touch)
+        return os.getpid()
+
+with joined_cluster(load_config(["images.path=x"])):
+    late = Late.remote()
+    worker = psutil.Process(ray.get(late.begin.remote()))
+    del late  # Ray asks it to end
+    while not ends.exists():
+        time.sleep(0.01)
+try:
+    worker.wait(10)
+except psutil.TimeoutExpired:
+    print("it runs on")
+else:
+    print("ENDED")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_no_worker_outlives_the_command(tmp_path: Path) -> None:
+    ended = python("-c", _ENDS, str(tmp_path / "ends"))
+    assert "ENDED" in ended.stdout, ended.stdout + ended.stderr
+
+
 _IN_WORKERS = """
 import os, sys
 if any("default_worker.py" in word for word in sys.orig_argv):

@@ -481,9 +481,16 @@ def test_the_generator_of_the_benchmarks_goes_on_from_its_checkpoint(tmp_path, m
     [
         ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}, "has another form"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**10}, "has another form"),
+        (
+            "scheduler/scheduler_config.json",
+            {"num_train_timesteps": 2 * 10**9},
+            "names 2,000,000,000 steps of training",
+        ),
         ("unet/config.json", {"num_class_embeds": "x"}, "has another form"),
         ("unet/config.json", {"sample_size": 30_000}, "names pictures of 30,000 pixels, and 8,192 are the most"),
         ("model_index.json", {"_class_name": "DiTPipeline", "id2label": "x"}, "has another form"),
+        ("model_index.json", {"unet": ["os", "system"]}, "its unet is of the library os, whose code is not run"),
+        ("model_index.json", {"unet": [["os"], "x"]}, "whose code is not run"),
         ("model_index.json", {"_class_name": "DiTPipeline", "id2label": {"a": 5}}, "has another form"),
         ("classes.json", {"null": 1e300}, "has another form|number of no class"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from raydistill.config import load_config
 from raydistill.data.decode import encode
 from raydistill.data.sample import SampleSet, sample_id, samples_from_json
 from raydistill.data.views import WHOLE_IMAGE
+from raydistill.errors import ConfigError
 from raydistill.generation.features import FileTeacher
 from raydistill.generation.pipelines import inspect_pipeline
 from raydistill.generation.recipes import GeneratorActor
@@ -67,6 +69,18 @@ def test_a_repeated_call_answers_the_same_and_pays_for_nothing(make, words, clas
     second = actor(batch)
     assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.iterdir()} == files
     assert {k: v.tolist() for k, v in second.items()} == {k: v.tolist() for k, v in first.items()}
+
+
+def test_a_pipeline_that_does_not_load_is_named_by_a_call(words, class_pipeline, tmp_path) -> None:
+    """Of what a constructor raises Ray prints pages before the command's own sentence."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(class_pipeline, folder)
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-10])
+    actor, batch = generator(words, tmp_path, folder)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"generate.pipeline={folder}: cannot be loaded"):
+            actor(batch)
 
 
 class Context:
