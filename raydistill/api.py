@@ -58,7 +58,9 @@ class Run:
 
     def __repr__(self) -> str:
         shares = ", ".join(f"{name}={value:.3f}" for name, value in self.metrics.items() if name.endswith("accuracy"))
-        return f"<Run {self.config.name!r}: {shares}; report {self.report}>"
+        from raydistill.storage.jobs import job_name
+
+        return f"<Run {job_name(self.config)!r}: {shares}; report {self.report}>"
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -384,6 +384,20 @@ def test_sections_that_are_no_sections_are_refused(words):
     assert len(refusal(*words)) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["student=timm:resnet10t"], "student='timm:resnet10t': student is a section; for instance: student.model="),
+        (["distill=5"], "distill=5: distill is a section; for instance: distill.epochs=5"),
+        (["distill.epochs", "=", "5"], "distill.epochs: a setting is one word without spaces: distill.epochs=VALUE"),
+        (["distill.epochs:5"], "distill.epochs:5: a setting is one word without spaces: distill.epochs=VALUE"),
+        (["distill.batch_size="], "distill.batch_size=null: input should be a valid integer"),
+    ],
+)  # fmt: skip
+def test_a_setting_in_another_form_is_told_the_right_one(words, told):
+    assert refusal(PATH, *words)[0].startswith(told)
+
+
 keys = st.sampled_from([*known_keys(), "", ".", "a..b", "images[0]", "images.path.x", "teacher.zzz", "ÿ"])
 values = st.sampled_from(
     ["", "1", "-1", "x", "null", "[1,2]", "{a: 1}", "true", "1e400", "${x}", "${", "???", "[", "'", "!!int x"]

@@ -86,9 +86,10 @@ def test_a_misspelt_command_or_option_gets_the_nearest_one(words: str, near: str
 
 
 def test_a_setting_with_dashes_is_told_how_settings_are_written() -> None:
-    command = [sys.executable, "-m", "raydistill", "run", "x"]
-    ended = subprocess.run([*command, "--epochs", "8"], capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr.endswith(
-        "error: a setting is written without dashes, as key=value; did you mean distill.epochs?\n"
-    )
+    for command, words in (("run", ["--epochs", "8"]), ("run", ["-distill.epochs=8"]), ("check", ["--teachr"])):
+        ended = subprocess.run(
+            [sys.executable, "-m", "raydistill", command, "x", *words], capture_output=True, text=True
+        )
+        assert ended.returncode == 2
+        told = "error: a setting is written without dashes, as key=value; did you mean distill.epochs?\n"
+        assert ended.stderr.endswith(told) == (command == "run")  # an option that there is has its own hint

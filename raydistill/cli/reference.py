@@ -13,16 +13,16 @@ from raydistill.escaping import plain_console
 
 @app.command("keys")
 def list_keys(
-    word: Annotated[
-        str, typer.Argument(metavar="WORD", help="Only settings whose name or meaning has this word.")
-    ] = "",
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORD]…", help="Only settings whose name or meaning has these words.")
+    ] = None,
 ) -> None:
     """List the settings of a job: default, allowed values, meaning."""
     from rich.padding import Padding
 
     from raydistill.config.keys import describe_keys
 
-    console, found = plain_console(), list(describe_keys(word))
+    console, found = plain_console(), list(describe_keys(word := " ".join(words or [])))
     if not found:
         raise ConfigError(f"no key has {word!r} in its name or meaning; `raydistill keys` lists all")
     for key in found:

@@ -65,7 +65,7 @@ def tune(
 
     interrupts.resume_hint(CONTINUES)
     config, console = load_config([*(words or []), *tune_settings(space, trials)]), plain_console()
-    announce(f"tune: {config.tune.space} on {config.images.path}, into {config.workspace}")
+    announce(f"tune: {config.tune.space or 'no space'} on {config.images.path}, into {config.workspace}")
     refuse_early(config)
     from raydistill.search.tune import tune_job
 

@@ -43,8 +43,9 @@ class Key:
 
 
 def describe_keys(word: str = "") -> Iterator[Key]:
-    """The settings whose name or meaning contains the word, in the order of the job."""
-    return (key for key in _keys_of(RunConfig, "") if word.lower() in f"{key.name} {key.meaning}".lower())
+    """The settings whose name or meaning contains each part of `word`, in the order of the job."""
+    parts = word.lower().split()
+    return (key for key in _keys_of(RunConfig, "") if all(p in f"{key.name} {key.meaning}".lower() for p in parts))
 
 
 def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[Key]:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raydistill.config.job import RunConfig
-from raydistill.config.keys import suggest_key, takes_text, user_keys
+from raydistill.config.keys import known_keys, suggest_key, takes_text, user_keys
 from raydistill.config.shipped import find_shipped, near_shipped
 from raydistill.errors import ConfigError, did_you_mean
 from raydistill.escaping import shortened
@@ -76,6 +76,8 @@ def merged(under: Any, over: Any) -> Any:
 
 def _read_word(word: str) -> Any:
     key, equals, value = word.partition("=")
+    if not equals and "." in (name := word.partition(":")[0]) and name in known_keys():
+        raise ConfigError(f"{word}: a setting is one word without spaces: {name}=VALUE")
     word = os.path.expanduser(word)
     if not equals or "/" in key:
         if is_job(word):
@@ -127,11 +129,14 @@ def _explain(error: ValidationError) -> Iterator[str]:
         if len(heads) == _MOST_PROBLEMS and dotted not in heads:
             more.add(whole)
             continue
-        value = shortened(repr(item["input"]), _LONGEST)
+        value = "null" if item["input"] is None else shortened(repr(item["input"]), _LONGEST)
         if item["type"] == "extra_forbidden":
             head, tail = f"{dotted}: ", f"unknown key{suggest_key(whole)}"
         elif dotted in ("images", "images.path") and (item["type"] == "missing" or item["input"] in (None, "")):
             head, tail = "images.path: ", "required; for instance: raydistill run images.path=./my_images"
+        elif item["type"] == "model_type":  # a value in a section's place; the first key is what a section is about
+            first = next((key for key in known_keys() if key.startswith(f"{whole}.")), whole)
+            head, tail = f"{dotted}={value}: ", f"{dotted} is a section; for instance: {first}={value}"
         elif item["type"] == "value_error":  # our own check, whose sentence names the keys
             head, tail = "", str(item["ctx"]["error"])
         elif item["type"] == "string_unicode":

@@ -166,7 +166,7 @@ def refuse_too_many_bad(images: Images, bad: Sequence[Decoded], seen: int, total
         so_far = f", after {seen} images" if seen < total else ""
         raise DataError(
             f"{len(bad)} of {total} images cannot be used, above images.max_bad_share={images.max_bad_share}{so_far}: "
-            f"{some}{' …' if len(bad) > 5 else ''}"
+            f"{some}{' …' if len(bad) > 5 else ''}; repair or remove them, or raise images.max_bad_share"
         )
 
 

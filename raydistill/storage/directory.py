@@ -188,5 +188,6 @@ def check_writable(config: RunConfig) -> None:
         write_bytes(f"{root}/{mark}", b"")
         fs.remove(f"{path}/{mark}")
     except (OSError, StageError) as error:
-        reason = reason_of(error.__cause__ or error)  # a StageError names the mark, which nobody knows
+        cause = error.__cause__ or error  # the error itself may name the mark, which nobody knows
+        reason = getattr(cause, "strerror", None) or reason_of(cause)
         raise ConfigError(f"workspace={config.workspace}: cannot be written ({reason}); choose another") from None

@@ -134,7 +134,14 @@ class JobRecord:
             links[PAGE] = f"../../{self.run.page}"
         try:
             _refuse_links(self._root, self._folder)
-            for name in os.listdir(self._folder):  # those of the previous run, and none that another process makes now
+            names = os.listdir(self._folder)
+            if PAGE in names and (self.run.error is not None or PAGE not in links):
+                return  # a run that did not end, or is one of a comparison, leaves the links to the student before
+            before = os.readlink(f"{self._folder}/export") if "export" in names else ""
+            if before and before != links.get("export", before) and os.path.isdir(f"{self._folder}/{before}"):
+                words = "%s leads to this run from now on; the student before is in %s/%s"
+                logger.warning(words, self._folder, self._root, os.path.basename(before))
+            for name in names:  # those of the previous run, and none that another process makes now
                 if os.path.islink(f"{self._folder}/{name}") and name not in links and not name.endswith(".tmp"):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(f"{self._folder}/{name}")

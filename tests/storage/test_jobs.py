@@ -62,6 +62,35 @@ def test_a_run_leaves_links_to_its_directories_and_the_latest_one(tmp_path: Path
     assert len(list(read_jobs(str(tmp_path)))) == 2
 
 
+def test_the_links_stay_with_the_last_finished_run_and_a_new_one_names_the_student_before(tmp_path, caplog) -> None:
+    """A run that is interrupted, or one of a comparison, which writes no page, does not hide a good student."""
+    first, second = "export-0123456789ab", "export-ba9876543210"
+    for name in (TEACH, first, second):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.html").touch()
+
+    def run(key: str, export: str, page: str | None, error: type[BaseException] | None = None) -> None:
+        with JobRecord(job(tmp_path), key, "") as record:
+            record.uses({"teach": f"{tmp_path}/{TEACH}", "export": f"{tmp_path}/{export}"})
+            if error is not None:
+                raise error
+            record.results({}, page and f"{tmp_path}/{export}/{page}")
+
+    run(KEY, first, "report.html")
+    shown = links(tmp_path / "jobs/demo")
+    assert shown["export"] == f"../../{first}"
+    with pytest.raises(KeyboardInterrupt):
+        run("ba9876543210", second, None, KeyboardInterrupt)
+    run("ba9876543211", second, None)
+    assert links(tmp_path / "jobs/demo") == shown
+    run(KEY, first, "report.html")
+    assert not caplog.messages
+    run("ba9876543212", second, "report.html")
+    assert links(tmp_path / "jobs/demo")["export"] == f"../../{second}"
+    (said,) = caplog.messages
+    assert said == f"{tmp_path}/jobs/demo leads to this run from now on; the student before is in {tmp_path}/{first}"
+
+
 def test_a_failed_run_leaves_what_is_there_and_is_not_the_latest(tmp_path: Path) -> None:
     (tmp_path / TEACH).mkdir()
 

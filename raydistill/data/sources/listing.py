@@ -68,7 +68,10 @@ def list_images(config: Images) -> Listing:
         )
     entries = source.entries
     if not entries:
-        raise DataError(f"{named}: no images found ({_describe(ignored)}); docs/data.md lists what may be there")
+        raise DataError(
+            f"{named}: no images found ({_describe(ignored)}); put them into a folder for each class, or give a "
+            "table of their paths and labels"
+        )
     refuse_many_classes(len(set(_labels(entries))), named)
     listed = _listed_classes(config)
     entries = _with_labels(entries, {} if source.has_class_folders else whole_numbers(_labels(entries), listed, notes))
