@@ -96,7 +96,16 @@ class Generator:
             part = list(requests[first : first + each])
             # Always a full batch: another shape may select another algorithm, with other rounding.
             filled = part + [part[-1]] * (each - len(part))
-            found += self._batch(filled)[: len(part)]
+            try:
+                found += self._batch(filled)[: len(part)]
+            except (torch.OutOfMemoryError, OSError):  # of the machine
+                raise
+            except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError,
+                    RuntimeError) as error:  # fmt: skip
+                raise ConfigError(
+                    f"generate.pipeline={self._settings.pipeline}: makes no image ({reason_of(error)}); its parts may "
+                    "not fit together: save or fetch the pipeline again, or name another"
+                ) from error
         return found
 
     @torch.inference_mode()

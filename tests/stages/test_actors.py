@@ -83,6 +83,17 @@ def test_a_pipeline_that_does_not_load_is_named_by_a_call(words, class_pipeline,
             actor(batch)
 
 
+@pytest.mark.parametrize("odd", [{"sample_size": "x"}, {"sample_size": [8]}, {"sample_size": 3}])
+def test_a_pipeline_that_makes_no_image_is_named(words, class_pipeline, tmp_path, odd) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(class_pipeline, folder)
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | odd))
+    actor, batch = generator(words, tmp_path, folder)
+    with pytest.raises(ConfigError, match=f"generate.pipeline={folder}: makes no image"):
+        actor(batch)
+
+
 class Context:
     """Ray's, in an actor that Ray has started again."""
 
