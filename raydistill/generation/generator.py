@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from raydistill.config import Generate
 from raydistill.errors import ConfigError, reason_of
 from raydistill.generation.pipelines import PipelineFacts
 from raydistill.models.autocast import DTYPES
+from raydistill.models.state_dicts import no_larger_than, sizes_in
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,13 @@ class Generator:
             "text": diffusers.AutoPipelineForText2Image,
             "image": diffusers.AutoPipelineForImage2Image,
         }.get(facts.kind, diffusers.DiffusionPipeline)
+        folder = Path(settings.pipeline)
+        built: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         try:
-            self._pipeline = loader.from_pretrained(settings.pipeline, **options)
+            if folder.is_dir():  # twice the sizes, because transformers registers each weight again when it has read it
+                built = no_larger_than(2 * sizes_in(folder.rglob("*.safetensors")), "its parts")
+            with built:
+                self._pipeline = loader.from_pretrained(settings.pipeline, **options)
         except Exception as error:  # diffusers, transformers and the hub raise different errors
             raise ConfigError(f"generate.pipeline={settings.pipeline}: cannot be loaded ({reason_of(error)})") from None
         if facts.kind in ("class", "none") and hasattr(self._pipeline, "unet"):

@@ -13,7 +13,7 @@ import threading
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,10 +74,14 @@ def sizes_of(folder: Path | None) -> list[int] | None:
     """
     if folder is None or not any((folder / name).is_file() for name in NAMES):
         return None
+    files = weight_files(str(folder), "weights")
+    return sizes_in(files) if all(path.suffix == ".safetensors" for path in files) else None
+
+
+def sizes_in(files: Iterable[Path]) -> list[int]:
+    """The number of numbers of each tensor of safetensors files, from their headers. Raises ConfigError."""
     sizes: list[int] = []
-    for path in weight_files(str(folder), "weights"):
-        if path.suffix != ".safetensors":
-            return None
+    for path in files:
         try:
             refuse_long_header(path)
             with safe_open(path, "pt") as file:

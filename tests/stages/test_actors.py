@@ -71,15 +71,29 @@ def test_a_repeated_call_answers_the_same_and_pays_for_nothing(make, words, clas
     assert {k: v.tolist() for k, v in second.items()} == {k: v.tolist() for k, v in first.items()}
 
 
-def test_a_pipeline_that_does_not_load_is_named_by_a_call(words, class_pipeline, tmp_path) -> None:
+def cut(unet: Path) -> None:
+    (weights,) = unet.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+
+def grow(unet: Path) -> None:
+    """A million layers, which would take minutes and gigabytes before anybody compares them with the weights."""
+    config = json.loads((unet / "config.json").read_text())
+    (unet / "config.json").write_text(json.dumps(config | {"layers_per_block": 1_000_000}))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("change", "reason"), [(cut, "cannot be loaded"), (grow, "cannot be loaded .*many more weights than")]
+)
+def test_a_pipeline_that_does_not_load_is_named_by_a_call(words, class_pipeline, tmp_path, change, reason) -> None:
     """Of what a constructor raises Ray prints pages before the command's own sentence."""
     folder = tmp_path / "pipeline"
     shutil.copytree(class_pipeline, folder)
-    (weights,) = (folder / "unet").glob("*.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-10])
+    change(folder / "unet")
     actor, batch = generator(words, tmp_path, folder)
     for _ in range(2):
-        with pytest.raises(ConfigError, match=f"generate.pipeline={folder}: cannot be loaded"):
+        with pytest.raises(ConfigError, match=f"generate.pipeline={folder}: {reason}"):
             actor(batch)
 
 
