@@ -529,10 +529,7 @@ def test_a_place_that_may_not_be_written_asks_for_the_right_and_not_for_room(tmp
     assert "bytes" not in str(refused.value)
     with pytest.raises(ConfigError) as refused:
         check_writable(config_of(f"workspace={tmp_path}"))
-    assert (
-        str(refused.value)
-        == f"workspace={tmp_path}: cannot be written ([Errno {code}] {os.strerror(code)}); choose another"
-    )
+    assert str(refused.value) == f"workspace={tmp_path}: cannot be written ({os.strerror(code)}); choose another"
     assert not list(tmp_path.iterdir())
 
 

@@ -13,7 +13,7 @@ from raydistill.escaping import plain_console
 
 @app.command("keys")
 def list_keys(
-    words: Annotated[
+    terms: Annotated[
         list[str] | None, typer.Argument(metavar="[WORD]…", help="Only settings whose name or meaning has these words.")
     ] = None,
 ) -> None:
@@ -22,7 +22,7 @@ def list_keys(
 
     from raydistill.config.keys import describe_keys
 
-    console, found = plain_console(), list(describe_keys(word := " ".join(words or [])))
+    console, found = plain_console(), list(describe_keys(word := " ".join(terms or [])))
     if not found:
         raise ConfigError(f"no key has {word!r} in its name or meaning; `raydistill keys` lists all")
     for key in found:
