@@ -57,6 +57,7 @@ def submit(
     flags = ("--learning-curve",) if learning_curve else ()
     with tempfile.TemporaryDirectory() as folder:
         package = pack(load_config([*(words or []), *given]), command, flags, folder, python, send_outside)
+        client = jobs_api.job_client(address)
         print(f"uploads {len(package.files)} files, {package.size:,} bytes:")
         for file, size in package.files:
             print(one_line(f"  {file} {size:,}"))
@@ -64,7 +65,6 @@ def submit(
             print(one_line(f"left out, not code of the package: {file}"))
         if told := sorted(name for name in os.environ if name.startswith("MLFLOW_")):
             print(f"not sent: {', '.join(told)}; the job uses tracking.uri and its nodes' own variables")
-        client = jobs_api.job_client(address)
         name, is_new = jobs_api.submit(client, package, install)
     print(f"job {name} {'is submitted' if is_new else 'runs or is done already, so it is not started again'}")
     print(f"raydistill job logs {name}     raydistill job stop {name}")

@@ -62,16 +62,20 @@ def list_jobs(
         print(json.dumps(rows, indent=2))
         return
     console = plain_console()
-    table = Table("job", "", "began", "state", "student val, test", "teacher val, test", "its own", "shared", box=None)
-    for row in rows:
+    table = Table(
+        "", "job", "", "began", "state", "student val, test", "teacher val, test", "its own", "shared", box=None
+    )
+    for number, row in enumerate(rows, 1):
         began = datetime.fromtimestamp(row["started"]).strftime("%Y-%m-%d %H:%M")
         accuracies = [_accuracy(row["accuracies"].get(who, {})) for who in ("student", "teacher")]
         told = [one_line(shortened(row[key], 40)) for key in ("name", "title")]
-        table.add_row(*told, began, row["state"], *accuracies, decimal(row["bytes"]), decimal(row["shared_bytes"]))
+        table.add_row(
+            str(number), *told, began, row["state"], *accuracies, decimal(row["bytes"]), decimal(row["shared_bytes"])
+        )
     plain_console(width=max(console.width, 150)).print(table)
-    for row in rows:
+    for number, row in enumerate(rows, 1):  # rows of one name differ in their settings
         if row["report"] or row["error"]:
-            console.print(one_line(f"{row['name']}: {row['error'] or row['report']}"), soft_wrap=True)
+            console.print(one_line(f"{number} {row['name']}: {row['error'] or row['report']}"), soft_wrap=True)
     console.print(f"{len(rows)} run(s) in {root}, {decimal(sum(sizes.values()))}", soft_wrap=True)
 
 

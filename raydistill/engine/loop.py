@@ -120,11 +120,12 @@ def _threads_and_precision(
     torch.set_num_threads(worker.threads)
     if device.type == "cpu":
         keep_freed_memory()
-        if 1 < worker.threads <= share // 2:
-            model.replicas = replicas_of(model.student, worker.threads)
-            torch.set_num_threads(1 if model.replicas else worker.threads)
+    can_share = device.type == "cpu" and 1 < worker.threads <= share // 2
+    replicas = replicas_of(model.student, worker.threads) if can_share else None
     asked, pin = job.config.distill.precision, student_pin(job.path.rpartition("/")[0], job.config)
-    return student_precision(model.student, model.replicas, asked, pin, share, device, layout)
+    precision, model.replicas = student_precision(model.student, replicas, asked, pin, share, device, layout)
+    torch.set_num_threads(1 if model.replicas else worker.threads)
+    return precision
 
 
 def _clip(model: DistillationModel, most: float | None) -> torch.Tensor:

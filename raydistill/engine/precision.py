@@ -42,6 +42,7 @@ class Decision:
     fp32_seconds: PositiveFloat
     bf16_seconds: PositiveFloat | None
     device: str
+    replicas: bool = False  # whether threads that share a batch are faster than threads inside each operation
 
     def __str__(self) -> str:
         if self.bf16_seconds is None:
@@ -73,7 +74,10 @@ def set_teacher_precision(
 
         return step
 
-    backbone.precision = _settled("teacher.precision", asked, pin, make_step, batch_size, device)
+    def measured() -> Decision:
+        return measure(make_step(), batch_size, device)
+
+    backbone.precision, _ = _settled("teacher.precision", asked, pin, measured, device)
 
 
 def student_precision(
@@ -84,27 +88,35 @@ def student_precision(
     batch_size: int,
     device: torch.device,
     layout: torch.memory_format,
-) -> str:
-    """The precision of training the student on a worker's share of a batch; the student does not change. Raises
-    ConfigError: the device cannot compute as asked."""
+) -> tuple[str, Replicas | None]:
+    """The precision of training the student on a worker's share of a batch, and the replicas if they are faster; `auto`
+    alone takes them, because the threads round otherwise. The student does not change. Raises ConfigError: the device
+    cannot compute as asked."""
 
-    def make_step() -> Step:
+    def make_step(replicas: Replicas | None) -> Step:
         trial = copy.deepcopy(student).train()
         network = Replicas(trial, replicas.threads) if replicas else trial
         images = _noise(batch_size, student.preprocessing.size, device).contiguous(memory_format=layout)
 
         def step(count: int, precision: str) -> Iterable[torch.Tensor]:
             trial.zero_grad(set_to_none=True)
+            torch.set_num_threads(1 if replicas else threads)
             with autocast(device, precision):
                 logits_VC, _ = network(images[:count])
             logits_VC.float().logsumexp(1).mean().backward()
+            torch.set_num_threads(threads)
             return [logits_VC, *(p.grad for p in trial.parameters() if p.grad is not None)]
 
         return step
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of dropout: a step's numbers stay the same
+    def measured() -> Decision:
         least = 2 * replicas.threads if replicas else 2  # images that batch norm needs
-        return _settled("distill.precision", asked, pin, make_step, batch_size, device, least)
+        return measure(make_step(None), batch_size, device, least, make_step(replicas) if replicas else None)
+
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # of dropout: a step's numbers stay the same
+        precision, shares = _settled("distill.precision", asked, pin, measured, device)
+    return precision, replicas if shares else None
 
 
 def _noise(count: int, side: int, device: torch.device) -> torch.Tensor:
@@ -112,34 +124,37 @@ def _noise(count: int, side: int, device: torch.device) -> torch.Tensor:
 
 
 def _settled(
-    key: str, asked: str, pin: str, make_step: Callable[[], Step], batch_size: int, device: torch.device, least: int = 2
-) -> str:
+    key: str, asked: str, pin: str, measured: Callable[[], Decision], device: torch.device
+) -> tuple[str, bool]:
+    """The precision, and whether threads share a batch."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions by default
     if asked != "auto":
         refuse_unable(key, asked, device)
-        return asked
+        return asked, False
     fs, folder = open_filesystem(pin.rpartition("/")[0])
     if fs.is_local:
         refuse_links(folder)
     decision = read_state(pin, Decision)
     if decision is None:
-        measured = measure(make_step(), batch_size, device, least)
+        decided = measured()
         fs.make_folder(folder)
         with contextlib.suppress(FileExistsError):  # another process was first, and counts
-            create_file(pin, json.dumps(asdict(measured)).encode())
+            create_file(pin, json.dumps(asdict(decided)).encode())
         decision = needed_state(pin, Decision)
     refuse_unable(
         key, decision.precision, device, f" (what auto stands for since {decision.device} measured it: {pin})"
     )
-    return decision.precision
+    return decision.precision, decision.replicas
 
 
-def measure(step: Step, batch_size: int, device: torch.device, least: int = 2) -> Decision:
-    """Time steps in fp32 and bf16 in turn, after warming up, for two to three seconds. A step has `batch_size` images,
-    or fewer, but the `least`, if it would take long."""
+def measure(
+    step: Step, batch_size: int, device: torch.device, least: int = 2, replicated: Step | None = None
+) -> Decision:
+    """Time steps in fp32 and bf16 in turn, after warming up, for two to three seconds; in the faster one also steps in
+    turn with `replicated` ones. A step has `batch_size` images, or fewer, but the `least`, if it would take long."""
 
-    def timed(count: int, precision: str) -> float:
+    def timed(count: int, precision: str, step: Step = step) -> float:
         started = time.perf_counter()
         step(count, precision)
         if device.type == "cuda":
@@ -164,7 +179,14 @@ def measure(step: Step, batch_size: int, device: torch.device, least: int = 2) -
     fp32 = median(times["fp32"])
     bf16 = median(times["bf16"]) if usable and _is_finite(step, count) else None
     wins = bf16 is not None and fp32 >= _LEAST_GAIN * bf16
-    return Decision("bf16" if wins else "fp32", fp32, bf16, _name_of(device))
+    chosen: Literal["fp32", "bf16"] = "bf16" if wins else "fp32"
+    shares = False
+    if replicated is not None:
+        timed(count, chosen, replicated)
+        turns = [(timed(count, chosen), timed(count, chosen, replicated)) for _ in range(len(times["fp32"]))]
+        alone, shared = (median(turn) for turn in zip(*turns, strict=True))
+        shares = alone >= _LEAST_GAIN * shared
+    return Decision(chosen, fp32, bf16, _name_of(device), shares)
 
 
 def _is_finite(step: Step, count: int) -> bool:

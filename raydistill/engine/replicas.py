@@ -1,8 +1,8 @@
 """Training of one network on several cores: each thread computes a share of the batch.
 
-A second thread inside each operation makes a small network a third faster; a thread for each half of the batch makes it
-nearly twice as fast, because the threads meet at batch norm alone. There they add up their sums, so statistics and
-gradients are those of the whole batch, up to rounding.
+Threads inside each operation meet at its end, and on a busy machine wait for each other most of the time. Threads that
+share a batch meet at batch norm alone. There they add up their sums, so statistics and gradients are those of the whole
+batch, up to rounding. On an idle machine that costs a sixth more work, so what is faster is measured first.
 
 Shapes: V images, C classes, E features of the student; B images of a share, K channels.
 """

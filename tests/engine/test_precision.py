@@ -16,7 +16,7 @@ from torch import nn
 
 from raydistill.config import load_config
 from raydistill.data.views import Preprocessing
-from raydistill.engine import precision
+from raydistill.engine import loop, precision
 from raydistill.engine.loop import distill_loop
 from raydistill.engine.precision import Decision, described, measure, refuse_unable, set_teacher_precision
 from raydistill.errors import CheckpointError, ConfigError
@@ -65,6 +65,22 @@ def test_bf16_is_chosen_where_it_is_clearly_faster(monkeypatch, fp32, bf16, chos
     found = measured(monkeypatch, Clock(fp32=fp32, bf16=bf16))
     assert (found.precision, str(found)) == (chosen, words)
     assert found.fp32_seconds / found.bf16_seconds == pytest.approx(fp32 / bf16)
+
+
+@pytest.mark.parametrize(("replicas", "taken"), [(0.8e-3, True), (0.95e-3, False), (5e-3, False)])
+def test_threads_share_a_batch_where_that_is_clearly_faster(monkeypatch, replicas, taken) -> None:
+    """In the precision that is taken: here bf16."""
+    clock = Clock(fp32=2e-3, bf16=1e-3)
+
+    def replicated(count: int, name: str) -> list[torch.Tensor]:
+        assert name == "bf16"
+        clock.now += count * replicas
+        return [torch.ones(1)]
+
+    monkeypatch.setattr(precision, "time", clock)
+    found = measure(clock.step, 64, CPU, 2, replicated)
+    assert (found.precision, found.replicas) == ("bf16", taken)
+    assert clock.now < 6
 
 
 @pytest.mark.parametrize("seconds", [1e-5, 1e-2, 0.5, 8.0])
@@ -217,6 +233,7 @@ def test_auto_trains_as_what_it_stands_for(make_set, monkeypatch, threads) -> No
         monkeypatch.setattr(precision, "_LEAST_GAIN", least)
         monkeypatch.setattr(precision, "_MOST_ROUNDS", 1)
         monkeypatch.setattr(precision, "_STEP_SECONDS", 0.0)
+        monkeypatch.setattr(loop, "replicas_of", lambda *_: None)  # whose sums round otherwise
         worker = replace(here(), threads=threads)
         with contextlib.suppress(KeyboardInterrupt):
             distill_loop(job, replace(worker, preempted=ends_at(4)))

@@ -11,6 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from raydistill.config import Student as StudentConfig
 from raydistill.data.views import Preprocessing
+from raydistill.engine import loop
 from raydistill.engine.loop import distill_loop
 from raydistill.engine.replicas import Replicas, replicas_of
 from raydistill.engine.workers import Worker
@@ -132,11 +133,14 @@ def test_a_share_that_fails_ends_the_batch_with_its_own_error(marked):
     assert len(replicas(torch.rand(6, 3, 9, 9))[0]) == 6  # the threads are free again
 
 
-@pytest.mark.parametrize("loss", [{}, {"crd_weight": 0.5}])
-def test_training_with_two_threads_follows_training_with_one(tiny_set, loss):
+@pytest.mark.parametrize("weights", [{}, {"crd_weight": 0.5}])
+def test_training_with_two_threads_follows_training_with_one(tiny_set, weights, monkeypatch):
+    monkeypatch.setattr(loop, "student_precision", lambda student, replicas, *_: ("fp32", replicas))  # as if faster
     records = [
         distill_loop(
-            tiny_set.job(f"{threads} threads {len(loss)}", loss={"projection_dim": 8, **loss}, distill={"epochs": 2}),
+            tiny_set.job(
+                f"{threads} threads {len(weights)}", loss={"projection_dim": 8, **weights}, distill={"epochs": 2}
+            ),
             Worker(0, 1, "cpu", threads, lambda step: False),
         )
         for threads in (1, 2)
