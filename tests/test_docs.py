@@ -106,7 +106,7 @@ def test_commands_were_found() -> None:
 
 # Those of a cluster, a hub, other data and long measurements are parsed alone.
 EXECUTED = (
-    "../README", "index", "data", "jobs", "compare", "search", "deploy", "models", "python", "generated", "results",
+    "../README", "index", "data", "jobs", "compare", "search", "deploy", "models", "python", "generated",
 )  # fmt: skip
 SMALL = {
     "teacher.model": "timm:test_resnet", "teacher.weights": "teacher.safetensors", "student.model": "timm:test_resnet",
@@ -137,7 +137,7 @@ def test_the_blocks_do_what_they_say(page: str, my_folder: Path, class_pipeline:
     for words in commands(ROOT / "docs" / f"{page}.md"):
         if words[0] in ("submit", "job", "serve") or "--file" in words:
             continue
-        takes_job = words[0] in ("run", "show", "check", "compare", "tune")
+        takes_job = words[0] in ("run", "show", "check", "generate", "compare", "tune")
         more = ["smoke", *small, *FEW.get(words[0], ())] if takes_job else []
         if page == "generated":
             more += [f"generate.pipeline={class_pipeline}", "generate.steps=2"]
