@@ -57,9 +57,9 @@ class Run:
     outcome: Outcome
 
     def __repr__(self) -> str:
-        shares = ", ".join(f"{name}={value:.3f}" for name, value in self.metrics.items() if name.endswith("accuracy"))
         from raydistill.storage.jobs import job_name
 
+        shares = ", ".join(f"{name}={value:.3f}" for name, value in self.metrics.items() if name.endswith("accuracy"))
         return f"<Run {job_name(self.config)!r}: {shares}; report {self.report}>"
 
     @property

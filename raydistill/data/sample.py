@@ -89,8 +89,8 @@ def encode_shard(rows: pa.Table) -> bytes:
 
 
 def encode_images(rows: pa.Table) -> bytes:
-    """Parquet bytes of a table with pixels. LZ4 unpacks over a hundred times as many images a second as PNG, for half
-    as many bytes again."""
+    """Parquet bytes of a table with pixels. LZ4 unpacks 13 times as many clip-art images a second as PNG, for a fifth
+    more bytes, and some hundred times as many photographs, for half as many again."""
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="lz4", use_dictionary=False, write_statistics=False)
     return sink.getvalue().to_pybytes()
@@ -101,13 +101,12 @@ def decode_shard(data: bytes, path: str = "a shard") -> pa.Table:
     return read_table(path, SCHEMA, data)
 
 
-def with_whole_images(table: pa.Table, side: int, path: str) -> pa.Table:
-    """The table, if each of its images has `side` x `side` pixels. Raises CheckpointError."""
+def refuse_other_sizes(table: pa.Table, side: int, path: str) -> None:
+    """Raises CheckpointError if an image of the table is not `side` x `side` pixels."""
     if any(size != 3 * side**2 for size in values(pc.unique(pc.binary_length(table["image"])))):
         raise CheckpointError(
-            f"{path} is damaged (an image has not {side} x {side} pixels); delete it and run the command again"
+            f"{path} is damaged (an image is not {side} x {side} pixels); delete it and run the command again"
         )
-    return table
 
 
 def working_images(table: pa.Table, side: int) -> np.ndarray:

@@ -16,13 +16,7 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from raydistill.data.sample import (
-    SCHEMA,
-    SampleSet,
-    decode_shard,
-    shard_name,
-    with_whole_images,
-)
+from raydistill.data.sample import SCHEMA, SampleSet, decode_shard, refuse_other_sizes, shard_name
 from raydistill.errors import CheckpointError
 from raydistill.storage.filesystems import open_filesystem, read_bytes
 from raydistill.storage.state import parsed
@@ -81,7 +75,9 @@ def read_sample_ids(path: str) -> bytes:
 
 def read_samples(samples: SampleSet, split: str, shard: int) -> pa.Table:
     path = _shard_path(samples, split, shard)
-    return with_whole_images(decode_shard(read_bytes(path), path), samples.size, path)
+    table = decode_shard(read_bytes(path), path)
+    refuse_other_sizes(table, samples.size, path)
+    return table
 
 
 def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str]) -> np.ndarray:

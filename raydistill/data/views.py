@@ -53,12 +53,12 @@ def view_parameters(
         left_R = left_R[~fits_R]
         if not len(left_R):
             break
-    rest = iter(range(2 * _ATTEMPTS, 2 * _ATTEMPTS + NUM_PARAMETERS))
-    for column in (0, 1):
-        rows_BP[:, column] = _draw(keys_B, next(rest)) * (1 - rows_BP[:, column + 2])
-    rows_BP[:, 4] = _draw(keys_B, next(rest)) < views.flip
-    for column, strength in enumerate((views.brightness, views.contrast, views.saturation), 5):
-        rows_BP[:, column] += (2 * _draw(keys_B, next(rest)) - 1) * strength
+    place, flip, jitter = (2 * _ATTEMPTS + first for first in (0, 2, 3))  # the numbers after those of the tries
+    for axis in (0, 1):
+        rows_BP[:, axis] = _draw(keys_B, place + axis) * (1 - rows_BP[:, axis + 2])
+    rows_BP[:, 4] = _draw(keys_B, flip) < views.flip
+    for k, strength in enumerate((views.brightness, views.contrast, views.saturation)):
+        rows_BP[:, 5 + k] += (2 * _draw(keys_B, jitter + k) - 1) * strength
     return rows_BP.astype(np.float32)
 
 

@@ -19,6 +19,7 @@ from raydistill.config import RunConfig
 from raydistill.data.sample import Pools, SampleSet, Visits, batch_order
 from raydistill.data.targets import UNLABELLED
 from raydistill.data.train_split import Batch, InMemory, Part, Streamed, TrainSplit
+from raydistill.data.views import NUM_PARAMETERS
 from raydistill.engine.workers import Worker
 from raydistill.models.heads import load_head
 from raydistill.runtime.memory import available_bytes
@@ -153,5 +154,6 @@ def _fits_in_memory(job: DistillJob, worker: Worker) -> bool:
         return cache == "memory"
     per_image = 0
     if job.targets is not None and job.head is not None and job.config.views.per_image != "fresh":
-        per_image = 2 * job.config.views.per_image * load_head(job.head).weight_CD.shape[1]
+        features = 2 * load_head(job.head).weight_CD.shape[1]  # float16
+        per_image = job.config.views.per_image * (features + 4 * NUM_PARAMETERS)
     return job.train_split.num_bytes(per_image) * worker.workers_on_node < _MEMORY_SHARE * available_bytes()

@@ -47,10 +47,10 @@ class Decision:
     def __str__(self) -> str:
         if self.bf16_seconds is None:
             return "fp32: bf16 gives no finite numbers"
-        gain = self.fp32_seconds / self.bf16_seconds
+        gain, how = self.fp32_seconds / self.bf16_seconds, "; threads share each batch" if self.replicas else ""
         if self.precision == "fp32":
-            return f"fp32: bf16 is only {gain:.2f} times as fast"
-        return f"bf16, {gain:.1f} times as fast as fp32"
+            return f"fp32: bf16 is only {gain:.2f} times as fast{how}"
+        return f"bf16, {gain:.1f} times as fast as fp32{how}"
 
 
 def described(asked: Precision, pin: str) -> tuple[Precision, str]:

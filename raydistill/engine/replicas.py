@@ -48,16 +48,16 @@ class Replicas:
     def forward(self, images_V3SS: torch.Tensor, meeting: _Meeting) -> list[Part]:
         device = images_V3SS.device.type
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        numbers = iter(range(self.threads))
 
-        def share(images_B3SS: torch.Tensor) -> Part:
-            with meeting.attended(), torch.autocast(device, dtype, enabled), _SharedStatistics(meeting, next(numbers)):
+        def share(number: int, images_B3SS: torch.Tensor) -> Part:
+            with meeting.attended(), torch.autocast(device, dtype, enabled), _SharedStatistics(meeting, number):
                 logits_BC, features_BE = self._student(images_B3SS)
                 return logits_BC, features_BE
 
         counters = [b for name, b in self._student.named_buffers() if name.endswith("num_batches_tracked")]
         before = [counter.clone() for counter in counters]
-        parts = self.map(share, images_V3SS)
+        # Each share has its own number: sums in another order would round otherwise from run to run.
+        parts = list(self._pool.map(share, range(self.threads), images_V3SS.tensor_split(self.threads)))
         for counter, old in zip(counters, before, strict=True):
             counter.copy_(torch.minimum(counter, old + 1))  # each thread has counted the batch
         return parts

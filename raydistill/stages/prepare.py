@@ -26,9 +26,9 @@ from raydistill.data.sample import (
     SampleSet,
     encode_images,
     encode_shard,
+    refuse_other_sizes,
     samples_from_json,
     shard_name,
-    with_whole_images,
 )
 from raydistill.data.sources.listing import Entry, Listing, entry_name
 from raydistill.data.sources.reading import UNREADABLE
@@ -245,7 +245,8 @@ def _sorted_images(
         file = str(batch["file"][0])
         block = _read_decoded(file, ["index", "image"])
         places = fact_of_entry[block["index"].to_numpy()]
-        kept = with_whole_images(block.filter(pa.array(places >= 0)), side, file)
+        kept = block.filter(pa.array(places >= 0))
+        refuse_other_sizes(kept, side, file)
         return facts.take(places[places >= 0]).append_column("image", kept["image"])
 
     placed = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files)).map_batches(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -89,15 +88,19 @@ def tiny(root: Path) -> Data:
 
 @pytest.mark.parametrize("loss", [pytest.param(loss, marks=on_a_gpu) for loss in ("default", *TERMS)])
 def test_no_step_on_cuda_waits(tmp_path, loss) -> None:
+    modes = list[int]()
+
     def between_steps() -> Iterator[None]:
-        yield from itertools.repeat(None, 10)
-        torch.cuda.set_sync_debug_mode("error")
-        yield from itertools.repeat(None, 10)
+        for mode in ("default",) * 10 + ("error",) * 10:  # a step that waits raises in the second ten
+            torch.cuda.set_sync_debug_mode(mode)
+            modes.append(torch.cuda.get_sync_debug_mode())
+            yield
 
     try:
         run_between(tiny(tmp_path).job(loss, 16), Worker(0, 1, "cuda", 1, lambda step: False), between_steps())
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert modes == [0] * 10 + [2] * 10
 
 
 @pytest.mark.parametrize("device", [pytest.param(CUDA, marks=on_a_gpu)])

@@ -15,11 +15,11 @@ from raydistill.data.sample import (
     batch_order,
     decode_shard,
     encode_shard,
+    refuse_other_sizes,
     sample_id,
     samples_from_json,
     seeded_rank,
     visit_order,
-    with_whole_images,
     working_images,
 )
 from raydistill.errors import CheckpointError
@@ -189,8 +189,8 @@ def test_images_come_back_to_the_pixel_from_slices_chunks_and_picked_rows(side, 
 @pytest.mark.parametrize("other", [b"", bytes(3 * 16 - 1), bytes(3 * 25), b"\x89PNG of an older version"])
 def test_an_image_of_another_size_is_named_with_its_file(other):
     table = table_of(3).set_column(1, SCHEMA.field("image"), pa.array([bytes(3 * 16), other, bytes(3 * 16)]))
-    with pytest.raises(CheckpointError, match=r"^train-00000 is damaged \(an image has not 4 x 4 pixels\); delete it"):
-        with_whole_images(table, 4, "train-00000")
+    with pytest.raises(CheckpointError, match=r"^train-00000 is damaged \(an image is not 4 x 4 pixels\); delete it"):
+        refuse_other_sizes(table, 4, "train-00000")
 
 
 def test_columns_may_come_in_another_order_and_integer_size():

@@ -1,6 +1,8 @@
 """Threads that share a batch give what one thread gives for the whole, or are not used."""
 
 import copy
+import random
+import threading
 
 import pytest
 import torch
@@ -48,14 +50,15 @@ def outcome(network: nn.Module, run, images: torch.Tensor) -> dict[str, torch.Te
     return {name: value.detach() for name, value in found.items()}
 
 
-def compare(network: nn.Module, threads: int, images: torch.Tensor) -> None:
-    """With one thread in double precision, which leaves no room for luck."""
+def compare(network: nn.Module, threads: int, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """With one thread in double precision, which leaves no room for luck. Gives what was compared."""
     alone, images = network.double().train(), images.double()
     shared = copy.deepcopy(alone)
     expected, found = outcome(alone, alone, images), outcome(shared, Replicas(shared, threads), images)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=2e-5, atol=1e-9, msg=name)
+    return found
 
 
 @given(threads=st.integers(2, 4), extra=st.integers(0, 5), seed=st.integers(0, 99))
@@ -72,7 +75,32 @@ def compare(network: nn.Module, threads: int, images: torch.Tensor) -> None:
 )  # fmt: skip
 def test_shares_of_a_batch_give_the_whole_ones_outputs_gradients_and_statistics(middle, threads, extra, seed):
     torch.manual_seed(seed)
-    compare(Network(*copy.deepcopy(middle)), threads, 1 + torch.rand(2 * threads + extra, 3, 9, 9))
+    network = Network(*copy.deepcopy(middle))
+    compared = compare(network, threads, 1 + torch.rand(2 * threads + extra, 3, 9, 9))
+    of_training = {f"gradient of {name}" for name, _ in network.named_parameters()} | dict(
+        network.named_buffers()
+    ).keys()
+    assert compared.keys() == {"logits", "features"} | of_training
+
+
+def test_four_threads_give_equal_bits_however_they_are_scheduled():
+    """Each share has its place in every sum: threads that come in another order change no bit."""
+
+    class Late(nn.Module):
+        """Lets the threads come to batch norm in an order of chance."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            threading.Event().wait(random.random() / 500)
+            return x
+
+    torch.manual_seed(0)
+    network, images = Network(Late(), nn.BatchNorm2d(6), nn.ReLU(), Late(), nn.BatchNorm2d(6)), torch.rand(13, 3, 9, 9)
+    runs = []
+    for _ in range(12):
+        own = copy.deepcopy(network).train()
+        runs.append(outcome(own, Replicas(own, 4), images))
+    for run in runs[1:]:
+        assert all(torch.equal(value, runs[0][name]) for name, value in run.items())
 
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_efficientnet", "test_vit"])
@@ -87,7 +115,10 @@ def test_networks_of_timm_do_too(model):
 def test_fixed_statistics_stay_fixed():
     student = build_student(StudentConfig(model="timm:test_resnet", size=32), 5)
     student.freeze_body()
-    compare(student, 3, torch.rand(9, 3, 32, 32))
+    before = {name: value.double() for name, value in student.named_buffers()}
+    compared = compare(student, 3, torch.rand(9, 3, 32, 32))
+    assert all(torch.equal(compared[name].double(), value) for name, value in before.items())
+    assert sum(name.startswith("gradient of") for name in compared) == 2  # the classifier's weight and bias
 
 
 def test_autocast_reaches_the_threads():
