@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import InterpolationMode, resized_crop
 
-from benchmarks.engine_bench import VIEWS, Bench, Row, apart, flops
+from benchmarks.engine_bench import VIEWS, Bench, Row, apart
 from raydistill.config import Views
 from raydistill.data.sample import sample_id
 from raydistill.data.views import Preprocessing, render, to_device, view_parameters
@@ -72,9 +72,9 @@ def rendering_row(bench: Bench) -> Row:
         return torch.where(flips, views_BCSS.flip(3), views_BCSS)
 
     rates, edge = bench.meter.rates(ours, bare), 2 + size // 8
-    share, waits = flops(ours) * rates[0] / bench.peaks["fp32"], bench.meter.waits(ours)
     inner = [path()[..., edge:-edge, edge:-edge] for path in (ours, bare)]
-    return Row("rendering views", "views", *(batch * rate for rate in rates), share, waits, apart(*inner))
+    waits = bench.meter.waits(ours)
+    return Row("rendering views", "views", *(batch * rate for rate in rates), waits=waits, difference=apart(*inner))
 
 
 def reading_row(bench: Bench) -> Row:

@@ -14,6 +14,7 @@ import torch
 from raydistill.config import Teacher
 from raydistill.data.views import render, to_device
 from raydistill.engine.precision import set_teacher_precision
+from raydistill.engine.workarounds import keep_freed_memory
 from raydistill.models.from_transformers import keeps_outputs
 from raydistill.models.heads import LinearHead
 from raydistill.models.teacher import load_teacher
@@ -26,6 +27,8 @@ class FrozenTeacher:
 
     def __init__(self, teacher: Teacher, device: torch.device, threads: int, pin: str) -> None:
         self._device = device
+        if device.type == "cpu":
+            keep_freed_memory()
         self._backbone, _, _ = load_teacher(teacher)
         # On CPUs a thread for each share of a batch does more than several threads inside each operation.
         shares = device.type == "cpu" and not keeps_outputs(self._backbone)

@@ -174,8 +174,8 @@ def _optimizer(settings: Distill, model: DistillationModel) -> torch.optim.Optim
         groups.append({"params": body, "rate": settings.body_rate})
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, rate, weight_decay=decay)
-    return torch.optim.SGD(groups, rate, momentum=settings.momentum, weight_decay=decay)
+        return torch.optim.AdamW(groups, rate, weight_decay=decay, fused=True)
+    return torch.optim.SGD(groups, rate, momentum=settings.momentum, weight_decay=decay, fused=True)
 
 
 def learning_rate(settings: Distill, step: int, steps_per_epoch: int) -> float:
@@ -205,6 +205,11 @@ def _resume(
             own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
             module.load_state_dict(own)
         optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in optimizer.state.items():
+            for name, moment in moments.items():
+                if moment is not None and moment.shape == parameter.shape:
+                    # Fused steps need moments that lie in memory as their parameter does.
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
         scaler.load_state_dict(state["scaler"])
     except torch.OutOfMemoryError:
         raise

@@ -24,7 +24,7 @@ from torch import nn
 
 from raydistill.data import decode
 from raydistill.data.isolation import python_apart
-from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render, view_filters
+from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render, resample, view_filters
 from raydistill.errors import ConfigError
 from raydistill.models import preprocess
 from raydistill.models.from_transformers import load_or_refuse
@@ -44,8 +44,9 @@ class Shipped(nn.Module):
         super().__init__()
         self.network, self._is_timm = student.network, isinstance(student.body, TimmClassifier)
         self._from_pixels, wanted = from_pixels, student.preprocessing
-        filters_1SH, _ = view_filters(torch.from_numpy(WHOLE_IMAGE)[None], working_size, working_size, wanted)
-        self.register_buffer("filter_SH", filters_1SH[0])
+        whole = torch.from_numpy(WHOLE_IMAGE)[None]
+        vertical, _ = view_filters(whole, working_size, working_size, wanted, torch.device("cpu"))
+        self.register_buffer("filter_SH", resample(torch.eye(working_size)[None], vertical)[0])
         self.register_buffer("mean", torch.tensor(wanted.mean)[:, None, None])
         self.register_buffer("std", torch.tensor(wanted.std)[:, None, None])
         self.eval()

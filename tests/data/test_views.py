@@ -164,15 +164,19 @@ def test_the_share_of_flips_is_the_one_asked_for(share):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [16, 64, 96, 224])
-def test_equals_pillows_resize_of_the_box(photo, interpolation, size):
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 100), st.integers(0, 2**32 - 1))
+def test_equals_pillows_resize_of_the_box(interpolation, rows, columns, size, seed):
     """Pillow's float channels are neither rounded nor clipped between its two passes, as ours are not."""
-    for parameters in view_parameters(Views(flip=0), 0, ids(6), [0] * 6):
-        left, top, width, height = parameters[:4].astype(np.float64) * 128
-        box = (left, top, min(left + width, 128), min(top + height, 128))
-        channels = [Image.fromarray(photo[..., k].astype(np.float32)) for k in range(3)]
+    image = np.random.default_rng(seed).integers(0, 256, (rows, columns, 3), np.uint8)
+    together = view_parameters(Views(flip=0, min_scale=0.01), seed, ids(3), [0] * 3)
+    views = render(
+        torch.from_numpy(image).expand(3, -1, -1, -1), torch.from_numpy(together), plain(size, interpolation)
+    )
+    for parameters, found in zip(together, views.numpy(), strict=True):
+        left, top, width, height = parameters[:4].astype(np.float64) * np.tile((columns, rows), 2)
+        box = (left, top, min(left + width, columns), min(top + height, rows))
+        channels = [Image.fromarray(image[..., k].astype(np.float32)) for k in range(3)]
         expected = np.stack([np.asarray(c.resize((size, size), PILLOW[interpolation], box=box)) for c in channels])
-        found = one(photo, parameters, plain(size, interpolation)).numpy()
         np.testing.assert_allclose(found, (expected / 255).clip(0, 1), rtol=0, atol=2e-5)
 
 
