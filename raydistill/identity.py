@@ -11,7 +11,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from raydistill.config import RunConfig, Teacher, Views, fine_tuning
+from raydistill.config import Images, RunConfig, Teacher, Views, fine_tuning
 from raydistill.data.sample import SampleSet
 from raydistill.data.sources.listing import Listing
 from raydistill.models.fingerprints import content_hash, model_identity, pipeline_identity
@@ -33,12 +33,12 @@ def stage_directory(config: RunConfig, stage: str, identity: dict[str, Any]) -> 
 
 def decoded_directory(config: RunConfig, listing: Listing) -> StageDirectory:
     """All images at the working size, independent of seed and labels; `prepare` sorts them into splits."""
-    images = config.images.model_dump(include={"size", "fit", "max_pixels", "max_bytes"})
+    images = image_settings(config, "size", "fit", "max_pixels", "max_bytes")
     return stage_directory(config, "decoded", {"images": images, "files": listing.fingerprint})
 
 
 def prepare_directory(config: RunConfig, listing: Listing) -> StageDirectory:
-    images = config.images.model_dump(exclude={"path", "classes", "allow_missing_val"})
+    images = image_settings(config, *(Images.model_fields.keys() - {"path", "classes", "allow_missing_val", "store"}))
     images["shard_size"] = config.images.rows_per_shard
     identity = {"images": images, "classes": listing.classes, "files": listing.fingerprint, "seed": config.seed}
     return stage_directory(config, "prepare", identity)
@@ -255,7 +255,15 @@ def _train_and_val(samples: SampleSet) -> dict[str, Any]:
 
 def _pixels(config: RunConfig) -> dict[str, Any]:
     """Together with the sample ids, this decides the working images."""
-    return {"size": config.images.size, "fit": config.images.fit, "shard_size": config.images.rows_per_shard}
+    return image_settings(config, "size", "fit") | {"shard_size": config.images.rows_per_shard}
+
+
+def image_settings(config: RunConfig, *names: str) -> dict[str, Any]:
+    """Some settings of `images`, and how images are stored: JPEG changes pixels."""
+    settings = config.images.model_dump(include=set(names))
+    if config.images.store != "pixels":  # the only store of older versions, whose directories keep their names
+        settings["store"] = config.images.store
+    return settings
 
 
 def _backbone(config: RunConfig) -> dict[str, Any]:

@@ -73,7 +73,7 @@ workspace: s3://bucket/raydistill
 seed: 4294967295
 images: {path: "example:elpv", size: 96, fit: pad, classes: classes.txt, val_share: 0.2, test_share: 0.0,
   max_per_class: 9, num_labelled: 40, num_unlabelled: 7, allow_missing_val: true, max_bad_share: 1.0,
-  max_pixels: 10000, max_bytes: 1000000, shard_size: 32}
+  max_pixels: 10000, max_bytes: 1000000, shard_size: 32, store: jpeg}
 teacher: {model: "hf:owner/name", weights: w.safetensors, revision: 0123456789abcdef, head: native, size: 98,
   class_balanced: true, center_crop: true, batch_size: 8, allow_near_chance: true, prompts: ["a {class}"],
   fine_tune_epochs: 3, fine_tune_learning_rate: 0.1, fine_tune_batch_size: 32, precision: fp16}

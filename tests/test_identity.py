@@ -82,7 +82,7 @@ EFFECTS = by_change(
         cluster.generator_fallback={"pool":"train"}  tracking.enabled=false  tracking.uri=http://host:5000
     """),
     ({"prepare"} | VIEWS, "seed=1"),
-    ({"decoded", "prepare"} | TEACHER, "images.size=64  images.fit=pad"),
+    ({"decoded", "prepare"} | TEACHER, "images.size=64  images.fit=pad  images.store=jpeg"),
     ({"prepare"} | TEACHER, "images.shard_size=32"),
     ({"prepare"}, """
         images.val_share=0.2  images.test_share=0.2  images.num_labelled=2  images.num_unlabelled=2

@@ -3,7 +3,8 @@
 | column    | type   | meaning                                                                   |
 |-----------|--------|---------------------------------------------------------------------------|
 | sample_id | string | 32 hex digits: BLAKE2b-128 of the original file's bytes                   |
-| image     | binary | the working image, upright and square: 3 bytes a pixel, red, green, blue  |
+| image     | binary | the working image, upright and square: 3 bytes a pixel, red, green, blue; |
+|           |        | in shards with `images.store: jpeg`, a JPEG of it                         |
 | label     | int32  | index into the one class list; null for an unlabelled image               |
 | source    | string | "real" or "generated"                                                     |
 | split     | string | "train", "val" or "test"; unlabelled images are in "train"                |
@@ -15,7 +16,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -59,6 +60,7 @@ class SampleSet:
     num_refused: NonNegativeInt
     ids: Annotated[dict[str, str], AfterValidator(_with_train)]  # split -> hash of its sample ids in order
     labels: Annotated[dict[str, str], AfterValidator(_with_train)]  # split -> hash of its classes and of all labels
+    store: Literal["pixels", "jpeg"] = "pixels"  # what the shards' column `image` holds
 
     def num_rows(self, split: str) -> int:
         return sum(self.shards.get(split, ()))

@@ -16,6 +16,7 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from raydistill.data.jpeg import with_pixels
 from raydistill.data.sample import SCHEMA, SampleSet, decode_shard, refuse_other_sizes, shard_name
 from raydistill.errors import CheckpointError
 from raydistill.storage.filesystems import open_filesystem, read_bytes
@@ -74,8 +75,11 @@ def read_sample_ids(path: str) -> bytes:
 
 
 def read_samples(samples: SampleSet, split: str, shard: int) -> pa.Table:
+    """The rows of a shard, with pixels, however it stores them. Raises CheckpointError if it is damaged."""
     path = _shard_path(samples, split, shard)
     table = decode_shard(read_bytes(path), path)
+    if samples.store == "jpeg":
+        return with_pixels(table, samples.size, path)
     refuse_other_sizes(table, samples.size, path)
     return table
 
@@ -87,16 +91,17 @@ def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str])
 
 def read_labels(samples: SampleSet, split: str, shard: int) -> np.ndarray:
     """The labels of a shard, UNLABELLED if there is none, without reading its images."""
-    return labels_of(_column(samples, split, shard, "label"))
+    return labels_of(read_columns(samples, split, shard, "label"))
 
 
 def read_ids(samples: SampleSet, split: str, shard: int) -> list[str]:
     """The ids of a shard's rows, without reading its images."""
-    return values(_column(samples, split, shard, "sample_id")["sample_id"])
+    return values(read_columns(samples, split, shard, "sample_id")["sample_id"])
 
 
-def _column(samples: SampleSet, split: str, shard: int, name: str) -> pa.Table:
-    return read_table(_shard_path(samples, split, shard), pa.schema([SCHEMA.field(name)]))
+def read_columns(samples: SampleSet, split: str, shard: int, *names: str) -> pa.Table:
+    """Some columns of a shard, without reading its images."""
+    return read_table(_shard_path(samples, split, shard), pa.schema([SCHEMA.field(name) for name in names]))
 
 
 def _shard_path(samples: SampleSet, split: str, shard: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from raydistill.config import Images
-from raydistill.generation.features import working_image
+from raydistill.generation.features import square_image
 from raydistill.generation.recipes import Key, Made, images_in
 from raydistill.generation.selection import Chosen
 from raydistill.pages.figures import contact_sheet
@@ -20,14 +20,14 @@ _MOST_PICTURES, _FEWEST_PICTURES, _PICTURES_IN_ALL = 24, 4, 2400
 
 
 def kept_pictures(images: Images, made: Mapping[Key, Made], chosen: Chosen) -> dict[Key, Image.Image]:
-    """Working images of the kept images. It reads each file once."""
+    """Working images of the kept images, before they are stored. It reads each file once."""
     by_file: dict[str, list[Key]] = defaultdict(list)
     for key in chosen.kept:
         by_file[made[key].file].append(key)
     found: dict[Key, Image.Image] = {}
     for file, keys in by_file.items():
         raw = images_in(file)
-        found |= {key: working_image(raw[made[key].row], images) for key in keys}
+        found |= {key: square_image(raw[made[key].row], images) for key in keys}
     return found
 
 

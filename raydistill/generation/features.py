@@ -21,6 +21,7 @@ from raydistill.cluster.plan import LEAST_SHARE, Plan
 from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import Images, RunConfig, Views
 from raydistill.data.decode import decode
+from raydistill.data.jpeg import decoded, stored
 from raydistill.data.sample import SampleSet, sample_id, shard_name
 from raydistill.data.targets import encode_targets, read_all_targets, read_ids
 from raydistill.data.views import WHOLE_IMAGE, stored_views
@@ -161,5 +162,13 @@ def view_features(file: str, teacher: str, views: Views, seed: int) -> str:
 
 
 def working_image(image: bytes, images: Images) -> Image.Image:
-    """The working image that `prepare` would make."""
+    """The working image as it is read from a shard of `prepare`."""
+    picture = square_image(image, images)
+    if images.store == "jpeg":
+        return Image.fromarray(decoded([stored(picture.tobytes(), images)], images.size)[0])
+    return picture
+
+
+def square_image(image: bytes, images: Images) -> Image.Image:
+    """The working image before it is stored."""
     return decode(image, images.size, images.fit, images.max_pixels)

@@ -10,7 +10,7 @@ from raydistill.config import Generate, RunConfig
 from raydistill.data.prompts import class_prompts, refuse_unknown
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.data.sources.listing import list_images
-from raydistill.data.targets import labels_of, read_samples
+from raydistill.data.targets import read_labels
 from raydistill.errors import ConfigError
 from raydistill.generation.generator import new_scheduler
 from raydistill.generation.pipelines import PipelineFacts, check_steps, class_numbers, inspect_pipeline
@@ -100,7 +100,7 @@ def wanted_images(settings: Generate, samples: SampleSet, facts: PipelineFacts) 
     """The number of images of each class, from the labelled train images."""
     counts = Counter(dict.fromkeys(range(len(samples.classes)), 0))
     for shard in range(len(samples.shards["train"])):
-        labels = labels_of(read_samples(samples, "train", shard))
+        labels = read_labels(samples, "train", shard)
         counts.update(int(label) for label in labels if label >= 0)
     most = max(counts.values())
     if facts.kind == "none":

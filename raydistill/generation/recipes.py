@@ -28,11 +28,11 @@ from raydistill.data.decode import encode
 from raydistill.data.near_duplicates import contrast, difference_hash
 from raydistill.data.prompts import ClassPrompts, class_prompts
 from raydistill.data.sample import SampleSet, sample_id, working_images
-from raydistill.data.targets import labels_of, read_samples
+from raydistill.data.targets import labels_of, read_columns, read_samples
 from raydistill.errors import ConfigError
 from raydistill.generation.generator import Generator, Request
 from raydistill.generation.pipelines import PipelineFacts, class_numbers
-from raydistill.identity import class_directory
+from raydistill.identity import class_directory, image_settings
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.filesystems import exists, write_bytes
 from raydistill.storage.tables import read_table, rows_of, values
@@ -113,7 +113,7 @@ def make_recipes(config: RunConfig, samples: SampleSet, facts: PipelineFacts) ->
             "sources": [i for i, _, _ in sources.get(name, ())],
         }
         if sources:  # these are working images
-            identity["images"] = config.images.model_dump(include={"size", "fit"})
+            identity["images"] = image_settings(config, "size", "fit")
         if facts.commit is not None:  # a branch of the hub can change
             identity["commit"] = facts.commit
         recipes[name] = Recipe(
@@ -126,7 +126,7 @@ def make_recipes(config: RunConfig, samples: SampleSet, facts: PipelineFacts) ->
 def _sources(samples: SampleSet) -> dict[str, tuple[tuple[str, int, int], ...]]:
     found: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
     for shard in range(len(samples.shards["train"])):
-        table = read_samples(samples, "train", shard)
+        table = read_columns(samples, "train", shard, "sample_id", "label")
         for row, (i, label) in enumerate(zip(values(table["sample_id"]), labels_of(table), strict=True)):
             if label >= 0:
                 found[samples.classes[label]].append((i, shard, row))

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from raydistill.config import RunConfig, Teacher, fine_tuning
 from raydistill.data.sample import SampleSet
-from raydistill.data.targets import labels_of, read_samples, read_targets
+from raydistill.data.targets import labels_of, read_columns, read_targets
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.execution import Execution
 from raydistill.identity import (
@@ -97,7 +97,7 @@ def split_features(samples: SampleSet, path: str, split: str) -> tuple[np.ndarra
     """(N, D) float32 features and (N,) labels of the labelled rows of a split, in its order."""
     features, labels = [], []
     for shard in range(len(samples.shards[split])):
-        table = read_samples(samples, split, shard)
+        table = read_columns(samples, split, shard, "sample_id", "label")
         table = table.filter(table["label"].is_valid())
         if table.num_rows:
             features_1RD = read_targets(path, split, shard, values(table["sample_id"]))

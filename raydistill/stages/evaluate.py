@@ -19,7 +19,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import SampleSet
-from raydistill.data.targets import read_samples
+from raydistill.data.targets import read_columns
 from raydistill.engine.speed import images_per_second
 from raydistill.execution import Execution
 from raydistill.identity import evaluate_directory, held_out_directory
@@ -175,7 +175,7 @@ def _predictions(samples: SampleSet, split: str, logits: dict[str, np.ndarray]) 
     predicted class, its probability and the logits. With very many classes it holds the highest logits only, in
     descending order, and their classes in one more column."""
     rows = pa.concat_tables(
-        read_samples(samples, split, shard).select(["sample_id", "label", "split"])
+        read_columns(samples, split, shard, "sample_id", "label", "split")
         for shard in range(len(samples.shards[split]))
     )
     rows = rows.filter(rows["label"].is_valid())

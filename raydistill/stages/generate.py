@@ -25,6 +25,7 @@ from ray.data import ActorPoolStrategy
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries
 from raydistill.config import RunConfig
+from raydistill.data.jpeg import stored
 from raydistill.data.sample import SampleSet, encode_shard, seeded_rank, shard_name
 from raydistill.errors import StageError
 from raydistill.execution import Execution
@@ -197,6 +198,7 @@ def _write(config: RunConfig, samples: SampleSet, run: _Run, directory: StageDir
         num_refused=sum(chosen.rejected.values()),
         ids={"train": digest},
         labels={"train": digest},  # the class of an image is known from its prompt
+        store=config.images.store,
     )
     result = GeneratedImages(
         samples=generated,
@@ -227,7 +229,7 @@ def _write_shards(
         table = pa.table(
             {
                 "sample_id": own,
-                "image": [pictures[key].tobytes() for key in keys],
+                "image": [stored(pictures[key].tobytes(), config.images) for key in keys],
                 "label": pa.array([number.get(key[0]) for key in keys], pa.int32()),
                 "source": ["generated"] * len(keys),
                 "split": ["train"] * len(keys),

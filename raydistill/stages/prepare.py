@@ -21,6 +21,7 @@ from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import SHARD_BYTES, Images, RunConfig
 from raydistill.data.chunks import Chunk, decode_isolated
+from raydistill.data.jpeg import refuse_other_jpegs, stored
 from raydistill.data.sample import (
     SPLITS,
     SampleSet,
@@ -51,7 +52,7 @@ _DECODED = pa.schema(
     [
         pa.field("index", pa.int64()),  # of the entry in the listing
         pa.field("sample_id", pa.string()),
-        pa.field("image", pa.binary()),  # pixels of the working image; empty for a refused image
+        pa.field("image", pa.binary()),  # the working image as shards hold it; empty for a refused image
         pa.field("reason", pa.string()),
     ]
 )
@@ -120,7 +121,7 @@ def _refuse_small_disk(config: RunConfig, listing: Listing, together: Mapping[st
         return
     some = entries[:: max(len(entries) // _TRIED, 1)]
     pixels = [found["image"] for chunk in chunks(some, images) for found in decode_isolated(chunk, images)]
-    sizes = [pa.compress(one, codec="lz4").size for one in pixels]
+    sizes = [pa.compress(stored(one, images), codec="lz4").size for one in pixels]
     count = len(entries) + sum(len(chunk) for file, chunk in together.items() if not exists(file))
     what = f"prepare: {len(entries):,} images of {images.size} pixels, decoded and then in shards,"
     refuse_small_disk(config, what, count * sum(sizes) / len(sizes), "lower images.size, choose another workspace")
@@ -153,7 +154,7 @@ class _DecodeChunk:
             if is_whole and not any(reason.startswith(UNREADABLE) for reason in values(known["reason"])):
                 return known
         with trying(self._tries, f"{len(chunk)} images, {quoted(chunk[0][1])} the first"):
-            rows = decode_isolated(chunk, self._images)
+            rows = [one | {"image": stored(one["image"], self._images)} for one in decode_isolated(chunk, self._images)]
         table = pa.Table.from_pylist(rows, schema=_DECODED)
         write_bytes(file, encode_images(table))
         return table.drop_columns(["image"])
@@ -214,7 +215,7 @@ def _write(
     buffer: pa.Table | None = None
     pending = iter(names)
     expected = next(pending, None)
-    placed = _sorted_images(files, facts, fact_of_entry, config.images.size, plan)
+    placed = _sorted_images(files, facts, fact_of_entry, config.images, plan)
     for block in placed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         buffer = block if buffer is None else pa.concat_tables([buffer, block])
         while expected and buffer.num_rows >= expected[1]:
@@ -231,14 +232,16 @@ def _write(
         num_refused=num_refused,
         ids={s: _digest([d.id for d in members]) for s, members in drawn.splits.items()},
         labels={s: _digest([listing.classes, *((r[1], r[2]) for r in rows if r[3] == s)]) for s in SPLITS},
+        store=config.images.store,
     )
 
 
 def _sorted_images(
-    files: list[str], facts: pa.Table, fact_of_entry: np.ndarray, side: int, plan: Plan
+    files: list[str], facts: pa.Table, fact_of_entry: np.ndarray, images: Images, plan: Plan
 ) -> ray.data.Dataset:
     """The rows of `facts` with their images, in order. `fact_of_entry` is the row of each entry, or -1."""
     shared = ray.put((facts, fact_of_entry))
+    refuse_others = refuse_other_jpegs if images.store == "jpeg" else refuse_other_sizes
 
     def place(batch: dict[str, np.ndarray]) -> pa.Table:
         facts, fact_of_entry = ray.get(shared)
@@ -246,7 +249,7 @@ def _sorted_images(
         block = _read_decoded(file, ["index", "image"])
         places = fact_of_entry[block["index"].to_numpy()]
         kept = block.filter(pa.array(places >= 0))
-        refuse_other_sizes(kept, side, file)
+        refuse_others(kept, images.size, file)
         return facts.take(places[places >= 0]).append_column("image", kept["image"])
 
     placed = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files)).map_batches(

@@ -28,15 +28,14 @@ from raydistill.cluster.plan import plan_resources
 from raydistill.cluster.session import RayStart, configure_ray_data
 from raydistill.config import Generate, RunConfig, load_config
 from raydistill.data.decode import decode, encode
-from raydistill.data.sample import SampleSet, decode_shard, sample_id
+from raydistill.data.sample import SampleSet, decode_shard, sample_id, working_images
 from raydistill.data.sources.listing import Listing
-from raydistill.data.targets import read_targets
+from raydistill.data.targets import read_samples, read_targets
+from raydistill.data.views import render, view_parameters
 from raydistill.errors import ConfigError, StageError
 from raydistill.execution import Execution
 from raydistill.generation.contact_sheets import draw_sheets
-from raydistill.generation.features import (
-    working_image,
-)
+from raydistill.generation.features import working_image
 from raydistill.generation.forecast import check_generate, forecast
 from raydistill.generation.generator import Generator, Request
 from raydistill.generation.pipelines import PipelineFacts, class_numbers, inspect_pipeline
@@ -44,6 +43,7 @@ from raydistill.generation.recipes import GeneratorActor, Made, make_recipes, re
 from raydistill.generation.selection import Chosen
 from raydistill.graph import Work
 from raydistill.identity import generate_directory, stage_directory, views_name
+from raydistill.models.teacher import load_teacher
 from raydistill.pages.report import write_report
 from raydistill.pages.summary import closing_table
 from raydistill.results import GeneratedImages, Outcome, Report
@@ -182,6 +182,27 @@ class TestWithRay:
         assert {p: p.stat().st_mtime_ns for p in Path(samples.path).parent.glob("generated/*/*.parquet")} == made
 
     @pytest.mark.slow
+    def test_every_stage_sees_the_pixels_of_stored_jpegs(self, generating, progress) -> None:
+        config = load_config([*generating, "images.store=jpeg", "images.shard_size=32", "generate.filter.weigh=true"])
+        outcome = run_stages(config, progress, "export")
+        made, backbone = outcome.generated.samples, load_teacher(config.teacher)[0]
+        raw = {sample_id(image): image for image in raw_images(Path(made.path).parent).values()}
+        for samples, taught in ((outcome.samples, "teach"), (made, "teach_generated")):
+            file = Path(samples.path) / "train-00000.parquet"
+            jpegs = decode_shard(file.read_bytes())["image"].to_pylist()
+            assert all(data.startswith(b"\xff\xd8") for data in jpegs)
+            table = read_samples(samples, "train", 0)
+            ids, images = table["sample_id"].to_pylist(), working_images(table, 32)
+            for i, image, data in zip(ids, images, jpegs, strict=True):
+                np.testing.assert_array_equal(image, np.asarray(Image.open(io.BytesIO(data))))
+                if samples is made:  # what the filter's teacher saw
+                    np.testing.assert_array_equal(image, np.asarray(working_image(raw[i], config.images)))
+            parameters = view_parameters(config.views, config.seed, ids, [1] * len(ids))
+            views = render(torch.from_numpy(images.copy()), torch.from_numpy(parameters), backbone.preprocessing)
+            targets = read_targets(outcome.directories[taught], "train", 0, ids)
+            np.testing.assert_allclose(targets[1], backbone(views).numpy(), atol=2e-3, rtol=2e-3)
+
+    @pytest.mark.slow
     def test_on_a_cluster_the_teacher_sees_images_as_they_come(self, generating, progress, tmp_path) -> None:
         workspace, words = tmp_path / "workspace", [*generating, "images.shard_size=8"]
         apart = run_stages(load_config(words), progress, "teach")
@@ -244,7 +265,7 @@ class TestWithRay:
     @pytest.mark.slow
     def test_all_rejected_ends_the_run_and_keeps_what_was_made(self, generating, progress, tmp_path) -> None:
         config = load_config([*generating, "generate.filter.contrast=200", "generate.attempts=2"])
-        with pytest.raises(StageError, match=r"not one image of 'blue', 'green', 'red' was kept \(36 near-constant\)"):
+        with pytest.raises(StageError, match=r"no image of 'blue', 'green', 'red' was kept \(36 near-constant\)"):
             run_stages(config, progress, "generate")
         workspace = tmp_path / "workspace"
         assert len(raw_images(workspace)) == 36
