@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import boto3
 import pytest
 import typer
 
@@ -20,6 +21,7 @@ from raydistill.cli.commands import app
 from raydistill.config import load_config
 from raydistill.config.keys import flattened
 from raydistill.yaml_files import read_mapping
+from tests.servers import free_port, mlflow_server
 
 ROOT = Path(__file__).parents[1]
 CASES = (ROOT / "docs" / "cases.md").read_text(encoding="utf-8")
@@ -104,26 +106,36 @@ def test_commands_were_found() -> None:
     assert sum(len(list(commands(page))) for page in PAGES) >= 50
 
 
-# Those of a cluster, a hub, other data and long measurements are parsed alone.
-EXECUTED = (
-    "../README", "index", "data", "jobs", "compare", "search", "deploy", "models", "python", "generated",
-)  # fmt: skip
-SMALL = {
-    "teacher.model": "timm:test_resnet", "teacher.weights": "teacher.safetensors", "student.model": "timm:test_resnet",
-    "images.path": "./my_images", "distill.num_workers": 0, "images.num_labelled": None, "name": "small",
-}  # fmt: skip
+EXECUTED = ("../README", *(page.stem for page in PAGES[1:] if any(commands(page))))
 FEW = {
     "compare": ("compare.seeds=1", "compare.student_weights=teacher.safetensors"),
-    "tune": ("tune.trials=2", "tune.confirm_seeds=1"),
+    "tune": ("--trials", "2", "tune.confirm_seeds=1"),
 }
+
+
+@pytest.fixture
+def elsewhere(
+    page: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[dict[str, str], dict[str, object]]]:
+    """The environment and settings by which a page's commands find a cluster, a bucket and a tracking server."""
+    if page != "cluster":
+        yield {}, {"distill.num_workers": 0}
+        return
+    request.getfixturevalue("bucket")  # before the head, whose jobs need its keys
+    boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).create_bucket(Bucket="bucket")
+    head, port = request.getfixturevalue("head"), free_port()
+    with mlflow_server(tmp_path, port):
+        yield head, {"tracking.uri": f"http://127.0.0.1:{port}"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("page", EXECUTED)
-def test_the_blocks_do_what_they_say(page: str, my_folder: Path, class_pipeline: Path) -> None:
+def test_the_blocks_do_what_they_say(page: str, my_folder: Path, class_pipeline: Path, elsewhere) -> None:
     """In smoke size: on a few tiny pictures, for an epoch."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment, more_settings = elsewhere
+    environment = {**os.environ, **environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = str(ROOT)
 
     def do(*words: str) -> None:
         done = subprocess.run(
@@ -131,18 +143,24 @@ def test_the_blocks_do_what_they_say(page: str, my_folder: Path, class_pipeline:
         )
         assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}"
 
-    small = [f"{key}={'null' if value is None else value}" for key, value in SMALL.items()]
+    place = ROOT / "docs" / f"{page}.md"
+    settings = {
+        "teacher.model": "timm:test_resnet", "teacher.weights": f"{my_folder}/teacher.safetensors", "name": "small",
+        "student.model": "timm:test_resnet", "images.path": f"{my_folder}/my_images", "images.num_labelled": None,
+    } | more_settings  # fmt: skip
+    if page in ("generated", "recipes"):
+        settings |= {"generate.pipeline": str(class_pipeline), "generate.steps": 2}
+    if page == "results":
+        settings |= {"compare.arms": "[scratch,align_uniform]"}
+    small = [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
     if page == "deploy":
         do("raydistill", "run", "smoke", *small)
-    for words in commands(ROOT / "docs" / f"{page}.md"):
-        if words[0] in ("submit", "job", "serve") or "--file" in words:
+    for words in commands(place):
+        if (words[0] in ("submit", "job") and page != "cluster") or words[0] == "serve" or "--file" in words:
             continue
-        takes_job = words[0] in ("run", "show", "check", "generate", "compare", "tune")
-        more = ["smoke", *small, *FEW.get(words[0], ())] if takes_job else []
-        if page == "generated":
-            more += [f"generate.pipeline={class_pipeline}", "generate.steps=2"]
-        do("raydistill", *words, *more)
-    if block := "\n".join(blocks(ROOT / "docs" / f"{page}.md", "python")):
+        takes_job = words[0] in ("run", "show", "check", "generate", "compare", "tune", "evaluate", "submit")
+        do("raydistill", *words, *(["smoke", *small, *FEW.get(words[0], ())] if takes_job else []))
+    if (block := "\n".join(blocks(place, "python"))) and page != "recipes":  # whose blocks fetch data
         smoke = read_mapping(str(ROOT / "jobs" / "overlays" / "smoke.yaml"), "")
-        settings = {**dict(flattened(smoke)), **SMALL}
-        do(sys.executable, "-c", re.sub(r"teacher=.*\)", f"**{settings!r})", block, count=1))
+        keywords = {**dict(flattened(smoke)), **settings}
+        do(sys.executable, "-c", re.sub(r"teacher=.*\)", f"**{keywords!r})", block, count=1))

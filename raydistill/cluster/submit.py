@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -77,6 +78,7 @@ def job_client(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of its uploads and sockets between the job's lines
     try:
         client = JobSubmissionClient(address)
         client.get_version()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +23,7 @@ from raydistill.cluster.submit import check_address, follow, pinned, submit
 from raydistill.cluster.upload import pack
 from raydistill.config import load_config
 from raydistill.errors import ConfigError, StageError
-from tests.processes import python, wait_for
+from tests.processes import python
 
 
 @pytest.fixture
@@ -251,46 +249,6 @@ def test_any_other_machine_needs_one(address, without_token, monkeypatch, tmp_pa
 def test_what_is_no_dashboard_is_refused(address) -> None:
     with pytest.raises(ConfigError, match="address of the dashboard"):
         check_address(address)
-
-
-TOKEN = "0123456789abcdef" * 4
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@pytest.fixture
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A head of its own, which asks for a token; gives the environment that reaches it."""
-    home, port = tmp_path_factory.mktemp("home"), free_port()
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment = clean | {
-        "HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}",
-    }  # fmt: skip
-    ray = Path(sys.executable).parent / "ray"
-    words = ["start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={port}", "--num-cpus=2",
-             f"--dashboard-agent-listen-port={free_port()}",
-             "--dashboard-host=127.0.0.1", "--object-store-memory=100000000", f"--temp-dir=/tmp/rd{port}"]  # fmt: skip
-    node = subprocess.Popen([str(ray), *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                            start_new_session=True)  # fmt: skip
-
-    def answers() -> bool:
-        assert node.poll() is None, "the head ended"
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    try:
-        wait_for(answers, 90)
-        yield environment
-    finally:
-        if node.poll() is None:
-            os.killpg(node.pid, 15)
-            node.wait(60)
 
 
 def raydistill(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:

@@ -8,15 +8,12 @@ import logging
 import os
 import re
 import shutil
-import socket
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import mlflow
 import numpy as np
@@ -35,6 +32,7 @@ from raydistill.tracking import tracker as tracking
 from raydistill.tracking.recording import ChildRun, fingerprint
 from raydistill.tracking.tracker import Tracker
 from tests.processes import together, wait_for
+from tests.servers import free_port, mlflow_server
 
 
 @pytest.fixture(scope="module")
@@ -262,31 +260,10 @@ def test_a_run_does_not_wait_for_ever_for_mlflow(monkeypatch, tmp_path, caplog) 
 @pytest.mark.slow
 def test_a_server_that_was_down_has_all_metrics_in_the_end(monkeypatch, tmp_path, caplog, capfd) -> None:
     monkeypatch.setattr(tracking, "_SECONDS_BETWEEN_TRIES", 0.5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def serve() -> subprocess.Popen:
-        words = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination",
-                 f"{tmp_path}/artifacts", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]  # fmt: skip
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *words], env=environment, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        wait_for(answers, 120)
-        return server
-
-    def answers() -> bool:
-        try:
-            return urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
-        except (URLError, OSError):
-            return False
-
-    server = serve()
-    try:
-        uri = f"http://127.0.0.1:{port}"
-        config = load_config([f"workspace={tmp_path}", "images.path=x", f"tracking.uri={uri}"])
+    port = free_port()
+    config = load_config([f"workspace={tmp_path}", "images.path=x", f"tracking.uri=http://127.0.0.1:{port}"])
+    with ExitStack() as servers:
+        server = servers.enter_context(mlflow_server(tmp_path, port))
         with Tracker(config, "j") as tracker, tracker.child("distill-1") as record:
             record.log({"loss": 0.0}, 0)
             wait_for(lambda: record.id and losses_of(tracker)[1] == [0.0], 60)
@@ -294,12 +271,10 @@ def test_a_server_that_was_down_has_all_metrics_in_the_end(monkeypatch, tmp_path
             for epoch in range(1, 10):
                 record.log({"loss": float(epoch)}, epoch)
             wait_for(lambda: "does not answer" in caplog.text, 60)
-            server = serve()
+            servers.enter_context(mlflow_server(tmp_path, port))
         assert losses_of(tracker) == ("FINISHED", list(range(10)))
         assert "answers again" in caplog.text
         assert capfd.readouterr().out == ""
-    finally:
-        os.killpg(server.pid, 9)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
