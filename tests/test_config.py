@@ -62,7 +62,7 @@ def test_of_very_many_wrong_keys_the_first_are_told(job):
 def test_a_very_long_value_is_told_in_short(job):
     line = one_refusal(job("seed: 1" + ":1" * 10_000))
     assert line.startswith("seed='1:1:1:")
-    assert line.endswith("(20,003 characters): input should be a valid integer, unable to parse string as an integer")
+    assert line.endswith("(20,003 characters): it takes whole number ≥ 0 and < 4,294,967,296")
     assert len(line) < 500
 
 
@@ -391,7 +391,11 @@ def test_sections_that_are_no_sections_are_refused(words):
         (["distill=5"], "distill=5: distill is a section; for instance: distill.epochs=5"),
         (["distill.epochs", "=", "5"], "distill.epochs: a setting is one word without spaces: distill.epochs=VALUE"),
         (["distill.epochs:5"], "distill.epochs:5: a setting is one word without spaces: distill.epochs=VALUE"),
-        (["distill.batch_size="], "distill.batch_size=null: input should be a valid integer"),
+        (["distill.batch_size="], "distill.batch_size=null: it takes whole number ≥ 1"),
+        (["views.per_image=many"], "views.per_image='many': it takes whole number ≥ 1 | fresh"),
+        (["images.val_share=20 %"], "images.val_share='20 %': it takes number ≥ 0 and < 1; for 20 % write 0.2"),
+        (["distill.optimizer=adam"], "distill.optimizer='adam': it takes adamw | sgd; did you mean adamw?"),
+        (["loss.kd_weight=-1"], "loss.kd_weight=-1: it takes number ≥ 0 | list of number ≥ 0"),
     ],
 )  # fmt: skip
 def test_a_setting_in_another_form_is_told_the_right_one(words, told):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from raydistill.config.job import RunConfig
 
@@ -54,22 +53,16 @@ def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[Key]:
             yield from _keys_of(section, f"{prefix}{name}.")
         else:
             default = ... if field.is_required() else field.get_default(call_default_factory=True)
-            bounds = [_in_words(bound) for bound in _bounds(field)]
-            values = ", ".join([_type_words(field.annotation), *filter(None, bounds)])
+            values = _bounded(_type_words(field.annotation), field.metadata)
             yield Key(prefix + name, default, values, " ".join((field.description or "").split()))
 
 
-def _bounds(field: FieldInfo) -> Iterator[Any]:
-    yield from field.metadata
-    for kind in get_args(field.annotation):  # in `Count | None` the inner type has the bounds
-        yield from getattr(kind, "__metadata__", ())
-
-
-def _in_words(bound: Any) -> str:
-    if isinstance(bound, FieldInfo):
-        return ", ".join(filter(None, map(_in_words, bound.metadata)))
+def _bounded(values: str, metadata: Iterable[Any]) -> str:
+    """Of pydantic's `ge=1` and the like."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    return ", ".join(f"{sign} {getattr(bound, name):,}" for name, sign in signs.items() if hasattr(bound, name))
+    bounds = [part for entry in metadata for part in getattr(entry, "metadata", [entry])]
+    words = [f"{signs[name]} {getattr(b, name):,}" for b in bounds for name in signs if hasattr(b, name)]
+    return f"{values} {' and '.join(words)}" if words else values
 
 
 def _type_words(annotation: Any) -> str:
@@ -77,7 +70,7 @@ def _type_words(annotation: Any) -> str:
         return "null"
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type_words(inside[0])
+        return _bounded(_type_words(inside[0]), inside[1:])
     if origin is Literal:
         return " | ".join(map(str, inside))
     if origin in (Union, UnionType):

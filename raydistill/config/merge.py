@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raydistill.config.job import RunConfig
-from raydistill.config.keys import known_keys, suggest_key, takes_text, user_keys
+from raydistill.config.keys import describe_keys, known_keys, suggest_key, takes_text, user_keys
 from raydistill.config.shipped import find_shipped, near_shipped
 from raydistill.errors import ConfigError, did_you_mean
 from raydistill.escaping import shortened
@@ -142,11 +142,17 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif item["type"] == "string_unicode":
             head, tail = f"{dotted}={value}: ", "not UTF-8; give it another name, or a link that has one"
         else:
-            head, tail = f"{dotted}={value}: ", item["msg"][:1].lower() + item["msg"][1:]
-            if item["type"] == "literal_error" and isinstance(item["input"], str):
-                tail += did_you_mean(item["input"][:_LONGEST], re.findall(r"'([^']+)'", item["ctx"]["expected"]))
-            if item["type"] == "string_type" and isinstance(item["input"], int | float):
+            head, given = f"{dotted}={value}: ", item["input"]
+            key = next((key for key in describe_keys() if key.name == whole), None)
+            tail = item["msg"][:1].lower() + item["msg"][1:]
+            if key is not None and re.search("_(parsing|type|equal|than|from_float|error)$", item["type"]):
+                tail = f"it takes {key.values}"
+            if item["type"] == "literal_error" and isinstance(given, str):
+                tail += did_you_mean(given[:_LONGEST], re.findall(r"'([^']+)'", item["ctx"]["expected"]))
+            elif item["type"] == "string_type" and isinstance(given, int | float):
                 tail += "; put it in quotes"
+            elif isinstance(given, str) and (percent := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) *%", given)):
+                tail += f"; for {percent[0]} write {float(percent[1]) / 100:g}"
         field = dotted if head else tail
         heads.setdefault(field, head)
         if tail not in tails.setdefault(field, []):

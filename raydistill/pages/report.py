@@ -35,6 +35,7 @@ from raydistill.storage.tables import read_table, rows_of, values
 
 _MOST_OF_REFUSED = 64 * 1024**2  # some 400,000 files
 _MOST_DISAGREEMENTS, _MOST_SHEETS, _MOST_REASONS, _EXAMPLES = 24, 12, 20, 3
+_LEAST_CALIBRATED = 50  # images of a chart by confidence, which leaves out bins of fewer than 5
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _baselines(config: RunConfig, samples: SampleSet, report: Report) -> dict[st
 
 def _calibration(config: RunConfig, report: Report, predictions: pa.Table, split: str) -> tuple[str, Markup] | None:
     table = predictions.filter(pc.equal(predictions["split"], split))
-    if not table.num_rows:
+    if table.num_rows < _LEAST_CALIBRATED:
         return None
     answers = {
         who: (table[f"{who}_probability"].to_numpy(), pc.equal(table[f"{who}_class"], table["label"]).to_numpy())

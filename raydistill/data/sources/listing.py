@@ -118,7 +118,9 @@ def _listed_classes(config: Images) -> list[str] | None:
     fs, path = open_filesystem(config.classes)
     named = f"images.classes={quoted(config.classes)}"
     if not fs.isfile(path):
-        raise DataError(f"{named}: {'not a regular file' if fs.exists(path) else 'no such file'}")
+        raise DataError(
+            f"{named}: {'not a regular' if fs.exists(path) else 'no such'} file; it holds a class name a line"
+        )
     try:
         text = fs.read_at_most(path, MOST_BESIDE).decode("utf-8-sig")
     except UnicodeDecodeError:
