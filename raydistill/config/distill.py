@@ -49,8 +49,10 @@ class Distill(Section):
     num_workers: Literal["auto"] | Annotated[int, Field(ge=0)] | tuple[Count, Count] = "auto"
     """Ray Train workers; 0: in this process; (min, max): as many as the cluster has room for at the moment. `auto`: in
     this process, which starts sooner, or one worker where `cluster.address` names a cluster."""
-    cache: Literal["auto", "memory", "stream"] = "auto"
-    """Where a worker keeps the train split: `memory` loads it once, `stream` reads shards when they are needed."""
+    cache: Literal["auto", "device", "memory", "stream"] = "auto"
+    """Where a worker keeps the train split: `device` loads it once into the memory of the device that trains, `memory`
+    into the process's, `stream` reads shards when they are needed. `auto`: `device` on a GPU with room for it in a
+    quarter of its free memory, else `memory` if it fits into a quarter of the machine's, else `stream`."""
     checkpoint_seconds: Weight = 5.0
     """Between checkpoints, also within epochs, and at least four times as long as it takes to write one. A lost process
     loses what came after the last. 0: at the end of every epoch, and only there."""

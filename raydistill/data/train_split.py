@@ -9,13 +9,15 @@ import logging
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 
 from raydistill.config import Views
 from raydistill.data.sample import WINDOW_SHARDS, SampleSet, Visits, working_images
 from raydistill.data.targets import UNLABELLED, labels_of, read_labels, read_samples, read_targets
-from raydistill.data.views import stored_views, view_parameters
+from raydistill.data.views import stored_views, to_device, view_parameters
 from raydistill.storage.tables import values
 
 logger = logging.getLogger(__name__)
@@ -25,14 +27,16 @@ logger = logging.getLogger(__name__)
 class Batch:
     """The data that one worker trains on in one step."""
 
-    images_VHHC: np.ndarray  # uint8
+    images_VHHC: np.ndarray | torch.Tensor  # uint8
     parameters_VP: np.ndarray  # float32
     labels_V: np.ndarray  # int64, UNLABELLED if there is none
-    features_VD: np.ndarray | None  # float16; None without a teacher
-    rows_V: np.ndarray  # int64, the index of the image in the train split
+    features_VD: np.ndarray | torch.Tensor | None  # float16; None without a teacher
+    rows_V: np.ndarray | torch.Tensor  # int64, the index of the image in the train split
     weights_V: np.ndarray | None = None  # float32, of the hard labels; None if all are 1
 
-    def arrays(self) -> tuple[np.ndarray | None, ...]:  # without the parameters, which `render` takes from the CPU
+    def arrays(
+        self,
+    ) -> tuple[np.ndarray | torch.Tensor | None, ...]:  # without the parameters, which `render` takes from the CPU
         return (self.images_VHHC, self.labels_V, self.features_VD, self.rows_V, self.weights_V)
 
 
@@ -132,15 +136,16 @@ class Shard:
 class InMemory:
     """The whole split, for sets that fit."""
 
-    def __init__(self, split: TrainSplit) -> None:
+    def __init__(self, split: TrainSplit, images_NHHC: np.ndarray | torch.Tensor | None = None) -> None:
+        """The images go into `images_NHHC`, if given, which may lie on a device."""
         self._split = split
-        side = split.parts[0].samples.size
-        images = np.empty((sum(split.shard_rows), side, side, 3), np.uint8)
+        images = np.empty(_shape(split), np.uint8) if images_NHHC is None else images_NHHC
         shards, first = [], 0
         for k, rows in enumerate(split.shard_rows):
             shard = split.shard(k)
-            images[first : first + rows] = shard.images_RHHC
-            shards.append(replace(shard, images_RHHC=images[:0]))  # it would take as much again
+            own = shard.images_RHHC
+            images[first : first + rows] = own if isinstance(images, np.ndarray) else torch.from_numpy(own.copy())
+            shards.append(replace(shard, images_RHHC=own[:0]))  # it would take as much again
             first += rows
 
         def joined(name: str, axis: int = 0) -> np.ndarray | None:
@@ -149,7 +154,8 @@ class InMemory:
 
         ids, labels = [i for shard in shards for i in shard.ids], np.concatenate([shard.labels_R for shard in shards])
         stored = (joined("parameters_KRP", 1), joined("features_KRD", 1), joined("weights_R"))
-        self._all = Shard(ids, images, labels, *stored)
+        held = images if isinstance(images, np.ndarray) else np.empty((len(ids), 0), np.uint8)
+        self._all = Shard(ids, held, labels, *stored)
 
     def gather(self, visits: Visits) -> Batch:
         rows_V = self._split.row_numbers(visits)
@@ -157,6 +163,35 @@ class InMemory:
             self._all, rows_V, self._split.view_indices(visits)
         )
         return Batch(images, parameters, labels, features, rows_V, weights)
+
+
+class OnDevice(InMemory):
+    """The whole split in the memory of a device. Batches hold numbers of rows until `taken`, so nothing but these
+    numbers, labels and parameters is copied to the device in a step."""
+
+    def __init__(self, split: TrainSplit, device: torch.device) -> None:
+        self._images_NHHC = torch.empty(_shape(split), dtype=torch.uint8, device=device)
+        super().__init__(split, self._images_NHHC)
+        self._features_ND = None
+        if (features_KRD := self._all.features_KRD) is not None:
+            self._features_ND = torch.from_numpy(features_KRD).flatten(0, 1).to(device)
+            numbers_KR = np.arange(len(self._features_ND)).reshape(features_KRD.shape[:2])
+            self._all = replace(self._all, features_KRD=numbers_KR)
+
+    def taken(self, batch: Batch) -> Batch:
+        """The batch with images and features."""
+        rows_V, numbers_V = (self._placed(numbers) for numbers in (batch.rows_V, batch.features_VD))
+        features_VD = None if self._features_ND is None else self._features_ND.index_select(0, numbers_V)
+        images_VHHC = self._images_NHHC.index_select(0, rows_V)
+        return replace(batch, images_VHHC=images_VHHC, features_VD=features_VD, rows_V=rows_V)
+
+    def _placed(self, numbers: Any) -> Any:
+        return None if numbers is None else to_device(torch.from_numpy(numbers), self._images_NHHC.device)
+
+
+def _shape(split: TrainSplit) -> tuple[int, int, int, int]:
+    side = split.parts[0].samples.size
+    return sum(split.shard_rows), side, side, 3
 
 
 class Streamed:

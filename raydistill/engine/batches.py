@@ -14,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from raydistill.config import RunConfig
 from raydistill.data.sample import Pools, SampleSet, Visits, batch_order
 from raydistill.data.targets import UNLABELLED
-from raydistill.data.train_split import Batch, InMemory, Part, Streamed, TrainSplit
+from raydistill.data.train_split import Batch, InMemory, OnDevice, Part, Streamed, TrainSplit
 from raydistill.data.views import NUM_PARAMETERS
 from raydistill.engine.workers import Worker
+from raydistill.errors import ConfigError
 from raydistill.models.heads import load_head
 from raydistill.runtime.memory import available_bytes
 from raydistill.storage.filesystems import write_bytes
@@ -29,8 +31,8 @@ _BATCHES_AHEAD = 4
 # The least share of labelled images in a batch. With 100 labels in 10,000 images a batch of 64 would have one or none,
 # and a noisy cross-entropy: this share raised an EfficientNet-Lite0 from 0.45 to 0.56.
 _LEAST_LABELLED_SHARE = 0.33
-# The share of a node's free memory for the train split with `cache: auto`, in all workers together, and for streamed
-# shards.
+# The share of a device's or node's free memory for the train split with `cache: auto`, of a node's in all workers
+# together, and for streamed shards.
 _MEMORY_SHARE = 0.25
 
 
@@ -133,7 +135,9 @@ def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[B
     split = job.train_split
     labels = split.labels()
     most_bytes = _MEMORY_SHARE * available_bytes() / worker.workers_on_node
-    source = InMemory(split) if _fits_in_memory(job, worker) else Streamed(split, most_bytes)
+    cache, device = _cache(job, worker), torch.device(worker.device)
+    on_device = OnDevice(split, device) if cache == "device" else None
+    source = on_device or (InMemory(split) if cache == "memory" else Streamed(split, most_bytes))
     mine = (source.gather(visits[worker.rank :: worker.size]) for visits in job.order(labels, first_step))
     with ThreadPoolExecutor(1) as pool:
         ahead = deque(pool.submit(next, mine) for _ in range(_BATCHES_AHEAD))
@@ -141,19 +145,29 @@ def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[B
             while True:
                 batch = ahead.popleft().result()
                 ahead.append(pool.submit(next, mine))
-                yield batch
+                yield on_device.taken(batch) if on_device else batch
         finally:  # the loop has ended
             for future in ahead:
                 future.cancel()
 
 
-def _fits_in_memory(job: DistillJob, worker: Worker) -> bool:
-    """Whether the free memory of a node holds the split once for each of its workers."""
-    cache = job.config.distill.cache
-    if cache != "auto":
-        return cache == "memory"
+def _cache(job: DistillJob, worker: Worker) -> str:
+    """Where the split lies. `auto`: on a GPU, in memory if a node's holds it once for each worker, or in shards. Raises
+    ConfigError: the device's memory cannot hold it."""
+    cache, device = job.config.distill.cache, torch.device(worker.device)
+    if cache in ("memory", "stream"):
+        return cache
     per_image = 0
     if job.targets is not None and job.head is not None and job.config.views.per_image != "fresh":
         features = 2 * load_head(job.head).weight_CD.shape[1]  # float16
         per_image = job.config.views.per_image * (features + 4 * NUM_PARAMETERS)
-    return job.train_split.num_bytes(per_image) * worker.workers_on_node < _MEMORY_SHARE * available_bytes()
+    size = job.train_split.num_bytes(per_image)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    if cache == "device" and size > free:
+        raise ConfigError(
+            f"distill.cache=device: the train split takes {size:,} bytes, and {free:,.0f} are free on {device}; set "
+            "distill.cache=auto"
+        )
+    if cache == "device" or (device.type == "cuda" and size < _MEMORY_SHARE * free):
+        return "device"
+    return "memory" if size * worker.workers_on_node < _MEMORY_SHARE * available_bytes() else "stream"

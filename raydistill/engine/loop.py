@@ -218,7 +218,7 @@ def _resume(
     return int(meta["step"]), dict(meta["sums"]), meta["record"]
 
 
-def _to(device: torch.device, array: np.ndarray | None) -> Any:
-    if array is None:
-        return None
+def _to(device: torch.device, array: np.ndarray | torch.Tensor | None) -> Any:
+    if array is None or isinstance(array, torch.Tensor):  # these are there
+        return array
     return to_device(torch.from_numpy(array if array.flags.writeable else array.copy()), device)  # Ray's: read-only

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,9 @@ from rich.console import Console
 from benchmarks.engine import ALL, measure, parse_options
 from benchmarks.engine_bench import SIZES, TERMS, Data, Waits, new_config, write_data
 from benchmarks.engine_networks import run_between
+from raydistill.data.train_split import Batch
 from raydistill.data.views import stored_views
+from raydistill.engine.batches import read_batches
 from raydistill.engine.frozen_teacher import FrozenTeacher
 from raydistill.engine.workers import Worker
 
@@ -101,6 +105,25 @@ def test_no_step_on_cuda_waits(tmp_path, loss) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert modes == [0] * 10 + [2] * 10
+
+
+@pytest.mark.parametrize("device", [pytest.param(CUDA, marks=on_a_gpu)])
+def test_a_split_on_cuda_gives_the_batches_of_memory_and_never_waits(tmp_path, device) -> None:
+    job, batches = tiny(tmp_path).job("default", 16), dict[str, list[Batch]]()
+    for cache in ("memory", "auto"):
+        settings = job.config.distill.model_copy(update={"cache": cache})
+        config = job.config.model_copy(update={"distill": settings})
+        source = read_batches(replace(job, config=config), 0, Worker(0, 1, str(device), 1, lambda step: False))
+        batches[cache] = [next(source)]  # loads the split
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            batches[cache] += itertools.islice(source, 5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for memory, on_device in zip(batches["memory"], batches["auto"], strict=True):
+        assert all(on.is_cuda for on in (on_device.images_VHHC, on_device.features_VD, on_device.rows_V))
+        for first, second in zip(memory.arrays(), on_device.arrays(), strict=True):
+            assert first is second or np.array_equal(first, torch.as_tensor(second).cpu().numpy())
 
 
 @pytest.mark.parametrize("device", [pytest.param(CUDA, marks=on_a_gpu)])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ from raydistill.data.sample import (
     shard_name,
 )
 from raydistill.data.targets import UNLABELLED, encode_targets, labels_of, read_samples, read_targets
-from raydistill.data.train_split import InMemory, Part, Shard, Streamed, TrainSplit
+from raydistill.data.train_split import InMemory, OnDevice, Part, Shard, Streamed, TrainSplit
 from raydistill.data.views import view_parameters
 from raydistill.errors import CheckpointError
 
@@ -113,16 +114,20 @@ def test_every_row_of_a_batch_is_of_one_image_and_one_view(split, reader):
 
 
 @given(share=st.floats(0.1, 0.9), batch_size=st.integers(1, 9), seed=st.integers(0, 99), fresh=st.booleans())
-def test_memory_and_stream_give_the_same_batches(split, share, batch_size, seed, fresh):
+def test_memory_stream_and_device_give_the_same_batches(split, share, batch_size, seed, fresh):
     if fresh:
         split = replace(with_targets(split, None), views=Views(per_image="fresh"))
-    memory, stream = InMemory(split), Streamed(split)
+    memory, stream, device = InMemory(split), Streamed(split), OnDevice(split, torch.device("cpu"))
     for visits in some_visits(split, 4, batch_size, share, seed):
-        for first, second in zip(memory.gather(visits).arrays(), stream.gather(visits).arrays(), strict=True):
-            assert (first is None) == (second is None)
-            if first is not None:
-                np.testing.assert_array_equal(first, second)
-                assert first.dtype == second.dtype
+        numbers = device.gather(visits)
+        assert numbers.images_VHHC.nbytes == 0
+        given = (batch.arrays() for batch in (memory.gather(visits), stream.gather(visits), device.taken(numbers)))
+        for first, *others in zip(*given, strict=True):
+            for other in others:
+                assert (first is None) == (other is None)
+                if first is not None:
+                    np.testing.assert_array_equal(first, other := np.asarray(other))
+                    assert first.dtype == other.dtype
 
 
 class CountingSplit(TrainSplit):

@@ -13,6 +13,7 @@ from raydistill.engine import batches
 from raydistill.engine.batches import read_batches
 from raydistill.engine.loop import distill_loop
 from raydistill.engine.workers import Worker
+from raydistill.errors import ConfigError
 from tests.training import here
 
 
@@ -29,6 +30,16 @@ def test_the_workers_of_a_node_share_its_memory(tiny_set, monkeypatch) -> None:
     for beside in (1, 2):
         next(read_batches(job, 0, Worker(0, 1, "cpu", 1, lambda step: False, workers_on_node=beside)))
     assert chosen == ["InMemory", "Streamed"]
+
+
+def test_a_device_without_room_for_the_split_is_named(tiny_set, monkeypatch) -> None:
+    job = tiny_set.job("cached", distill={"cache": "device"})
+    monkeypatch.setattr(batches, "available_bytes", lambda: 1e4)
+    words = (
+        r"^distill\.cache=device: the train split takes [\d,]{6,} bytes, and 10,000 are free on cpu; set distill\.cache"
+    )
+    with pytest.raises(ConfigError, match=words):
+        next(read_batches(job, 0, here()))
 
 
 def test_workers_together_see_the_global_batch(tiny_set) -> None:

@@ -111,11 +111,14 @@ def test_damaged_checkpoint_is_passed_over(tiny_set, file) -> None:
     assert_same(unbroken, broken)
 
 
-def test_memory_and_stream_train_the_same_student(tiny_set) -> None:
-    jobs = [tiny_set.job(cache, distill={"cache": cache}) for cache in ("memory", "stream")]
-    for job in jobs:
+def test_memory_stream_and_device_train_the_same_student_resumed_or_not(tiny_set) -> None:
+    names = ("memory", "stream", "device", "device, resumed")
+    memory, *others = (tiny_set.job(name, distill={"cache": name.partition(",")[0]}) for name in names)
+    interrupt(others[-1], 12)
+    for job in (memory, *others):
         distill_loop(job, here())
-    assert_same(*jobs)
+    for job in others:
+        assert_same(memory, job)
 
 
 def in_two_processes(job: DistillJob, kill_at: int | None = None) -> None:
@@ -181,7 +184,8 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name.startswith("index") else []
+        indices = args[1] if name.startswith("index") and name != "index_select" else []
+        masks = [i for i in indices if i is not None and i.dtype == torch.bool]
         if self.counts and not self.in_optimizer and (masks or name.startswith(self.NAMES)):
             self.found.append(name)
         return func(*args, **(kwargs or {}))
@@ -191,7 +195,8 @@ class Waits(TorchDispatchMode):
     "settings",
     [*({"loss": ALONE | {weight: 1.0}} for weight in ALONE),
      {"loss": CRD, "distill": {"clip_norm": 1.0, "ema_decay": 0.9, "optimizer": "sgd", "warmup_epochs": 0.5}},
-     {"views": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}, "distill": {"precision": "bf16"}}],
+     {"views": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}, "distill": {"precision": "bf16"}},
+     {"distill": {"cache": "device"}}],
     ids=str,
 )  # fmt: skip
 def test_no_step_waits_for_the_device(make_set, settings) -> None:
