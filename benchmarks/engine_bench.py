@@ -98,7 +98,8 @@ class Waits(TorchDispatchMode):
         result, name = func(*args, **(kwargs or {})), func._schema.name.removeprefix("aten::")
         source = args[1] if name == "copy_" else args[0] if args else None
         if self._is_there(source) and not self._in_optimizer:
-            masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name.startswith("index") else []
+            indices = args[1] if name.startswith("index") and name != "index_select" else []
+            masks = [i for i in indices if i is not None and i.dtype == torch.bool]
             leaves = name in ("copy_", "_to_copy") and not self._is_there(result)
             self._seen += bool(masks) or leaves or name.startswith(self.NAMES)
         return result

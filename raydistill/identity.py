@@ -139,6 +139,12 @@ def teacher_pin(root: str, config: RunConfig) -> str:
     return f"{root}/{PRECISION}/{_short_name(_backbone(config))}.json"
 
 
+def pipeline_pin(root: str, config: RunConfig) -> str:
+    """The same of `generate.dtype`. Every directory of generated images counts what it depends on."""
+    assert config.generate is not None
+    return f"{root}/{PRECISION}/{_short_name([pipeline_identity(config.generate), config.generate.size])}.json"
+
+
 def student_pin(root: str, config: RunConfig) -> str:
     """The same of a student's training, whoever runs it on however many workers."""
     student = config.student.model_dump(exclude={"weights"}) | model_identity(config.student)

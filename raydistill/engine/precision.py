@@ -119,6 +119,12 @@ def student_precision(
     return precision, replicas if shares else None
 
 
+def pipeline_dtype(asked: str, pin: str, step: Step, device: torch.device) -> str:
+    """The numbers that a diffusion pipeline computes in; a `step` is one of its denoiser. Raises ConfigError: the
+    device cannot compute as asked."""
+    return _settled("generate.dtype", asked, pin, lambda: measure(step, 1, device), device)[0]
+
+
 def _noise(count: int, side: int, device: torch.device) -> torch.Tensor:
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -127,7 +133,7 @@ def _settled(
     key: str, asked: str, pin: str, measured: Callable[[], Decision], device: torch.device
 ) -> tuple[str, bool]:
     """The precision, and whether threads share a batch."""
-    if device.type == "cuda":
+    if device.type == "cuda" and key != "generate.dtype":  # images that were made in fp32 stay as they are
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions by default
     if asked != "auto":
         refuse_unable(key, asked, device)

@@ -9,8 +9,10 @@ Shapes: B requests, S pixels, C channels.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from raydistill.errors import ConfigError, reason_of
 from raydistill.generation.pipelines import PipelineFacts
 from raydistill.models.autocast import DTYPES
 from raydistill.models.state_dicts import no_larger_than, sizes_in
+
+_MOST_KEPT = 32  # results of `encode_prompt`, of up to some MB each
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Picture:
 
 
 class Generator:
-    """A loaded pipeline. It reads weights from safetensors only."""
+    """A loaded pipeline, with a `dtype` other than auto. It reads weights from safetensors only."""
 
     def __init__(self, settings: Generate, facts: PipelineFacts, device: torch.device) -> None:
         import diffusers
@@ -94,6 +98,16 @@ class Generator:
             )
         self._pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
+        if hasattr(self._pipeline, "encode_prompt"):
+            self._pipeline.encode_prompt = _kept(self._pipeline.encode_prompt)
+
+    @property
+    def denoiser(self) -> torch.nn.Module | None:
+        """The network that runs in each step; None if it has an unusual name."""
+        found: torch.nn.Module | None = getattr(self._pipeline, "unet", None) or getattr(
+            self._pipeline, "transformer", None
+        )
+        return found
 
     def pictures(self, requests: Sequence[Request]) -> list[Picture]:
         """One picture for each request, in order. All requests have equal steps, guidance and negative prompt."""
@@ -175,6 +189,30 @@ class Generator:
             x_BCSS = scheduler.step(predicted, t, x_BCSS, **noisy).prev_sample
         images_BCSS = (x_BCSS.float() / 2 + 0.5).clamp(0, 1)
         return images_BCSS.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _kept(encode: Any) -> Any:
+    """`encode_prompt`, whose last results are kept: a class has few prompts, and equal calls have equal results."""
+    results: OrderedDict[str, Any] = OrderedDict()
+
+    @functools.wraps(encode)
+    def kept(*args: Any, **options: Any) -> Any:
+        if not all(map(_is_plain, [*args, *options.values()])):
+            return encode(*args, **options)
+        key = repr((args, sorted(options.items()), getattr(encode.__self__, "_guidance_scale", None)))
+        results[key] = results.pop(key) if key in results else encode(*args, **options)
+        if len(results) > _MOST_KEPT:
+            results.popitem(last=False)
+        return copy.deepcopy(results[key])  # pipelines may change what they get
+
+    return kept
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether equal words for two values mean that they are equal."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, torch.device, torch.dtype))
 
 
 def new_scheduler(name: str, old: Any) -> Any:

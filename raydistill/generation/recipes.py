@@ -31,6 +31,7 @@ from raydistill.data.sample import SampleSet, sample_id, working_images
 from raydistill.data.targets import labels_of, read_columns, read_samples
 from raydistill.errors import ConfigError
 from raydistill.generation.generator import Generator, Request
+from raydistill.generation.measured_dtype import with_dtype
 from raydistill.generation.pipelines import PipelineFacts, class_numbers
 from raydistill.identity import class_directory, image_settings
 from raydistill.storage.directory import StageDirectory
@@ -179,7 +180,10 @@ class GeneratorActor:
     """Holds the pipeline and makes one file in each call. If Ray repeats a call because it lost the actor, the repeat
     skips a written file."""
 
-    def __init__(self, settings: Generate, facts: PipelineFacts, samples: SampleSet, tries: Any = None) -> None:
+    def __init__(
+        self, settings: Generate, facts: PipelineFacts, samples: SampleSet, pin: str, tries: Any = None
+    ) -> None:
+        """`pin` is the file of what `generate.dtype: auto` stands for."""
         self._restart, self._tries = Restart(), tries
         on_gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
         if not on_gpu:
@@ -188,7 +192,8 @@ class GeneratorActor:
         self._refused: ConfigError | None = None
         with trying(tries, self._restart.starts(settings.pipeline)):
             try:
-                self._generator = Generator(settings, facts, torch.device("cuda" if on_gpu else "cpu"))
+                device = torch.device("cuda" if on_gpu else "cpu")
+                self._generator = Generator(with_dtype(settings, facts, device, pin), facts, device)
             except ConfigError as error:
                 self._refused = error  # raised by each call: of a constructor's error Ray shows pages of its own code
         self._shard = lru_cache(maxsize=16)(

@@ -27,6 +27,7 @@ from raydistill.cluster.restarts import new_tries
 from raydistill.config import RunConfig
 from raydistill.data.jpeg import stored
 from raydistill.data.sample import SampleSet, encode_shard, seeded_rank, shard_name
+from raydistill.engine.precision import described
 from raydistill.errors import StageError
 from raydistill.execution import Execution
 from raydistill.generation.contact_sheets import draw_sheets, kept_pictures
@@ -43,10 +44,10 @@ from raydistill.generation.recipes import (
     read_made,
 )
 from raydistill.generation.selection import Chosen, HeldOut, Judge, choose
-from raydistill.identity import generate_directory
+from raydistill.identity import generate_directory, pipeline_pin
 from raydistill.results import GeneratedImages
 from raydistill.runtime.progress import Progress
-from raydistill.storage.directory import StageDirectory, refuse_small_disk
+from raydistill.storage.directory import StageDirectory, refuse_small_disk, workspace_root
 from raydistill.storage.state import result_of
 from raydistill.storage.tables import read_table, rows_of
 
@@ -103,10 +104,17 @@ def generate_images(
                 advance(int(made_now["images"]))
                 progress.again("generate", int(made_now["images_again"]), float(made_now["seconds_again"]))
                 shown += int(made_now["images"])
-    result = _write(config, samples, _Run(facts, wanted, made, chosen), directory)
+    dtype, words = described(settings.dtype, _pin(config))
+    if settings.dtype == "auto":
+        progress.line(f"generate  {words}")
+    result = _write(config, samples, _Run(facts, wanted, made, chosen), directory, dtype)
     for name, count in result.missing.items():
         progress.line(f"generate  {name!r} lacks {count} of {wanted[name]} images after all attempts")
     return result
+
+
+def _pin(config: RunConfig) -> str:
+    return pipeline_pin(workspace_root(config), config)
 
 
 def label_weights(config: RunConfig, generated: GeneratedImages) -> dict[str, float] | None:
@@ -134,7 +142,8 @@ def _run_units(
     begin = min(fewest, most) if plan.generator_gpus else most
     made = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         GeneratorActor,
-        fn_constructor_kwargs={"settings": settings, "facts": facts, "samples": samples, "tries": new_tries()},
+        fn_constructor_kwargs={"settings": settings, "facts": facts, "samples": samples, "pin": _pin(config)}
+        | {"tries": new_tries()},
         batch_size=1,
         batch_format="numpy",
         compute=ActorPoolStrategy(min_size=min(fewest, most), max_size=most, initial_size=begin),
@@ -165,7 +174,7 @@ class _Run:
     chosen: Chosen
 
 
-def _write(config: RunConfig, samples: SampleSet, run: _Run, directory: StageDirectory) -> GeneratedImages:
+def _write(config: RunConfig, samples: SampleSet, run: _Run, directory: StageDirectory, dtype: str) -> GeneratedImages:
     settings, made, chosen = config.generate, run.made, run.chosen
     assert settings is not None
     kept = Counter(name for name, _, _ in chosen.kept)
@@ -208,7 +217,7 @@ def _write(config: RunConfig, samples: SampleSet, run: _Run, directory: StageDir
         rejected=dict(chosen.rejected),
         actor_seconds=sum(made[key].seconds for key in chosen.verdicts),
     )
-    about = {"pipeline": dataclasses.asdict(run.facts), "settings": settings.model_dump(mode="json")}
+    about = {"pipeline": dataclasses.asdict(run.facts), "settings": settings.model_dump(mode="json"), "dtype": dtype}
     directory.write_json("generate.json", about)
     done = dataclasses.asdict(result)
     del done["samples"]["path"]

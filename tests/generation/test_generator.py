@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(pipeline, **changes: object) -> Generate:
-    return Generate.model_validate({"pipeline": str(pipeline), "steps": 3, **changes})
+    return Generate.model_validate({"pipeline": str(pipeline), "steps": 3, "dtype": "fp32", **changes})
 
 
 def generator(pipeline, **changes: object) -> Generator:
@@ -507,3 +507,21 @@ def test_a_licence_is_read_from_the_beginning_of_a_file_alone(class_pipeline, ch
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to("/dev/zero")
     assert inspect_pipeline(settings(folder)).licence == "not stated"
+
+
+def test_texts_that_were_encoded_before_give_the_same_images(text_pipeline):
+    folder = text_pipeline(False)
+    requests = [
+        ask(seed, class_id=None, prompt=prompt, guidance=guidance, negative_prompt=negative)
+        for seed, (prompt, guidance, negative) in enumerate(
+            [("a cat", 2.0, None), ("a dog", 2.0, None), ("a cat", 2.0, None), ("a cat", 1.0, None),
+             ("a cat", 2.0, "blue"), ("a cat", 2.0, None), *((f"cat {n}", 2.0, None) for n in range(40)),
+             ("a cat", 2.0, "blue"), ("a dog", 1.0, None)]
+        )
+    ]  # fmt: skip
+    maker = generator(folder, safety_checker=False)
+    found = [arrays(maker.pictures([request]))[0] for request in requests]
+    for number in (1, 2, 3, 4, 5, 46, 47):
+        (alone,) = arrays(generator(folder, safety_checker=False).pictures([requests[number]]))
+        np.testing.assert_array_equal(found[number], alone)
+    assert not np.array_equal(found[0], found[1])

@@ -55,7 +55,9 @@ def generator(words: list[str], folder: Path, pipeline: Path) -> Call:
     request = {"index": 0, "attempt": 0, "seed": 1, "prompt": "", "source": None}
     unit = {"file": f"{folder}/made.parquet", "requests": [[request]], "class_id": 0, "negative_prompt": None,
             "steps": 2, "guidance": 1.0}  # fmt: skip
-    return GeneratorActor(settings, inspect_pipeline(settings), samples), {"unit": np.array([json.dumps(unit)])}
+    return GeneratorActor(settings, inspect_pipeline(settings), samples, f"{folder}/precision/pin.json"), {
+        "unit": np.array([json.dumps(unit)])
+    }
 
 
 @pytest.mark.parametrize("make", [shard_teacher, file_teacher, generator])

@@ -32,6 +32,7 @@ from raydistill.data.sample import SampleSet, decode_shard, sample_id, working_i
 from raydistill.data.sources.listing import Listing
 from raydistill.data.targets import read_samples, read_targets
 from raydistill.data.views import render, view_parameters
+from raydistill.engine import precision
 from raydistill.errors import ConfigError, StageError
 from raydistill.execution import Execution
 from raydistill.generation.contact_sheets import draw_sheets
@@ -66,7 +67,7 @@ NO_TEACHER = ["teacher=null", "loss.kd_weight=0", "loss.alignment_weight=0", "lo
 @pytest.fixture
 def generating(words, class_pipeline) -> list[str]:
     return [*words, f"generate.pipeline={class_pipeline}", "generate.steps=2", "generate.per_class=6",
-            "generate.batch_size=4"]  # fmt: skip
+            "generate.batch_size=4", "generate.dtype=fp32"]  # fmt: skip
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def in_this_process(monkeypatch, progress):
     """`generate` by one actor in this process instead of a pool of Ray's."""
 
     def run_units(config, samples, facts, units, plan):
-        actor = GeneratorActor(config.generate, facts, samples)
+        actor = GeneratorActor(config.generate, facts, samples, generate._pin(config))
         for unit in units:
             yield {key: values[0] for key, values in actor({"unit": np.array([unit["unit"]])}).items()}
 
@@ -437,6 +438,21 @@ def test_ledger_and_settings_suffice_to_make_an_image_again(generating, in_this_
             request = Request(seed, row["prompt"], class_id, own.negative_prompt, own.steps, own.guidance)
             (picture,) = maker.pictures([request])
             assert (sample_id(encode(picture.image)) == row["id"]) == is_it
+
+
+def test_what_auto_stands_for_is_said_and_one_for_all_images(generating, in_this_process, samples, monkeypatch) -> None:
+    monkeypatch.setattr(precision, "_SECONDS", 0.0)
+    words = [*generating, *NO_TEACHER, "generate.dtype=auto"]
+    first = in_this_process(load_config([*words, "generate.per_class=2"]), samples)
+    told = json.loads((Path(first.samples.path) / "generate.json").read_text())
+    (pin,) = (Path(first.samples.path).parent / "precision").iterdir()
+    assert told["dtype"] == json.loads(pin.read_text())["precision"]
+    assert told["settings"]["dtype"] == "auto"
+    monkeypatch.setattr(precision, "measure", None)  # all later ones read it
+    assert sum(in_this_process(load_config(words), samples).kept.values()) == 18
+    plain = in_this_process(load_config([*generating, *NO_TEACHER, f"generate.dtype={told['dtype']}"]), samples)
+    images = [raw_images(Path(first.samples.path).parent), sum(plain.kept.values())]
+    assert len(images[0]) == images[1] == 18  # of equal bytes in both directories
 
 
 def test_what_was_made_is_read_without_its_pixels(generating, in_this_process, samples, monkeypatch) -> None:
