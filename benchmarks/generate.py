@@ -87,7 +87,12 @@ def stage(root: Path, pipeline: Path, count: int, actors: int) -> float:
     """Images a second from when every actor may have written its first file to the last."""
     words = [f"images.path={root}/images", "images.size=32", f"workspace={root}/w", "tracking.enabled=false"]
     words += ["teacher=null", "loss={kd_weight: 0, alignment_weight: 0, uniformity_weight: 0}"]
-    words += [f"generate.pipeline={pipeline}", f"generate.steps={STEPS}", f"generate.batch_size={BATCH}"]
+    words += [
+        f"generate.pipeline={pipeline}",
+        f"generate.steps={STEPS}",
+        f"generate.batch_size={BATCH}",
+        "generate.dtype=fp32",
+    ]
     words += [f"generate.per_class={count}", "generate.filter.duplicate_distance=null"]
     config = load_config(words)
     with ray_cluster(config):

@@ -741,3 +741,15 @@ def test_a_teacher_in_fp32_has_the_directories_of_before_other_precisions() -> N
     backbones = [json.loads(identity.teach_directory(one, SAMPLES).identity)["backbone"] for one in configs]
     assert [backbone.get("precision") for backbone in backbones] == [None, "auto", "bf16"]
     assert backbones[0].keys() == {"revision", "size", "model", "weights"}
+
+
+def test_what_auto_stands_for_is_kept_by_what_every_directory_of_images_counts() -> None:
+    """Or one directory might have images of two kinds of numbers."""
+
+    def pin(*words: str) -> str:
+        return identity.pipeline_pin("/w", config_of("generate.pipeline=owner/name", *words))
+
+    same = ("generate.batch_size=2", "generate.per_class=3", "seed=1", "generate.filter.agreement=true")
+    assert {pin(word) for word in same} == {pin()}
+    others = {pin(word) for word in ("generate.pipeline=owner/other", "generate.revision=abc", "generate.size=64")}
+    assert len(others - {pin()}) == 3

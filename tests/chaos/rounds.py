@@ -112,7 +112,8 @@ def make_inputs(folder: Path) -> list[str]:
         # Losses that do not depend on how many workers share a batch.
         "student": {"model": "timm:test_vit", "size": 32},
         "views": {"per_image": 30},
-        "generate": {"pipeline": str(folder / "pipeline"), "per_class": 24, "batch_size": 3, "steps": 3},
+        "generate": {"pipeline": str(folder / "pipeline"), "per_class": 24, "batch_size": 3, "steps": 3,
+                     "dtype": "fp32"},
         "loss": {"projection_dim": 8, "projection_head": "two_layer", "uniformity_weight": 0},
         "distill": {"epochs": EPOCHS, "batch_size": 16, "num_workers": 2, "labelled_share": 0.5,
                     "checkpoint_seconds": 0, "precision": "fp32"},
