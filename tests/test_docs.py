@@ -152,6 +152,7 @@ def test_the_blocks_do_what_they_say(page: str, my_folder: Path, class_pipeline:
         settings |= {"generate.pipeline": str(class_pipeline), "generate.steps": 2}
     if page == "results":
         settings |= {"compare.arms": "[scratch,align_uniform]"}
+        shutil.copytree(class_pipeline, my_folder / "short-generator")
     small = [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
     if page == "deploy":
         do("raydistill", "run", "smoke", *small)

@@ -175,7 +175,8 @@ def _optimizer(settings: Distill, model: DistillationModel) -> torch.optim.Optim
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, rate, weight_decay=decay, fused=True)
-    return torch.optim.SGD(groups, rate, momentum=settings.momentum, weight_decay=decay, fused=True)
+    # Not fused: where the first step is not finite, torch 2.14 trains on a momentum that it has not initialised.
+    return torch.optim.SGD(groups, rate, momentum=settings.momentum, weight_decay=decay)
 
 
 def learning_rate(settings: Distill, step: int, steps_per_epoch: int) -> float:
@@ -205,6 +206,8 @@ def _resume(
             own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
             module.load_state_dict(own)
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:
+            group["fused"] = optimizer.defaults["fused"]  # whatever the checkpoint's was
         for parameter, moments in optimizer.state.items():
             for name, moment in moments.items():
                 if moment is not None and moment.shape == parameter.shape:

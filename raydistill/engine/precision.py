@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field
 from torch.nn import functional
 
 from raydistill.config.section import Precision
@@ -34,15 +34,22 @@ _SECONDS, _STEP_SECONDS, _MOST_ROUNDS = 2.5, 0.25, 9
 Step = Callable[[int, str], Iterable[torch.Tensor]]
 
 
+_Seconds = Annotated[float, Field(gt=0, lt=1e6)]
+
+
 @dataclass(frozen=True)
 class Decision:
     """What `auto` stands for, and why: the medians of a step; None if bf16 fails or is not finite."""
 
     precision: Literal["fp32", "bf16"]
-    fp32_seconds: PositiveFloat
-    bf16_seconds: PositiveFloat | None
+    fp32_seconds: _Seconds
+    bf16_seconds: _Seconds | None
     device: str
     replicas: bool = False  # whether threads that share a batch are faster than threads inside each operation
+
+    def __post_init__(self) -> None:
+        if self.precision == "bf16" and self.bf16_seconds is None:
+            raise ValueError("bf16 was not measured")
 
     def __str__(self) -> str:
         if self.bf16_seconds is None:
@@ -56,8 +63,15 @@ class Decision:
 def described(asked: Precision, pin: str) -> tuple[Precision, str]:
     """The precision of what was computed as `asked`, and in words how it was chosen. `pin` is the file of what `auto`
     stands for."""
-    decision = read_state(pin, Decision) if asked == "auto" else None
+    decision = _pinned(pin) if asked == "auto" else None
     return (asked, asked) if decision is None else (decision.precision, str(decision))
+
+
+def _pinned(pin: str) -> Decision | None:
+    fs, folder = open_filesystem(pin.rpartition("/")[0])
+    if fs.is_local:
+        refuse_links(folder)
+    return read_state(pin, Decision)
 
 
 def set_teacher_precision(
@@ -138,12 +152,10 @@ def _settled(
     if asked != "auto":
         refuse_unable(key, asked, device)
         return asked, False
-    fs, folder = open_filesystem(pin.rpartition("/")[0])
-    if fs.is_local:
-        refuse_links(folder)
-    decision = read_state(pin, Decision)
+    decision = _pinned(pin)
     if decision is None:
         decided = measured()
+        fs, folder = open_filesystem(pin.rpartition("/")[0])
         fs.make_folder(folder)
         with contextlib.suppress(FileExistsError):  # another process was first, and counts
             create_file(pin, json.dumps(asdict(decided)).encode())

@@ -57,7 +57,8 @@ class Replicas:
         counters = [b for name, b in self._student.named_buffers() if name.endswith("num_batches_tracked")]
         before = [counter.clone() for counter in counters]
         # Each share has its own number: sums in another order would round otherwise from run to run.
-        parts = list(self._pool.map(share, range(self.threads), images_V3SS.tensor_split(self.threads)))
+        with meeting.attended():  # an interrupt here may leave shares that never begin
+            parts = list(self._pool.map(share, range(self.threads), images_V3SS.tensor_split(self.threads)))
         for counter, old in zip(counters, before, strict=True):
             counter.copy_(torch.minimum(counter, old + 1))  # each thread has counted the batch
         return parts
@@ -74,7 +75,8 @@ class Replicas:
                 return torch.autograd.grad([o for o, _ in pairs], parameters, [g for _, g in pairs], allow_unused=True)
 
         split = (gradient.tensor_split(self.threads) for gradient in gradients)
-        shares = list(self._pool.map(share, parts, *split))
+        with meeting.attended():
+            shares = list(self._pool.map(share, parts, *split))
         return [None if of_one[0] is None else sum(of_one[1:], of_one[0]) for of_one in zip(*shares, strict=True)]
 
 

@@ -65,6 +65,27 @@ def test_resumed_equals_unbroken(tiny_set, distill, loss, last, announced, resum
     assert untimed(record) == untimed(expected)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_first_steps_that_are_not_finite_leave_no_trace(tiny_set, monkeypatch, optimizer) -> None:
+    """Of fp16, whose scale is halved until gradients do not overflow."""
+    scaler, empty_like = torch.amp.GradScaler, torch.empty_like
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *words, **more: scaler(*words, init_scale=2.0**26, **more))
+    monkeypatch.setattr(torch, "empty_like", lambda *words, **more: empty_like(*words, **more).fill_(1e9))
+    job = tiny_set.job("job", distill={"optimizer": optimizer, "precision": "fp16", "epochs": 4})
+    distill_loop(job, here())
+    assert all(bool((value.float().abs() < 100).all()) for value in latest_checkpoint(job.path)[0].values())
+
+
+def test_a_checkpoint_of_an_optimizer_that_was_not_fused_goes_on(tiny_set, monkeypatch) -> None:
+    job = tiny_set.job("job", distill={"precision": "fp16"})
+    interrupt(job, 12)
+    weights, state, meta = latest_checkpoint(job.path)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    monkeypatch.setattr(loop, "latest_checkpoint", lambda path: (weights, state, meta))
+    assert distill_loop(job, here())["step"] == job.total_steps
+
+
 @pytest.mark.parametrize("what", ["names", "shapes", "optimizer"])
 def test_a_checkpoint_whose_state_does_not_fit_names_both_versions(tiny_set, monkeypatch, what) -> None:
     job = tiny_set.job("job")

@@ -185,23 +185,29 @@ print(backbone.precision)
         lambda pin: pin.write_text(json.dumps({**BF16, "precision": "fp16"})),
         lambda pin: pin.write_text(json.dumps({**BF16, "fp32_seconds": 0})),
         lambda pin: pin.write_text(json.dumps({**BF16, "bf16_seconds": "fast"})),
+        lambda pin: pin.write_text(json.dumps({**BF16, "bf16_seconds": None})),
+        lambda pin: pin.write_text(json.dumps({**BF16, "fp32_seconds": 1e308})),
         lambda pin: pin.write_text(json.dumps({**BF16, "more": 1})),
         lambda pin: pin.write_text(json.dumps({k: v for k, v in BF16.items() if k != "device"})),
         lambda pin: pin.mkdir(),
         lambda pin: pin.symlink_to(pin.with_name("elsewhere")),
         lambda pin: pin.parent.rmdir() or pin.parent.symlink_to(pin.parent.parent),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_a_decision_of_another_form_is_refused(tmp_path, change: Callable[[Path], object]) -> None:
     pin = tmp_path / "precision" / "a.json"
     pin.parent.mkdir()
     change(pin)
-    with pytest.raises(CheckpointError, match="delete") as error:
-        set_teacher_precision(teacher(), "auto", str(pin), 4, CPU)
-    assert str(pin.parent) in str(error.value)
-    assert "\n" not in str(error.value)
-    assert f"delete {pin.parent} " not in str(error.value), "the decisions on other networks may stay"
+    for read in (
+        lambda: set_teacher_precision(teacher(), "auto", str(pin), 4, CPU),
+        lambda: described("auto", str(pin)),
+    ):
+        with pytest.raises(CheckpointError, match="delete") as error:
+            read()
+        assert str(pin.parent) in str(error.value)
+        assert "\n" not in str(error.value)
+        assert f"delete {pin.parent} " not in str(error.value), "the decisions on other networks may stay"
 
 
 def test_a_teacher_that_overflows_is_computed_again_in_fp32() -> None:

@@ -3,6 +3,7 @@
 import copy
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,6 +163,22 @@ def test_a_share_that_fails_ends_the_batch_with_its_own_error(marked):
     with pytest.raises(MemoryError, match="this share alone"):
         replicas(images)
     assert len(replicas(torch.rand(6, 3, 9, 9))[0]) == 6  # the threads are free again
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_an_interrupt_leaves_no_thread_waiting(threads):
+    """One that comes when some shares have begun and others have not, which then never do."""
+    replicas = Replicas(Network(nn.BatchNorm2d(6)), threads)
+    pool, begun = replicas._pool, []
+
+    def interrupted(call, *shares):
+        begun.extend(pool.submit(call, *share) for share in list(zip(*shares, strict=True))[1:])
+        raise KeyboardInterrupt
+
+    replicas._pool = SimpleNamespace(map=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replicas(torch.rand(3 * threads, 3, 9, 9))
+    assert all(isinstance(share.exception(timeout=60), KeyboardInterrupt) for share in begun)
 
 
 @pytest.mark.parametrize("weights", [{}, {"crd_weight": 0.5}])

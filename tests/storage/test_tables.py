@@ -133,6 +133,14 @@ def test_an_image_column_of_another_type_is_refused_with_the_way_out(tmp_path, i
         count_rows(str(path))
 
 
+def test_names_that_count_upwards_are_no_bomb_however_few_bytes_they_take(tmp_path):
+    names = pa.table({"image": [f"folder/{k}.jpg" for k in range(100_000)], "label": ["cat"] * 100_000})
+    pq.write_table(names, tmp_path / "t.parquet", compression="zstd", use_dictionary=False)
+    assert (tmp_path / "t.parquet").stat().st_size < 50_000
+    with pytest.raises(DataError, match=r"for paths make a \.csv"):
+        count_rows(str(tmp_path / "t.parquet"))
+
+
 def test_columns_of_one_name_and_old_feather_are_refused(tmp_path):
     twice = pa.Table.from_arrays([pa.array([b"1"]), pa.array(["a"]), pa.array(["b"])], ["image", "label", "label"])
     with pytest.raises(DataError, match="several columns label"):
