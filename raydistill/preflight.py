@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raydistill.config import RunConfig, fine_tuning
 from raydistill.data.sources.listing import Listing, list_images
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import ConfigError, DataError, near_path
 from raydistill.examples import weights_fingerprint
 from raydistill.graph import Work
 from raydistill.models.timm_names import may_be_timm, no_timm_model
@@ -53,7 +53,7 @@ def _check_model(key: str, model: str, also_here: str) -> None:
 
 def _check_file(key: str, path: str | None) -> None:
     if path is not None and "://" not in path and not path.startswith("example:") and not Path(path).exists():
-        raise ConfigError(f"{key}={path}: no such file")
+        raise ConfigError(f"{key}={path}: no such file{near_path(path) or '; correct the path, or leave the key out'}")
 
 
 def _probe(address: str) -> None:

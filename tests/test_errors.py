@@ -91,5 +91,6 @@ def test_a_setting_with_dashes_is_told_how_settings_are_written() -> None:
             [sys.executable, "-m", "raydistill", command, "x", *words], capture_output=True, text=True
         )
         assert ended.returncode == 2
-        told = "error: a setting is written without dashes, as key=value; did you mean distill.epochs?\n"
-        assert ended.stderr.endswith(told) == (command == "run")  # an option that there is has its own hint
+        told = ": a setting is written without dashes: distill.epochs="
+        assert (told in ended.stderr) == (command == "run")  # an option that there is has its own hint
+        assert command == "check" or ended.stderr.count("\n") == 1

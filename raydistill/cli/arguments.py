@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from raydistill.errors import ConfigError
 from raydistill.escaping import one_line
 
 STARTED = time.time()
@@ -19,9 +22,32 @@ Arguments = Annotated[
         help="A folder of images, job files, overlays and single settings; later ones override earlier ones.",
     ),
 ]
+
+
+class _Commands(TyperGroup):
+    """A setting that is written as an option is told in one line."""
+
+    def invoke(self, context: Any) -> Any:
+        try:
+            return super().invoke(context)
+        except Exception as error:
+            option = getattr(error, "option_name", None)  # click's NoSuchOption, which typer has a copy of
+            if option and not getattr(error, "possibilities", None):
+                from raydistill.config.keys import known_keys, suggest_key
+
+                typed = next((word for word in sys.argv if word.startswith(option)), option)
+                key, equals, value = typed.strip("-").partition("=")
+                near = suggest_key(key.replace("-", "_")).partition("did you mean ")[2].rstrip("?")
+                if meant := key if key in known_keys() else near:
+                    words = f"{typed}: a setting is written without dashes: {meant}={value if equals else 'VALUE'}"
+                    raise ConfigError(words) from None
+            raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Distil a small image classifier on your task from a large pre-trained teacher.\n\n"
-    "Start with: raydistill run ./my_images",
+    "Start with: raydistill init ./my_images",
     no_args_is_help=True,
     context_settings={
         "terminal_width": max(100, shutil.get_terminal_size().columns),

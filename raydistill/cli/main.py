@@ -41,13 +41,6 @@ def _exit_code() -> int:
     except SystemExit as stop:  # Typer exits this way
         if isinstance(stop.__context__, OSError):  # a pipe or a socket failed, which Typer does not report
             return _explain(stop.__context__)
-        option = getattr(stop.__context__, "option_name", None)  # one that the command does not have
-        if option and not stop.__context__.possibilities:  # type: ignore[union-attr]
-            from raydistill.config.keys import suggest_key
-
-            typed = next((word for word in sys.argv if word.startswith(option)), option).partition("=")[0]
-            if "did you mean" in (near := suggest_key(typed.strip("-").replace("-", "_"))):
-                _say(f"a setting is written without dashes, as key=value{near}")
         return stop.code if isinstance(stop.code, int) else 1
     except RaydistillError as error:
         if not interrupts.was_interrupted():

@@ -17,7 +17,7 @@ from raydistill.cluster.nodes import PLACES
 from raydistill.config import RunConfig, overlay, to_yaml
 from raydistill.config.keys import flattened
 from raydistill.config.shipped import find_shipped
-from raydistill.errors import ConfigError, did_you_mean
+from raydistill.errors import ConfigError, did_you_mean, near_path
 from raydistill.graph import STAGES
 from raydistill.secrets import has_secret, texts_in
 
@@ -118,7 +118,7 @@ def _on_the_cluster(config: RunConfig, folder: str, send_outside: bool) -> RunCo
         if key in _SHIPPED:
             place = find_shipped(value) if key == "tune.space" else value
             if not os.path.isfile(place):
-                raise ConfigError(f"{key}={value}: no such file")
+                raise ConfigError(f"{key}={value}: no such file{near_path(value)}")
             if place == value:  # the user's own file
                 refuse_private(key, value, send_outside)
             new = f"files/{key}{Path(place).suffix}"

@@ -38,5 +38,8 @@ class Cluster(Section):
         for key in ("teacher_actors", "generator_actors"):
             fewest, most = getattr(self, key)
             if fewest > most:
-                raise ValueError(f"cluster.{key} is (fewest, most); {(fewest, most)} has them the wrong way round")
+                raise ValueError(
+                    f"cluster.{key} is (fewest, most); {[fewest, most]} has them the wrong way round; write "
+                    f"{[most, fewest]}"
+                )
         return self

@@ -15,7 +15,7 @@ from raydistill.config.images import Images
 from raydistill.config.loss import Loss
 from raydistill.config.models import Student, Teacher
 from raydistill.config.search import Compare, Tune
-from raydistill.config.section import Section
+from raydistill.config.section import Place, Section
 from raydistill.config.tracking import Tracking
 from raydistill.config.views import Views
 from raydistill.secrets import has_secret
@@ -27,7 +27,7 @@ class RunConfig(Section):
     name: str = "raydistill"
     """The MLflow experiment and the title of the report. Where it is not given, MLFLOW_EXPERIMENT_NAME names the
     experiment."""
-    workspace: str = "./workspace"
+    workspace: Place = "./workspace"
     """Where stage directories go: any fsspec path that all nodes see, without a password, since every stage records its
     place."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -67,7 +67,10 @@ class RunConfig(Section):
             )
         workers = self.distill.num_workers
         if isinstance(workers, tuple) and workers[0] > workers[1]:
-            raise ValueError(f"distill.num_workers is (fewest, most); {workers} has them the wrong way round")
+            raise ValueError(
+                f"distill.num_workers is (fewest, most); {list(workers)} has them the wrong way round; write "
+                f"{list(workers[::-1])}"
+            )
         if self.student.weights and self.student.init == "random":
             raise ValueError(
                 "student.weights is given but student.init is random; set student.init=pretrained or "

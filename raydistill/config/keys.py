@@ -32,6 +32,11 @@ class Key:
     meaning: str
 
     @property
+    def example(self) -> str:
+        """A value that it takes."""
+        return "./my_images" if self.default is ... else f"{self.default or 'null'}"
+
+    @property
     def head(self) -> str:
         """The line without the meaning."""
         default = "required" if self.default is ... else json.dumps(self.default, default=str)
@@ -75,6 +80,8 @@ def _type_words(annotation: Any) -> str:
         return " | ".join(map(str, inside))
     if origin in (Union, UnionType):
         return " | ".join(dict.fromkeys(map(_type_words, inside)))
+    if origin is tuple and inside[-1] is not ...:
+        return f"[{', '.join(map(_type_words, inside))}]"
     if origin in (list, tuple):
         return f"list of {_type_words(inside[0])}"
     if origin is dict:
@@ -101,9 +108,23 @@ def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
+# What the field calls them.
+_ALIASES = {
+    "lr": "distill.learning_rate", "wd": "distill.weight_decay", "bs": "distill.batch_size",
+    "batch": "distill.batch_size", "workers": "distill.num_workers", "ema": "distill.ema_decay",
+    "amp": "distill.precision", "dtype": "distill.precision", "grad_clip": "distill.clip_norm",
+    "optim": "distill.optimizer", "scheduler": "distill.schedule", "warmup": "distill.warmup_epochs",
+    "temp": "loss.temperature", "tau": "loss.temperature", "imgsz": "images.size", "img_size": "images.size",
+    "data": "images.path", "data_dir": "images.path", "out": "workspace", "output": "workspace",
+    "output_dir": "workspace", "arch": "student.model", "backbone": "student.model",
+}  # fmt: skip
+
+
 def suggest_key(dotted: str) -> str:
     """The end of a sentence about an unknown key: the known key that it resembles."""
     section, _, leaf = dotted.rpartition(".")
+    if leaf.lower() in _ALIASES:
+        return f"; did you mean {_ALIASES[leaf.lower()]}?"
     keys = [key.rpartition(".") for key in known_keys()]
     beside = {name: (place, name) for place, _, name in keys if place == section}
     anywhere = {name: (place, name) for place, _, name in reversed(keys)}  # the right name in the wrong section

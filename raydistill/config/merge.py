@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
@@ -12,7 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from raydistill.config.job import RunConfig
-from raydistill.config.keys import describe_keys, known_keys, suggest_key, takes_text, user_keys
+from raydistill.config.keys import Key, describe_keys, known_keys, suggest_key, takes_text, user_keys
+from raydistill.config.section import with_slashes
 from raydistill.config.shipped import find_shipped, near_shipped
 from raydistill.errors import ConfigError, did_you_mean
 from raydistill.escaping import shortened
@@ -42,7 +44,7 @@ def load_config(words: Sequence[str], settings: Mapping[str, Any] | None = None)
         try:
             tree = merged(tree, layer())
         except TypeError as error:
-            raise ConfigError(f"{what}: does not fit what it is laid over: {error}") from None
+            raise ConfigError(f"{what}: {error}; leave one of the two out") from None
     remember(texts_in(tree))
     return _validated(tree)
 
@@ -69,17 +71,22 @@ def merged(under: Any, over: Any) -> Any:
     if not isinstance(over, dict):
         return over
     if not isinstance(under, dict | None):
-        raise TypeError(f"{under!r} has no keys")
+        raise TypeError(f"gives a section, where what came before gives the value {shortened(repr(under), _LONGEST)}")
     below = under or {}
     return {**below, **{key: merged(below.get(key), value) for key, value in over.items()}}
 
 
 def _read_word(word: str) -> Any:
     key, equals, value = word.partition("=")
-    if not equals and "." in (name := word.partition(":")[0]) and name in known_keys():
-        raise ConfigError(f"{word}: a setting is one word without spaces: {name}=VALUE")
+    if not equals and (name := word.partition(":")[0]) in known_keys() and not os.path.exists(find_shipped(word)):
+        key = next((key.name for key in describe_keys() if key.name.startswith(name)), name)
+        raise ConfigError(f"{word}: a setting is one word without spaces: {key}=VALUE")
+    if "/" not in key:  # as in "seed = 3"
+        key, value = key.strip(), value.lstrip() if key != key.rstrip() else value
     word = os.path.expanduser(word)
     if not equals or "/" in key:
+        if meant := with_slashes(word):
+            raise ConfigError(f"{word}: an address has two slashes; did you mean {meant}?")
         if is_job(word):
             advice = f"give a job file, an overlay, key=value, or a folder of images{near_shipped(word)}"
             return read_mapping(find_shipped(word), advice)
@@ -121,43 +128,60 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 def _explain(error: ValidationError) -> Iterator[str]:
     # A field that takes one of several types reports each; one line names them all.
     heads: dict[str, str] = {}
-    tails: dict[str, list[str]] = {}
-    more = set[str]()
+    tails, hints = defaultdict[str, dict[str, None]](dict), dict[str, str]()
+    keys, more = {key.name: key for key in describe_keys()}, set[str]()
     for item in error.errors(include_url=False):
-        whole = ".".join(user_keys(item["loc"]))
+        whole, given = ".".join(user_keys(item["loc"])), item["input"]
         dotted = shortened(whole, _LONGEST)
         if len(heads) == _MOST_PROBLEMS and dotted not in heads:
             more.add(whole)
             continue
-        value = "null" if item["input"] is None else shortened(repr(item["input"]), _LONGEST)
+        shown = str(given).lower() if isinstance(given, bool) else shortened(repr(given), _LONGEST)
+        head, hint = f"{dotted}: has no value; " if given is None else f"{dotted}={shown}: ", ""
         if item["type"] == "extra_forbidden":
             head, tail = f"{dotted}: ", f"unknown key{suggest_key(whole)}"
-        elif dotted in ("images", "images.path") and (item["type"] == "missing" or item["input"] in (None, "")):
+        elif dotted in ("images", "images.path") and (item["type"] == "missing" or given in (None, "")):
             head, tail = "images.path: ", "required; for instance: raydistill run images.path=./my_images"
         elif item["type"] == "model_type":  # a value in a section's place; the first key is what a section is about
-            first = next((key for key in known_keys() if key.startswith(f"{whole}.")), whole)
-            head, tail = f"{dotted}={value}: ", f"{dotted} is a section; for instance: {first}={value}"
-        elif item["type"] == "value_error":  # our own check, whose sentence names the keys
-            head, tail = "", str(item["ctx"]["error"])
+            first = next(key for key in keys.values() if key.name.startswith(f"{whole}."))
+            fits = type(given) is (str if takes_text(first.name) else int) and given
+            tail = f"{dotted} is a section; for instance: {first.name}={given if fits else first.example}"
+        elif item["type"] == "value_error":  # our own check; that of a section names the keys
+            head, tail = head if whole in keys else "", str(item["ctx"]["error"])
         elif item["type"] == "string_unicode":
-            head, tail = f"{dotted}={value}: ", "not UTF-8; give it another name, or a link that has one"
-        else:
-            head, given = f"{dotted}={value}: ", item["input"]
-            key = next((key for key in describe_keys() if key.name == whole), None)
+            tail = "not UTF-8; give it another name, or a link that has one"
+        elif whole not in keys:
             tail = item["msg"][:1].lower() + item["msg"][1:]
-            if key is not None and re.search("_(parsing|type|equal|than|from_float|error)$", item["type"]):
-                tail = f"it takes {key.values}"
-            if item["type"] == "literal_error" and isinstance(given, str):
-                tail += did_you_mean(given[:_LONGEST], re.findall(r"'([^']+)'", item["ctx"]["expected"]))
-            elif item["type"] == "string_type" and isinstance(given, int | float):
-                tail += "; put it in quotes"
-            elif isinstance(given, str) and (percent := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) *%", given)):
-                tail += f"; for {percent[0]} write {float(percent[1]) / 100:g}"
+        elif "by name" in keys[whole].values and (inner := item["loc"][whole.count(".") + 1 :]):
+            tail = f"{'.'.join(map(str, inner))}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+        else:
+            tail, hint = f"expected: {keys[whole].values}", _hint(keys[whole], item)
         field = dotted if head else tail
         heads.setdefault(field, head)
-        if tail not in tails.setdefault(field, []):
-            tails[field].append(tail)
+        tails[field][tail] = None
+        hints[field] = hints.get(field) or hint
     for field, head in heads.items():
-        yield head + " or ".join(tails[field])
+        yield head + " or ".join(tails[field]) + hints[field]
     if more:
         yield f"and {len(more):,} more keys"
+
+
+def _hint(key: Key, item: Any) -> str:
+    """How to write what was probably meant."""
+    given = item["input"]
+    if item["type"] == "string_type" and isinstance(given, int | float):
+        return "; put it in quotes"
+    if item["type"] == "finite_number":
+        return ", and finite"
+    if not isinstance(given, str):
+        return ""
+    if percent := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) *%", given):
+        share = float(percent[1]) / 100
+        takes = re.search(r"(?<!whole )number", key.values) and not (share > 1 and re.search("(≤|<) 1", key.values))
+        return f"; for {percent[0]} write {share:g}" if takes else ""
+    words = re.findall(r"[a-z]\w*", key.values.partition("list of ")[2])
+    if item["type"].endswith(("list_type", "tuple_type")) and set(re.split(" *, *", given)) <= {*words}:
+        return f"; write [{given}]"
+    if item["type"] == "literal_error":
+        return did_you_mean(given[:_LONGEST], re.findall(r"'([^']+)'", item["ctx"]["expected"]))
+    return ""

@@ -16,6 +16,10 @@ class Tracking(Section):
     @model_validator(mode="after")
     def _store(self) -> Tracking:
         uri = self.uri or "://"
+        scheme, _, rest = uri.partition(":")
+        if "://" not in uri and scheme in ("http", "https", "sqlite", "postgresql", "mysql"):
+            meant = f"{scheme}:{'///' if scheme == 'sqlite' else '//'}{rest.lstrip('/')}"
+            raise ValueError(f"tracking.uri={uri}: an address has slashes; did you mean {meant}?")
         if uri.startswith("file:") or not (uri.startswith("databricks") or "://" in uri):
             raise ValueError(
                 f"tracking.uri={self.uri} is a folder, where MLflow no longer keeps runs; use "

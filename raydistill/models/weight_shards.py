@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raydistill.errors import ConfigError, reason_of
+from raydistill.errors import ConfigError, near_path, reason_of
 from raydistill.storage.filesystems import read_file
 from raydistill.storage.state import read_json
 
@@ -95,7 +95,9 @@ def weight_files(weights: str, key: str) -> list[Path]:
     if _SHARD.search(path.name):
         path = path.with_name(f"{_SHARD.sub('', path.name)}.index.json")
     if not path.is_file():
-        raise ConfigError(f"{key}={weights}: no such file" + ("" if str(path) == weights else f" as {path}"))
+        named = "" if str(path) == weights else f" as {path}"
+        advice = near_path(weights) or "; correct the path, or leave the key out"
+        raise ConfigError(f"{key}={weights}: no such file{named}{advice}")
     if not path.name.endswith(".index.json"):
         return [path]
     try:

@@ -197,15 +197,14 @@ def _make(uri: str, path: str | None) -> None:
     """Create MLflow's tables. SQLite's file appears whole or not at all, because half of the migrations would be
     useless."""
     import mlflow
-    import sqlalchemy
 
     if path is None:
         mlflow.MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
         return
-    new = f"{path}.new"
+    new, (place, mark, query) = f"{path}.new", uri.partition("?")
     Path(new).unlink(missing_ok=True)
-    made = sqlalchemy.make_url(uri).set(database=new).render_as_string(hide_password=False)
-    mlflow.MlflowClient(tracking_uri=made).search_experiments(max_results=1)
+    # Not by sqlalchemy, which escapes letters and colons: MLflow would make a folder of that name.
+    mlflow.MlflowClient(tracking_uri=f"{place}.new{mark}{query}").search_experiments(max_results=1)
     os.replace(new, path)
 
 

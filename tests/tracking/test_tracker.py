@@ -106,6 +106,7 @@ def test_files_lie_in_the_workspace_wherever_the_command_is_given(tmp_path, monk
         assert "workspace" in text
     assert len(list((tmp_path / "ein#ß 100%" / "mlartifacts").rglob("config.yaml"))) == 2
     assert not any(path for name in ("here", "there") for path in (tmp_path / name).iterdir())
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"here", "there", "ein#ß 100%"}
 
 
 def test_long_values_are_in_the_config_alone_and_changed_ones_are_tags(tmp_path, monkeypatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from raydistill.config import Images
 from raydistill.data.labels import MOST_BYTES, one_spelling, refuse_many_classes, whole_numbers
 from raydistill.data.sample import sample_id
-from raydistill.data.sources.containers import MOST_BESIDE
+from raydistill.data.sources.containers import EXTENSIONS, MOST_BESIDE
 from raydistill.data.sources.entries import Entry, Source, address_of, entry_name, read_source
 from raydistill.errors import ConfigError, DataError, near_path
 from raydistill.escaping import first_few, most_common, quoted
@@ -62,6 +62,8 @@ def list_images(config: Images) -> Listing:
     ignored, notes = Counter[str](), Counter[str]()
     source = read_source(fs, root, ignored, notes)
     if source is None:
+        if PurePosixPath(root).suffix.lower() in EXTENSIONS:
+            raise DataError(f"{named}: one picture; give the folder of class folders that it is in")
         raise DataError(
             f"{named}: use a folder, or a .csv, .tsv, .jsonl, .parquet, .arrow, .feather or .tar file; unpack what is "
             "compressed"
@@ -120,6 +122,7 @@ def _listed_classes(config: Images) -> list[str] | None:
     if not fs.isfile(path):
         raise DataError(
             f"{named}: {'not a regular' if fs.exists(path) else 'no such'} file; it holds a class name a line"
+            f"{near_path(config.classes)}"
         )
     try:
         text = fs.read_at_most(path, MOST_BESIDE).decode("utf-8-sig")
@@ -158,9 +161,8 @@ def _check(config: Images, entries: list[Entry], classes: tuple[str, ...], besid
     if len(classes) < 2:
         found = f"only the class {classes[0]!r}" if classes else "no labelled class"
         rest = f" (besides {_describe(besides)})" if besides else ""
-        raise DataError(
-            f"{where}: {found} in the train split{rest}, and a classifier needs two; give a folder of class folders"
-        )
+        add = "add a second" if classes else "give a folder of class folders, or a table with labels"
+        raise DataError(f"{where}: {found} in the train split{rest}, and a classifier needs two; {add}")
     for held_out in ("val", "test"):
         if blank := sum(entry.split == held_out and not entry.label for entry in entries):
             raise DataError(
