@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -46,6 +47,7 @@ from raydistill.storage.tables import read_table, values
 
 # Images of a task and of a file of decoded images: small enough to use all CPUs, large enough for few files.
 _FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
+_PART_BYTES = 4 * SHARD_BYTES  # of pixels that a task brings together, some shards
 _TRIED = 32  # images to decode for an estimate of the size of all
 
 _DECODED = pa.schema(
@@ -78,7 +80,8 @@ def prepare_samples(
         progress.line(
             f"prepare   {what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
         )
-    result = _write(config, listing, directory, drawn, files, len(refused), plan)
+    written = _write(config, listing, directory, drawn, files, plan, progress)
+    result = dataclasses.replace(written, num_refused=len(refused))
     directory.write_json("refused.json", redacted_tree(refused))
     directory.finish(dataclasses.asdict(result))
     return result
@@ -186,23 +189,26 @@ def _write(
     directory: StageDirectory,
     drawn: Drawn,
     files: list[str],
-    num_refused: int,
     plan: Plan,
+    progress: Progress,
 ) -> SampleSet:
-    """Sort the decoded images with Ray Data and write them shard by shard."""
+    """Bring the decoded images of each shard together with Ray Data, whose tasks write the shards."""
     index_of = {name: number for number, name in enumerate(listing.classes)}
     entry_index = {(e.path, e.row): number for number, e in enumerate(listing.entries)}
     size = config.images.rows_per_shard
-    rows, names = [], []
+    rows, names, shard_of_row = [], list[tuple[str, int]](), list[int]()
     for split, members in drawn.splits.items():
         for first in range(0, len(members), size):
-            names.append((shard_name(split, first // size), len(members[first : first + size])))
+            count = len(members[first : first + size])
+            shard_of_row += [len(names)] * count
+            names.append((shard_name(split, first // size), count))
         for d in members:
             keeps = d.entry.label and (split != "train" or d.id in drawn.labelled)
             label = index_of[d.entry.label] if keeps and d.entry.label else None
             rows.append((entry_index[d.entry.path, d.entry.row], d.id, label, split))
     facts = pa.table(
         {
+            "shard": pa.array(shard_of_row, pa.int32()),
             "position": pa.array(range(len(rows)), pa.int64()),
             "sample_id": [r[1] for r in rows],
             "label": pa.array([r[2] for r in rows], pa.int32()),
@@ -212,34 +218,30 @@ def _write(
     )
     fact_of_entry = np.full(len(listing.entries), -1)
     fact_of_entry[[r[0] for r in rows]] = np.arange(len(rows))
-    buffer: pa.Table | None = None
-    pending = iter(names)
-    expected = next(pending, None)
-    placed = _sorted_images(files, facts, fact_of_entry, config.images, plan)
-    for block in placed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        buffer = block if buffer is None else pa.concat_tables([buffer, block])
-        while expected and buffer.num_rows >= expected[1]:
-            directory.write(f"{expected[0]}.parquet", encode_shard(buffer.slice(0, expected[1])))
-            buffer, expected = buffer.slice(expected[1]), next(pending, None)
-    assert expected is None, "every shard is written"
-    assert buffer is None or buffer.num_rows == 0, "every sample reaches a shard"
+    places, found = [f"{directory.path}/{name}.parquet" for name, _ in names], dict[int, int]()
+    with progress.task("shards", len(rows), "images") as advance:
+        for block in _written(files, facts, fact_of_entry, places, config.images, plan):
+            found |= zip(values(block["shard"]), values(block["rows"]), strict=True)
+            advance(sum(values(block["rows"])))
+    assert found == dict(enumerate(count for _, count in names)), "every sample reaches its shard"
     return SampleSet(
         path=directory.path,
         classes=listing.classes,
         size=config.images.size,
         shards={split: tuple(count for name, count in names if name.startswith(f"{split}-")) for split in SPLITS},
         num_labelled={s: sum(r[2] is not None for r in rows if r[3] == s) for s in SPLITS},
-        num_refused=num_refused,
+        num_refused=0,
         ids={s: _digest([d.id for d in members]) for s, members in drawn.splits.items()},
         labels={s: _digest([listing.classes, *((r[1], r[2]) for r in rows if r[3] == s)]) for s in SPLITS},
         store=config.images.store,
     )
 
 
-def _sorted_images(
-    files: list[str], facts: pa.Table, fact_of_entry: np.ndarray, images: Images, plan: Plan
-) -> ray.data.Dataset:
-    """The rows of `facts` with their images, in order. `fact_of_entry` is the row of each entry, or -1."""
+def _written(
+    files: list[str], facts: pa.Table, fact_of_entry: np.ndarray, shards: list[str], images: Images, plan: Plan
+) -> Iterator[pa.Table]:
+    """Write the rows of `facts` with their images into their shards; gives how many `rows` each `shard` has got.
+    `fact_of_entry` is the row of each entry, or -1."""
     shared = ray.put((facts, fact_of_entry))
     refuse_others = refuse_other_jpegs if images.store == "jpeg" else refuse_other_sizes
 
@@ -252,10 +254,20 @@ def _sorted_images(
         refuse_others(kept, images.size, file)
         return facts.take(places[places >= 0]).append_column("image", kept["image"])
 
+    def write(rows: pa.Table) -> pa.Table:
+        (shard,) = set(values(rows["shard"]))
+        write_bytes(shards[shard], encode_shard(rows.sort_by("position")))
+        return pa.table({"shard": [shard], "rows": [len(rows)]})
+
     placed = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files)).map_batches(
         place, batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
     )
-    return placed.sort("position")
+    pixels = 3 * images.size**2 * len(facts)
+    parts = min(max(2 * math.ceil(plan.cpus), pixels // _PART_BYTES), len(shards))
+    written = placed.groupby("shard", num_partitions=parts).map_groups(
+        write, batch_format="pyarrow", num_cpus=plan.decode_cpus
+    )
+    yield from written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 def _read_decoded(file: str, columns: list[str]) -> pa.Table:
