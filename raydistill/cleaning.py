@@ -49,7 +49,7 @@ def find_waste(workspace: str, job: str | None = None) -> tuple[list[Waste], lis
     root = absolute_root(workspace)
     if "://" in root:
         raise ConfigError(f"{workspace}: clean works only on a disk; in a bucket use the bucket's lifecycle rules")
-    runs = list(read_jobs(root, all_or_none=True))
+    runs = list(read_jobs(root, all_or_none=True, wanted=job or ""))
     leaving = [] if job is None else named_runs(runs, job)
     if any(state_of(root, run) == "running" for _, run in leaving):
         raise ConfigError(f"{job} is running; stop it, or wait until it ends")

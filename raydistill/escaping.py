@@ -20,6 +20,7 @@ _LONGEST_LINE, _LONGEST_TEXT = 5_000, 1 << 16  # room for a path of 4,096 bytes 
 # Both match at the beginning of a name or line only, which is fast.
 _LONG_NAME = re.compile(rf"(?<![^\s/])[^\s/]{{{_LONGEST_NAME + 1},}}+")
 _LONG_LINE = re.compile(rf"(?m)^[^\n]{{{_LONGEST_LINE + 1},}}+")
+_PLURAL = re.compile(r"(?<=ss)es\b|(?<!s)s\b")
 _JOINERS = "\u200c\u200d"  # Persian, Indian scripts and emoji need them; between Latin letters they are invisible
 _SIGNS = re.compile("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd]")  # visible formats
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats (direction marks, tags), half characters, separators
@@ -109,6 +110,11 @@ def shortened(text: str, most: int = 60) -> str:
 def first_few(names: Sequence[str], most: int = 5) -> str:
     """The first of the names, and how many more there are."""
     return ", ".join(map(repr, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def counted(count: int, plural: str) -> str:
+    """`1 file in a folder`, `2,000 files in a folder`: the first plural word is the one that is counted."""
+    return f"{count:,} {plural if count != 1 else _PLURAL.sub('', plural, count=1)}"
 
 
 def most_common(counts: Counter[str], most: int = 50) -> dict[str, int]:

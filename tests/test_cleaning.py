@@ -90,7 +90,7 @@ def test_ls_counts_what_jobs_share_once(root: Path) -> None:
     assert Path(first["report"]).is_file()
     told = call("ls", f"workspace={root}").stdout  # as the other commands take it
     assert "0.500, 0.250" in told
-    assert f"2 run(s) in {root}" in told.replace("\n", "")
+    assert f"2 runs in {root}" in told.replace("\n", "")
     assert "3.0 kB" in told
 
 
@@ -197,7 +197,7 @@ def test_what_no_job_needs_goes_and_nothing_else(root: Path) -> None:
     asked = call("clean", root)
     assert "--yes" in str(asked.exception)
     assert names(root) == before
-    assert "deleted 1 thing(s), 1.0 kB" in call("clean", root, "--yes").stdout
+    assert "deleted 1 thing, 1.0 kB" in call("clean", root, "--yes").stdout
     assert names(root) == before - {"export"}
     assert "nothing to delete" in call("clean", root, "--yes").stdout
 
@@ -247,7 +247,7 @@ def test_what_a_job_needs_that_began_before_the_answer_stays(
     assert names(root) >= {"export"}
     assert "adapt" not in names(root)
     assert "stays: another command began to use it" in told
-    assert "deleted 1 thing(s)" in told
+    assert "deleted 1 thing" in told
 
 
 def test_what_cannot_be_deleted_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,3 +94,11 @@ def test_a_setting_with_dashes_is_told_how_settings_are_written() -> None:
         told = ": a setting is written without dashes: distill.epochs="
         assert (told in ended.stderr) == (command == "run")  # an option that there is has its own hint
         assert command == "check" or ended.stderr.count("\n") == 1
+
+
+def test_keys_are_listed_by_section() -> None:
+    lines = CliRunner().invoke(app, ["keys"]).output.split("\n")
+    assert lines[lines.index("images") - 1] == ""
+    assert lines[lines.index("images") + 2].startswith("images.path = required")
+    assert not any(line.endswith(" ") for line in lines)
+    assert "loss" not in CliRunner().invoke(app, ["keys", "temperature"]).output.split("\n")

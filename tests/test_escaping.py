@@ -22,6 +22,7 @@ from rich.table import Table
 
 from raydistill.escaping import (
     code_span,
+    counted,
     for_figure,
     for_terminal,
     markdown,
@@ -240,3 +241,15 @@ def test_a_command_shows_hostile_folders_as_text(tmp_path: Path) -> None:
     ended = subprocess.run(wrong, capture_output=True, timeout=120)
     assert ended.returncode == 2
     assert not ODD.search(ended.stderr.decode())
+
+
+@pytest.mark.parametrize(
+    ("count", "plural", "said"),
+    [
+        (1, "files ending in .txt", "1 file ending in .txt"), (2000, "empty folders", "2,000 empty folders"),
+        (1, "hidden and system files", "1 hidden and system file"), (1, "classes", "1 class"),
+        (1, "pictures beside files of many images", "1 picture beside files of many images"),
+    ],
+)  # fmt: skip
+def test_one_is_not_many(count: int, plural: str, said: str) -> None:
+    assert counted(count, plural) == said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,10 @@ def shares(counts: list[int], right: int) -> tuple[list[int], list[int]]:
         ([3, 3], 2, "unknown"),
         ([1000] * 2, 1020, "at chance"),
         ([30], 30, "unknown"),  # there is nothing to tell apart
-        ([1] * 12, 1, "at chance"),
+        ([1] * 12, 1, "unknown"),
+        ([2] * 4, 1, "unknown"),  # 8 images: 0.022 to 0.471 beside 0.250
+        ([4] * 4, 2, "unknown"),
+        ([10] * 4, 10, "at chance"),
     ],
 )
 def test_states(counts, right, state):
@@ -58,6 +62,7 @@ def test_one_answer_to_all(counts, state):
     assert found.state == state
     assert found.warnings[-1] == f"It never names 1 of the 2 classes of the val images: b ({counts[1]} images)."
     assert f"always naming a would be right for {counts[0]}" in found.warnings[0]
+    assert ("it answers a to all" in found.warnings[0]) == (state == "at chance")
 
 
 def test_a_student_that_finds_a_rare_class_is_of_use():
@@ -70,15 +75,35 @@ def test_a_student_that_finds_a_rare_class_is_of_use():
 
 
 def test_the_test_images_decide_where_they_can():
-    good, bad = measured(*shares([20, 20], 40), 2), measured(*shares([20, 20], 20), 2)
+    good, bad = measured(*shares([50, 50], 100), 2), measured(*shares([50, 50], 50), 2)
     few = measured(*shares([2, 2], 2), 2)
     assert compare_with_majority({"val": good, "test": bad}).state == "at chance"
     assert compare_with_majority({"val": bad, "test": good}).state == "better"
     assert compare_with_majority({"val": good, "test": few}).state == "better"
-    assert "44 val and test images" in compare_with_majority({"val": bad, "test": few}).warnings[0]
+    assert "104 val and test images" in compare_with_majority({"val": bad, "test": few}).warnings[0]
+    few_say = compare_with_majority({"val": good, "test": few}).warnings[0]
+    assert "(test 4)" in few_say
+    assert "raise images.test_share" in few_say
     nothing = compare_with_majority({})
     assert nothing.state == "unknown"
     assert "no labelled val or test images" in nothing.warnings[0]
+
+
+@pytest.mark.parametrize("counts", [[2] * 4, [5, 3], [1] * 12])
+def test_the_number_that_would_tell_does(counts):
+    """Of students that are right as often as chance, and as one of some use, with this many images."""
+    labels, answers = shares(counts, sum(counts) // 6)
+    (words, *_) = compare_with_majority({"test": measured(labels, answers, len(counts))}).warnings
+    assert "too few to tell" in words
+    assert "images.test_share" in words
+    enough = int(re.search(r"Some (\d+) would tell", words)[1])
+    chance = max(counts) / sum(counts)
+    states = []
+    for share in (chance, chance + (1 - chance) / 3):
+        many = [-(-enough * count // sum(counts)) for count in counts]
+        labels, answers = shares(many, round(share * sum(many)))
+        states.append(compare_with_majority({"test": measured(labels, answers, len(counts))}).state)
+    assert states == ["at chance", "better"]
 
 
 def test_classes_that_are_never_named_are_named():

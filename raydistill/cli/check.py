@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from raydistill.cli.arguments import Arguments, announce, app
-from raydistill.escaping import plain_console
+from raydistill.escaping import counted, plain_console
 from raydistill.runtime import interrupts
 
 
@@ -59,7 +59,9 @@ def check(
         wide.print(teachers_table(check_teachers(config, names, progress)), "")
     stops = sum(finding.severity == "stop" for finding in checkup.findings)
     used = sum(sum(counts.values()) for counts in checkup.counts.values())
-    console.print(f"{stops} finding(s) would stop a run" if stops else f"a run would start, and use {used:,} images")
+    console.print(
+        f"{counted(stops, 'findings')} would stop a run" if stops else f"a run would start, and use {used:,} images"
+    )
     if stops:
         raise typer.Exit(2)
 

@@ -19,13 +19,13 @@ def init(
     out: Annotated[str, typer.Option("--out", help="The job file to write; it must not exist yet.")] = "job.yaml",
 ) -> None:
     """Look at the images and the machine, and write a job file that fits, with reasons."""
-    if os.path.lexists(out):
-        raise ConfigError(f"--out {out}: the file exists, and init overwrites nothing; give another name")
     announce(f"init: {images}")
     from raydistill.doctor.first_job import choose, job_text, look
 
     images = os.path.expanduser(images)
-    situation = look(images)
+    situation = look(images)  # first: its mistakes matter more than that of the name
+    if os.path.lexists(out):
+        raise ConfigError(f"--out {out}: the file exists, and init overwrites nothing; give another name")
     text = job_text(images, situation, choose(situation))
     from raydistill.config import load_config
     from raydistill.storage.local import create_here

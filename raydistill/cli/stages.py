@@ -13,7 +13,7 @@ import typer
 
 from raydistill.cli.arguments import CONTINUES, STARTED, Arguments, announce, app
 from raydistill.errors import UselessStudentError
-from raydistill.escaping import plain_console
+from raydistill.escaping import counted, plain_console
 from raydistill.graph import STAGES, find_work
 from raydistill.runtime import interrupts
 
@@ -89,9 +89,9 @@ def show(words: Arguments = None) -> None:
         told.print(f"MLflow: {where}", markup=False)
     told.print(f"images: {len(work.listing.entries)} in {len(work.listing.classes)} classes")
     for what, count in work.listing.ignored.items():
-        told.print(f"ignored: {count} {what}", markup=False)
+        told.print(f"ignored: {counted(count, what)}", markup=False)
     for what, count in work.listing.notes.items():
-        told.print(f"note: {count} {what}", markup=False)
+        told.print(f"note: {counted(count, what)}", markup=False)
     told.print(table)
     for line in told.file.getvalue().splitlines():  # as comments, so that the output of `show` is a job again
         print(f"# {line}".rstrip())

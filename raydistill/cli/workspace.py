@@ -13,7 +13,7 @@ import typer
 
 from raydistill.cli.arguments import app
 from raydistill.errors import ConfigError, StageError
-from raydistill.escaping import one_line, plain_console, shortened
+from raydistill.escaping import counted, one_line, plain_console, shortened
 from raydistill.runtime import interrupts
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def list_jobs(
     for number, row in enumerate(rows, 1):  # rows of one name differ in their settings
         if row["report"] or row["error"]:
             console.print(one_line(f"{number} {row['name']}: {row['error'] or row['report']}"), soft_wrap=True)
-    console.print(f"{len(rows)} run(s) in {root}, {decimal(sum(sizes.values()))}", soft_wrap=True)
+    console.print(f"{counted(len(rows), 'runs')} in {root}, {decimal(sum(sizes.values()))}", soft_wrap=True)
 
 
 def _accuracy(of_split: dict[str, float]) -> str:
@@ -97,7 +97,7 @@ def open_report(
     from raydistill.storage.local import refuse_link
 
     root = absolute_root(workspace)
-    runs = list(read_jobs(root))
+    runs = list(read_jobs(root, wanted=name))
     wanted = named_runs(runs, name) if name else runs
     pages = [(run.ended or run.started, f"{root}/{run.page}") for _, run in wanted if run.page]
     page = next((page for _, page in sorted(pages, reverse=True) if exists(page)), None)
@@ -180,4 +180,4 @@ def clean(
 def _total(waste: list[Waste], root: str) -> str:
     from rich.filesize import decimal
 
-    return f"{len(waste)} thing(s), {decimal(sum(item.size for item in waste))}, of {root}"
+    return f"{counted(len(waste), 'things')}, {decimal(sum(item.size for item in waste))}, of {root}"

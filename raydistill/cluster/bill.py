@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raydistill.config import RunConfig
+from raydistill.escaping import counted
 from raydistill.runtime.periodic import repeated
 
 log = logging.getLogger(__name__)
@@ -87,14 +88,14 @@ def cost(node_seconds: Mapping[str, float], prices: Mapping[str, float]) -> floa
 
 
 def bill_words(bill: Mapping[str, Any], prices: Mapping[str, float]) -> str:
-    """The time and cost of a finished stage in words: `130 s; spot 0.21 h, train 0.04 h = 0.12; 1 node(s) lost`."""
+    """The time and cost of a finished stage in words: `130 s; spot 0.21 h, train 0.04 h = 0.12; 1 node lost`."""
     words = [f"{bill['seconds']:.0f} s"] if "seconds" in bill else []
     if node_seconds := bill.get("node_seconds"):
         hours = ", ".join(f"{name} {seconds / 3600:.2f} h" for name, seconds in sorted(node_seconds.items()))
         money = cost(node_seconds, prices)
         words.append(hours if money is None else f"{hours} = {money:.2f}")
     if bill.get("lost_nodes"):
-        words.append(f"{bill['lost_nodes']} node(s) lost")
+        words.append(f"{counted(bill['lost_nodes'], 'nodes')} lost")
     if bill.get("images_again"):
-        words.append(f"{bill['images_again']} image(s) begun again, {bill['seconds_again']:.0f} s")
+        words.append(f"{counted(bill['images_again'], 'images')} begun again, {bill['seconds_again']:.0f} s")
     return "; ".join(words)

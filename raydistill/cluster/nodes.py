@@ -12,6 +12,7 @@ from typing import Any
 from raydistill.config import RunConfig
 from raydistill.data.sources.entries import first_of_table
 from raydistill.errors import ConfigError, first_line_of
+from raydistill.escaping import counted
 from raydistill.runtime.versions import PACKAGES, installed
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
@@ -155,7 +156,7 @@ def _versions(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]]) -> l
             findings.append(Finding(_name(node), ", ".join(differ), advice))
     if not findings:
         shown = ", ".join(f"{name} {version}" for name, version in mine.items() if name in ("python", "ray", "torch"))
-        findings.append(Finding("versions", f"{len(seen)} node(s) with equal versions: {shown}"))
+        findings.append(Finding("versions", f"{counted(len(seen), 'nodes')} with equal versions: {shown}"))
     return findings
 
 
@@ -171,7 +172,7 @@ def _workspace(
             findings.append(Finding(_name(node), f"does not see {workspace}{why}", advice))
         elif not wrote[node["NodeID"]]:
             findings.append(Finding(_name(node), f"writes {workspace} where others do not see", advice))
-    return findings or [Finding("workspace", f"{len(seen)} node(s) read and write {workspace_root(config)}")]
+    return findings or [Finding("workspace", f"{counted(len(seen), 'nodes')} read and write {workspace_root(config)}")]
 
 
 def _unseen(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]], places: dict[str, str]) -> list[Finding]:
@@ -184,7 +185,7 @@ def _unseen(nodes: list[dict[str, Any]], seen: dict[str, dict[str, Any]], places
             if named := [f"{places[key]} ({key})" for key in differs if (sees[key] is None) == absent]:
                 findings.append(Finding(_name(node), f"{what} {', '.join(named)}", advice))
     if places and not findings:
-        findings.append(Finding("images, models", f"{len(seen)} node(s) see {', '.join(places)}"))
+        findings.append(Finding("images, models", f"{counted(len(seen), 'nodes')} see {', '.join(places)}"))
     return findings
 
 

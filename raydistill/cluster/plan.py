@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from raydistill.config import RunConfig
 from raydistill.errors import ConfigError
+from raydistill.escaping import counted
 from raydistill.runtime.cgroups import num_cores, num_threads
 
 # Below this share of a CPU a worker is starved rather than scheduled.
@@ -46,21 +47,21 @@ class Plan:
         ]
         if self.generator_actors[1]:
             share = _share_words(self.generator_cpus, self.generator_gpus)
-            lines.append(f"generate: {_count_words(self.generator_actors)} generator actor(s) of {share}")
+            lines.append(f"generate: {_count_words(self.generator_actors, 'generator actors')} of {share}")
         if self.teacher_actors[1]:
-            actors = f"{_count_words(self.teacher_actors)} teacher actor(s)"
+            actors = f"{_count_words(self.teacher_actors, 'teacher actors')}"
             share = _share_words(self.teacher_cpus, self.teacher_gpus)
             lines.append(f"teach:   {actors} of {share}, fed by tasks of {self.load_cpus:g} CPU")
         if self.train_workers == 0:
-            return [*lines, f"distill: in this process, {self.train_threads} thread(s)"]
-        workers = f"{_count_words(self.train_workers)} worker(s)"
+            return [*lines, f"distill: in this process, {counted(self.train_threads, 'threads')}"]
+        workers = f"{_count_words(self.train_workers, 'workers')}"
         share = _share_words(self.train_cpus, self.train_gpus)
-        return [*lines, f"distill: {workers} of {share}, {self.train_threads} thread(s) each"]
+        return [*lines, f"distill: {workers} of {share}, {counted(self.train_threads, 'threads')} each"]
 
 
-def _count_words(count: int | tuple[int, int]) -> str:
+def _count_words(count: int | tuple[int, int], plural: str) -> str:
     fewest, most = count if isinstance(count, tuple) else (count, count)
-    return f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return counted(most, plural) if fewest == most else f"{fewest} to {counted(most, plural)}"
 
 
 def _share_words(cpus: float, gpus: float) -> str:
@@ -79,8 +80,9 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
     together = config.views.per_image == "fresh" and config.loss.needs_teacher
     # In `teach` the train workers do not exist yet, so they take no share.
     beside = fewest_workers if together else 0
-    share = _share(cpus, fewest + beside + 1, f"{fewest} teacher actor(s), {beside} train worker(s) and a loading task")
-    train_cpus = share if together else _share(cpus, max(fewest_workers, 1), f"{fewest_workers} train worker(s)")
+    teachers = counted(fewest, "teacher actors")
+    share = _share(cpus, fewest + beside + 1, f"{teachers}, {counted(beside, 'train workers')} and a loading task")
+    train_cpus = share if together else _share(cpus, max(fewest_workers, 1), counted(fewest_workers, "train workers"))
     uses_gpus = gpus > 0
     gpu_share = 1.0
     if uses_gpus:
@@ -89,7 +91,7 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
             gpu_share = 0.5  # one trainer and one teacher can share a GPU; two trainers cannot (NCCL)
         elif gpus < needed:
             raise ConfigError(
-                f"needs {needed} GPUs for {fewest} teacher actor(s) and {fewest_workers} train worker(s), has "
+                f"needs {needed} GPUs for {teachers} and {counted(fewest_workers, 'train workers')}, has "
                 f"{gpus:g}; lower cluster.teacher_actors or distill.num_workers"
             )
     fit = math.floor((cpus - share * (beside + 1)) / share + 1e-9)
@@ -132,18 +134,18 @@ def _plan_generators(config: RunConfig, cpus: float, gpus: float, cores: int) ->
         share = 0.5 if judged and gpus < 2 else 1.0
         if gpus - (share if judged else 0) < fewest * share:
             raise ConfigError(
-                f"needs {fewest + judged} GPUs for {fewest} generator actor(s){' and a teacher' if judged else ''}, "
-                f"has {gpus:g}; lower cluster.generator_actors"
+                f"needs {fewest + judged} GPUs for {counted(fewest, 'generator actors')}"
+                f"{' and a teacher' if judged else ''}, has {gpus:g}; lower cluster.generator_actors"
             )
-        counted, gpu_share = fewest, share
+        num_actors, gpu_share = fewest, share
     else:
-        counted, gpu_share = max(fewest, min(most, max(cores, int(cpus)))), 0.0
-        most = counted
-    cpu_share = min(1.0, math.floor(100 * left / counted) / 100)
+        num_actors, gpu_share = max(fewest, min(most, max(cores, int(cpus)))), 0.0
+        most = num_actors
+    cpu_share = min(1.0, math.floor(100 * left / num_actors) / 100)
     if cpu_share < LEAST_SHARE:
         raise ConfigError(
-            f"needs at least {counted * LEAST_SHARE + cpus - left:g} CPUs for {counted} generator actor(s), has "
-            f"{cpus:g}; lower cluster.generator_actors"
+            f"needs at least {num_actors * LEAST_SHARE + cpus - left:g} CPUs for "
+            f"{counted(num_actors, 'generator actors')}, has {cpus:g}; lower cluster.generator_actors"
         )
     return (fewest, most), cpu_share, gpu_share
 

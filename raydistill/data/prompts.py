@@ -13,7 +13,7 @@ import numpy as np
 
 from raydistill.config import Generate
 from raydistill.errors import ConfigError
-from raydistill.escaping import first_few
+from raydistill.escaping import counted, first_few
 from raydistill.yaml_files import TextLoader, read_mapping
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,8 @@ def class_words(classes: Sequence[str]) -> dict[str, str]:
 def _say_synonyms(read: Mapping[str, str]) -> None:
     if read:
         logger.warning(
-            "synonyms in the names of %d class(es): only the first is read (%s); list others in generate.names",
-            len(read),
+            "synonyms in the names of %s: only the first is read (%s); list others in generate.names",
+            counted(len(read), "classes"),
             "; ".join(f"{name!r} as {words!r}" for name, words in list(read.items())[:3]),
         )
 

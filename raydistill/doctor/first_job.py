@@ -16,9 +16,12 @@ from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
 from raydistill.config import load_config
-from raydistill.data.sources.listing import list_images
+from raydistill.data.sources.listing import entry_name, list_images
+from raydistill.data.splits import Decoded, draw_splits
 from raydistill.doctor.images import look_at
 from raydistill.errors import DataError
+from raydistill.escaping import counted
+from raydistill.majority_baseline import few_images
 from raydistill.runtime.cgroups import num_cores
 from raydistill.runtime.memory import total_bytes
 from raydistill.yaml_files import as_flow
@@ -44,6 +47,7 @@ class Situation:
     fewest: int
     most: int
     has_val: bool
+    few: str  # what is to be said of too few val and test images
     short_side: float
     long_share: float
     cores: int
@@ -89,9 +93,15 @@ class Choice:
 def look(images: str) -> Situation:
     """Raises DataError: no such path, no images, one class, or none of the pictures can be read."""
     config = load_config([], {"images.path": images}).images
-    entries = list_images(config.model_copy(update={"allow_missing_val": True})).entries
+    listing = list_images(config.model_copy(update={"allow_missing_val": True}))
+    entries = listing.entries
     train = [entry for entry in entries if entry.split in (None, "train")]
     labels = Counter(entry.label for entry in train if entry.label)
+    # Each stands for an image of its own; only the counts are used.
+    splits = draw_splits(
+        load_config([], {"images.path": images}), listing, [Decoded(e, entry_name(e), "") for e in entries]
+    )
+    few = few_images({split: len(members) for split, members in splits.items()})
     some = entries[:: -(-len(entries) // _LOOKED_AT)]
     with closing(look_at(some, config)) as looks:
         sizes = [(seen.facts.width, seen.facts.height) for seen in looks if seen.facts]
@@ -101,6 +111,7 @@ def look(images: str) -> Situation:
         classes=len(labels), labelled=labels.total(), unlabelled=len(train) - labels.total(),
         set_apart=len(entries) - len(train), fewest=min(labels.values()), most=max(labels.values()),
         has_val=any(entry.split == "val" for entry in entries),
+        few="{}: {}; {}".format(*few) if few else "",
         short_side=statistics.median(map(min, sizes)),
         long_share=sum(max(size) > 1.5 * min(size) for size in sizes) / len(sizes),
         cores=num_cores(), gpu=_gpu(),
@@ -120,7 +131,7 @@ def choose(of: Situation) -> list[Choice]:
         why += f"; {of.long_share:.0%} are longer than 3:2, so pictures are padded, not cropped"
     if of.fewest < 3 and not of.has_val:
         images["allow_missing_val"] = True
-        why += f"; a class has {of.fewest} labelled image(s), too few for val"
+        why += f"; a class has {counted(of.fewest, 'labelled images')}, too few for val"
     choices = [Choice("images", images, why)]
 
     teacher: dict[str, Any] = {"model": "timm:tf_efficientnet_lite2", "size": 96 if tiny else 128}
@@ -190,6 +201,7 @@ def job_text(images: str, of: Situation, choices: list[Choice]) -> str:
     lines = [
         *_comment(f"{of.data_words}. {of.machine_words}."),
         *_comment(outlook(of)),
+        *([*_comment(f"{of.few}.")] if of.few else []),
         *_comment(f"{_time_words(of, choices)}. The accuracies in the comments are those of docs/results.md."),
     ]
     for choice in choices:

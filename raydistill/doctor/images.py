@@ -30,6 +30,7 @@ from raydistill.data.splits import (
     without_duplicates,
 )
 from raydistill.errors import DataError
+from raydistill.majority_baseline import few_images
 from raydistill.runtime.cgroups import num_cores
 from raydistill.runtime.progress import Progress
 from raydistill.stages.prepare import chunks, refuse_too_many_bad
@@ -184,24 +185,28 @@ def _copies(known: list[Decoded]) -> Iterator[Finding]:
     for d in known:
         if d.id:
             copies[d.id].append(d.entry)
-    two_labels, across, within = list[list[Entry]](), list[list[Entry]](), list[list[Entry]]()
+    two_labels, across, pool, within = (list[list[Entry]]() for _ in range(4))
     for group in copies.values():
         if len({entry.label for entry in group if entry.label}) > 1:
             two_labels.append(group)
-        elif len({entry.split for entry in group}) > 1:
+        elif len({"train" if entry.split is None else entry.split for entry in group}) > 1:
             across.append(group)
+        elif len({entry.label for entry in group}) > 1:
+            pool.append(group)
         elif len(group) > 1:
             within.append(group)
     kinds = [
         (two_labels, "one file under several labels", "left out under each of them",
          "keep it under the label that is right"),
+        (pool, "one file with its label and without", "the one with the label stays", "nothing is needed"),
         (across, "one file in several splits", "the test split keeps it, then val", "keep it in one split"),
         (within, "copies of one file", "one of them stays", "nothing is needed"),
     ]  # fmt: skip
     for found, what, done, change in kinds:
         if found:
             examples = tuple(" = ".join(map(entry_name, group[:3])) for group in found[:EXAMPLES])
-            yield Finding("loses", what, sum(map(len, found)), examples, done, change)
+            lost = sum(len(group) - (found is not two_labels) for group in found)
+            yield Finding("loses", what, lost, examples, done, change)
 
 
 def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding]:
@@ -245,6 +250,9 @@ def _of_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[
     for what, names in lacking_classes(listing, splits).items():
         yield from _found(names, "look", what, "they are used as they are",
                           "add images, or name the splits in the data")  # fmt: skip
+    if too_few := few_images({split: len(members) for split, members in splits.items()}):
+        what, why, how = too_few
+        yield Finding("look", what, sum(len(splits[split]) for split in ("val", "test")), (), why, how)
     for split in ("val", "test"):
         if not splits[split]:
             yield Finding("look", f"no {split} images", 1, (), f"nothing is measured on {split}",

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config import Generate
-from raydistill.errors import ConfigError, reason_of
+from raydistill.errors import ConfigError
 from raydistill.escaping import quoted, shortened
-from raydistill.models.weights import ask_hub
+from raydistill.models.weights import ask_hub, why_none
 from raydistill.storage.filesystems import open_file
 from raydistill.storage.state import read_json
 
@@ -110,7 +110,7 @@ def _fetch_index(settings: Generate) -> tuple[Path, str | None, str]:
     except Exception as error:  # network, name and permission errors come from three libraries
         raise ConfigError(
             f"generate.pipeline={settings.pipeline}: no such folder, and the download from the hub failed "
-            f"({reason_of(error)}); check the name, or give a local folder"
+            f"({why_none(error)}); check the name, or give a local folder"
         ) from None
     licence = str(getattr(found.card_data, "license", None) or "not stated")
     return Path(folder), found.sha, licence

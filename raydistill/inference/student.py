@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from raydistill.errors import ConfigError, DataError, first_line_of, reason_of
+from raydistill.errors import ConfigError, DataError, reason_of
 from raydistill.inference.predict import Predictor, find_units, read_units
 from raydistill.inference.predictions import Answer, best
 from raydistill.models.formats import network_inputs
 from raydistill.models.metadata import METADATA_FILE, read_metadata
-from raydistill.models.weights import ask_hub
+from raydistill.models.weights import ask_hub, why_none
 from raydistill.storage.filesystems import read_file
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
@@ -107,7 +107,7 @@ def load_student(place: str) -> Student:
         read_metadata(os.path.dirname(hf_hub_download(name, METADATA_FILE)))
         return Student(snapshot_download(name, allow_patterns=list(_FILES)))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = f"no readable repository on the hub ({first_line_of(error)})"
+        reason = f"no readable repository on the hub ({why_none(error)})"
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):  # the hub's answer
             reason = "the hub's repository is not an exported student"
         raise ConfigError(f"{place}: no such folder, and {reason}") from None

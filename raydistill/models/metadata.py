@@ -69,6 +69,8 @@ def read_metadata(folder: str) -> dict[str, Any]:
     shown, advice = quoted(folder), "give the folder that `raydistill export` printed"
     if not os.path.isdir(folder):
         reason = "it is not a folder" if os.path.exists(folder) else "no such file or folder"
+        if Path(folder).name == "export" and not os.path.exists(folder):  # a link that `run` makes at its end
+            reason = "no job has finished there"
         raise ConfigError(f"{shown} is not an exported student: {reason}; {advice}")
     try:
         data = read_file(str(Path(folder, METADATA_FILE)), MOST_BYTES)

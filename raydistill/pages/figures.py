@@ -81,7 +81,7 @@ def curves(epochs: list[dict[str, float]], kept_epoch: int) -> list[tuple[str, M
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     found = [chart("Loss and its terms on train, by epoch", losses)]
-    return [*found, chart("Accuracy of the student on val, by epoch", accuracy)] if measured else found
+    return [*found, chart("Accuracy of the student on val, by epoch", accuracy)] if len(measured) > 1 else found
 
 
 def reliability(answers: dict[str, tuple[np.ndarray, np.ndarray]], bins: int, split: str) -> tuple[str, Markup]:

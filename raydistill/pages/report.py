@@ -21,7 +21,7 @@ from raydistill.data.targets import read_samples
 from raydistill.engine.records import read_epochs
 from raydistill.errors import ConfigError
 from raydistill.identity import evaluate_directory
-from raydistill.majority_baseline import compare_with_majority
+from raydistill.majority_baseline import FEWEST_MEASURED, compare_with_majority
 from raydistill.pages import tables
 from raydistill.pages.figures import curves, reliability
 from raydistill.pages.templates import Table, data_uri, file_name, page
@@ -35,7 +35,6 @@ from raydistill.storage.tables import read_table, rows_of, values
 
 _MOST_OF_REFUSED = 64 * 1024**2  # some 400,000 files
 _MOST_DISAGREEMENTS, _MOST_SHEETS, _MOST_REASONS, _EXAMPLES = 24, 12, 20, 3
-_LEAST_CALIBRATED = 50  # images of a chart by confidence, which leaves out bins of fewer than 5
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ def write_report(config: RunConfig, outcome: Outcome, command: str) -> str:
         matrix=tables.confusion_matrix(report, main) if report.student else None,
         confused=tables.confused(report, main) if report.student else None,
         curves=curves(read_epochs(student.path), student.kept_epoch),
+        fewest=FEWEST_MEASURED,
         calibration=_calibration(config, report, predictions, main),
         disagreements=_disagreements(report, samples, predictions, shown),
         shown=shown,
@@ -124,7 +124,7 @@ def _baselines(config: RunConfig, samples: SampleSet, report: Report) -> dict[st
 
 def _calibration(config: RunConfig, report: Report, predictions: pa.Table, split: str) -> tuple[str, Markup] | None:
     table = predictions.filter(pc.equal(predictions["split"], split))
-    if table.num_rows < _LEAST_CALIBRATED:
+    if table.num_rows < FEWEST_MEASURED:
         return None
     answers = {
         who: (table[f"{who}_probability"].to_numpy(), pc.equal(table[f"{who}_class"], table["label"]).to_numpy())

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 
@@ -59,7 +59,15 @@ def handle_signals() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise)
+    sys.unraisablehook = _say_unraisable
     threading.Thread(target=_watch, args=(heard,), name="signals", daemon=True).start()
+
+
+def _say_unraisable(unraisable: Any) -> None:
+    """Python drops what is raised in a `__del__` or a weakref's callback, and prints it. A thread raises the signal
+    again, so there is nothing to print."""
+    if not issubclass(unraisable.exc_type, Interrupted):
+        sys.__unraisablehook__(unraisable)
 
 
 def interrupt(number: int) -> None:

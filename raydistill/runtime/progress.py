@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from raydistill.escaping import printable
+from raydistill.escaping import counted, printable
 from raydistill.runtime.idle import idle_noticed
 from raydistill.runtime.periodic import repeated
 
@@ -89,6 +89,13 @@ def speed_words(rate: float | None, unit: str) -> str:
     return f"{value:,.0f} {per}" if value >= 10 else f"{value:.1f} {per}"
 
 
+def time_words(seconds: float) -> str:
+    """`119 s`, `90 min`, `7.6 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
 class _Speed(ProgressColumn):
     """Speed and time left of a bar. It is redrawn all the time, so both change even while nothing moves."""
 
@@ -130,7 +137,9 @@ class Progress:
         """Count work that was lost and repeated, and report it, if there is any."""
         if images:
             self.images_again, self.seconds_again = self.images_again + images, self.seconds_again + seconds
-            self.line(f"{name:<9} {images:,} image(s) begun again, {seconds:.0f} s: a process or its node was lost")
+            self.line(
+                f"{name:<9} {counted(images, 'images')} begun again, {seconds:.0f} s: a process or its node was lost"
+            )
 
     def line(self, text: str) -> None:
         if self.console.is_jupyter:  # where rich makes each line an output of its own
@@ -187,7 +196,7 @@ class Progress:
             speed = speed_words(meter.rate() if goes_on else meter.mean(), unit)
             left = meter.left(total - position) if goes_on else None
             parts = [f"{position:,}/{total:,} {unit}", speed, f"{elapsed:.0f} s"]
-            parts += ["" if left is None else f"{left:,.0f} s left", latest]
+            parts += ["" if left is None else f"{time_words(left)} left", latest]
             self.line(f"{name:<9} {', '.join(part for part in parts if part)}")
 
         def advance(count: int, note: str | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from raydistill.config import RunConfig, overlay
+from raydistill.escaping import counted
 from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
 from raydistill.search.significance import LEVEL, Answers, align, difference, needed_words, p_words, read_answers
@@ -83,7 +84,7 @@ def search_verdict(config: RunConfig, best: Trial, trials: list[Trial], gains: l
     if not gains:
         return f"{words}. The best of many trials looks better than it is: confirm it with tune.confirm_seeds=3."
     shown = [f"{100 * g.gain:+.1f} points on {g.split} ({100 * g.low:+.1f} to {100 * g.high:+.1f})" for g in gains]
-    words += f". With {config.tune.confirm_seeds} new seed(s) it gains {' and '.join(shown)}"
+    words += f". With {counted(config.tune.confirm_seeds, 'new seeds')} it gains {' and '.join(shown)}"
     # The search selected by val, so val is biased even with new seeds: test decides if there is one.
     last = gains[-1]
     if last.p_value is None:

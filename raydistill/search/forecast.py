@@ -15,6 +15,7 @@ from raydistill.config import RunConfig
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.loop import distill_loop
 from raydistill.engine.workers import Worker
+from raydistill.escaping import counted
 from raydistill.search.display import minutes
 
 _MEASURED_STEPS, _WARM_UP_STEPS, _MOST_SECONDS = 8, 2, 20.0
@@ -46,7 +47,7 @@ def forecast_lines(config: RunConfig, left: int, together: int, each: float | No
     of earlier stages."""
     lines = [f"tune: {left} trials, {together} at a time"]
     seeds = config.tune.confirm_seeds
-    confirming = f"; then {2 * seeds} trainings with {seeds} new seed(s) to confirm" if seeds else ""
+    confirming = f"; then {2 * seeds} trainings with {counted(seeds, 'new seeds')} to confirm" if seeds else ""
     if each is None:
         return [f"{lines[0]}{confirming}: time unknown, because the first steps of the job's own student failed"]
     trials, again = math.ceil(left / together) * each, seeds * (2 * each + before)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from raydistill.escaping import for_figure
+from raydistill.escaping import counted, for_figure
 from raydistill.pages.figures import SERIES, chart
 from raydistill.pages.templates import Table, page
 from raydistill.search.arms import is_baseline
@@ -38,7 +38,9 @@ def _accuracies(comparison: Comparison) -> tuple[str, Markup]:
         axes.set_xlim(left=0)
 
     over = "images" if comparison.num_seeds == 1 else "images and seeds"
-    words = f"Test accuracy over seconds, means of {comparison.num_seeds} seed(s) with 95 % intervals over {over}"
+    words = (
+        f"Test accuracy over seconds, means of {counted(comparison.num_seeds, 'seeds')} with 95 % intervals over {over}"
+    )
     return chart(f"{words}; squares and diamonds have no teacher", draw, (4.0, 3.6))
 
 

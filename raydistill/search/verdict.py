@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from raydistill.escaping import markdown
+from raydistill.escaping import counted, markdown
 from raydistill.search.arms import BASELINES, Arm
 from raydistill.search.learning_curve import learning_curve
 from raydistill.search.significance import (
@@ -96,7 +96,7 @@ class Comparison:
             return names.sub(lambda found: markdown(found[0]), text)
 
         titles, cells = self.table()
-        lines = [f"# {markdown(name)}: {self.num_seeds} seed(s)", "", plain(self.verdict), ""]
+        lines = [f"# {markdown(name)}: {counted(self.num_seeds, 'seeds')}", "", plain(self.verdict), ""]
         lines += ["| " + " | ".join(map(plain, row)) + " |" for row in (titles, ["---"] * len(titles), *cells)]
         if self.curve_verdict:
             lines += ["", plain(self.curve_verdict)]

@@ -20,6 +20,7 @@ from raydistill.engine.precision import described
 from raydistill.engine.records import drop_epochs_after, note_lost_steps, read_epoch, read_epochs, read_progress
 from raydistill.engine.workers import run_workers
 from raydistill.errors import DataError
+from raydistill.escaping import counted
 from raydistill.execution import Execution
 from raydistill.identity import distill_directory, student_pin
 from raydistill.models.student import build_student, has_batch_norm, write_student
@@ -95,8 +96,8 @@ def _refuse_too_few_images(job: DistillJob) -> None:
         return
     if job.batch_size < workers:
         raise DataError(
-            f"the student has {job.batch_size} image(s) to train on, fewer than distill.num_workers={workers}; lower "
-            "it, or add images"
+            f"the student has {counted(job.batch_size, 'images')} to train on, fewer than distill.num_workers="
+            f"{workers}; lower it, or add images"
         )
     what = config.student.model
     student = build_student(config.student, len(job.samples.classes))
@@ -105,8 +106,8 @@ def _refuse_too_few_images(job: DistillJob) -> None:
     elif not has_batch_norm(student):
         return
     raise DataError(
-        f"the student has {job.batch_size} image(s) to train on with {workers} worker(s), so some get one image a "
-        f"step, and {what} has batch norm, which needs two; add images, or lower distill.num_workers"
+        f"the student has {counted(job.batch_size, 'images')} to train on with {counted(workers, 'workers')}, so some "
+        f"get one image a step, and {what} has batch norm, which needs two; add images, or lower distill.num_workers"
     )
 
 
@@ -121,7 +122,8 @@ def kept_words(job: DistillJob, epochs: list[dict[str, float]], kept_epoch: int)
     best = max(accuracies, key=lambda epoch: (accuracies[epoch], epoch))
     if kept_epoch == best:
         behind = "" if kept_epoch == last else f"; the last epoch had {accuracies[last]:.3f}"
-        return f"{words}, the best of {len(accuracies)} measured epochs{behind}"
+        of = f"the best of {len(accuracies)} measured epochs" if len(accuracies) > 1 else "the only epoch measured"
+        return f"{words}, {of}{behind}"
     words += f", although epoch {best} had {accuracies[best]:.3f}"
     if job.config.distill.keep == "last":
         return f"{words} (distill.keep=last)"

@@ -36,7 +36,7 @@ from raydistill.data.sources.listing import Entry, Listing, entry_name
 from raydistill.data.sources.reading import UNREADABLE
 from raydistill.data.splits import Decoded, Drawn, draw, lacking_classes, without_duplicates
 from raydistill.errors import DataError
-from raydistill.escaping import quoted
+from raydistill.escaping import counted, quoted
 from raydistill.execution import Execution
 from raydistill.identity import decoded_directory
 from raydistill.runtime.progress import Progress
@@ -294,7 +294,7 @@ def prepare(execution: Execution) -> None:
     if samples.num_refused:
         progress.line(f"          {samples.num_refused} refused; see the reasons in {samples.path}/refused.json")
     for what, count in work.listing.ignored.items():
-        progress.line(f"          {count} ignored: {what}")
+        progress.line(f"          ignored: {counted(count, what)}")
     for what, count in work.listing.notes.items():
-        progress.line(f"          note: {count} {what}")
+        progress.line(f"          note: {counted(count, what)}")
     execution.tracker.parent.data(config, samples)

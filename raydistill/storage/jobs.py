@@ -170,11 +170,11 @@ def _refuse_links(root: str, folder: str) -> None:
             refuse_link(place)
 
 
-def read_jobs(workspace: str, all_or_none: bool = False) -> Iterator[tuple[str, JobRun]]:
+def read_jobs(workspace: str, all_or_none: bool = False, wanted: str = "") -> Iterator[tuple[str, JobRun]]:
     """The runs recorded in a workspace, by the path of the record. Damaged records are named and left out, or with
     `all_or_none` raise CheckpointError.
 
-    Raises ConfigError if there is no workspace, or none with a record.
+    Raises ConfigError if there is no workspace, or none with a record; it names the `wanted` job.
     """
     refuse_unreachable(workspace, "workspace")
     fs, root = open_filesystem(workspace)
@@ -201,9 +201,11 @@ def read_jobs(workspace: str, all_or_none: bool = False) -> Iterator[tuple[str, 
                     found = True
                     yield path, run
     if not found:
+        old = "; jobs of an older version get a record when they run again, which takes seconds if they are done"
+        is_old = any(re.fullmatch(DIRECTORY, name) for name in fs.names(root))
         raise ConfigError(
-            f"{workspace}: not a workspace with a job in it; give the folder that `workspace` names. Jobs of an older "
-            "version get a record when they run again, which takes seconds if they are done"
+            f"{f'no job {wanted!r}: ' if wanted else ''}{workspace}: no job has run here{old if is_old else ''}; if it "
+            "ran elsewhere, give the folder that its `workspace` names"
         )
 
 

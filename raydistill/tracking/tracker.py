@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from raydistill.config import RunConfig, shown_yaml
+from raydistill.escaping import counted
 from raydistill.runtime import interrupts
 from raydistill.runtime.periodic import repeated
 from raydistill.runtime.processes import process_name
@@ -110,8 +111,8 @@ class Tracker:
             logger.warning("nothing of this run is in MLflow at %s", self._shown)
         elif self._missing:
             what = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in self._missing.items())
-            words = "%d record(s) of this run are not in MLflow at %s: %s"
-            logger.warning(words, self._missing.total(), self._shown, what)
+            words = "%s of this run missing in MLflow at %s: %s"
+            logger.warning(words, counted(self._missing.total(), "records"), self._shown, what)
 
     def _kill(self) -> None:
         self.end_orphans()

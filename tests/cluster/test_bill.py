@@ -107,10 +107,10 @@ def test_money_needs_a_price_for_every_type() -> None:
         ({"seconds": 130.2, "node_seconds": {}, "lost_nodes": 0}, "130 s"),
         (
             {"seconds": 3600.0, "node_seconds": {"spot": 7200.0, "head": 3600.0}, "lost_nodes": 2},
-            "3600 s; head 1.00 h, spot 2.00 h = 1.25; 2 node(s) lost",
+            "3600 s; head 1.00 h, spot 2.00 h = 1.25; 2 nodes lost",
         ),
         ({"seconds": 60.0, "node_seconds": {"gold": 60.0}, "lost_nodes": 0}, "60 s; gold 0.02 h"),
-        ({"seconds": 60.0, "images_again": 16, "seconds_again": 7.4}, "60 s; 16 image(s) begun again, 7 s"),
+        ({"seconds": 60.0, "images_again": 16, "seconds_again": 7.4}, "60 s; 16 images begun again, 7 s"),
     ],
 )
 def test_a_bill_in_words(bill: dict[str, Any], words: str) -> None:

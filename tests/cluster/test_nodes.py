@@ -116,14 +116,14 @@ def test_two_nodes_are_looked_at_from_themselves(tmp_path: Path) -> None:
     assert "ANSWERS" in ended.stdout, ended.stdout + ended.stderr
     answers = json.loads(ended.stdout.partition("ANSWERS")[2])
     assert [advice for *_, advice in answers["sound"]] == [None] * 4
-    assert ["workspace", f"2 node(s) read and write {tmp_path}/w", None] in answers["sound"]
+    assert ["workspace", f"2 nodes read and write {tmp_path}/w", None] in answers["sound"]
     assert ["generator nodes", "1 with pool=spot", None] in answers["sound"]
     blind = [(found, advice) for _, found, advice in answers["memory"] if "does not see" in found]
     assert len(blind) == 2  # this file system lies in each process's own memory
     assert all("workspace=s3://bucket/runs" in advice for _, advice in blind)
     places = [(found, advice) for about, found, advice in answers["places"] if about == "images, models"]
-    assert places == [("2 node(s) see images.path, teacher.weights", None)]
-    assert ["images, models", "2 node(s) see images.path, the first image of images.path", None] in answers["table"]
+    assert places == [("2 nodes see images.path, teacher.weights", None)]
+    assert ["images, models", "2 nodes see images.path, the first image of images.path", None] in answers["table"]
     hidden = [found for _, found, advice in answers["hidden_images"] if advice]
     assert hidden == ["does not see /proc/self/cwd/weights.pth (the first image of images.path)"]
     ((other, advice),) = [(found, advice) for _, found, advice in answers["other"] if advice]

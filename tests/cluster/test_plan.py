@@ -162,7 +162,7 @@ def test_on_two_cpus_two_generators_run_at_once():
     tree["generate"] = {"pipeline": "owner/name", "filter": {"agreement": True}}
     plan = plan_resources(RunConfig.model_validate(tree), 2.0, 0.0, 2)
     assert plan.generator_actors == (1, 2)
-    assert "generate: 1 to 2 generator actor(s) of 0.75 CPU" in plan.describe()
+    assert "generate: 1 to 2 generator actors of 0.75 CPU" in plan.describe()
 
 
 class Head:
@@ -200,8 +200,8 @@ def test_one_machine_trains_in_this_process_and_a_cluster_on_a_worker():
     alone = config_of("auto")
     joined = alone.model_copy(update={"cluster": Cluster(address="auto")})
     assert (alone.train_workers, joined.train_workers) == (0, 1)
-    assert plan_resources(alone, 2, 0, 2).describe()[-1] == "distill: in this process, 2 thread(s)"
-    assert plan_resources(joined, 2, 0, 2).describe()[-1] == "distill: 1 worker(s) of 1 CPU, 2 thread(s) each"
+    assert plan_resources(alone, 2, 0, 2).describe()[-1] == "distill: in this process, 2 threads"
+    assert plan_resources(joined, 2, 0, 2).describe()[-1] == "distill: 1 worker of 1 CPU, 2 threads each"
     distill = stage_named("distill")
     assert (distill.needs_ray(alone), distill.needs_ray(joined)) == (False, True)
     assert (config_of(1).train_workers, config_of(0).train_workers) == (1, 0)

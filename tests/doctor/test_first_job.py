@@ -19,7 +19,7 @@ from raydistill.errors import ConfigError, DataError
 from raydistill.yaml_files import parse
 
 DEMO = Situation(
-    classes=8, labelled=160, unlabelled=824, set_apart=0, fewest=20, most=20, has_val=False, short_side=500,
+    classes=8, labelled=160, unlabelled=824, set_apart=0, fewest=20, most=20, has_val=False, short_side=500, few="",
     long_share=0, cores=2, gpu="", packages=frozenset(("efficientnet-lite0", "efficientnet-lite2")),
 )  # fmt: skip
 
@@ -66,6 +66,8 @@ def test_a_look_counts_what_there_is(tmp_path: Path) -> None:
     of = look(str(folder_of(tmp_path, a=4, b=9, unlabelled=7)))
     assert (of.classes, of.labelled, of.unlabelled, of.fewest, of.most) == (2, 13, 7, 4, 9)
     assert (of.short_side, of.long_share, of.set_apart) == (40, 1, 0)
+    assert "(val 2 and test 2)" in of.few  # a tenth of each class, and at least one image
+    assert of.few[1:].replace(" ", "") in job_text("x", of, choose(of)).replace("\n#", "").replace(" ", "")
     sizes = [choose(replace(of, short_side=side))[0].settings["size"] for side in (28, 64, 65, 96, 500)]
     assert sizes == [32, 64, 64, 128, 128]  # no more than the pictures show
     folder_of(tmp_path / "split/train", a=2, b=2)
@@ -90,6 +92,8 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["init", str(folder_of(tmp_path / name[0], a=3, b=3)), "--out", out])
         assert isinstance(result.exception, ConfigError)
         assert out in str(result.exception)
+    result = CliRunner().invoke(app, ["init", str(tmp_path / "misspelt"), "--out", str(tmp_path / "job.yaml")])
+    assert "no such file or folder" in str(result.exception)  # the name of the job is the smaller mistake
     assert (tmp_path / "job.yaml").read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
 
@@ -106,7 +110,7 @@ def test_a_full_disk_leaves_no_half_of_a_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "said"), [(None, "no such file or folder"), ({}, "no images"), ({"a": 3}, "only the class")]
+    ("counts", "said"), [(None, "no such file or folder"), ({}, "no images"), ({"a": 3}, "two; add a second")]
 )
 def test_images_that_cannot_work_are_named(counts: dict[str, int] | None, said: str, tmp_path: Path) -> None:
     place = tmp_path / "images"
@@ -116,6 +120,11 @@ def test_images_that_cannot_work_are_named(counts: dict[str, int] | None, said: 
     with pytest.raises(DataError, match=said):
         look(str(place))
     assert not (tmp_path / "job.yaml").exists()
+
+
+def test_a_picture_in_the_place_of_the_images_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"0\.png: one picture; give the folder"):
+        look(str(folder_of(tmp_path, a=1) / "a" / "0.png"))
 
 
 def test_pictures_that_none_can_read_are_named(tmp_path: Path) -> None:

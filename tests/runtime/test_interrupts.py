@@ -74,10 +74,11 @@ def test_a_signal_closes_what_runs_and_names_itself(number) -> None:
     "swallows",
     [
         "for _ in range(600):\n        try: time.sleep(0.1)\n        except BaseException: pass\n",
+        "class Gone:\n        def __del__(self): time.sleep(60)\n    Gone()\n    time.sleep(60)\n",
         "signal.signal(signal.SIGINT, lambda *_: None)\n    time.sleep(60)\n",
         "signal.signal(signal.SIGINT, lambda *_: sys.exit(0))\n    time.sleep(60)\n",
     ],
-    ids=["by an except", "by a handler", "by a handler that ends the process well"],
+    ids=["by an except", "by a destructor", "by a handler", "by a handler that ends the process well"],
 )
 def test_a_signal_that_somebody_keeps_ends_the_command_all_the_same(swallows: str) -> None:
     command = Command("-c", f"{BEGIN}try:\n    print('runs', flush=True)\n    {swallows}{LEAVE}")

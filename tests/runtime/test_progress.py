@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from raydistill.runtime import idle, progress
-from raydistill.runtime.progress import Progress, SpeedMeter, speed_words
+from raydistill.runtime.progress import Progress, SpeedMeter, speed_words, time_words
 from tests.processes import wait_for
 
 
@@ -115,6 +115,13 @@ def test_a_speed_in_words_is_never_nothing_a_second(rate, words) -> None:
     assert speed_words(rate, "steps") == words
 
 
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "0 s"), (119, "119 s"), (121, "2 min"), (7199, "120 min"), (27416, "7.6 h")]
+)
+def test_times_are_said_in_the_unit_of_their_size(seconds, words) -> None:
+    assert time_words(seconds) == words
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize(("each", "seconds", "speed"), [(36, 2.0, "18 views/s"), (1, 100.0, "100 s/view")])
 def test_what_was_done_before_is_no_speed(terminal, each, seconds, speed, monkeypatch) -> None:
@@ -136,7 +143,9 @@ def test_what_was_done_before_is_no_speed(terminal, each, seconds, speed, monkey
     assert set(re.findall(r"[\d,.]+ (?:views/s|s/view)", shown)) == {speed}
     left = (10**6 - 78_876 - 10 * each) / each * seconds
     if not terminal:
-        assert f"{78_876 + 10 * each:,}/1,000,000 views, {speed}, {10 * seconds:.0f} s, {left:,.0f} s left" in shown
+        assert (
+            f"{78_876 + 10 * each:,}/1,000,000 views, {speed}, {10 * seconds:.0f} s, {left / 3600:,.1f} h left" in shown
+        )
 
 
 @pytest.mark.cluster

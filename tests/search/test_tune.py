@@ -601,7 +601,7 @@ def test_a_forecast_counts_the_confirmation(words) -> None:
     lines = forecast_lines(config, left=10, together=4, each=20.0, before=50.0)
     assert lines == [
         "tune: 10 trials, 4 at a time, of about 20 s each: about 60 s",
-        "tune: then 6 trainings with 3 new seed(s) to confirm, 50 s of earlier stages for each: about 4 min",
+        "tune: then 6 trainings with 3 new seeds to confirm, 50 s of earlier stages for each: about 4 min",
         "tune: about 6 min in all, 0.55 at 6 an hour",
     ]
     (unknown,) = forecast_lines(config, left=10, together=4, each=None, before=50.0)

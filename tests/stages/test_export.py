@@ -29,6 +29,7 @@ from raydistill.errors import CheckpointError, ConfigError, StageError, UselessS
 from raydistill.inference.predict import Predictor, find_units, predict_locally
 from raydistill.models.formats import network_inputs
 from raydistill.models.student import Student, read_student, split_logits
+from raydistill.pages import report as report_module
 from raydistill.pages.card import int8_words, snippets
 from raydistill.pages.report import write_report
 from raydistill.results import Exported
@@ -313,13 +314,27 @@ def test_the_report_is_one_page_that_needs_nothing_else(finished):
         for split in ("val", "test"):
             assert f"{who}, {split}" in page
             assert f">{report[who][split]['accuracy']:.3f}</span>" in page
-    assert f"temperature {report['temperature']:.2f}" in page
+    images = report["student"]["val"]["images"]
+    assert f"Val has {images} images. To tell a temperature" in page
+    assert "confident" not in page.replace("is overconfident, takes", "")
     for encoded in re.findall(r'src="data:image/png;base64,([^"]+)"', page):  # on which the two disagree
         Image.open(io.BytesIO(base64.b64decode(encoded))).verify()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 1  # val was measured once, and test is too small for a chart of calibration
     for words in ("a copy of another image", "model.onnx", "torch ", "per_image: 2"):
         assert words in page
     assert "red/cut.png" in page or "red/copy.png" in page
+
+
+def test_a_temperature_is_told_of_where_val_can_tell_it(finished, monkeypatch):
+    config, outcome, path = finished
+    before = path.read_bytes()
+    monkeypatch.setattr(report_module, "FEWEST_MEASURED", 1)
+    page = Path(write_report(config, outcome, "")).read_text()
+    path.write_bytes(before)
+    assert page.count("<svg") == 2
+    assert f"The temperature {outcome.report.temperature:.2f} is fitted on val" in page
+    test = outcome.report.student["test"]
+    assert ("so it does not help there" in page) == (test["ece_calibrated"] > test["ece"])
 
 
 def test_the_report_shows_the_baselines_that_were_run(finished, progress):

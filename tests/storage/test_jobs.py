@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from raydistill.cli.commands import app
 from raydistill.config import RunConfig, load_config
 from raydistill.errors import CheckpointError, ConfigError, DataError
 from raydistill.storage.jobs import JobRecord, folder_name, forget, job_name, read_jobs, state_of
@@ -253,3 +255,13 @@ def test_a_record_that_another_user_keeps_closed_ends_no_run(
         True,
         2,
     ]
+
+
+def test_where_no_job_has_run_the_job_that_is_asked_for_is_named(tmp_path: Path) -> None:
+    for words in (["ls", str(tmp_path)], ["open", "x", "--workspace", str(tmp_path)], ["clean", str(tmp_path)]):
+        error = str(CliRunner().invoke(app, words).exception)
+        assert f"{tmp_path}: no job has run here" in error
+        assert error.startswith("no job 'x'") == (words[0] == "open")
+        assert "older version" not in error
+    (tmp_path / "prepare-0123456789ab").mkdir()
+    assert "older version" in str(CliRunner().invoke(app, ["ls", str(tmp_path)]).exception)

@@ -245,7 +245,7 @@ def test_what_mlflow_refuses_is_left_out_alone(monkeypatch, tmp_path, caplog) ->
     assert recorded(tmp_path)[1] == [epoch for epoch in range(10) if epoch != 4]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
     assert "refuses a record, which is left out: metrics of distill-1 (no)" in caplog.text
-    assert "1 record(s) of this run are not in MLflow" in caplog.text
+    assert "1 record of this run missing in MLflow" in caplog.text
 
 
 def test_a_run_does_not_wait_for_ever_for_mlflow(monkeypatch, tmp_path, caplog) -> None:
@@ -255,7 +255,7 @@ def test_a_run_does_not_wait_for_ever_for_mlflow(monkeypatch, tmp_path, caplog) 
     assert recorded(tmp_path)[1] == [0, 1]
     assert time.monotonic() - started < 30
     # Eight metrics, and that the child and the parent came to an end.
-    assert "10 record(s) of this run are not in MLflow" in caplog.text
+    assert "10 records of this run missing in MLflow" in caplog.text
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from raydistill.data.sample import sample_id
 from raydistill.data.sources.containers import EXTENSIONS, MOST_BESIDE
 from raydistill.data.sources.entries import Entry, Source, address_of, entry_name, read_source
 from raydistill.errors import ConfigError, DataError, near_path
-from raydistill.escaping import first_few, most_common, quoted
+from raydistill.escaping import counted, first_few, most_common, quoted
 from raydistill.examples import images_path
 from raydistill.storage.addresses import is_elsewhere
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable
@@ -190,7 +190,8 @@ def _check(config: Images, entries: list[Entry], classes: tuple[str, ...], besid
 
 def _describe(ignored: Counter[str]) -> str:
     return (
-        ", ".join(f"{count} {what}" for what, count in Counter(most_common(ignored, 10)).most_common()) or "it is empty"
+        ", ".join(counted(count, what) for what, count in Counter(most_common(ignored, 10)).most_common())
+        or "it is empty"
     )
 
 
