@@ -32,7 +32,7 @@ class _Commands(TyperGroup):
             return super().invoke(context)
         except Exception as error:
             option = getattr(error, "option_name", None)  # click's NoSuchOption, which typer has a copy of
-            if option and not getattr(error, "possibilities", None):
+            if option and set(getattr(error, "possibilities", None) or ()) <= {"--help"}:  # it is like no option
                 from raydistill.config.keys import known_keys, suggest_key
 
                 typed = next((word for word in sys.argv if word.startswith(option)), option)
