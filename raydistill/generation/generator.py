@@ -26,7 +26,7 @@ from raydistill.config import Generate
 from raydistill.errors import ConfigError, reason_of
 from raydistill.generation.pipelines import PipelineFacts
 from raydistill.models.autocast import DTYPES
-from raydistill.models.state_dicts import no_larger_than, sizes_in
+from raydistill.models.state_dicts import keep_default_dtype, no_larger_than, sizes_in
 
 _MOST_KEPT = 32  # results of `encode_prompt`, of up to some MB each
 
@@ -74,7 +74,7 @@ class Generator:
         try:
             if folder.is_dir():  # twice the sizes, because transformers registers each weight again when it has read it
                 built = no_larger_than(2 * sizes_in(folder.rglob("*.safetensors")), "its parts")
-            with built:
+            with keep_default_dtype(), built:
                 self._pipeline = loader.from_pretrained(settings.pipeline, **options)
         except Exception as error:  # diffusers, transformers and the hub raise different errors
             raise ConfigError(f"generate.pipeline={settings.pipeline}: cannot be loaded ({reason_of(error)})") from None

@@ -98,6 +98,17 @@ def refuse_long_header(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def keep_default_dtype() -> Iterator[None]:
+    """diffusers 0.42 makes the wanted dtype torch's default while it builds a network, and leaves it there if that
+    fails: all later tensors of the process would be of it."""
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
 def no_larger_than(sizes: Sequence[int] | None, what: str, num_classes: int | None = None) -> Iterator[None]:
     """Within the block, building a network with far more weights than those of `sizes` and a classifier for
     `num_classes` raises ConfigError at the first weight too many: a few words in a config can name a network that takes
@@ -117,7 +128,8 @@ def no_larger_than(sizes: Sequence[int] | None, what: str, num_classes: int | No
 
     hook = nn.modules.module.register_module_parameter_registration_hook(count)
     try:
-        yield
+        with keep_default_dtype():
+            yield
     finally:
         hook.remove()
 

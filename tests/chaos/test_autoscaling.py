@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from tests.chaos.rounds import ROOT, make_inputs
-from tests.cluster.test_submit import free_port
 from tests.processes import wait_for
+from tests.servers import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 # Ray's own provider for tests: nodes are raylets on this machine. It is not public.

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 
 from raydistill.cluster import restarts
 from raydistill.cluster.plan import live_plan
@@ -97,6 +98,7 @@ def test_a_pipeline_that_does_not_load_is_named_by_a_call(words, class_pipeline,
     for _ in range(2):
         with pytest.raises(ConfigError, match=f"generate.pipeline={folder}: {reason}"):
             actor(batch)
+    assert torch.get_default_dtype() == torch.float32, "bf16 was tried too, by a library that makes it the default"
 
 
 @pytest.mark.parametrize("odd", [{"sample_size": "x"}, {"sample_size": [8]}, {"sample_size": 3}])
