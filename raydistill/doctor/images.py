@@ -251,8 +251,7 @@ def _of_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[
         yield from _found(names, "look", what, "they are used as they are",
                           "add images, or name the splits in the data")  # fmt: skip
     if too_few := few_images({split: len(members) for split, members in splits.items()}):
-        what, why, how = too_few
-        yield Finding("look", what, sum(len(splits[split]) for split in ("val", "test")), (), why, how)
+        yield Finding("look", too_few[0], len(splits["val"]) + len(splits["test"]), (), *too_few[1:])
     for split in ("val", "test"):
         if not splits[split]:
             yield Finding("look", f"no {split} images", 1, (), f"nothing is measured on {split}",
