@@ -47,8 +47,8 @@ def without_duplicates(known: list[Decoded]) -> tuple[list[Decoded], list[dict[s
 
 @dataclass(frozen=True)
 class Drawn:
-    """The images of each split in order, the ids of the train images that keep their label, and how many unlabelled
-    train images are left out."""
+    """The images of each split in order, in train those that keep their label first; the ids of these; and how many
+    unlabelled train images are left out."""
 
     splits: dict[str, list[Decoded]]
     labelled: set[str]
@@ -60,7 +60,9 @@ def draw(config: RunConfig, listing: Listing, kept: list[Decoded]) -> Drawn:
     splits = draw_splits(config, listing, kept)
     labelled = draw_labelled(config, listing, splits["train"])
     train = fewer_unlabelled(config, splits["train"], labelled)
-    return Drawn(splits | {"train": train}, labelled, len(splits["train"]) - len(train))
+    num_left_out = len(splits["train"]) - len(train)
+    train.sort(key=lambda d: d.id not in labelled)
+    return Drawn(splits | {"train": train}, labelled, num_left_out)
 
 
 def draw_splits(config: RunConfig, listing: Listing, kept: list[Decoded]) -> dict[str, list[Decoded]]:

@@ -1,5 +1,6 @@
 """prepare: decode every image to upright RGB, drop duplicates, split, shuffle, and write parquet shards.
 
+No shard has train images with a label and others without, so who visits the labelled ones more often reads no others.
 The directory of decoded images does not depend on the seed, the splits or the labels. So all seeds share it, and a
 killed command resumes.
 """
@@ -12,6 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -198,10 +200,11 @@ def _write(
     size = config.images.rows_per_shard
     rows, names, shard_of_row = [], list[tuple[str, int]](), list[int]()
     for split, members in drawn.splits.items():
-        for first in range(0, len(members), size):
-            count = len(members[first : first + size])
-            shard_of_row += [len(names)] * count
-            names.append((shard_name(split, first // size), count))
+        border = len(drawn.labelled) if split == "train" else 0
+        starts = [*range(0, border, size), *range(border, len(members), size), len(members)]
+        for number, (first, end) in enumerate(pairwise(starts)):
+            shard_of_row += [len(names)] * (end - first)
+            names.append((shard_name(split, number), end - first))
         for d in members:
             keeps = d.entry.label and (split != "train" or d.id in drawn.labelled)
             label = index_of[d.entry.label] if keeps and d.entry.label else None
@@ -231,7 +234,7 @@ def _write(
         shards={split: tuple(count for name, count in names if name.startswith(f"{split}-")) for split in SPLITS},
         num_labelled={s: sum(r[2] is not None for r in rows if r[3] == s) for s in SPLITS},
         num_refused=0,
-        ids={s: _digest([d.id for d in members]) for s, members in drawn.splits.items()},
+        ids={s: _digest_of_ids([d.id for d in members], drawn) for s, members in drawn.splits.items()},
         labels={s: _digest([listing.classes, *((r[1], r[2]) for r in rows if r[3] == s)]) for s in SPLITS},
         store=config.images.store,
     )
@@ -272,6 +275,12 @@ def _written(
 
 def _read_decoded(file: str, columns: list[str]) -> pa.Table:
     return read_table(file, pa.schema([_DECODED.field(name) for name in columns]))
+
+
+def _digest_of_ids(ids: list[str], drawn: Drawn) -> str:
+    """Also of the place where a split's labelled images end: a shard ends there, and soft targets line up with shards."""
+    border = sum(i in drawn.labelled for i in ids)
+    return _digest([*ids[:border], None, *ids[border:]] if 0 < border < len(ids) else ids)
 
 
 def _digest(values: Sequence[object]) -> str:

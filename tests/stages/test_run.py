@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 from raydistill.cluster.plan import plan_resources
 from raydistill.config import Student, load_config
 from raydistill.data.sample import decode_shard, sample_id, samples_from_json, working_images
-from raydistill.data.targets import read_targets
+from raydistill.data.targets import read_columns, read_targets
 from raydistill.data.views import render, view_parameters
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.fresh_stream import FreshStream
@@ -334,12 +334,20 @@ def test_fewer_train_images_than_workers_are_refused(words, tmp_path, image_fold
 
 @pytest.mark.usefixtures("taught")
 def test_new_labels_cost_no_teacher_pass(words, progress, tmp_path) -> None:
+    """They change the order of the train images, so `teach` copies every row to where it stands now."""
     first = run_stages(load_config(words), progress, until="teach")
-    fewer = run_stages(load_config([*words, "images.num_labelled=30"]), progress, until="teach")
-    assert fewer.directories["teach"] == first.directories["teach"]
-    assert fewer.seconds["teach"] == 0
+    said = io.StringIO()
+    told = Progress(Console(file=said, width=200))
+    fewer = run_stages(load_config([*words, "images.num_labelled=30"]), told, until="teach")
+    num_train = fewer.samples.num_rows("train")
+    assert num_train == first.samples.num_rows("train")
+    assert f"teach     copied the views of {num_train} images" in said.getvalue()
     assert "test_features" not in fewer.seconds
     assert fewer.adapted.num_train == 30
+    assert fewer.samples.shards["train"] == (16, 14, *[16] * ((num_train - 30) // 16), (num_train - 30) % 16)
+    for shard in range(len(fewer.samples.shards["train"])):
+        labels = read_columns(fewer.samples, "train", shard, "label")["label"]
+        assert labels.null_count == (0 if shard < 2 else len(labels))
 
 
 @pytest.mark.slow
