@@ -278,7 +278,7 @@ def _read_decoded(file: str, columns: list[str]) -> pa.Table:
 
 
 def _digest_of_ids(ids: list[str], drawn: Drawn) -> str:
-    """Also of the place where a split's labelled images end: a shard ends there, and soft targets line up with shards."""
+    """Also of the place where labelled images end: a shard ends there, and soft targets line up with shards."""
     border = sum(i in drawn.labelled for i in ids)
     return _digest([*ids[:border], None, *ids[border:]] if 0 < border < len(ids) else ids)
 
