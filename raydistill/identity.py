@@ -20,7 +20,7 @@ from raydistill.storage.state import read_state
 
 # Raise the number of a stage if its results change for equal inputs, so that it runs again.
 FORMATS = {
-    "decoded": 3, "prepare": 5, "features": 3, "adapt": 3, "generated": 1, "generate": 4, "teach": 3, "distill": 8,
+    "decoded": 3, "prepare": 5, "features": 3, "adapt": 3, "generated": 1, "generate": 4, "teach": 3, "distill": 9,
     "evaluate": 4, "export": 4, "compare": 2, "tune": 2,
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -76,10 +77,12 @@ class TinySet:
         centres = rng.normal(0, 1, (len(CLASSES), NUM_FEATURES))
         for split, count in {"train": num_train, "val": 12, "test": 0}.items():
             sizes = []
-            for k, first in enumerate(range(0, count, shard_size)):
-                truth = [(first + i) % len(CLASSES) for i in range(min(shard_size, count - first))]
+            border = labelled if split == "train" else count  # no shard goes beyond it
+            starts = [*range(0, border, shard_size), *range(border, count, shard_size), count]
+            for k, (first, last) in enumerate(itertools.pairwise(starts)):
+                truth = [i % len(CLASSES) for i in range(first, last)]
                 images = [painted(t, rng, size).tobytes() for t in truth]
-                shown = [t if split != "train" or first + i < labelled else None for i, t in enumerate(truth)]
+                shown = [t if first < border else None for t in truth]
                 ids = write_shard(root / "samples", shard_name(split, k), images, shown)
                 features = centres[truth] + rng.normal(0, 0.1, (NUM_VIEWS, len(ids), NUM_FEATURES))
                 if split == "train":

@@ -1,4 +1,4 @@
-"""The row that flows through every stage, the shards that hold rows, and the order in which training visits them.
+"""The row that flows through every stage, and the shards that hold rows.
 
 | column    | type   | meaning                                                                   |
 |-----------|--------|---------------------------------------------------------------------------|
@@ -13,8 +13,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -38,8 +36,6 @@ SCHEMA = pa.schema(
     ]
 )
 SPLITS = ("train", "val", "test")
-# Shards whose rows are shuffled together. Each shard is already a fair sample, so a few mix well.
-WINDOW_SHARDS = 8
 
 
 def _with_train(by_split: dict[str, Any]) -> dict[str, Any]:
@@ -118,97 +114,3 @@ def working_images(table: pa.Table, side: int) -> np.ndarray:
         return np.empty((0, side, side, 3), np.uint8)
     first = np.frombuffer(column.buffers()[1], np.int32)[column.offset]
     return np.frombuffer(column.buffers()[2], np.uint8, len(column) * 3 * side**2, first).reshape(-1, side, side, 3)
-
-
-@dataclass(frozen=True)
-class Visits:
-    """Rows to visit, in order: shard (V,), row in the shard (V,), and how often each was visited before (V,)."""
-
-    shard: np.ndarray
-    row: np.ndarray
-    visit: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def __getitem__(self, which: slice) -> Visits:
-        return Visits(self.shard[which], self.row[which], self.visit[which])
-
-    @staticmethod
-    def concat(parts: Sequence[Visits]) -> Visits:
-        columns = zip(*((p.shard, p.row, p.visit) for p in parts), strict=True)
-        return Visits(*(np.concatenate(column) for column in columns))
-
-
-def visit_order(rows_of_shard: Sequence[np.ndarray], seed: int, start: int = 0) -> Iterator[Visits]:
-    """The endless, deterministic order in which training visits rows: window after window, pass after pass.
-
-    `rows_of_shard[k]` lists the rows of shard k that take part. Each pass visits every row once: shards in a seeded
-    order, the rows of WINDOW_SHARDS shards shuffled together. The order depends on the seed and the pass alone, so all
-    workers and resumed runs share it. The first `start` visits are skipped.
-    """
-    sizes = np.array([len(rows) for rows in rows_of_shard])
-    total = int(sizes.sum())
-    if total == 0:
-        raise ValueError("visit_order: there are no rows to visit")
-    number, skip = divmod(start, total)
-    while True:
-        order = np.random.default_rng([seed, number]).permutation(len(sizes))
-        for first in range(0, len(order), WINDOW_SHARDS):
-            window = order[first : first + WINDOW_SHARDS]
-            length = int(sizes[window].sum())
-            if skip >= length:
-                skip -= length
-                continue
-            # One more than `first`: numpy takes the seeds [a, b] and [a, b, 0] as equal.
-            shuffle = np.random.default_rng([seed, number, first + 1]).permutation(length)[skip:]
-            shard = np.repeat(window, sizes[window])[shuffle]
-            row = np.concatenate([rows_of_shard[k] for k in window])[shuffle]
-            yield Visits(shard, row, np.full(len(row), number))
-            skip = 0
-        number += 1
-
-
-@dataclass(frozen=True)
-class Pools:
-    """Rows of each shard, by pool. Of all visits `generated_share` goes to generated rows; of the rest,
-    `labelled_share` goes to labelled rows."""
-
-    labelled: Sequence[np.ndarray]
-    others: Sequence[np.ndarray]
-    labelled_share: float
-    generated: Sequence[np.ndarray] = ()
-    generated_share: float = 0.0
-
-    def visits_of(self, total: int) -> tuple[int, int, int]:
-        """How many of the first `total` visits go to each pool."""
-        generated = int(np.floor(total * self.generated_share + 1e-9))
-        labelled = int(np.floor((total - generated) * self.labelled_share + 1e-9))
-        return labelled, total - generated - labelled, generated
-
-
-def batch_order(pools: Pools, batch_size: int, seed: int, start_step: int = 0) -> Iterator[Visits]:
-    """Endless global batches of exactly `batch_size` visits from `start_step` on.
-
-    The split of a batch is the difference of rounded running totals. So the shares hold over any stretch, and every row
-    of a pool is visited equally often, whatever the batch size: no last batch is short, and none is dropped.
-    """
-    begun = pools.visits_of(start_step * batch_size)
-    seeds = (seed * 2, seed * 2 + 1, 2**34 + seed)
-    rows = (pools.labelled, pools.others, pools.generated)
-    orders = [visit_order(*each) if sum(map(len, each[0])) else None for each in zip(rows, seeds, begun, strict=True)]
-    left: list[Visits | None] = [None, None, None]
-
-    def take(pool: int, count: int) -> Iterator[Visits]:
-        while count:
-            order = orders[pool]
-            assert order is not None, "a pool without rows has a share of 0"
-            block = left[pool] or next(order)
-            yield block[:count]
-            left[pool] = block[count:] if len(block) > count else None
-            count -= min(count, len(block))
-
-    for step in itertools.count(start_step + 1):
-        ended = pools.visits_of(step * batch_size)
-        yield Visits.concat([part for pool in range(3) for part in take(pool, ended[pool] - begun[pool])])
-        begun = ended

@@ -5,22 +5,30 @@ Shapes: K views, R rows of a shard, P parameters of a view, D features, V visits
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from raydistill.config import Views
-from raydistill.data.sample import WINDOW_SHARDS, SampleSet, Visits, working_images
-from raydistill.data.targets import UNLABELLED, labels_of, read_labels, read_samples, read_targets
+from raydistill.data.order import Pool, Visits
+from raydistill.data.sample import SampleSet, shard_name, working_images
+from raydistill.data.targets import UNLABELLED, labels_of, read_samples, read_targets
 from raydistill.data.views import stored_views, to_device, view_parameters
+from raydistill.errors import CheckpointError
 from raydistill.storage.tables import values
 
 logger = logging.getLogger(__name__)
+
+_READERS = 16  # threads that wait for storage
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Batch:
     features_VD: np.ndarray | torch.Tensor | None  # float16; None without a teacher
     rows_V: np.ndarray | torch.Tensor  # int64, the index of the image in the train split
     weights_V: np.ndarray | None = None  # float32, of the hard labels; None if all are 1
+    places_V: np.ndarray | None = None  # int64, in the global batch; None from Ray's stream
 
     def arrays(
         self,
@@ -82,17 +91,36 @@ class TrainSplit:
         if any(p.weights is not None for p in self.parts):
             weights = np.array([1.0 if part.weights is None else part.weights[i] for i in ids], np.float32)
         features = None if part.targets is None else read_targets(part.targets, "train", own, ids)
-        labels = labels_of(table) if part.hard_labels else np.full(len(ids), UNLABELLED)
+        labels = labels_of(table)
+        if index < len(self._is_labelled) and (labels == UNLABELLED).any() == self._is_labelled[index]:
+            raise CheckpointError(
+                f"{part.samples.path}/{shard_name('train', own)}.parquet is damaged (images with and without labels "
+                "are in each other's place); delete its directory and run the command again"
+            )
+        if not part.hard_labels:
+            labels = np.full(len(ids), UNLABELLED)
         stored = None if self.views.per_image == "fresh" else stored_views(self.views, self.seed, ids)
         return Shard(ids, working_images(table, part.samples.size), labels, stored, features, weights)
 
-    def labels(self) -> list[np.ndarray]:
-        """The labels of every shard; the order of visits needs nothing else."""
-        return [read_labels(part.samples, "train", k) for part in self.parts for k in range(part.num_shards)]
+    def pools(self) -> tuple[Pool, Pool, Pool]:
+        """Labelled, other and generated rows. In real shards the labelled rows come first, in shards of their own."""
+        is_labelled, rows = self._is_labelled, {k: count for k, count in enumerate(self.shard_rows) if count}
+        real = len(is_labelled)
+        return (
+            Pool({k: count for k, count in rows.items() if k < real and is_labelled[k]}),
+            Pool({k: count for k, count in rows.items() if k < real and not is_labelled[k]}, backwards=True),
+            Pool({k: count for k, count in rows.items() if k >= real}, backwards=all(is_labelled)),
+        )
 
-    def num_bytes(self, feature_bytes: int) -> int:
-        """Bytes of memory that the whole split takes."""
-        return sum(self.shard_rows) * (self.parts[0].samples.size ** 2 * 3 + feature_bytes)
+    @cached_property
+    def _is_labelled(self) -> list[bool]:
+        """Of each real shard."""
+        real = self.parts[0].samples
+        return [end <= real.num_labelled["train"] for end in itertools.accumulate(real.shards["train"])]
+
+    def num_bytes(self, feature_bytes: int, shards: Iterable[int]) -> int:
+        """Bytes of memory that these shards take."""
+        return sum(self.shard_rows[k] for k in shards) * (self.parts[0].samples.size ** 2 * 3 + feature_bytes)
 
     def view_indices(self, visits: Visits) -> np.ndarray:
         """Stored views are replayed in turn; a fresh view never repeats."""
@@ -134,44 +162,57 @@ class Shard:
 
 
 class InMemory:
-    """The whole split, for sets that fit."""
+    """Some shards, or the whole split, for sets that fit."""
 
-    def __init__(self, split: TrainSplit, images_NHHC: np.ndarray | torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        split: TrainSplit,
+        shards: Iterable[int] | None = None,
+        images_NHHC: np.ndarray | torch.Tensor | None = None,
+    ) -> None:
         """The images go into `images_NHHC`, if given, which may lie on a device."""
-        self._split = split
-        images = np.empty(_shape(split), np.uint8) if images_NHHC is None else images_NHHC
-        shards, first = [], 0
-        for k, rows in enumerate(split.shard_rows):
+        self._split, rows = split, split.shard_rows
+        held = range(len(rows)) if shards is None else sorted(shards)
+        images = np.empty(_shape(split, held), np.uint8) if images_NHHC is None else images_NHHC
+        parts, first, self._first = list[Shard](), 0, np.full(len(rows), -1)
+        for k in held:
             shard = split.shard(k)
             own = shard.images_RHHC
-            images[first : first + rows] = own if isinstance(images, np.ndarray) else torch.from_numpy(own.copy())
-            shards.append(replace(shard, images_RHHC=own[:0]))  # it would take as much again
-            first += rows
+            images[first : first + rows[k]] = own if isinstance(images, np.ndarray) else torch.from_numpy(own.copy())
+            parts.append(replace(shard, images_RHHC=own[:0]))  # it would take as much again
+            self._first[k] = first
+            first += rows[k]
 
         def joined(name: str, axis: int = 0) -> np.ndarray | None:
-            parts = [array for array in (getattr(shard, name) for shard in shards) if array is not None]
-            return np.concatenate(parts, axis) if parts else None
+            arrays = [array for array in (getattr(shard, name) for shard in parts) if array is not None]
+            return np.concatenate(arrays, axis) if arrays else None
 
-        ids, labels = [i for shard in shards for i in shard.ids], np.concatenate([shard.labels_R for shard in shards])
+        ids, labels = [i for shard in parts for i in shard.ids], np.concatenate([shard.labels_R for shard in parts])
         stored = (joined("parameters_KRP", 1), joined("features_KRD", 1), joined("weights_R"))
-        held = images if isinstance(images, np.ndarray) else np.empty((len(ids), 0), np.uint8)
-        self._all = Shard(ids, held, labels, *stored)
+        in_memory = images if isinstance(images, np.ndarray) else np.arange(len(ids))
+        self._all = Shard(ids, in_memory, labels, *stored)
+
+    def _held_rows(self, visits: Visits) -> np.ndarray:
+        """(V,): each visit's row among the rows in memory."""
+        first_V = self._first[visits.shard]
+        assert (first_V >= 0).all(), "a worker visits the shards of its streams only"
+        return first_V + visits.row
 
     def gather(self, visits: Visits) -> Batch:
+        views_V = self._split.view_indices(visits)
+        images, parameters, labels, features, weights = self._split.gather(self._all, self._held_rows(visits), views_V)
         rows_V = self._split.row_numbers(visits)
-        images, parameters, labels, features, weights = self._split.gather(
-            self._all, rows_V, self._split.view_indices(visits)
-        )
-        return Batch(images, parameters, labels, features, rows_V, weights)
+        return Batch(images, parameters, labels, features, rows_V, weights, visits.place)
 
 
 class OnDevice(InMemory):
     """The whole split in the memory of a device. Batches hold numbers of rows until `taken`, so nothing but these
     numbers, labels and parameters is copied to the device in a step."""
 
-    def __init__(self, split: TrainSplit, device: torch.device) -> None:
-        self._images_NHHC = torch.empty(_shape(split), dtype=torch.uint8, device=device)
-        super().__init__(split, self._images_NHHC)
+    def __init__(self, split: TrainSplit, device: torch.device, shards: Iterable[int] | None = None) -> None:
+        held = range(len(split.shard_rows)) if shards is None else sorted(shards)
+        self._images_NHHC = torch.empty(_shape(split, held), dtype=torch.uint8, device=device)
+        super().__init__(split, held, self._images_NHHC)
         self._features_ND = None
         if (features_KRD := self._all.features_KRD) is not None:
             self._features_ND = torch.from_numpy(features_KRD).flatten(0, 1).to(device)
@@ -180,53 +221,71 @@ class OnDevice(InMemory):
 
     def taken(self, batch: Batch) -> Batch:
         """The batch with images and features."""
-        rows_V, numbers_V = (self._placed(numbers) for numbers in (batch.rows_V, batch.features_VD))
+        held_V, numbers_V = (self._placed(numbers) for numbers in (batch.images_VHHC, batch.features_VD))
         features_VD = None if self._features_ND is None else self._features_ND.index_select(0, numbers_V)
-        images_VHHC = self._images_NHHC.index_select(0, rows_V)
-        return replace(batch, images_VHHC=images_VHHC, features_VD=features_VD, rows_V=rows_V)
+        return replace(batch, images_VHHC=self._images_NHHC.index_select(0, held_V), features_VD=features_VD)
 
     def _placed(self, numbers: Any) -> Any:
         return None if numbers is None else to_device(torch.from_numpy(numbers), self._images_NHHC.device)
 
 
-def _shape(split: TrainSplit) -> tuple[int, int, int, int]:
+def _shape(split: TrainSplit, shards: Iterable[int]) -> tuple[int, int, int, int]:
     side = split.parts[0].samples.size
-    return sum(split.shard_rows), side, side, 3
+    return sum(split.shard_rows[k] for k in shards), side, side, 3
 
 
 class Streamed:
-    """Shards are read when a visit needs them and dropped some windows later.
+    """Each stream's current shard, and those that come next, read ahead by threads, which hides a store's latency.
 
-    Labelled and unlabelled rows of each part are visited in separate windows, so a batch takes from as many windows as
-    there are such pools. `most_bytes` of memory hold two windows of each, the last and the current one. If they do not,
-    the least recently used shards are dropped, with a warning.
+    Above `most_bytes` of memory nothing is read ahead and the shards that were used least recently are dropped, with a
+    warning.
     """
 
     def __init__(self, split: TrainSplit, most_bytes: float = math.inf) -> None:
-        self._split = split
+        self._split, self._most_bytes, self._bytes, self._said = split, most_bytes, 0, False
+        self._readers = ThreadPoolExecutor(_READERS)
+        self._coming: dict[int, Future[Shard]] = {}
         self._held: OrderedDict[int, Shard] = OrderedDict()  # the most recently used one last
-        self._in_windows = 2 * len(split.parts) * WINDOW_SHARDS
-        self._most_bytes, self._bytes, self._said = most_bytes, 0, False
+        self._current: dict[int, int] = {}  # the shard of each stream
+        self._largest = 0
+
+    def close(self) -> None:
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def expect(self, visits: Visits) -> None:
+        """Begin to read the shards that these visits need."""
+        for k in np.unique(visits.shard).tolist():
+            # What is under way is counted as the largest shard so far.
+            has_room = self._bytes + (len(self._coming) + 1) * self._largest <= self._most_bytes
+            if k not in self._held and k not in self._coming and has_room:
+                self._coming[k] = self._readers.submit(self._split.shard, k)
 
     def _shard(self, number: int) -> Shard:
         shard = self._held.pop(number, None)
         if shard is None:
-            shard = self._split.shard(number)
+            coming = self._coming.pop(number, None)
+            shard = self._split.shard(number) if coming is None else coming.result()
             self._bytes += shard.num_bytes
-            while self._held and (len(self._held) >= 2 * self._in_windows or self._bytes > self._most_bytes):
-                self._say_if_too_little()
+            self._largest = max(self._largest, shard.num_bytes)
+            while self._held and self._bytes > self._most_bytes:
+                self._say_that_memory_is_short()
                 self._bytes -= self._held.popitem(last=False)[1].num_bytes
         self._held[number] = shard
         return shard
 
-    def _say_if_too_little(self) -> None:
-        if not self._said and len(self._held) < min(self._in_windows, len(self._split.shard_rows)):
+    def _say_that_memory_is_short(self) -> None:
+        if not self._said:
             self._said = True
             logger.warning(
                 "%d shards of train images take %s bytes, above the %s available to them, and are read again and "
                 "again; lower images.shard_size, or give the workers more memory",
                 len(self._held) + 1, f"{self._bytes:,}", f"{self._most_bytes:,.0f}",
             )  # fmt: skip
+
+    def _drop_what_streams_left(self, visits: Visits) -> None:
+        self._current |= zip(visits.stream.tolist(), visits.shard.tolist(), strict=True)
+        for number in self._held.keys() - self._current.values():
+            self._bytes -= self._held.pop(number).num_bytes
 
     def ids(self, visits: Visits) -> list[str]:
         return [self._shard(int(k)).ids[int(r)] for k, r in zip(visits.shard, visits.row, strict=True)]
@@ -238,9 +297,10 @@ class Streamed:
             self._split.gather(self._shard(int(visits.shard[at[0]])), visits.row[at], views_V[at])
             for at in np.split(order, ends)
         ]
+        self._drop_what_streams_left(visits)
         back = np.argsort(order)
         images, parameters, labels = (np.concatenate([part[n] for part in parts])[back] for n in range(3))
         features, weights = (
             None if parts[0][n] is None else np.concatenate([part[n] for part in parts])[back] for n in (3, 4)
         )
-        return Batch(images, parameters, labels, features, self._split.row_numbers(visits), weights)
+        return Batch(images, parameters, labels, features, self._split.row_numbers(visits), weights, visits.place)

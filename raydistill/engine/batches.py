@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from raydistill.config import RunConfig
-from raydistill.data.sample import Pools, SampleSet, Visits, batch_order
-from raydistill.data.targets import UNLABELLED
+from raydistill.data.order import Pools, Visits, batch_order
+from raydistill.data.sample import SampleSet
 from raydistill.data.train_split import Batch, InMemory, OnDevice, Part, Streamed, TrainSplit
 from raydistill.data.views import NUM_PARAMETERS
 from raydistill.engine.workers import Worker
@@ -28,6 +27,7 @@ from raydistill.runtime.memory import available_bytes
 from raydistill.storage.filesystems import write_bytes
 
 _BATCHES_AHEAD = 4
+_STEPS_ANNOUNCED = 32  # before a streamed shard is needed, its reading begins
 # The least share of labelled images in a batch. With 100 labels in 10,000 images a batch of 64 would have one or none,
 # and a noisy cross-entropy: this share raised an EfficientNet-Lite0 from 0.45 to 0.56.
 _LEAST_LABELLED_SHARE = 0.33
@@ -80,27 +80,24 @@ class DistillJob:
             parts.append(Part(self.generated, self.generated_targets, self.weights, hard))
         return TrainSplit(tuple(parts), self.config.views, self.config.seed)
 
-    def order(self, labels: list[np.ndarray], start_step: int) -> Iterator[Visits]:
-        """The global batches from `start_step` on. Without a teacher they hold only labelled images."""
-        real = len(self.samples.shards["train"])
-        labelled = [np.flatnonzero(shard != UNLABELLED) for shard in labels[:real]]
-        others = [np.flatnonzero(shard == UNLABELLED) for shard in labels[:real]]
-        # Generated shards follow the real ones, whose pools have no rows there.
-        none = [np.empty(0, np.int64)] * real
-        generated = [*none, *(np.arange(len(shard)) for shard in labels[real:])]
-        num_labelled, num_others, num_generated = (sum(map(len, pool)) for pool in (labelled, others, generated))
+    def pools(self) -> Pools:
+        """What training draws from, and how often. Without a teacher that is labelled images only."""
+        labelled, others, generated = self.train_split.pools()
         share = self.config.distill.labelled_share
         if share is None:
-            share = max(num_labelled / (num_labelled + num_others), _LEAST_LABELLED_SHARE)
-        if not self.config.loss.needs_teacher or not num_others:
+            share = max(labelled.total / (labelled.total + others.total), _LEAST_LABELLED_SHARE)
+        if not self.config.loss.needs_teacher or not others.total:
             share = 1.0
         generated_share = 0.0
-        if self.config.generate is not None and num_generated:
-            num_real = num_labelled if share == 1.0 else num_labelled + num_others
-            natural = num_generated / (num_generated + num_real)
+        if self.config.generate is not None and generated.total:
+            num_real = labelled.total if share == 1.0 else labelled.total + others.total
+            natural = generated.total / (generated.total + num_real)
             generated_share = natural if self.config.generate.share is None else self.config.generate.share
-        pools = Pools(labelled, others, share, generated, generated_share)
-        return batch_order(pools, self.batch_size, self.config.seed, start_step)
+        return Pools(labelled, others, share, generated, generated_share)
+
+    def order(self, start_step: int) -> Iterator[Visits]:
+        """The global batches from `start_step` on."""
+        return batch_order(self.pools(), self.batch_size, self.config.seed, start_step)
 
 
 def worker_batches(job: DistillJob, worker: Worker, step: int) -> Iterator[Batch]:
@@ -132,13 +129,16 @@ def stream_batches(job: DistillJob, worker: Worker) -> Iterator[Batch]:
 
 def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[Batch]:
     """This worker's share of every global batch from `first_step` on, prepared a few batches ahead in a thread."""
-    split = job.train_split
-    labels = split.labels()
-    most_bytes = _MEMORY_SHARE * available_bytes() / worker.workers_on_node
-    cache, device = _cache(job, worker), torch.device(worker.device)
-    on_device = OnDevice(split, device) if cache == "device" else None
-    source = on_device or (InMemory(split) if cache == "memory" else Streamed(split, most_bytes))
-    mine = (source.gather(visits[worker.rank :: worker.size]) for visits in job.order(labels, first_step))
+    split, device = job.train_split, torch.device(worker.device)
+    shards = job.pools().shards_of(worker.rank, worker.size, job.batch_size)
+    cache = _cache(job, worker, shards)
+    on_device = OnDevice(split, device, shards) if cache == "device" else None
+    streamed = None
+    if cache == "stream":
+        streamed = Streamed(split, _MEMORY_SHARE * available_bytes() / worker.workers_on_node)
+    source = on_device or streamed or InMemory(split, shards)
+    order = (visits.of_worker(worker.rank, worker.size) for visits in job.order(first_step))
+    mine = (source.gather(visits) for visits in (order if streamed is None else _announced(order, streamed)))
     with ThreadPoolExecutor(1) as pool:
         ahead = deque(pool.submit(next, mine) for _ in range(_BATCHES_AHEAD))
         try:
@@ -149,11 +149,23 @@ def read_batches(job: DistillJob, first_step: int, worker: Worker) -> Iterator[B
         finally:  # the loop has ended
             for future in ahead:
                 future.cancel()
+            if streamed is not None:
+                streamed.close()
 
 
-def _cache(job: DistillJob, worker: Worker) -> str:
-    """Where the split lies. `auto`: on a GPU, in memory if a node's holds it once for each worker, or in shards. Raises
-    ConfigError: the device's memory cannot hold it."""
+def _announced(order: Iterator[Visits], source: Streamed) -> Iterator[Visits]:
+    """The same visits, each announced to the source some steps before it comes."""
+    coming = deque[Visits]()
+    for visits in order:
+        source.expect(visits)
+        coming.append(visits)
+        if len(coming) > _STEPS_ANNOUNCED:
+            yield coming.popleft()
+
+
+def _cache(job: DistillJob, worker: Worker, shards: set[int]) -> str:
+    """Where the worker's shards lie. `auto`: on a GPU, in memory if a node's holds those of all its workers, or in
+    storage. Raises ConfigError: the device's memory cannot hold them."""
     cache, device = job.config.distill.cache, torch.device(worker.device)
     if cache in ("memory", "stream"):
         return cache
@@ -161,7 +173,7 @@ def _cache(job: DistillJob, worker: Worker) -> str:
     if job.targets is not None and job.head is not None and job.config.views.per_image != "fresh":
         features = 2 * load_head(job.head).weight_CD.shape[1]  # float16
         per_image = job.config.views.per_image * (features + 4 * NUM_PARAMETERS)
-    size = job.train_split.num_bytes(per_image)
+    size = job.train_split.num_bytes(per_image, shards)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if cache == "device" and size > free:
         raise ConfigError(

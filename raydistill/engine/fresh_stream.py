@@ -12,7 +12,7 @@ import numpy as np
 
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
-from raydistill.data.sample import Visits
+from raydistill.data.order import Visits
 from raydistill.data.train_split import Streamed
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.checkpoints import latest_step
@@ -46,10 +46,10 @@ class _GatherUnit:
     """A Ray Data task: the images and views of some steps' global batches."""
 
     def __init__(self, job: DistillJob, tries: Any) -> None:
-        self._job, self._labels, self._tries = job, job.train_split.labels(), tries
+        self._job, self._tries = job, tries
 
     def __call__(self, unit: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        source, order = Streamed(self._job.train_split), self._job.order(self._labels, int(unit["first"][0]))
+        source, order = Streamed(self._job.train_split), self._job.order(int(unit["first"][0]))
         visits = Visits.concat(list(itertools.islice(order, int(unit["steps"][0]))))
         with trying(self._tries, f"{len(visits)} images of the steps from {int(unit['first'][0])} on, to be read"):
             batch = source.gather(visits)

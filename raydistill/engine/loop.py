@@ -82,12 +82,14 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             with autocast(device, precision):
                 student, teacher = network(views, None if features is None else features.float())
             negatives = memory and _negatives(
-                memory, job, worker, step, (student.projected_BP, teacher.projected_BP, rows, labels)
+                memory, job, worker, step, (student.projected_BP, teacher.projected_BP, rows, labels), batch.places_V
             )
             done = step / job.total_steps
             loss, terms = distillation_loss(config.loss, student, teacher, labels, done, negatives, weights)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            # The gradient is the mean over workers, whose shares of a batch may differ.
+            share = 1.0 if batch.places_V is None else len(labels) * worker.size / job.batch_size
+            scaler.scale(loss * share).backward()
             scaler.unscale_(optimizer)
             norm = _clip(model, settings.clip_norm)
             scaler.step(optimizer)
@@ -137,31 +139,44 @@ def _clip(model: DistillationModel, most: float | None) -> torch.Tensor:
 
 
 def _negatives(
-    memory: ContrastiveMemory, job: DistillJob, worker: Worker, step: int, mine: Sequence[torch.Tensor]
+    memory: ContrastiveMemory,
+    job: DistillJob,
+    worker: Worker,
+    step: int,
+    mine: Sequence[torch.Tensor],
+    places_V: np.ndarray | None,
 ) -> Negatives:
     """Put the global batch into the memory, and draw negatives for this worker's share of it: `mine` holds the share's
-    student and teacher projections, rows and labels."""
+    student and teacher projections, rows and labels, `places_V` where it is in the batch."""
     loss = job.config.loss
-    everyone = mine if worker.size == 1 else [_gather(tensor, worker) for tensor in mine]
+    if places_V is None:  # Ray's stream
+        places_V = np.arange(worker.rank, len(mine[0]) * worker.size, worker.size)
+    places = _to(mine[0].device, places_V)
+    everyone = mine if worker.size == 1 else _gather(mine, places, worker)
     memory.put(*(tensor.detach() for tensor in everyone))
-    share, seed = slice(worker.rank, None, worker.size), [job.config.seed, step]
-    return memory.draw(loss.crd_negatives, everyone[2], everyone[3], share, seed, loss.contrastive_temperature)
+    seed = [job.config.seed, step]
+    return memory.draw(loss.crd_negatives, everyone[2], everyone[3], places, seed, loss.contrastive_temperature)
 
 
-def _gather(mine: torch.Tensor, worker: Worker) -> torch.Tensor:
-    """The global batch from the shares of all workers, in the order of one: row i of worker r is row i * size + r.
+def _gather(mine: Sequence[torch.Tensor], places: torch.Tensor, worker: Worker) -> list[torch.Tensor]:
+    """The tensors of the global batch, from the shares of all workers and their places in it."""
+    counts = _all_gather(torch.tensor([len(places)], device=places.device), worker)
+    longest = max(int(count) for count in counts)
 
-    Shares differ by at most one row, so it pads the shorter ones and drops the padding again.
-    """
-    count = torch.tensor([len(mine)], device=mine.device)
-    counts = [torch.empty_like(count) for _ in range(worker.size)]
-    torch.distributed.all_gather(counts, count)
-    longest = max(int(c) for c in counts)
-    filled = torch.cat([mine.detach(), mine.new_zeros(longest - len(mine), *mine.shape[1:])]).contiguous()
-    shares = [torch.empty_like(filled) for _ in range(worker.size)]
-    torch.distributed.all_gather(shares, filled)
-    taken = torch.arange(longest, device=mine.device)[:, None] < torch.cat(counts)
-    return torch.stack(shares, dim=1)[taken]
+    def joined(share: torch.Tensor) -> torch.Tensor:
+        """Shares differ in length, so it pads the shorter ones and drops the padding again."""
+        padded = torch.cat([share.detach(), share.new_zeros(longest - len(share), *share.shape[1:])]).contiguous()
+        parts = zip(_all_gather(padded, worker), counts, strict=True)
+        return torch.cat([part[: int(count)] for part, count in parts])
+
+    order = joined(places).argsort()
+    return [joined(share)[order] for share in mine]
+
+
+def _all_gather(tensor: torch.Tensor, worker: Worker) -> list[torch.Tensor]:
+    everyone = [torch.empty_like(tensor) for _ in range(worker.size)]
+    torch.distributed.all_gather(everyone, tensor)
+    return everyone
 
 
 def _optimizer(settings: Distill, model: DistillationModel) -> torch.optim.Optimizer:

@@ -64,10 +64,10 @@ class Reporter:
         workers, so all see it, and look, at the same step.
         """
         now = torch.stack([*(value.detach().double() for value in terms.values()), norm.detach().double()])
-        sums = torch.cat([now[:-1], now.new_full((1,), images)])
+        sums = torch.cat([now[:-1] * images, now.new_full((1,), images)])
         if self._worker.size > 1:
             torch.distributed.all_reduce(sums)
-            sums[:-1] /= self._worker.size
+        sums[:-1] /= sums[-1].clone()
         if self._state is None:
             self._names = [*terms, "images"]
             before = [self._partial.get(name, 0.0) for name in self._names]

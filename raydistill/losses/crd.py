@@ -97,9 +97,15 @@ class ContrastiveMemory(nn.Module):
 
     @torch.no_grad()
     def draw(
-        self, count: int, image_G: torch.Tensor, label_G: torch.Tensor, mine: slice, seed: list[int], temperature: float
+        self,
+        count: int,
+        image_G: torch.Tensor,
+        label_G: torch.Tensor,
+        mine: torch.Tensor | slice,
+        seed: list[int],
+        temperature: float,
     ) -> Negatives:
-        """Draw at most `count` entries without replacement for the rows `mine` of the global batch, after its `put`."""
+        """Draw at most `count` entries without replacement for the rows `mine` of the batch, after its `put`."""
         filled = min(self._num_put_in(), len(self.image_M))
         drawn = torch.from_numpy(np.random.default_rng(seed).permutation(filled)[:count])
         at = drawn.pin_memory().to("cuda", non_blocking=True) if self.image_M.is_cuda else drawn

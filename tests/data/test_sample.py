@@ -1,4 +1,4 @@
-"""Shards and the order of visits: every row once a pass, any start is the tail of the whole, shares that add up."""
+"""Shards come back as they were, ranks favour no image, and what does not fit is refused."""
 
 import itertools
 
@@ -10,146 +10,17 @@ from hypothesis import strategies as st
 
 from raydistill.data.sample import (
     SCHEMA,
-    Pools,
-    Visits,
-    batch_order,
     decode_shard,
     encode_shard,
     refuse_other_sizes,
     sample_id,
     samples_from_json,
     seeded_rank,
-    visit_order,
     working_images,
 )
 from raydistill.errors import CheckpointError
 
-# Shards of 0 to 6 rows, some of which take part.
-shards = st.lists(st.lists(st.booleans(), max_size=6), min_size=1, max_size=20).map(
-    lambda taking: [np.flatnonzero(mask) for mask in taking]
-)
-some_rows = shards.filter(lambda rows: sum(map(len, rows)) > 0)
 seeds = st.integers(0, 2**32 - 1)
-
-
-def first(order, count: int) -> list[tuple[int, int, int]]:
-    """The first `count` visits as (shard, row, visit)."""
-    taken: list[tuple[int, int, int]] = []
-    while len(taken) < count:
-        taken += triples(next(order))
-    return taken[:count]
-
-
-def triples(visits: Visits) -> list[tuple[int, int, int]]:
-    return list(zip(visits.shard.tolist(), visits.row.tolist(), visits.visit.tolist(), strict=True))
-
-
-def rows_of(shards_of_rows: list[np.ndarray]) -> list[tuple[int, int]]:
-    return [(k, int(row)) for k, rows in enumerate(shards_of_rows) for row in rows]
-
-
-@given(rows=some_rows, seed=seeds)
-def test_each_pass_visits_every_row_once(rows, seed):
-    expected = sorted(rows_of(rows))
-    visits = first(visit_order(rows, seed), 3 * len(expected))
-    for number in range(3):
-        this_pass = visits[number * len(expected) : (number + 1) * len(expected)]
-        assert sorted((shard, row) for shard, row, _ in this_pass) == expected
-        assert {visit for *_, visit in this_pass} == {number}
-
-
-@given(rows=some_rows, seed=seeds, start=st.integers(0, 300))
-def test_a_resumed_order_is_the_tail_of_the_unbroken_one(rows, seed, start):
-    whole = first(visit_order(rows, seed), start + 40)
-    assert first(visit_order(rows, seed, start), 40) == whole[start:]
-
-
-def test_rows_are_shuffled_anew_in_each_pass_and_for_each_seed():
-    rows = [np.arange(50) for _ in range(3)]
-    starts = itertools.product((0, 1), (0, 150))
-    orders = {tuple(visit[:2] for visit in first(visit_order(rows, *start), 150)) for start in starts}
-    assert len(orders) == 4
-
-
-def test_neighbours_in_a_shard_are_not_neighbours_in_the_order():
-    visits = first(visit_order([np.arange(100) for _ in range(4)], 0), 400)
-    position = {visit[:2]: n for n, visit in enumerate(visits)}
-    gaps = [abs(position[k, row] - position[k, row + 1]) for k in range(4) for row in range(99)]
-    # Two random places of 400 lie 133 apart on average.
-    assert np.mean(gaps) == pytest.approx(400 / 3, rel=0.2)
-
-
-def test_every_order_of_a_few_rows_is_equally_likely():
-    """One row a shard: its place is decided by the order of the shards and by the shuffle within their window."""
-    rows = [np.array([0]), np.array([0]), np.array([0])]
-    counts = dict.fromkeys(itertools.permutations(range(3)), 0)
-    for seed in range(3000):
-        counts[tuple(shard for shard, *_ in first(visit_order(rows, seed), 3))] += 1
-    expected = 3000 / 6
-    chi_squared = sum((count - expected) ** 2 / expected for count in counts.values())
-    assert chi_squared < 20.5  # 99.9 % point for 5 degrees of freedom
-
-
-def test_no_rows_is_an_error():
-    with pytest.raises(ValueError, match="no rows"):
-        next(visit_order([np.array([], int)], 0))
-
-
-@st.composite
-def pools(draw):
-    """Labelled and other rows of the same shards, disjoint, and a share that each pool can serve."""
-    kinds = draw(st.lists(st.lists(st.sampled_from("LU-"), max_size=6), min_size=1, max_size=12))
-    labelled, others = ([np.array([r for r, k in enumerate(s) if k == kind], int) for s in kinds] for kind in "LU")
-    num_labelled, num_others = sum(map(len, labelled)), sum(map(len, others))
-    shares = [1.0] if num_labelled else []
-    shares += [0.0] if num_others else []
-    if num_labelled and num_others:
-        shares += [num_labelled / (num_labelled + num_others), 0.5, 1 / 3, draw(st.floats(0, 1))]
-    if not shares:
-        labelled, shares = [np.array([0])], [1.0]
-        others = [np.array([], int)]
-    return Pools(labelled, others, draw(st.sampled_from(shares)))
-
-
-@given(pools=pools(), batch_size=st.integers(1, 17), seed=seeds, steps=st.integers(1, 12))
-def test_batches_are_full_and_hold_the_labelled_share_over_any_stretch(pools, batch_size, seed, steps):
-    is_labelled = set(rows_of(pools.labelled))
-    batches = [triples(b) for b in itertools.islice(batch_order(pools, batch_size, seed), steps)]
-    assert [len(batch) for batch in batches] == [batch_size] * steps
-    counts = np.cumsum([0, *(sum(visit[:2] in is_labelled for visit in batch) for batch in batches)])
-    for begin, end in itertools.combinations(range(steps + 1), 2):
-        assert abs(counts[end] - counts[begin] - (end - begin) * batch_size * pools.labelled_share) < 1 + 1e-6
-
-
-@given(pools=pools(), batch_size=st.integers(1, 17), seed=seeds, steps=st.integers(1, 12))
-def test_rows_of_a_pool_are_visited_equally_often_and_counted(pools, batch_size, seed, steps):
-    batches = itertools.islice(batch_order(pools, batch_size, seed), steps)
-    visits = triples(Visits.concat(list(batches)))
-    for pool in (rows_of(pools.labelled), rows_of(pools.others)):
-        of_row: dict[tuple[int, int], list[int]] = {row: [] for row in pool}
-        for shard, row, visit in visits:
-            if (shard, row) in of_row:
-                of_row[shard, row].append(visit)
-        times = [len(seen) for seen in of_row.values()]
-        assert not times or max(times) - min(times) <= 1
-        assert all(seen == list(range(len(seen))) for seen in of_row.values())
-    taking_part = {*rows_of(pools.labelled), *rows_of(pools.others)}
-    assert {visit[:2] for visit in visits} <= taking_part
-
-
-@given(pools=pools(), batch_size=st.integers(1, 17), seed=seeds, start=st.integers(0, 40))
-def test_batches_from_any_step_are_the_tail_of_the_unbroken_sequence(pools, batch_size, seed, start):
-    whole = itertools.islice(batch_order(pools, batch_size, seed), start, start + 4)
-    resumed = itertools.islice(batch_order(pools, batch_size, seed, start), 4)
-    assert [triples(batch) for batch in resumed] == [triples(batch) for batch in whole]
-
-
-def test_the_two_pools_are_shuffled_apart():
-    """With one row of each in a batch, a labelled row keeps meeting other company."""
-    none = np.array([], int)
-    batches = itertools.islice(batch_order(Pools([np.arange(40), none], [none, np.arange(40)], 0.5), 2, 0), 40)
-    equal = sum(int(batch.row[0]) == int(batch.row[1]) for batch in batches)
-    assert equal < 8  # one in 40 by chance
 
 
 def table_of(count: int) -> pa.Table:
@@ -242,39 +113,3 @@ def test_samples_survive_the_trip_through_json():
     samples = samples_from_json(done)
     assert samples.classes == ("10", "2", "café", "a b")
     assert [samples.num_rows(split) for split in ("train", "val", "test", "elsewhere")] == [7, 2, 0, 0]
-
-
-@given(
-    share=st.floats(0.05, 0.95), generated_share=st.floats(0.0, 0.95), batch_size=st.integers(1, 9),
-    start=st.integers(0, 40),
-)  # fmt: skip
-def test_generated_rows_get_their_share_and_the_others_theirs_of_the_rest(share, generated_share, batch_size, start):
-    empty = np.empty(0, np.int64)
-    labelled, others = [np.arange(5), np.arange(0), empty], [np.arange(5, 9), np.arange(7), empty]
-    generated = [empty, empty, np.arange(6)]
-    pools = Pools(labelled, others, share, generated, generated_share)
-    whole = list(itertools.islice(batch_order(pools, batch_size, 3), start + 30))
-    for resumed, unbroken in zip(batch_order(pools, batch_size, 3, start), whole[start:], strict=False):
-        assert triples(resumed) == triples(unbroken)
-    visits = Visits.concat(whole)
-    from_generated = visits.shard == 2
-    assert abs(from_generated.sum() - generated_share * len(visits)) <= 1
-    from_labelled = (visits.shard == 0) & (visits.row < 5)
-    assert abs(from_labelled.sum() - share * (~from_generated).sum()) <= 1
-    counts = np.bincount(visits.row[from_generated], minlength=6)
-    assert counts.max() - counts.min() <= 1
-
-
-# As the order was drawn before there were generated images.
-WAS = (
-    [0, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0, 0, 0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 1, 0],
-    [3, 0, 5, 6, 4, 7, 0, 2, 3, 5, 6, 8, 1, 1, 4, 4, 3, 8, 2, 0, 5, 7, 5, 6],
-)
-
-
-def test_without_generated_rows_the_order_is_what_it_was():
-    """Runs that were made before there were generated images are still theirs."""
-    labelled, others = [np.arange(5), np.arange(3)], [np.arange(5, 9), np.arange(3, 7)]
-    order = Visits.concat(list(itertools.islice(batch_order(Pools(labelled, others, 0.4), 6, 1), 4)))
-    assert order.shard.tolist() == WAS[0]
-    assert order.row.tolist() == WAS[1]

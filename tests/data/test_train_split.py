@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -12,24 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistill.config import Views
+from raydistill.data.order import STREAMS, Pool, Pools, Visits, batch_order
 from raydistill.data.sample import (
     SCHEMA,
-    WINDOW_SHARDS,
-    Pools,
     SampleSet,
-    Visits,
-    batch_order,
     encode_shard,
     sample_id,
     shard_name,
 )
-from raydistill.data.targets import UNLABELLED, encode_targets, labels_of, read_samples, read_targets
+from raydistill.data.targets import UNLABELLED, encode_targets, read_samples, read_targets
 from raydistill.data.train_split import InMemory, OnDevice, Part, Shard, Streamed, TrainSplit
 from raydistill.data.views import view_parameters
 from raydistill.errors import CheckpointError
 
 VIEWS, FEATURES, SIZE = 3, 5, 8
-ROWS = (4, 0, 3, 6, 1)  # of each shard
+ROWS, LABELLED = (4, 0, 3, 6, 1), 7  # of each shard, and the rows that have a label, in shards of their own
 SEED = 11
 
 
@@ -48,7 +46,7 @@ def picture_of(number: int) -> np.ndarray:
 
 
 def label_of(number: int) -> int | None:
-    return None if number % 3 == 0 else number % 4
+    return number % 4 if number < LABELLED else None
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +71,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> TrainSplit:
         stored = encode_targets(names, features.reshape(VIEWS, count, FEATURES))
         (tmp_path / f"{shard_name('train', shard)}.safetensors").write_bytes(stored)
         number += count
-    samples = SampleSet(str(tmp_path), ("a", "b", "c", "d"), SIZE, {"train": ROWS}, {"train": 0}, 0, {"train": ""}, "")
+    samples = SampleSet(str(tmp_path), ("a", "b", "c", "d"), SIZE, {"train": ROWS}, {"train": LABELLED}, 0, {}, {})
     return TrainSplit((Part(samples, str(tmp_path)),), Views(per_image=VIEWS, brightness=0.3), SEED)
 
 
@@ -85,13 +83,21 @@ def image_number(shard: int, row: int) -> int:
     return sum(ROWS[:shard]) + row
 
 
+def visits_to(shards, rows, visits) -> Visits:
+    none = np.zeros(len(shards), int)
+    return Visits(none, np.array(shards), np.array(rows), np.array(visits), none)
+
+
 def some_visits(
     split: TrainSplit, batches: int = 6, batch_size: int = 7, share: float = 0.6, seed: int = SEED
 ) -> list[Visits]:
-    labels = split.labels()
-    labelled = [np.flatnonzero(shard != UNLABELLED) for shard in labels]
-    others = [np.flatnonzero(shard == UNLABELLED) for shard in labels]
+    labelled, others, _ = split.pools()
     return list(itertools.islice(batch_order(Pools(labelled, others, share), batch_size, seed), batches))
+
+
+def test_the_pools_are_the_shards_with_labels_those_without_and_those_of_generated_images(split):
+    both = replace(split, parts=(*split.parts, replace(split.parts[0], weights={})))
+    assert [pool.rows for pool in both.pools()] == [{0: 4, 2: 3}, {3: 6, 4: 1}, {5: 4, 7: 3, 8: 6, 9: 1}]
 
 
 @pytest.mark.parametrize("reader", [InMemory, Streamed])
@@ -120,7 +126,7 @@ def test_memory_stream_and_device_give_the_same_batches(split, share, batch_size
     memory, stream, device = InMemory(split), Streamed(split), OnDevice(split, torch.device("cpu"))
     for visits in some_visits(split, 4, batch_size, share, seed):
         numbers = device.gather(visits)
-        assert numbers.images_VHHC.nbytes == 0
+        assert numbers.images_VHHC.shape == (len(visits),)  # rows, no pixels
         given = (batch.arrays() for batch in (memory.gather(visits), stream.gather(visits), device.taken(numbers)))
         for first, *others in zip(*given, strict=True):
             for other in others:
@@ -145,48 +151,92 @@ class CountingSplit(TrainSplit):
 ROWS_OF_SHARD, SHARDS = 64, 30
 
 
-@pytest.mark.parametrize(
-    ("pools", "share", "generated_share"), [(1, 1.0, 0.0), (2, 0.4, 0.0), (3, 0.33, 0.3), (3, 0.1, 0.03)]
-)
-def test_a_streamed_shard_is_read_once_in_each_pass_of_a_pool(pools, share, generated_share):
-    """However many pools are visited in windows of their own, and however seldom one of them is."""
-    samples = SampleSet("", ("a",), SIZE, {"train": (ROWS_OF_SHARD,) * SHARDS}, {"train": 0}, 0, {}, {})
-    parts = (Part(samples, None),) * (2 if pools == 3 else 1)
+def counting(num_labelled: int = ROWS_OF_SHARD * SHARDS, parts: int = 1) -> CountingSplit:
+    rows = {"train": (ROWS_OF_SHARD,) * SHARDS}
+    samples = SampleSet("", ("a",), SIZE, rows, {"train": num_labelled}, 0, {}, {})
     CountingSplit.reads = 0
-    source = Streamed(CountingSplit(parts, Views(per_image="fresh"), SEED))
-    first = ROWS_OF_SHARD if pools == 1 else ROWS_OF_SHARD // 2  # of each real shard so many rows are labelled
-    none, rows, visited = [np.arange(0)] * SHARDS, np.arange(ROWS_OF_SHARD), np.zeros(3)
-    labelled, others = [rows[:first]] * SHARDS, [rows[first:]] * SHARDS
-    generated = [*none, *[rows] * SHARDS] if pools == 3 else ()
-    order = batch_order(Pools(labelled, others, share, generated, generated_share), 64, SEED)
-    for visits in itertools.islice(order, 150):
-        source.ids(visits)
-        real = visits.shard < SHARDS
-        visited += [(real & (visits.row < first)).sum(), (real & (visits.row >= first)).sum(), (~real).sum()]
-    rows_of_pool = [first, ROWS_OF_SHARD - first, ROWS_OF_SHARD]
-    ideal = sum(n / rows for n, rows in zip(visited, rows_of_pool, strict=True) if rows)
-    # A window that has begun has been read in full.
-    assert CountingSplit.reads <= ideal + pools * WINDOW_SHARDS
-    assert len(source._held) <= 4 * len(parts) * WINDOW_SHARDS
+    return CountingSplit((Part(samples, None),) * parts, Views(per_image="fresh"), SEED)
+
+
+@pytest.mark.parametrize(("share", "generated_share"), [(1.0, 0.0), (0.4, 0.0), (0.33, 0.3), (0.1, 0.03)])
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_streamed_shard_is_read_once_in_each_pass_of_a_stream(share, generated_share, announced):
+    """However seldom a pool is visited. Two streams may meet in a shard at different times."""
+    labelled = SHARDS if share == 1.0 else SHARDS // 2
+    split = counting(labelled * ROWS_OF_SHARD, 2 if generated_share else 1)
+    source, (first, others, generated) = Streamed(split), split.pools()
+    pools = Pools(first, others, share, generated, generated_share)
+    visited = np.zeros(3)
+    order = list(itertools.islice(batch_order(pools, 64, SEED), 150))
+    for n, visits in enumerate(order):
+        if announced:
+            source.expect(order[min(n + 8, 149)])
+        source.gather(visits)
+        visited += [np.isin(visits.shard, [*pool.rows]).sum() for pool in pools.each]
+        # Each stream is in a shard, and others may be on their way.
+        assert len(source._held) <= STREAMS * np.count_nonzero(visited)
+    source.close()
+    passes = [n / pool.total for n, pool in zip(visited, pools.each, strict=True) if pool.total]
+    cuts = len(passes) * STREAMS * (max(passes) + 1)
+    assert CountingSplit.reads <= sum(SHARDS * n for n in passes) + cuts
+
+
+def test_a_worker_that_holds_its_shards_only_reads_no_other(split):
+    shards = {0, 3}
+    memory, whole = InMemory(split, shards), InMemory(split)
+    visits = [v[np.isin(v.shard, [*shards])] for v in some_visits(split, 8, 20)]
+    for ours in visits:
+        for one, other in zip(memory.gather(ours).arrays(), whole.gather(ours).arrays(), strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                np.testing.assert_array_equal(one, other)
+    assert len(memory._all.ids) == ROWS[0] + ROWS[3]
+    with pytest.raises(AssertionError, match="its streams only"):
+        memory.gather(visits_to([2], [0], [0]))
+
+
+@pytest.mark.parametrize(("num_labelled", "shard"), [(13, 3), (6, 2), (0, 0)])
+def test_a_shard_whose_labels_are_not_what_the_order_takes_them_for_is_named(split, num_labelled, shard):
+    samples = replace(split.parts[0].samples, num_labelled={"train": num_labelled})
+    with pytest.raises(CheckpointError, match=f"train-0000{shard}.parquet is damaged"):
+        InMemory(replace(split, parts=(replace(split.parts[0], samples=samples),)))
 
 
 def test_streamed_shards_stay_within_the_bytes_there_are_and_too_few_are_said_once(caplog):
-    samples = SampleSet("", ("a",), SIZE, {"train": (ROWS_OF_SHARD,) * SHARDS}, {"train": 0}, 0, {}, {})
-    split = CountingSplit((Part(samples, None),), Views(per_image="fresh"), SEED)
+    split = counting()
     most = 5 * split.shard(0).num_bytes
     source = Streamed(split, most)
-    order = batch_order(Pools([np.arange(ROWS_OF_SHARD)] * SHARDS, [np.arange(0)] * SHARDS, 1.0), 16, SEED)
-    for visits in itertools.islice(order, 60):
-        source.ids(visits)
+    for visits in itertools.islice(batch_order(Pools(split.pools()[0], Pool({}), 1.0), 16, SEED), 60):
+        source.expect(visits)
+        source.gather(visits)
         assert sum(shard.num_bytes for shard in source._held.values()) <= most
+    source.close()
     (said,) = caplog.messages
     assert "images.shard_size" in said
+
+
+def test_shards_that_are_announced_are_read_side_by_side():
+    """So that a store's latency is waited for once: here no read ends before another has begun."""
+    two = threading.Barrier(2)
+
+    class Late(CountingSplit):
+        def shard(self, index: int) -> Shard:
+            two.wait(60)
+            return super().shard(index)
+
+    split = counting()
+    source = Streamed(Late(split.parts, split.views, SEED))
+    visits = next(batch_order(Pools(split.pools()[0], Pool({}), 1.0), 64, SEED))
+    assert len(set(visits.shard.tolist())) % 2 == 0
+    source.expect(visits)
+    assert len(source.gather(visits).rows_V) == 64
+    source.close()
 
 
 @pytest.mark.parametrize("reader", [InMemory, Streamed])
 def test_fresh_views_never_come_again(split, reader):
     source = reader(replace(with_targets(split, None), views=Views(per_image="fresh")))
-    visits = Visits(np.zeros(50, int), np.ones(50, int), np.arange(50))
+    visits = visits_to([0] * 50, [1] * 50, range(50))
     batch = source.gather(visits)
     assert batch.features_VD is None
     assert len(np.unique(batch.parameters_VP, axis=0)) == 50
@@ -202,7 +252,7 @@ def test_targets_of_other_images_are_refused(split, reader, tmp_path):
         stored = encode_targets(names, np.zeros((VIEWS, count, FEATURES), np.float16))
         (tmp_path / f"{shard_name('train', shard)}.safetensors").write_bytes(stored)
     with pytest.raises(CheckpointError, match="train-00003"):
-        reader(with_targets(split, str(tmp_path))).gather(Visits(*np.array([[3], [0], [0]])))
+        reader(with_targets(split, str(tmp_path))).gather(visits_to([3], [0], [0]))
 
 
 @pytest.mark.parametrize("hard_labels", [True, False])
@@ -226,13 +276,6 @@ def test_generated_images_follow_the_real_ones_with_their_own_weights(split, har
         np.testing.assert_array_equal(first.weights_V, 1)
         expected = [0.5 + 0.01 * image_number(int(k), int(r)) for k, r in zip(visits.shard, visits.row, strict=True)]
         np.testing.assert_allclose(second.weights_V, expected, rtol=1e-6)
-
-
-def test_labels_are_read_with_and_without_the_images(split):
-    for shard, labels in enumerate(split.labels()):
-        expected = [label_of(image_number(shard, row)) for row in range(ROWS[shard])]
-        assert labels.tolist() == [UNLABELLED if label is None else label for label in expected]
-        np.testing.assert_array_equal(labels, labels_of(read_samples(split.parts[0].samples, "train", shard)))
 
 
 def test_targets_are_read_by_split_and_shard(split):
