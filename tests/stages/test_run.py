@@ -160,9 +160,9 @@ def epoch_losses(words: list[str], progress, *more: str) -> list[dict[str, float
 
 @pytest.mark.usefixtures("taught")
 def test_two_train_workers_take_the_steps_of_one_process(words, progress, tmp_path) -> None:
-    """Where no term looks beyond a worker's share (no batch norm, no uniformity), sharing a batch changes nothing, though
-    one has an image more; each puts the whole batch into CRD's memory in the order of one process. The student holds a
-    weight that nothing reads, DINOv2's token for masked pictures."""
+    """Where no term looks beyond a worker's share (no batch norm, no uniformity), sharing a batch changes nothing,
+    though one has an image more; each puts the whole batch into CRD's memory in the order of one process. The student
+    holds a weight that nothing reads, DINOv2's token for masked pictures."""
     classifier("Dinov2").save_pretrained(tmp_path / "dinov2")
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dinov2")
     more = [f"student.model={tmp_path / 'dinov2'}", "student.init=pretrained", "student.size=32"]
