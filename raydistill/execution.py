@@ -48,6 +48,13 @@ class Execution:
         """The resources of actors, tasks and workers. It waits for Ray if this stage needs it."""
         return self._ray.plan() if self.stage.needs_ray(self.config) else local_plan(self.config)
 
+    def plan_of_many(self) -> Plan | None:
+        """The plan for work that can do without Ray. None where Ray does not run yet and would bring nothing but this
+        machine's CPUs, which the work has anyway."""
+        own = local_plan(self.config)
+        brings_more = self.config.cluster.address is not None or own.gpus > 1
+        return self._ray.plan() if brings_more or self._ray.runs else None
+
     def result(self, directory: StageDirectory, work: Callable[[Any], object]) -> dict[str, Any]:
         """The result in a directory: from an earlier command, from another command that runs now, or from `work`, which
         gets the directory's MLflow run."""

@@ -190,6 +190,13 @@ class RayStart:
         if self._starting is None:
             self._starting = self._thread.submit(self._stack.enter_context, ray_cluster(self._config))
 
+    @property
+    def runs(self) -> bool:
+        """Whether this command or its caller has started Ray."""
+        import ray
+
+        return self._starting is not None or ray.is_initialized()
+
     def plan(self) -> Plan:
         """The plan that fits the cluster, once it has started."""
         self.begin()

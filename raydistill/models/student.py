@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import timm
 import torch
 from safetensors import SafetensorError
@@ -269,7 +270,6 @@ def _takes_image_size(name: str) -> bool:
     return bool(defaults is not None and defaults.fixed_input_size)
 
 
-@torch.inference_mode()
 def split_logits(
     student: nn.Module, samples: SampleSet, split: str, device: torch.device, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -280,13 +280,19 @@ def split_logits(
     was_training = student.training
     student.eval()
     logits, labels = [], []
-    whole = torch.from_numpy(WHOLE_IMAGE)
     for shard in range(len(samples.shards[split])):
         table = read_samples(samples, split, shard)
-        images = torch.from_numpy(working_images(table, samples.size).copy())
-        for part in images.split(batch_size):
-            views = render(part.to(device), whole.expand(len(part), -1), student.preprocessing)
-            logits.append(student(views)[0].float().cpu().numpy())
+        logits.append(shard_logits(student, table, samples.size, device, batch_size))
         labels.append(labels_of(table))
     student.train(was_training)
     return np.concatenate(logits), np.concatenate(labels)
+
+
+@torch.inference_mode()
+def shard_logits(student: nn.Module, rows: pa.Table, side: int, device: torch.device, batch_size: int) -> np.ndarray:
+    """(R, C) float32 logits of the whole images of a shard's rows, by a student in eval mode."""
+    images, whole = torch.from_numpy(working_images(rows, side).copy()), torch.from_numpy(WHOLE_IMAGE)
+    views = (
+        render(part.to(device), whole.expand(len(part), -1), student.preprocessing) for part in images.split(batch_size)
+    )
+    return np.concatenate([student(view)[0].float().cpu().numpy() for view in views])

@@ -115,8 +115,8 @@ def _measures(work: TrialWork, student: StudentCheckpoint, record: dict[str, flo
     found = {"parameters": float(student.num_parameters)}
     if wanted <= set(found):
         return found
+    from raydistill.engine.measures import Answers, measures
     from raydistill.engine.speed import images_per_second
-    from raydistill.stages.evaluate import measures
 
     config, samples = work.job.config, work.job.samples
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,6 +125,7 @@ def _measures(work: TrialWork, student: StudentCheckpoint, record: dict[str, flo
         found["milliseconds_per_image"] = 1000 / images_per_second(network, network.preprocessing.size, device)
     if any(name.startswith("val_") for name in wanted):
         logits_NC, labels_N = split_logits(network, samples, "val", device, config.evaluate.batch_size)
-        all_measures = measures(logits_NC, labels_N, samples.classes, config.evaluate.calibration_bins)
+        answers = Answers.of(logits_NC, labels_N)
+        all_measures = measures(answers, labels_N, samples.classes, config.evaluate.calibration_bins)
         found |= {f"val_{name}": float(all_measures[name]) for name in ("balanced_accuracy", "top5", "ece")}
     return found

@@ -1,41 +1,48 @@
 """evaluate: measure the student and its teacher.
 
-Shapes: N images, C classes, K classes whose logits are kept, P images of a part.
+Shapes: N images, C classes, R rows of a part.
 """
 
 from __future__ import annotations
 
+import itertools
+import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from pyarrow import parquet as pq
-from scipy.optimize import minimize_scalar
-from scipy.stats import binomtest
-from sklearn.metrics import precision_recall_fscore_support
-from torchmetrics.functional.classification import multiclass_calibration_error
 
-from raydistill.config import RunConfig
+from raydistill.cluster.plan import Plan
+from raydistill.config import SHARD_BYTES, RunConfig
 from raydistill.data.sample import SampleSet
-from raydistill.data.targets import read_columns
+from raydistill.data.targets import labels_of
+from raydistill.engine.measures import (
+    Answers,
+    agreement,
+    calibration_error,
+    fitted_temperature,
+    measures,
+    probability_at,
+)
+from raydistill.engine.predictions import PredictionPass, kept_columns, predictions, student_logits
 from raydistill.engine.speed import images_per_second
 from raydistill.execution import Execution
 from raydistill.identity import evaluate_directory, held_out_directory
-from raydistill.models.heads import load_head
-from raydistill.models.student import read_student, split_logits
+from raydistill.models.student import read_student
 from raydistill.models.teacher import load_teacher
 from raydistill.results import PREDICTIONS_FILE, AdaptedTeacher, Report, StudentCheckpoint
 from raydistill.runtime.progress import Progress
-from raydistill.stages.adapt import split_features
 from raydistill.storage.directory import StageDirectory
+from raydistill.storage.filesystems import write_file
 from raydistill.storage.state import result_of
 
-# Results grow with the number of images and of classes, never with their product: they hold this many pairs of
-# confused classes and, above this many classes, the logits of the likeliest classes only.
-_MOST_PAIRS, _MOST_WHOLE, _LIKELIEST = 1000, 1000, 100
-_PART = 512
+# From so many val and test images on, actors wait less for their start than they save.
+_MANY = 20_000
 
 
 def evaluate_student(
@@ -44,39 +51,38 @@ def evaluate_student(
     adapted: AdaptedTeacher | None,
     student: StudentCheckpoint,
     directory: StageDirectory,
+    plan: Plan | None,
     progress: Progress,
 ) -> Report:
-    """Measure student and teacher on val and on test."""
+    """Measure student and teacher on val and on test: in a pool of actors or, without a plan, in this process.
+
+    This process holds some numbers of each image, and the predictions for one shard.
+    """
     directory.begin()
+    splits = tuple(split for split in ("val", "test") if samples.num_rows(split))
+    features = {} if adapted is None else {"val": adapted.features, "test": held_out_directory(config, samples).path}
+    head = None if adapted is None else adapted.path
+    wanted = PredictionPass(config, samples, splits, student.path, head, features)
+    with TemporaryDirectory() as folder, progress.task("evaluate", _count(samples), "images") as advance:
+        seen = {split: _Seen(f"{folder}/{split}") for split in splits}
+
+        def kept() -> Iterator[pa.Table]:
+            for table in predictions(wanted, plan):
+                seen[table["split"][0].as_py()].add(table)
+                advance(len(table))
+                yield kept_columns(table)
+
+        whole = f"{folder}/{PREDICTIONS_FILE}"
+        _write(kept(), whole)
+        write_file(f"{directory.path}/{PREDICTIONS_FILE}", lambda place: shutil.copyfile(whole, place))
+        measured, agreements, temperature = _measured(config, samples.classes, seen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = read_student(student.path, config.student)[0].to(device)
-    splits = [split for split in ("val", "test") if samples.num_rows(split)]
-    measured: dict[str, dict[str, Any]] = {"student": {}, "teacher": {}}
-    agreements, temperature, predictions = {}, None, []
-    with progress.task("evaluate", sum(map(samples.num_rows, splits)), "images") as advance:
-        for split in splits:  # one split at a time: with many classes the logits are large
-            all_logits, all_labels = split_logits(network, samples, split, device, config.evaluate.batch_size)
-            labels_N = all_labels[all_labels >= 0]
-            logits = {"student": all_logits[all_labels >= 0]}
-            if adapted is not None:
-                where = adapted.features if split == "val" else held_out_directory(config, samples).path
-                logits["teacher"] = load_head(adapted.path).logits(split_features(samples, where, split)[0])
-                agreements[split] = agreement(logits["student"], logits["teacher"])
-            for who, logits_NC in logits.items():
-                measured[who][split] = measures(logits_NC, labels_N, samples.classes, config.evaluate.calibration_bins)
-            if split == "val":
-                temperature = fitted_temperature(logits["student"], labels_N)
-            if temperature is not None:
-                measured["student"][split]["ece_calibrated"] = _calibration_error(
-                    logits["student"] / temperature, labels_N, config.evaluate.calibration_bins
-                )
-            predictions.append(_predictions(samples, split, logits))
-            advance(len(all_labels))
     teacher_parameters, teacher_speed = (None, None) if adapted is None else _teacher_cost(config, device)
     report = Report(
         path=directory.path,
         student=measured["student"],
-        teacher=measured["teacher"] or None,
+        teacher=measured.get("teacher"),
         agreement=agreements or None,
         temperature=temperature,
         student_parameters=student.num_parameters,
@@ -86,12 +92,86 @@ def evaluate_student(
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         kept=student.kept,
     )
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.concat_tables(predictions) if predictions else pa.table({}), sink)
-    directory.write(PREDICTIONS_FILE, bytes(sink.getvalue().to_pybytes()))
     directory.write_json("report.json", asdict(report))
     directory.finish(asdict(report))
     return report
+
+
+def _count(samples: SampleSet) -> int:
+    return samples.num_rows("val") + samples.num_rows("test")
+
+
+class _Seen:
+    """The predictions for a split: the numbers of each image that measures need and, in a file, the student's logits,
+    since every temperature that is tried reads them all."""
+
+    def __init__(self, place: str) -> None:
+        self._tables, self._place, self._num_classes = list[pa.Table](), place, 0
+
+    def add(self, table: pa.Table) -> None:
+        names = [n for n in table.column_names if n.endswith(("label", "_class", "_probability", "_in_top5"))]
+        self._tables.append(table.select(names).take(np.arange(len(table))))  # a copy: the others' memory may go
+        logits_RC = student_logits(table)
+        self._num_classes = logits_RC.shape[1]
+        with open(self._place, "ab") as file:
+            file.write(logits_RC.tobytes())
+
+    def answers(self) -> tuple[dict[str, Answers], np.ndarray]:
+        """Of student and teacher, and the (N,) labels."""
+        table = pa.concat_tables(self._tables)
+        found = {}
+        for who in ("student", "teacher"):
+            columns = [table[f"{who}_{name}"] for name in ("class", "probability", "in_top5")]
+            if not columns[0].null_count:
+                found[who] = Answers(*(np.array(column.to_numpy()) for column in columns))
+        return found, labels_of(table)
+
+    def logits(self) -> np.ndarray:
+        """(N, C), to be read in parts."""
+        return np.memmap(self._place, np.float32, "c").reshape(-1, self._num_classes)
+
+
+def _measured(
+    config: RunConfig, classes: tuple[str, ...], seen: dict[str, _Seen]
+) -> tuple[dict[str, dict[str, Any]], dict[str, float], float | None]:
+    """The measures of student and teacher by split, their agreement, and the student's temperature, fitted on val."""
+    bins, temperature = config.evaluate.calibration_bins, None
+    measured: dict[str, dict[str, Any]] = {"student": {}}
+    agreements = {}
+    for split, of_split in seen.items():
+        answers, labels_N = of_split.answers()
+        for who, own in answers.items():
+            measured.setdefault(who, {})[split] = measures(own, labels_N, classes, bins)
+        if "teacher" in answers:
+            agreements[split] = agreement(answers["student"].class_N, answers["teacher"].class_N)
+        if split == "val":
+            temperature = fitted_temperature(of_split.logits(), labels_N)
+        if temperature is not None:
+            calibrated_N = probability_at(of_split.logits(), temperature)
+            right_N = answers["student"].class_N == labels_N
+            measured["student"][split]["ece_calibrated"] = calibration_error(calibrated_N, right_N, bins)
+    return measured, agreements, temperature
+
+
+def _write(tables: Iterator[pa.Table], place: str) -> None:
+    groups = _grouped(tables)
+    first = next(groups, pa.table({}))
+    with pq.ParquetWriter(place, first.schema) as writer:
+        for group in itertools.chain([first], groups):
+            writer.write_table(group)
+
+
+def _grouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Tables of some SHARD_BYTES: a file of many small row groups is slow to read."""
+    waiting, size = list[pa.Table](), 0
+    for table in tables:
+        waiting.append(table)
+        size += table.nbytes
+        if size >= SHARD_BYTES:
+            yield pa.concat_tables(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def _teacher_cost(config: RunConfig, device: torch.device) -> tuple[int, float | None]:
@@ -103,116 +183,14 @@ def _teacher_cost(config: RunConfig, device: torch.device) -> tuple[int, float |
     return sum(parameter.numel() for parameter in teacher.parameters()), speed
 
 
-def measures(logits_NC: np.ndarray, labels_N: np.ndarray, classes: tuple[str, ...], bins: int) -> dict[str, Any]:
-    """Accuracy with its 95 % Wilson interval, top-5, expected calibration error; images, answers, precision and recall
-    by class; and the pairs of classes that are confused, the most frequent first."""
-    num_classes, predicted_N = len(classes), logits_NC.argmax(1)
-    correct = int((predicted_N == labels_N).sum())
-    interval = binomtest(correct, len(labels_N)).proportion_ci(method="wilson")
-    best_NK = torch.from_numpy(logits_NC).topk(min(5, num_classes), dim=1).indices.numpy()
-    precision, recall, _, support = precision_recall_fscore_support(
-        labels_N, predicted_N, labels=range(num_classes), zero_division=0.0
-    )
-    answers = np.bincount(predicted_N, minlength=num_classes)
-    table = {
-        name: {
-            "images": int(support[k]), "answers": int(answers[k]), "recall": _of_any(recall[k], support[k]),
-            "precision": float(precision[k]),
-        }
-        for k, name in enumerate(classes)
-    }  # fmt: skip
-    return {
-        "images": len(labels_N),
-        "accuracy": correct / len(labels_N),
-        "interval": [float(interval.low), float(interval.high)],
-        "top5": float((best_NK == labels_N[:, None]).any(axis=1).mean()),
-        "ece": _calibration_error(logits_NC, labels_N, bins),
-        "balanced_accuracy": float(recall[support > 0].mean()),
-        "per_class": table,
-        "confused": [
-            {"true": classes[k], "taken_for": classes[j], "images": count}
-            for k, j, count in confused_pairs(predicted_N, labels_N)[:_MOST_PAIRS]
-        ],
-    }
-
-
-def confused_pairs(answers_N: np.ndarray, labels_N: np.ndarray) -> list[tuple[int, int, int]]:
-    """(true class, predicted class, images), the most frequent first."""
-    wrong_N = answers_N != labels_N
-    pairs, counts = np.unique(np.stack([labels_N, answers_N])[:, wrong_N], axis=1, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return [(int(pairs[0, n]), int(pairs[1, n]), int(counts[n])) for n in order]
-
-
-def _calibration_error(logits_NC: np.ndarray, labels_N: np.ndarray, bins: int) -> float:
-    scores_NC, truth_N = torch.from_numpy(logits_NC).softmax(dim=1), torch.from_numpy(labels_N)
-    return float(multiclass_calibration_error(scores_NC, truth_N, logits_NC.shape[1], n_bins=bins, norm="l1"))
-
-
-def _of_any(value: float, count: int) -> float | None:
-    """None for a class without images: that is not a recall of 0."""
-    return float(value) if count else None
-
-
-def fitted_temperature(logits_NC: np.ndarray, labels_N: np.ndarray) -> float:
-    """The temperature that minimises the cross-entropy (temperature scaling, Guo et al. 2017, section 4.2). It lies
-    between 0.01 and 100: if every answer is right, the optimum is 0."""
-
-    parts = [
-        (torch.from_numpy(logits_NC[n : n + _PART]), torch.from_numpy(labels_N[n : n + _PART]))
-        for n in range(0, len(labels_N), _PART)
-    ]
-
-    def loss(exponent: float) -> float:
-        scaled = ((part_PC.double() / 10**exponent, truth_P) for part_PC, truth_P in parts)
-        return sum(float(torch.nn.functional.cross_entropy(*part, reduction="sum")) for part in scaled)
-
-    return float(10 ** minimize_scalar(loss, bounds=(-2, 2), method="bounded").x)
-
-
-def _predictions(samples: SampleSet, split: str, logits: dict[str, np.ndarray]) -> pa.Table:
-    """One row for each labelled image of a split: its class, and of student and teacher (null without one) the
-    predicted class, its probability and the logits. With very many classes it holds the highest logits only, in
-    descending order, and their classes in one more column."""
-    rows = pa.concat_tables(
-        read_columns(samples, split, shard, "sample_id", "label", "split")
-        for shard in range(len(samples.shards[split]))
-    )
-    rows = rows.filter(rows["label"].is_valid())
-    for who in ("student", "teacher"):
-        for name, values in _columns(logits.get(who), rows.num_rows, len(samples.classes)).items():
-            rows = rows.append_column(f"{who}_{name}", values)
-    return rows
-
-
-def _columns(logits_NC: np.ndarray | None, num_rows: int, num_classes: int) -> dict[str, pa.Array]:
-    kinds = {"class": pa.int32(), "probability": pa.float32(), "logits": pa.list_(pa.float32())}
-    if num_classes > _MOST_WHOLE:
-        kinds["classes"] = pa.list_(pa.int32())
-    if logits_NC is None:
-        return {name: pa.nulls(num_rows, kind) for name, kind in kinds.items()}
-    class_N = logits_NC.argmax(1)
-    highest_N1 = np.take_along_axis(logits_NC, class_N[:, None], axis=1)
-    sure_N = 1 / np.exp(logits_NC - highest_N1).sum(axis=1)
-    found = {"class": class_N, "probability": sure_N, "logits": logits_NC}
-    if "classes" in kinds:
-        kept = torch.from_numpy(logits_NC).topk(_LIKELIEST, dim=1)
-        found |= {"logits": kept.values.numpy(), "classes": kept.indices.numpy()}
-    return {name: pa.array(list(found[name]), kind) for name, kind in kinds.items()}
-
-
-def agreement(student_logits_NC: np.ndarray, teacher_logits_NC: np.ndarray) -> float:
-    """Share of images for which both predict the same class."""
-    return float((student_logits_NC.argmax(1) == teacher_logits_NC.argmax(1)).mean())
-
-
 def evaluate(execution: Execution) -> None:
     config, samples, outcome = execution.config, execution.samples, execution.outcome
     directory = evaluate_directory(config, samples)
 
     def work(_: Any) -> None:
         assert outcome.student is not None
-        evaluate_student(config, samples, outcome.adapted, outcome.student, directory, execution.progress)
+        plan = execution.plan_of_many() if _count(samples) >= _MANY else None
+        evaluate_student(config, samples, outcome.adapted, outcome.student, directory, plan, execution.progress)
 
     report = outcome.report = result_of(execution.result(directory, work), directory.path, Report)
     if config.generate is not None:

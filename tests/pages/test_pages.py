@@ -19,6 +19,7 @@ from rich.console import Console
 from sklearn.metrics import confusion_matrix
 
 from raydistill.doctor.images import check_images
+from raydistill.engine.measures import Answers, measures
 from raydistill.escaping import for_figure
 from raydistill.pages import tables
 from raydistill.pages.check import write_checkup
@@ -30,7 +31,6 @@ from raydistill.results import Report
 from raydistill.runtime.progress import Progress
 from raydistill.search.page import comparison_page
 from raydistill.search.verdict import summarise
-from raydistill.stages.evaluate import measures
 from tests.search.test_verdict import arm
 
 NAMES = ("a_$x_$", r"$\foo$", "100 % {x}", "<i>&")
@@ -44,7 +44,7 @@ def report_of(classes: tuple[str, ...], num_images: int = 300) -> Report:
     for who in ("student", "teacher"):
         logits = rng.normal(0, 1, (num_images, len(classes))).astype(np.float32)
         logits[np.arange(num_images), labels] += 1.5
-        found[who] = measures(logits, labels, classes, 15)
+        found[who] = measures(Answers.of(logits, labels), labels, classes, 15)
     return Report("", {"test": found["student"]}, {"test": found["teacher"]}, {"test": 0.5}, None, 1, 1, 1.0, 1.0, "")
 
 
@@ -52,7 +52,7 @@ def test_the_matrix_and_the_classes_are_those_of_the_answers(make_set) -> None:
     classes = ("a", "b", "c", "d")
     rng, samples = np.random.default_rng(0), make_set("set", num_train=20, labelled=12).samples
     labels, logits = rng.integers(0, 3, 200), rng.normal(0, 1, (200, 4)).astype(np.float32)
-    report = replace(report_of(classes), student={"test": measures(logits, labels, classes, 15)})
+    report = replace(report_of(classes), student={"test": measures(Answers.of(logits, labels), labels, classes, 15)})
     expected = confusion_matrix(labels, logits.argmax(1), labels=range(4))
     matrix = tables.confusion_matrix(report, "test")
     assert [[count for count, _ in row] for _, row in matrix] == expected.tolist()

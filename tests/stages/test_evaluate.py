@@ -8,16 +8,23 @@ import tracemalloc
 from dataclasses import asdict
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
+from torchmetrics.functional.classification import multiclass_calibration_error
 
+from raydistill.engine import measures as measured
+from raydistill.engine import predictions
+from raydistill.engine.measures import Answers, agreement, fitted_temperature
 from raydistill.errors import CheckpointError
 from raydistill.models.student import build_student, split_logits
 from raydistill.results import Exported, Report
-from raydistill.stages import evaluate
-from raydistill.stages.evaluate import agreement, fitted_temperature, measures
 from raydistill.storage.state import result_of
+
+
+def measures(logits: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], bins: int) -> dict[str, object]:
+    return measured.measures(Answers.of(logits, labels), labels, classes, bins)
 
 
 def slow_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int) -> float:
@@ -71,8 +78,25 @@ def test_top5_counts_the_true_class_among_the_five_best() -> None:
     assert measures(logits, labels, tuple("abcdefghi"), 15)["top5"] == pytest.approx(expected)
 
 
+def test_measures_of_parts_are_those_of_libraries_on_all_logits() -> None:
+    rng = np.random.default_rng(8)
+    logits, labels = rng.normal(0, 3, (900, 40)).astype(np.float32), rng.integers(0, 40, 900)
+    parts = [Answers.of(logits[n : n + 250], labels[n : n + 250]) for n in range(0, 900, 250)]
+    names = ("class_N", "probability_N", "in_top5_N")
+    answers = Answers(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    found = measured.measures(answers, labels, tuple(map(str, range(40))), 15)
+    scores = torch.from_numpy(logits).softmax(1)
+    assert found["accuracy"] == accuracy_score(labels, logits.argmax(1))
+    assert found["top5"] == pytest.approx(top_k_accuracy_score(labels, scores.numpy(), k=5), abs=1e-12)
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)), abs=1e-12)
+    expected = multiclass_calibration_error(scores, torch.from_numpy(labels), 40, n_bins=15, norm="l1")
+    assert found["ece"] == pytest.approx(float(expected), abs=1e-6)
+    scaled = torch.from_numpy(logits / 1.7).softmax(1).amax(1)
+    np.testing.assert_allclose(measured.probability_at(logits, 1.7), scaled, atol=1e-7)
+
+
 def test_agreement() -> None:
-    assert agreement(np.eye(4), np.eye(4)[[0, 1, 3, 2]]) == 0.5
+    assert agreement(np.arange(4), np.array([0, 1, 3, 2])) == 0.5
 
 
 def test_student_logits_do_not_depend_on_the_batch_size(tiny_set) -> None:
@@ -117,27 +141,40 @@ def test_nothing_grows_with_the_square_of_the_classes(num_classes) -> None:
     tracemalloc.start()
     found = measures(logits, labels, names, 15)
     assert 0 < fitted_temperature(logits, labels) < 1000
-    evaluate._columns(logits, 60, num_classes)
+    predictions.table_of(rows_of_images(labels), {"student": logits}, num_classes)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 20e6  # a table of all pairs has 25 million entries
     assert len(json.dumps(found)) < 130 * num_classes + 10_000
 
 
+def rows_of_images(labels: np.ndarray) -> pa.Table:
+    ids = [f"{n:032x}" for n in range(len(labels))]
+    return pa.table({"sample_id": ids, "label": pa.array(labels, pa.int32()), "split": ["val"] * len(ids)})
+
+
 def test_predictions_keep_the_likeliest_of_very_many_classes(monkeypatch) -> None:
-    logits = np.random.default_rng(6).normal(0, 1, (7, 300)).astype(np.float32)
-    whole = evaluate._columns(logits, 7, 300)
-    monkeypatch.setattr(evaluate, "_MOST_WHOLE", 299)
-    kept, without = evaluate._columns(logits, 7, 300), evaluate._columns(None, 7, 300)
-    np.testing.assert_array_equal(np.stack(whole["logits"].to_numpy(zero_copy_only=False)), logits)
-    for n, (values, classes) in enumerate(zip(kept["logits"].to_pylist(), kept["classes"].to_pylist(), strict=True)):
+    rng = np.random.default_rng(6)
+    logits, rows = rng.normal(0, 1, (7, 300)).astype(np.float32), rows_of_images(rng.integers(0, 300, 7))
+    whole = predictions.table_of(rows, {"student": logits}, 300)
+    monkeypatch.setattr(predictions, "_MOST_WHOLE", 299)
+    kept = predictions.table_of(rows, {"student": logits}, 300)
+    np.testing.assert_array_equal(np.stack(whole["student_logits"].to_numpy()), logits)
+    for table in (whole, kept, whole.slice(2, 3), kept.slice(2, 3)):
+        start = int(table["sample_id"][0].as_py(), 16)
+        np.testing.assert_array_equal(predictions.student_logits(table), logits[start : start + len(table)])
+    lists = zip(kept["student_logits"].to_pylist(), kept["student_classes"].to_pylist(), strict=True)
+    for n, (values, classes) in enumerate(lists):
         assert classes == np.argsort(-logits[n], kind="stable")[:100].tolist()
         np.testing.assert_array_equal(values, logits[n][classes])
-        assert kept["class"][n].as_py() == whole["class"][n].as_py() == classes[0]
+        assert kept["student_class"][n].as_py() == whole["student_class"][n].as_py() == classes[0]
         expected = np.exp(logits[n].max()) / np.exp(logits[n]).sum()
-        assert kept["probability"][n].as_py() == pytest.approx(expected, rel=1e-5)
-    assert {name: column.type for name, column in without.items()} == {n: c.type for n, c in kept.items()}
-    assert all(column.null_count == 7 for column in without.values())
+        assert kept["student_probability"][n].as_py() == pytest.approx(expected, rel=1e-5)
+    written = predictions.kept_columns(kept)
+    for name in ("class", "probability", "logits", "classes"):
+        assert written[f"teacher_{name}"].type == written[f"student_{name}"].type
+        assert written[f"teacher_{name}"].null_count == 7
+    assert written.num_columns == 3 + 2 * 4
 
 
 def of_a_stranger(change) -> dict[str, object]:

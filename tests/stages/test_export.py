@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import pyarrow as pa
 import pytest
 import timm
 import torch
@@ -20,11 +21,12 @@ from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 
 from raydistill.cli.commands import app
+from raydistill.cluster.plan import plan_resources
 from raydistill.config import load_config, overlay
 from raydistill.config.baselines import OVERLAYS
 from raydistill.data import sample
 from raydistill.data.sample import SampleSet, sample_id
-from raydistill.data.targets import UNLABELLED, read_samples
+from raydistill.data.targets import UNLABELLED, read_ids, read_samples
 from raydistill.errors import CheckpointError, ConfigError, StageError, UselessStudentError
 from raydistill.inference.predict import Predictor, find_units, predict_locally
 from raydistill.models.formats import network_inputs
@@ -35,6 +37,8 @@ from raydistill.pages.report import write_report
 from raydistill.results import Exported
 from raydistill.run import run_stages
 from raydistill.stages import export
+from raydistill.stages.evaluate import evaluate_student
+from raydistill.storage.directory import StageDirectory
 from tests.models.conftest import classifier
 from tests.small_run import CLASSES
 
@@ -323,6 +327,34 @@ def test_the_report_is_one_page_that_needs_nothing_else(finished):
     for words in ("a copy of another image", "model.onnx", "torch ", "per_image: 2"):
         assert words in page
     assert "red/cut.png" in page or "red/copy.png" in page
+
+
+@pytest.mark.cluster
+def test_a_pool_of_actors_measures_what_this_process_did(finished, tmp_path, progress):
+    config, outcome, page = finished
+    samples = outcome.samples
+    directory, plan = StageDirectory(str(tmp_path / "evaluate"), "evaluate", "{}"), plan_resources(config, 2.0, 0.0, 2)
+    report = evaluate_student(config, samples, outcome.adapted, outcome.student, directory, plan, progress)
+    rounded = ("ece", "ece_calibrated", "balanced_accuracy")
+    for found, expected in ((report.student, outcome.report.student), (report.teacher, outcome.report.teacher)):
+        for split, of_split in expected.items():
+            near = {name: pytest.approx(of_split[name], abs=1e-4) for name in rounded if name in of_split}
+            assert found[split] == of_split | near
+    assert report.agreement == outcome.report.agreement
+    assert report.temperature == pytest.approx(outcome.report.temperature, rel=1e-3)
+    here, there = (pq.read_table(folder / "predictions.parquet") for folder in (page.parent, tmp_path / "evaluate"))
+    assert here.schema == there.schema
+    for name in here.column_names:
+        if pa.types.is_floating(here.schema.field(name).type):
+            np.testing.assert_allclose(here[name].to_numpy(), there[name].to_numpy(), atol=1e-5)
+        elif pa.types.is_list(here.schema.field(name).type):
+            np.testing.assert_allclose(np.stack(here[name].to_numpy()), np.stack(there[name].to_numpy()), atol=1e-4)
+        else:
+            assert here[name].equals(there[name])
+    shards = [(split, k) for split in ("val", "test") for k in range(len(samples.shards[split]))]
+    assert len(shards) >= 2
+    ids = [sample for shard in shards for sample in read_ids(samples, *shard)]
+    assert here["sample_id"].to_pylist() == ids
 
 
 def test_a_temperature_is_told_of_where_val_can_tell_it(finished, monkeypatch):
