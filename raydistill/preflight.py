@@ -105,7 +105,7 @@ def _check_counts(config: RunConfig, listing: Listing) -> None:
             f"distill.batch_size={config.distill.batch_size} is not a multiple of the {workers} workers of "
             "distill.num_workers, which views.per_image=fresh needs"
         )
-    train = sum(entry.split in (None, "train") for entry in listing.entries)
+    train = int(listing.entries.in_split(None, "train").sum())
     if train < workers:
         raise DataError(
             f"images.path={config.images.path}: {train} train images for the {workers} workers of distill.num_workers; "

@@ -19,12 +19,14 @@ import pytest
 from raydistill import identity
 from raydistill.config import RunConfig, known_keys, load_config
 from raydistill.data.sample import SampleSet, samples_from_json
-from raydistill.data.sources.listing import Entry, Listing
+from raydistill.data.sources.columns import Entries, Entry
+from raydistill.data.sources.listing import Listing
 from raydistill.errors import CheckpointError, ConfigError, StageError
 from raydistill.storage.directory import StageDirectory, check_writable, read_bill, workspace_root
 from raydistill.storage.filesystems import write_bytes
 
-LISTING = Listing((Entry("/i/a/0.png", "a", None), Entry("/i/b/0.png", "b", None)), ("a", "b"), {}, "0123")
+ENTRIES = Entries.of([Entry("/i/a/0.png", "a", None), Entry("/i/b/0.png", "b", None)])
+LISTING = Listing(ENTRIES, ("a", "b"), {}, "0123")
 SAMPLES = SampleSet(
     path="/w/prepare-1",
     classes=("a", "b"),

@@ -7,19 +7,25 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
-from raydistill.config import Images
+import numpy as np
+
+from raydistill.config import SHARD_BYTES, Images
 from raydistill.data.decode import Facts, decode, decode_with_facts, large_alone
 from raydistill.data.isolation import Killed, run_isolated
 from raydistill.data.near_duplicates import contrast, difference_hash
 from raydistill.data.sample import sample_id
+from raydistill.data.sources.columns import Entries
 from raydistill.data.sources.reading import read_pictures
 from raydistill.errors import DataError
 from raydistill.secrets import redacted
 
 Place = tuple[int, str, int | None]  # of an entry: its index in the listing, its path and its row
 Chunk = list[Place]
+# Images of a task and of a file of decoded images: small enough to use all CPUs, large enough for few files.
+_FEWEST_TOGETHER, _MOST_TOGETHER, _FILES = 32, 256, 256
 _redacted = functools.lru_cache(maxsize=64)(redacted)  # a table may name a million missing files
 
 
@@ -33,6 +39,20 @@ class Inspection:
     facts: Facts | None = None
     hash: bytes = b""
     contrast: float = 0.0
+
+
+def chunk_ranges(entries: Entries, images: Images) -> np.ndarray:
+    """(chunks, 2): the first entry of each read, and the one after its last: rows of one file, or some files."""
+    together = min(max(len(entries) // _FILES, _FEWEST_TOGETHER), _MOST_TOGETHER, SHARD_BYTES // (3 * images.size**2))
+    is_other_file = (entries.path_N[1:] != entries.path_N[:-1]) & (entries.row_N[1:] >= 0)
+    of_files = [0, *(np.flatnonzero(is_other_file) + 1).tolist(), len(entries)]
+    starts = [start for first, end in pairwise(of_files) for start in range(first, end, together)]
+    return np.stack([starts, [*starts[1:], len(entries)]], axis=1)
+
+
+def chunks(entries: Entries, images: Images) -> Iterator[Chunk]:
+    """The places of each read."""
+    return (entries.places(first, end) for first, end in chunk_ranges(entries, images).tolist())
 
 
 def read_chunk(chunk: Sequence[Place], images: Images) -> Iterator[tuple[int, bytes | None, str]]:

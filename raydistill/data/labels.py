@@ -8,7 +8,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
 from raydistill.errors import DataError
@@ -89,10 +89,9 @@ def refuse_many_classes(count: int, where: str) -> None:
         raise DataError(f"{where}: {count:,} classes, above {MOST_CLASSES:,}; are the labels names of single images?")
 
 
-def whole_numbers(labels: Iterable[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:
+def whole_numbers(counts: Counter[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:
     """`3.0`, which pandas makes of whole numbers beside gaps, becomes `3`, if all labels are whole numbers and the
     class list does not have them as they are."""
-    counts = Counter(labels)
     if not all(map(_WHOLE.fullmatch, counts)) or counts.keys() <= set(listed or ()):
         return {}
     found = {label: label.partition(".")[0] for label in counts if "." in label}
@@ -101,15 +100,15 @@ def whole_numbers(labels: Iterable[str], listed: Sequence[str] | None, notes: Co
     return found
 
 
-def one_spelling(labels: Iterable[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:
-    """The class of each label.
+def one_spelling(counts: Counter[str], listed: Sequence[str] | None, notes: Counter[str]) -> Mapping[str, str]:
+    """The class of each label that is counted or listed.
 
     Labels that look alike (composed or decomposed letters, spaces, invisible characters) are one class, spelt as in the
     class list or else as in most labels; `notes` counts the others. Raises DataError for two that differ only in case,
     unless both are in the class list.
     """
     named = frozenset(listed or ())
-    counts, alike, folded = Counter(labels), defaultdict[str, list[str]](list), defaultdict[str, set[str]](set)
+    alike, folded = defaultdict[str, list[str]](list), defaultdict[str, set[str]](set)
     for name in {*counts, *named}:
         alike[_look(name)].append(name)
     spelt = {}

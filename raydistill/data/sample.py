@@ -77,6 +77,17 @@ def seeded_rank(seed: int, purpose: str, sample: str) -> str:
     return hashlib.blake2b(f"{seed}/{purpose}/{sample}".encode(), digest_size=16).hexdigest()
 
 
+def seeded_ranks(seed: int, purpose: str, ids_N: np.ndarray) -> np.ndarray:
+    """(N,) the bytes of `seeded_rank` of images whose ids are given as their 16 bytes."""
+    begun, names = hashlib.blake2b(f"{seed}/{purpose}/".encode(), digest_size=16), ids_N.tobytes().hex().encode()
+    ranks = bytearray()
+    for first in range(0, len(names), 32):
+        rank = begun.copy()
+        rank.update(names[first : first + 32])
+        ranks += rank.digest()
+    return np.frombuffer(ranks, "S16")
+
+
 def shard_name(split: str, index: int) -> str:
     return f"{split}-{index:05d}"
 

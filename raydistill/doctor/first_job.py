@@ -9,14 +9,15 @@ import shutil
 import statistics
 import subprocess
 import textwrap
-from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
+import numpy as np
+
 from raydistill.config import load_config
-from raydistill.data.sources.listing import entry_name, list_images
+from raydistill.data.sources.listing import list_images
 from raydistill.data.splits import Decoded, draw_splits
 from raydistill.doctor.images import look_at
 from raydistill.errors import DataError
@@ -95,12 +96,10 @@ def look(images: str) -> Situation:
     config = load_config([], {"images.path": images}).images
     listing = list_images(config.model_copy(update={"allow_missing_val": True}))
     entries = listing.entries
-    train = [entry for entry in entries if entry.split in (None, "train")]
-    labels = Counter(entry.label for entry in train if entry.label)
-    # Each stands for an image of its own; only the counts are used.
-    splits = draw_splits(
-        load_config([], {"images.path": images}), listing, [Decoded(e, entry_name(e), "") for e in entries]
-    )
+    train = entries[entries.in_split(None, "train")]
+    labels, numbers = train.label_counts(), np.arange(len(entries))
+    known = Decoded(entries, numbers.astype("S16"), {})  # as if each had another file; only the counts are used
+    splits = draw_splits(load_config([], {"images.path": images}), known, numbers)
     few = few_images({split: len(members) for split, members in splits.items()})
     some = entries[:: -(-len(entries) // _LOOKED_AT)]
     with closing(look_at(some, config)) as looks:
@@ -110,7 +109,7 @@ def look(images: str) -> Situation:
     return Situation(
         classes=len(labels), labelled=labels.total(), unlabelled=len(train) - labels.total(),
         set_apart=len(entries) - len(train), fewest=min(labels.values()), most=max(labels.values()),
-        has_val=any(entry.split == "val" for entry in entries),
+        has_val=listing.has_split("val"),
         few="{}: {}; {}".format(*few) if few else "",
         short_side=statistics.median(map(min, sizes)),
         long_share=sum(max(size) > 1.5 * min(size) for size in sizes) / len(sizes),

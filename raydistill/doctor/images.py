@@ -5,7 +5,7 @@ It uses the functions of `prepare`: what they refuse or rotate here is refused o
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,27 +13,22 @@ from functools import partial
 from operator import itemgetter
 from posixpath import splitext
 
+import numpy as np
 from PIL import Image
 
 from raydistill.config import Images, RunConfig
-from raydistill.data.chunks import Inspection, inspect_chunk
+from raydistill.data.chunks import Inspection, chunks, inspect_chunk
 from raydistill.data.decode import NOTES, Facts
 from raydistill.data.isolation import Killed, map_isolated, start_processes
 from raydistill.data.near_duplicates import near_pairs
-from raydistill.data.sources.listing import Entry, Listing, entry_name, list_images
-from raydistill.data.splits import (
-    Decoded,
-    draw_labelled,
-    draw_splits,
-    fewer_unlabelled,
-    lacking_classes,
-    without_duplicates,
-)
+from raydistill.data.sources.columns import Entries, Entry, entry_name
+from raydistill.data.sources.listing import Listing, list_images
+from raydistill.data.splits import Decoded, draw, draw_splits, lacking_classes, without_duplicates
 from raydistill.errors import DataError
 from raydistill.majority_baseline import few_images
 from raydistill.runtime.cgroups import num_cores
 from raydistill.runtime.progress import Progress
-from raydistill.stages.prepare import chunks, refuse_too_many_bad
+from raydistill.stages.prepare import refuse_too_many_bad
 
 EXAMPLES = 5
 _MOST_REASONS = 50
@@ -81,9 +76,12 @@ class Checkup:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The result of inspecting one image. `facts` and `hash` are those of images that decode."""
+    """The result of inspecting one image: the number of its entry, and the id of its file or the `reason` why it cannot
+    be used. `facts` and `hash` are those of images that decode."""
 
-    decoded: Decoded
+    number: int
+    id: str
+    reason: str
     facts: Facts | None
     hash: bytes
     contrast: float
@@ -106,7 +104,7 @@ def check_images(config: RunConfig, progress: Progress, strict: bool = False) ->
             for look in every:
                 looks.append(look)
                 advance(1)
-                if strict and look.decoded.reason:
+                if strict and look.reason:
                     break
     except KeyboardInterrupt:
         is_interrupted = True
@@ -119,81 +117,81 @@ def check_images(config: RunConfig, progress: Progress, strict: bool = False) ->
     return Checkup(findings, counts)
 
 
-def look_at(entries: Sequence[Entry], images: Images) -> Generator[Look]:
+def look_at(entries: Entries, images: Images) -> Generator[Look]:
     """In the entries' order, as many at once as there are cores; the memory does not grow with their number."""
     with closing(map_isolated(partial(inspect_chunk, images=images), chunks(entries, images), num_cores())) as every:
         for chunk, found in every:
             for (index, _, _), seen in zip(chunk, found, strict=True):
                 told = Inspection(seen) if isinstance(seen, Killed) else seen
-                yield Look(Decoded(entries[index], told.id, told.reason), told.facts, told.hash, told.contrast)
+                yield Look(index, told.id, told.reason, told.facts, told.hash, told.contrast)
 
 
 def _judge(
     config: RunConfig, listing: Listing, looks: list[Look], strict: bool
 ) -> tuple[list[Finding], dict[str, dict[str, int]]]:
-    images = config.images
-    known = [look.decoded for look in looks]
+    images, entries = config.images, listing.entries[: len(looks)]
+    ids_N = np.frombuffer(bytes.fromhex("".join(look.id or "0" * 32 for look in looks)), "S16")
+    known = Decoded(entries, ids_N, {look.number: look.reason for look in looks if look.reason})
     findings = list(_unusable(images, known, len(listing.entries), strict))
-    if strict and any(d.reason for d in known):
+    if strict and known.reasons:
         return findings, {}
     findings += _copies(known)
-    if len(known) < len(listing.entries):  # others may have them
-        return [*findings, *_of_pixels(config, [look for look in looks if look.facts])], {}
-    kept, _ = without_duplicates(known)
-    splits = draw_splits(config, listing, kept)
-    findings += _of_classes(listing, splits)
+    if len(looks) < len(listing.entries):  # others may have them
+        return [*findings, *_of_pixels(config, entries, [look for look in looks if look.facts])], {}
+    kept_S, _ = without_duplicates(known)
+    splits = draw_splits(config, known, kept_S)
+    findings += _of_classes(entries, splits)
     try:
-        labelled = draw_labelled(config, listing, splits["train"])
-        splits["train"] = fewer_unlabelled(config, splits["train"], labelled)
+        splits = draw(config, known, kept_S).splits
     except DataError as error:
         findings.append(Finding("stop", str(error), 1, (), "a run refuses to start", "as the message says"))
-    split_of = {d.id: split for split, members in splits.items() for d in members}
-    entries = {d.entry for members in splits.values() for d in members}  # of copies only one is used
-    used = [look for look in looks if look.decoded.entry in entries]
-    findings += _near_copies(used, split_of)
-    findings += _of_pixels(config, used)
+    split_of = {number: split for split, members_S in splits.items() for number in members_S.tolist()}
+    used = [look for look in looks if look.number in split_of]  # of copies only one is used
+    findings += _near_copies(entries, used, split_of)
+    findings += _of_pixels(config, entries, used)
     rename = "rename or move them, if they are pictures to learn from"
     findings += [Finding("note", what, count, (), "ignored", rename) for what, count in listing.ignored.items()]
     meant = "write them as you mean them"
     findings += [Finding("look", what, count, (), "as it says", meant) for what, count in listing.notes.items()]
-    counts = {s: dict(Counter(d.entry.label or "" for d in members)) for s, members in splits.items() if members}
+    counts = {s: _by_class(entries[members_S]) for s, members_S in splits.items() if len(members_S)}
     order = ("stop", "loses", "look", "note")
     return sorted(findings, key=lambda f: order.index(f.severity)), counts
 
 
-def _unusable(images: Images, known: list[Decoded], total: int, strict: bool) -> Iterator[Finding]:
+def _by_class(entries: Entries) -> dict[str, int]:
+    """Images of each class that has some, and of "" those without a label."""
+    blank = len(entries) - int(entries.is_labelled.sum())
+    return {**entries.label_counts(), **({"": blank} if blank else {})}
+
+
+def _unusable(images: Images, known: Decoded, total: int, strict: bool) -> Iterator[Finding]:
     by_reason: dict[str, list[str]] = defaultdict(list)
-    bad = [d for d in known if d.reason]
-    for d in bad:
-        kind = d.reason.partition(":")[0]  # it may state sizes, so that each picture has its own reason
+    for number, reason in known.reasons.items():
+        kind = reason.partition(":")[0]  # it may state sizes, so that each picture has its own reason
         if kind not in by_reason and len(by_reason) >= _MOST_REASONS:
             kind = "cannot be used, for other reasons"
-        by_reason[kind].append(f"{entry_name(d.entry)}: {d.reason}")
+        by_reason[kind].append(f"{entry_name(known.entries[number])}: {reason}")
     severity = "stop" if strict else "loses"
     done = "the look ended here" if strict else "left out, and listed in refused.json"
     for reason, names in by_reason.items():
         yield from _found(names, severity, reason, done, "repair or remove the files")
     try:
-        refuse_too_many_bad(images, bad, len(known), total)
+        refuse_too_many_bad(images, known.entries, known.reasons, len(known.entries), total)
     except DataError as error:
-        yield Finding("stop", str(error).partition(":")[0], len(bad), (), "a run refuses to start",
+        yield Finding("stop", str(error).partition(":")[0], len(known.reasons), (), "a run refuses to start",
                       "repair them, or raise images.max_bad_share")  # fmt: skip
 
 
-def _copies(known: list[Decoded]) -> Iterator[Finding]:
-    copies: dict[str, list[Entry]] = defaultdict(list)
-    for d in known:
-        if d.id:
-            copies[d.id].append(d.entry)
+def _copies(known: Decoded) -> Iterator[Finding]:
     two_labels, across, pool, within = (list[list[Entry]]() for _ in range(4))
-    for group in copies.values():
+    for group in (list(known.entries[np.sort(numbers)]) for numbers in known.copies()):
         if len({entry.label for entry in group if entry.label}) > 1:
             two_labels.append(group)
         elif len({"train" if entry.split is None else entry.split for entry in group}) > 1:
             across.append(group)
         elif len({entry.label for entry in group}) > 1:
             pool.append(group)
-        elif len(group) > 1:
+        else:
             within.append(group)
     kinds = [
         (two_labels, "one file under several labels", "left out under each of them",
@@ -209,7 +207,7 @@ def _copies(known: list[Decoded]) -> Iterator[Finding]:
             yield Finding("loses", what, lost, examples, done, change)
 
 
-def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding]:
+def _near_copies(entries: Entries, used: list[Look], split_of: dict[int, str]) -> Iterator[Finding]:
     """For pictures that a run would use, without equal files."""
     if not used:
         return
@@ -223,11 +221,11 @@ def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding
     pairs += [(rows[hashes[a]][0], rows[hashes[b]][0]) for a, b in near_pairs(hashes, _NEAR)]
     across, within, labels = [], [], []
     for one, other in pairs:
-        first, second = one.decoded, other.decoded
-        words = f"{entry_name(first.entry)} ~ {entry_name(second.entry)}"
-        if first.entry.label and second.entry.label and first.entry.label != second.entry.label:
+        first, second = entries[one.number], entries[other.number]
+        words = f"{entry_name(first)} ~ {entry_name(second)}"
+        if first.label and second.label and first.label != second.label:
             labels.append(words)
-        elif split_of[first.id] != split_of[second.id]:
+        elif split_of[one.number] != split_of[other.number]:
             across.append(words)
         else:
             within.append(words)
@@ -239,43 +237,44 @@ def _near_copies(used: list[Look], split_of: dict[str, str]) -> Iterator[Finding
     yield from _found(within, "note", "all but the same picture in one split", "both stay", "remove one of the two")
 
 
-def _of_classes(listing: Listing, splits: dict[str, list[Decoded]]) -> Iterator[Finding]:
-    train = Counter(d.entry.label for d in splits["train"])
-    lacking = [name for name in listing.classes if not train[name]]
+def _of_classes(entries: Entries, splits: dict[str, np.ndarray]) -> Iterator[Finding]:
+    train, classes = entries[splits["train"]].label_counts(), entries.labels
+    lacking = [name for name in classes if not train[name]]
     yield from _found(lacking, "stop", "classes without a usable train image", "a run refuses to start",
                       "add images, or take the class out of the data")  # fmt: skip
-    few = [name for name in listing.classes if 0 < train[name] < _FEW]
+    few = [name for name in classes if 0 < train[name] < _FEW]
     yield from _found(few, "look", f"classes with fewer than {_FEW} labelled train images", "they are used as they are",
                       f"label more: {_FEW} a class are the fewest that docs/results.md has a figure for")  # fmt: skip
-    for what, names in lacking_classes(listing, splits).items():
+    for what, names in lacking_classes(entries, splits).items():
         yield from _found(names, "look", what, "they are used as they are",
                           "add images, or name the splits in the data")  # fmt: skip
     if too_few := few_images({split: len(members) for split, members in splits.items()}):
         yield Finding("look", too_few[0], len(splits["val"]) + len(splits["test"]), (), *too_few[1:])
     for split in ("val", "test"):
-        if not splits[split]:
+        if not len(splits[split]):
             yield Finding("look", f"no {split} images", 1, (), f"nothing is measured on {split}",
                           f"add some, or raise images.{split}_share")  # fmt: skip
-    most = max(listing.classes, key=train.__getitem__)
-    least = min((name for name in listing.classes if train[name]), key=train.__getitem__, default=most)
+    most = max(classes, key=train.__getitem__)
+    least = min((name for name in classes if train[name]), key=train.__getitem__, default=most)
     if train[least] and train[most] / train[least] > _IMBALANCE:
         yield Finding("look", f"{most!r} has {train[most] / train[least]:.0f} times the train images of {least!r}",
                       train[least], (), "all are used as they are",
                       "teacher.class_balanced=true, generate.balance=true, or more images of it")  # fmt: skip
 
 
-def _of_pixels(config: RunConfig, used: list[Look]) -> Iterator[Finding]:
+def _of_pixels(config: RunConfig, entries: Entries, used: list[Look]) -> Iterator[Finding]:
     size, fit = config.images.size, config.images.fit
     by_note: dict[str, list[str]] = defaultdict(list)
     other_form, blank, small, huge, long = [], [], [], [], []
     form_of = Image.registered_extensions()
     for look in used:
-        facts, name = look.facts, entry_name(look.decoded.entry)
+        facts, entry = look.facts, entries[look.number]
+        name = entry_name(entry)
         assert facts is not None
         for note in facts.notes:
             by_note[note].append(name)
-        expected = form_of.get(splitext(look.decoded.entry.path)[1].lower())
-        if look.decoded.entry.row is None and expected not in (None, facts.form, _ALIKE.get(facts.form)):
+        expected = form_of.get(splitext(entry.path)[1].lower())
+        if entry.row is None and expected not in (None, facts.form, _ALIKE.get(facts.form)):
             other_form.append(f"{name} is {facts.form}")
         if look.contrast < _CONTRAST:
             blank.append(name)

@@ -16,10 +16,11 @@ import torch
 from rich.table import Table
 
 from raydistill.config import RunConfig, Teacher
-from raydistill.data.chunks import decode_chunk
+from raydistill.data.chunks import chunks, decode_chunk
 from raydistill.data.isolation import Killed, map_isolated
 from raydistill.data.sample import seeded_rank
-from raydistill.data.sources.listing import Entry, list_images
+from raydistill.data.sources.columns import Entries
+from raydistill.data.sources.listing import list_images
 from raydistill.data.views import WHOLE_IMAGE, Preprocessing, render
 from raydistill.errors import ConfigError, DataError
 from raydistill.models.heads import match_native_head
@@ -28,7 +29,6 @@ from raydistill.models.teacher import TeacherBackbone, load_teacher
 from raydistill.runtime.cgroups import num_cores
 from raydistill.runtime.progress import Progress
 from raydistill.stages.adapt import fit_linear_probe
-from raydistill.stages.prepare import chunks
 
 # The number of images: three quarters for the quick probe, one for its accuracy.
 _MOST_IMAGES, _BATCH, _TOLERANCE = 800, 32, 1e-3
@@ -56,11 +56,13 @@ def check_teachers(config: RunConfig, names: Sequence[str], progress: Progress) 
         raise ConfigError("check --teacher: the job has no teacher; name one in teacher.model, or use --teachers")
     settings = [_named(name) for name in names] if names else [config.teacher]
     listing = list_images(config.images)
-    labelled = [e for e in listing.entries if e.label and e.split in (None, "train")]
-    ranked = sorted(labelled, key=lambda e: seeded_rank(config.seed, "check", f"{e.path}/{e.row}"))[:_MOST_IMAGES]
-    images_NHH3, labels_N = _decode(config, ranked, listing.classes)
+    train = listing.entries[listing.entries.in_split(None, "train")]
+    labelled = train[train.is_labelled]
+    ranks = np.array([seeded_rank(config.seed, "check", f"{e.path}/{e.row}") for e in labelled])
+    some = labelled[np.argsort(ranks, kind="stable")[:_MOST_IMAGES]]
+    images_NHH3, labels_N = _decode(config, some[some.by_name()])
     views = config.views.per_image if isinstance(config.views.per_image, int) else config.distill.epochs
-    num_views = views * sum(e.split in (None, "train") for e in listing.entries)
+    num_views = views * len(train)
     progress.line(f"student:  {config.student.model} {_student_words(config, len(listing.classes))}")
     looks = []
     with progress.task("teachers", len(settings) * len(images_NHH3), "images") as advance:
@@ -81,16 +83,15 @@ def _student_words(config: RunConfig, num_classes: int) -> str:
     return f"sees {_words(build_student(config.student, num_classes).preprocessing)}"
 
 
-def _decode(config: RunConfig, entries: list[Entry], classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _decode(config: RunConfig, entries: Entries) -> tuple[np.ndarray, np.ndarray]:
     """(N, H, H, 3) uint8 and (N,) class numbers of the readable ones. Raises DataError if there are none."""
-    entries, images, labels = sorted(entries, key=lambda e: (e.path, e.row or 0)), [], []
-    settings = config.images
+    images, labels, settings = [], [], config.images
     work = partial(decode_chunk, images=settings)
     for _, found in map_isolated(work, chunks(entries, settings), num_cores()):
         for one in found:
             if not isinstance(one, Killed) and one["image"]:  # `check` has given the reasons for the others
                 images.append(np.frombuffer(one["image"], np.uint8).reshape(settings.size, settings.size, 3))
-                labels.append(classes.index(str(entries[one["index"]].label)))
+                labels.append(int(entries.label_N[one["index"]]))
     if not images:
         raise DataError(f"images.path={settings.path}: no labelled train image can be read")
     return np.stack(images), np.array(labels)

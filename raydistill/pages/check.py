@@ -17,7 +17,8 @@ from rich.table import Table as RichTable
 
 from raydistill.config import Images, RunConfig
 from raydistill.data.chunks import decode_isolated
-from raydistill.data.sources.listing import Entry, entry_name, list_images
+from raydistill.data.sources.columns import Entry, entry_name
+from raydistill.data.sources.listing import list_images
 from raydistill.errors import ConfigError
 from raydistill.escaping import markdown, quoted
 from raydistill.pages.templates import Table, data_uri, file_name, page
@@ -68,8 +69,10 @@ def write_checkup(config: RunConfig, checkup: Checkup, path: str) -> None:
 
 def _page(config: RunConfig, checkup: Checkup) -> bytes:
     is_listed = checkup.counts or checkup.is_interrupted
-    entries = {entry_name(e): e for e in list_images(config.images).entries} if is_listed else {}
-    above = os.path.commonprefix([e.path for e in entries.values()]).rpartition("/")[0]  # noqa: RUF071 - to a slash
+    named = {name for finding in checkup.findings for example in finding.examples for name in _names(example)}
+    every = list_images(config.images).entries if is_listed else ()
+    entries = {name: e for e in every if (name := entry_name(e)) in named}
+    above = os.path.commonprefix([e.path for e in every]).rpartition("/")[0]  # noqa: RUF071 - to a slash
     findings = [
         (
             finding,
@@ -105,8 +108,8 @@ def _page(config: RunConfig, checkup: Checkup) -> bytes:
 def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[Markup]:
     """Data URIs of the images of an example: one, two similar ones, or none if none decodes."""
     found = []
-    for name in [part for whole in example.split(" = ") for part in whole.split(" ~ ")]:
-        entry = entries.get(name) or entries.get(name.rpartition(" is ")[0])
+    for name in _names(example):
+        entry = entries.get(name)
         if entry is None:
             continue
         small = images.model_copy(update={"size": _THUMBNAIL, "fit": "pad"})
@@ -116,6 +119,12 @@ def _pictures(example: str, entries: dict[str, Entry], images: Images) -> list[M
                 Image.frombytes("RGB", (_THUMBNAIL, _THUMBNAIL), one["image"]).save(sink, "JPEG", quality=80)
                 found.append(data_uri(sink.getvalue(), "jpeg"))
     return found
+
+
+def _names(example: str) -> list[str]:
+    """What may be the names of the entries of an example: one, or several alike, maybe with what they are."""
+    names = [name for whole in example.split(" = ") for name in whole.split(" ~ ")]
+    return [*names, *(name.rpartition(" is ")[0] for name in names)]
 
 
 def _short(example: str) -> str:

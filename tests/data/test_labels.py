@@ -226,4 +226,4 @@ def test_a_class_of_which_no_file_is_read_is_named(class_folders):
 @pytest.mark.timeout(10)
 def test_very_many_listed_classes_find_their_spelling_soon() -> None:
     names = [f"class {k}" for k in range(50_000)]
-    assert one_spelling(names, names, Counter()) == {name: name for name in names}
+    assert one_spelling(Counter(names), names, Counter()) == {name: name for name in names}

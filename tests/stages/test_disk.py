@@ -21,7 +21,7 @@ from raydistill.engine.loop import distill_loop
 from raydistill.engine.teacher_pool import refuse_large_targets
 from raydistill.engine.workers import Worker
 from raydistill.errors import ConfigError
-from raydistill.identity import decoded_directory, prepare_directory
+from raydistill.identity import prepare_directory
 from raydistill.stages import prepare
 from raydistill.stages.teach import stream_soft_targets
 from raydistill.storage.directory import free_bytes, refuse_small_disk
@@ -73,16 +73,12 @@ def test_images_count_at_their_size_on_disk_and_once_where_they_are_decoded(flat
     folder, total = flat_images
     config = load_config([f"images.path={folder}", "images.size=64", f"workspace={tmp_path}/workspace"])
     listing = list_images(config.images)
-    file = f"{decoded_directory(config, listing).path}/00000.parquet"
-    together = {file: next(prepare.chunks(listing.entries, config.images))}
     assert 2 * total < 30 * 64 * 64 * 3
     free(2 * total + 1)
-    prepare._refuse_small_disk(config, listing, together)
+    prepare._refuse_small_disk(config, listing.entries, 30)
     free(1000)
-    Path(file).parent.mkdir(parents=True)
-    Path(file).touch()
     with pytest.raises(ConfigError) as refused:
-        prepare._refuse_small_disk(config, listing, together)
+        prepare._refuse_small_disk(config, listing.entries, 0)
     assert needed(refused) == pytest.approx(total, abs=1)
 
 

@@ -29,6 +29,7 @@ from raydistill.cluster.session import RayStart, configure_ray_data
 from raydistill.config import Generate, RunConfig, load_config
 from raydistill.data.decode import decode, encode
 from raydistill.data.sample import SampleSet, decode_shard, sample_id, working_images
+from raydistill.data.sources.columns import Entries
 from raydistill.data.sources.listing import Listing
 from raydistill.data.targets import read_samples, read_targets
 from raydistill.data.views import render, view_parameters
@@ -586,7 +587,7 @@ def test_sheets_are_recorded(generating, in_this_process, samples, tmp_path, pro
     config = load_config([*generating, *NO_TEACHER, f"workspace={place}"])
     in_this_process(config, samples)
     prepared, tracker = stage_directory(config, "prepare", {}), Recorded()
-    work = Work(Listing((), (), {}, ""), prepared, {"generate": None}, frozenset(), False)
+    work = Work(Listing(Entries.of(()), (), {}, ""), prepared, {"generate": None}, frozenset(), False)
     with RayStart(config) as ray:
         execution = Execution(config, progress, work, ray, tracker, JobRecord(config, "0" * 12, ""))
         execution.outcome.samples = samples

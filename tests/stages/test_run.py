@@ -563,6 +563,29 @@ def test_images_are_decoded_once_for_all_seeds(words, progress, tmp_path) -> Non
         run_stages(load_config(words), progress, until="prepare")
 
 
+@pytest.mark.usefixtures("taught")
+def test_half_done_prepare_writes_only_the_shards_that_are_missing(words, progress) -> None:
+    config = load_config(words)
+    first = run_stages(config, progress, until="prepare").samples
+    shards = sorted(Path(first.path).glob("*.parquet"))
+    made = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in shards}
+    assert len(made) >= 5
+
+    def again(change) -> set[Path]:
+        """The shards that are written, when a command was killed before its end."""
+        Path(first.path, "DONE").unlink()
+        change()
+        before = {path: path.stat().st_mtime_ns for path in shards if path.exists()}
+        assert run_stages(config, progress, until="prepare").samples == first
+        assert {path: path.read_bytes() for path in shards} == {path: data for path, (_, data) in made.items()}
+        return {path for path in shards if path.stat().st_mtime_ns != before.get(path)}
+
+    assert again(lambda: [shards[1].unlink(), shards[-1].unlink()]) == {shards[1], shards[-1]}
+    assert again(lambda: None) == set()
+    # What could not be read then is read now, so the shards of then are in another order.
+    assert again(Path(first.path, "order.json").unlink) == set(shards)
+
+
 def cli(words: list[str], *more: str, **options):
     return subprocess.Popen(
         [sys.executable, "-c", "from raydistill.cli import main; main()", "run", *words, *more],

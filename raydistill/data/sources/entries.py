@@ -9,11 +9,12 @@ from __future__ import annotations
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raydistill.data.sources import path_tables
+from raydistill.data.sources.columns import Entries, Entry
 from raydistill.data.sources.containers import EXTENSIONS, SUFFIXES, list_rows, saved_files
 from raydistill.data.sources.folders import files_below
 from raydistill.errors import DataError
@@ -34,30 +35,14 @@ _ALWAYS_ROWS, _MOST_ROWS = 4096, 16
 _SAVED = ("state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One image as its source names it: a file, or a `row` of one. Label and split are None if the source gives
-    none."""
-
-    path: str
-    label: str | None
-    split: str | None
-    row: int | None = None
-
-
-def entry_name(entry: Entry) -> str:
-    """The name of an entry in messages."""
-    return quoted(entry.path) if entry.row is None else f"{quoted(entry.path)} row {entry.row}"
-
-
 @dataclass(frozen=True)
 class Source:
-    """The entries; the `folder` that their paths begin with; all `files` below it with their facts from storage, none
-    for a single file; and whether folders name the classes."""
+    """The entries; the `folder` that their paths begin with; in a bucket all `files` below it with their facts from
+    storage; and whether folders name the classes."""
 
-    entries: list[Entry]
+    entries: Entries
     folder: str
-    files: dict[str, Any]
+    files: Mapping[str, Any]
     has_class_folders: bool = False
 
 
@@ -66,19 +51,17 @@ def read_source(fs: FileSystem, root: str, ignored: Counter[str], notes: Counter
     looks. Raises DataError."""
     if fs.isfile(root):
         if _suffix(root) in SUFFIXES:
-            return Source(list(_of_file(fs, root, None, ignored, notes)), posixpath.dirname(root), {})
+            return Source(Entries.of(_of_file(fs, root, None, ignored, notes)), posixpath.dirname(root), {})
         if _suffix(root) in path_tables.SUFFIXES:
-            entries = list(_of_table(fs, root, notes))
+            entries = Entries.of(_of_table(fs, root, notes))
             _refuse_repeats(entries, quoted(root))
             return Source(entries, posixpath.dirname(root), {})
         return None
-    if fs.is_local:
-        files: dict[str, Any] = {path: {} for path in files_below(root, ignored)}
-    else:
-        files = dict(fs.find(root, detail=True))
+    facts: Mapping[str, Any] = {} if fs.is_local else fs.find(root, detail=True)
+    files: Collection[str] = files_below(root, ignored) if fs.is_local else facts
     if _holds_files_of_many(root, files):
-        return Source(list(_of_folder_of_files(fs, root, files, ignored, notes)), root, files)
-    return Source(list(_of_class_folders(root, files, ignored, notes)), root, files, has_class_folders=True)
+        return Source(Entries.of(_of_folder_of_files(fs, root, files, ignored, notes)), root, facts)
+    return Source(Entries.of(_of_class_folders(root, files, ignored, notes)), root, facts, has_class_folders=True)
 
 
 def first_of_table(path: str) -> str | None:
@@ -146,9 +129,9 @@ def _of_table(fs: FileSystem, table: str, notes: Counter[str]) -> Iterator[Entry
         yield Entry(path, row.label, _split(row.split, row.where))
 
 
-def _refuse_repeats(entries: list[Entry], shown: str) -> None:
+def _refuse_repeats(entries: Entries, shown: str) -> None:
     """Each row is decoded, so a few files that are named very often would take minutes."""
-    files = len({posixpath.normpath(entry.path) for entry in entries})
+    files = len(set(map(posixpath.normpath, entries.distinct_paths())))
     if len(entries) > _ALWAYS_ROWS + _MOST_ROWS * files:
         raise DataError(f"{shown}: {len(entries):,} rows name {files:,} files; name each file once")
 

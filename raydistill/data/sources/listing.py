@@ -9,41 +9,44 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
+
+import numpy as np
 
 from raydistill.config import Images
 from raydistill.data.labels import MOST_BYTES, one_spelling, refuse_many_classes, whole_numbers
 from raydistill.data.sample import sample_id
+from raydistill.data.sources.columns import Entries, bytes_of
 from raydistill.data.sources.containers import EXTENSIONS, MOST_BESIDE
-from raydistill.data.sources.entries import Entry, Source, address_of, entry_name, read_source
+from raydistill.data.sources.entries import Source, address_of, read_source
 from raydistill.errors import ConfigError, DataError, near_path
 from raydistill.escaping import counted, first_few, most_common, quoted
 from raydistill.examples import images_path
 from raydistill.storage.addresses import is_elsewhere
 from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable
 
-__all__ = ["Entry", "Listing", "entry_name", "list_images", "natural"]
-
 
 @dataclass(frozen=True)
 class Listing:
-    """All entries of a source. `ignored` counts its other files by reason, `notes` what is not read as it looks.
+    """All entries of a source, whose labels are numbered as the classes. `ignored` counts its other files by reason,
+    `notes` what is not read as it looks.
 
     The fingerprint changes with any file. It covers names, sizes and times of change (unlike times of modification,
     nobody can set these back), but not the folder's own path: a folder that moves stays the same data set.
     """
 
-    entries: tuple[Entry, ...]
+    entries: Entries
     classes: tuple[str, ...]
     ignored: dict[str, int]
     fingerprint: str
     notes: dict[str, int] = field(default_factory=dict)
 
     def has_split(self, split: str) -> bool:
-        return any(entry.split == split for entry in self.entries)
+        return bool(self.entries.in_split(split).any())
 
 
 def list_images(config: Images) -> Listing:
@@ -74,30 +77,21 @@ def list_images(config: Images) -> Listing:
             f"{named}: no images found ({_describe(ignored)}); put them into a folder for each class, or give a "
             "table of their paths and labels"
         )
-    refuse_many_classes(len(set(_labels(entries))), named)
+    refuse_many_classes(len(entries.labels), named)
     listed = _listed_classes(config)
-    entries = _with_labels(entries, {} if source.has_class_folders else whole_numbers(_labels(entries), listed, notes))
-    spelt = one_spelling(_labels(entries), listed, notes)
-    entries = _with_labels(entries, spelt)
+    if not source.has_class_folders:
+        entries = entries.relabelled(whole_numbers(entries.label_counts(), listed, notes))
+    spelt = one_spelling(entries.label_counts(), listed, notes)
+    entries = entries.relabelled(spelt)
     classes = _classes(entries) if listed is None else tuple(spelt[name] for name in listed)
     _check(config, entries, classes, ignored + notes)
     if config.max_per_class is not None:
         entries = _fewer(entries, config.max_per_class, ignored)
     fingerprint = _fingerprint(fs, source, entries, path)
     if not fs.is_local:
-        entries = [replace(entry, path=address_of(fs, entry.path)) for entry in entries]
-    return Listing(tuple(entries), classes, most_common(ignored), fingerprint, most_common(notes))
-
-
-def _labels(entries: Sequence[Entry]) -> list[str]:
-    return [entry.label for entry in entries if entry.label]
-
-
-def _with_labels(entries: list[Entry], names: Mapping[str, str]) -> list[Entry]:
-    return [
-        replace(entry, label=names[entry.label]) if entry.label and names.get(entry.label, entry.label) != entry.label
-        else entry for entry in entries
-    ]  # fmt: skip
+        entries = entries.renamed(partial(address_of, fs))
+    entries = entries.relabelled({}, classes)
+    return Listing(entries, classes, most_common(ignored), fingerprint, most_common(notes))
 
 
 def natural(name: str) -> tuple[bool, str]:
@@ -134,45 +128,49 @@ def _listed_classes(config: Images) -> list[str] | None:
     refuse_many_classes(len(lines), named)
     if (longest := max(map(len, lines), default=0)) > MOST_BYTES:
         raise DataError(f"{named}: a line of {longest:,} characters, too many for a class; write one on each line")
-    if len(set(one_spelling(lines, lines, Counter()).values())) < len(lines):
+    if len(set(one_spelling(Counter(lines), lines, Counter()).values())) < len(lines):
         raise DataError(f"{named}: a class is listed twice")
     return lines
 
 
-def _classes(entries: list[Entry]) -> tuple[str, ...]:
-    names = {e.label for e in entries if e.label and e.split in (None, "train")}
+def _classes(entries: Entries) -> tuple[str, ...]:
+    names = entries[entries.in_split(None, "train")].label_counts()
     return tuple(sorted(names, key=lambda name: (natural(name), name)))  # `1` and `01` are equal only to the first rule
 
 
-def _fewer(entries: list[Entry], most: int, ignored: Counter[str]) -> list[Entry]:
+def _fewer(entries: Entries, most: int, ignored: Counter[str]) -> Entries:
     """The first of each class and split, in an order that does not follow the file names."""
-    seen, kept = Counter[tuple[str | None, str | None]](), set[Entry]()
-    for entry in sorted(entries, key=lambda e: sample_id(_bytes_of(f"{PurePosixPath(e.path).name}/{e.row}"))):
-        seen[entry.split, entry.label] += 1
-        if seen[entry.split, entry.label] <= most:
-            kept.add(entry)
-    if len(kept) < len(entries):
-        ignored["images beyond images.max_per_class"] += len(entries) - len(kept)
-    return [entry for entry in entries if entry in kept]
+    names = (f"{PurePosixPath(e.path).name}/{e.row}" for e in entries)
+    rank_N = np.fromiter((sample_id(bytes_of(name)).encode() for name in names), "S32", len(entries))
+    columns = (entries.path_N, entries.row_N, entries.label_N, entries.split_N)
+    _, same_N = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)  # a table may name a file twice
+    order = np.lexsort((rank_N, entries.label_N, entries.split_N))
+    pool_N = np.stack([entries.split_N, entries.label_N], axis=1)[order]
+    starts = np.flatnonzero(np.r_[True, (pool_N[1:] != pool_N[:-1]).any(axis=1)])
+    place_N = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
+    kept = np.isin(same_N, same_N[order[place_N < most]])
+    if not kept.all():
+        ignored["images beyond images.max_per_class"] += int((~kept).sum())
+    return entries[kept]
 
 
-def _check(config: Images, entries: list[Entry], classes: tuple[str, ...], besides: Counter[str]) -> None:
+def _check(config: Images, entries: Entries, classes: tuple[str, ...], besides: Counter[str]) -> None:
     where = f"images.path={quoted(config.path)}"
     if len(classes) < 2:
         found = f"only the class {classes[0]!r}" if classes else "no labelled class"
         rest = f" (besides {_describe(besides)})" if besides else ""
         add = "add a second" if classes else "give a folder of class folders, or a table with labels"
         raise DataError(f"{where}: {found} in the train split{rest}, and a classifier needs two; {add}")
+    counts = entries.counts()
     for held_out in ("val", "test"):
-        if blank := sum(entry.split == held_out and not entry.label for entry in entries):
+        if blank := counts.pop((held_out, None), 0):
             raise DataError(
                 f"{where}: {blank} {held_out} images have no label, so nothing can be measured on them; label them, or "
                 "remove them (for a pool of unlabelled images leave their split empty)"
             )
-    counts = Counter((entry.split, entry.label) for entry in entries if entry.label)
-    known = set(classes)
+    known = {None, *classes}
     for split, label in sorted(counts, key=str):
-        if label not in known:
+        if label is not None and label not in known:
             near = difflib.get_close_matches(label, classes, n=1)
             raise DataError(
                 f"{where}: {counts[split, label]} {split or 'train'} images of class {label!r}, which is not in the "
@@ -195,23 +193,18 @@ def _describe(ignored: Counter[str]) -> str:
     )
 
 
-def _fingerprint(fs: FileSystem, source: Source, entries: list[Entry], address: str) -> str:
+def _fingerprint(fs: FileSystem, source: Source, entries: Entries, address: str) -> str:
     digest = hashlib.sha256()
     for entry in entries:
         name = entry.path.removeprefix(source.folder)
-        digest.update(_bytes_of(f"{name}|{entry.label}|{entry.split}|{entry.row}\n"))
-    for path in sorted({entry.path for entry in entries}):
+        digest.update(bytes_of(f"{name}|{entry.label}|{entry.split}|{entry.row}\n"))
+    for path in entries.distinct_paths():
         version = "missing" if is_elsewhere(path, address) else _version(fs, path, source.files)
-        digest.update(_bytes_of(f"{path.removeprefix(source.folder)}|{version}\n"))
+        digest.update(bytes_of(f"{path.removeprefix(source.folder)}|{version}\n"))
     return digest.hexdigest()
 
 
-def _bytes_of(name: str) -> bytes:
-    """Works for names that are not valid text too."""
-    return name.encode(errors="surrogatepass")
-
-
-def _version(fs: FileSystem, path: str, files: dict[str, Any]) -> str:
+def _version(fs: FileSystem, path: str, files: Mapping[str, Any]) -> str:
     if fs.is_local:
         try:
             found = os.stat(path)  # of what a link points to

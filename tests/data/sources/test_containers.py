@@ -15,12 +15,11 @@ import pyarrow as pa
 import pytest
 
 from raydistill.config import Images, load_config
-from raydistill.data.chunks import read_chunk
+from raydistill.data.chunks import chunks, read_chunk
 from raydistill.data.sources import containers
 from raydistill.data.sources.containers import count_rows, list_rows, read_rows
 from raydistill.data.sources.listing import list_images
 from raydistill.errors import DataError
-from raydistill.stages.prepare import chunks
 from raydistill.storage.filesystems import write_bytes
 from tests.image_files import picture, write_table, write_tar
 
