@@ -5,7 +5,9 @@ Shapes: N hashes, B of their 256 bits.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 from PIL import Image
@@ -48,3 +50,38 @@ def near_pairs(hashes: Sequence[bytes], distance: int) -> Iterator[tuple[int, in
                     if pair not in seen:
                         seen.add(pair)
                         yield pair
+
+
+class NearHashes:
+    """Growing hashes of 256 bits, which tell whether one of them lies near another hash.
+
+    As in `near_pairs`, only hashes that share one of `distance` + 1 bands are compared. The bits of a band are spread
+    over the picture: many pictures have one corner in common.
+    """
+
+    def __init__(self, distance: int, hashes: Sequence[bytes] = ()) -> None:
+        self._distance, self._words_N4, self._count = distance, np.empty((64, 4), np.uint64), 0
+        self._masks = [sum(1 << bit for bit in range(band, 256, distance + 1)) for band in range(distance + 1)]
+        self._bands: list[dict[int, list[int]]] = [defaultdict(list) for _ in self._masks]
+        for one in hashes:
+            self.add(one)
+
+    def add(self, one: bytes) -> None:
+        if self._count == len(self._words_N4):
+            self._words_N4 = np.concatenate([self._words_N4, np.empty_like(self._words_N4)])
+        self._words_N4[self._count] = np.frombuffer(one, np.uint64)
+        number = int.from_bytes(one)
+        for mask, band in zip(self._masks, self._bands, strict=True):
+            band[number & mask].append(self._count)
+        self._count += 1
+
+    def has_near(self, one: bytes) -> bool:
+        """Whether one of them differs from `one` in at most `distance` bits."""
+        number = int.from_bytes(one)
+        found = [band.get(number & mask, []) for mask, band in zip(self._masks, self._bands, strict=True)]
+        if not any(found):
+            return False
+        # A far distance has narrow bands, which nearly all hashes share: to look at all is faster than to pick them.
+        rows = list(chain(*found)) if 8 * sum(map(len, found)) < self._count else slice(self._count)
+        differ = np.bitwise_count(self._words_N4[rows] ^ np.frombuffer(one, np.uint64)).sum(axis=1)
+        return bool((differ <= self._distance).any())

@@ -1,4 +1,4 @@
-"""Contact sheets of generated images, and the working images of the kept ones."""
+"""Contact sheets of generated images."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from raydistill.config import Images
-from raydistill.generation.features import square_image
-from raydistill.generation.recipes import Key, Made, images_in
+from raydistill.generation.made import Key, Made, images_in, square_image
 from raydistill.generation.selection import Chosen
 from raydistill.pages.figures import contact_sheet
 from raydistill.storage.directory import StageDirectory
@@ -19,24 +18,12 @@ from raydistill.storage.directory import StageDirectory
 _MOST_PICTURES, _FEWEST_PICTURES, _PICTURES_IN_ALL = 24, 4, 2400
 
 
-def kept_pictures(images: Images, made: Mapping[Key, Made], chosen: Chosen) -> dict[Key, Image.Image]:
-    """Working images of the kept images, before they are stored. It reads each file once."""
-    by_file: dict[str, list[Key]] = defaultdict(list)
-    for key in chosen.kept:
-        by_file[made[key].file].append(key)
-    found: dict[Key, Image.Image] = {}
-    for file, keys in by_file.items():
-        raw = images_in(file)
-        found |= {key: square_image(raw[made[key].row], images) for key in keys}
-    return found
-
-
 def draw_sheets(
     directory: StageDirectory,
     names: Sequence[str],
     made: Mapping[Key, Made],
     chosen: Chosen,
-    pictures: Mapping[Key, Image.Image],
+    images: Images,
 ) -> None:
     """A contact sheet for each class: kept images, and rejected ones with the reason."""
     most = min(max(_PICTURES_IN_ALL // len(names), _FEWEST_PICTURES), _MOST_PICTURES)
@@ -47,14 +34,15 @@ def draw_sheets(
         if len(shown[key[0]]) < most:
             shown[key[0]].append(key)
     for number, name in enumerate(names):
-        good = [pictures[key] for key in kept[name]]
+        good = [square_image(raw, images) for raw in _raw_images([made[key] for key in kept[name]]) if raw]
         raw = _raw_images([made[key] for key in rejected[name]])
-        bad = [(image, chosen.verdicts[key]) for key, image in zip(rejected[name], raw, strict=True)]
+        opened: list[Image.Image | None] = [None if image is None else Image.open(io.BytesIO(image)) for image in raw]
+        bad = [(image, chosen.verdicts[key]) for key, image in zip(rejected[name], opened, strict=True)]
         if good or bad:
             directory.write(f"sheet-{number:03d}.png", contact_sheet(name or "no class", good, bad))
 
 
-def _raw_images(wanted: Sequence[Made]) -> list[Image.Image | None]:
+def _raw_images(wanted: Sequence[Made]) -> list[bytes | None]:
     """The pipeline's images; None after a failure. It reads each file once."""
     images = {file: images_in(file) for file in {one.file for one in wanted if one.id}}
-    return [Image.open(io.BytesIO(images[one.file][one.row])) if one.id else None for one in wanted]
+    return [images[one.file][one.row] if one.id else None for one in wanted]

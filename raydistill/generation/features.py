@@ -14,20 +14,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
-from PIL import Image
+import torch
 from ray.data import ActorPoolStrategy
 
 from raydistill.cluster.plan import LEAST_SHARE, Plan
 from raydistill.cluster.restarts import new_tries, trying
-from raydistill.config import Images, RunConfig, Views
-from raydistill.data.decode import decode
-from raydistill.data.jpeg import decoded, stored
+from raydistill.config import RunConfig, Views
 from raydistill.data.sample import SampleSet, sample_id, shard_name
 from raydistill.data.targets import encode_targets, read_all_targets, read_ids
 from raydistill.data.views import WHOLE_IMAGE, stored_views
 from raydistill.engine.precision import described
 from raydistill.engine.teacher_pool import TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
-from raydistill.generation.recipes import images_in
+from raydistill.generation.made import FILES_OF_A_TASK, made_images, working_image
 from raydistill.identity import backbone_name, teacher_pin, views_name
 from raydistill.results import SoftTargets
 from raydistill.runtime.progress import Progress
@@ -40,7 +38,7 @@ def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Data
     """Send each file of images from the generators to a teacher actor."""
     return made.map_batches(
         FileTeacher,
-        fn_constructor_kwargs=_of_teacher(config),
+        fn_constructor_kwargs=_of_teacher(config) | {"tries": new_tries()},
         batch_size=1,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=1),
@@ -51,7 +49,7 @@ def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Data
 
 def _of_teacher(config: RunConfig) -> dict[str, Any]:
     pin = teacher_pin(workspace_root(config), config)
-    return {"config": config, "name": backbone_name(config), "pin": pin, "tries": new_tries()}
+    return {"config": config, "name": backbone_name(config), "pin": pin}
 
 
 class FileTeacher(TeacherActor):
@@ -132,23 +130,32 @@ def teach_files(
     return result
 
 
-def _teach_missing(config: RunConfig, files: list[str], plan: Plan) -> Iterator[str]:
+def teach_whole(config: RunConfig, files: list[str], plan: Plan) -> None:
+    """Compute the features of the whole images in files that lack them: in the pool, or of few files in this process,
+    which does not wait for actors."""
+    if len(files) > FILES_OF_A_TASK:
+        for _ in _teach_missing(config, files, plan, sees_views=False):
+            pass
+    elif files:
+        threads = torch.get_num_threads()
+        teacher = FileTeacher(**_of_teacher(config), sees_views=False)
+        for file in files:
+            teacher({"file": np.array([file])})
+        torch.set_num_threads(threads)  # TeacherActor set one thread
+
+
+def _teach_missing(config: RunConfig, files: list[str], plan: Plan, sees_views: bool = True) -> Iterator[str]:
     if files:
         dataset = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
         seen = dataset.map_batches(
             FileTeacher,
-            fn_constructor_kwargs=_of_teacher(config),
+            fn_constructor_kwargs=_of_teacher(config) | {"sees_views": sees_views, "tries": new_tries()},
             batch_size=1,
             batch_format="numpy",
             **teacher_pool(plan, len(files)),
         )
         for row in seen.iter_rows():
             yield str(row["file"])
-
-
-def made_images(file: str) -> list[bytes]:
-    """The pictures in one file, without failed attempts."""
-    return [image for image in images_in(file) if image]
 
 
 def whole_features(file: str, teacher: str) -> str:
@@ -159,16 +166,3 @@ def whole_features(file: str, teacher: str) -> str:
 def view_features(file: str, teacher: str, views: Views, seed: int) -> str:
     """The file of features of their stored views."""
     return f"{file.removesuffix('.parquet')}-{teacher}-{views_name(views, seed)}.safetensors"
-
-
-def working_image(image: bytes, images: Images) -> Image.Image:
-    """The working image as it is read from a shard of `prepare`."""
-    picture = square_image(image, images)
-    if images.store == "jpeg":
-        return Image.fromarray(decoded([stored(picture.tobytes(), images)], images.size)[0])
-    return picture
-
-
-def square_image(image: bytes, images: Images) -> Image.Image:
-    """The working image before it is stored."""
-    return decode(image, images.size, images.fit, images.max_pixels)

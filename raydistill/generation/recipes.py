@@ -31,6 +31,7 @@ from raydistill.data.sample import SampleSet, sample_id, working_images
 from raydistill.data.targets import labels_of, read_columns, read_samples
 from raydistill.errors import ConfigError
 from raydistill.generation.generator import Generator, Request
+from raydistill.generation.made import FACTS, MADE, Key, Made
 from raydistill.generation.measured_dtype import with_dtype
 from raydistill.generation.pipelines import PipelineFacts, class_numbers
 from raydistill.identity import class_directory, image_settings
@@ -40,21 +41,6 @@ from raydistill.storage.tables import read_table, rows_of, values
 
 # The class name of images of an unconditional pipeline.
 NO_CLASS = ""
-MADE = pa.schema(
-    [
-        pa.field("index", pa.int32()),
-        pa.field("attempt", pa.int32()),
-        pa.field("seed", pa.int64()),
-        pa.field("prompt", pa.string()),
-        pa.field("source", pa.string()),  # id of the train image that image-to-image started from
-        pa.field("image", pa.binary()),  # PNG as the pipeline made it; null after a failure
-        pa.field("id", pa.string()),  # of the PNG's bytes
-        pa.field("reason", pa.string()),  # of a failure
-        pa.field("contrast", pa.float32()),
-        pa.field("hash", pa.binary()),  # 256 bits
-        pa.field("seconds", pa.float32()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -69,25 +55,6 @@ class Recipe:
     steps: int
     guidance: float
     sources: tuple[tuple[str, int, int], ...]  # id, shard and row of the train images to start from
-
-
-@dataclass(frozen=True)
-class Made:
-    """One attempt at an image."""
-
-    file: str
-    row: int
-    id: str  # "" after a failure
-    seed: int
-    prompt: str
-    source: str
-    reason: str
-    contrast: float
-    hash: bytes
-    seconds: float
-
-
-Key = tuple[str, int, int]  # class, index, attempt
 
 
 def make_recipes(config: RunConfig, samples: SampleSet, facts: PipelineFacts) -> dict[str, Recipe]:
@@ -247,20 +214,19 @@ class GeneratorActor:
         return None if source is None else Image.fromarray(self._shard(source[1])[source[2]])
 
 
-def images_in(file: str) -> list[Any]:
-    """The picture in each row of a file of generated images, None after a failure."""
-    return values(read_table(file, pa.schema([MADE.field("image")]))["image"])
-
-
 def read_made(recipe: Recipe) -> dict[Key, Made]:
     """All attempts in a class's directory, without the pixels; an image that was made twice is the same image."""
-    directory, found = recipe.directory, dict[Key, Made]()
-    if not directory.started():
-        return found
-    schema = pa.schema([field for field in MADE if field.name != "image"])
-    for name in (name for name in directory.fs.names(directory.place) if name.endswith(".parquet")):
-        path = f"{directory.path}/{name}"
-        for row, r in enumerate(rows_of(read_table(path, schema))):
+    found = dict[Key, Made]()
+    for path in made_files(recipe):
+        for row, r in enumerate(rows_of(read_table(path, FACTS))):
             key = (recipe.name, r.pop("index"), r.pop("attempt"))
             found[key] = Made(file=path, row=row, **r)
     return found
+
+
+def made_files(recipe: Recipe) -> list[str]:
+    """The files in a class's directory."""
+    directory = recipe.directory
+    if not directory.started():
+        return []
+    return [f"{directory.path}/{name}" for name in directory.fs.names(directory.place) if name.endswith(".parquet")]

@@ -5,24 +5,38 @@ Shapes: C classes, N images.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Container, Mapping
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 
-from raydistill.config import Generate, Images, RunConfig
-from raydistill.data.near_duplicates import difference_hash, hash_words
-from raydistill.data.sample import SampleSet, sample_id, working_images
+from raydistill.cluster.plan import Plan
+from raydistill.cluster.tasks import in_tasks
+from raydistill.config import Generate, RunConfig
+from raydistill.data.near_duplicates import NearHashes, difference_hash
+from raydistill.data.sample import SampleSet, working_images
 from raydistill.data.targets import read_all_targets, read_samples
-from raydistill.generation.features import FileTeacher, made_images, whole_features, working_image
-from raydistill.generation.recipes import Key, Made
-from raydistill.identity import backbone_name, teacher_pin
+from raydistill.generation.features import teach_whole, whole_features
+from raydistill.generation.made import FILES_OF_A_TASK, Key, Made
+from raydistill.identity import backbone_name
 from raydistill.models.heads import load_head
-from raydistill.storage.directory import workspace_root
-from raydistill.storage.filesystems import exists
+from raydistill.storage.filesystems import open_filesystem
+from raydistill.storage.tables import values
+
+_SHARDS_OF_A_TASK = 4
+
+
+class Opinion(NamedTuple):
+    """The number of the class that the teacher names first, and the probability that it gives the image's own."""
+
+    first: int
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -42,17 +56,18 @@ def choose(
     wanted: Mapping[str, int],
     made: Mapping[Key, Made],
     leaked: Container[str],
-    likely: Mapping[str, np.ndarray] | None,
+    opinions: Mapping[tuple[str, str], Opinion] | None,
 ) -> Chosen:
     """Go through the indices in order, all classes at each, and keep the first good attempt at every image.
 
-    So a larger number only adds images. `leaked` holds the sample ids of images that show a val or test image, `likely`
-    the teacher's class probabilities by sample id.
+    So a larger number only adds images. `leaked` holds the sample ids of images that show a val or test image,
+    `opinions` those of the teacher by class and sample id.
     """
     names = list(wanted)
     chosen = Chosen({}, {}, Counter(), [], {})
     taken_ids: set[str] = set()
-    taken: dict[str, list[bytes]] = defaultdict(list)
+    distance = settings.filter.duplicate_distance
+    taken = None if distance is None else {name: NearHashes(distance) for name in names}
     for index in range(max(wanted.values(), default=0)):
         for k, name in enumerate(names):
             if index >= wanted[name]:
@@ -63,15 +78,17 @@ def choose(
                 if one is None:
                     chosen.needed.append(key)
                     break
-                reason = _fault(settings, one, taken_ids, taken[name], leaked)
+                near = None if taken is None else taken[name]
+                reason = _fault(settings, one, taken_ids, near, leaked)
                 weight = 1.0
-                if not reason and likely is not None:
-                    reason, weight = _doubt(settings, name, k, likely[one.id])
+                if not reason and opinions is not None:
+                    reason, weight = _doubt(settings, name, k, opinions[name, one.id])
                 chosen.verdicts[key] = reason or "kept"
                 if not reason:
                     chosen.kept[key] = weight
                     taken_ids.add(one.id)
-                    taken[name].append(one.hash)
+                    if near is not None:
+                        near.add(one.hash)
                     break
                 chosen.rejected[reason] += 1
             else:
@@ -79,7 +96,7 @@ def choose(
     return chosen
 
 
-def _fault(settings: Generate, one: Made, taken_ids: set[str], taken: list[bytes], leaked: Container[str]) -> str:
+def _fault(settings: Generate, one: Made, taken_ids: set[str], taken: NearHashes | None, leaked: Container[str]) -> str:
     if one.reason:
         return one.reason
     if one.contrast < settings.filter.contrast:
@@ -88,25 +105,18 @@ def _fault(settings: Generate, one: Made, taken_ids: set[str], taken: list[bytes
         return "duplicate"
     if one.id in leaked:
         return "duplicate of a val or test image"
-    distance = settings.filter.duplicate_distance
-    if distance is not None and _nearest(one.hash, hash_words(taken)) <= distance:
+    if taken is not None and taken.has_near(one.hash):
         return "near duplicate"
     return ""
 
 
-def _doubt(settings: Generate, name: str, k: int, likely_C: np.ndarray) -> tuple[str, float]:
+def _doubt(settings: Generate, name: str, k: int, opinion: Opinion) -> tuple[str, float]:
     least = settings.filter.class_confidence.get(name, settings.filter.confidence)
-    if settings.filter.agreement and int(likely_C.argmax()) != k:
+    if settings.filter.agreement and opinion.first != k:
         return "the teacher names another class", 0.0
-    if least is not None and likely_C[k] < least:
+    if least is not None and opinion.probability < np.float32(least):  # as it was computed
         return "the teacher is not confident", 0.0
-    return "", float(likely_C[k]) if settings.filter.weigh else 1.0
-
-
-def _nearest(one: bytes, others_N4: np.ndarray) -> int:
-    if not len(others_N4):
-        return 257
-    return int(np.bitwise_count(others_N4 ^ np.frombuffer(one, np.uint64)).sum(axis=1).min())
+    return "", opinion.probability if settings.filter.weigh else 1.0
 
 
 class HeldOut:
@@ -115,50 +125,64 @@ class HeldOut:
     It compares working images, because the hash of a picture depends on its size.
     """
 
-    def __init__(self, samples: SampleSet, images: Images, distance: int) -> None:
-        self._images, self._distance = images, distance
-        hashes = []
-        for split in ("val", "test"):
-            for shard in range(len(samples.shards.get(split, ()))):
-                images_RHH3 = working_images(read_samples(samples, split, shard), samples.size)
-                hashes += [difference_hash(Image.fromarray(image)) for image in images_RHH3]
-        self._real = hash_words(hashes)
-        self._read: set[str] = set()
-        self._shown: set[str] = set()
+    def __init__(self, samples: SampleSet, distance: int, plan: Plan) -> None:
+        shards = [(split, k) for split in ("val", "test") for k in range(len(samples.shards.get(split, ())))]
+        units = [{"split": split, "shard": k} for split, k in shards]
+        tables = in_tasks(partial(_hashes_of, samples), units, _SHARDS_OF_A_TASK, plan)
+        self._real = NearHashes(distance, [one for table in tables for one in values(table["hash"])])
+        self._checked, self._shown = set[str](), set[str]()
 
     def shown_by(self, made: Mapping[Key, Made]) -> set[str]:
-        """Sample ids of the images that show one of them. It checks each file once."""
-        files = {one.file for one in made.values() if one.id}
-        for file in sorted(files - self._read if len(self._real) else ()):
-            for image in made_images(file):
-                own = difference_hash(working_image(image, self._images))
-                if _nearest(own, self._real) <= self._distance:
-                    self._shown.add(sample_id(image))
-            self._read.add(file)
+        """Sample ids of the images that show one of them. It checks each image once."""
+        for one in made.values():
+            if one.id and one.id not in self._checked:
+                self._checked.add(one.id)
+                if self._real.has_near(one.shown):
+                    self._shown.add(one.id)
         return self._shown
 
 
+def _hashes_of(samples: SampleSet, batch: dict[str, np.ndarray]) -> pa.Table:
+    hashes = []
+    for split, shard in zip(batch["split"], batch["shard"], strict=True):
+        images_RHH3 = working_images(read_samples(samples, str(split), int(shard)), samples.size)
+        hashes += [difference_hash(Image.fromarray(image)) for image in images_RHH3]
+    return pa.table({"hash": pa.array(hashes, pa.binary())})
+
+
 class Judge:
-    """The adapted teacher's class probabilities of generated images, from features in files beside them."""
+    """The adapted teacher's opinion of generated images, from features in files beside them."""
 
-    def __init__(self, config: RunConfig, head: str) -> None:
-        self._head, self._config, self._name = load_head(head), config, backbone_name(config)
-        self._pin = teacher_pin(workspace_root(config), config)
-        self._read: set[str] = set()
-        self._likely: dict[str, np.ndarray] = {}
+    def __init__(self, config: RunConfig, head: str, plan: Plan) -> None:
+        self._head, self._config, self._name, self._plan = head, config, backbone_name(config), plan
+        self._read, self._opinions = set[str](), dict[tuple[str, str], Opinion]()
 
-    def of(self, made: Mapping[Key, Made]) -> dict[str, np.ndarray]:
-        """Class probabilities by sample id. It computes the features of files that lack them."""
-        files = {one.file for one in made.values() if one.id}
-        teacher, threads = None, torch.get_num_threads()
-        for file in sorted(files - self._read):
-            place = whole_features(file, self._name)
-            if not exists(place):
-                teacher = teacher or FileTeacher(self._config, self._name, self._pin, sees_views=False)
-                teacher({"file": np.array([file])})
-            ids, features_1ND = read_all_targets(place)
-            logits_NC = torch.from_numpy(self._head.logits(features_1ND[0].astype(np.float32)))
-            self._likely.update(zip(ids, logits_NC.softmax(dim=1).numpy(), strict=True))
-            self._read.add(file)
-        torch.set_num_threads(threads)  # TeacherActor set one thread
-        return self._likely
+    def of(self, made: Mapping[Key, Made], names: Sequence[str]) -> Mapping[tuple[str, str], Opinion]:
+        """By class and sample id; the classes are in the order of `names`. A pool of teachers computes the features
+        that are missing; of few files this process does."""
+        class_of = {one.file: key[0] for key, one in made.items() if one.id and one.file not in self._read}
+        number, files = {name: k for k, name in enumerate(names)}, sorted(class_of)
+        there = set[str]()
+        for folder in {file.rpartition("/")[0] for file in files}:
+            fs, place = open_filesystem(folder)
+            there.update(f"{folder}/{name}" for name in fs.names(place))
+        missing = [file for file in files if whole_features(file, self._name) not in there]
+        teach_whole(self._config, missing, self._plan)
+        units = [{"file": file, "number": number[class_of[file]]} for file in files]
+        for table in in_tasks(partial(_opinions_of, self._head, self._name), units, FILES_OF_A_TASK, self._plan):
+            columns = (values(table[name]) for name in ("id", "number", "first", "probability"))
+            for i, k, first, probability in zip(*columns, strict=True):
+                self._opinions[names[k], i] = Opinion(first, probability)
+        self._read.update(files)
+        return self._opinions
+
+
+def _opinions_of(head: str, name: str, batch: dict[str, np.ndarray]) -> pa.Table:
+    linear, tables = load_head(head), []
+    for file, number in zip(batch["file"], batch["number"], strict=True):
+        ids, features_1ND = read_all_targets(whole_features(str(file), name))
+        likely_NC = torch.from_numpy(linear.logits(features_1ND[0])).softmax(dim=1).numpy()
+        columns = {"id": pa.array(ids, pa.string()), "number": [int(number)] * len(ids)}
+        columns |= {"first": likely_NC.argmax(axis=1), "probability": likely_NC[:, int(number)]}
+        tables.append(pa.table(columns))
+    return pa.concat_tables(tables)

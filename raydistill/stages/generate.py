@@ -11,39 +11,31 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray.data
-from PIL import Image
 from pyarrow import parquet as pq
 from ray.data import ActorPoolStrategy
 
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries
 from raydistill.config import RunConfig
-from raydistill.data.jpeg import stored
-from raydistill.data.sample import SampleSet, encode_shard, seeded_rank, shard_name
+from raydistill.data.sample import SampleSet, seeded_rank
 from raydistill.engine.precision import described
 from raydistill.errors import StageError
 from raydistill.execution import Execution
-from raydistill.generation.contact_sheets import draw_sheets, kept_pictures
+from raydistill.generation.contact_sheets import draw_sheets
 from raydistill.generation.features import show
 from raydistill.generation.forecast import wanted_images
+from raydistill.generation.made import Key, Made, look_at
 from raydistill.generation.pipelines import PipelineFacts, inspect_pipeline
-from raydistill.generation.recipes import (
-    GeneratorActor,
-    Key,
-    Made,
-    Recipe,
-    make_recipes,
-    plan_units,
-    read_made,
-)
+from raydistill.generation.recipes import GeneratorActor, Recipe, made_files, make_recipes, plan_units
 from raydistill.generation.selection import Chosen, HeldOut, Judge, choose
+from raydistill.generation.shards import write_shards
 from raydistill.identity import generate_directory, pipeline_pin
 from raydistill.results import GeneratedImages
 from raydistill.runtime.progress import Progress
@@ -73,19 +65,21 @@ def generate_images(
     facts = inspect_pipeline(settings)
     recipes = make_recipes(config, samples, facts)
     wanted = wanted_images(settings, samples, facts)
-    _refuse_small_disk(config, recipes, wanted, facts.side)
+    distance = settings.filter.duplicate_distance
+    compared = distance is not None and samples.num_rows("val") + samples.num_rows("test") > 0
+    made = dict[Key, Made]()
+    _read_new(config, recipes, made, plan, compared)
+    _refuse_small_disk(config, made, wanted, facts.side)
     directory.begin()
     for recipe in recipes.values():
         recipe.directory.begin()
-    judge = None if head is None or not settings.filter.needs_teacher else Judge(config, head)
-    distance = settings.filter.duplicate_distance
-    held_out = None if distance is None else HeldOut(samples, config.images, distance)
+    judge = None if head is None or not settings.filter.needs_teacher else Judge(config, head, plan)
+    held_out = HeldOut(samples, distance, plan) if distance is not None and compared else None
     with progress.task("generate", sum(wanted.values()), "images") as advance:
         shown, asked = 0, set[Key]()
         while True:
-            made = {key: one for recipe in recipes.values() for key, one in read_made(recipe).items()}
             leaked = held_out.shown_by(made) if held_out else set()
-            chosen = choose(settings, wanted, made, leaked, judge.of(made) if judge else None)
+            chosen = choose(settings, wanted, made, leaked, judge.of(made, list(wanted)) if judge else None)
             # New images count when they arrive; the selection subtracts those that it rejects.
             rejected = f"{sum(chosen.rejected.values())} rejected" if chosen.rejected else ""
             advance(len(chosen.kept) - shown, rejected, worked=False)
@@ -104,10 +98,11 @@ def generate_images(
                 advance(int(made_now["images"]))
                 progress.again("generate", int(made_now["images_again"]), float(made_now["seconds_again"]))
                 shown += int(made_now["images"])
+            _read_new(config, recipes, made, plan, compared)
     dtype, words = described(settings.dtype, _pin(config))
     if settings.dtype == "auto":
         progress.line(f"generate  {words}")
-    result = _write(config, samples, _Run(facts, wanted, made, chosen), directory, dtype)
+    result = _write(config, samples, _Run(facts, wanted, made, chosen), directory, dtype, plan)
     for name, count in result.missing.items():
         progress.line(f"generate  {name!r} lacks {count} of {wanted[name]} images after all attempts")
     return result
@@ -157,9 +152,19 @@ def _run_units(
     return iter(made.iter_rows())
 
 
-def _refuse_small_disk(config: RunConfig, recipes: Mapping[str, Recipe], wanted: Mapping[str, int], side: int) -> None:
+def _read_new(
+    config: RunConfig, recipes: Mapping[str, Recipe], made: dict[Key, Made], plan: Plan, compared: bool
+) -> None:
+    """Add what is known of the images in new files, and of their working images if these are compared with others."""
+    known = {one.file for one in made.values()}
+    files = {file: name for name, recipe in recipes.items() for file in made_files(recipe) if file not in known}
+    made.update(look_at(files, config.images if compared else None, plan))
+
+
+def _refuse_small_disk(config: RunConfig, made: Iterable[Key], wanted: Mapping[str, int], side: int) -> None:
     """Raises ConfigError if the images, counted as uncompressed pixels, may not fit on the disk."""
-    count = sum(max(wanted[name] - len(read_made(recipe)), 0) for name, recipe in recipes.items())
+    there = Counter(name for name, _, _ in made)
+    count = sum(max(number - there[name], 0) for name, number in wanted.items())
     what = f"generate: {count:,} images of {side} pixels"
     refuse_small_disk(config, what, count * side**2 * 3, "lower generate.ratio")
 
@@ -174,20 +179,16 @@ class _Run:
     chosen: Chosen
 
 
-def _write(config: RunConfig, samples: SampleSet, run: _Run, directory: StageDirectory, dtype: str) -> GeneratedImages:
+def _write(
+    config: RunConfig, samples: SampleSet, run: _Run, directory: StageDirectory, dtype: str, plan: Plan
+) -> GeneratedImages:
     settings, made, chosen = config.generate, run.made, run.chosen
     assert settings is not None
     kept = Counter(name for name, _, _ in chosen.kept)
-    ledger = [
-        {"class": key[0], "index": key[1], "attempt": key[2], "verdict": verdict, "weight": chosen.kept.get(key, 0.0)}
-        | {k: v for k, v in dataclasses.asdict(made[key]).items() if k not in ("hash", "reason", "row")}
-        for key, verdict in chosen.verdicts.items()
-    ]
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(ledger), sink)
+    pq.write_table(_ledger(made, chosen), sink)
     directory.write("ledger.parquet", sink.getvalue().to_pybytes())
-    pictures = kept_pictures(config.images, made, chosen)
-    draw_sheets(directory, list(run.wanted), made, chosen, pictures)
+    draw_sheets(directory, list(run.wanted), made, chosen, config.images)
     if nothing := [name for name, count in run.wanted.items() if count and not kept[name]]:
         reasons = Counter(v for (name, _, _), v in chosen.verdicts.items() if name in nothing)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
@@ -196,7 +197,10 @@ def _write(config: RunConfig, samples: SampleSet, run: _Run, directory: StageDir
             f"change the prompts, or raise generate.attempts. The sheets in {directory.path} show the rejected images; "
             "the next run reuses them"
         )
-    sizes, ids = _write_shards(config, samples, run, pictures, directory)
+    order = sorted(run.chosen.kept, key=lambda key: seeded_rank(config.seed, "order", made[key].id))  # classes mixed
+    number = {name: k for k, name in enumerate(samples.classes)}
+    sizes = write_shards(directory.path, [(made[key], number.get(key[0])) for key in order], config.images, plan)
+    ids = [made[key].id for key in order]
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
     generated = SampleSet(
         path=directory.path,
@@ -225,28 +229,21 @@ def _write(config: RunConfig, samples: SampleSet, run: _Run, directory: StageDir
     return result
 
 
-def _write_shards(
-    config: RunConfig, samples: SampleSet, run: _Run, pictures: Mapping[Key, Image.Image], directory: StageDirectory
-) -> tuple[list[int], list[str]]:
-    """Write the shards, with the classes mixed; returns the rows of each shard and the ids of all rows."""
-    order = sorted(run.chosen.kept, key=lambda key: seeded_rank(config.seed, "order", run.made[key].id))
-    number = {name: k for k, name in enumerate(samples.classes)}
-    sizes, ids, size = [], [], config.images.rows_per_shard
-    for first in range(0, len(order), size):
-        keys = order[first : first + size]
-        ids += (own := [run.made[key].id for key in keys])
-        table = pa.table(
-            {
-                "sample_id": own,
-                "image": [stored(pictures[key].tobytes(), config.images) for key in keys],
-                "label": pa.array([number.get(key[0]) for key in keys], pa.int32()),
-                "source": ["generated"] * len(keys),
-                "split": ["train"] * len(keys),
-            }
-        )
-        directory.write(f"{shard_name('train', first // size)}.parquet", encode_shard(table))
-        sizes.append(len(keys))
-    return sizes, ids
+def _ledger(made: Mapping[Key, Made], chosen: Chosen) -> pa.Table:
+    """A row for each image that was checked, with its verdict."""
+    kinds = {"file": pa.string(), "id": pa.string(), "seed": pa.int64(), "prompt": pa.string(), "source": pa.string(),
+             "contrast": pa.float64(), "seconds": pa.float64()}  # fmt: skip
+    keys, rows = list(chosen.verdicts), [made[key] for key in chosen.verdicts]
+    return pa.table(
+        {
+            "class": pa.array([name for name, _, _ in keys], pa.string()),
+            "index": pa.array([index for _, index, _ in keys], pa.int64()),
+            "attempt": pa.array([attempt for _, _, attempt in keys], pa.int64()),
+            "verdict": pa.array(chosen.verdicts.values(), pa.string()),
+            "weight": pa.array([chosen.kept.get(key, 0.0) for key in keys], pa.float64()),
+            **{name: pa.array([getattr(one, name) for one in rows], kind) for name, kind in kinds.items()},
+        }
+    )
 
 
 def generate(execution: Execution) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,20 +15,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from raydistill.config import Generate, Images, load_config
+from raydistill.cluster.plan import plan_resources
+from raydistill.config import Generate, Images, RunConfig, load_config
 from raydistill.data.decode import decode, encode
 from raydistill.data.near_duplicates import contrast, difference_hash
 from raydistill.data.sample import SampleSet, sample_id
 from raydistill.data.views import WHOLE_IMAGE, render
-from raydistill.generation.features import working_image
-from raydistill.generation.recipes import Key, Made, image_seed
-from raydistill.generation.selection import HeldOut, Judge, choose
+from raydistill.generation import features, selection, shards
+from raydistill.generation import made as made_module
+from raydistill.generation.made import MADE, Key, Made, look_at, working_image
+from raydistill.generation.recipes import image_seed
+from raydistill.generation.selection import HeldOut, Judge, Opinion, choose
 from raydistill.models.heads import LinearHead, encode_head
 from raydistill.models.teacher import load_teacher
 from tests.small_run import write_shard
 
 CLASSES = ("cat", "dog")
 NOTHING: set[str] = set()
+PLAN = plan_resources(RunConfig.model_validate({"images": {"path": "x"}}), 2.0, 0.0, 2)
 
 
 def settings(**changes: object) -> Generate:
@@ -42,6 +47,18 @@ def one(name: str, **changes: object) -> Made:
         "contrast": 50.0, "hash": digest, "seconds": 1.0,
     }  # fmt: skip
     return Made(**{**plain, **changes})
+
+
+def made_file(path: Path, images: list[bytes | None]) -> str:
+    """A file of images as an actor writes it; a failure where there is no image."""
+    rows = [
+        {"index": k, "attempt": 0, "seed": k, "prompt": "", "source": "", "image": image, "seconds": 1.0,
+         "id": sample_id(image) if image else "", "reason": "" if image else "not finite",
+         "contrast": 50.0, "hash": hashlib.sha256(image or b"").digest()}
+        for k, image in enumerate(images)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows, schema=MADE), path)
+    return str(path)
 
 
 def all_made(count: int, attempts: int = 3, **faults: Made) -> dict[Key, Made]:
@@ -126,7 +143,8 @@ def test_asking_for_more_only_adds(few, more, bad, twins):
 
 def test_the_teacher_has_its_say():
     made = all_made(1)
-    likely = {m.id: np.array([0.6, 0.4] if key[0] == "cat" else [0.7, 0.3]) for key, m in made.items()}
+    of_class = {"cat": Opinion(0, 0.6), "dog": Opinion(0, 0.3)}
+    likely = {(key[0], m.id): of_class[key[0]] for key, m in made.items()}
     wanted = {"cat": 1, "dog": 1}
 
     def ask(**filters: object):
@@ -140,6 +158,75 @@ def test_the_teacher_has_its_say():
     assert ask(weigh=True).kept == pytest.approx({("cat", 0, 0): 0.6, ("dog", 0, 0): 0.3})
 
 
+def random_stock(seed: int, count: int, folder: str) -> dict[Key, Made]:
+    """Attempts of which every fourth is near an earlier one, of the own class or the other."""
+    rng, firsts, made = np.random.default_rng(seed), list[np.ndarray](), dict[Key, Made]()
+    for number, key in enumerate(itertools.product(CLASSES, range(count), range(3))):
+        bits = rng.integers(0, 2, 256, np.uint8)
+        if firsts and rng.random() < 0.25:
+            bits = firsts[rng.integers(len(firsts))].copy()
+            bits[rng.choice(256, rng.choice([0, 3, 5]), replace=False)] ^= 1
+        if key[2] == 0:
+            firsts.append(bits)
+        made[key] = one(f"{number}", hash=np.packbits(bits).tobytes(), file=folder)
+    return made
+
+
+@pytest.mark.parametrize("distance", [0, 1, 4, 30, 120])
+def test_near_duplicates_are_those_of_a_comparison_with_all(distance):
+    made, wanted = random_stock(distance, 60, "f"), {"cat": 60, "dog": 55}
+    chosen = choose(settings(filter={"duplicate_distance": distance}), wanted, made, NOTHING, None)
+    kept: dict[str, list[bytes]] = {"cat": [], "dog": []}
+    for key, verdict in chosen.verdicts.items():
+        own = made[key].hash
+        nearest = min(
+            (sum((a ^ b).bit_count() for a, b in zip(own, h, strict=True)) for h in kept[key[0]]), default=999
+        )
+        assert verdict == ("near duplicate" if nearest <= distance else "kept")
+        if verdict == "kept":
+            kept[key[0]].append(own)
+    assert sum(chosen.rejected.values()) > 0
+
+
+@pytest.mark.cluster
+def test_tasks_see_in_images_what_this_process_sees(ray_session, tmp_path, monkeypatch):
+    rng, images = np.random.default_rng(0), Images(path="x", size=16, shard_size=7)
+    pictures = [encode(Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))) for _ in range(40)]
+    files = {
+        made_file(tmp_path / f"{k:02d}.parquet", [None, *pictures[k : k + 4]]): CLASSES[k % 2] for k in range(0, 40, 4)
+    }
+    here = list(look_at(files, images, PLAN))
+    held = pictures[4:10]
+    working = [working_image(picture, images).tobytes() for picture in held]
+    for shard in range(3):
+        write_shard(tmp_path, f"test-{shard:05d}", working[2 * shard :][:2], [0, 0], of=held[2 * shard :][:2])
+    samples = SampleSet(str(tmp_path), CLASSES, 16, {"test": (2, 2, 2)}, {}, 0, {}, {})
+    order = [(one, k % 2) for k, (_, one) in enumerate(here) if one.id]
+    sizes = {}
+    for where in ("here", "there"):
+        if where == "there":
+            monkeypatch.setattr(made_module, "FILES_OF_A_TASK", 3)
+            monkeypatch.setattr(shards, "FILES_OF_A_TASK", 3)
+            monkeypatch.setattr(shards, "SHARD_BYTES", 0)
+            monkeypatch.setattr(selection, "_SHARDS_OF_A_TASK", 1)
+            assert list(look_at(files, images, PLAN)) == here
+        assert HeldOut(samples, 4, PLAN).shown_by(dict(enumerate(one for _, one in here))) == {
+            sample_id(picture) for picture in held
+        }
+        (tmp_path / where).mkdir()
+        sizes[where] = shards.write_shards(str(tmp_path / where), order, images, PLAN)
+    assert sizes["here"] == sizes["there"] == [7] * 5 + [5]
+    written = sorted((tmp_path / "here").iterdir())
+    assert [path.read_bytes() for path in written] == [
+        (tmp_path / "there" / path.name).read_bytes() for path in written
+    ]
+    rows = [row for path in written for row in pq.read_table(path).to_pylist()]
+    assert [(row["sample_id"], row["label"]) for row in rows] == [(one.id, label) for one, label in order]
+    assert {row["sample_id"]: row["image"] for row in rows} == {
+        sample_id(picture): working_image(picture, images).tobytes() for picture in pictures
+    }
+
+
 @pytest.mark.parametrize("size", [12, 16, 28, 32, 45])
 def test_a_copy_of_a_held_out_image_is_known_at_whatever_size_is_trained_on(tmp_path, photo, size):
     """The pipeline makes 16 pixels: of grey noise, whose hash another size changes, and of a photograph."""
@@ -151,10 +238,9 @@ def test_a_copy_of_a_held_out_image_is_known_at_whatever_size_is_trained_on(tmp_
     working = [working_image(file, images).tobytes() for file in held]
     write_shard(tmp_path, "test-00000", working, [0] * len(held), of=held)
     samples = SampleSet(str(tmp_path), CLASSES, size, {"test": (len(held),)}, {}, 0, {}, {})
-    made_file = f"{tmp_path}/made.parquet"
-    pq.write_table(pa.table({"image": pa.array([None, *files], pa.binary())}), made_file)
-    made = {("cat", k, 0): one(f"{k}", file=made_file, row=k + 1, id=sample_id(f)) for k, f in enumerate(files)}
-    assert HeldOut(samples, images, distance=4).shown_by(made) == {sample_id(file) for file in held}
+    made = dict(look_at({made_file(tmp_path / "made.parquet", [None, *files]): "cat"}, images, PLAN))
+    assert [made["cat", k, 0].row for k in range(len(files) + 1)] == list(range(len(files) + 1))
+    assert HeldOut(samples, 4, PLAN).shown_by(made) == {sample_id(file) for file in held}
 
 
 def test_the_judge_sees_every_image_once_and_files_without_any_not_at_all(words, tmp_path, photo):
@@ -171,19 +257,45 @@ def test_the_judge_sees_every_image_once_and_files_without_any_not_at_all(words,
     (tmp_path / "head.safetensors").write_bytes(encode_head(head))
     for name, picture in (("whole", image), ("flagged", None)):
         png = None if picture is None else encode(picture)
-        pq.write_table(pa.table({"image": pa.array([png], pa.binary())}), tmp_path / f"{name}.parquet")
+        made_file(tmp_path / f"{name}.parquet", [png])
         rows.append(one(name, file=f"{tmp_path}/{name}.parquet", id=sample_id(png) if png else ""))
     made = {("cat", 0, 0): rows[0], ("cat", 0, 1): rows[1]}
     threads = torch.get_num_threads()
-    judge = Judge(config, str(tmp_path))
-    likely = judge.of(made)
+    likely = [Judge(config, str(tmp_path), PLAN).of(made, names) for names in (("cat", "dog"), ("dog", "cat"))]
     assert torch.get_num_threads() == threads
-    assert set(likely) == {rows[0].id}
+    assert [set(of_names) for of_names in likely] == [{("cat", rows[0].id)}] * 2
     expected = torch.from_numpy(head.logits(features_1D.float().numpy())).softmax(1)[0]
-    np.testing.assert_allclose(likely[rows[0].id], expected, atol=2e-3)
+    for number, of_names in enumerate(likely):
+        first, probability = of_names["cat", rows[0].id]
+        assert first == int(expected.argmax())
+        assert probability == pytest.approx(float(expected[number]), abs=2e-3)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
-    assert Judge(config, str(tmp_path)).of(made).keys() == likely.keys()
+    assert Judge(config, str(tmp_path), PLAN).of(made, ("cat", "dog")) == likely[0]
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")} == before
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_pool_of_teachers_has_the_opinions_of_one(words, ray_session, tmp_path, monkeypatch):
+    config, rng = load_config(words), np.random.default_rng(0)
+    width = load_teacher(config.teacher)[0].network.num_features
+    head = LinearHead(rng.normal(0, 1, (5, width)).astype(np.float32), np.zeros(5, np.float32))
+    (tmp_path / "head.safetensors").write_bytes(encode_head(head))
+    files, names = {}, [f"class {number}" for number in range(5)]
+    for number, name in enumerate(names):
+        pictures = [encode(Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))) for _ in range(3)]
+        files[made_file(tmp_path / f"{number}.parquet", [*pictures, None])] = name
+    made = dict(look_at(files, None, PLAN))
+    here = dict(Judge(config, str(tmp_path), PLAN).of(made, names))
+    for path in tmp_path.glob("[0-9]*.safetensors"):
+        path.unlink()
+    for module in (features, selection):
+        monkeypatch.setattr(module, "FILES_OF_A_TASK", 1)
+    there = Judge(config, str(tmp_path), PLAN).of(made, names)
+    assert len(here) == 15
+    assert there.keys() == here.keys()
+    for key, (first, probability) in here.items():
+        assert there[key] == (first, pytest.approx(probability, abs=1e-6))
 
 
 def test_a_dark_but_textured_image_has_contrast_and_a_grey_one_has_not(photo):

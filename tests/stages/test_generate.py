@@ -26,7 +26,7 @@ from rich.console import Console
 
 from raydistill.cluster.plan import plan_resources
 from raydistill.cluster.session import RayStart, configure_ray_data
-from raydistill.config import Generate, RunConfig, load_config
+from raydistill.config import Generate, Images, RunConfig, load_config
 from raydistill.data.decode import decode, encode
 from raydistill.data.sample import SampleSet, decode_shard, sample_id, working_images
 from raydistill.data.sources.columns import Entries
@@ -37,11 +37,11 @@ from raydistill.engine import precision
 from raydistill.errors import ConfigError, StageError
 from raydistill.execution import Execution
 from raydistill.generation.contact_sheets import draw_sheets
-from raydistill.generation.features import working_image
 from raydistill.generation.forecast import check_generate, forecast
 from raydistill.generation.generator import Generator, Request
+from raydistill.generation.made import MADE, Made, working_image
 from raydistill.generation.pipelines import PipelineFacts, class_numbers, inspect_pipeline
-from raydistill.generation.recipes import GeneratorActor, Made, make_recipes, read_made
+from raydistill.generation.recipes import GeneratorActor, make_recipes, read_made
 from raydistill.generation.selection import Chosen
 from raydistill.graph import Work
 from raydistill.identity import generate_directory, stage_directory, views_name
@@ -560,13 +560,14 @@ def test_ray_data_waits_for_slow_images_and_for_nodes() -> None:
 
 def test_every_class_has_a_contact_sheet(tmp_path) -> None:
     names = [f"class {k}" for k in range(103)]
-    one = Made("", 0, "", 0, "", "", "not finite", 0.0, b"", 0.0)
+    picture = encode(Image.new("RGB", (8, 8)))
+    pq.write_table(pa.table({"image": pa.array([picture], MADE.field("image").type)}), tmp_path / "made.parquet")
+    one = Made(f"{tmp_path}/made.parquet", 0, sample_id(picture), 0, "", "", "", 0.0, b"", 0.0)
     keys = [(name, 0, 0) for name in names]
     chosen = Chosen(dict.fromkeys(keys[1:], 1.0), dict.fromkeys(keys, "kept") | {keys[0]: "not finite"}, None, [], {})
-    directory = StageDirectory(str(tmp_path), "generate", "")
-    picture = Image.new("RGB", (8, 8))
-    draw_sheets(directory, names, dict.fromkeys(keys, one), chosen, dict.fromkeys(keys[1:], picture))
-    assert {p.name for p in tmp_path.iterdir()} == {f"sheet-{k:03d}.png" for k in range(103)}
+    directory = StageDirectory(str(tmp_path / "generate"), "generate", "")
+    draw_sheets(directory, names, dict.fromkeys(keys, one), chosen, Images(path="x", size=8))
+    assert {p.name for p in (tmp_path / "generate").iterdir()} == {f"sheet-{k:03d}.png" for k in range(103)}
 
 
 class Recorded:
