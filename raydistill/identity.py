@@ -125,6 +125,8 @@ def class_directory(config: RunConfig, recipe: dict[str, Any]) -> StageDirectory
 def teach_generated_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     """The soft targets of the generated images, separate from those of the real images, which do not change."""
     identity = _stored_views(config) | {"generate": generate_directory(config, samples).name}
+    if config.views.store == "compact":  # by the projection of the real ones
+        identity["projection"] = teach_directory(config, samples).name
     return replace(stage_directory(config, "teach", identity), stage="teach_generated")
 
 
@@ -154,7 +156,7 @@ def student_pin(root: str, config: RunConfig) -> str:
 
 def views_name(views: Views, seed: int) -> str:
     """A short name of the stored views of any image."""
-    return _short_name([views.model_dump(), seed, FORMATS["teach"]])
+    return _short_name([views.model_dump(exclude={"store"}), seed, FORMATS["teach"]])
 
 
 def _short_name(identity: object) -> str:
@@ -167,29 +169,38 @@ def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 
 def _stored_views(config: RunConfig) -> dict[str, Any]:
-    views, seed = config.views.model_dump(), config.seed
-    return {"backbone": _backbone(config), "images": _pixels(config), "views": views, "seed": seed}
+    views, seed = config.views.model_dump(exclude={"store"}), config.seed
+    return {"backbone": _backbone(config), "images": _pixels(config), "views": views, "seed": seed} | _store(config)
 
 
-def taught_before(directory: StageDirectory) -> list[str]:
-    """Files of soft targets in other `teach` directories, by the same teacher and views, of other images."""
-    own = _apart_from_images(json.loads(directory.identity))
+def _store(config: RunConfig) -> dict[str, Any]:
+    store = config.views.store  # `full` is the only one of older versions, whose directories keep their names
+    return {} if store == "full" else {"store": store}
+
+
+def taught_before(directory: StageDirectory) -> dict[str, list[str]]:
+    """Files of soft targets by directory: of other `teach` directories by the same teacher and views. They hold full
+    features or, if this directory's are compact too, compact ones."""
+    own = json.loads(directory.identity)
     root, place = directory.path.rpartition("/")[0], directory.place.rpartition("/")[0]
-    files: list[str] = []
+    files: dict[str, list[str]] = {}
     for name in directory.fs.names(place):
         if not name.startswith("teach-") or name == directory.name:
             continue
         if directory.fs.is_local and os.path.islink(f"{place}/{name}"):
             continue
         other = read_state(f"{root}/{name}/identity.json", dict[str, Any])
-        if other is not None and _apart_from_images(other) == own:
+        if other is None or other.get("store") not in (None, own.get("store")):
+            continue
+        if _of_teacher(other) == _of_teacher(own):
             found = directory.fs.names(f"{place}/{name}")
-            files += [f"{root}/{name}/{file}" for file in found if file.endswith(".safetensors")]
+            files[f"{root}/{name}"] = [f"{root}/{name}/{file}" for file in found if file.startswith("train-")]
     return files
 
 
-def _apart_from_images(identity: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if key in ("ids", "generate") else value for key, value in identity.items()}
+def _of_teacher(identity: dict[str, Any]) -> dict[str, Any]:
+    """All but the images, and how their features are stored."""
+    return {key: value for key, value in identity.items() if key not in ("ids", "generate", "store", "projection")}
 
 
 def distill_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
@@ -209,7 +220,7 @@ def _training(config: RunConfig) -> dict[str, Any]:
         "student": config.student.model_dump(exclude={"weights"}) | model_identity(config.student),
         "loss": config.loss.model_dump() if config.loss.needs_teacher else {"task_weight": config.loss.task_weight},
         "distill": config.distill.model_dump(exclude={"cache", "checkpoint_seconds", "max_failures"}),
-        "views": config.views.model_dump(),
+        "views": config.views.model_dump(exclude={"store"}),
         "seed": config.seed,
     }
 
@@ -245,7 +256,7 @@ def student_key(config: RunConfig, prepared: StageDirectory) -> str:
         tuning = {key for key in Teacher.model_fields if key.startswith("fine_tune_")}
         of_heads = {"zero_shot": {"prompts"}, "fine_tune": tuning}
         used = {"head", "class_balanced"} | of_heads.get(config.teacher.head, set())
-        identity["teacher"] = _backbone(config) | config.teacher.model_dump(include=used)
+        identity["teacher"] = _backbone(config) | config.teacher.model_dump(include=used) | _store(config)
     if config.generate is not None:
         settings = config.generate.model_dump(exclude={"pipeline", "names", "batch_size"})
         names = None if config.generate.names is None else content_hash(config.generate.names)

@@ -84,7 +84,8 @@ loss: {task_weight: 0.5, kd_weight: 0.0, temperature: 0.001, alignment_weight: 0
   dkd_other_factor: 2.0, dist_weight: 1.0, standardised_kd_weight: 1.0, feature_weight: 1.0,
   feature_distance: cosine, rkd_distance_weight: 1.0, rkd_angle_weight: 1.0, projection_head: linear,
   projection_dim: 64, adapter: linear}
-views: {per_image: fresh, min_scale: 0.5, max_ratio: 1.0, flip: 0.0, brightness: 0.4, contrast: 0.3, saturation: 0.2}
+views: {per_image: 3, min_scale: 0.5, max_ratio: 1.0, flip: 0.0, brightness: 0.4, contrast: 0.3, saturation: 0.2,
+  store: compact}
 distill: {epochs: 3, batch_size: 16, labelled_share: 0.5, optimizer: sgd, learning_rate: 0.0000001, body_rate: 0.5,
   weight_decay: 0.0, momentum: 0.0, schedule: constant, warmup_epochs: 0.5, ema_decay: 0.999, precision: bf16,
   channels_last: false, clip_norm: 1.0, val_every: 1, keep: best, num_workers: [1, 4], cache: stream,

@@ -113,7 +113,7 @@ EFFECTS = by_change(
     """),
     (VIEWS, """
         views.per_image=9  views.min_scale=0.5  views.max_ratio=2  views.flip=0  views.brightness=0.1
-        views.contrast=0.1  views.saturation=0.1
+        views.contrast=0.1  views.saturation=0.1  views.store=compact
     """),
     ({"evaluate", "export"}, "evaluate.calibration_bins=10  evaluate.time_teacher=true"),
     ({"export"}, """

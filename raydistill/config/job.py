@@ -137,7 +137,7 @@ def fine_tuning(config: RunConfig) -> RunConfig:
             "teacher": None,
             "generate": None,
             "student": Student(**of_model, init="pretrained"),
-            "views": config.views.model_copy(update={"per_image": "fresh"}),
+            "views": config.views.model_copy(update={"per_image": "fresh", "store": "full"}),
             "loss": Loss(kd_weight=0, alignment_weight=0, uniformity_weight=0),
             "distill": distill,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raydistill.config.section import Count, Section, Share
 
@@ -24,3 +24,14 @@ class Views(Section):
     """Largest relative change of contrast."""
     saturation: Share = 0.0
     """Largest relative change of saturation."""
+    store: Literal["full", "compact"] = "full"
+    """How soft targets are stored. `full`: the teacher's features in float16. `compact`: a byte for each of the
+    components that the head reads, and of those that hold most of the rest's variance; about a twelfth of the size.
+    `teach` says how much the head's answers change. A finished `full` directory is made compact without a teacher
+    pass."""
+
+    @model_validator(mode="after")
+    def _stored(self) -> Views:
+        if self.store == "compact" and self.per_image == "fresh":
+            raise ValueError("views.store=compact is for stored views, and views.per_image=fresh stores none; drop one")
+        return self

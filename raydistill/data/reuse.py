@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydistill.data.targets import read_all_targets, read_sample_ids
+from raydistill.data.compact import Projection
+from raydistill.data.targets import read_projected, read_sample_ids
 from raydistill.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -55,14 +56,14 @@ def find_known(files: Sequence[str]) -> KnownRows:
     return KnownRows(tuple(whole), first_F, _packed(b"".join(ids)))
 
 
-def read_known(places: Places, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the rows are known (R,), and (K, R, D) float16 features of those; (0, R, 0) if none is. Raises
-    CheckpointError if a file is damaged."""
+def read_known(places: Places, num_rows: int, projection: Projection | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the rows are known (R,), and (K, R, D) float16 features of those, or their coordinates of the
+    `projection`; (0, R, 0) if none is. Raises CheckpointError if a file is damaged."""
     is_known_R = np.zeros(num_rows, bool)
     features_KRD = np.empty((0, num_rows, 0), np.float16)
     for file, pairs in places.items():
         rows, own = np.array(pairs).T
-        _, stored_KMD = read_all_targets(file)
+        stored_KMD = read_projected(file, projection)
         if not is_known_R.any():
             features_KRD = np.empty((len(stored_KMD), num_rows, stored_KMD.shape[2]), np.float16)
         features_KRD[:, rows] = stored_KMD[:, own]

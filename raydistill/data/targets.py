@@ -1,9 +1,10 @@
 """Soft targets in shards that line up with the sample shards, and the readers of both.
 
 Target shard k holds the teacher's features of the rows of sample shard k, in order, for each stored view. The teacher's
-linear head makes logits of them, so a new head costs no teacher pass.
+linear head makes logits of them, so a new head costs no teacher pass. Compact shards hold coordinates on principal
+components instead.
 
-Shapes: K views, R rows of a shard, D features.
+Shapes: K views, R rows of a shard, D features, or components of a compact shard.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from raydistill.data.compact import Projection, dequantised, quantised
 from raydistill.data.jpeg import with_pixels
 from raydistill.data.sample import SCHEMA, SampleSet, decode_shard, refuse_other_sizes, shard_name
 from raydistill.errors import CheckpointError
@@ -27,15 +29,20 @@ from raydistill.storage.tensors import bounded, header_bytes
 UNLABELLED = -1
 
 
-def encode_targets(sample_ids: Sequence[str], features_KRD: np.ndarray) -> bytes:
-    """safetensors bytes of float16 features and of the ids they belong to."""
+def encode_targets(sample_ids: Sequence[str], features_KRD: np.ndarray, projection: Projection | None = None) -> bytes:
+    """safetensors bytes of float16 features and of the ids they belong to; with the `projection` that the features
+    have gone through, of its coordinates in a byte each."""
     ids = np.frombuffer(bytes.fromhex("".join(sample_ids)), np.uint8).reshape(len(sample_ids), 16)
-    return save({"features": np.ascontiguousarray(features_KRD, np.float16), "sample_ids": ids})
+    if projection is None:
+        return save({"features": np.ascontiguousarray(features_KRD, np.float16), "sample_ids": ids})
+    codes_KRD, scales_KR = quantised(features_KRD, projection.deviations_J)
+    columns = {"codes": codes_KRD, "scales": scales_KR, "deviations": projection.deviations_J}
+    return save({name: np.ascontiguousarray(column) for name, column in columns.items()} | {"sample_ids": ids})
 
 
 def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.ndarray:
     """(K, R, D) float16 features. Raises CheckpointError if they are damaged or belong to other samples."""
-    sample_ids, features_KRD = _decode(data, name)
+    sample_ids, features_KRD, _ = _decode(data, name)
     if sample_ids.tobytes().hex() != "".join(expected_ids):
         raise CheckpointError(f"{name} holds the soft targets of other samples; delete it and run the command again")
     return features_KRD
@@ -43,18 +50,32 @@ def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.nd
 
 def read_all_targets(path: str) -> tuple[list[str], np.ndarray]:
     """Sample ids and (K, R, D) float16 features of a whole file. Raises CheckpointError if it is damaged."""
-    sample_ids, features_KRD = _decode(read_bytes(path), path)
+    sample_ids, features_KRD, _ = _decode(read_bytes(path), path)
     return [row.tobytes().hex() for row in sample_ids], features_KRD
 
 
-def _decode(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+def read_projected(path: str, projection: Projection | None) -> np.ndarray:
+    """(K, R, D) of a whole file, through the projection if the file has full features."""
+    _, features_KRD, is_compact = _decode(read_bytes(path), path)
+    return features_KRD if projection is None or is_compact else projection.project(features_KRD)
+
+
+def _decode(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The ids (R, 16), the features, and whether the file is compact."""
     try:
         tensors = load(bounded(data))
-        ids_R16, features_KRD = tensors["sample_ids"], tensors["features"]
-        is_ours = ids_R16.dtype == np.uint8 and features_KRD.dtype == np.float16 and features_KRD.ndim == 3
-        if not is_ours or ids_R16.shape != (features_KRD.shape[1], 16):
-            raise ValueError(f"ids {ids_R16.dtype} {ids_R16.shape}, features {features_KRD.dtype} {features_KRD.shape}")
-        return ids_R16, features_KRD
+        first = tensors["codes" if "codes" in tensors else "features"]
+        views, rows, width = first.shape
+        expected = {"sample_ids": (np.uint8, (rows, 16)), "features": (np.float16, first.shape)}
+        if "codes" in tensors:
+            expected = {"sample_ids": expected["sample_ids"], "codes": (np.int8, first.shape)}
+            expected |= {"scales": (np.float16, (views, rows)), "deviations": (np.float32, (width,))}
+        for key, (kind, shape) in expected.items():
+            if tensors[key].dtype != kind or tensors[key].shape != shape:
+                raise ValueError(f"{key} {tensors[key].dtype} {tensors[key].shape}")
+        if "features" in expected:
+            return tensors["sample_ids"], first, False
+        return tensors["sample_ids"], dequantised(first, tensors["scales"], tensors["deviations"]), True
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{name} is damaged ({error}); delete it and run the command again") from None
 
@@ -87,6 +108,21 @@ def read_samples(samples: SampleSet, split: str, shard: int) -> pa.Table:
 def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str]) -> np.ndarray:
     name = f"{path}/{shard_name(split, shard)}.safetensors"
     return decode_targets(read_bytes(name), expected_ids, name)
+
+
+def split_features(samples: SampleSet, path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(N, D) float32 features of the labelled rows of a split without augmentation, in its order, and (N,) labels."""
+    features, labels = [], []
+    for shard in range(len(samples.shards[split])):
+        table = read_columns(samples, split, shard, "sample_id", "label")
+        table = table.filter(table["label"].is_valid())
+        if table.num_rows:
+            features_1RD = read_targets(path, split, shard, values(table["sample_id"]))
+            features.append(features_1RD[0].astype(np.float32))
+            labels.append(labels_of(table))
+    if not features:
+        return np.empty((0, 0), np.float32), np.empty(0, np.int64)
+    return np.concatenate(features), np.concatenate(labels)
 
 
 def read_labels(samples: SampleSet, split: str, shard: int) -> np.ndarray:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 
 from raydistill.config import RunConfig
+from raydistill.data.compact import read_projection
 from raydistill.data.order import Pools, Visits, batch_order
 from raydistill.data.sample import SampleSet
 from raydistill.data.train_split import Batch, InMemory, OnDevice, Part, Streamed, TrainSplit
 from raydistill.data.views import NUM_PARAMETERS
 from raydistill.engine.workers import Worker
 from raydistill.errors import ConfigError
-from raydistill.models.heads import load_head
+from raydistill.models.heads import LinearHead, load_head
 from raydistill.runtime.memory import available_bytes
 from raydistill.storage.filesystems import write_bytes
 
@@ -70,6 +71,12 @@ class DistillJob:
     def looks_at_val(self) -> bool:
         """Whether an earlier epoch than the last may ship."""
         return self.config.distill.keep != "last" and self.samples.num_labelled["val"] > 0
+
+    def teacher_head(self) -> LinearHead | None:
+        """The head for the features as they are stored."""
+        if self.head is None:
+            return None
+        return load_head(self.head).of(None if self.targets is None else read_projection(self.targets))
 
     @property
     def train_split(self) -> TrainSplit:
@@ -170,8 +177,9 @@ def _cache(job: DistillJob, worker: Worker, shards: set[int]) -> str:
     if cache in ("memory", "stream"):
         return cache
     per_image = 0
-    if job.targets is not None and job.head is not None and job.config.views.per_image != "fresh":
-        features = 2 * load_head(job.head).weight_CD.shape[1]  # float16
+    head = job.teacher_head()
+    if job.targets is not None and head is not None and job.config.views.per_image != "fresh":
+        features = 2 * head.weight_CD.shape[1]  # float16
         per_image = job.config.views.per_image * (features + 4 * NUM_PARAMETERS)
     size = job.train_split.num_bytes(per_image, shards)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

@@ -16,7 +16,6 @@ from raydistill.data.views import render
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.replicas import Replicas
 from raydistill.losses.total import Outputs
-from raydistill.models.heads import load_head
 from raydistill.models.projections import Adapter, ProjectionHead
 from raydistill.models.student import Student, build_student
 
@@ -34,7 +33,7 @@ class DistillationModel(nn.Module):
         self.replicas: Replicas | None = None  # that compute the student's outputs instead of itself
         if job.config.distill.body_rate == 0:
             self.student.freeze_body()
-        head = None if job.head is None else load_head(job.head)
+        head = job.teacher_head()
         self.student_projection = self.teacher_projection = self.adapter = None
         if head is not None:
             self.register_buffer("head_weight", torch.from_numpy(head.weight_CD), persistent=False)

@@ -17,17 +17,19 @@ from ray.data import ActorPoolStrategy
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import Restart, trying
 from raydistill.config import RunConfig, Teacher
+from raydistill.data.compact import Projection
 from raydistill.engine.frozen_teacher import FrozenTeacher
 from raydistill.errors import StageError
 from raydistill.models.heads import load_head
 from raydistill.storage.directory import refuse_small_disk
 
 
-def refuse_large_targets(config: RunConfig, num_images: int, head: str) -> None:
+def refuse_large_targets(config: RunConfig, num_images: int, head: str, projection: Projection | None = None) -> None:
     """Raises ConfigError: the soft targets of this many images may not fit on the disk."""
-    views, width = config.views.per_image, load_head(head).weight_CD.shape[1]
+    views, width = config.views.per_image, load_head(head).of(projection).weight_CD.shape[1]
     assert views != "fresh", "fresh views are not stored"
-    need = num_images * (views * width * 2 + 16)  # float16, and the image's id
+    each = width * 2 if projection is None else width + 2  # float16, or bytes and a scale
+    need = num_images * (views * each + 16)  # and the image's id
     what = f"teach: {width} features of {views} views of each image"
     refuse_small_disk(config, what, need, "lower views.per_image, choose another workspace")
 

@@ -20,6 +20,7 @@ from ray.data import ActorPoolStrategy
 from raydistill.cluster.plan import LEAST_SHARE, Plan
 from raydistill.cluster.restarts import new_tries, trying
 from raydistill.config import RunConfig, Views
+from raydistill.data.compact import read_projection
 from raydistill.data.sample import SampleSet, sample_id, shard_name
 from raydistill.data.targets import encode_targets, read_all_targets, read_ids
 from raydistill.data.views import WHOLE_IMAGE, stored_views
@@ -111,7 +112,7 @@ def teach_files(
             advance(0, f"{done} done during generate")
         for file in _teach_missing(config, missing, plan):
             advance(images[file])
-    width = 0
+    width, projection = 0, read_projection(directory.path)
     for shard in range(len(generated.shards["train"])):
         target = f"{directory.path}/{shard_name('train', shard)}.safetensors"
         ids = read_ids(generated, "train", shard)
@@ -120,7 +121,9 @@ def teach_files(
             own, features_KND = read_all_targets(file)
             features_KD.update(zip(own, features_KND.swapaxes(0, 1), strict=True))
         features_KRD = np.stack([features_KD[i] for i in ids], axis=1)
-        write_bytes(target, encode_targets(ids, features_KRD))
+        if projection is not None:
+            features_KRD = projection.project(features_KRD)
+        write_bytes(target, encode_targets(ids, features_KRD, projection))
         width = features_KRD.shape[2]
     assert config.views.per_image != "fresh", "fresh views are not stored"
     assert config.teacher is not None

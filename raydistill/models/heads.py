@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from scipy.special import softmax
 from torch import nn
 
+from raydistill.data.compact import Projection, dequantised, quantised
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.storage.filesystems import read_bytes
 from raydistill.storage.tensors import bounded
@@ -32,6 +34,22 @@ class LinearHead:
 
     def logits(self, features_BD: np.ndarray) -> np.ndarray:
         return features_BD.astype(np.float32) @ self.weight_CD.T + self.bias_C
+
+    def of(self, projection: Projection | None) -> LinearHead:
+        """The head for coordinates of the projection: `f` is about `mean + coordinates @ components`."""
+        if projection is None:
+            return self
+        return LinearHead(self.weight_CD @ projection.components_JD.T, self.weight_CD @ projection.mean_D + self.bias_C)
+
+
+def projection_loss(head: LinearHead, projection: Projection, features_ND: np.ndarray) -> tuple[int, float]:
+    """How many answers of the head stay equal if features are stored compact, and the largest difference of a
+    probability."""
+    coordinates_1NJ = projection.project(features_ND[None])
+    codes, scales = quantised(coordinates_1NJ, projection.deviations_J)
+    stored_NJ = dequantised(codes, scales, projection.deviations_J)[0]
+    full_NC, compact_NC = softmax(head.logits(features_ND), 1), softmax(head.of(projection).logits(stored_NJ), 1)
+    return int((full_NC.argmax(1) == compact_NC.argmax(1)).sum()), float(np.abs(full_NC - compact_NC).max(initial=0))
 
 
 def encode_head(head: LinearHead) -> bytes:

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from raydistill.config import RunConfig, Teacher, fine_tuning
 from raydistill.data.sample import SampleSet
-from raydistill.data.targets import labels_of, read_columns, read_targets
+from raydistill.data.targets import split_features
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.execution import Execution
 from raydistill.identity import (
@@ -34,10 +34,9 @@ from raydistill.models.heads import HEAD_FILE, LinearHead, encode_head, match_na
 from raydistill.models.teacher import load_teacher
 from raydistill.models.zero_shot import zero_shot_head
 from raydistill.results import AdaptedTeacher
-from raydistill.stages.teach import FeaturePass, write_features
+from raydistill.stages.feature_pass import FeaturePass, write_features
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import result_of
-from raydistill.storage.tables import values
 
 # The inverse L2 strengths to try, from a prior that outweighs the data to almost none.
 INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
@@ -91,21 +90,6 @@ def refuse_near_chance(teacher: Teacher, adapted: AdaptedTeacher) -> None:
 def near_chance(chance: float) -> float:
     """The val accuracy below which a teacher counts as guessing: a tenth of the way from chance to perfect."""
     return chance + 0.1 * (1 - chance)
-
-
-def split_features(samples: SampleSet, path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(N, D) float32 features and (N,) labels of the labelled rows of a split, in its order."""
-    features, labels = [], []
-    for shard in range(len(samples.shards[split])):
-        table = read_columns(samples, split, shard, "sample_id", "label")
-        table = table.filter(table["label"].is_valid())
-        if table.num_rows:
-            features_1RD = read_targets(path, split, shard, values(table["sample_id"]))
-            features.append(features_1RD[0].astype(np.float32))
-            labels.append(labels_of(table))
-    if not features:
-        return np.empty((0, 0), np.float32), np.empty(0, np.int64)
-    return np.concatenate(features), np.concatenate(labels)
 
 
 def fit_linear_probe(

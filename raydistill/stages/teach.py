@@ -1,41 +1,35 @@
 """teach: run every view through the teacher and write its features, one file for each sample shard.
 
-Shapes: R rows of a shard, N of them not yet taught, K views, H working pixels, P parameters of a view, D features.
+Shapes: N images, D features.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
-import ray
-import ray.data
 
 from raydistill.cluster.plan import Plan
-from raydistill.cluster.restarts import new_tries, trying
-from raydistill.config import RunConfig, Teacher, Views
-from raydistill.config.section import Precision
-from raydistill.data.reuse import KnownRows, find_known, read_known
-from raydistill.data.sample import SampleSet, shard_name, working_images
-from raydistill.data.targets import UNLABELLED, encode_targets, read_all_targets, read_ids, read_labels, read_samples
-from raydistill.data.views import WHOLE_IMAGE, stored_views
-from raydistill.engine.precision import described
-from raydistill.engine.teacher_pool import TeacherActor, refuse_large_targets, refuse_not_finite, teacher_pool
+from raydistill.config import RunConfig
+from raydistill.data.compact import PROJECTION_FILE, Projection, fit_projection, read_projection, same
+from raydistill.data.reuse import find_known
+from raydistill.data.sample import SampleSet
+from raydistill.data.targets import read_all_targets, split_features
+from raydistill.engine.teacher_pool import refuse_large_targets
 from raydistill.execution import Execution
 from raydistill.generation.features import teach_files
-from raydistill.identity import taught_before, teach_directory, teach_generated_directory, teacher_pin
-from raydistill.models.heads import load_head
+from raydistill.identity import taught_before, teach_directory, teach_generated_directory
+from raydistill.models.heads import load_head, projection_loss
 from raydistill.results import SoftTargets
 from raydistill.runtime.progress import Progress
+from raydistill.stages.feature_pass import FeaturePass, shard_file, write_features
 from raydistill.storage.directory import StageDirectory
-from raydistill.storage.filesystems import exists, write_bytes
-from raydistill.storage.tables import values
+from raydistill.storage.filesystems import exists
 
-logger = logging.getLogger(__name__)
+# The views that a projection is fitted to, at least, and the folder for their features until all is written.
+_SAMPLE_VIEWS, _SAMPLE = 16384, "sample"
+_ENOUGH_EQUAL = 0.98  # of the answers of a head to compact targets
 
 
 def stream_soft_targets(
@@ -49,191 +43,47 @@ def stream_soft_targets(
     assert config.views.per_image != "fresh", "fresh views are not stored"
     directory.begin()
     views, before = config.views.per_image, taught_before(directory)
-    known = find_known(before) if before else None
-    missing = [n for k, n in enumerate(samples.shards["train"]) if not exists(_file(directory.path, "train", k))]
-    refuse_large_targets(config, sum(missing), head)
-    wanted = FeaturePass(config, samples, ("train",), views, directory.path, known, head)
-    done = write_features(wanted, "teach", plan, progress)
+    wanted = FeaturePass(config, samples, ("train",), views, directory.path, head=head)
+    sample = f"{directory.place}/{_SAMPLE}"
+    if config.views.store == "compact":
+        projection = read_projection(directory.path) or _projection(wanted, directory, before, plan, progress)
+        stored = {path: read_projection(path) for path in before}
+        before = {p: files for p, files in before.items() if stored[p] is None or same(stored[p], projection)}
+        names = directory.fs.names(sample) if directory.fs.exists(sample) else []
+        before[_SAMPLE] = [f"{directory.path}/{_SAMPLE}/{name}" for name in names]
+        wanted = replace(wanted, projection=projection)
+    files = [file for of_one in before.values() for file in of_one]
+    missing = [n for k, n in enumerate(samples.shards["train"]) if not exists(shard_file(directory.path, "train", k))]
+    refuse_large_targets(config, sum(missing), head, wanted.projection)
+    done = write_features(replace(wanted, known=find_known(files) if files else None), "teach", plan, progress)
+    directory.fs.remove(sample)
     result = SoftTargets(directory.path, samples.num_rows("train"), views, *done)
     directory.finish(asdict(result))
     return result
 
 
-@dataclass(frozen=True)
-class FeaturePass:
-    """The input of the teacher: `num_views` random views of every row or, with 0, the whole image of every labelled
-    row. It writes one file to `path` for each sample shard. It copies the views of `known` images. With the `head` in a
-    directory, it compares answers with those in fp32."""
-
-    config: RunConfig
-    samples: SampleSet
-    splits: Sequence[str]
-    num_views: int
-    path: str
-    known: KnownRows | None = None
-    head: str | None = None
-
-    @property
-    def pin(self) -> str:
-        return teacher_pin(self.path.rpartition("/")[0], self.config)
-
-
-class Written(NamedTuple):
-    """The width D of features, their precision and, if answers were compared with those in fp32, the share of `equal`
-    ones and the largest `difference` of a logit."""
-
-    num_features: int
-    precision: Precision
-    equal: float | None = None
-    difference: float | None = None
-
-
-def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progress) -> Written:
-    """Write the teacher's features.
-
-    One Ray Data row is one shard: a task reads and decodes it, an actor of the pool renders the views, infers and
-    commits the file by rename. So a lost actor or node costs its open shards, and a later run makes only the missing.
-    """
-    teacher = wanted.config.teacher
-    assert teacher is not None
-    rows = {name: count for name, count in _rows_to_do(wanted).items() if count}
-    if not rows:  # the job generates no image
-        return Written(0, teacher.precision)
-    missing = [n for n in rows if not exists(_file(wanted.path, *n))]
-    each = max(wanted.num_views, 1)
-    total, todo = sum(rows.values()) * each, sum(rows[name] for name in missing) * each
-    copied, overflowed, compared = 0, 0, dict[str, float]()
-    with progress.task(title, total, "views", done=total - todo) as advance:
-        for written in _pool(wanted, missing, plan) if missing else ():
-            found = int(written["copied"]) * each
-            advance(found, worked=False)
-            advance(int(written["views"]) - found)
-            progress.again(title, int(written["images_again"]), float(written["seconds_again"]))
-            copied += int(written["copied"])
-            overflowed += int(written["overflowed"])
-            compared = compared or json.loads(written["compared"])
-    precision, words = described(teacher.precision, wanted.pin)
-    if compared:
-        words += "; {equal} of {answers} answers equal, largest difference of a logit {difference:.2g}".format(
-            **compared
-        )
-    if wanted.head is not None and words != "fp32":
-        progress.line(f"{title:<9} {words}")
-    if overflowed:
-        logger.warning(
-            "%s: %d views were computed again in fp32, because they, or others of their batch, overflow in %s; "
-            "set teacher.precision=bf16 or fp32", title, overflowed, precision,
-        )  # fmt: skip
-    if copied:
-        progress.line(f"{title:<9} copied the views of {copied:,} images that an earlier run taught")
-    width = read_all_targets(_file(wanted.path, *next(iter(rows))))[1].shape[2]
-    if not compared:
-        return Written(width, precision)
-    return Written(width, precision, compared["equal"] / compared["answers"], compared["difference"])
-
-
-def _file(path: str, split: str, shard: int) -> str:
-    return f"{path}/{shard_name(split, shard)}.safetensors"
-
-
-def _rows_to_do(wanted: FeaturePass) -> dict[tuple[str, int], int]:
-    samples = wanted.samples
-    names = [(split, k) for split in wanted.splits for k in range(len(samples.shards[split]))]
-    if wanted.num_views:
-        return {(split, k): samples.shards[split][k] for split, k in names}
-    return {(split, k): int((read_labels(samples, split, k) != UNLABELLED).sum()) for split, k in names}
-
-
-def _pool(wanted: FeaturePass, shards: list[tuple[str, int]], plan: Plan) -> Iterator[dict[str, Any]]:
-    """What each actor call wrote, as the shards finish."""
-    config, samples, known, tries = wanted.config, wanted.samples, wanted.known, new_tries()
-    units = [
-        {"split": s, "shard": k, "known": json.dumps({} if known is None else known.find(read_ids(samples, s, k)))}
-        for s, k in shards
-    ]
-    shards_read = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        _LoadShard(samples, config.views, config.seed, wanted.num_views, tries),
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=plan.load_cpus,
-    )
-    teacher = {"teacher": config.teacher, "threads": plan.teacher_threads, "pin": wanted.pin, "path": wanted.path}
-    written = shards_read.map_batches(
-        ShardTeacher,
-        fn_constructor_kwargs=teacher | {"head": wanted.head, "tries": tries},
-        batch_size=1,
-        batch_format="numpy",
-        **teacher_pool(plan, len(shards)),
-    )
-    return iter(written.iter_rows())
-
-
-class _LoadShard:
-    """A Ray Data task: reads and decodes one sample shard, and gives one row with its images and the parameters of its
-    views. Known images come as features instead."""
-
-    def __init__(self, samples: SampleSet, views: Views, seed: int, num_views: int, tries: Any) -> None:
-        self._samples, self._views, self._seed, self._num_views = samples, views, seed, num_views
-        self._tries = tries
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        split, shard = str(batch["split"][0]), int(batch["shard"][0])
-        table = read_samples(self._samples, split, shard)
-        if not self._num_views:
-            table = table.filter(table["label"].is_valid())
-        ids = values(table["sample_id"])
-        if self._num_views:
-            parameters_KRP = stored_views(self._views, self._seed, ids)
-        else:
-            parameters_KRP = np.tile(WHOLE_IMAGE, (1, len(ids), 1))
-        is_known_R, known_KRD = read_known(json.loads(str(batch["known"][0])), len(ids))
-        new_R = np.flatnonzero(~is_known_R)
-        with trying(self._tries, f"shard {shard_name(split, shard)} ({len(new_R)} images to decode)"):
-            images_NHH3 = working_images(table.take(new_R), self._samples.size)
-        return {
-            "shard": np.array([shard_name(split, shard)]),
-            "sample_ids": np.array([" ".join(ids)]),
-            "images": images_NHH3[None],
-            "parameters": parameters_KRP[None, :, new_R],
-            "new": new_R[None],
-            "known": known_KRD[None],
-        }
-
-
-class ShardTeacher(TeacherActor):
-    """Makes one target shard in each call. Ray repeats a call whose actor was lost; the repeat skips a written file."""
-
-    def __init__(
-        self, teacher: Teacher, threads: int, pin: str, path: str, head: str | None = None, tries: Any = None
-    ) -> None:
-        super().__init__(teacher, threads, pin, tries)
-        self._path, self._head = path, None if head is None else load_head(head)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        name, ids = str(batch["shard"][0]), str(batch["sample_ids"][0]).split()
-        images_NHHC, parameters_KNP, new_N = batch["images"][0], batch["parameters"][0], batch["new"][0]
-        file = f"{self._path}/{name}.safetensors"
-        missing, compared, overflowed = not exists(file), {}, self.num_overflowed
-        if missing:
-            features_KRD = np.array(batch["known"][0])
-            with trying(self._tries, f"shard {name} ({len(ids)} images, {ids[0]} the first)"):
-                if len(new_N):
-                    features_KND = self.features(images_NHHC, parameters_KNP)
-                    refuse_not_finite(features_KND, [ids[row] for row in new_N])
-                    if self._head is not None:  # the first batch of this actor
-                        compared = self.compared(self._head, images_NHHC, parameters_KNP, features_KND)
-                        self._head = None
-                    if not features_KRD.size:
-                        features_KRD = np.empty((len(features_KND), len(ids), features_KND.shape[2]), np.float16)
-                    features_KRD[:, new_N] = features_KND
-                write_bytes(file, encode_targets(ids, features_KRD))
-        return {
-            "views": np.array([len(parameters_KNP) * len(ids)]),
-            "copied": np.array([len(ids) - len(new_N)]),
-            "overflowed": np.array([self.num_overflowed - overflowed]),
-            "compared": np.array([json.dumps(compared)]),
-            **self._restart.note(len(new_N) * missing),
-        }
+def _projection(
+    wanted: FeaturePass, directory: StageDirectory, before: dict[str, list[str]], plan: Plan, progress: Progress
+) -> Projection:
+    """That of a directory whose rows are then copied, if it was fitted to enough views; else one that is fitted to the
+    first shards and the head. These shards stay beside the soft targets until all are written, so no view is seen
+    twice."""
+    assert wanted.head is not None
+    rows, views = wanted.samples.shards["train"], wanted.num_views
+    enough = min(_SAMPLE_VIEWS, sum(rows) * views) / 2
+    taken = (one for one in map(read_projection, before) if one is not None and one.num_views >= enough)
+    projection = next(taken, None)
+    if projection is None:
+        first = int(np.searchsorted(np.cumsum(rows) * views, min(_SAMPLE_VIEWS, sum(rows) * views))) + 1
+        refuse_large_targets(wanted.config, sum(rows[:first]), wanted.head)
+        files = [file for path, of_one in before.items() if read_projection(path) is None for file in of_one]
+        known = find_known(files) if files else None
+        sample = replace(wanted, path=f"{wanted.path}/{_SAMPLE}", known=known, most_shards=first)
+        write_features(sample, "sample", plan, progress)
+        features = (read_all_targets(shard_file(sample.path, "train", k))[1] for k in range(first))
+        projection = fit_projection(features, load_head(wanted.head).weight_CD)
+    directory.write(PROJECTION_FILE, projection.encode())
+    return projection
 
 
 def teach(execution: Execution) -> None:
@@ -241,7 +91,37 @@ def teach(execution: Execution) -> None:
     head, plan, progress = execution.head, execution.plan, execution.progress
     directory = teach_directory(config, samples)
     execution.result(directory, lambda _: stream_soft_targets(config, samples, head, directory, plan(), progress))
+    projection = read_projection(directory.path)
+    if projection is not None:
+        progress.line(f"teach     {_loss_of(projection, execution)}")
     if generated is not None:
         apart, shown = teach_generated_directory(config, samples), generated.samples
         run = teach_files if config.streams_generated else stream_soft_targets
-        execution.result(apart, lambda _: run(config, shown, head, apart, plan(), progress))
+
+        def work(_: Any) -> None:
+            if projection is not None:
+                apart.begin()
+                apart.write(PROJECTION_FILE, projection.encode())
+            run(config, shown, head, apart, plan(), progress)
+
+        execution.result(apart, work)
+
+
+def _loss_of(projection: Projection, execution: Execution) -> str:
+    """What compact targets change in the head's answers, measured on images of val or, without any, of train."""
+    samples, adapted = execution.samples, execution.outcome.adapted
+    assert adapted is not None, "adapt has run"
+    split = "val" if samples.num_labelled["val"] else "train"
+    features_ND, _ = split_features(samples, adapted.features, split)
+    equal, difference = projection_loss(load_head(adapted.path), projection, features_ND)
+    kept, width = projection.components_JD.shape
+    words = (
+        f"compact: {kept + 2:,} bytes a view instead of {2 * width:,}; {equal} of {len(features_ND)} answers on "
+        f"{split} equal, largest difference of a probability {difference:.2g}"
+    )
+    if equal < _ENOUGH_EQUAL * len(features_ND):
+        words += (
+            f"; they were made for another head: for this one, delete {execution.outcome.directories['teach']} and run "
+            "the command again, which costs a teacher pass, or set views.store=full"
+        )
+    return words

@@ -27,8 +27,8 @@ from raydistill.errors import ConfigError
 from raydistill.generation.features import FileTeacher
 from raydistill.generation.pipelines import inspect_pipeline
 from raydistill.generation.recipes import GeneratorActor
-from raydistill.stages import teach
-from raydistill.stages.teach import FeaturePass, ShardTeacher, write_features
+from raydistill.stages import feature_pass
+from raydistill.stages.feature_pass import FeaturePass, ShardTeacher, write_features
 from tests.small_run import painted
 
 Call = tuple[Callable[[dict], dict], dict]
@@ -191,7 +191,7 @@ def test_what_kills_its_actor_each_time_ends_the_stage(work, deaths, ray_session
 def test_a_shard_that_kills_the_teacher_is_named(deaths, taught, words, progress, monkeypatch, tmp_path) -> None:
     class Mortal:
         def __init__(self, *arguments, **named):
-            from raydistill.stages.teach import ShardTeacher  # an actor's own, which is not patched
+            from raydistill.stages.feature_pass import ShardTeacher  # an actor's own, which is not patched
 
             self._teacher = ShardTeacher(*arguments, **named)
             self._features, self._teacher.features = self._teacher.features, self.features
@@ -206,7 +206,7 @@ def test_a_shard_that_kills_the_teacher_is_named(deaths, taught, words, progress
                 os._exit(1)
             return self._features(*arguments)
 
-    monkeypatch.setattr(teach, "ShardTeacher", Mortal)
+    monkeypatch.setattr(feature_pass, "ShardTeacher", Mortal)
     config, notes = load_config(words), tmp_path / "notes"
     notes.mkdir()
     samples = next((tmp_path / "workspace").glob("prepare-*/DONE"))

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -27,11 +28,13 @@ from safetensors.numpy import load_file, save_file
 
 from raydistill.cluster.plan import plan_resources
 from raydistill.config import Student, load_config
+from raydistill.data.compact import read_projection, same
 from raydistill.data.sample import decode_shard, sample_id, samples_from_json, working_images
 from raydistill.data.targets import read_columns, read_targets
 from raydistill.data.views import render, view_parameters
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.fresh_stream import FreshStream
+from raydistill.engine.records import read_epochs
 from raydistill.errors import ConfigError, DataError
 from raydistill.graph import find_work
 from raydistill.identity import taught_before, teach_directory, tuned
@@ -441,6 +444,57 @@ def test_a_folder_that_grew_costs_the_teacher_its_new_images(words, tmp_path, im
     assert taught_before(teach_directory(config, before.samples))
     other_views = load_config([*words, "views.min_scale=0.9"])
     assert not taught_before(teach_directory(other_views, before.samples))
+
+
+@pytest.mark.usefixtures("taught")
+def test_compact_soft_targets_cost_no_teacher_pass_and_train_with_every_loss(words, tmp_path, image_folder) -> None:
+    """Of a finished full directory. The stored features of that are changed by hand, so that copies of them are known
+    from new ones. A set that grew, new labels and a new head cost no pass of known images either."""
+    full = run_stages(load_config(words), Progress(Console(quiet=True)), until="teach")
+    for file in Path(full.directories["teach"]).glob("*.safetensors"):
+        stored = load_file(file)
+        save_file({**stored, "features": stored["features"] + np.float16(1)}, file)
+
+    def compact(*more: str, until: str = "teach"):
+        said = io.StringIO()
+        config = load_config([*words, "views.store=compact", *more])
+        outcome = run_stages(config, Progress(Console(file=said, width=300)), until=until)
+        return outcome, said.getvalue()
+
+    every = {
+        f"{term}_weight": 1 for term in ("info_nce", "crd", "srrl", "dist", "feature", "rkd_distance", "rkd_angle")
+    }
+    first, said = compact(f"loss={json.dumps(every)}", until="distill")
+    num_train = first.samples.num_rows("train")
+    assert f"sample    copied the views of {num_train} images" in said
+    assert f"teach     copied the views of {num_train} images" in said
+    assert re.search(r"teach     compact: \d+ bytes a view instead of \d+; \d+ of \d+ answers on val equal", said)
+    directory = first.directories["teach"]
+    assert not Path(directory, "sample").exists()
+    projection, small, large = read_projection(directory), 0, 0
+    for number in range(len(first.samples.shards["train"])):
+        ids = [row["sample_id"] for row in rows(first.samples.path, "train")]
+        ids = ids[sum(first.samples.shards["train"][:number]) :][: first.samples.shards["train"][number]]
+        whole = read_targets(full.directories["teach"], "train", number, ids)
+        stored = read_targets(directory, "train", number, ids).astype(np.float32)
+        expected = projection.project(whole).astype(np.float32)
+        np.testing.assert_allclose(stored, expected, atol=0.03 * float(np.abs(expected).max()))
+        small += Path(directory, f"train-{number:05d}.safetensors").stat().st_size
+        large += Path(full.directories["teach"], f"train-{number:05d}.safetensors").stat().st_size
+    assert small < large
+    assert np.isfinite([epoch["loss"] for epoch in read_epochs(first.student.path)]).all()
+    larger = tmp_path / "larger"
+    shutil.copytree(image_folder, larger)
+    painted(1, np.random.default_rng(5), 40).save(larger / "unlabelled" / "new.png")
+    shutil.rmtree(full.directories["teach"])
+    grown, said = compact(f"images.path={larger}")
+    assert "sample" not in said
+    assert f"teach     copied the views of {num_train} images" in said
+    assert same(read_projection(grown.directories["teach"]), projection)
+    for change in ("images.num_labelled=30", "teacher.class_balanced=true"):
+        again, said = compact(change)
+        assert again.directories["teach"] == directory
+        assert "teach     compact:" in said
 
 
 def test_a_teacher_that_sees_nothing_stops_before_it_teaches(words, progress, tmp_path, teacher_weights) -> None:

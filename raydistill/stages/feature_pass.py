@@ -1,0 +1,230 @@
+"""One pass of the teacher over sample shards: `adapt` makes a head of it, `teach` soft targets.
+
+Shapes: R rows of a shard, N of them not yet taught, K views, H working pixels, P parameters of a view, D features.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import ray.data
+
+from raydistill.cluster.plan import Plan
+from raydistill.cluster.restarts import new_tries, trying
+from raydistill.config import RunConfig, Teacher, Views
+from raydistill.config.section import Precision
+from raydistill.data.compact import Projection
+from raydistill.data.reuse import KnownRows, read_known
+from raydistill.data.sample import SampleSet, shard_name, working_images
+from raydistill.data.targets import (
+    UNLABELLED,
+    encode_targets,
+    read_all_targets,
+    read_ids,
+    read_labels,
+    read_samples,
+)
+from raydistill.data.views import WHOLE_IMAGE, stored_views
+from raydistill.engine.precision import described
+from raydistill.engine.teacher_pool import TeacherActor, refuse_not_finite, teacher_pool
+from raydistill.identity import teacher_pin
+from raydistill.models.heads import load_head
+from raydistill.runtime.progress import Progress
+from raydistill.storage.directory import workspace_root
+from raydistill.storage.filesystems import exists, write_bytes
+from raydistill.storage.tables import values
+
+logger = logging.getLogger(__name__)
+# The views that a projection is fitted to, at least, and the folder for their features until all is written.
+_SAMPLE_VIEWS, _SAMPLE = 16384, "sample"
+
+
+@dataclass(frozen=True)
+class FeaturePass:
+    """The input of the teacher: `num_views` random views of every row or, with 0, the whole image of every labelled
+    row. It writes one file to `path` for each sample shard. It copies the views of `known` images. With the `head` in a
+    directory, it compares answers with those in fp32. With a `projection` it writes compact targets."""
+
+    config: RunConfig
+    samples: SampleSet
+    splits: Sequence[str]
+    num_views: int
+    path: str
+    known: KnownRows | None = None
+    head: str | None = None
+    projection: Projection | None = None
+    most_shards: int | None = None
+
+    @property
+    def pin(self) -> str:
+        return teacher_pin(workspace_root(self.config), self.config)
+
+
+class Written(NamedTuple):
+    """The width D of features, their precision and, if answers were compared with those in fp32, the share of `equal`
+    ones and the largest `difference` of a logit."""
+
+    num_features: int
+    precision: Precision
+    equal: float | None = None
+    difference: float | None = None
+
+
+def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progress) -> Written:
+    """Write the teacher's features.
+
+    One Ray Data row is one shard: a task reads and decodes it, an actor of the pool renders the views, infers and
+    commits the file by rename. So a lost actor or node costs its open shards, and a later run makes only the missing.
+    """
+    teacher = wanted.config.teacher
+    assert teacher is not None
+    rows = {name: count for name, count in _rows_to_do(wanted).items() if count}
+    if not rows:  # the job generates no image
+        return Written(0, teacher.precision)
+    missing = [n for n in rows if not exists(shard_file(wanted.path, *n))]
+    each = max(wanted.num_views, 1)
+    total, todo = sum(rows.values()) * each, sum(rows[name] for name in missing) * each
+    copied, overflowed, compared = 0, 0, dict[str, float]()
+    with progress.task(title, total, "views", done=total - todo) as advance:
+        for written in _pool(wanted, missing, plan) if missing else ():
+            found = int(written["copied"]) * each
+            advance(found, worked=False)
+            advance(int(written["views"]) - found)
+            progress.again(title, int(written["images_again"]), float(written["seconds_again"]))
+            copied += int(written["copied"])
+            overflowed += int(written["overflowed"])
+            compared = compared or json.loads(written["compared"])
+    precision, words = described(teacher.precision, wanted.pin)
+    if compared:
+        words += "; {equal} of {answers} answers equal, largest difference of a logit {difference:.2g}".format(
+            **compared
+        )
+    if wanted.head is not None and words != "fp32":
+        progress.line(f"{title:<9} {words}")
+    if overflowed:
+        logger.warning(
+            "%s: %d views were computed again in fp32, because they, or others of their batch, overflow in %s; "
+            "set teacher.precision=bf16 or fp32", title, overflowed, precision,
+        )  # fmt: skip
+    if copied:
+        progress.line(f"{title:<9} copied the views of {copied:,} images that were taught before")
+    width = read_all_targets(shard_file(wanted.path, *next(iter(rows))))[1].shape[2]
+    if not compared:
+        return Written(width, precision)
+    return Written(width, precision, compared["equal"] / compared["answers"], compared["difference"])
+
+
+def shard_file(path: str, split: str, shard: int) -> str:
+    return f"{path}/{shard_name(split, shard)}.safetensors"
+
+
+def _rows_to_do(wanted: FeaturePass) -> dict[tuple[str, int], int]:
+    samples = wanted.samples
+    names = [(split, k) for split in wanted.splits for k in range(len(samples.shards[split]))][: wanted.most_shards]
+    if wanted.num_views:
+        return {(split, k): samples.shards[split][k] for split, k in names}
+    return {(split, k): int((read_labels(samples, split, k) != UNLABELLED).sum()) for split, k in names}
+
+
+def _pool(wanted: FeaturePass, shards: list[tuple[str, int]], plan: Plan) -> Iterator[dict[str, Any]]:
+    """What each actor call wrote, as the shards finish."""
+    config, samples, known, tries = wanted.config, wanted.samples, wanted.known, new_tries()
+    units = [
+        {"split": s, "shard": k, "known": json.dumps({} if known is None else known.find(read_ids(samples, s, k)))}
+        for s, k in shards
+    ]
+    shards_read = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        _LoadShard(samples, config.views, config.seed, wanted.num_views, tries, wanted.projection),
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=plan.load_cpus,
+    )
+    teacher = {"teacher": config.teacher, "threads": plan.teacher_threads, "pin": wanted.pin, "path": wanted.path}
+    written = shards_read.map_batches(
+        ShardTeacher,
+        fn_constructor_kwargs=teacher | {"head": wanted.head, "tries": tries, "projection": wanted.projection},
+        batch_size=1,
+        batch_format="numpy",
+        **teacher_pool(plan, len(shards)),
+    )
+    return iter(written.iter_rows())
+
+
+class _LoadShard:
+    """A Ray Data task: reads and decodes one sample shard, and gives one row with its images and the parameters of its
+    views. Known images come as features instead."""
+
+    def __init__(
+        self, samples: SampleSet, views: Views, seed: int, num_views: int, tries: Any, projection: Projection | None
+    ) -> None:
+        self._samples, self._views, self._seed, self._num_views = samples, views, seed, num_views
+        self._tries, self._projection = tries, projection
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        split, shard = str(batch["split"][0]), int(batch["shard"][0])
+        table = read_samples(self._samples, split, shard)
+        if not self._num_views:
+            table = table.filter(table["label"].is_valid())
+        ids = values(table["sample_id"])
+        if self._num_views:
+            parameters_KRP = stored_views(self._views, self._seed, ids)
+        else:
+            parameters_KRP = np.tile(WHOLE_IMAGE, (1, len(ids), 1))
+        is_known_R, known_KRD = read_known(json.loads(str(batch["known"][0])), len(ids), self._projection)
+        new_R = np.flatnonzero(~is_known_R)
+        with trying(self._tries, f"shard {shard_name(split, shard)} ({len(new_R)} images to decode)"):
+            images_NHH3 = working_images(table.take(new_R), self._samples.size)
+        return {
+            "shard": np.array([shard_name(split, shard)]),
+            "sample_ids": np.array([" ".join(ids)]),
+            "images": images_NHH3[None],
+            "parameters": parameters_KRP[None, :, new_R],
+            "new": new_R[None],
+            "known": known_KRD[None],
+        }
+
+
+class ShardTeacher(TeacherActor):
+    """Makes one target shard in each call. Ray repeats a call whose actor was lost; the repeat skips a written file."""
+
+    def __init__(
+        self, teacher: Teacher, threads: int, pin: str, path: str, head: str | None = None, tries: Any = None,
+        projection: Projection | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(teacher, threads, pin, tries)
+        self._path, self._head, self._projection = path, None if head is None else load_head(head), projection
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        name, ids = str(batch["shard"][0]), str(batch["sample_ids"][0]).split()
+        images_NHHC, parameters_KNP, new_N = batch["images"][0], batch["parameters"][0], batch["new"][0]
+        file = f"{self._path}/{name}.safetensors"
+        missing, compared, overflowed = not exists(file), {}, self.num_overflowed
+        if missing:
+            features_KRD = np.array(batch["known"][0])
+            with trying(self._tries, f"shard {name} ({len(ids)} images, {ids[0]} the first)"):
+                if len(new_N):
+                    features_KND = self.features(images_NHHC, parameters_KNP)
+                    refuse_not_finite(features_KND, [ids[row] for row in new_N])
+                    if self._head is not None:  # the first batch of this actor
+                        compared = self.compared(self._head, images_NHHC, parameters_KNP, features_KND)
+                        self._head = None
+                    if self._projection is not None:
+                        features_KND = self._projection.project(features_KND)
+                        refuse_not_finite(features_KND, [ids[row] for row in new_N])
+                    if not features_KRD.size:
+                        features_KRD = np.empty((len(features_KND), len(ids), features_KND.shape[2]), np.float16)
+                    features_KRD[:, new_N] = features_KND
+                write_bytes(file, encode_targets(ids, features_KRD, self._projection))
+        return {
+            "views": np.array([len(parameters_KNP) * len(ids)]),
+            "copied": np.array([len(ids) - len(new_N)]),
+            "overflowed": np.array([self.num_overflowed - overflowed]),
+            "compared": np.array([json.dumps(compared)]),
+            **self._restart.note(len(new_N) * missing),
+        }
