@@ -39,6 +39,11 @@ def _streams(config: RunConfig) -> bool:
     return config.views.per_image == "fresh" and config.loss.needs_teacher
 
 
+def _is_stored(config: RunConfig) -> bool:
+    """Whether the teacher is a folder of answers, so that no network runs."""
+    return config.teacher is not None and config.teacher.stored is not None
+
+
 def _directory(kind: str) -> Callable[[RunConfig, SampleSet], Sequence[StageDirectory]]:
     """The directory of a function of `identity`."""
     return lambda config, samples: [getattr(import_module("raydistill.identity"), f"{kind}_directory")(config, samples)]
@@ -47,7 +52,7 @@ def _directory(kind: str) -> Callable[[RunConfig, SampleSet], Sequence[StageDire
 def _adapted(config: RunConfig, samples: SampleSet) -> Sequence[StageDirectory]:
     from raydistill.identity import adapt_directory, held_out_directory
 
-    tested = [held_out_directory(config, samples)] if samples.num_rows("test") else []
+    tested = [held_out_directory(config, samples)] if samples.num_rows("test") and not _is_stored(config) else []
     return [adapt_directory(config, samples), *tested]
 
 
@@ -75,6 +80,7 @@ STAGES = (
         settings=("teacher",),
         directories=_adapted,
         wanted=lambda config: config.loss.needs_teacher,
+        needs_ray=lambda config: not _is_stored(config),
     ),
     Stage(
         "generate",
@@ -93,6 +99,7 @@ STAGES = (
         settings=("teacher", "views", "seed"),
         directories=_taught,
         wanted=lambda config: config.loss.needs_teacher and not _streams(config),
+        needs_ray=lambda config: not _is_stored(config),
     ),
     Stage(
         "distill",

@@ -20,7 +20,13 @@ _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 def refuse_early(config: RunConfig) -> None:
     """Raises ConfigError: a model of an unknown kind, a missing file, or a cluster that does not answer."""
     if config.teacher is not None and config.loss.needs_teacher:
-        _check_model("teacher.model", config.teacher.model, also_here="or a folder that timm, transformers or distill")
+        if config.teacher.stored is not None:
+            from raydistill.data.open_targets import read_settings
+
+            read_settings(config.teacher.stored)
+        else:
+            also = "targets:FOLDER, or a folder that timm, transformers or distill"
+            _check_model("teacher.model", config.teacher.model, also_here=also)
         _check_file("teacher.weights", config.teacher.weights)
     _check_model("student.model", config.student.model, also_here="or a folder that timm or transformers")
     _check_file("student.weights", config.student.weights)
@@ -134,6 +140,11 @@ def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -
         if config.cluster.address is None:  # the workers of a cluster try their own devices, and so do its actors
             refuse_unable("distill.precision", config.distill.precision, here)
     if config.teacher and config.loss.needs_teacher and {"adapt", "teach"} & undone:
+        if config.teacher.stored is not None:
+            from raydistill.stages.stored_teacher import refuse_misfit
+
+            refuse_misfit(config, list(listing.classes))
+            return
         if config.cluster.address is None:
             refuse_unable("teacher.precision", config.teacher.precision, here)
         _, head, names = load_teacher(config.teacher)

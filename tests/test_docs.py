@@ -159,7 +159,7 @@ def test_the_blocks_do_what_they_say(page: str, my_folder: Path, class_pipeline:
     for words in commands(place):
         if (words[0] in ("submit", "job") and page != "cluster") or words[0] == "serve" or "--file" in words:
             continue
-        takes_job = words[0] in ("run", "show", "check", "generate", "compare", "tune", "evaluate", "submit")
+        takes_job = words[0] in ("run", "show", "check", "generate", "compare", "tune", "evaluate", "submit", "teach")
         do("raydistill", *words, *(["smoke", *small, *FEW.get(words[0], ())] if takes_job else []))
     if (block := "\n".join(blocks(place, "python"))) and page != "recipes":  # whose blocks fetch data
         smoke = read_mapping(str(ROOT / "jobs" / "overlays" / "smoke.yaml"), "")

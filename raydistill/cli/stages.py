@@ -7,15 +7,18 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raydistill.cli.arguments import CONTINUES, STARTED, Arguments, announce, app
-from raydistill.errors import UselessStudentError
-from raydistill.escaping import counted, plain_console
+from raydistill.errors import ConfigError, UselessStudentError
+from raydistill.escaping import counted, one_line, plain_console
 from raydistill.graph import STAGES, find_work
 from raydistill.runtime import interrupts
+
+if TYPE_CHECKING:
+    from raydistill.results import Outcome
 
 
 @app.command()
@@ -46,6 +49,35 @@ def generate(
         console.print(line, markup=False, soft_wrap=True)
 
 
+def teach(
+    words: Arguments = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="FOLDER", help="Also write them as an open folder for others.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", metavar="TEXT", help="What that folder says of its licence.")
+    ] = None,
+    logits_only: Annotated[bool, typer.Option("--logits-only", help="Leave the features out of that folder.")] = False,
+) -> None:
+    """Run every view through the teacher and store its soft targets. Runs the stages that this needs first."""
+    if out is None and (licence is not None or logits_only):
+        raise ConfigError("teach: --licence and --logits-only are for the folder of --out; name it, or leave them out")
+    if out is None:
+        _run(words, "teach", "teach")
+        return
+
+    from raydistill.config import load_config
+    from raydistill.runtime.progress import Progress
+    from raydistill.stages.open_folder import refuse_out, write_folder
+
+    config = load_config(words or [])
+    refuse_out(config, out)
+    outcome = _run(words, "teach", "teach")
+    written = write_folder(config, outcome, out, licence, not logits_only, Progress(plain_console()))
+    views = f"{written.num_views} views of {written.num_images:,} images"
+    print(one_line(f"wrote {views} to {out}; teacher.model=targets:{out} reads it"))
+
+
 def _command(until: str) -> Callable[[list[str] | None], None]:
     def command(words: Arguments = None) -> None:
         _run(words, until, until)
@@ -53,7 +85,7 @@ def _command(until: str) -> Callable[[list[str] | None], None]:
     return command
 
 
-_OWN = {"generate": generate}  # `generate` has its own options
+_OWN: dict[str, Callable[..., None]] = {"generate": generate, "teach": teach}  # they have their own options
 for _stage in STAGES:
     app.command(_stage.name, help=_stage.help)(_OWN.get(_stage.name) or _command(_stage.name))
 
@@ -97,8 +129,7 @@ def show(words: Arguments = None) -> None:
         print(f"# {line}".rstrip())
 
 
-def _run(words: list[str] | None, until: str | None, command: str) -> None:
-
+def _run(words: list[str] | None, until: str | None, command: str) -> Outcome:
     from raydistill.cluster.session import RayStart
     from raydistill.config import load_config
     from raydistill.preflight import refuse_early
@@ -130,3 +161,4 @@ def _run(words: list[str] | None, until: str | None, command: str) -> None:
     if refusal is not None:
         raise refusal
     console.print(f"{command} is done after {time.time() - STARTED:.0f} s")
+    return outcome

@@ -76,7 +76,8 @@ def plan_resources(config: RunConfig, cpus: float, gpus: float, cores: int) -> P
     """
     workers = config.train_workers
     fewest_workers = workers[0] if isinstance(workers, tuple) else workers
-    fewest, most = config.cluster.teacher_actors if config.loss.needs_teacher else (0, 0)
+    has_network = config.loss.needs_teacher and config.teacher is not None and config.teacher.stored is None
+    fewest, most = config.cluster.teacher_actors if has_network else (0, 0)
     together = config.views.per_image == "fresh" and config.loss.needs_teacher
     # In `teach` the train workers do not exist yet, so they take no share.
     beside = fewest_workers if together else 0

@@ -94,10 +94,26 @@ class RunConfig(Section):
             raise ValueError(
                 "teacher.center_crop is for a model that is not trained; drop it or teacher.head=fine_tune"
             )
+        if self.teacher is not None and self.teacher.stored is not None:
+            self._answers_are_stored(self.teacher)
         if self.teacher is not None and self.teacher.head == "zero_shot":
             if plain := [prompt for prompt in self.teacher.prompts if "{class}" not in prompt]:
                 raise ValueError(f"teacher.prompts: {plain[0]!r} does not say where the class name goes; use {{class}}")
         return self
+
+    def _answers_are_stored(self, teacher: Teacher) -> None:
+        odd = [f"teacher.{key}" for key in ("head", "weights", "revision", "size") if key in teacher.model_fields_set]
+        odd += ["views.per_image=fresh"] * (self.views.per_image == "fresh")
+        odd += ["views.store=compact"] * (self.views.store == "compact")
+        if odd and self.loss.needs_teacher:
+            raise ValueError(
+                f"teacher.model={teacher.model} is a folder of stored answers, and {odd[0]} needs a network; drop one"
+            )
+        if self.generate is not None and self.loss.needs_teacher:
+            raise ValueError(
+                f"teacher.model={teacher.model} is a folder of stored answers, and there are none to generated images; "
+                "set generate=null, or name a network"
+            )
 
     @property
     def train_workers(self) -> int | tuple[int, int]:

@@ -11,7 +11,8 @@ from raydistill.config.section import Count, Positive, Precision, Section
 
 class Teacher(Section):
     model: str = "timm:vit_base_patch16_224"
-    """`timm:NAME`, `hf:NAME`, or a local folder that timm, transformers or raydistill's `distill` saved."""
+    """`timm:NAME`, `hf:NAME`, or a local folder that timm, transformers or raydistill's `distill` saved;
+    `targets:FOLDER`: no network, but the answers that `teach JOB --out FOLDER` or another program stored."""
     weights: str | None = None
     """A .safetensors or .pth state dict, or `example:NAME`; null: what the model's name stands for."""
     revision: str | None = None
@@ -42,6 +43,11 @@ class Teacher(Section):
     result. fp32 means TF32 on GPUs. A batch that overflows in fp16 is computed again in fp32."""
     allow_near_chance: bool = False
     """Go on although the teacher's val accuracy is hardly better than guessing."""
+
+    @property
+    def stored(self) -> str | None:
+        """The folder of answers that take the place of a network; None for a network."""
+        return self.model.removeprefix("targets:") if self.model.startswith("targets:") else None
 
 
 class Student(Section):

@@ -4,12 +4,13 @@ Target shard k holds the teacher's features of the rows of sample shard k, in or
 linear head makes logits of them, so a new head costs no teacher pass. Compact shards hold coordinates on principal
 components instead.
 
-Shapes: K views, R rows of a shard, D features, or components of a compact shard.
+Shapes: K views, R rows of a shard, P parameters of a view, D features, or components of a compact shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from safetensors.numpy import load, save
 from raydistill.data.compact import Projection, dequantised, quantised
 from raydistill.data.jpeg import with_pixels
 from raydistill.data.sample import SCHEMA, SampleSet, decode_shard, refuse_other_sizes, shard_name
+from raydistill.data.views import NUM_PARAMETERS
 from raydistill.errors import CheckpointError
 from raydistill.storage.filesystems import open_filesystem, read_bytes
 from raydistill.storage.state import parsed
@@ -29,53 +31,77 @@ from raydistill.storage.tensors import bounded, header_bytes
 UNLABELLED = -1
 
 
-def encode_targets(sample_ids: Sequence[str], features_KRD: np.ndarray, projection: Projection | None = None) -> bytes:
+@dataclass(frozen=True)
+class Targets:
+    """The content of a file."""
+
+    ids_R16: np.ndarray  # uint8
+    features_KRD: np.ndarray  # float16
+    is_compact: bool
+    parameters_KRP: np.ndarray | None  # float32, of views that the job did not draw itself
+
+
+def encode_targets(
+    sample_ids: Sequence[str],
+    features_KRD: np.ndarray,
+    projection: Projection | None = None,
+    parameters_KRP: np.ndarray | None = None,
+) -> bytes:
     """safetensors bytes of float16 features and of the ids they belong to; with the `projection` that the features
     have gone through, of its coordinates in a byte each."""
     ids = np.frombuffer(bytes.fromhex("".join(sample_ids)), np.uint8).reshape(len(sample_ids), 16)
-    if projection is None:
-        return save({"features": np.ascontiguousarray(features_KRD, np.float16), "sample_ids": ids})
-    codes_KRD, scales_KR = quantised(features_KRD, projection.deviations_J)
-    columns = {"codes": codes_KRD, "scales": scales_KR, "deviations": projection.deviations_J}
+    columns = {"features": features_KRD.astype(np.float16, copy=False)}
+    if projection is not None:
+        codes_KRD, scales_KR = quantised(features_KRD, projection.deviations_J)
+        columns = {"codes": codes_KRD, "scales": scales_KR, "deviations": projection.deviations_J}
+    if parameters_KRP is not None:
+        columns["parameters"] = parameters_KRP
     return save({name: np.ascontiguousarray(column) for name, column in columns.items()} | {"sample_ids": ids})
 
 
 def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.ndarray:
     """(K, R, D) float16 features. Raises CheckpointError if they are damaged or belong to other samples."""
-    sample_ids, features_KRD, _ = _decode(data, name)
-    if sample_ids.tobytes().hex() != "".join(expected_ids):
+    return _decode_of(data, expected_ids, name).features_KRD
+
+
+def _decode_of(data: bytes, expected_ids: Sequence[str], name: str) -> Targets:
+    found = _decode(data, name)
+    if found.ids_R16.tobytes().hex() != "".join(expected_ids):
         raise CheckpointError(f"{name} holds the soft targets of other samples; delete it and run the command again")
-    return features_KRD
+    return found
 
 
 def read_all_targets(path: str) -> tuple[list[str], np.ndarray]:
     """Sample ids and (K, R, D) float16 features of a whole file. Raises CheckpointError if it is damaged."""
-    sample_ids, features_KRD, _ = _decode(read_bytes(path), path)
-    return [row.tobytes().hex() for row in sample_ids], features_KRD
+    found = _decode(read_bytes(path), path)
+    return [row.tobytes().hex() for row in found.ids_R16], found.features_KRD
 
 
 def read_projected(path: str, projection: Projection | None) -> np.ndarray:
     """(K, R, D) of a whole file, through the projection if the file has full features."""
-    _, features_KRD, is_compact = _decode(read_bytes(path), path)
-    return features_KRD if projection is None or is_compact else projection.project(features_KRD)
+    found = _decode(read_bytes(path), path)
+    if projection is None or found.is_compact:
+        return found.features_KRD
+    return projection.project(found.features_KRD)
 
 
-def _decode(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray, bool]:
-    """The ids (R, 16), the features, and whether the file is compact."""
+def _decode(data: bytes, name: str) -> Targets:
     try:
         tensors = load(bounded(data))
-        first = tensors["codes" if "codes" in tensors else "features"]
+        is_compact = "codes" in tensors
+        first = tensors["codes" if is_compact else "features"]
         views, rows, width = first.shape
         expected = {"sample_ids": (np.uint8, (rows, 16)), "features": (np.float16, first.shape)}
-        if "codes" in tensors:
+        if is_compact:
             expected = {"sample_ids": expected["sample_ids"], "codes": (np.int8, first.shape)}
             expected |= {"scales": (np.float16, (views, rows)), "deviations": (np.float32, (width,))}
+        if "parameters" in tensors:
+            expected["parameters"] = (np.float32, (views, rows, NUM_PARAMETERS))
         for key, (kind, shape) in expected.items():
             if tensors[key].dtype != kind or tensors[key].shape != shape:
                 raise ValueError(f"{key} {tensors[key].dtype} {tensors[key].shape}")
-        if "features" in expected:
-            return tensors["sample_ids"], first, False
-        return tensors["sample_ids"], dequantised(first, tensors["scales"], tensors["deviations"]), True
+        features = dequantised(first, tensors["scales"], tensors["deviations"]) if is_compact else first
+        return Targets(tensors["sample_ids"], features, is_compact, tensors.get("parameters"))
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{name} is damaged ({error}); delete it and run the command again") from None
 
@@ -106,8 +132,13 @@ def read_samples(samples: SampleSet, split: str, shard: int) -> pa.Table:
 
 
 def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str]) -> np.ndarray:
+    return read_views(path, split, shard, expected_ids).features_KRD
+
+
+def read_views(path: str, split: str, shard: int, expected_ids: Sequence[str]) -> Targets:
+    """A shard's features with their views. Raises as `decode_targets`."""
     name = f"{path}/{shard_name(split, shard)}.safetensors"
-    return decode_targets(read_bytes(name), expected_ids, name)
+    return _decode_of(read_bytes(name), expected_ids, name)
 
 
 def split_features(samples: SampleSet, path: str, split: str) -> tuple[np.ndarray, np.ndarray]:

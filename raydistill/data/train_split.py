@@ -21,7 +21,7 @@ import torch
 from raydistill.config import Views
 from raydistill.data.order import Pool, Visits
 from raydistill.data.sample import SampleSet, shard_name, working_images
-from raydistill.data.targets import UNLABELLED, labels_of, read_samples, read_targets
+from raydistill.data.targets import UNLABELLED, labels_of, read_samples, read_views
 from raydistill.data.views import stored_views, to_device, view_parameters
 from raydistill.errors import CheckpointError
 from raydistill.storage.tables import values
@@ -90,7 +90,8 @@ class TrainSplit:
         weights = None
         if any(p.weights is not None for p in self.parts):
             weights = np.array([1.0 if part.weights is None else part.weights[i] for i in ids], np.float32)
-        features = None if part.targets is None else read_targets(part.targets, "train", own, ids)
+        taught = None if part.targets is None else read_views(part.targets, "train", own, ids)
+        features = None if taught is None else taught.features_KRD
         labels = labels_of(table)
         if index < len(self._is_labelled) and (labels == UNLABELLED).any() == self._is_labelled[index]:
             raise CheckpointError(
@@ -99,7 +100,9 @@ class TrainSplit:
             )
         if not part.hard_labels:
             labels = np.full(len(ids), UNLABELLED)
-        stored = None if self.views.per_image == "fresh" else stored_views(self.views, self.seed, ids)
+        stored = None if taught is None else taught.parameters_KRP
+        if stored is None and self.views.per_image != "fresh":
+            stored = stored_views(self.views, self.seed, ids)
         return Shard(ids, working_images(table, part.samples.size), labels, stored, features, weights)
 
     def pools(self) -> tuple[Pool, Pool, Pool]:

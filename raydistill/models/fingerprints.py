@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config import Generate, Student, Teacher
+from raydistill.data.open_targets import read_settings
 from raydistill.errors import ConfigError
 from raydistill.examples import weights_fingerprint
 from raydistill.models.weight_shards import weight_files
@@ -23,6 +24,8 @@ _SECONDS_OF_A_FRESH_FILE = 2.0
 
 def model_identity(section: Teacher | Student) -> dict[str, Any]:
     """A model's name and weights; files by their content."""
+    if isinstance(section, Teacher) and section.stored is not None:
+        return {"targets": read_settings(section.stored).fingerprint}
     identity: dict[str, Any] = {"model": section.model, "weights": _weights(section.weights, section)}
     folder = section.model.removeprefix("hf:").removeprefix("timm:local-dir:")
     if os.path.isdir(folder):

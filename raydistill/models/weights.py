@@ -49,6 +49,8 @@ def model_kind(model: str, key: str) -> tuple[Literal["timm", "transformers", "r
         return "timm", check_timm_name(model, key)
     if colon and prefix == "hf":
         return "transformers", name
+    if colon and prefix == "targets":
+        raise ConfigError(f"{key}={model}: stored answers to some images, not a network; name a network here")
     if colon and prefix == "example":
         return "transformers", str(weights_path(name))
     settings = Path(model) / "config.json"

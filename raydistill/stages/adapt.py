@@ -35,6 +35,7 @@ from raydistill.models.teacher import load_teacher
 from raydistill.models.zero_shot import zero_shot_head
 from raydistill.results import AdaptedTeacher
 from raydistill.stages.feature_pass import FeaturePass, write_features
+from raydistill.stages.stored_teacher import adapt_stored
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import result_of
 
@@ -138,6 +139,14 @@ def fit_linear_probe(
 
 
 def adapt(execution: Execution) -> None:
+    teacher = execution.config.teacher
+    if teacher is not None and teacher.stored is not None:
+        adapt_stored(execution)
+    else:
+        _adapt_network(execution)
+
+
+def _adapt_network(execution: Execution) -> None:
     samples, progress = execution.samples, execution.progress
     if fine_tunes(execution.config):
         _fine_tune(execution)

@@ -190,7 +190,9 @@ def evaluate(execution: Execution) -> None:
     def work(_: Any) -> None:
         assert outcome.student is not None
         plan = execution.plan_of_many() if _count(samples) >= _MANY else None
-        evaluate_student(config, samples, outcome.adapted, outcome.student, directory, plan, execution.progress)
+        is_stored = config.teacher is not None and config.teacher.stored is not None  # without answers on val and test
+        adapted = None if is_stored else outcome.adapted
+        evaluate_student(config, samples, adapted, outcome.student, directory, plan, execution.progress)
 
     report = outcome.report = result_of(execution.result(directory, work), directory.path, Report)
     if config.generate is not None:

@@ -24,6 +24,7 @@ from raydistill.models.heads import load_head, projection_loss
 from raydistill.results import SoftTargets
 from raydistill.runtime.progress import Progress
 from raydistill.stages.feature_pass import FeaturePass, shard_file, write_features
+from raydistill.stages.stored_teacher import teach_stored
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.filesystems import exists
 
@@ -87,6 +88,14 @@ def _projection(
 
 
 def teach(execution: Execution) -> None:
+    teacher = execution.config.teacher
+    if teacher is not None and teacher.stored is not None:
+        teach_stored(execution)
+    else:
+        _teach_by_network(execution)
+
+
+def _teach_by_network(execution: Execution) -> None:
     config, samples, generated = execution.config, execution.samples, execution.outcome.generated
     head, plan, progress = execution.head, execution.plan, execution.progress
     directory = teach_directory(config, samples)

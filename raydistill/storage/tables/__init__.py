@@ -36,6 +36,7 @@ __all__ = [
     "longest",
     "named",
     "open_table",
+    "read_foreign_table",
     "read_table",
     "refuse_few_bytes",
     "rows_of",
@@ -71,25 +72,37 @@ def read_table(path: str, schema: pa.Schema, data: bytes | None = None) -> pa.Ta
     FileNotFoundError, and CheckpointError with the path: a column is missing or of another type, or the file is
     damaged (workspaces are shared)."""
     try:
-        with pa.BufferReader(data) if data is not None else _opened(path) as file:
-            table, batches, total = ParquetFile(file, path, {}), [], 0
-            if not table.schema.names:  # a file without rows
-                return schema.empty_table()
-            for field in schema:
-                if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
-                    raise ValueError(f"it has no column {field.name} of the type {field.type}")
-            for _, batch in table.read(schema.names):
-                batches.append(batch.select(schema.names))
-                total += batch.nbytes
-                if is_bomb(table.size, total):
-                    raise ValueError(f"its {table.size:,} bytes unpack to more than {total:,}")
-            own = pa.schema([table.schema.field(name) for name in schema.names])
-            return pa.Table.from_batches(batches, own).cast(schema)
+        return _exactly(path, schema, data)
     except (DataError, *_DAMAGES) as error:
         if isinstance(error, OSError) and error.errno is not None:  # from the system; Arrow's own have no number
             raise
         reason = reason_of(error).removeprefix(f"{path}: ")
         raise CheckpointError(f"{path} is damaged ({reason}); delete it and run the command again") from None
+
+
+def read_foreign_table(path: str, schema: pa.Schema, data: bytes) -> pa.Table:
+    """The same of the bytes of a stranger's parquet file. Raises DataError."""
+    try:
+        return _exactly(path, schema, data)
+    except (DataError, *_DAMAGES) as error:
+        raise DataError(f"{quoted(path)}: {reason_of(error).removeprefix(f'{path}: ')}") from None
+
+
+def _exactly(path: str, schema: pa.Schema, data: bytes | None) -> pa.Table:
+    with pa.BufferReader(data) if data is not None else _opened(path) as file:
+        table, batches, total = ParquetFile(file, path, {}), [], 0
+        if not table.schema.names:  # a file without rows
+            return schema.empty_table()
+        for field in schema:
+            if field.name not in table.schema.names or table.schema.field(field.name).type != field.type:
+                raise ValueError(f"it has no column {field.name} of the type {field.type}")
+        for _, batch in table.read(schema.names, lists=True):  # only those of the schema
+            batches.append(batch.select(schema.names))
+            total += batch.nbytes
+            if is_bomb(table.size, total):
+                raise ValueError(f"its {table.size:,} bytes unpack to more than {total:,}")
+        own = pa.schema([table.schema.field(name) for name in schema.names])
+        return pa.Table.from_batches(batches, own).cast(schema)
 
 
 def rows_of(table: Any) -> list[dict[str, Any]]:

@@ -113,14 +113,21 @@ def refuse_extensions(schema: pa.Schema, header: bytes, shown: str) -> None:
         )
 
 
-def refuse_other_types(schema: pa.Schema, columns: Sequence[str], shown: str) -> None:
-    """Raises DataError for a column that is not plain."""
+def refuse_other_types(schema: pa.Schema, columns: Sequence[str], shown: str, lists: bool = False) -> None:
+    """Raises DataError for a column that is not plain; with `lists`, one of numbers is."""
     for name in columns:
+        if lists and _is_numbers(schema.field(name).type):
+            continue
         if not _is_plain(kind := schema.field(name).type):
             advice = "write the pictures as bytes and the labels as text or whole numbers"
             if pa.types.is_nested(kind) and not pa.types.is_struct(kind):
                 advice = "multi-label data is not supported, an image has one class"
             raise DataError(f"{shown}: the column {named(name)} holds {named(str(kind))}, which is not read; {advice}")
+
+
+def _is_numbers(kind: Any) -> bool:
+    types = pa.types
+    return types.is_list(kind) and (types.is_integer(kind.value_type) or types.is_floating(kind.value_type))
 
 
 def _is_plain(kind: Any, is_inner: bool = False) -> bool:

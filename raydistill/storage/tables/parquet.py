@@ -79,10 +79,11 @@ class ParquetFile(Parts):
     def _starts(self) -> np.ndarray:
         return self._first_rows
 
-    def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None) -> Batches:
+    def read(self, columns: Sequence[str], wanted: Sequence[int] | None = None, lists: bool = False) -> Batches:
         """Batches of these columns, in order, each with the number of its first row; with `wanted` rows, only the
-        batches that hold some. Raises DataError: a column that is not plain, or a bomb."""
-        refuse_other_types(self.schema, columns, self._shown)
+        batches that hold some. Raises DataError: a column that is not plain (with `lists`, one of numbers is), or a
+        bomb."""
+        refuse_other_types(self.schema, columns, self._shown, lists)
         for group in map(int, self._parts_of(wanted)):
             first, end = map(int, self._starts[group : group + 2])
             found = self._of(self._groups[group], columns)
