@@ -41,15 +41,14 @@ from raydistill.storage.filesystems import exists, write_bytes
 from raydistill.storage.tables import values
 
 logger = logging.getLogger(__name__)
-# The views that a projection is fitted to, at least, and the folder for their features until all is written.
-_SAMPLE_VIEWS, _SAMPLE = 16384, "sample"
 
 
 @dataclass(frozen=True)
 class FeaturePass:
     """The input of the teacher: `num_views` random views of every row or, with 0, the whole image of every labelled
     row. It writes one file to `path` for each sample shard. It copies the views of `known` images. With the `head` in a
-    directory, it compares answers with those in fp32. With a `projection` it writes compact targets."""
+    directory, it compares answers with those in fp32. With a `projection` it writes compact targets. `shards`:
+    None for all."""
 
     config: RunConfig
     samples: SampleSet
@@ -59,7 +58,7 @@ class FeaturePass:
     known: KnownRows | None = None
     head: str | None = None
     projection: Projection | None = None
-    most_shards: int | None = None
+    shards: tuple[int, ...] | None = None
 
     @property
     def pin(self) -> str:
@@ -126,7 +125,7 @@ def shard_file(path: str, split: str, shard: int) -> str:
 
 def _rows_to_do(wanted: FeaturePass) -> dict[tuple[str, int], int]:
     samples = wanted.samples
-    names = [(split, k) for split in wanted.splits for k in range(len(samples.shards[split]))][: wanted.most_shards]
+    names = [(split, k) for split in wanted.splits for k in wanted.shards or range(len(samples.shards[split]))]
     if wanted.num_views:
         return {(split, k): samples.shards[split][k] for split, k in names}
     return {(split, k): int((read_labels(samples, split, k) != UNLABELLED).sum()) for split, k in names}

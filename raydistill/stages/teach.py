@@ -67,21 +67,23 @@ def _projection(
     wanted: FeaturePass, directory: StageDirectory, before: dict[str, list[str]], plan: Plan, progress: Progress
 ) -> Projection:
     """That of a directory whose rows are then copied, if it was fitted to enough views; else one that is fitted to the
-    first shards and the head. These shards stay beside the soft targets until all are written, so no view is seen
+    head and some shards. These shards stay beside the soft targets until all are written, so no view is seen
     twice."""
     assert wanted.head is not None
     rows, views = wanted.samples.shards["train"], wanted.num_views
-    enough = min(_SAMPLE_VIEWS, sum(rows) * views) / 2
-    taken = (one for one in map(read_projection, before) if one is not None and one.num_views >= enough)
+    least = min(_SAMPLE_VIEWS, sum(rows) * views) / 2
+    taken = (one for one in map(read_projection, before) if one is not None and one.num_views >= least)
     projection = next(taken, None)
     if projection is None:
-        first = int(np.searchsorted(np.cumsum(rows) * views, min(_SAMPLE_VIEWS, sum(rows) * views))) + 1
-        refuse_large_targets(wanted.config, sum(rows[:first]), wanted.head)
+        order = np.random.default_rng(0).permutation(len(rows))  # the first shards hold the labelled images
+        enough = np.cumsum(np.array(rows)[order]) * views >= min(_SAMPLE_VIEWS, sum(rows) * views)
+        chosen = tuple(sorted(order[: int(enough.argmax()) + 1].tolist()))
+        refuse_large_targets(wanted.config, sum(rows[k] for k in chosen), wanted.head)
         files = [file for path, of_one in before.items() if read_projection(path) is None for file in of_one]
         known = find_known(files) if files else None
-        sample = replace(wanted, path=f"{wanted.path}/{_SAMPLE}", known=known, most_shards=first)
+        sample = replace(wanted, path=f"{wanted.path}/{_SAMPLE}", known=known, shards=chosen)
         write_features(sample, "sample", plan, progress)
-        features = (read_all_targets(shard_file(sample.path, "train", k))[1] for k in range(first))
+        features = (read_all_targets(shard_file(sample.path, "train", k))[1] for k in chosen)
         projection = fit_projection(features, load_head(wanted.head).weight_CD)
     directory.write(PROJECTION_FILE, projection.encode())
     return projection
