@@ -132,13 +132,15 @@ def read_samples(samples: SampleSet, split: str, shard: int) -> pa.Table:
 
 
 def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str]) -> np.ndarray:
-    return read_views(path, split, shard, expected_ids).features_KRD
+    return read_views(path, split, shard, expected_ids)[0]
 
 
-def read_views(path: str, split: str, shard: int, expected_ids: Sequence[str]) -> Targets:
-    """A shard's features with their views. Raises as `decode_targets`."""
+def read_views(path: str, split: str, shard: int, expected_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """(K, R, D) features of a shard, and (K, R, P) parameters of their views; None if the job draws these. Raises as
+    `decode_targets`."""
     name = f"{path}/{shard_name(split, shard)}.safetensors"
-    return _decode_of(read_bytes(name), expected_ids, name)
+    found = _decode_of(read_bytes(name), expected_ids, name)
+    return found.features_KRD, found.parameters_KRP
 
 
 def split_features(samples: SampleSet, path: str, split: str) -> tuple[np.ndarray, np.ndarray]:

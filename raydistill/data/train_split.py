@@ -90,8 +90,7 @@ class TrainSplit:
         weights = None
         if any(p.weights is not None for p in self.parts):
             weights = np.array([1.0 if part.weights is None else part.weights[i] for i in ids], np.float32)
-        taught = None if part.targets is None else read_views(part.targets, "train", own, ids)
-        features = None if taught is None else taught.features_KRD
+        features, stored = (None, None) if part.targets is None else read_views(part.targets, "train", own, ids)
         labels = labels_of(table)
         if index < len(self._is_labelled) and (labels == UNLABELLED).any() == self._is_labelled[index]:
             raise CheckpointError(
@@ -100,7 +99,6 @@ class TrainSplit:
             )
         if not part.hard_labels:
             labels = np.full(len(ids), UNLABELLED)
-        stored = None if taught is None else taught.parameters_KRP
         if stored is None and self.views.per_image != "fresh":
             stored = stored_views(self.views, self.seed, ids)
         return Shard(ids, working_images(table, part.samples.size), labels, stored, features, weights)
