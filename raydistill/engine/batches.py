@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from raydistill.config import RunConfig
-from raydistill.data.compact import read_projection
+from raydistill.data.compact import PROJECTION_FILE, read_projection
 from raydistill.data.order import Pools, Visits, batch_order
 from raydistill.data.sample import SampleSet
 from raydistill.data.train_split import Batch, InMemory, OnDevice, Part, Streamed, TrainSplit
 from raydistill.data.views import NUM_PARAMETERS
 from raydistill.engine.workers import Worker
-from raydistill.errors import ConfigError
+from raydistill.errors import CheckpointError, ConfigError
 from raydistill.models.heads import LinearHead, load_head
 from raydistill.runtime.memory import available_bytes
 from raydistill.storage.filesystems import write_bytes
@@ -76,7 +76,14 @@ class DistillJob:
         """The head for the features as they are stored."""
         if self.head is None:
             return None
-        return load_head(self.head).of(None if self.targets is None else read_projection(self.targets))
+        if self.targets is None or self.config.views.store == "full":
+            return load_head(self.head)
+        projection = read_projection(self.targets)
+        if projection is None:
+            raise CheckpointError(
+                f"{self.targets}/{PROJECTION_FILE} is missing; delete the folder and run the command again"
+            )
+        return load_head(self.head).of(projection)
 
     @property
     def train_split(self) -> TrainSplit:

@@ -70,6 +70,9 @@ def _projection(
     head and some shards. These shards stay beside the soft targets until all are written, so no view is seen
     twice."""
     assert wanted.head is not None
+    for name in directory.fs.names(directory.place):  # of a projection that is gone
+        if name.startswith("train-"):
+            directory.fs.remove(f"{directory.place}/{name}")
     rows, views = wanted.samples.shards["train"], wanted.num_views
     least = min(_SAMPLE_VIEWS, sum(rows) * views) / 2
     taken = (one for one in map(read_projection, before) if one is not None and one.num_views >= least)

@@ -28,14 +28,14 @@ from safetensors.numpy import load_file, save_file
 
 from raydistill.cluster.plan import plan_resources
 from raydistill.config import Student, load_config
-from raydistill.data.compact import read_projection, same
+from raydistill.data.compact import PROJECTION_FILE, read_projection, same
 from raydistill.data.sample import decode_shard, sample_id, samples_from_json, working_images
 from raydistill.data.targets import read_columns, read_targets
 from raydistill.data.views import render, view_parameters
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.fresh_stream import FreshStream
 from raydistill.engine.records import read_epochs
-from raydistill.errors import ConfigError, DataError
+from raydistill.errors import CheckpointError, ConfigError, DataError
 from raydistill.graph import find_work
 from raydistill.identity import taught_before, teach_directory, tuned
 from raydistill.inference.predict import find_units, predict_locally
@@ -491,6 +491,9 @@ def test_compact_soft_targets_cost_no_teacher_pass_and_train_with_every_loss(wor
     assert "\nsample " not in said
     assert f"teach     copied the views of {num_train} images" in said
     assert same(read_projection(grown.directories["teach"]), projection)
+    Path(grown.directories["teach"], PROJECTION_FILE).unlink()
+    with pytest.raises(CheckpointError, match="is missing; delete the folder"):
+        compact(f"images.path={larger}", until="distill")
     for change in ("images.num_labelled=30", "teacher.class_balanced=true"):
         again, said = compact(change)
         assert again.directories["teach"] == directory
