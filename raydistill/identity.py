@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from raydistill.config import Images, RunConfig, Teacher, Views, fine_tuning
+from raydistill.data.compact import PROJECTION_FILE
 from raydistill.data.sample import SampleSet
 from raydistill.data.sources.listing import Listing
 from raydistill.models.fingerprints import content_hash, model_identity, pipeline_identity
@@ -194,6 +195,8 @@ def taught_before(directory: StageDirectory) -> dict[str, list[str]]:
             continue
         if _of_teacher(other) == _of_teacher(own):
             found = directory.fs.names(f"{place}/{name}")
+            if "store" in other and PROJECTION_FILE not in found:
+                continue
             files[f"{root}/{name}"] = [f"{root}/{name}/{file}" for file in found if file.startswith("train-")]
     return files
 

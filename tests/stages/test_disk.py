@@ -97,9 +97,10 @@ def test_teach_is_refused_where_the_shards_that_are_missing_do_not_fit(tiny_set,
     (folder / "train-00000.safetensors").touch()
     with pytest.raises(ConfigError) as refused:
         stream_soft_targets(config, tiny_set.samples, head, directory, plan, progress)
-    assert needed(refused) == 24 * (2 * 6 * 2 + 16)
-    free(24 * (2 * 6 * 2 + 16))
-    refuse_large_targets(config, 24, head)
+    missing = sum(tiny_set.samples.shards["train"][1:])
+    assert needed(refused) == missing * (2 * 6 * 2 + 16)
+    free(missing * (2 * 6 * 2 + 16))
+    refuse_large_targets(config, missing, head)
 
 
 @pytest.mark.parametrize(("optimizer", "ema"), [("adamw", None), ("sgd", 0.9)])

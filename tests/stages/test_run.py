@@ -491,13 +491,15 @@ def test_compact_soft_targets_cost_no_teacher_pass_and_train_with_every_loss(wor
     assert "\nsample " not in said
     assert f"teach     copied the views of {num_train} images" in said
     assert same(read_projection(grown.directories["teach"]), projection)
-    Path(grown.directories["teach"], PROJECTION_FILE).unlink()
+    again, said = compact("teacher.class_balanced=true")
+    assert again.directories["teach"] == directory
+    assert "teach     compact:" in said
+    Path(directory, PROJECTION_FILE).unlink()
     with pytest.raises(CheckpointError, match="is missing; delete the folder"):
-        compact(f"images.path={larger}", until="distill")
-    for change in ("images.num_labelled=30", "teacher.class_balanced=true"):
-        again, said = compact(change)
-        assert again.directories["teach"] == directory
-        assert "teach     compact:" in said
+        compact("teacher.class_balanced=true", until="distill")
+    fewer, said = compact("images.num_labelled=30")
+    assert f"teach     copied the views of {num_train} images" in said
+    assert same(read_projection(fewer.directories["teach"]), projection)
 
 
 def test_a_teacher_that_sees_nothing_stops_before_it_teaches(words, progress, tmp_path, teacher_weights) -> None:
