@@ -278,7 +278,7 @@ def test_the_judge_sees_every_image_once_and_files_without_any_not_at_all(words,
 @pytest.mark.slow
 def test_a_pool_of_teachers_has_the_opinions_of_one(words, ray_session, tmp_path, monkeypatch):
     config, rng = load_config(words), np.random.default_rng(0)
-    width = load_teacher(config.teacher)[0].network.num_features
+    width = load_teacher(config.teacher)[0](torch.zeros(1, 3, 32, 32)).shape[1]
     head = LinearHead(rng.normal(0, 1, (5, width)).astype(np.float32), np.zeros(5, np.float32))
     (tmp_path / "head.safetensors").write_bytes(encode_head(head))
     files, names = {}, [f"class {number}" for number in range(5)]
