@@ -162,7 +162,7 @@ def find_work(config: RunConfig, until: str | None = None) -> Work:
     from raydistill.data.sources.listing import list_images
     from raydistill.identity import fine_tune_directory, fine_tunes, prepare_directory, tuned
     from raydistill.storage.directory import workspace_root
-    from raydistill.storage.filesystems import refuse_unreachable
+    from raydistill.storage.reachable import refuse_unreachable
 
     refuse_unreachable(workspace_root(config), "workspace")
     listing = list_images(config.images)

@@ -6,21 +6,71 @@ import contextlib
 import itertools
 import socket
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import parse_qs
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
+
+
+class Line:
+    """What passes to the server: the kind and the key of each request, the prefix of a listing; and requests that are
+    answered with an error of S3, by the code that `refuse` gives for them."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, str]] = []
+        self.refuse: Callable[[str, str], str | None] = _nothing
+
+    def kinds(self) -> Counter[str]:
+        return Counter(kind for kind, _ in self.requests)
+
+
+def _nothing(kind: str, key: str) -> None:
+    return None
+
+
+STATUS = {"ExpiredToken": "400 Bad Request", "AccessDenied": "403 Forbidden", "RequestTimeTooSkewed": "403 Forbidden",
+          "PermanentRedirect": "301 Moved Permanently", "QuotaExceeded": "507 Insufficient Storage"}  # fmt: skip
+_LINE = Line()  # there is one server for all tests
+
+
+def _passing(application: Any) -> Any:
+    def answer(environ: dict[str, Any], start: Any) -> Any:
+        query = parse_qs(environ["QUERY_STRING"], keep_blank_values=True)
+        kind, key = environ["REQUEST_METHOD"], environ["PATH_INFO"].strip("/").partition("/")[2]
+        if kind == "GET" and not key:
+            kind, key = "LIST", query.get("prefix", [""])[0]
+        _LINE.requests.append((kind, key))
+        if (code := _LINE.refuse(kind, key)) is None:
+            return application(environ, start)
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        start(STATUS[code], [("Content-Type", "application/xml"), ("x-amz-bucket-region", "eu-west-1")])
+        body = f"<Error><Code>{code}</Code><Message>The server says {code}.</Message></Error>"
+        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else body.encode()]
+
+    return answer
+
+
+@pytest.fixture
+def s3_line(bucket: str) -> Iterator[Line]:
+    """The way to the server, where nothing has passed yet."""
+    _LINE.requests.clear()
+    yield _LINE
+    _LINE.refuse = _nothing
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The address of a server that speaks S3's protocol, on loopback."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    application = _passing(DomainDispatcherApplication(create_backend_app))
+    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.port}"
+    server.shutdown()
 
 
 @pytest.fixture

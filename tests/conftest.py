@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from tests.buckets import bucket, s3_server  # noqa: F401 - fixtures
+from tests.buckets import bucket, s3_line, s3_server  # noqa: F401 - fixtures
 from tests.servers import head  # noqa: F401 - a fixture
 
 # The machine decides how long an example takes; a slow one is no fault.

@@ -75,7 +75,7 @@ def inspect_nodes(config: RunConfig, nodes: list[dict[str, Any]]) -> list[Findin
         findings += _unseen(nodes, seen, places)
     finally:
         for path in [f"{folder}/.seen-{mark}", *(f"{folder}/.seen-{mark}-{node['NodeID']}" for node in nodes)]:
-            fs.remove(path)
+            fs.remove_file(path)
     return findings
 
 

@@ -20,6 +20,7 @@ from raydistill.data.sample import sample_id
 from raydistill.data.sources.columns import Entries
 from raydistill.data.sources.reading import read_pictures
 from raydistill.errors import DataError
+from raydistill.runtime import metrics
 from raydistill.secrets import redacted
 
 Place = tuple[int, str, int | None]  # of an entry: its index in the listing, its path and its row
@@ -105,6 +106,7 @@ def decode_isolated(chunk: Sequence[Place], images: Images) -> list[dict[str, An
     """`decode_chunk` in an isolated process: a picture that kills the process is refused like any other."""
     found = run_isolated(partial(decode_chunk, images=images), chunk)
     rows = zip(chunk, found, strict=True)
+    metrics.count("raydistill_images_prepared", len(chunk), "prepare")
     return [_refused(place[0], one) if isinstance(one, Killed) else one for place, one in rows]
 
 

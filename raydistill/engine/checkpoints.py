@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 _KEPT = 2
 _POINTER = "newest.json"
 _STEP = re.compile(r"step-[0-9]{9,}")
-_FILE = re.compile(r"(checkpoint\.json|weights\.safetensors|state\.pt)(\.[0-9a-f]{32}\.tmp)?")
+_FILES = ("checkpoint.json", "weights.safetensors", "state.pt")
+_FILE = re.compile(rf"({'|'.join(map(re.escape, _FILES))})(\.[0-9a-f]{{32}}\.tmp)?")
 _PACKAGES = ("torch", "timm", "transformers", "raydistill")  # they decide a checkpoint's content
 
 
@@ -73,8 +74,8 @@ class _Meta(BaseModel, extra="allow"):  # the packages' versions beside it
 class CheckpointWriter:
     """Writes checkpoints in a thread while training continues; the `with` block ends when all are written.
 
-    After each it deletes all but the last two, including half-written ones of a killed run and damaged ones of later
-    steps. Raises CheckpointError: a link is in the way.
+    After each it deletes all but the last two, including damaged ones of later steps and, on a disk, half-written ones
+    of a killed run. Raises CheckpointError: a link is in the way.
     """
 
     def __init__(self, path: str) -> None:
@@ -132,23 +133,26 @@ class CheckpointWriter:
         write_file(f"{folder}/checkpoint.json", lambda temporary: Path(temporary).write_text(json.dumps(meta)))
         self.seconds = time.monotonic() - self._began
         # A pointer file names the whole checkpoints, newest first; a listing could hold anything.
-        kept = [name, *(other for other in _whole(self._path) if other < name)][:_KEPT]
+        known = _whole(self._path)
+        kept = [name, *(other for other in known if other < name)][:_KEPT]
         write_bytes(f"{self._path}/checkpoints/{_POINTER}", json.dumps(kept).encode())
-        drop_checkpoints(self._path, kept)
+        drop_checkpoints(self._path, kept, known)
 
 
-def drop_checkpoints(path: str, kept: Collection[str] = ()) -> None:
-    """Delete the checkpoints of a stage directory except the `kept` ones. If none is kept, delete the pointer file too.
-    Other files stay."""
+def drop_checkpoints(path: str, kept: Collection[str] = (), known: Collection[str] | None = None) -> None:
+    """Delete the checkpoints of a stage directory except the `kept` ones; in a bucket only the `known` ones, if given,
+    so that it is not listed. If none is kept, delete the pointer file too. Other files stay."""
     fs, place = _open(path)
-    for name in fs.names(place):
-        if _STEP.fullmatch(name) and name not in kept:
-            for file in fs.names(f"{place}/{name}"):  # first checkpoint.json, which marks it as whole
-                if _FILE.fullmatch(file):
-                    fs.remove(f"{place}/{name}/{file}")
-            fs.remove_if_empty(f"{place}/{name}")
+    if fs.is_local or known is None:
+        found = [entry.removeprefix(f"{place}/").partition("/") for entry in fs.find(place, withdirs=True)]
+    else:
+        found = [(name, "/", file) for name in known for file in _FILES]
+    for name in sorted({name for name, _, _ in found if _STEP.fullmatch(name) and name not in kept}):
+        for file in sorted(file for step, _, file in found if step == name and _FILE.fullmatch(file)):
+            fs.remove_file(f"{place}/{name}/{file}")  # first checkpoint.json, which marks it as whole
+        fs.remove_if_empty(f"{place}/{name}")
     if not kept:
-        fs.remove(f"{place}/{_POINTER}")
+        fs.remove_file(f"{place}/{_POINTER}")
         fs.remove_if_empty(place)
 
 

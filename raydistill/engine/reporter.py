@@ -11,12 +11,12 @@ from torch import nn
 from raydistill.data.train_split import Batch
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.distillation_model import BestStudent
-from raydistill.engine.records import note_lost_steps, write_epoch, write_progress
+from raydistill.engine.records import note_lost_steps, seconds_between_looks, write_epoch, write_progress
 from raydistill.engine.workers import Worker
 from raydistill.errors import DivergedError
 from raydistill.models.student import split_logits
+from raydistill.runtime import metrics
 
-_SECONDS_BETWEEN_REPORTS = 1.0
 _MOST_SKIPPED_STEPS = 20
 _STEPS_BETWEEN_READS = 50  # of what stays on the device
 # Least seconds between two checkpoints for each second of writing one, even with a shorter `checkpoint_seconds`.
@@ -132,6 +132,7 @@ class Reporter:
                 if not is_better and step == job.total_steps:
                     best.take(student, epoch, right)
                 record["kept_epoch"] = float(best.epoch if is_better else epoch)
+        metrics.count("raydistill_seconds_waited_for_data", self._waited, "distill")
         if worker.rank == 0:
             write_epoch(job.path, record)
             write_progress(job.path, step, self._lost_steps)
@@ -149,6 +150,6 @@ class Reporter:
         return False
 
     def progress(self, step: int) -> None:
-        if self._worker.rank == 0 and time.monotonic() - self._written > _SECONDS_BETWEEN_REPORTS:
+        if self._worker.rank == 0 and time.monotonic() - self._written > seconds_between_looks(self._job.path):
             self._written = time.monotonic()
             write_progress(self._job.path, step, self._lost_steps)

@@ -21,6 +21,7 @@ from raydistill.data.compact import Projection
 from raydistill.engine.frozen_teacher import FrozenTeacher
 from raydistill.errors import StageError
 from raydistill.models.heads import load_head
+from raydistill.runtime import metrics
 from raydistill.storage.directory import refuse_small_disk
 
 
@@ -43,14 +44,21 @@ def teacher_pool(plan: Plan, most_useful: int) -> dict[str, Any]:
 
 
 class TeacherActor(FrozenTeacher):
-    """Holds the teacher for the life of the pool. `pin` is the file of what `precision: auto` stands for; `tries` are
-    the pool's; None without Ray."""
+    """Holds the teacher for the life of the pool, and counts its work for the `stage`. `pin` is the file of what
+    `precision: auto` stands for; `tries` are the pool's; None without Ray."""
+
+    stage = "teach"
 
     def __init__(self, teacher: Teacher, threads: int, pin: str, tries: Any = None) -> None:
         self._restart, self._tries = Restart(), tries
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         with trying(tries, self._restart.starts(teacher.model)):
             super().__init__(teacher, device, threads, pin)
+
+    def features(self, images_RHHC: np.ndarray, parameters_KRP: np.ndarray) -> np.ndarray:
+        metrics.count("raydistill_teacher_calls", 1, self.stage)
+        metrics.count("raydistill_teacher_views", len(images_RHHC) * len(parameters_KRP), self.stage)
+        return super().features(images_RHHC, parameters_KRP)
 
 
 def fresh_views(
@@ -80,6 +88,8 @@ def fresh_views(
 
 class StreamTeacher(TeacherActor):
     """Adds the teacher's features to the rows that the trainers receive."""
+
+    stage = "distill"
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with trying(self._tries, f"{len(batch['image'])} images, {batch['sample_id'][0]} the first"):

@@ -195,9 +195,9 @@ def _infer(execution: Execution, directory: StageDirectory, splits: tuple[str, .
     """Compute the teacher's features of every labelled image of the splits, without augmentation."""
 
     def work(_: Any) -> None:
-        directory.begin()
+        left = directory.begin()
         wanted = FeaturePass(execution.config, execution.samples, splits, 0, directory.path)
-        done = write_features(wanted, directory.stage, execution.plan(), execution.progress)
+        done = write_features(wanted, directory.stage, execution.plan(), execution.progress, left)
         directory.finish({"num_features": done.num_features, "precision": done.precision})
 
     execution.result(directory, work)

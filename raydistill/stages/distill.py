@@ -17,7 +17,14 @@ from raydistill.engine.checkpoints import drop_checkpoints, latest_checkpoint, l
 from raydistill.engine.fresh_stream import FreshStream
 from raydistill.engine.loop import distill_loop
 from raydistill.engine.precision import described
-from raydistill.engine.records import drop_epochs_after, note_lost_steps, read_epoch, read_epochs, read_progress
+from raydistill.engine.records import (
+    drop_epochs_after,
+    note_lost_steps,
+    read_epoch,
+    read_epochs,
+    read_progress,
+    seconds_between_looks,
+)
 from raydistill.engine.workers import run_workers
 from raydistill.errors import DataError
 from raydistill.escaping import counted
@@ -31,7 +38,6 @@ from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import result_of
 
 logger = logging.getLogger(__name__)
-_POLL_SECONDS = 1.0
 
 
 def distill_student(
@@ -78,7 +84,7 @@ def distill_student(
     progress.line(f"{title:<9} trained in {words}")
     directory.finish(asdict(result))
     drop_checkpoints(job.path)
-    for run in directory.fs.names(f"{directory.place}/ray"):
+    for run in () if in_process else directory.fs.names(f"{directory.place}/ray"):
         if re.fullmatch(r"[0-9a-f]{32}", run):  # the name that `run_workers` gives a Ray Train run
             directory.fs.remove(f"{directory.place}/ray/{run}")
     directory.fs.remove_if_empty(f"{directory.place}/ray")
@@ -156,19 +162,19 @@ def _following(
 
         def look() -> None:
             nonlocal at, epoch
-            while record := read_epoch(job.path, epoch + 1):
+            step, _ = read_progress(job.path)
+            while step >= (epoch + 1) * job.steps_per_epoch and (record := read_epoch(job.path, epoch + 1)):
                 epoch += 1
                 on_epoch(record)
                 advance(max(int(record["step"]) - at, 0), _note(record))
                 at = max(int(record["step"]), at)
-            step, _ = read_progress(job.path)
             advance(max(step - at, 0))
             at = max(step, at)
 
         def follow() -> None:
             trouble, last_look = "", False
             while not last_look:
-                last_look = ended.wait(_POLL_SECONDS)
+                last_look = ended.wait(seconds_between_looks(job.path))
                 try:
                     look()
                     trouble = ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from raydistill.engine.precision import described
 from raydistill.engine.teacher_pool import TeacherActor, refuse_not_finite, teacher_pool
 from raydistill.identity import teacher_pin
 from raydistill.models.heads import load_head
+from raydistill.runtime import metrics
 from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import workspace_root
 from raydistill.storage.filesystems import exists, write_bytes
@@ -75,8 +76,10 @@ class Written(NamedTuple):
     difference: float | None = None
 
 
-def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progress) -> Written:
-    """Write the teacher's features.
+def write_features(
+    wanted: FeaturePass, title: str, plan: Plan, progress: Progress, left: Collection[str] = ()
+) -> Written:
+    """Write the teacher's features, except the files that an earlier command `left`.
 
     One Ray Data row is one shard: a task reads and decodes it, an actor of the pool renders the views, infers and
     commits the file by rename. So a lost actor or node costs its open shards, and a later run makes only the missing.
@@ -86,7 +89,7 @@ def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progre
     rows = {name: count for name, count in _rows_to_do(wanted).items() if count}
     if not rows:  # the job generates no image
         return Written(0, teacher.precision)
-    missing = [n for n in rows if not exists(shard_file(wanted.path, *n))]
+    missing = [n for n in rows if target_file(*n) not in left]
     each = max(wanted.num_views, 1)
     total, todo = sum(rows.values()) * each, sum(rows[name] for name in missing) * each
     copied, overflowed, compared = 0, 0, dict[str, float]()
@@ -120,7 +123,11 @@ def write_features(wanted: FeaturePass, title: str, plan: Plan, progress: Progre
 
 
 def shard_file(path: str, split: str, shard: int) -> str:
-    return f"{path}/{shard_name(split, shard)}.safetensors"
+    return f"{path}/{target_file(split, shard)}"
+
+
+def target_file(split: str, shard: int) -> str:
+    return f"{shard_name(split, shard)}.safetensors"
 
 
 def _rows_to_do(wanted: FeaturePass) -> dict[tuple[str, int], int]:
@@ -198,6 +205,7 @@ class ShardTeacher(TeacherActor):
     ) -> None:  # fmt: skip
         super().__init__(teacher, threads, pin, tries)
         self._path, self._head, self._projection = path, None if head is None else load_head(head), projection
+        self.stage = metrics.stage_of(path)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         name, ids = str(batch["shard"][0]), str(batch["sample_ids"][0]).split()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -71,7 +71,7 @@ def prepare_samples(
     Raises DataError: too many bad files (without waiting for the rest), or a class without a good train image;
     ConfigError: the disk may be too small.
     """
-    directory.begin()
+    left = directory.begin()
     files, known = _decode_images(config, listing.entries, decoded_directory(config, listing), plan, progress)
     kept_S, refused = without_duplicates(known)
     drawn = draw(config, known, kept_S)
@@ -84,7 +84,7 @@ def prepare_samples(
             f"prepare   {what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
         )
     samples = sample_set(config, directory.path, known, drawn, len(refused))
-    _write(samples, directory, known, drawn, files, config.images, plan, progress)
+    _write(samples, directory, left, known, drawn, files, config.images, plan, progress)
     directory.write_json("refused.json", redacted_tree(refused))
     directory.finish(dataclasses.asdict(samples))
     return samples
@@ -95,9 +95,8 @@ def _decode_images(
 ) -> tuple[dict[str, slice], Decoded]:
     """Decode the images that no earlier run has decoded; returns the files, each with the entries that it holds, and
     what is known of each entry."""
-    directory.begin()
-    ranges = chunk_ranges(entries, config.images)
-    names, finished = [f"{k:05d}.parquet" for k in range(len(ranges))], set(directory.fs.names(directory.place))
+    finished, ranges = directory.begin(), chunk_ranges(entries, config.images)
+    names = [f"{k:05d}.parquet" for k in range(len(ranges))]
     is_there = np.array([name in finished for name in names])
     files = {f"{directory.path}/{name}": slice(*ends) for name, ends in zip(names, ranges.tolist(), strict=True)}
     _refuse_small_disk(config, entries, int(np.diff(ranges)[~is_there].sum()))
@@ -184,6 +183,7 @@ def _check_train(entries: Entries, train_S: np.ndarray) -> None:
 def _write(
     samples: SampleSet,
     directory: StageDirectory,
+    there: Collection[str],
     known: Decoded,
     drawn: Drawn,
     files: Mapping[str, slice],
@@ -192,9 +192,9 @@ def _write(
     progress: Progress,
 ) -> None:
     """Bring the decoded images of each shard together with Ray Data, whose tasks write the shards. Those that a killed
-    run has written stay."""
+    run has written stay: `there` are the files of the directory."""
     rows_of = {shard_name(split, k): rows for split in SPLITS for k, rows in enumerate(samples.shards[split])}
-    done = {name for name in _shards_there(directory, samples) if name in rows_of}
+    done = {name for name in _shards_there(directory, there, samples) if name in rows_of}
     numbers_S = np.concatenate([drawn.splits[split] for split in SPLITS])
     facts_N = np.full(len(known.entries), -1, _FACT)
     facts_N["shard"][numbers_S] = np.repeat(np.arange(len(rows_of)), list(rows_of.values()))
@@ -213,11 +213,11 @@ def _write(
     assert found == left, "every sample reaches its shard"
 
 
-def _shards_there(directory: StageDirectory, samples: SampleSet) -> set[str]:
+def _shards_there(directory: StageDirectory, files: Collection[str], samples: SampleSet) -> set[str]:
     """The names of shards that an earlier run of this order has written. Those of another order are removed: a file
     that could not be read then can be read now."""
     order = {"ids": samples.ids, "labels": samples.labels}
-    there = {name.removesuffix(".parquet") for name in directory.fs.names(directory.place) if name.endswith(".parquet")}
+    there = {name.removesuffix(".parquet") for name in files if name.endswith(".parquet")}
     if read_state(f"{directory.path}/order.json", dict[str, Any]) == order:
         return there
     for name in there:

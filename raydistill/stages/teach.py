@@ -23,10 +23,9 @@ from raydistill.identity import taught_before, teach_directory, teach_generated_
 from raydistill.models.heads import load_head, projection_loss
 from raydistill.results import SoftTargets
 from raydistill.runtime.progress import Progress
-from raydistill.stages.feature_pass import FeaturePass, shard_file, write_features
+from raydistill.stages.feature_pass import FeaturePass, shard_file, target_file, write_features
 from raydistill.stages.stored_teacher import teach_stored
 from raydistill.storage.directory import StageDirectory
-from raydistill.storage.filesystems import exists
 
 # The views that a projection is fitted to, at least, and the folder for their features until all is written.
 _SAMPLE_VIEWS, _SAMPLE = 16384, "sample"
@@ -42,21 +41,23 @@ def stream_soft_targets(
     `head` is the directory of `adapt`. Raises ConfigError: the disk may be too small.
     """
     assert config.views.per_image != "fresh", "fresh views are not stored"
-    directory.begin()
+    left = directory.begin()
     views, before = config.views.per_image, taught_before(directory)
     wanted = FeaturePass(config, samples, ("train",), views, directory.path, head=head)
     sample = f"{directory.place}/{_SAMPLE}"
     if config.views.store == "compact":
-        projection = read_projection(directory.path) or _projection(wanted, directory, before, plan, progress)
+        projection = read_projection(directory.path)
+        if projection is None:
+            projection, left = _projection(wanted, directory, before, plan, progress), frozenset()
         stored = {path: read_projection(path) for path in before}
         before = {p: files for p, files in before.items() if stored[p] is None or same(stored[p], projection)}
         names = directory.fs.names(sample) if directory.fs.exists(sample) else []
         before[_SAMPLE] = [f"{directory.path}/{_SAMPLE}/{name}" for name in names]
         wanted = replace(wanted, projection=projection)
     files = [file for of_one in before.values() for file in of_one]
-    missing = [n for k, n in enumerate(samples.shards["train"]) if not exists(shard_file(directory.path, "train", k))]
+    missing = [n for k, n in enumerate(samples.shards["train"]) if target_file("train", k) not in left]
     refuse_large_targets(config, sum(missing), head, wanted.projection)
-    done = write_features(replace(wanted, known=find_known(files) if files else None), "teach", plan, progress)
+    done = write_features(replace(wanted, known=find_known(files) if files else None), "teach", plan, progress, left)
     directory.fs.remove(sample)
     result = SoftTargets(directory.path, samples.num_rows("train"), views, *done)
     directory.finish(asdict(result))

@@ -80,7 +80,7 @@ class StageDirectory:
 
     def started(self) -> bool:
         self._refuse_links()
-        return bool(self.fs.exists(self.place))
+        return self.fs.has_file(f"{self.place}/identity.json")
 
     def write(self, name: str, data: bytes) -> None:
         write_bytes(f"{self.path}/{name}", data)
@@ -95,9 +95,13 @@ class StageDirectory:
             make_private(self._root)
         self.fs.make_folder(self.place)
 
-    def begin(self) -> None:
+    def begin(self) -> frozenset[str]:
+        """Make the directory. Returns the names of what an earlier command left in it: a bucket is asked to list only a
+        directory that has begun."""
         self.make()
+        left = self.fs.names(self.place) if self.started() else []
         self.write("identity.json", self.identity.encode())
+        return frozenset(left)
 
     def finish(self, result: dict[str, Any]) -> None:
         self.write_json("DONE", {name: value for name, value in result.items() if name != "path"})
@@ -186,7 +190,7 @@ def check_writable(config: RunConfig) -> None:
             make_private(path)
         fs.make_folder(path)
         write_bytes(f"{root}/{mark}", b"")
-        fs.remove(f"{path}/{mark}")
+        fs.remove_file(f"{path}/{mark}")
     except (OSError, StageError) as error:
         cause = error.__cause__ or error  # the error itself may name the mark, which nobody knows
         reason = getattr(cause, "strerror", None) or reason_of(cause)

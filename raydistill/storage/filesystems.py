@@ -11,9 +11,7 @@ import errno
 import functools
 import glob
 import os
-import re
 import stat
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -26,16 +24,12 @@ from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from safetensors import SafetensorError
 
 from raydistill.errors import ConfigError, DataError, StageError, StorageError
+from raydistill.runtime import metrics
+from raydistill.storage.buckets import EXTRAS, WITH_BUCKETS, no_bucket, refuse_odd_bucket
 from raydistill.storage.local import create_here
-from raydistill.storage.retries import with_retries
+from raydistill.storage.retries import code_of, with_retries
 
 PATIENCE_SECONDS = 60.0
-# What to install for a protocol: `pip install 'raydistill[s3]'`.
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
-_KEYS_IN_ADDRESS = re.compile(r"\w+://(?!arn:)[^/@:]*:[^@]*@")
-# These have no folders, but buckets, which only their owner makes.
-_WITH_BUCKETS = frozenset({*_EXTRAS, "adl", "oci", "oss", "hf"})
-_BUCKET = re.compile(r"\w+://(?:arn:[\w:/.-]+|[\w.-]+(?:@[\w.-]+)?)(?:/|$)")
 # Errors of the machine: the next file would meet them too.
 OF_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
@@ -61,7 +55,7 @@ class FileSystem:
     @property
     def has_buckets(self) -> bool:
         protocol = self._fs.protocol
-        return not _WITH_BUCKETS.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
+        return not WITH_BUCKETS.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
 
     def open(self, place: str, mode: str = "rb", **options: Any) -> Any:
         """Raises OSError, also if the file to read is not a regular one."""
@@ -79,20 +73,46 @@ class FileSystem:
     def cat_file(self, place: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         if self.is_local:
             open_file(place).close()
-        return bytes(with_retries(self._fs.cat_file, self.is_local, self._patience, place, start, end, **options))
+        options |= {"start": start, "end": end}  # by name: the second parameter of s3fs is a version
+        data = bytes(with_retries(self._fs.cat_file, self.is_local, self._patience, place, **options))
+        metrics.count_bytes("read", place, len(data))
+        return data
 
-    def read_at_most(self, place: str, most: int, is_small: bool = False) -> bytes:
-        """A whole untrusted file. If it `is_small`, the bucket is not asked for its size first. Raises OSError, also if
-        it has more bytes."""
+    def read_at_most(self, place: str, most: int) -> bytes:
+        """A whole untrusted file; of a bucket in one request, without asking for its size. Raises OSError, also if it
+        has more bytes."""
         if self.is_local:
             return with_retries(read_file, True, self._patience, place, most)
-        if not is_small and (size := self.size(place) or 0) > most:
+        if not self.has_buckets and (size := self.size(place) or 0) > most:
             raise too_large(size, most, place)
-        # s3fs would ask for the size in order to read in parts.
-        data = self.cat_file(place, **({"max_concurrency": 1} if "s3" in self._fs.protocol else {}))
+        data = self.begin(place, most + 1) if self.has_buckets else self.cat_file(place)
         if len(data) > most:
-            raise too_large(len(data), most, place)
+            raise too_large(len(data) if not self.has_buckets else self.size(place), most, place)
         return data
+
+    def read_whole(self, place: str) -> bytes:
+        """A whole file of ours, in one request. Raises FileNotFoundError."""
+        # s3fs would ask for the size in order to read in parts.
+        return self.cat_file(place, **({"max_concurrency": 1} if "s3" in self._fs.protocol else {}))
+
+    def has_file(self, place: str) -> bool:
+        """In one request, where `exists` also lists a file that is missing, as if it were a folder."""
+        if not self.has_buckets:
+            return bool(self.exists(place))
+        try:
+            self.begin(place, 1)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def begin(self, place: str, most: int) -> bytes:
+        """The first bytes of a bucket's file."""
+        try:
+            return self.cat_file(place, 0, most)
+        except Exception as error:  # each client has its own
+            if code_of(error) not in ("InvalidRange", "416"):
+                raise
+            return b""  # an empty file has no first byte
 
     def make_folder(self, place: str) -> None:
         """With all folders above it. A bucket has no folders, and a misspelt name makes no bucket."""
@@ -106,10 +126,10 @@ class FileSystem:
         except (FileNotFoundError, NotADirectoryError):  # the latter if a file is in the folder's place
             return []
 
-    def read(self, place: str, most: int = sys.maxsize) -> bytes | None:
-        """A small file's bytes, or None if it does not exist, in one request. Raises as `read_at_most`."""
+    def read(self, place: str, most: int = 1 << 25) -> bytes | None:
+        """A small file's bytes, or None if it does not exist. Raises as `read_at_most`."""
         try:
-            return self.read_at_most(place, most, is_small=True)
+            return self.read_at_most(place, most)
         except FileNotFoundError:
             return None
 
@@ -118,6 +138,11 @@ class FileSystem:
         with contextlib.suppress(OSError):
             if self.is_local:
                 self.rmdir(folder)
+
+    def remove_file(self, place: str) -> None:
+        """Delete a file, if it exists; of a bucket in one request."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.rm_file if self.has_buckets else self.remove)(place)
 
     def remove(self, place: str) -> None:
         """Delete a file, or a folder with its contents, if it exists."""
@@ -137,17 +162,10 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS, **options: An
         full = full if os.path.isabs(full) else os.path.join(os.getcwd(), full)
         return FileSystem(LocalFileSystem(), patience), make_path_posix(full).rstrip("/") or "/"
     protocol = path.partition("://")[0]
-    if protocol in _EXTRAS and _KEYS_IN_ADDRESS.match(path):
-        raise ConfigError(
-            f"{path}: do not put keys into a bucket's address; set them in the environment, as AWS_… or a profile"
-        )
-    if protocol in _WITH_BUCKETS and not _BUCKET.match(path):
-        raise ConfigError(
-            f"{path}: no bucket is named; write {protocol}://BUCKET/FOLDER (letters, digits, dots and dashes)"
-        )
+    refuse_odd_bucket(path)
     options["use_listings_cache"] = False
     set_up = "AWS_MAX_ATTEMPTS" in os.environ or "config_kwargs" in conf.get("s3", {})
-    if _EXTRAS.get(protocol) == "s3" and not set_up:
+    if EXTRAS.get(protocol) == "s3" and not set_up:
         # s3fs retries around botocore's retries, and we retry around both: a wrong address took 14 s. And a server that
         # accepts a request and does not answer held each call for five minutes.
         connect, read = (10, 30) if patience else (4, 10)
@@ -157,7 +175,7 @@ def open_filesystem(path: str, patience: float = PATIENCE_SECONDS, **options: An
     try:
         fs, place = url_to_fs(path, **options)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
+        extra = EXTRAS.get(protocol)
         advice = f"; pip install 'raydistill[{extra}]'" if extra else ""
         raise ConfigError(f"{path}: the package for {protocol}:// is not installed ({error}){advice}") from None
     except (ValueError, OSError) as error:  # an unknown protocol, or one that opens a connection or a file at once
@@ -183,6 +201,7 @@ def read_file(path: str, most: int) -> bytes:
     with open_file(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise too_large(size, most, path)
+        metrics.count_bytes("read", path, size)
         return file.read(size)
 
 
@@ -212,12 +231,13 @@ def _without_waiting(path: str, flags: int) -> int:
 def read_bytes(path: str) -> bytes:
     """A whole file. Raises FileNotFoundError."""
     fs, place = open_filesystem(path)
-    return bytes(fs.cat_file(place))
+    return fs.read_whole(place)
 
 
 def exists(path: str) -> bool:
+    """Whether there is a file."""
     fs, place = open_filesystem(path)
-    return bool(fs.exists(place))
+    return fs.has_file(place)
 
 
 def write_bytes(path: str, data: bytes) -> None:
@@ -227,6 +247,7 @@ def write_bytes(path: str, data: bytes) -> None:
         write_file(path, lambda temporary: Path(temporary).write_bytes(data))
     else:
         _send(fs.pipe_file, target, data, path)
+        metrics.count_bytes("written", target, len(data))
 
 
 def create_file(path: str, data: bytes) -> None:
@@ -247,6 +268,7 @@ def write_file(path: str, write: Callable[[str], object]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write(f"{folder}/whole")
             _send(lambda place, whole: fs.put_file(whole, place), target, f"{folder}/whole", path)
+            metrics.count_bytes("written", target, os.path.getsize(f"{folder}/whole"))
         return
     temporary = f"{target}.{uuid.uuid4().hex}.tmp"
     try:
@@ -254,6 +276,7 @@ def write_file(path: str, write: Callable[[str], object]) -> None:
         write(temporary)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())  # otherwise a machine that loses power may keep the name without the bytes
+            metrics.count_bytes("written", target, os.fstat(written.fileno()).st_size)
         os.replace(temporary, target)
     except BaseException as error:
         if os.path.exists(temporary):
@@ -274,25 +297,4 @@ def _send(call: Callable[[str, Any], object], place: str, what: Any, path: str) 
     try:
         call(place, what)
     except FileNotFoundError:
-        raise StorageError(f"{path}: {_no_bucket(place)}") from None
-
-
-def _no_bucket(place: str) -> str:
-    return f"there is no bucket {place.lstrip('/').partition('/')[0]!r}; make it, or correct the name"
-
-
-def refuse_unreachable(path: str, key: str) -> None:
-    """Ask remote storage once, so that a wrong address, a refused key or a missing bucket shows within seconds. Raises
-    ConfigError, which names the config key."""
-    if "://" not in path:
-        return
-    fs, place = open_filesystem(path, patience=0)
-    try:
-        fs.info(place)
-    except FileNotFoundError as error:
-        if isinstance(error.__cause__, OSError):  # fsspec's error for a web server that does not answer
-            raise ConfigError(f"{key}={path}: no server answers there ({error.__cause__})") from None
-        if fs.has_buckets and not fs.exists(place.lstrip("/").partition("/")[0]):
-            raise ConfigError(f"{key}={path}: {_no_bucket(place)}") from None
-    except (PermissionError, StorageError) as error:
-        raise ConfigError(f"{key}={path}: {error}") from None
+        raise StorageError(f"{path}: {no_bucket(place)}") from None

@@ -26,9 +26,10 @@ from raydistill.escaping import first_few, truncated
 from raydistill.runtime.processes import is_running, process_name
 from raydistill.secrets import redacted
 from raydistill.storage.directory import workspace_root
-from raydistill.storage.filesystems import open_filesystem, refuse_unreachable, write_bytes
+from raydistill.storage.filesystems import open_filesystem, write_bytes
 from raydistill.storage.lease import is_held
 from raydistill.storage.local import refuse_link
+from raydistill.storage.reachable import refuse_unreachable
 from raydistill.storage.state import read_state
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """A lease on a stage directory: one command at a time writes to it, on disks and in buckets alike.
 
-Leases are files with rising numbers; the last one counts. A file can be created only if it does not exist, so one
+Leases are files with the numbers 1, 2 and so on; the last one counts, and none is deleted before the stage is done. So
+a look reads one file after another, and no bucket is listed. A file can be created only if it does not exist, so one
 command gets the next number, however many ask. No command overwrites another's file, so a holder that was only slow,
 and taken for dead, finds a later one.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import threading
 import time
 import uuid
@@ -24,7 +24,7 @@ from raydistill.runtime.processes import is_running, process_name
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.filesystems import create_file, open_filesystem
 from raydistill.storage.local import refuse_link
-from raydistill.storage.state import of_another_form, read_state
+from raydistill.storage.state import read_state
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_BEATS = 10.0
@@ -33,7 +33,7 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 # checked.
 _SILENT_SECONDS = 120.0
 _CLOCK_SECONDS = 600.0  # by which machines' clocks may differ
-_PREFIX, _LAST = "lease-", 10**9 - 1
+_PREFIX = "lease-"
 
 
 class _State(BaseModel):
@@ -91,15 +91,12 @@ def is_held(path: str) -> bool:
 
 def _acquire(directory: StageDirectory, say: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
     mine = {"id": uuid.uuid4().hex, "process": process_name()}
-    seen, since, told = None, 0.0, ""
+    seen, since, told, number = None, 0.0, "", 0
     directory.make()
     while True:
-        latest = _latest(directory)
+        latest = number, state = _latest(directory, number)
         if latest != seen:  # timed by this machine's clock: others may be wrong
             seen, since = latest, time.monotonic()
-        number, state = latest
-        if number >= _LAST:
-            raise of_another_form(_path(directory, number), "its number is too high for a lease")
         if not number or _is_free(state, time.monotonic() - since):
             if _create(directory, number + 1, mine):
                 return number + 1, mine
@@ -121,19 +118,21 @@ def _is_free(state: dict[str, Any], silent_for: float) -> bool:
     return state.get("released", False) or not running
 
 
-def _latest(directory: StageDirectory) -> tuple[int, dict[str, Any]]:
-    """The number of the last lease and its content; 0 if there is none."""
-    number = max(_numbers(directory), default=0)
+def _latest(directory: StageDirectory, number: int = 0) -> tuple[int, dict[str, Any]]:
+    """The number of the last lease and its content, for one who knows that `number` was there; 0 if there is none."""
+    found = _read(directory, number) if number else {}
+    while (later := _read(directory, number + 1)) is not None:
+        number, found = number + 1, later
+    return (0, {}) if found is None else (number, found)  # the stage is done, and its leases are deleted
+
+
+def _read(directory: StageDirectory, number: int) -> dict[str, Any] | None:
+    """The content of a lease's file; None if it is missing."""
     try:
-        state = read_state(_path(directory, number), _State) if number else None
+        state = read_state(_path(directory, number), _State)
     except CheckpointError:  # truncated or untrusted: wait as for an unknown holder
-        state = None
-    return number, {} if state is None else state.model_dump(exclude_unset=True)
-
-
-def _numbers(directory: StageDirectory) -> list[int]:
-    found = map(re.compile(rf"{_PREFIX}([0-9]{{6,9}})").fullmatch, directory.fs.names(directory.place))
-    return [int(number[1]) for number in found if number]
+        return {}
+    return None if state is None else state.model_dump(exclude_unset=True)
 
 
 def _path(directory: StageDirectory, number: int) -> str:
@@ -145,7 +144,7 @@ def _create(directory: StageDirectory, number: int, state: dict[str, Any]) -> bo
     storage reports that the file exists already."""
     with contextlib.suppress(FileExistsError):
         create_file(_path(directory, number), json.dumps(state).encode())
-    return _latest(directory) == (number, state)
+    return _latest(directory, number) == (number, state)
 
 
 def _beat(
@@ -155,7 +154,8 @@ def _beat(
     beats = 0
     while not ended.wait(_SECONDS_BETWEEN_BEATS):
         try:
-            if max(_numbers(directory), default=0) != number:
+            latest, found = _latest(directory, number)
+            if latest != number or found.get("id") != state["id"]:
                 lost.set()
                 return
             beats += 1
@@ -171,7 +171,7 @@ def _release(directory: StageDirectory, number: int, state: dict[str, Any]) -> N
         if directory.done() is None:
             directory.write(f"{_PREFIX}{number:06d}", json.dumps({**state, "released": True}).encode())
         else:
-            for old in _numbers(directory):
+            for old in range(number, 0, -1):
                 with contextlib.suppress(FileNotFoundError):
                     directory.fs.rm_file(f"{directory.place}/{_PREFIX}{old:06d}")  # a folder is not our lease
     except (OSError, StageError) as error:

@@ -23,6 +23,11 @@ _CLIENTS = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "h
 _NO_KEY = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
            "DefaultCredentialsError", "UnauthorizedSSOTokenError"}  # fmt: skip
 _NOT_SET_UP = {"ProfileNotFound", "ParamValidationError", "NoRegionError", "InvalidRegionError", "ConfigParseError"}
+# Codes of buckets that are full: of the protocol's servers, and HTTP's own.
+_FULL = {"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "507"}
+_ADVICE = {
+    "RequestTimeTooSkewed": "set this machine's clock", "ExpiredToken": "renew this process's token",
+}  # fmt: skip
 _ASK_AGAIN = {408, 425, 429}  # HTTP's codes below 500 that pass
 
 
@@ -45,11 +50,15 @@ def with_retries(call: Callable[..., Result], is_local: bool, patience: float, /
         retrying = tenacity.Retrying(retry=retry, stop=stop, wait=wait, before_sleep=warn, reraise=True)
         return retrying(call, *args, **kwargs)
     except Exception as error:  # every client has its own errors
-        reason = first_line_of(error)
-        if type(error).__name__ in _NO_KEY or (isinstance(error, PermissionError) and not is_local):
-            raise PermissionError(
-                f"{where}: storage refuses access ({reason}); check this process's keys and what they allow"
+        reason, code = first_line_of(error), code_of(error)
+        if code in _FULL:
+            raise StorageError(
+                f"{where}: the bucket is full ({reason}); make room there and run the same command again: finished "
+                "stages stay"
             ) from None
+        if type(error).__name__ in _NO_KEY or (isinstance(error, PermissionError) and not is_local):
+            advice = _ADVICE.get(code, "check this process's keys and what they allow")
+            raise PermissionError(f"{where}: storage refuses access ({reason}); {advice}") from None
         if not passes(error):
             raise
         raise StorageError(
@@ -60,7 +69,7 @@ def with_retries(call: Callable[..., Result], is_local: bool, patience: float, /
 
 def _passes(error: BaseException, is_local: bool) -> bool:
     """Whether storage or the connection failed, not the request."""
-    if isinstance(error, _FINAL_ERRORS):
+    if isinstance(error, _FINAL_ERRORS) or code_of(error) in _FULL:
         return False
     response = getattr(error, "response", None)
     status = getattr(error, "status", None) or getattr(response, "status_code", None)
@@ -70,3 +79,14 @@ def _passes(error: BaseException, is_local: bool) -> bool:
         return error.errno in _PASSING if is_local else error.errno not in _FINAL
     name = type(error).__name__
     return type(error).__module__.partition(".")[0] in _CLIENTS and name not in _NO_KEY and name not in _NOT_SET_UP
+
+
+def code_of(error: BaseException) -> str:
+    """The code of a bucket's answer, such as NoSuchKey, or else HTTP's; empty without an answer."""
+    for one in (error, error.__cause__):
+        answer = getattr(one, "response", None)
+        if isinstance(answer, dict):
+            if (status := answer.get("ResponseMetadata", {}).get("HTTPStatusCode")) == 507:
+                return str(status)
+            return str(answer.get("Error", {}).get("Code", ""))
+    return str(getattr(error, "code", ""))

@@ -108,7 +108,7 @@ def test_a_checkpoint_whose_state_does_not_fit_names_both_versions(tiny_set, mon
 
 
 def test_epochs_after_the_last_checkpoint_count_as_lost(tiny_set, monkeypatch) -> None:
-    monkeypatch.setattr(reporter, "_SECONDS_BETWEEN_REPORTS", 3600)  # at the end of epochs alone
+    monkeypatch.setattr(reporter, "seconds_between_looks", lambda path: 3600)  # at the end of epochs alone
     job = tiny_set.job("broken", distill={"checkpoint_seconds": 3600})
     interrupt(job, 12)
     distill_loop(job, here())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
+from collections import Counter
 
+import numpy as np
 import pytest
 from safetensors.torch import load
 
-from raydistill.storage.filesystems import open_filesystem, read_bytes
-from tests.buckets import CutConnections
+from raydistill.storage.filesystems import open_filesystem, read_bytes, write_bytes
+from tests.buckets import CutConnections, Line
+from tests.small_run import CLASSES, painted
 
 pytestmark = pytest.mark.cluster
 STAGES = ["prepare", "features", "adapt", "teach", "distill", "evaluate", "export"]
@@ -56,3 +60,51 @@ def test_two_commands_at_once_on_a_line_that_is_cut_make_one_student(
     output = again.communicate(timeout=400)[0]
     assert again.returncode == 0, output
     assert all(re.search(rf"^{stage} +done before", output, re.M) for stage in STAGES if stage != "features"), output
+
+
+def pictures(bucket: str, of_each: int) -> str:
+    """The address of so many pictures of each class in the bucket."""
+    rng, folder = np.random.default_rng(1), f"{bucket}/images{of_each}"
+    for label, name in enumerate(CLASSES):
+        for number in range(of_each):
+            data = io.BytesIO()
+            painted(label, rng, 40).save(data, "PNG")
+            write_bytes(f"{folder}/{name}/{number}.png", data.getvalue())
+    return folder
+
+
+def by_stage(requests: list[tuple[str, str]]) -> dict[str, Counter[str]]:
+    """Kinds of requests by stage: a stage begins where its directory's lease is looked for."""
+    stage, found = "start", dict[str, Counter[str]]()
+    for kind, key in requests:
+        begins = re.search(r"/(\w+)-[0-9a-f]{12}/lease-000001$", key)
+        if begins and begins[1] != stage and kind == "GET" and begins[1] not in found:
+            stage = begins[1]
+        found.setdefault(stage, Counter())[kind] += 1
+    return found
+
+
+@pytest.mark.slow
+def test_requests_grow_with_shards_and_never_with_images(words: list[str], bucket: str, s3_line: Line) -> None:
+    shards, size = {}, 48
+    found: dict[int, dict[str, Counter[str]]] = {}
+    for of_each in (24, 96):
+        images = pictures(bucket, of_each)
+        s3_line.requests.clear()
+        words_here = [*words, f"images.path={images}", f"images.shard_size={size}", f"workspace={bucket}/w{of_each}"]
+        command = start("run", *words_here)
+        output = command.communicate(timeout=800)[0]
+        assert command.returncode == 0, output
+        asked = Counter(request for request in s3_line.requests if request[1].startswith(f"images{of_each}/"))
+        assert asked == Counter({("LIST", f"images{of_each}/"): 1} | {
+            ("GET", f"images{of_each}/{name}/{k}.png"): 1 for name in CLASSES for k in range(of_each)
+        })  # fmt: skip
+        found[of_each] = by_stage([r for r in s3_line.requests if r not in asked or r[0] == "LIST"])
+        shards[of_each] = sum(kind == "PUT" and bool(re.search(r"/(prepare|decoded)-\w+/.*parquet$", key))
+                              for kind, key in s3_line.requests)  # fmt: skip
+    for stage, few in found[24].items():
+        many = found[96][stage]
+        print(stage, dict(few), dict(many))
+        assert many["LIST"] <= 1, (stage, many)
+        # a stage that takes longer renews its lease, and looks at the progress, more often
+        assert many.total() <= few.total() + 12 * (shards[96] - shards[24]) + 40, (stage, few, many)

@@ -22,7 +22,7 @@ from tests.training import distil, ends_at, here, interrupt, weights
 
 
 def test_steps_that_are_taken_again_are_counted_over_all_losses(tiny_set, progress, monkeypatch) -> None:
-    monkeypatch.setattr(reporter, "_SECONDS_BETWEEN_REPORTS", -1)  # after every step
+    monkeypatch.setattr(reporter, "seconds_between_looks", lambda path: -1)  # after every step
     job = tiny_set.job("broken")
     for last in (14, 18):  # the steps after 13 and 17 are never reported; checkpoints are at 10 and 15
         interrupt(job, last)
@@ -109,7 +109,7 @@ def test_the_epoch_that_ships(tiny_set, progress, monkeypatch, keep, right, ship
 
 def test_epochs_that_were_lost_are_not_taken_for_done(tiny_set, progress, monkeypatch) -> None:
     """Those who follow a resumed training hear of each epoch when it is there."""
-    monkeypatch.setattr(reporter, "_SECONDS_BETWEEN_REPORTS", 3600)  # at the end of epochs alone
+    monkeypatch.setattr(reporter, "seconds_between_looks", lambda path: 3600)  # at the end of epochs alone
     job = tiny_set.job("job", distill={"checkpoint_seconds": 3600})
     interrupt(job, 17)
     assert len(read_epochs(job.path)) == 3

@@ -25,10 +25,10 @@ from raydistill.storage.filesystems import (
     exists,
     open_filesystem,
     read_bytes,
-    refuse_unreachable,
     write_bytes,
     write_file,
 )
+from raydistill.storage.reachable import refuse_unreachable
 
 
 def test_what_another_process_wrote_is_seen_at_once(bucket: str) -> None:

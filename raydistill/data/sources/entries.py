@@ -46,10 +46,10 @@ class Source:
     has_class_folders: bool = False
 
 
-def read_source(fs: FileSystem, root: str, ignored: Counter[str], notes: Counter[str]) -> Source | None:
+def read_source(fs: FileSystem, root: str, is_file: bool, ignored: Counter[str], notes: Counter[str]) -> Source | None:
     """None for a file that is not a source. `ignored` counts what is not an image, and `notes` what is not read as it
     looks. Raises DataError."""
-    if fs.isfile(root):
+    if is_file:
         if _suffix(root) in SUFFIXES:
             return Source(Entries.of(_of_file(fs, root, None, ignored, notes)), posixpath.dirname(root), {})
         if _suffix(root) in path_tables.SUFFIXES:

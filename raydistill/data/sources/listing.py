@@ -3,9 +3,11 @@ before any work starts."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
+import posixpath
 import re
 import unicodedata
 from collections import Counter
@@ -27,7 +29,8 @@ from raydistill.errors import ConfigError, DataError, near_path
 from raydistill.escaping import counted, first_few, most_common, quoted
 from raydistill.examples import images_path
 from raydistill.storage.addresses import is_elsewhere
-from raydistill.storage.filesystems import FileSystem, open_filesystem, refuse_unreachable
+from raydistill.storage.filesystems import FileSystem, open_filesystem
+from raydistill.storage.reachable import refuse_unreachable
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,12 @@ def list_images(config: Images) -> Listing:
         fs, root = open_filesystem(path)
     except ConfigError as error:
         raise DataError(f"images.path={error}") from None
-    refuse_unreachable(path, "images.path")
-    if not fs.exists(root):
-        raise DataError(f"{named}: no such file or folder{near_path(path)}")
+    is_file = fs.isfile(root) if fs.is_local else refuse_unreachable(path, "images.path")
     ignored, notes = Counter[str](), Counter[str]()
-    source = read_source(fs, root, ignored, notes)
+    is_there = is_file or not fs.is_local or fs.exists(root)
+    source = read_source(fs, root, is_file, ignored, notes) if is_there else None
+    if not is_there or (source is not None and not (is_file or fs.is_local or source.files)):
+        raise DataError(f"{named}: no such file or folder{near_path(path)}")  # a bucket has no empty folders
     if source is None:
         if PurePosixPath(root).suffix.lower() in EXTENSIONS:
             raise DataError(f"{named}: one picture; give the folder of class folders that it is in")
@@ -198,10 +202,24 @@ def _fingerprint(fs: FileSystem, source: Source, entries: Entries, address: str)
     for entry in entries:
         name = entry.path.removeprefix(source.folder)
         digest.update(bytes_of(f"{name}|{entry.label}|{entry.split}|{entry.row}\n"))
+    listed = _listed_beside(fs, entries, address, source.files)
     for path in entries.distinct_paths():
-        version = "missing" if is_elsewhere(path, address) else _version(fs, path, source.files)
+        version = "missing" if is_elsewhere(path, address) else _version(fs, path, listed)
         digest.update(bytes_of(f"{path.removeprefix(source.folder)}|{version}\n"))
     return digest.hexdigest()
+
+
+def _listed_beside(fs: FileSystem, entries: Entries, address: str, files: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The facts of files that changes show in, by path: those of `files`, and in buckets those of folders of which
+    a table names several files. A listing takes a request for each thousand files, where each file would take one."""
+    if not fs.has_buckets:
+        return files
+    named = (path for path in entries.distinct_paths() if path not in files and not is_elsewhere(path, address))
+    found = dict(files)
+    for folder in (folder for folder, count in Counter(map(posixpath.dirname, named)).items() if count > 1):
+        with contextlib.suppress(FileNotFoundError):
+            found |= {info["name"]: info for info in fs.ls(folder, detail=True)}
+    return found
 
 
 def _version(fs: FileSystem, path: str, files: Mapping[str, Any]) -> str:
