@@ -22,7 +22,7 @@ from raydistill.errors import DataError
 from raydistill.escaping import one_line, quoted, shortened
 from raydistill.storage.filesystems import open_filesystem
 from raydistill.storage.state import MOST_BYTES, parsed
-from raydistill.storage.tables import read_foreign_table
+from raydistill.storage.tables import read_foreign_table, values
 
 NUM_PARAMETERS = 8  # of a view, in the order of `data.views`
 SETTINGS_FILE, HEAD_FILE = "soft_targets.json", "head.parquet"
@@ -179,7 +179,7 @@ def read_rows(folder: str, settings: TargetSettings, file: TargetFile) -> ViewRo
     try:
         if table.num_rows != file.rows or any(column.null_count for column in table.columns):
             raise ValueError(f"it has {table.num_rows:,} rows, some of them empty, instead of {file.rows:,} whole ones")
-        ids = table["sample_id"].to_pylist()
+        ids = values(table["sample_id"])
         if odd := next((name for name in ids if not _ID.fullmatch(name)), None):
             raise ValueError(f"{shortened(quoted(odd))} is not a sample id: 32 hex digits")
         views_V = table["view"].to_numpy()
@@ -203,7 +203,7 @@ def read_head_table(folder: str, settings: TargetSettings) -> tuple[np.ndarray, 
     schema = pa.schema([("class", pa.string()), ("weight", pa.list_(pa.float32())), ("bias", pa.float32())])
     table = read_foreign_table(path, schema, _pinned(path, head))
     try:
-        if table["class"].to_pylist() != settings.classes or any(column.null_count for column in table.columns):
+        if values(table["class"]) != settings.classes or any(column.null_count for column in table.columns):
             raise ValueError(f"its rows are not the classes of {SETTINGS_FILE}")
         bias_C = table["bias"].to_numpy()
         if not np.isfinite(bias_C).all():

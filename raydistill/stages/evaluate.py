@@ -40,6 +40,7 @@ from raydistill.runtime.progress import Progress
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.filesystems import write_file
 from raydistill.storage.state import result_of
+from raydistill.storage.tables import values
 
 # From so many val and test images on, actors wait less for their start than they save.
 _MANY = 20_000
@@ -68,7 +69,7 @@ def evaluate_student(
 
         def kept() -> Iterator[pa.Table]:
             for table in predictions(wanted, plan):
-                seen[table["split"][0].as_py()].add(table)
+                seen[values(table["split"])[0]].add(table)
                 advance(len(table))
                 yield kept_columns(table)
 

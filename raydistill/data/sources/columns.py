@@ -87,8 +87,8 @@ class Entries(Sequence[Entry]):
         if isinstance(which, slice | np.ndarray):
             columns = (self.path_N[which], self.row_N[which], self.label_N[which], self.split_N[which])
             return Entries(self.paths, self.labels, *columns)
-        path = _name_of(self.paths[int(self.path_N[which])].as_py())
-        return self._entry(path, *(int(column[which]) for column in (self.row_N, self.label_N, self.split_N)))
+        (path,) = values(self.paths.slice(int(self.path_N[which]), 1))
+        return self._entry(_name_of(path), *(int(column[which]) for column in (self.row_N, self.label_N, self.split_N)))
 
     def __iter__(self) -> Iterator[Entry]:
         for first in range(0, len(self), _TOGETHER):
