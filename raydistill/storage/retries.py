@@ -89,4 +89,5 @@ def code_of(error: BaseException) -> str:
             if (status := answer.get("ResponseMetadata", {}).get("HTTPStatusCode")) == 507:
                 return str(status)
             return str(answer.get("Error", {}).get("Code", ""))
-    return str(getattr(error, "code", ""))
+    status = getattr(error, "status", None)  # aiohttp warns of its old name
+    return str(getattr(error, "code", "") if status is None else status)
