@@ -86,7 +86,8 @@ def test_teach_is_refused_where_the_shards_that_are_missing_do_not_fit(tiny_set,
     config = tiny_set.job("job").config.model_copy(update={"workspace": str(tmp_path)})
     head, folder = str(tiny_set.root / "adapt"), tmp_path / "targets"
     fs, place = open_filesystem(str(folder))
-    directory = SimpleNamespace(path=place, place=place, name="targets", identity="{}", fs=fs, begin=lambda: None)
+    directory = SimpleNamespace(path=place, place=place, name="targets", identity="{}", fs=fs)
+    directory.begin = lambda: frozenset(fs.names(place))
     plan = plan_resources(config, 2.0, 0.0, 2)
     free(500)
     with pytest.raises(ConfigError, match=r"teach: 6 features of 2 views.*lower views\.per_image") as refused:
