@@ -225,7 +225,11 @@ def _config(images: Path, settings: Mapping[str, Any], trains: bool = True) -> R
     # A folder may have any name. `day=1` among the words of a command would be a setting.
     place = os.path.expanduser(images)
     words, under = ([], {"images.path": place}) if os.path.isdir(place) else ([place], {})
-    models = {name: {"model": settings[name]} for name in ("teacher", "student") if isinstance(settings.get(name), str)}
+    models = {
+        name: {"model": settings[name]}
+        for name in ("teacher", "student")
+        if isinstance(settings.get(name), str | list | tuple)
+    }
     config = load_config(words, {**under, **settings, **models})
     if trains:
         refuse_early(config)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from raydistill.config import Images, RunConfig, Teacher, Views, fine_tuning
+from raydistill.config import Images, RunConfig, Teacher, Views, fine_tuning, members
 from raydistill.data.compact import PROJECTION_FILE
 from raydistill.data.sample import SampleSet
 from raydistill.data.sources.listing import Listing
@@ -56,6 +57,18 @@ def held_out_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     computes them once."""
     identity = {"backbone": _backbone(config), "ids": {"test": samples.ids["test"]}, "images": _pixels(config)}
     return replace(stage_directory(config, "features", identity), stage="test_features")
+
+
+def member_directories(
+    config: RunConfig, samples: SampleSet, directory_of: Callable[[RunConfig, SampleSet], StageDirectory]
+) -> list[tuple[RunConfig, StageDirectory]]:
+    """The job of each member of a committee with its own directory, which that teacher has alone or in any other
+    committee too. Empty with one teacher."""
+    each = members(config)
+    if len(each) == 1:
+        return []
+    found = [(member, directory_of(member, samples)) for member in each]
+    return [(member, replace(own, stage=f"{own.stage}_{k}")) for k, (member, own) in enumerate(found, 1)]
 
 
 def adapt_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
@@ -123,9 +136,12 @@ def class_directory(config: RunConfig, recipe: dict[str, Any]) -> StageDirectory
     return replace(directory, path=f"{workspace_root(config)}/{GENERATED}/{digest}")
 
 
-def teach_generated_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
-    """The soft targets of the generated images, separate from those of the real images, which do not change."""
-    identity = _stored_views(config) | {"generate": generate_directory(config, samples).name}
+def teach_generated_directory(config: RunConfig, samples: SampleSet, member: RunConfig | None = None) -> StageDirectory:
+    """The soft targets of the generated images, separate from those of the real images, which do not change; or those
+    by a `member` of the committee that judged them."""
+    identity = _stored_views(member or config) | {"generate": generate_directory(config, samples).name}
+    if member is not None:
+        return replace(stage_directory(config, "teach", identity), stage="teach_generated")
     if config.views.store == "compact":  # by the projection of the real ones
         identity["projection"] = teach_directory(config, samples).name
     return replace(stage_directory(config, "teach", identity), stage="teach_generated")
@@ -138,7 +154,7 @@ def backbone_name(config: RunConfig) -> str:
 
 def teacher_pin(root: str, config: RunConfig) -> str:
     """The file in the workspace `root` of what `teacher.precision: auto` stands for: one for all directories of a
-    teacher, so a head and its soft targets are of one precision."""
+    teacher, so a head and its soft targets are of one precision. Each member of a committee has its own."""
     return f"{root}/{PRECISION}/{_short_name(_backbone(config))}.json"
 
 
@@ -289,12 +305,14 @@ def image_settings(config: RunConfig, *names: str) -> dict[str, Any]:
 def _backbone(config: RunConfig) -> dict[str, Any]:
     teacher: Teacher | None = config.teacher
     assert teacher is not None
+    if len(each := members(config)) > 1:
+        return {"members": [_backbone(member) for member in each]}
     identity = teacher.model_dump(include={"revision", "size"}) | model_identity(teacher)
     if teacher.center_crop:
         identity["center_crop"] = True
     if teacher.precision != "fp32":  # the only one of older versions, whose directories keep their names
         identity["precision"] = teacher.precision
-    if not teacher.model.startswith("timm:"):
+    if not teacher.name.startswith("timm:"):
         # The native head of a transformers model may read other features than its backbone gives.
         identity["head"] = teacher.head
     return identity

@@ -26,8 +26,10 @@ def refuse_early(config: RunConfig) -> None:
             read_settings(config.teacher.stored)
         else:
             also = "targets:FOLDER, or a folder that timm, transformers or distill"
-            _check_model("teacher.model", config.teacher.model, also_here=also)
-        _check_file("teacher.weights", config.teacher.weights)
+            for member in config.teacher.members:
+                _check_model("teacher.model", member.name, also_here=also)
+        for member in config.teacher.members:
+            _check_file("teacher.weights", member.weights)
     _check_model("student.model", config.student.model, also_here="or a folder that timm or transformers")
     _check_file("student.weights", config.student.weights)
     if config.generate is not None:
@@ -147,9 +149,9 @@ def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -
             return
         if config.cluster.address is None:
             refuse_unable("teacher.precision", config.teacher.precision, here)
-        _, head, names = load_teacher(config.teacher)
+        loaded = [load_teacher(member) for member in config.teacher.members]
         if config.teacher.head == "native":
-            match_native_head(head, names, listing.classes)
+            match_native_head(loaded[0].head, loaded[0].names, listing.classes)
         elif config.teacher.head == "zero_shot":
             zero_shot_head(config.teacher, listing.classes)
         elif config.teacher.head == "fine_tune":

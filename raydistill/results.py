@@ -79,10 +79,33 @@ def _read_as(shape: Any) -> GetPydanticSchema:
 
 
 @dataclass(frozen=True)
+class Features:
+    """The teacher's features of whole images: their width and precision, and the seconds that a view takes on one CPU
+    or GPU; None if none was computed, or for a committee."""
+
+    path: str
+    num_features: NonNegativeInt
+    precision: Precision = "fp32"
+    seconds_a_view: NonNegativeFloat | None = None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of a committee: its share of right answers on val by itself, and that of it and those before it together;
+    None without val images. Its soft targets take one CPU or GPU `seconds_a_view`."""
+
+    model: str
+    num_features: NonNegativeInt
+    alone: Share | None
+    together: Share | None
+    seconds_a_view: NonNegativeFloat | None
+
+
+@dataclass(frozen=True)
 class AdaptedTeacher:
     """The result of `adapt`. `features` holds the teacher's features of train and val; `l2` is the selected strength of
     the linear probe's penalty, None for another head; accuracies are shares; `val_confidence` is the mean probability
-    of the teacher's top class; both are None without val images."""
+    of the teacher's top class; both are None without val images. `members`: of a committee."""
 
     path: str
     features: str
@@ -92,6 +115,7 @@ class AdaptedTeacher:
     l2: float | None
     num_train: int
     precision: Precision = "fp32"
+    members: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -92,18 +92,20 @@ def _places(config: RunConfig) -> dict[str, str]:
     found = {}
     for key in PLACES:
         section, _, name = key.rpartition(".")
-        place = getattr(getattr(config, section), name, None)
-        place = "" if place is None else place.removeprefix("hf:").removeprefix("timm:local-dir:")
-        if not place or place.startswith("example:") or not _fingerprint(place):
-            continue
-        fs, path = open_filesystem(place)
-        # The driver lists the images, and train workers use its folder; other actors have their own folders.
-        if fs.is_local and not key.startswith(("teacher.", "generate.")):
-            place = path
-        inside = fs.names(path) if fs.isdir(path) else []
-        found[key] = "/".join([place.rstrip("/"), *inside[:1]])
-        if key == "images.path" and (image := first_of_table(place)) and _fingerprint(image):
-            found["the first image of images.path"] = image
+        given = getattr(getattr(config, section), name, None)
+        several = given if isinstance(given, tuple) else (given,)  # of a committee
+        for number, one in enumerate(several, 1):
+            place = "" if one is None else one.removeprefix("hf:").removeprefix("timm:local-dir:")
+            if not place or place.startswith("example:") or not _fingerprint(place):
+                continue
+            fs, path = open_filesystem(place)
+            # The driver lists the images, and train workers use its folder; other actors have their own folders.
+            if fs.is_local and not key.startswith(("teacher.", "generate.")):
+                place = path
+            inside = fs.names(path) if fs.isdir(path) else []
+            found[key if len(several) == 1 else f"{key}, {number}"] = "/".join([place.rstrip("/"), *inside[:1]])
+            if key == "images.path" and (image := first_of_table(place)) and _fingerprint(image):
+                found["the first image of images.path"] = image
     return found
 
 

@@ -10,11 +10,11 @@ from raydistill.config.evaluate import Evaluate
 from raydistill.config.export import Export
 from raydistill.config.generate import ClassPrompt, Filter, Generate
 from raydistill.config.images import SHARD_BYTES, Images
-from raydistill.config.job import RunConfig, fine_tuning
+from raydistill.config.job import RunConfig, fine_tuning, members
 from raydistill.config.keys import known_keys, suggest_key
 from raydistill.config.loss import Loss
 from raydistill.config.merge import load_config, merged, overlay, shown_yaml, to_yaml
-from raydistill.config.models import Student, Teacher
+from raydistill.config.models import SingleTeacher, Student, Teacher
 from raydistill.config.search import Compare, Tune
 from raydistill.config.section import Section
 from raydistill.config.tracking import Tracking
@@ -22,6 +22,6 @@ from raydistill.config.views import Views
 
 __all__ = [
     "SHARD_BYTES", "ClassPrompt", "Cluster", "Compare", "Distill", "Evaluate", "Export", "Filter", "Generate", "Images",
-    "Loss", "RunConfig", "Section", "Student", "Teacher", "Tracking", "Tune", "Views", "fine_tuning", "known_keys",
-    "load_config", "merged", "overlay", "shown_yaml", "suggest_key", "to_yaml",
+    "Loss", "RunConfig", "Section", "SingleTeacher", "Student", "Teacher", "Tracking", "Tune", "Views", "fine_tuning",
+    "known_keys", "load_config", "members", "merged", "overlay", "shown_yaml", "suggest_key", "to_yaml",
 ]  # fmt: skip

@@ -134,6 +134,16 @@ class RunConfig(Section):
         return self.generate is not None and (self.generate.filter.needs_teacher or self.streams_generated)
 
 
+def members(config: RunConfig) -> tuple[RunConfig, ...]:
+    """The job with each model of a committee as its only teacher, whose soft targets are stored in full; the job itself
+    with one teacher."""
+    assert config.teacher is not None
+    if len(each := config.teacher.members) == 1:
+        return (config,)
+    views = config.views.model_copy(update={"store": "full"})
+    return tuple(config.model_copy(update={"teacher": teacher, "views": views}) for teacher in each)
+
+
 def fine_tuning(config: RunConfig) -> RunConfig:
     """The config that fine-tunes the teacher of `config`: its model is a student that learns from labels only, from its
     own weights, with a head that learns ten times as fast as the body (the paper's recipe)."""

@@ -147,18 +147,31 @@ def user_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def takes_text(dotted: str, or_null: bool = False) -> bool:
-    """Whether a key takes only text or, with `or_null`, text or null."""
-    model: type[BaseModel] | None = RunConfig
-    *sections, leaf = dotted.split(".")
-    for name in sections:
-        model = _section_of(model, name) if model is not None and name in model.model_fields else None
-    if model is None or leaf not in model.model_fields:
-        return False
-    annotation = model.model_fields[leaf].annotation
-    kinds = [annotation] if get_origin(annotation) not in (Union, UnionType) else list(get_args(annotation))
+    """Whether a key takes only text or, with `or_null`, text or null. Lists of text aside."""
+    kinds = [kind for kind in _kinds_of(dotted) if not _is_list(kind)]
     is_text = [
         kind is str or (get_origin(kind) is Literal and all(isinstance(word, str) for word in get_args(kind)))
         for kind in kinds
         if kind is not NoneType
     ]
-    return all(is_text) and (NoneType in kinds or not or_null)
+    return bool(kinds) and all(is_text) and (NoneType in kinds or not or_null)
+
+
+def takes_list(dotted: str) -> bool:
+    """Whether a key takes a list, perhaps beside other values."""
+    return any(map(_is_list, _kinds_of(dotted)))
+
+
+def _kinds_of(dotted: str) -> list[Any]:
+    model: type[BaseModel] | None = RunConfig
+    *sections, leaf = dotted.split(".")
+    for name in sections:
+        model = _section_of(model, name) if model is not None and name in model.model_fields else None
+    if model is None or leaf not in model.model_fields:
+        return []
+    annotation = model.model_fields[leaf].annotation
+    return [annotation] if get_origin(annotation) not in (Union, UnionType) else list(get_args(annotation))
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(get_args(kind)[0] if get_origin(kind) is Annotated else kind) in (list, tuple)

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raydistill.config.job import RunConfig
-from raydistill.config.keys import Key, describe_keys, known_keys, suggest_key, takes_text, user_keys
+from raydistill.config.keys import Key, describe_keys, known_keys, suggest_key, takes_list, takes_text, user_keys
 from raydistill.config.section import with_slashes
 from raydistill.config.shipped import find_shipped, near_shipped
 from raydistill.errors import ConfigError, did_you_mean
@@ -94,7 +94,9 @@ def _read_word(word: str) -> Any:
     if key != "images.path" and re.search("[\ud800-\udfff]", word):
         raise ConfigError(f"{word}: not UTF-8, which every value but a path has to be")
     tree: Any
-    if takes_text(key):  # YAML reads `set #2`, `day: one`, `2024` and `no` as something else than text
+    if takes_text(key) and not (
+        value.startswith("[") and value.endswith("]") and takes_list(key)
+    ):  # YAML reads `set #2`, `day: one`, `2024` and `no` as something else than text
         tree = None if not value or (value == "null" and takes_text(key, or_null=True)) else value
     else:
         tree = next(iter(parse(value, word)), None)

@@ -32,6 +32,7 @@ from raydistill.stages.adapt import fit_linear_probe
 
 # The number of images: three quarters for the quick probe, one for its accuracy.
 _MOST_IMAGES, _BATCH, _TOLERANCE = 800, 32, 1e-3
+_PROBE = "linear probe"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def check_teachers(config: RunConfig, names: Sequence[str], progress: Progress) 
     there is none to check, or one cannot be loaded."""
     if config.teacher is None and not names:
         raise ConfigError("check --teacher: the job has no teacher; name one in teacher.model, or use --teachers")
-    settings = [_named(name) for name in names] if names else [config.teacher]
+    settings = [_named(name) for name in names] if names or config.teacher is None else [*config.teacher.members]
     listing = list_images(config.images)
     train = listing.entries[listing.entries.in_split(None, "train")]
     labelled = train[train.is_labelled]
@@ -64,12 +65,22 @@ def check_teachers(config: RunConfig, names: Sequence[str], progress: Progress) 
     views = config.views.per_image if isinstance(config.views.per_image, int) else config.distill.epochs
     num_views = views * len(train)
     progress.line(f"student:  {config.student.model} {_student_words(config, len(listing.classes))}")
-    looks = []
+    looks, features = [], []
     with progress.task("teachers", len(settings) * len(images_NHH3), "images") as advance:
         for teacher in settings:
-            assert teacher is not None
-            looks.append(_look(teacher, listing.classes, images_NHH3, labels_N, num_views))
+            look, features_ND = _look(teacher, listing.classes, images_NHH3, labels_N, num_views)
+            looks.append(look)
+            features.append(features_ND)
             advance(len(images_NHH3))
+    if len(looks) > 1 and all(look.head == _PROBE and not look.trouble for look in looks):
+        accuracy, num_scored = _probe(np.concatenate(features, axis=1), labels_N, len(listing.classes), settings[0])
+        seconds = sum(look.forecast_seconds for look in looks)
+        looks.append(
+            TeacherLook(
+                "all as a committee", "", sum(look.num_features for look in looks), accuracy, num_scored, _PROBE,
+                num_views / seconds, seconds, "",
+            )
+        )  # fmt: skip
     return sorted(looks, key=lambda look: -(look.accuracy or 0.0))
 
 
@@ -97,33 +108,43 @@ def _decode(config: RunConfig, entries: Entries) -> tuple[np.ndarray, np.ndarray
     return np.stack(images), np.array(labels)
 
 
+def _probe(
+    features_ND: np.ndarray, labels_N: np.ndarray, num_classes: int, teacher: Teacher
+) -> tuple[float | None, int]:
+    """The accuracy on one image of four of a probe that is fitted on the others, and how many these are; None if they
+    cannot tell."""
+    is_scored_N = np.arange(len(labels_N)) % 4 == 3
+    if not is_scored_N.any() or len(set(labels_N[~is_scored_N])) < 2:
+        return None, int(is_scored_N.sum())
+    fitted, scored = ((features_ND[some], labels_N[some]) for some in (~is_scored_N, is_scored_N))
+    probe, _ = fit_linear_probe(fitted, scored, num_classes, teacher.class_balanced)
+    return float((probe.logits(scored[0]).argmax(1) == scored[1]).mean()), int(is_scored_N.sum())
+
+
 def _look(
     teacher: Teacher, classes: tuple[str, ...], images_NHH3: np.ndarray, labels_N: np.ndarray, num_views: int
-) -> TeacherLook:
+) -> tuple[TeacherLook, np.ndarray]:
+    """The look, and the (N, D) features."""
     backbone, head, outputs = load_teacher(teacher)
     started = time.perf_counter()
     features_ND = _features(backbone, images_NHH3, teacher.batch_size)
     rate = len(images_NHH3) / (time.perf_counter() - started)
     trouble = _trouble(backbone, images_NHH3, features_ND)
-    words, accuracy, scored_N = "linear probe", None, np.arange(len(labels_N)) % 4 == 3
+    words, accuracy, num_scored = _PROBE, None, len(labels_N)
     if teacher.head == "native":
         words = "native"
         try:
             own = match_native_head(head, outputs, classes)
-            scored_N = np.ones(len(labels_N), bool)
             accuracy = float((own.logits(features_ND).argmax(1) == labels_N).mean())
         except ConfigError as error:
             trouble = trouble or str(error)
-    elif not trouble and scored_N.any() and len(set(labels_N[~scored_N])) > 1:
-        probe, _ = fit_linear_probe(
-            (features_ND[~scored_N], labels_N[~scored_N]), (features_ND[scored_N], labels_N[scored_N]), len(classes),
-            teacher.class_balanced,
-        )  # fmt: skip
-        accuracy = float((probe.logits(features_ND[scored_N]).argmax(1) == labels_N[scored_N]).mean())
+    elif not trouble:
+        accuracy, num_scored = _probe(features_ND, labels_N, len(classes), teacher)
     seen = _words(backbone.preprocessing)
-    return TeacherLook(
-        teacher.model, seen, features_ND.shape[1], accuracy, int(scored_N.sum()), words, rate, num_views / rate, trouble
+    look = TeacherLook(
+        teacher.name, seen, features_ND.shape[1], accuracy, num_scored, words, rate, num_views / rate, trouble
     )
+    return look, features_ND
 
 
 def _features(backbone: TeacherBackbone, images_NHH3: np.ndarray, batch_size: int) -> np.ndarray:

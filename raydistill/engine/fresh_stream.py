@@ -12,6 +12,7 @@ import numpy as np
 
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
+from raydistill.config import members
 from raydistill.data.order import Visits
 from raydistill.data.train_split import Streamed
 from raydistill.engine.batches import DistillJob
@@ -31,15 +32,15 @@ class FreshStream:
 
     def __call__(self) -> Any:
         job = self._job
-        assert job.config.teacher is not None
         units = [
             {"first": first, "steps": min(_STEPS_IN_UNIT, job.total_steps - first)}
             for first in range(latest_step(job.path), job.total_steps, _STEPS_IN_UNIT)
         ]
         # After the last step there is nothing to stream, but Ray Data needs a row.
         units, tries = units or [{"first": 0, "steps": 1}], new_tries()
-        pin = teacher_pin(job.path.rpartition("/")[0], job.config)
-        return fresh_views(job.config.teacher, _GatherUnit(job, tries), units, self._plan, pin, tries)
+        root = job.path.rpartition("/")[0]
+        teachers = [(one.teacher, teacher_pin(root, one)) for one in members(job.config) if one.teacher is not None]
+        return fresh_views(teachers, _GatherUnit(job, tries), units, self._plan, tries)
 
 
 class _GatherUnit:

@@ -52,7 +52,7 @@ class TeacherActor(FrozenTeacher):
     def __init__(self, teacher: Teacher, threads: int, pin: str, tries: Any = None) -> None:
         self._restart, self._tries = Restart(), tries
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-        with trying(tries, self._restart.starts(teacher.model)):
+        with trying(tries, self._restart.starts(teacher.name)):
             super().__init__(teacher, device, threads, pin)
 
     def features(self, images_RHHC: np.ndarray, parameters_KRP: np.ndarray) -> np.ndarray:
@@ -62,28 +62,30 @@ class TeacherActor(FrozenTeacher):
 
 
 def fresh_views(
-    teacher: Teacher,
+    teachers: Sequence[tuple[Teacher, str]],
     gather: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
     units: list[dict[str, int]],
     plan: Plan,
-    pin: str,
     tries: Any,
 ) -> ray.data.Dataset:
     """The online path: rows of fresh views with the teacher's features, in the order of `units`, as one long execution,
-    so that the teacher actors start once. `gather` turns a unit into its rows."""
+    so that the teacher actors start once. `gather` turns a unit into its rows. Of a committee, each of `teachers`, with
+    its file of what `precision: auto` stands for, adds its features to those of the one before."""
     rows = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         gather, batch_size=1, batch_format="numpy", num_cpus=plan.load_cpus
     )
-    return rows.map_batches(
-        StreamTeacher,
-        fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads, "pin": pin, "tries": tries},
-        # One unit at a time, or the whole stream would become one task: on CPUs Ray fuses this with the previous step,
-        # whose rows are units, and would gather `batch_size` of them first. With GPUs it needs a number, and does not
-        # fuse.
-        batch_size=teacher.batch_size if plan.teacher_gpus else None,
-        batch_format="numpy",
-        **teacher_pool(plan, len(units)),
-    )
+    for teacher, pin in teachers:
+        rows = rows.map_batches(
+            StreamTeacher,
+            fn_constructor_kwargs={"teacher": teacher, "threads": plan.teacher_threads, "pin": pin, "tries": tries},
+            # One unit at a time, or the whole stream would become one task: on CPUs Ray fuses this with the previous
+            # step, whose rows are units, and would gather `batch_size` of them first. With GPUs it needs a number, and
+            # does not fuse.
+            batch_size=teacher.batch_size if plan.teacher_gpus else None,
+            batch_format="numpy",
+            **teacher_pool(plan, len(units)),
+        )
+    return rows
 
 
 class StreamTeacher(TeacherActor):
@@ -95,7 +97,8 @@ class StreamTeacher(TeacherActor):
         with trying(self._tries, f"{len(batch['image'])} images, {batch['sample_id'][0]} the first"):
             features_1RD = self.features(batch["image"], batch["parameters"][None])
         refuse_not_finite(features_1RD, batch["sample_id"].tolist())
-        return {**batch, "features": features_1RD[0]}
+        before = [batch["features"]] if "features" in batch else []
+        return {**batch, "features": np.concatenate([*before, features_1RD[0]], axis=1)}
 
 
 def refuse_not_finite(features_KRD: np.ndarray, ids: Sequence[str]) -> None:

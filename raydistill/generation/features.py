@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy
 
 from raydistill.cluster.plan import LEAST_SHARE, Plan
 from raydistill.cluster.restarts import new_tries, trying
-from raydistill.config import RunConfig, Views
+from raydistill.config import RunConfig, Views, members
 from raydistill.data.compact import read_projection
 from raydistill.data.sample import SampleSet, sample_id, shard_name
 from raydistill.data.targets import encode_targets, read_all_targets, read_ids
@@ -36,16 +36,18 @@ from raydistill.storage.tables import read_table, rows_of
 
 
 def show(made: ray.data.Dataset, config: RunConfig, plan: Plan) -> ray.data.Dataset:
-    """Send each file of images from the generators to a teacher actor."""
-    return made.map_batches(
-        FileTeacher,
-        fn_constructor_kwargs=_of_teacher(config) | {"tries": new_tries()},
-        batch_size=1,
-        batch_format="numpy",
-        compute=ActorPoolStrategy(size=1),
-        num_cpus=LEAST_SHARE,
-        num_gpus=min(plan.generator_gpus, plan.teacher_gpus) or None,
-    )
+    """Send each file of images from the generators to a teacher actor, or to one of each member of a committee."""
+    for member in members(config):
+        made = made.map_batches(
+            FileTeacher,
+            fn_constructor_kwargs=_of_teacher(member) | {"tries": new_tries()},
+            batch_size=1,
+            batch_format="numpy",
+            compute=ActorPoolStrategy(size=1),
+            num_cpus=LEAST_SHARE,
+            num_gpus=min(plan.generator_gpus, plan.teacher_gpus) or None,
+        )
+    return made
 
 
 def _of_teacher(config: RunConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.tasks import in_tasks
-from raydistill.config import Generate, RunConfig
+from raydistill.config import Generate, RunConfig, members
 from raydistill.data.near_duplicates import NearHashes, difference_hash
 from raydistill.data.sample import SampleSet, working_images
 from raydistill.data.targets import read_all_targets, read_samples
@@ -154,7 +154,8 @@ class Judge:
     """The adapted teacher's opinion of generated images, from features in files beside them."""
 
     def __init__(self, config: RunConfig, head: str, plan: Plan) -> None:
-        self._head, self._config, self._name, self._plan = head, config, backbone_name(config), plan
+        self._head, self._plan = head, plan
+        self._names = {backbone_name(member): member for member in members(config)}  # of the teacher or a committee
         self._read, self._opinions = set[str](), dict[tuple[str, str], Opinion]()
 
     def of(self, made: Mapping[Key, Made], names: Sequence[str]) -> Mapping[tuple[str, str], Opinion]:
@@ -166,10 +167,10 @@ class Judge:
         for folder in {file.rpartition("/")[0] for file in files}:
             fs, place = open_filesystem(folder)
             there.update(f"{folder}/{name}" for name in fs.names(place))
-        missing = [file for file in files if whole_features(file, self._name) not in there]
-        teach_whole(self._config, missing, self._plan)
+        for name, teacher in self._names.items():
+            teach_whole(teacher, [file for file in files if whole_features(file, name) not in there], self._plan)
         units = [{"file": file, "number": number[class_of[file]]} for file in files]
-        for table in in_tasks(partial(_opinions_of, self._head, self._name), units, FILES_OF_A_TASK, self._plan):
+        for table in in_tasks(partial(_opinions_of, self._head, [*self._names]), units, FILES_OF_A_TASK, self._plan):
             columns = (values(table[name]) for name in ("id", "number", "first", "probability"))
             for i, k, first, probability in zip(*columns, strict=True):
                 self._opinions[names[k], i] = Opinion(first, probability)
@@ -177,10 +178,11 @@ class Judge:
         return self._opinions
 
 
-def _opinions_of(head: str, name: str, batch: dict[str, np.ndarray]) -> pa.Table:
+def _opinions_of(head: str, teachers: Sequence[str], batch: dict[str, np.ndarray]) -> pa.Table:
     linear, tables = load_head(head), []
     for file, number in zip(batch["file"], batch["number"], strict=True):
-        ids, features_1ND = read_all_targets(whole_features(str(file), name))
+        found = [read_all_targets(whole_features(str(file), name)) for name in teachers]
+        ids, features_1ND = found[0][0], np.concatenate([features_1ND for _, features_1ND in found], axis=2)
         likely_NC = torch.from_numpy(linear.logits(features_1ND[0])).softmax(dim=1).numpy()
         columns = {"id": pa.array(ids, pa.string()), "number": [int(number)] * len(ids)}
         columns |= {"first": likely_NC.argmax(axis=1), "probability": likely_NC[:, int(number)]}

@@ -26,6 +26,7 @@ def model_identity(section: Teacher | Student) -> dict[str, Any]:
     """A model's name and weights; files by their content."""
     if isinstance(section, Teacher) and section.stored is not None:
         return {"targets": read_settings(section.stored).fingerprint}
+    section = section.only if isinstance(section, Teacher) else section
     identity: dict[str, Any] = {"model": section.model, "weights": _weights(section.weights, section)}
     folder = section.model.removeprefix("hf:").removeprefix("timm:local-dir:")
     if os.path.isdir(folder):

@@ -35,6 +35,10 @@ class LinearHead:
     def logits(self, features_BD: np.ndarray) -> np.ndarray:
         return features_BD.astype(np.float32) @ self.weight_CD.T + self.bias_C
 
+    def columns(self, part: slice | None) -> LinearHead:
+        """What the head makes of some of the features, without its bias; itself for None."""
+        return self if part is None else LinearHead(self.weight_CD[:, part], np.zeros_like(self.bias_C))
+
     def of(self, projection: Projection | None) -> LinearHead:
         """The head for coordinates of the projection: `f` is about `mean + coordinates @ components`."""
         if projection is None:

@@ -15,6 +15,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 from torch.nn import functional
 
+from raydistill.config import SingleTeacher
 from raydistill.config import Teacher as TeacherConfig
 from raydistill.data.views import Preprocessing
 from raydistill.errors import ConfigError, reason_of
@@ -129,22 +130,23 @@ class LoadedTeacher(NamedTuple):
 
 
 def load_teacher(config: TeacherConfig) -> LoadedTeacher:
-    """The teacher that the config names.
+    """The teacher that the config names, which is no committee.
 
     Raises ConfigError: there is no such model, weights are missing or do not fit, the hub does not answer, the model
     cannot take the image size, or a native head does not give the model's own logits.
     """
-    kind, name = model_kind(config.model, "teacher.model")
+    one = config.only
+    kind, name = model_kind(one.model, "teacher.model")
     loaders = {"timm": _load_timm, "transformers": _load_transformers, "raydistill": _load_raydistill}
-    if kind == "raydistill" and config.weights is not None:
+    if kind == "raydistill" and one.weights is not None:
         raise ConfigError("teacher.weights is for timm: models; a distilled student's folder has its own weights")
-    loaded = loaders[kind](config, name)
-    _try_out(config, loaded.backbone, loaded.head if config.head == "native" else None)
+    loaded = loaders[kind](one, name)
+    _try_out(one, loaded.backbone, loaded.head if one.head == "native" else None)
     return loaded
 
 
 @torch.inference_mode()
-def _try_out(config: TeacherConfig, backbone: TeacherBackbone, head: LinearHead | None) -> None:
+def _try_out(config: SingleTeacher, backbone: TeacherBackbone, head: LinearHead | None) -> None:
     """Run one image through the network, so that a misfit shows before the run."""
     side = backbone.preprocessing.size
     image = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
@@ -164,7 +166,7 @@ def _try_out(config: TeacherConfig, backbone: TeacherBackbone, head: LinearHead 
         )
 
 
-def _load_timm(config: TeacherConfig, name: str) -> LoadedTeacher:
+def _load_timm(config: SingleTeacher, name: str) -> LoadedTeacher:
     network = load_timm_weights(name, config.weights, config.revision, "teacher")
     what = f"teacher.model={config.model}"
     preprocessing = timm_preprocessing(network, config.size, what, config.center_crop)
@@ -185,7 +187,7 @@ def _timm_class_names(network: nn.Module, head: LinearHead | None) -> list[tuple
     return []
 
 
-def _load_raydistill(config: TeacherConfig, folder: str) -> LoadedTeacher:
+def _load_raydistill(config: SingleTeacher, folder: str) -> LoadedTeacher:
     """A student that `distill` wrote as a teacher: its classifier is the native head."""
     student, classes = read_student(folder)
     preprocessing = student.preprocessing
@@ -195,7 +197,7 @@ def _load_raydistill(config: TeacherConfig, folder: str) -> LoadedTeacher:
     return LoadedTeacher(backbone, head_of(student.classifier), [(name,) for name in classes])
 
 
-def _load_transformers(config: TeacherConfig, name: str) -> LoadedTeacher:
+def _load_transformers(config: SingleTeacher, name: str) -> LoadedTeacher:
     what = f"teacher.model={config.model}"
     folder = resolve_hf_folder(name, config.revision, "teacher")
     if config.weights is not None:

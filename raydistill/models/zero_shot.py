@@ -60,6 +60,7 @@ def zero_shot_head(config: Teacher, classes: Sequence[str]) -> LinearHead:
     """Text embeddings as a linear head: the mean over the prompts of a class, of length 1, times the model's learnt
     scale (Radford et al. 2021, arXiv 2103.00020, section 3.1.4). Raises ConfigError."""
     sentences = prompts_of(config.prompts, classes)
+    config = config.only
     kind, name = model_kind(config.model, "teacher.model")
     if kind != "transformers":
         raise ConfigError(f"teacher.head=zero_shot: {config.model} has no text tower; name a CLIP-like hf: model")

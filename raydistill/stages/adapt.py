@@ -6,8 +6,9 @@ Shapes: N rows, D features, C classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,19 +29,21 @@ from raydistill.identity import (
     fine_tune_directory,
     fine_tunes,
     held_out_directory,
+    member_directories,
     tuned,
 )
 from raydistill.models.heads import HEAD_FILE, LinearHead, encode_head, match_native_head
 from raydistill.models.teacher import load_teacher
 from raydistill.models.zero_shot import zero_shot_head
-from raydistill.results import AdaptedTeacher
-from raydistill.stages.feature_pass import FeaturePass, write_features
+from raydistill.results import AdaptedTeacher, Features, Member
+from raydistill.stages.feature_pass import FeaturePass, join_features, precision_of, write_features
 from raydistill.stages.stored_teacher import adapt_stored
 from raydistill.storage.directory import StageDirectory
 from raydistill.storage.state import result_of
 
 # The inverse L2 strengths to try, from a prior that outweighs the data to almost none.
 INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
+Rows = tuple[np.ndarray, np.ndarray]  # (N, D) features and (N,) labels
 
 
 def adapt_teacher(
@@ -70,11 +73,55 @@ def adapt_teacher(
     chance = float(np.bincount(val_labels).max() / len(val_labels)) if len(val_labels) else 1 / len(samples.classes)
     directory.write(HEAD_FILE, encode_head(head))
     precision = (features.done() or {}).get("precision", "fp32")
-    result = AdaptedTeacher(directory.path, features.path, accuracy, confidence, chance, l2, len(train[1]), precision)
+    gains = _members(config, samples, train, val, accuracy)
+    result = AdaptedTeacher(
+        directory.path, features.path, accuracy, confidence, chance, l2, len(train[1]), precision, gains
+    )
     done = asdict(result)
     del done["features"]  # the config names this directory
     directory.finish(done)
     return result
+
+
+def _members(
+    config: RunConfig, samples: SampleSet, train: Rows, val: Rows, accuracy: float | None
+) -> tuple[Member, ...]:
+    """What each member of a committee brings on val. All together have this `accuracy`."""
+    assert config.teacher is not None
+    balanced, found, end = config.teacher.class_balanced, list[Member](), 0
+
+    def measured(columns: slice) -> float | None:
+        if accuracy is None or columns == slice(0, train[0].shape[1]):
+            return accuracy
+        some = [(features_ND[:, columns], labels_N) for features_ND, labels_N in (train, val)]
+        head, _ = fit_linear_probe(some[0], some[1], len(samples.classes), balanced)
+        return float((head.logits(some[1][0]).argmax(1) == val[1]).mean())
+
+    for member, directory in member_directories(config, samples, features_directory):
+        seen = result_of(directory.done() or {}, directory.path, Features)
+        assert member.teacher is not None
+        first, end = end, end + seen.num_features
+        alone = measured(slice(first, end))
+        together = measured(slice(0, end)) if first else alone
+        found.append(Member(member.teacher.name, seen.num_features, alone, together, seen.seconds_a_view))
+    return tuple(found)
+
+
+def _words_of(members: Sequence[Member], num_views: int | None) -> str:
+    """What each member brings, and what its soft targets cost: what to know before it is paid."""
+    parts, before = [], 0.0
+    for member in members:
+        words = f"{member.model} alone" if member is members[0] else f"with {member.model}"
+        if member.together is not None:
+            words += f" {member.together:.3f}"
+            if member is not members[0]:
+                words += f" (alone {member.alone:.3f})"
+                words += " - it adds nothing on val; leave it out" * (member.together <= before)
+            before = member.together
+        if member.seconds_a_view is not None and num_views:
+            words += f", {num_views * member.seconds_a_view:,.0f} s of an actor for all views"
+        parts.append(words)
+    return "; ".join(parts)
 
 
 def refuse_near_chance(teacher: Teacher, adapted: AdaptedTeacher) -> None:
@@ -82,7 +129,7 @@ def refuse_near_chance(teacher: Teacher, adapted: AdaptedTeacher) -> None:
     accuracy, chance = adapted.val_accuracy, adapted.chance
     if accuracy is not None and accuracy < near_chance(chance) and not teacher.allow_near_chance:
         raise ConfigError(
-            f"teacher.model={teacher.model} has a val accuracy of {accuracy:.3f}, not clearly above the {chance:.3f} "
+            f"teacher.model={teacher.name} has a val accuracy of {accuracy:.3f}, not clearly above the {chance:.3f} "
             "of always naming the most frequent class, so it cannot teach this task; choose another teacher, head or "
             "image size, or set teacher.allow_near_chance=true to continue"
         )
@@ -93,9 +140,7 @@ def near_chance(chance: float) -> float:
     return chance + 0.1 * (1 - chance)
 
 
-def fit_linear_probe(
-    train: tuple[np.ndarray, np.ndarray], val: tuple[np.ndarray, np.ndarray], num_classes: int, class_balanced: bool
-) -> tuple[LinearHead, float]:
+def fit_linear_probe(train: Rows, val: Rows, num_classes: int, class_balanced: bool) -> tuple[LinearHead, float]:
     """Multinomial logistic regression by L-BFGS, which is convex, so every run gives the same head. Returns the L2
     strength too: the one with the lowest val cross-entropy, or the middle one without val images. The search goes from
     strong to weak and ends after two worse strengths.
@@ -153,7 +198,7 @@ def _adapt_network(execution: Execution) -> None:
     config = execution.config
     features, directory = features_directory(config, samples), adapt_directory(config, samples)
     if directory.done() is None:
-        _infer(execution, features, ("val", "train"))
+        _infer(execution, features_directory, ("val", "train"))
     execution.outcome.directories["features"] = features.path
     done = execution.result(directory, lambda _: adapt_teacher(config, samples, features, directory))
     adapted = execution.outcome.adapted = result_of({**done, "features": features.path}, directory.path, AdaptedTeacher)
@@ -163,13 +208,17 @@ def _adapt_network(execution: Execution) -> None:
             f"mean confidence {adapted.val_confidence:.3f}, head from {adapted.num_train} labelled images, computed in "
             f"{adapted.precision}"
         )
+    if adapted.members:
+        views = config.views.per_image
+        num_views = None if views == "fresh" else views * samples.num_rows("train")
+        progress.line(f"          {_words_of(adapted.members, num_views)}")
     assert config.teacher is not None
     refuse_near_chance(config.teacher, adapted)
     if samples.num_rows("test"):
         test = held_out_directory(config, samples)
         execution.outcome.directories[test.stage] = test.path
         if test.done() is None:
-            _infer(execution, test, ("test",))
+            _infer(execution, held_out_directory, ("test",))
 
 
 def _fine_tune(execution: Execution) -> None:
@@ -191,13 +240,25 @@ def _fine_tune(execution: Execution) -> None:
     execution.config = later
 
 
-def _infer(execution: Execution, directory: StageDirectory, splits: tuple[str, ...]) -> None:
-    """Compute the teacher's features of every labelled image of the splits, without augmentation."""
+def _infer(
+    execution: Execution, directory_of: Callable[[RunConfig, SampleSet], StageDirectory], splits: tuple[str, ...]
+) -> None:
+    """Compute the teacher's features of every labelled image of the splits, without augmentation: those of each member
+    of a committee, and all side by side."""
+    config, samples, progress = execution.config, execution.samples, execution.progress
+    parts = member_directories(config, samples, directory_of)
 
-    def work(_: Any) -> None:
-        left = directory.begin()
-        wanted = FeaturePass(execution.config, execution.samples, splits, 0, directory.path)
-        done = write_features(wanted, directory.stage, execution.plan(), execution.progress, left)
-        directory.finish({"num_features": done.num_features, "precision": done.precision})
+    def infer(config: RunConfig, directory: StageDirectory, _: Any) -> None:
+        left, wanted = directory.begin(), FeaturePass(config, samples, splits, 0, directory.path)
+        done = write_features(wanted, directory.stage, execution.plan(), progress, left)
+        directory.finish(asdict(Features(directory.path, done.num_features, done.precision, done.seconds_a_view)))
 
-    execution.result(directory, work)
+    def join(config: RunConfig, directory: StageDirectory, _: Any) -> None:
+        left, wanted = directory.begin(), FeaturePass(config, samples, splits, 0, directory.path)
+        width = join_features(wanted, [own.path for _, own in parts], execution.plan(), left)
+        directory.finish(asdict(Features(directory.path, width, precision_of(own for _, own in parts))))
+
+    for member, own in parts:
+        execution.result(own, partial(infer, member, own))
+    directory = directory_of(config, samples)
+    execution.result(directory, partial(join if parts else infer, config, directory))

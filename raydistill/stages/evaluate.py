@@ -176,12 +176,16 @@ def _grouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _teacher_cost(config: RunConfig, device: torch.device) -> tuple[int, float | None]:
-    """The backbone's parameters, and its images a second with evaluate.time_teacher."""
+    """The backbone's parameters, and its images a second with evaluate.time_teacher; of a committee, of all its members
+    one after the other."""
     assert config.teacher is not None
-    teacher = load_teacher(config.teacher).backbone.to(device)
-    is_timed = config.evaluate.time_teacher
-    speed = images_per_second(teacher, teacher.preprocessing.size, device) if is_timed else None
-    return sum(parameter.numel() for parameter in teacher.parameters()), speed
+    parameters, seconds = 0, 0.0
+    for member in config.teacher.members:
+        teacher = load_teacher(member).backbone.to(device)
+        parameters += sum(parameter.numel() for parameter in teacher.parameters())
+        if config.evaluate.time_teacher:
+            seconds += 1 / images_per_second(teacher, teacher.preprocessing.size, device)
+    return parameters, 1 / seconds if seconds else None
 
 
 def evaluate(execution: Execution) -> None:

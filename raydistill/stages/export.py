@@ -256,9 +256,10 @@ def _speeds(config: RunConfig, runs: dict[str, Run], input_1: np.ndarray) -> dic
     """The speed of each format on this machine's CPUs, and of the teacher's backbone if the job asks for it."""
     found = {f"student, {name}": asdict(measure_speed(run, input_1)) for name, run in runs.items()}
     if config.evaluate.time_teacher and config.teacher is not None and config.loss.needs_teacher:
-        teacher = load_teacher(config.teacher)[0]
-        side = teacher.preprocessing.size
-        found["teacher, torch"] = asdict(measure_speed(torch_run(teacher), np.zeros((1, 3, side, side), np.float32)))
+        for member in config.teacher.members:
+            teacher, who = load_teacher(member)[0], "teacher" if len(config.teacher.members) == 1 else member.name
+            side = teacher.preprocessing.size
+            found[f"{who}, torch"] = asdict(measure_speed(torch_run(teacher), np.zeros((1, 3, side, side), np.float32)))
     return found
 
 

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Sequence
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
+import torch
 
 from raydistill.cluster.plan import Plan
 from raydistill.cluster.restarts import new_tries, trying
+from raydistill.cluster.tasks import in_tasks
 from raydistill.config import RunConfig, Teacher, Views
 from raydistill.config.section import Precision
 from raydistill.data.compact import Projection
@@ -33,23 +38,26 @@ from raydistill.data.targets import (
 from raydistill.data.views import WHOLE_IMAGE, stored_views
 from raydistill.engine.precision import described
 from raydistill.engine.teacher_pool import TeacherActor, refuse_not_finite, teacher_pool
+from raydistill.errors import CheckpointError
 from raydistill.identity import teacher_pin
 from raydistill.models.heads import load_head
 from raydistill.runtime import metrics
 from raydistill.runtime.progress import Progress
-from raydistill.storage.directory import workspace_root
+from raydistill.storage.directory import StageDirectory, workspace_root
 from raydistill.storage.filesystems import exists, write_bytes
 from raydistill.storage.tables import values
 
 logger = logging.getLogger(__name__)
+_FILES_OF_A_TASK = 16  # to join
+_FEW_VIEWS = 1024
 
 
 @dataclass(frozen=True)
 class FeaturePass:
     """The input of the teacher: `num_views` random views of every row or, with 0, the whole image of every labelled
     row. It writes one file to `path` for each sample shard. It copies the views of `known` images. With the `head` in a
-    directory, it compares answers with those in fp32. With a `projection` it writes compact targets. `shards`:
-    None for all."""
+    directory, it compares answers with those in fp32; `columns` are those of the head that read a member's features.
+    With a `projection` it writes compact targets. `shards`: None for all."""
 
     config: RunConfig
     samples: SampleSet
@@ -58,6 +66,7 @@ class FeaturePass:
     path: str
     known: KnownRows | None = None
     head: str | None = None
+    columns: slice | None = None
     projection: Projection | None = None
     shards: tuple[int, ...] | None = None
 
@@ -68,12 +77,13 @@ class FeaturePass:
 
 class Written(NamedTuple):
     """The width D of features, their precision and, if answers were compared with those in fp32, the share of `equal`
-    ones and the largest `difference` of a logit."""
+    ones and the largest `difference` of a logit. An actor took `seconds_a_view`; None if no view was new."""
 
     num_features: int
     precision: Precision
     equal: float | None = None
     difference: float | None = None
+    seconds_a_view: float | None = None
 
 
 def write_features(
@@ -92,7 +102,7 @@ def write_features(
     missing = [n for n in rows if target_file(*n) not in left]
     each = max(wanted.num_views, 1)
     total, todo = sum(rows.values()) * each, sum(rows[name] for name in missing) * each
-    copied, overflowed, compared = 0, 0, dict[str, float]()
+    copied, overflowed, compared, new, seconds = 0, 0, dict[str, float](), 0, 0.0
     with progress.task(title, total, "views", done=total - todo) as advance:
         for written in _pool(wanted, missing, plan) if missing else ():
             found = int(written["copied"]) * each
@@ -100,6 +110,7 @@ def write_features(
             advance(int(written["views"]) - found)
             progress.again(title, int(written["images_again"]), float(written["seconds_again"]))
             copied += int(written["copied"])
+            new, seconds = new + int(written["views"]) - found, seconds + float(written["seconds"])
             overflowed += int(written["overflowed"])
             compared = compared or json.loads(written["compared"])
     precision, words = described(teacher.precision, wanted.pin)
@@ -117,9 +128,46 @@ def write_features(
     if copied:
         progress.line(f"{title:<9} copied the views of {copied:,} images that were taught before")
     width = read_all_targets(shard_file(wanted.path, *next(iter(rows))))[1].shape[2]
+    of_view = seconds / new if new else None
     if not compared:
-        return Written(width, precision)
-    return Written(width, precision, compared["equal"] / compared["answers"], compared["difference"])
+        return Written(width, precision, seconds_a_view=of_view)
+    return Written(width, precision, compared["equal"] / compared["answers"], compared["difference"], of_view)
+
+
+def join_features(wanted: FeaturePass, parts: Sequence[str], plan: Plan, left: Collection[str] = ()) -> int:
+    """Write the features of a committee's members, whose directories are `parts`, side by side. Gives their width."""
+    names = [target_file(*name) for name, count in _rows_to_do(wanted).items() if count]
+    missing = [{"file": name} for name in names if name not in left]
+    for _ in in_tasks(partial(_join, wanted, parts), missing, _FILES_OF_A_TASK, plan):
+        pass
+    return read_all_targets(f"{wanted.path}/{names[0]}")[1].shape[2] if names else 0
+
+
+def _join(wanted: FeaturePass, parts: Sequence[str], batch: dict[str, np.ndarray]) -> pa.Table:
+    for name in map(str, batch["file"]):
+        ids, features_KRD = joined(parts, name)
+        if wanted.projection is not None:
+            features_KRD = wanted.projection.project(features_KRD)
+        write_bytes(f"{wanted.path}/{name}", encode_targets(ids, features_KRD, wanted.projection))
+    return pa.table({"file": batch["file"].astype(str)})
+
+
+def joined(parts: Sequence[str], file: str) -> tuple[list[str], np.ndarray]:
+    """Sample ids and (K, R, D) float16: the features in this file of each directory, side by side. Raises
+    CheckpointError: they are of other samples."""
+    found = [read_all_targets(f"{part}/{file}") for part in parts]
+    for part, (ids, _) in zip(parts, found, strict=True):
+        if ids != found[0][0]:
+            raise CheckpointError(
+                f"{part}/{file} and {parts[0]}/{file} hold the soft targets of other samples; delete both and run the "
+                "command again"
+            )
+    return found[0][0], np.concatenate([features_KRD for _, features_KRD in found], axis=2)
+
+
+def precision_of(parts: Iterable[StageDirectory]) -> Precision:
+    """The precision of features side by side: of the first that is not in fp32."""
+    return next((p for part in parts if (p := (part.done() or {}).get("precision", "fp32")) != "fp32"), "fp32")
 
 
 def shard_file(path: str, split: str, shard: int) -> str:
@@ -139,27 +187,41 @@ def _rows_to_do(wanted: FeaturePass) -> dict[tuple[str, int], int]:
 
 
 def _pool(wanted: FeaturePass, shards: list[tuple[str, int]], plan: Plan) -> Iterator[dict[str, Any]]:
-    """What each actor call wrote, as the shards finish."""
-    config, samples, known, tries = wanted.config, wanted.samples, wanted.known, new_tries()
+    """What each actor call wrote, as the shards finish. Few views are seen by this process: a pool takes longer to
+    start."""
+    config, samples, known = wanted.config, wanted.samples, wanted.known
+    num_views = sum(_rows_to_do(wanted)[shard] for shard in shards) * max(wanted.num_views, 1)
+    is_here = num_views <= _FEW_VIEWS and not plan.teacher_gpus and config.cluster.address is None
+    tries = None if is_here else new_tries()
     units = [
         {"split": s, "shard": k, "known": json.dumps({} if known is None else known.find(read_ids(samples, s, k)))}
         for s, k in shards
     ]
+    load = _LoadShard(samples, config.views, config.seed, wanted.num_views, tries, wanted.projection)
+    teacher: dict[str, Any] = {"teacher": config.teacher, "threads": plan.teacher_threads, "pin": wanted.pin}
+    teacher |= {"path": wanted.path, "head": wanted.head, "columns": wanted.columns}
+    teacher |= {"tries": tries, "projection": wanted.projection}
+    if is_here:
+        threads = torch.get_num_threads()
+        try:
+            shard_teacher = ShardTeacher(**teacher)
+            for unit in units:
+                written_1 = shard_teacher(load({name: np.array([value]) for name, value in unit.items()}))
+                yield {name: value_1[0] for name, value_1 in written_1.items()}
+        finally:
+            torch.set_num_threads(threads)  # ShardTeacher set its own
+        return
     shards_read = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        _LoadShard(samples, config.views, config.seed, wanted.num_views, tries, wanted.projection),
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=plan.load_cpus,
+        load, batch_size=1, batch_format="numpy", num_cpus=plan.load_cpus
     )
-    teacher = {"teacher": config.teacher, "threads": plan.teacher_threads, "pin": wanted.pin, "path": wanted.path}
     written = shards_read.map_batches(
         ShardTeacher,
-        fn_constructor_kwargs=teacher | {"head": wanted.head, "tries": tries, "projection": wanted.projection},
+        fn_constructor_kwargs=teacher,
         batch_size=1,
         batch_format="numpy",
         **teacher_pool(plan, len(shards)),
     )
-    return iter(written.iter_rows())
+    yield from written.iter_rows()
 
 
 class _LoadShard:
@@ -201,22 +263,25 @@ class ShardTeacher(TeacherActor):
 
     def __init__(
         self, teacher: Teacher, threads: int, pin: str, path: str, head: str | None = None, tries: Any = None,
-        projection: Projection | None = None,
+        projection: Projection | None = None, columns: slice | None = None,
     ) -> None:  # fmt: skip
         super().__init__(teacher, threads, pin, tries)
-        self._path, self._head, self._projection = path, None if head is None else load_head(head), projection
+        self._path, self._projection = path, projection
+        self._head = None if head is None else load_head(head).columns(columns)
         self.stage = metrics.stage_of(path)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         name, ids = str(batch["shard"][0]), str(batch["sample_ids"][0]).split()
         images_NHHC, parameters_KNP, new_N = batch["images"][0], batch["parameters"][0], batch["new"][0]
         file = f"{self._path}/{name}.safetensors"
-        missing, compared, overflowed = not exists(file), {}, self.num_overflowed
+        missing, compared, overflowed, seconds = not exists(file), {}, self.num_overflowed, 0.0
         if missing:
             features_KRD = np.array(batch["known"][0])
             with trying(self._tries, f"shard {name} ({len(ids)} images, {ids[0]} the first)"):
                 if len(new_N):
+                    started = time.monotonic()
                     features_KND = self.features(images_NHHC, parameters_KNP)
+                    seconds = time.monotonic() - started
                     refuse_not_finite(features_KND, [ids[row] for row in new_N])
                     if self._head is not None:  # the first batch of this actor
                         compared = self.compared(self._head, images_NHHC, parameters_KNP, features_KND)
@@ -233,5 +298,6 @@ class ShardTeacher(TeacherActor):
             "copied": np.array([len(ids) - len(new_N)]),
             "overflowed": np.array([self.num_overflowed - overflowed]),
             "compared": np.array([json.dumps(compared)]),
+            "seconds": np.array([seconds]),
             **self._restart.note(len(new_N) * missing),
         }

@@ -46,7 +46,7 @@ def refuse_out(config: RunConfig, folder: str) -> None:
             "loss.kd_weight above 0"
         )
     if config.teacher is not None and config.teacher.stored is not None:
-        raise ConfigError(f"teach --out: teacher.model={config.teacher.model} is such a folder already; copy it")
+        raise ConfigError(f"teach --out: teacher.model={config.teacher.name} is such a folder already; copy it")
     if exists(f"{folder}/{SETTINGS_FILE}"):
         raise ConfigError(f"teach --out {folder}: it holds soft targets already; name another folder")
 
@@ -85,9 +85,10 @@ def _teacher(config: RunConfig, precision: str) -> dict[str, Any]:
     """A folder counts by its last name: the rest is of this machine. Weights count by the hash of their content."""
     teacher = config.teacher
     assert teacher is not None
-    name = teacher.model if ":" in teacher.model else teacher.model.rstrip("/").rpartition("/")[2]
-    weights = hashlib.sha256(json.dumps(model_identity(teacher), sort_keys=True).encode()).hexdigest()
-    return {"model": name, "weights": weights, "size": teacher.size, "head": teacher.head, "precision": precision}
+    names = [m.name if ":" in m.name else m.name.rstrip("/").rpartition("/")[2] for m in teacher.members]
+    weights = hashlib.sha256(json.dumps([*map(model_identity, teacher.members)], sort_keys=True).encode()).hexdigest()
+    kept = {"size": teacher.size, "head": teacher.head, "precision": precision}
+    return {"model": " + ".join(names), "weights": weights, **kept}
 
 
 def _written(folder: str, name: str, data: bytes, rows: int) -> TargetFile:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from raydistill.cluster.plan import Plan
@@ -49,6 +51,7 @@ from raydistill.storage.tables import read_table, values
 
 _PART_BYTES = 4 * SHARD_BYTES  # of pixels that a task brings together, some shards
 _ID = re.compile("[0-9a-f]{32}")
+_FEW_IMAGES = 256
 _TRIED = 32  # images to decode for an estimate of the size of all
 
 # Of an entry's image: its shard's number, its place in the order of all shards, and its label; -1 for none.
@@ -104,13 +107,10 @@ def _decode_images(
         {"file": file, "first": which.start, "end": which.stop, "is_there": there}
         for (file, which), there in zip(files.items(), is_there.tolist(), strict=True)
     ]
-    decoded = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        _DecodeChunk(config.images, ray.put(entries), new_tries()),
-        batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus,
-    )  # fmt: skip
+    decoded = _decoded(config, entries, parts, plan)
     ids_N, reasons, seen = np.zeros(len(entries), "S16"), dict[int, str](), 0
     with progress.task("prepare", len(entries), "images") as advance:
-        for block in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for block in decoded:
             index, why = block["index"].to_numpy(), values(block["reason"])
             ids = (i if not reason else "0" * 32 for i, reason in zip(values(block["sample_id"]), why, strict=True))
             ids_N[index] = np.frombuffer(bytes.fromhex("".join(ids)), "S16")
@@ -121,6 +121,19 @@ def _decode_images(
             advance(again, worked=False)  # an earlier run decoded these
             advance(len(index) - again)
     return files, Decoded(entries, ids_N, reasons)
+
+
+def _decoded(config: RunConfig, entries: Entries, parts: list[dict[str, Any]], plan: Plan) -> Iterator[pa.Table]:
+    """What the tasks found. Few images are decoded by this process: starting tasks takes longer."""
+    if len(entries) <= _FEW_IMAGES and config.cluster.address is None:
+        decode = _DecodeChunk(config.images, lambda: entries)
+        yield from (decode({name: np.array([value]) for name, value in part.items()}) for part in parts)
+        return
+    shared = partial(ray.get, ray.put(entries))
+    blocks = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
+        _DecodeChunk(config.images, shared, new_tries()), batch_size=1, batch_format="numpy", num_cpus=plan.decode_cpus
+    )
+    yield from blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 def _refuse_small_disk(config: RunConfig, entries: Entries, num_to_decode: int) -> None:
@@ -141,7 +154,7 @@ class _DecodeChunk:
     """One Ray Data task: decodes some files and gives a row for each, so a bad file costs no other. The images go into
     one file, which a later run reuses. If it cannot read a file, it writes none, and a later run tries again."""
 
-    def __init__(self, images: Images, entries: Any, tries: Any = None) -> None:
+    def __init__(self, images: Images, entries: Callable[[], Entries], tries: Any = None) -> None:
         self._images, self._entries, self._tries = images, entries, tries
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
@@ -152,7 +165,7 @@ class _DecodeChunk:
             facts = zip(values(known["sample_id"]), values(known["reason"]), strict=True)
             if is_whole and all(not why.startswith(UNREADABLE) if why else _ID.fullmatch(i) for i, why in facts):
                 return known
-        chunk = ray.get(self._entries).places(int(first), int(end))
+        chunk = self._entries().places(int(first), int(end))
         with trying(self._tries, f"{len(chunk)} images, {quoted(chunk[0][1])} the first"):
             rows = [one | {"image": stored(one["image"], self._images)} for one in decode_isolated(chunk, self._images)]
         table = pa.Table.from_pylist(rows, schema=_DECODED)
@@ -256,6 +269,10 @@ def _written(
         return pa.table({"shard": [names[shard]], "rows": [len(rows)]})
 
     pixels = 3 * images.size**2 * int((facts_N["shard"] >= 0).sum())
+    if pixels <= _PART_BYTES:  # one task would do it all, and starting Ray's shuffle takes seconds
+        rows = place({"file": np.array(files, object)})
+        yield from (write(rows.filter(pc.equal(rows["shard"], shard))) for shard in pc.unique(rows["shard"]))
+        return
     num_tasks = min(max(2 * math.ceil(plan.cpus), pixels // SHARD_BYTES), len(files))
     placed = ray.data.from_items([{"file": file} for file in files], override_num_blocks=num_tasks).map_batches(
         place, batch_size=None, batch_format="numpy", num_cpus=plan.decode_cpus

@@ -44,10 +44,13 @@ from raydistill.models.teacher import load_teacher
 from raydistill.preflight import check_run
 from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
+from raydistill.stages import feature_pass, prepare
 from raydistill.storage.directory import read_bill
 from tests.models.conftest import classifier
 from tests.processes import ray_processes, run_and_kill, wait_for
 from tests.small_run import CLASSES, painted, save_student
+
+KINDS = {".parquet", ".safetensors"}
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("ray_session")]
 
@@ -444,6 +447,19 @@ def test_a_folder_that_grew_costs_the_teacher_its_new_images(words, tmp_path, im
     assert taught_before(teach_directory(config, before.samples))
     other_views = load_config([*words, "views.min_scale=0.9"])
     assert not taught_before(teach_directory(other_views, before.samples))
+
+
+@pytest.mark.usefixtures("taught")
+def test_tasks_and_pools_write_what_this_process_writes_of_few_images(words, tmp_path, progress, monkeypatch) -> None:
+    for module, limit in ((prepare, "_FEW_IMAGES"), (prepare, "_PART_BYTES"), (feature_pass, "_FEW_VIEWS")):
+        monkeypatch.setattr(module, limit, 1)
+    run_stages(load_config([*words, f"workspace={tmp_path / 'pools'}"]), progress, until="teach")
+    here, pools = (
+        {str(path.relative_to(root)): path.read_bytes() for path in root.glob("*-*/*") if path.suffix in KINDS}
+        for root in (tmp_path / "workspace", tmp_path / "pools")
+    )
+    assert {name.partition("-")[0] for name in here} >= {"decoded", "prepare", "features", "teach"}
+    assert here == pools
 
 
 @pytest.mark.usefixtures("taught")
