@@ -17,6 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from raydistill.config import RunConfig, Teacher, fine_tuning
 from raydistill.data.sample import SampleSet
@@ -43,6 +44,8 @@ from raydistill.storage.state import result_of
 
 # The inverse L2 strengths to try, from a prior that outweighs the data to almost none.
 INVERSE_STRENGTHS = tuple(10.0 ** np.arange(-5, 3))
+# More threads than this wait for each other: on a busy machine two took ten times as long as one for 160 images.
+_NUMBERS_OF_A_THREAD = 2**22
 Rows = tuple[np.ndarray, np.ndarray]  # (N, D) features and (N,) labels
 
 
@@ -156,7 +159,8 @@ def fit_linear_probe(train: Rows, val: Rows, num_classes: int, class_balanced: b
     worse = 0
     for strength in strengths:
         probe = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced" if class_balanced else None)
-        with warnings.catch_warnings():  # with weak penalties and separable features the optimum is far away
+        with warnings.catch_warnings(), threadpool_limits(1 + scaled_ND.size // _NUMBERS_OF_A_THREAD):
+            # With weak penalties and separable features the optimum is far away.
             warnings.simplefilter("ignore", ConvergenceWarning)
             probe.fit(scaled_ND, train_labels)
         loss = 0.0

@@ -260,6 +260,20 @@ def test_teachers_beside_each_other(folder, teacher_weights, progress, tmp_path)
         check_teachers(native.model_copy(update={"teacher": None}), [], progress)
 
 
+def test_a_committee_is_looked_at_member_by_member_and_together(folder, teacher_weights, progress):
+    models = "teacher.model=[timm:test_resnet, timm:test_resnet]"
+    own = [models, f"teacher.weights=[{teacher_weights}, {teacher_weights}]", "teacher.size=[32, 48]"]
+    config = load_config([f"images.path={folder}", "images.size=32", "student.model=timm:test_resnet", *own])
+    looks = check_teachers(config, [], progress)
+    (both,) = [look for look in looks if look.model == "all as a committee"]
+    alone = [look for look in looks if look is not both]
+    assert [look.model for look in alone] == ["timm:test_resnet"] * 2
+    assert both.num_features == sum(look.num_features for look in alone)
+    assert both.forecast_seconds == pytest.approx(sum(look.forecast_seconds for look in alone))
+    assert both.accuracy > 0.5
+    assert both.num_scored == 15
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

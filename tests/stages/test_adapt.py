@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info
 
 from raydistill.errors import CheckpointError
 from raydistill.models.heads import LinearHead, encode_head, load_head
@@ -43,6 +44,21 @@ def test_probe_is_the_optimum_of_its_own_objective() -> None:
     weight = head.weight_CD * scale
     bias = head.bias_C + head.weight_CD @ mean
     assert objective(np.concatenate([weight.ravel(), bias])) == pytest.approx(best.fun, rel=1e-4)
+
+
+def test_a_small_probe_is_fitted_by_one_thread(monkeypatch) -> None:
+    """Several wait for each other where other processes work too."""
+    seen, fit = [], LogisticRegression.fit
+
+    def fit_and_look(self, *given):
+        seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return fit(self, *given)
+
+    monkeypatch.setattr(LogisticRegression, "fit", fit_and_look)
+    features, labels = blobs(3, 60, np.random.default_rng(0))
+    fit_linear_probe((features, labels), (features, labels), 3, class_balanced=False)
+    assert seen
+    assert set(seen) == {1}
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 7])
