@@ -208,6 +208,7 @@ def test_a_shard_that_kills_the_teacher_is_named(deaths, taught, words, progress
             return self._features(*arguments)
 
     monkeypatch.setattr(feature_pass, "ShardTeacher", Mortal)
+    monkeypatch.setattr(feature_pass, "_FEW_VIEWS", 0)  # a pool for so few too
     config, notes = load_config(words), tmp_path / "notes"
     notes.mkdir()
     samples = next((tmp_path / "workspace").glob("prepare-*/DONE"))

@@ -570,7 +570,8 @@ def test_val_accuracy_is_that_of_the_class_names_where_val_lacks_a_class(progres
 
 
 @pytest.mark.usefixtures("taught")
-def test_teachers_are_gone_when_teach_has_ended(words, progress) -> None:
+def test_teachers_are_gone_when_teach_has_ended(words, progress, monkeypatch) -> None:
+    monkeypatch.setattr(feature_pass, "_FEW_VIEWS", 0)  # a pool for so few too
     run_stages(load_config([*words, "views.min_scale=0.7"]), progress, until="teach")
     wait_for(lambda: not ray_processes("ShardTeacher"), 60)  # Ray ends them in the background
     wait_for(lambda: ray.available_resources().get("CPU") == 2, 60)
