@@ -20,9 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 
 from raydistill.cluster.plan import plan_resources
 from raydistill.cluster.session import RayStart, configure_ray_data
@@ -31,7 +33,7 @@ from raydistill.data.decode import decode, encode
 from raydistill.data.sample import SampleSet, decode_shard, sample_id, working_images
 from raydistill.data.sources.columns import Entries
 from raydistill.data.sources.listing import Listing
-from raydistill.data.targets import read_samples, read_targets
+from raydistill.data.targets import read_all_targets, read_samples, read_targets
 from raydistill.data.views import render, view_parameters
 from raydistill.engine import precision
 from raydistill.errors import ConfigError, StageError
@@ -203,6 +205,28 @@ class TestWithRay:
             views = render(torch.from_numpy(images.copy()), torch.from_numpy(parameters), backbone.preprocessing)
             targets = read_targets(outcome.directories[taught], "train", 0, ids)
             np.testing.assert_allclose(targets[1], backbone(views).numpy(), atol=2e-3, rtol=2e-3)
+
+    @pytest.mark.slow
+    def test_a_committee_judges_generated_images_and_teaches_them(self, generating, progress, tmp_path) -> None:
+        second, alone = tmp_path / "second.safetensors", load_config(generating).teacher
+        torch.manual_seed(0)
+        network = timm.create_model("test_efficientnet", num_classes=0)
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, second)
+        words = [
+            f"teacher.model=[{alone.model}, timm:test_efficientnet]", f"teacher.weights=[{alone.weights}, {second}]",
+            "teacher.size=[32, 48]", "generate.filter.weigh=true",
+        ]  # fmt: skip
+        outcome = run_stages(load_config([*generating, *words]), progress, "teach")
+        ledger = pq.read_table(f"{outcome.generated.samples.path}/ledger.parquet").to_pylist()
+        kept = [row["weight"] for row in ledger if row["verdict"] == "kept"]
+        assert all(0 <= weight < 1 for weight in kept), "the committee was asked"
+        shards = sorted(Path(outcome.directories["teach_generated"]).glob("train-*"))
+        assert shards
+        for shard in shards:
+            parts = [f"{outcome.directories[f'teach_generated_{k}']}/{shard.name}" for k in (1, 2)]
+            (_, together), (_, first), (_, other) = map(read_all_targets, (str(shard), *parts))
+            np.testing.assert_array_equal(together, np.concatenate([first, other], axis=2))
+        assert sum(outcome.generated.samples.shards["train"]) == len(kept) == 18
 
     @pytest.mark.slow
     def test_on_a_cluster_the_teacher_sees_images_as_they_come(self, generating, progress, tmp_path) -> None:
