@@ -77,6 +77,18 @@ def read_all_targets(path: str) -> tuple[list[str], np.ndarray]:
     return [row.tobytes().hex() for row in found.ids_R16], found.features_KRD
 
 
+def read_joined(paths: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Sample ids and (K, R, D) float16: the features in files of the same samples, side by side. Raises
+    CheckpointError: one is damaged, or they are of other samples."""
+    found = [read_all_targets(path) for path in paths]
+    for path, (ids, _) in zip(paths, found, strict=True):
+        if ids != found[0][0]:
+            raise CheckpointError(
+                f"{path} and {paths[0]} hold the soft targets of other samples; delete both and run the command again"
+            )
+    return found[0][0], np.concatenate([features_KRD for _, features_KRD in found], axis=2)
+
+
 def read_projected(path: str, projection: Projection | None) -> np.ndarray:
     """(K, R, D) of a whole file, through the projection if the file has full features."""
     found = _decode(read_bytes(path), path)

@@ -21,7 +21,7 @@ from raydistill.cluster.tasks import in_tasks
 from raydistill.config import Generate, RunConfig, members
 from raydistill.data.near_duplicates import NearHashes, difference_hash
 from raydistill.data.sample import SampleSet, working_images
-from raydistill.data.targets import read_all_targets, read_samples
+from raydistill.data.targets import read_joined, read_samples
 from raydistill.generation.features import teach_whole, whole_features
 from raydistill.generation.made import FILES_OF_A_TASK, Key, Made
 from raydistill.identity import backbone_name
@@ -181,8 +181,7 @@ class Judge:
 def _opinions_of(head: str, teachers: Sequence[str], batch: dict[str, np.ndarray]) -> pa.Table:
     linear, tables = load_head(head), []
     for file, number in zip(batch["file"], batch["number"], strict=True):
-        found = [read_all_targets(whole_features(str(file), name)) for name in teachers]
-        ids, features_1ND = found[0][0], np.concatenate([features_1ND for _, features_1ND in found], axis=2)
+        ids, features_1ND = read_joined([whole_features(str(file), name) for name in teachers])
         likely_NC = torch.from_numpy(linear.logits(features_1ND[0])).softmax(dim=1).numpy()
         columns = {"id": pa.array(ids, pa.string()), "number": [int(number)] * len(ids)}
         columns |= {"first": likely_NC.argmax(axis=1), "probability": likely_NC[:, int(number)]}

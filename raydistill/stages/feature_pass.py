@@ -32,13 +32,13 @@ from raydistill.data.targets import (
     encode_targets,
     read_all_targets,
     read_ids,
+    read_joined,
     read_labels,
     read_samples,
 )
 from raydistill.data.views import WHOLE_IMAGE, stored_views
 from raydistill.engine.precision import described
 from raydistill.engine.teacher_pool import TeacherActor, refuse_not_finite, teacher_pool
-from raydistill.errors import CheckpointError
 from raydistill.identity import teacher_pin
 from raydistill.models.heads import load_head
 from raydistill.runtime import metrics
@@ -145,24 +145,11 @@ def join_features(wanted: FeaturePass, parts: Sequence[str], plan: Plan, left: C
 
 def _join(wanted: FeaturePass, parts: Sequence[str], batch: dict[str, np.ndarray]) -> pa.Table:
     for name in map(str, batch["file"]):
-        ids, features_KRD = joined(parts, name)
+        ids, features_KRD = read_joined([f"{part}/{name}" for part in parts])
         if wanted.projection is not None:
             features_KRD = wanted.projection.project(features_KRD)
         write_bytes(f"{wanted.path}/{name}", encode_targets(ids, features_KRD, wanted.projection))
     return pa.table({"file": batch["file"].astype(str)})
-
-
-def joined(parts: Sequence[str], file: str) -> tuple[list[str], np.ndarray]:
-    """Sample ids and (K, R, D) float16: the features in this file of each directory, side by side. Raises
-    CheckpointError: they are of other samples."""
-    found = [read_all_targets(f"{part}/{file}") for part in parts]
-    for part, (ids, _) in zip(parts, found, strict=True):
-        if ids != found[0][0]:
-            raise CheckpointError(
-                f"{part}/{file} and {parts[0]}/{file} hold the soft targets of other samples; delete both and run the "
-                "command again"
-            )
-    return found[0][0], np.concatenate([features_KRD for _, features_KRD in found], axis=2)
 
 
 def precision_of(parts: Iterable[StageDirectory]) -> Precision:

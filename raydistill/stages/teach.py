@@ -18,7 +18,7 @@ from raydistill.config import RunConfig
 from raydistill.data.compact import PROJECTION_FILE, Projection, fit_projection, read_projection, same
 from raydistill.data.reuse import find_known
 from raydistill.data.sample import SampleSet
-from raydistill.data.targets import read_all_targets, split_features
+from raydistill.data.targets import read_all_targets, read_joined, split_features
 from raydistill.engine.teacher_pool import refuse_large_targets
 from raydistill.execution import Execution
 from raydistill.generation.features import teach_files
@@ -29,7 +29,6 @@ from raydistill.runtime.progress import Progress
 from raydistill.stages.feature_pass import (
     FeaturePass,
     join_features,
-    joined,
     precision_of,
     shard_file,
     target_file,
@@ -89,7 +88,8 @@ def join_soft_targets(
     left, views, rows = directory.begin(), config.views.per_image, samples.shards["train"]
     paths, projection = [part.path for part in parts], read_projection(directory.path)
     if config.views.store == "compact" and projection is None:
-        features = (joined(paths, target_file("train", k))[1] for k in _some_shards(rows, views))
+        files = ([shard_file(path, "train", k) for path in paths] for k in _some_shards(rows, views))
+        features = (read_joined(of_one)[1] for of_one in files)
         projection, left = fit_projection(features, load_head(head).weight_CD), frozenset()
         directory.write(PROJECTION_FILE, projection.encode())
     missing = [count for k, count in enumerate(rows) if target_file("train", k) not in left]

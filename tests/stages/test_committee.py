@@ -17,14 +17,13 @@ from sklearn.preprocessing import StandardScaler
 
 from raydistill.config import load_config
 from raydistill.data.compact import read_projection
-from raydistill.data.targets import read_all_targets, split_features
+from raydistill.data.targets import read_all_targets, read_joined, split_features
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.graph import find_work
 from raydistill.models.heads import load_head
 from raydistill.preflight import refuse_early
 from raydistill.run import run_stages
 from raydistill.runtime.progress import Progress
-from raydistill.stages.feature_pass import joined
 
 pytestmark = pytest.mark.cluster
 
@@ -151,7 +150,7 @@ def test_members_of_other_samples_are_refused(tmp_path) -> None:
             tmp_path / name / "train-00000.safetensors",
         )
     with pytest.raises(CheckpointError, match="soft targets of other samples; delete both"):
-        joined([str(tmp_path / "a"), str(tmp_path / "b")], "train-00000.safetensors")
+        read_joined([str(tmp_path / name / "train-00000.safetensors") for name in ("a", "b")])
 
 
 @pytest.mark.parametrize(
