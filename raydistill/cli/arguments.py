@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from raydistill.errors import ConfigError
 from raydistill.escaping import one_line
 
-STARTED = time.time()
+STARTED = time.monotonic()
 CONTINUES = "the same command continues from here"
 Arguments = Annotated[
     list[str] | None,

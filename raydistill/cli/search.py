@@ -43,7 +43,7 @@ def compare(
     if comparison.curve_verdict:
         console.print(comparison.curve_verdict, soft_wrap=True)
     console.print(f"report: {path}/compare.html, also as compare.md and compare.json", soft_wrap=True)
-    console.print(f"compare is done after {time.time() - STARTED:.0f} s")
+    console.print(f"compare is done after {time.monotonic() - STARTED:.0f} s")
 
 
 @app.command()
@@ -76,4 +76,4 @@ def tune(
     console.print(f"best settings, figures and JSON: {search.path}/best.yaml, search.html, search.json", soft_wrap=True)
     bill = "" if search.cost is None else f", {search.cost:.2f} at {config.cluster.price_per_hour:g} an hour"
     console.print(f"trials and confirmation took {search.seconds:.0f} s in all, over all commands{bill}")
-    console.print(f"tune is done after {time.time() - STARTED:.0f} s")
+    console.print(f"tune is done after {time.monotonic() - STARTED:.0f} s")

@@ -160,5 +160,5 @@ def _run(words: list[str] | None, until: str | None, command: str) -> Outcome:
         console.print(f"report: {outcome.page}", soft_wrap=True, markup=False)
     if refusal is not None:
         raise refusal
-    console.print(f"{command} is done after {time.time() - STARTED:.0f} s")
+    console.print(f"{command} is done after {time.monotonic() - STARTED:.0f} s")
     return outcome

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
+from pathlib import Path
 
 import psutil
 
-# the start time follows from the clock, which may be corrected meanwhile
-_CLOCK_SECONDS = 60.0
+_BOOT = Path("/proc/sys/kernel/random/boot_id")  # of this start of the machine, on Linux
+# Elsewhere the start time follows from the clock, which may be corrected meanwhile.
+_CLOCK_SECONDS = 2.0 if _BOOT.exists() else 60.0
 
 
 def process_name(pid: int | None = None) -> str:
@@ -18,7 +20,10 @@ def process_name(pid: int | None = None) -> str:
     pid = os.getpid() if pid is None else pid
     space = "/proc/self/ns/pid"
     place = os.readlink(space) if os.path.exists(space) else "-"
-    return f"{platform.node()} {place} {pid} {psutil.Process(pid).create_time():.0f}"
+    began = psutil.Process(pid).create_time()
+    if _BOOT.exists():  # seconds since the machine's start, which no clock moves
+        place, began = f"{place}/{_BOOT.read_text().strip()}", began - psutil.boot_time()
+    return f"{platform.node()} {place} {pid} {max(began, 0):.0f}"
 
 
 def is_running(name: str) -> bool | None:

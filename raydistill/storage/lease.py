@@ -67,7 +67,7 @@ def held(directory: StageDirectory, say: Callable[[str], None]) -> Iterator[bool
     if lost.is_set():
         raise StageError(
             f"{directory.path}: another command took over this stage, because this process had shown no sign of life "
-            f"for {_SILENT_SECONDS:.0f} s; run the same command again: it waits for the other"
+            f"for {_SILENT_SECONDS:.0f} s, or its lease was deleted; run the same command again: it waits for the other"
         )
 
 
@@ -155,7 +155,7 @@ def _beat(
     while not ended.wait(_SECONDS_BETWEEN_BEATS):
         try:
             latest, found = _latest(directory, number)
-            if latest != number or found.get("id") != state["id"]:
+            if latest != number or found.get("id", state["id"]) != state["id"]:  # a damaged one is written again
                 lost.set()
                 return
             beats += 1

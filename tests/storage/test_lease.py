@@ -161,6 +161,13 @@ def test_a_holder_that_was_taken_for_dead_does_not_end_well(directory: StageDire
     assert "lease-000002" in leases(directory), "the other's is left alone"
 
 
+def test_the_holder_s_own_damaged_lease_is_written_again(directory: StageDirectory) -> None:
+    with held(directory, print) as is_to_do:
+        assert is_to_do
+        write_bytes(f"{directory.path}/lease-000001", b"{")
+        wait_for(lambda: lease._latest(directory)[1].get("beats"), 20)
+
+
 @pytest.mark.parametrize("left", [b"", b"{", b"\xff", "a folder"])
 def test_a_lease_that_is_cut_off_is_somebody_s_until_it_is_silent(tmp_path: Path, left: bytes | str) -> None:
     directory = StageDirectory(str(tmp_path / "teach-0123456789ab"), "teach", "{}")
