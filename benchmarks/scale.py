@@ -18,15 +18,17 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import psutil
@@ -40,6 +42,7 @@ from safetensors.torch import save_file
 
 SIDE, CLASSES, ROWS_OF_GROUP, WORKERS = 32, 10, 500, 2
 STAGES = ("prepare", "adapt", "teach", "distill", "evaluate")
+REPORT_SECONDS = 1  # of Ray's counters
 IDLE = 100  # images of the job that shows what a command takes by itself
 MB = 1e6
 
@@ -78,19 +81,19 @@ def write_job(folder: Path, images: Path, weights: Path) -> Path:
 
 @dataclass
 class Cost:
-    """What one command took. `read`: bytes that its train workers read."""
+    """What one command took. `read`: bytes of shards and soft targets, by our own counters in Ray."""
 
     seconds: float = 0.0
     driver: float = 0.0
     worker: float = 0.0
-    read: dict[int, int] = field(default_factory=dict)
+    read: float = 0.0
 
 
-def run(words: list[str], environment: dict[str, str] | None = None) -> Cost:
+def run(words: list[str]) -> Cost:
+    print(" ".join(words), file=sys.stderr, flush=True)
     cost, ended, started = Cost(), threading.Event(), time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "raydistill", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=environment,
     )  # fmt: skip
 
     def watch() -> None:
@@ -103,8 +106,6 @@ def run(words: list[str], environment: dict[str, str] | None = None) -> Cost:
                         name = " ".join(child.cmdline())
                         if name.startswith("ray::"):
                             cost.worker = max(cost.worker, child.memory_info().rss)
-                        if "TrainWorker" in name:
-                            cost.read[child.pid] = child.io_counters().read_chars
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -122,7 +123,31 @@ def job_costs(folder: Path, count: int, weights: Path, *more: str) -> dict[str, 
     if not (images := folder / "images.parquet").exists():
         write_images(images, count)
     job = write_job(folder, images, weights)
-    return {stage: run([stage, str(job), *more]) for stage in STAGES}
+    costs = {}
+    for stage in STAGES:
+        if stage != "distill" or more:
+            costs[stage] = run([stage, str(job), *more])
+            continue
+        with ray_nodes(1) as address:  # one that outlives the command, for its counters
+            costs[stage] = run([stage, str(job), f"cluster.address={address}"])
+            costs[stage].read = counted_bytes(address)
+    return costs
+
+
+def counted_bytes(address: str) -> float:
+    """What the processes of this cluster have read of shards and soft targets, when it counts no more."""
+    import ray
+
+    with ray.init(address, log_to_driver=False):
+        port = ray.nodes()[0]["MetricsExportPort"]
+    before, found = -1.0, 0.0
+    while found != before or not found:
+        time.sleep(5 * REPORT_SECONDS)
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        wanted = [line for line in lines if re.match(r'ray_raydistill_bytes_read\w*\{.*stage="(prepare|teach)"', line)]
+        before, found = found, sum(float(line.rpartition(" ")[2]) for line in wanted)
+    return found
 
 
 def set_bytes(folder: Path) -> int:
@@ -135,7 +160,9 @@ def ray_nodes(count: int) -> Iterator[str]:
     """The address of a cluster of nodes of one CPU each, but for two on the first."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    settings = {"metrics_report_interval_ms": 1000 * REPORT_SECONDS}
+    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": settings}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(count - 1):
             cluster.add_node(num_cpus=1)
@@ -157,8 +184,7 @@ def measure(root: Path, sizes: list[int], nodes: list[int]) -> dict[str, Any]:
     table = Table("images", "stage", "seconds", "ms an image", "driver MB", "worker MB")
     for count in sizes:
         costs[count] = job_costs(folder := root / str(count), count, weights)
-        by_itself = sum(idle["distill"].read.values())
-        reads[count] = (sum(costs[count]["distill"].read.values()) - by_itself) / set_bytes(folder)
+        reads[count] = costs[count]["distill"].read / set_bytes(folder)
         for stage, cost in costs[count].items():
             above = (cost.driver - idle[stage].driver) / MB
             table.add_row(f"{count:,}", stage, f"{cost.seconds:.1f}", f"{1000 * cost.seconds / count:.3f}",

@@ -19,7 +19,7 @@ from werkzeug.serving import make_server
 
 class Line:
     """What passes to the server: the kind and the key of each request, the prefix of a listing; and requests that are
-    answered with an error of S3, by the code that `refuse` gives for them."""
+    answered with an error of S3, by the code that `refuse` gives for them, or not at all, if that is CUT."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str]] = []
@@ -34,7 +34,9 @@ def _nothing(kind: str, key: str) -> None:
 
 
 STATUS = {"ExpiredToken": "400 Bad Request", "AccessDenied": "403 Forbidden", "RequestTimeTooSkewed": "403 Forbidden",
+          "InvalidAccessKeyId": "403 Forbidden", "SignatureDoesNotMatch": "403 Forbidden",
           "PermanentRedirect": "301 Moved Permanently", "QuotaExceeded": "507 Insufficient Storage"}  # fmt: skip
+CUT = "cut"
 _LINE = Line()  # there is one server for all tests
 
 
@@ -47,6 +49,9 @@ def _passing(application: Any) -> Any:
         _LINE.requests.append((kind, key))
         if (code := _LINE.refuse(kind, key)) is None:
             return application(environ, start)
+        if code == CUT:
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise ConnectionResetError
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         start(STATUS[code], [("Content-Type", "application/xml"), ("x-amz-bucket-region", "eu-west-1")])
         body = f"<Error><Code>{code}</Code><Message>The server says {code}.</Message></Error>"

@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from safetensors.torch import load
 
 from raydistill.storage.filesystems import open_filesystem, read_bytes, write_bytes
-from tests.buckets import CutConnections, Line
+from tests.buckets import CUT, CutConnections, Line
 from tests.small_run import CLASSES, painted
 
 pytestmark = pytest.mark.cluster
@@ -108,3 +109,31 @@ def test_requests_grow_with_shards_and_never_with_images(words: list[str], bucke
         assert many["LIST"] <= 1, (stage, many)
         # a stage that takes longer renews its lease, and looks at the progress, more often
         assert many.total() <= few.total() + 12 * (shards[96] - shards[24]) + 40, (stage, few, many)
+
+
+@pytest.mark.slow
+def test_a_line_that_is_dead_for_ten_seconds_in_each_stage_changes_no_result(
+    words: list[str], bucket: str, s3_line: Line
+) -> None:
+    began: dict[str, float] = {}  # when the line went dead: with a stage's first file that is not its lease
+    refused = Counter[str]()
+
+    def refuse(kind: str, key: str) -> str | None:
+        writes = re.search(r"/(\w+)-[0-9a-f]{12}/(?!lease)", key) if kind == "PUT" else None
+        if writes and writes[1] in STAGES:
+            began.setdefault(writes[1], time.monotonic())
+        dead = [stage for stage, since in began.items() if time.monotonic() - since < 10]
+        refused.update(dead)
+        return CUT if dead else None
+
+    students = []
+    for name, rule in ({"quiet": lambda *_: None, "dead": refuse}).items():
+        s3_line.refuse = rule
+        command = start("run", *words, f"workspace={bucket}/{name}")
+        output = command.communicate(timeout=800)[0]
+        assert command.returncode == 0, output
+        distill, evaluate = (stages_in(f"{bucket}/{name}")[stage][0] for stage in ("distill", "evaluate"))
+        files = [f"{distill}/student.safetensors", f"{evaluate}/predictions.parquet"]
+        students.append([read_bytes(f"{bucket}/{name}/{file}") for file in files])
+    assert refused.keys() == set(STAGES), "each stage met it"
+    assert students[0] == students[1]

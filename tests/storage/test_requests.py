@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -123,27 +122,27 @@ def job(bucket: str) -> RunConfig:
         ("ExpiredToken", "refuses access .The server says ExpiredToken.*; renew this process's token"),
         ("RequestTimeTooSkewed", "refuses access .*TooSkewed.*; set this machine's clock"),
         ("AccessDenied", "refuses access .*AccessDenied.*; check this process's keys"),
+        ("InvalidAccessKeyId", "refuses access .*InvalidAccessKeyId.*; check this process's keys"),
+        ("SignatureDoesNotMatch", "refuses access .*SignatureDoesNotMatch.*; check this process's keys"),
         ("PermanentRedirect", "PermanentRedirect"),
     ],
 )
 def test_what_is_refused_is_named_at_once(bucket: str, s3_line: Line, code: str, words: str) -> None:
     s3_line.refuse = lambda kind, key: code
-    began = time.monotonic()
     with pytest.raises(ConfigError, match=f"^workspace={bucket}/w: .*{words}"):
         refuse_unreachable(f"{bucket}/w", "workspace")
-    assert time.monotonic() - began < 5
+    assert len(s3_line.requests) <= 2, "asked again, though the answer will be the same"
 
 
 @pytest.mark.parametrize(("code", "words"), [("AccessDenied", "AccessDenied"), ("QuotaExceeded", "bucket is full")])
 def test_a_bucket_that_takes_nothing_is_named_at_once(bucket: str, s3_line: Line, code: str, words: str) -> None:
     s3_line.refuse = lambda kind, key: code if kind == "PUT" else None
-    began = time.monotonic()
     with pytest.raises(ConfigError, match=f"^workspace={bucket}/w: cannot be written .*{words}"):
         check_writable(job(bucket))
     if code == "QuotaExceeded":
         with pytest.raises(StorageError, match=r"runs/w/a: the bucket is full .*make room there"):
             write_bytes(f"{bucket}/w/a", b"1")
-    assert time.monotonic() - began < 5
+    assert s3_line.kinds()["PUT"] <= 2, "asked again, though the answer will be the same"
 
 
 def test_large_files_go_in_parts_and_one_that_is_cut_off_leaves_nothing(bucket, s3_line, counted, client, tmp_path):
