@@ -75,6 +75,20 @@ class CheckpointError(RaydistillError):
     exit_code = 2
 
 
+def damaged_file(path: str, reason: object) -> CheckpointError:
+    """Of a file that a finished stage wrote."""
+    return CheckpointError(f"{path} is damaged ({reason}); delete it and {_done_beside(path)}")
+
+
+def missing_file(path: str) -> CheckpointError:
+    """The same."""
+    return CheckpointError(f"{path} is missing; delete {_done_beside(path)}")
+
+
+def _done_beside(path: str) -> str:
+    return f"{path.rpartition('/')[0]}/DONE and run the command again: without DONE its stage makes what is missing"
+
+
 class StageError(RaydistillError):
     """A stage failed while it ran: a worker died, a loss was not finite, a disk was full."""
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from PIL import Image
 
 from raydistill.config import Images
-from raydistill.errors import CheckpointError, reason_of
+from raydistill.errors import CheckpointError, damaged_file, reason_of
 from raydistill.storage.tables import values
 
 
@@ -72,4 +72,4 @@ def _opened(data: bytes, side: int) -> Image.Image:
 
 
 def _damaged(path: str, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged ({reason_of(error)}); delete it and run the command again")
+    return damaged_file(path, reason_of(error))

@@ -9,24 +9,25 @@ Shapes: K views, R rows of a shard, P parameters of a view, D features, or compo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from raydistill.data.compact import Projection, dequantised, quantised
 from raydistill.data.jpeg import with_pixels
 from raydistill.data.sample import SCHEMA, SampleSet, decode_shard, refuse_other_sizes, shard_name
 from raydistill.data.views import NUM_PARAMETERS
-from raydistill.errors import CheckpointError
+from raydistill.errors import CheckpointError, damaged_file, missing_file
 from raydistill.storage.filesystems import open_filesystem, read_bytes
 from raydistill.storage.state import parsed
 from raydistill.storage.tables import read_table, values
-from raydistill.storage.tensors import bounded, header_bytes
+from raydistill.storage.tensors import header_bytes, refuse_altered, with_checksum
 
 UNLABELLED = -1
 
@@ -56,7 +57,7 @@ def encode_targets(
         columns = {"codes": codes_KRD, "scales": scales_KR, "deviations": projection.deviations_J}
     if parameters_KRP is not None:
         columns["parameters"] = parameters_KRP
-    return save({name: np.ascontiguousarray(column) for name, column in columns.items()} | {"sample_ids": ids})
+    return with_checksum(columns | {"sample_ids": ids})
 
 
 def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.ndarray:
@@ -67,13 +68,13 @@ def decode_targets(data: bytes, expected_ids: Sequence[str], name: str) -> np.nd
 def _decode_of(data: bytes, expected_ids: Sequence[str], name: str) -> Targets:
     found = _decode(data, name)
     if found.ids_R16.tobytes().hex() != "".join(expected_ids):
-        raise CheckpointError(f"{name} holds the soft targets of other samples; delete it and run the command again")
+        raise damaged_file(name, "it holds the soft targets of other samples")
     return found
 
 
 def read_all_targets(path: str) -> tuple[list[str], np.ndarray]:
     """Sample ids and (K, R, D) float16 features of a whole file. Raises CheckpointError if it is damaged."""
-    found = _decode(read_bytes(path), path)
+    found = _decode(_bytes_of(path), path)
     return [row.tobytes().hex() for row in found.ids_R16], found.features_KRD
 
 
@@ -83,15 +84,13 @@ def read_joined(paths: Sequence[str]) -> tuple[list[str], np.ndarray]:
     found = [read_all_targets(path) for path in paths]
     for path, (ids, _) in zip(paths, found, strict=True):
         if ids != found[0][0]:
-            raise CheckpointError(
-                f"{path} and {paths[0]} hold the soft targets of other samples; delete both and run the command again"
-            )
+            raise damaged_file(path, f"its soft targets are of other samples than those of {paths[0]}")
     return found[0][0], np.concatenate([features_KRD for _, features_KRD in found], axis=2)
 
 
 def read_projected(path: str, projection: Projection | None) -> np.ndarray:
     """(K, R, D) of a whole file, through the projection if the file has full features."""
-    found = _decode(read_bytes(path), path)
+    found = _decode(_bytes_of(path), path)
     if projection is None or found.is_compact:
         return found.features_KRD
     return projection.project(found.features_KRD)
@@ -99,7 +98,8 @@ def read_projected(path: str, projection: Projection | None) -> np.ndarray:
 
 def _decode(data: bytes, name: str) -> Targets:
     try:
-        tensors = load(bounded(data))
+        refuse_altered(data)
+        tensors = load(data)
         is_compact = "codes" in tensors
         first = tensors["codes" if is_compact else "features"]
         views, rows, width = first.shape
@@ -115,7 +115,7 @@ def _decode(data: bytes, name: str) -> Targets:
         features = dequantised(first, tensors["scales"], tensors["deviations"]) if is_compact else first
         return Targets(tensors["sample_ids"], features, is_compact, tensors.get("parameters"))
     except (SafetensorError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{name} is damaged ({error}); delete it and run the command again") from None
+        raise damaged_file(name, error) from None
 
 
 def read_sample_ids(path: str) -> bytes:
@@ -130,17 +130,17 @@ def read_sample_ids(path: str) -> bytes:
             raise ValueError("it ends too early")
         return data
     except (ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:  # the last two for false lengths
-        raise CheckpointError(f"{path} is damaged ({error}); delete it and run the command again") from None
+        raise damaged_file(path, error) from None
 
 
 def read_samples(samples: SampleSet, split: str, shard: int) -> pa.Table:
     """The rows of a shard, with pixels, however it stores them. Raises CheckpointError if it is damaged."""
-    path = _shard_path(samples, split, shard)
-    table = decode_shard(read_bytes(path), path)
-    if samples.store == "jpeg":
-        return with_pixels(table, samples.size, path)
-    refuse_other_sizes(table, samples.size, path)
-    return table
+    with _named(samples, split, shard) as path:
+        table = decode_shard(_bytes_of(path), path)
+        if samples.store == "jpeg":
+            return with_pixels(table, samples.size, path)
+        refuse_other_sizes(table, samples.size, path)
+        return table
 
 
 def read_targets(path: str, split: str, shard: int, expected_ids: Sequence[str]) -> np.ndarray:
@@ -151,7 +151,7 @@ def read_views(path: str, split: str, shard: int, expected_ids: Sequence[str]) -
     """(K, R, D) features of a shard, and (K, R, P) parameters of their views; None if the job draws these. Raises as
     `decode_targets`."""
     name = f"{path}/{shard_name(split, shard)}.safetensors"
-    found = _decode_of(read_bytes(name), expected_ids, name)
+    found = _decode_of(_bytes_of(name), expected_ids, name)
     return found.features_KRD, found.parameters_KRP
 
 
@@ -182,11 +182,27 @@ def read_ids(samples: SampleSet, split: str, shard: int) -> list[str]:
 
 def read_columns(samples: SampleSet, split: str, shard: int, *names: str) -> pa.Table:
     """Some columns of a shard, without reading its images."""
-    return read_table(_shard_path(samples, split, shard), pa.schema([SCHEMA.field(name) for name in names]))
+    with _named(samples, split, shard) as path:
+        return read_table(path, pa.schema([SCHEMA.field(name) for name in names]))
 
 
-def _shard_path(samples: SampleSet, split: str, shard: int) -> str:
-    return f"{samples.path}/{shard_name(split, shard)}.parquet"
+@contextlib.contextmanager
+def _named(samples: SampleSet, split: str, shard: int) -> Iterator[str]:
+    """The path of a shard. What is wrong with it is said with the images that it holds, counted in the split."""
+    path, rows = f"{samples.path}/{shard_name(split, shard)}.parquet", samples.shards[split]
+    first = sum(rows[:shard])
+    try:
+        yield path
+    except (FileNotFoundError, CheckpointError) as error:
+        found = missing_file(path) if isinstance(error, FileNotFoundError) else error
+        raise CheckpointError(f"{split} images {first + 1:,} to {first + rows[shard]:,}: {found}") from None
+
+
+def _bytes_of(path: str) -> bytes:
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        raise missing_file(path) from None
 
 
 def labels_of(table: pa.Table) -> np.ndarray:

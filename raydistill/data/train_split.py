@@ -23,7 +23,7 @@ from raydistill.data.order import Pool, Visits
 from raydistill.data.sample import SampleSet, shard_name, working_images
 from raydistill.data.targets import UNLABELLED, labels_of, read_samples, read_views
 from raydistill.data.views import stored_views, to_device, view_parameters
-from raydistill.errors import CheckpointError
+from raydistill.errors import damaged_file
 from raydistill.storage.tables import values
 
 logger = logging.getLogger(__name__)
@@ -93,10 +93,8 @@ class TrainSplit:
         features, stored = (None, None) if part.targets is None else read_views(part.targets, "train", own, ids)
         labels = labels_of(table)
         if index < len(self._is_labelled) and (labels == UNLABELLED).any() == self._is_labelled[index]:
-            raise CheckpointError(
-                f"{part.samples.path}/{shard_name('train', own)}.parquet is damaged (images with and without labels "
-                "are in each other's place); delete its directory and run the command again"
-            )
+            path = f"{part.samples.path}/{shard_name('train', own)}.parquet"
+            raise damaged_file(path, "images with and without labels are in each other's place")
         if not part.hard_labels:
             labels = np.full(len(ids), UNLABELLED)
         if stored is None and self.views.per_image != "fresh":

@@ -98,8 +98,10 @@ def test_a_damaged_image_is_named_with_its_shard(pictures, written, harm, reason
     samples = written([*files[:2], harm(files[2]), files[3]])
     with pytest.raises(CheckpointError) as caught:
         read_samples(samples, "train", 0)
-    sentence = rf"{re.escape(samples.path)}/train-00000\.parquet is damaged \(.*{reason}.*\); delete it and run the "
-    assert re.fullmatch(sentence + "command again", str(caught.value))
+    sentence = (
+        rf"train images 1 to 4: {re.escape(samples.path)}/train-00000\.parquet is damaged \(.*{reason}.*\); delete "
+    )
+    assert re.match(sentence + "it and .*/DONE and run the command again", str(caught.value))
     assert "0x" not in str(caught.value)
 
 

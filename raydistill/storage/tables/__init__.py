@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydistill.errors import CheckpointError, DataError, reason_of
+from raydistill.errors import DataError, damaged_file, reason_of
 from raydistill.escaping import quoted
 from raydistill.storage.filesystems import open_filesystem, refuse_unread, version_of
 from raydistill.storage.tables.arrow import ArrowFile
@@ -77,7 +77,7 @@ def read_table(path: str, schema: pa.Schema, data: bytes | None = None) -> pa.Ta
         if isinstance(error, OSError) and error.errno is not None:  # from the system; Arrow's own have no number
             raise
         reason = reason_of(error).removeprefix(f"{path}: ")
-        raise CheckpointError(f"{path} is damaged ({reason}); delete it and run the command again") from None
+        raise damaged_file(path, reason) from None
 
 
 def read_foreign_table(path: str, schema: pa.Schema, data: bytes) -> pa.Table:

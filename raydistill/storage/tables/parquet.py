@@ -45,7 +45,9 @@ class ParquetFile(Parts):
         file.seek(0)
         # Without a buffer Arrow holds the whole column of a row group. Bytes in memory need none.
         size = 0 if isinstance(file, pa.BufferReader) else 1 << 22
-        self._parquet = pq.ParquetFile(file, metadata=metadata, buffer_size=size, arrow_extensions_enabled=False)
+        self._parquet = pq.ParquetFile(
+            file, metadata=metadata, buffer_size=size, arrow_extensions_enabled=False, page_checksum_verification=True
+        )
         self.schema = self._parquet.schema_arrow
 
     def _read_footer(self) -> tuple[Any, list[list[Chunk]], np.ndarray, list[str]]:
