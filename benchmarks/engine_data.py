@@ -15,8 +15,9 @@ from torchvision.transforms.v2.functional import InterpolationMode, resized_crop
 
 from benchmarks.engine_bench import VIEWS, Bench, Row, apart
 from raydistill.config import Views
+from raydistill.data.device import to_device
 from raydistill.data.sample import sample_id
-from raydistill.data.views import Preprocessing, render, to_device, view_parameters
+from raydistill.data.views import Preprocessing, render, view_parameters
 
 
 def reference_view_parameters(views: Views, seed: int, sample_ids: Sequence[str], indices: Sequence[int]) -> np.ndarray:
@@ -33,8 +34,8 @@ def reference_view_parameters(views: Views, seed: int, sample_ids: Sequence[str]
     fits_BA = (width_BA <= 1) & (height_BA <= 1)
     pick = (np.arange(len(draws_BN)), fits_BA.argmax(axis=1))
     width_B, height_B = (np.where(fits_BA.any(axis=1), side_BA[pick], 1) for side_BA in (width_BA, height_BA))
-    place_BN, rest_BN = draws_BN[:, 20:22], draws_BN[:, 22:]
-    jitter_BN = 1 + (2 * rest_BN[:, 1:] - 1) * np.array([views.brightness, views.contrast, views.saturation])
+    place_BN, rest_BN, changes = draws_BN[:, 20:22], draws_BN[:, 22:], views.changes
+    jitter_BN = 1 + (2 * rest_BN[:, 1:] - 1) * np.array([changes.brightness, changes.contrast, changes.saturation])
     columns = [place_BN[:, 0] * (1 - width_B), place_BN[:, 1] * (1 - height_B), width_B, height_B]
     return np.column_stack([*columns, rest_BN[:, 0] < views.flip, jitter_BN]).astype(np.float32)
 

@@ -74,7 +74,7 @@ class Execution:
     def _do(self, directory: StageDirectory, work: Callable[[Any], object]) -> dict[str, Any]:
         started, progress = time.monotonic(), self.progress
         images_again, seconds_again = progress.images_again, progress.seconds_again
-        settings = self.config.model_dump(mode="json", include=set(self.stage.settings))
+        settings = self.config.resolved.model_dump(mode="json", include=set(self.stage.settings))
         with self.tracker.child(directory.stage, directory.name, settings) as record:
             with billed(self.config) as nodes:
                 work(record)

@@ -173,7 +173,7 @@ def student_pin(root: str, config: RunConfig) -> str:
 
 def views_name(views: Views, seed: int) -> str:
     """A short name of the stored views of any image."""
-    return _short_name([views.model_dump(exclude={"store"}), seed, FORMATS["teach"]])
+    return _short_name([views.identity, seed, FORMATS["teach"]])
 
 
 def _short_name(identity: object) -> str:
@@ -186,8 +186,8 @@ def teach_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
 
 
 def _stored_views(config: RunConfig) -> dict[str, Any]:
-    views, seed = config.views.model_dump(exclude={"store"}), config.seed
-    return {"backbone": _backbone(config), "images": _pixels(config), "views": views, "seed": seed} | _store(config)
+    views = {"views": config.views.identity, "seed": config.seed}
+    return {"backbone": _backbone(config), "images": _pixels(config)} | views | _store(config)
 
 
 def _store(config: RunConfig) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def _training(config: RunConfig) -> dict[str, Any]:
         "student": config.student.model_dump(exclude={"weights"}) | model_identity(config.student),
         "loss": config.loss.model_dump() if config.loss.needs_teacher else {"task_weight": config.loss.task_weight},
         "distill": config.distill.model_dump(exclude={"cache", "checkpoint_seconds", "max_failures"}),
-        "views": config.views.model_dump(exclude={"store"}),
+        "views": config.views.identity,
         "seed": config.seed,
     }
 

@@ -85,7 +85,8 @@ loss: {task_weight: 0.5, kd_weight: 0.0, temperature: 0.001, alignment_weight: 0
   feature_distance: cosine, rkd_distance_weight: 1.0, rkd_angle_weight: 1.0, projection_head: linear,
   projection_dim: 64, adapter: linear}
 views: {per_image: 3, min_scale: 0.5, max_ratio: 1.0, flip: 0.0, brightness: 0.4, contrast: 0.3, saturation: 0.2,
-  store: compact}
+  store: compact, strength: strong, strong_share: 0.3, hue: 0.5, grey: 0.1, rotate: 180.0, posterize: 0.2,
+  solarize: 0.3, blur: 0.6, erase: 0.7}
 distill: {epochs: 3, batch_size: 16, labelled_share: 0.5, optimizer: sgd, learning_rate: 0.0000001, body_rate: 0.5,
   weight_decay: 0.0, momentum: 0.0, schedule: constant, warmup_epochs: 0.5, ema_decay: 0.999, precision: bf16,
   channels_last: false, clip_norm: 1.0, val_every: 1, keep: best, num_workers: [1, 4], cache: stream,
@@ -276,7 +277,8 @@ OUT_OF_BOUNDS = {
     "views": """
         per_image=0 per_image=stale per_image=null min_scale=0 min_scale=1.01 max_ratio=0.99
         max_ratio=.inf flip=-0.1 flip=1.1 brightness=-0.1 brightness=1.1 contrast=-0.1 contrast=1.1
-        saturation=-0.1 saturation=1.1
+        saturation=-0.1 saturation=1.1 strength=strongest strength=null strong_share=1.1 hue=-0.1 hue=0.51
+        grey=1.1 rotate=-1 rotate=181 posterize=1.1 solarize=-0.1 blur=1.1 blur=true erase=1.1
     """,
     "loss": """
         task_weight=-1 task_weight=.nan task_weight=.inf kd_weight=-1 kd_weight=.nan kd_weight=heavy
@@ -307,6 +309,7 @@ def test_a_value_out_of_bounds_is_named_in_one_line(word):
     "word",
     [
         "images.size=8", "images.size=2048", "images.max_bad_share=0", "images.max_bad_share=1", "views.min_scale=1",
+        "views.hue=0.5", "views.rotate=180", "views.erase=null", "views.strong_share=0",
         "views.max_ratio=1", "views.flip=0", "views.flip=1", "views.per_image=1", "views.per_image=fresh",
         "loss.projection_dim=2", "distill.labelled_share=0", "distill.labelled_share=1", "distill.num_workers=0",
         "distill.num_workers=[1,1]", "distill.num_workers=64", "cluster.teacher_actors=[1,1]", "seed=4294967295",

@@ -18,10 +18,12 @@ import pytest
 
 from raydistill import identity
 from raydistill.config import RunConfig, known_keys, load_config
+from raydistill.config.views import STRENGTHS
 from raydistill.data.sample import SampleSet, samples_from_json
 from raydistill.data.sources.columns import Entries, Entry
 from raydistill.data.sources.listing import Listing
 from raydistill.errors import CheckpointError, ConfigError, StageError
+from raydistill.search.directory import trained_settings
 from raydistill.storage.directory import StageDirectory, check_writable, read_bill, workspace_root
 from raydistill.storage.filesystems import write_bytes
 
@@ -81,6 +83,7 @@ EFFECTS = by_change(
         cluster.address=ray://head:10001  cluster.teacher_actors=[2,3]  cluster.generator_actors=[2,3]
         cluster.spill_directory=/scratch/spill  cluster.grows_to={"CPU":8}  cluster.threads=3
         cluster.generator_labels={"pool":"spot"}
+        views.strength=light  views.strong_share=0.5  views.hue=0
         cluster.generator_fallback={"pool":"train"}  tracking.enabled=false  tracking.uri=http://host:5000
     """),
     ({"prepare"} | VIEWS, "seed=1"),
@@ -113,7 +116,9 @@ EFFECTS = by_change(
     """),
     (VIEWS, """
         views.per_image=9  views.min_scale=0.5  views.max_ratio=2  views.flip=0  views.brightness=0.1
-        views.contrast=0.1  views.saturation=0.1  views.store=compact
+        views.contrast=0.1  views.saturation=0.1  views.store=compact  views.strength=medium  views.strength=strong
+        views.hue=0.1  views.grey=0.1  views.rotate=5  views.posterize=0.1  views.solarize=0.1  views.blur=0.1
+        views.erase=0.1  views.hue=0.1 views.strong_share=0.5
     """),
     ({"evaluate", "export"}, "evaluate.calibration_bins=10  evaluate.time_teacher=true"),
     ({"export"}, """
@@ -125,6 +130,23 @@ EFFECTS = by_change(
 @pytest.mark.parametrize("words", EFFECTS)
 def test_a_change_makes_those_stages_new_whose_result_it_changes(words):
     assert changed(names(), names(*words.split())) == EFFECTS[words]
+
+
+def test_views_of_older_versions_keep_their_names() -> None:
+    """These keys and no others decided their views."""
+    older = {"per_image": 8, "min_scale": 0.08, "max_ratio": 4 / 3, "flip": 0.5}
+    for jitter in (0.0, 0.4):
+        colours = {"brightness": jitter, "contrast": 0.0, "saturation": 0.0}
+        config = config_of(f"views.brightness={jitter}")
+        for directory in (identity.teach_directory(config, SAMPLES), identity.distill_directory(config, SAMPLES)):
+            assert json.loads(directory.identity)["views"] == older | colours
+        assert trained_settings(config)["views"] == older | colours | {"store": "full"}
+
+
+def test_a_preset_names_the_same_views_as_its_numbers() -> None:
+    numbers = [f"views.{key}={value}" for key, value in dataclasses.asdict(STRENGTHS["strong"]).items()]
+    assert names("views.strength=strong") == names(*numbers) == names("views.strength=medium", *numbers)
+    assert names("views.strength=strong", "views.hue=0") != names("views.strength=strong")
 
 
 def test_shards_hold_so_many_rows_as_their_pixels_allow() -> None:

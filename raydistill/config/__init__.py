@@ -18,10 +18,11 @@ from raydistill.config.models import SingleTeacher, Student, Teacher
 from raydistill.config.search import Compare, Tune
 from raydistill.config.section import Section
 from raydistill.config.tracking import Tracking
-from raydistill.config.views import Views
+from raydistill.config.views import BEYOND_COLOUR, Changes, Views
 
 __all__ = [
-    "SHARD_BYTES", "ClassPrompt", "Cluster", "Compare", "Distill", "Evaluate", "Export", "Filter", "Generate", "Images",
-    "Loss", "RunConfig", "Section", "SingleTeacher", "Student", "Teacher", "Tracking", "Tune", "Views", "fine_tuning",
-    "known_keys", "load_config", "members", "merged", "overlay", "shown_yaml", "suggest_key", "to_yaml",
+    "BEYOND_COLOUR", "SHARD_BYTES", "Changes", "ClassPrompt", "Cluster", "Compare", "Distill", "Evaluate", "Export",
+    "Filter", "Generate", "Images", "Loss", "RunConfig", "Section", "SingleTeacher", "Student", "Teacher", "Tracking",
+    "Tune", "Views", "fine_tuning", "known_keys", "load_config", "members", "merged", "overlay", "shown_yaml",
+    "suggest_key", "to_yaml",
 ]  # fmt: skip

@@ -122,6 +122,11 @@ class RunConfig(Section):
         return int(self.cluster.address is not None) if workers == "auto" else workers
 
     @property
+    def resolved(self) -> RunConfig:
+        """The same job, with the numbers that a preset stands for written out."""
+        return self.model_copy(update={"views": self.views.resolved})
+
+    @property
     def streams_generated(self) -> bool:
         """Whether the teacher processes the stored views of generated images while they are made. A cluster has room
         for both; on one machine they would slow each other down."""

@@ -24,11 +24,14 @@ from raydistill.storage.filesystems import open_filesystem
 from raydistill.storage.state import MOST_BYTES, parsed
 from raydistill.storage.tables import read_foreign_table, values
 
-NUM_PARAMETERS = 8  # of a view, in the order of `data.views`
+NUM_PARAMETERS = {1: 8, 2: 17}  # of a view, by version, in the order of `data.views`
 SETTINGS_FILE, HEAD_FILE = "soft_targets.json", "head.parquet"
-FORMAT, VERSION = "soft targets of views", 1
+FORMAT = "soft targets of views"
 _MOST_FILE = 1 << 30  # bytes
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\.parquet")
+# Bounds of the parameters after the first 8.
+_LEAST = np.array([-180, -0.5, 0, 0, 0, 0, 0, 0, 0])
+_MOST = np.array([180, 0.5, 8, 1, 0.009, 1, 1, 1, 1])
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -77,6 +80,10 @@ class TargetSettings:
     @property
     def num_views(self) -> int:
         return int(self.views["per_image"])
+
+    @property
+    def num_parameters(self) -> int:
+        return NUM_PARAMETERS[self.version]
 
     @property
     def schema(self) -> pa.Schema:
@@ -156,9 +163,9 @@ def read_settings(folder: str) -> TargetSettings:
         if data is None:
             raise DataError(f"{shown}: no such file; name a folder that `raydistill teach JOB --out FOLDER` wrote")
         stated = parsed(data, dict[str, Any])
-        if (stated.get("format"), stated.get("version")) != (FORMAT, VERSION):
+        if stated.get("format") != FORMAT or stated.get("version") not in (*NUM_PARAMETERS,):
             found = shortened(one_line(f"{stated.get('format')}, version {stated.get('version')}"))
-            raise ValueError(f"it is {found}; this version reads {FORMAT}, version {VERSION}")
+            raise ValueError(f"it is {found}; this version reads {FORMAT}, version 1 or 2")
         settings = parsed(data, TargetSettings)
         features = settings.features
         if not isinstance(settings.views.get("per_image"), int) or not 1 <= settings.num_views <= 1 << 16:
@@ -185,7 +192,7 @@ def read_rows(folder: str, settings: TargetSettings, file: TargetFile) -> ViewRo
         views_V = table["view"].to_numpy()
         if ((views_V < 0) | (views_V >= settings.num_views)).any():
             raise ValueError(f"a view is none of 0 to {settings.num_views - 1}")
-        parameters_VP = _matrix(table["parameters"], NUM_PARAMETERS)
+        parameters_VP = _matrix(table["parameters"], settings.num_parameters)
         _refuse_odd_views(parameters_VP)
         features_VD = None if features is None else _matrix(table["features"], features.width)
         scale_V = table["scale"].to_numpy() if "scale" in table.schema.names else None
@@ -239,11 +246,16 @@ def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
 
 
 def _refuse_odd_views(parameters_VP: np.ndarray) -> None:
-    """Raises ValueError unless crops lie in the image, flips are 0 or 1, and colour factors are small."""
-    left_top, sides, flip, colour = np.split(parameters_VP, [2, 4, 5], axis=1)
+    """Raises ValueError unless crops lie in the image, flips are 0 or 1, colour factors are small, and so are the
+    numbers that version 2 adds."""
+    left_top, sides, flip, colour, more = np.split(parameters_VP, [2, 4, 5, 8], axis=1)
     inside = (left_top >= 0).all() and (sides > 0).all() and (left_top + sides <= 1 + 1e-4).all()
     if not inside or not np.isin(flip, (0, 1)).all() or (colour < 0).any() or (colour > 10).any():
         raise ValueError("the parameters of a view are not those of a crop in the image, a flip and three factors")
+    if more.shape[1]:
+        inside = (more[:, 5:7] + more[:, 7:9] <= 1 + 1e-4).all()
+        if (more < _LEAST).any() or (more > _MOST).any() or (more[:, 2] % 1).any() or not inside:
+            raise ValueError("the parameters of a view after the first 8 are beyond the bounds of the format")
 
 
 def all_rows(folder: str, settings: TargetSettings) -> Iterator[ViewRows]:

@@ -22,7 +22,7 @@ from safetensors.numpy import load
 from raydistill.data.compact import Projection, dequantised, quantised
 from raydistill.data.jpeg import with_pixels
 from raydistill.data.sample import SCHEMA, SampleSet, decode_shard, refuse_other_sizes, shard_name
-from raydistill.data.views import NUM_PARAMETERS
+from raydistill.data.views import MOST_PARAMETERS, NUM_PARAMETERS
 from raydistill.errors import CheckpointError, damaged_file, missing_file
 from raydistill.storage.filesystems import open_filesystem, read_bytes
 from raydistill.storage.state import parsed
@@ -108,7 +108,8 @@ def _decode(data: bytes, name: str) -> Targets:
             expected = {"sample_ids": expected["sample_ids"], "codes": (np.int8, first.shape)}
             expected |= {"scales": (np.float16, (views, rows)), "deviations": (np.float32, (width,))}
         if "parameters" in tensors:
-            expected["parameters"] = (np.float32, (views, rows, NUM_PARAMETERS))
+            count = MOST_PARAMETERS if tensors["parameters"].shape[-1] == MOST_PARAMETERS else NUM_PARAMETERS
+            expected["parameters"] = (np.float32, (views, rows, count))
         for key, (kind, shape) in expected.items():
             if tensors[key].dtype != kind or tensors[key].shape != shape:
                 raise ValueError(f"{key} {tensors[key].dtype} {tensors[key].shape}")

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from raydistill.config import Views
+from raydistill.data.device import to_device
 from raydistill.data.order import Pool, Visits
 from raydistill.data.sample import SampleSet, shard_name, working_images
 from raydistill.data.targets import UNLABELLED, labels_of, read_samples, read_views
-from raydistill.data.views import stored_views, to_device, view_parameters
+from raydistill.data.views import stored_views, view_parameters
 from raydistill.errors import damaged_file
 from raydistill.storage.tables import values
 

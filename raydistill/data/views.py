@@ -6,7 +6,6 @@ T pixels that a point of a view depends on.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,16 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from raydistill.config import Views
+from raydistill.config import Changes, Views
+from raydistill.data.device import to_device
+from raydistill.data.photometric import LARGEST_SIGMA, changed, channels
 
 # left, top, width, height of the crop as shares of the image; flip (0 or 1); brightness, contrast, saturation factors
 NUM_PARAMETERS = 8
+# And, where a job asks for any of these, 0 for none: degrees of rotation, counter-clockwise; shift of hue as a share of
+# the circle; bits after posterizing; share of the range that solarizing inverts; sigma of the blur as a share of the
+# view's side; left, top, width, height of the erased rectangle as shares of the view
+MOST_PARAMETERS = 17
 WHOLE_IMAGE = np.array([0, 0, 1, 1, 0, 1, 1, 1], np.float32)
 _SUPPORT = {"bilinear": 1, "bicubic": 2}  # in pixels on either side of a point
 _ATTEMPTS = 10  # RandomResizedCrop's number of tries for a crop that fits
@@ -43,8 +48,9 @@ def view_parameters(
     """(B, P) float32: view `indices[i]` of image `sample_ids[i]`, a function of only the seed and those two.
 
     The crop is that of torchvision's RandomResizedCrop: area uniform, aspect ratio log-uniform, the first of ten tries
-    that fits, or the whole image if none does.
+    that fits, or the whole image if none does. What `views` leaves off draws no numbers of the others.
     """
+    changes = views.changes
     keys_B = _keys(seed, sample_ids, indices)
     rows_BP = np.ones((len(keys_B), NUM_PARAMETERS))
     left_R = np.arange(len(keys_B))  # the rows that have no crop yet
@@ -61,9 +67,42 @@ def view_parameters(
     for axis in (0, 1):
         rows_BP[:, axis] = _draw(keys_B, place + axis) * (1 - rows_BP[:, axis + 2])
     rows_BP[:, 4] = _draw(keys_B, flip) < views.flip
-    for k, strength in enumerate((views.brightness, views.contrast, views.saturation)):
+    for k, strength in enumerate((changes.brightness, changes.contrast, changes.saturation)):
         rows_BP[:, 5 + k] += (2 * _draw(keys_B, jitter + k) - 1) * strength
+    more = jitter + 3  # the numbers from here on came later, so those above stay what they were
+    if changes.grey:
+        rows_BP[:, 7] *= _draw(keys_B, more + 1) >= changes.grey  # no saturation
+    if not changes.only_colour:
+        rows_BP = np.concatenate([rows_BP, _more(changes, keys_B, more + 2)], axis=1)
+    if changes.strong_share < 1:
+        is_light_B = _draw(keys_B, more) >= changes.strong_share
+        rows_BP[is_light_B, 5:8], rows_BP[is_light_B, 8:] = 1, 0
     return rows_BP.astype(np.float32)
+
+
+def _more(changes: Changes, keys_B: np.ndarray, first: int) -> np.ndarray:
+    """(B, P): the parameters beyond NUM_PARAMETERS, from the numbers that begin at `first`."""
+    draws_NB = np.array([_draw(keys_B, first + k) for k in range(12)])
+    angle, hue, is_posterized, bits, is_solarized, is_blurred, sigma, is_erased, area, ratio = draws_NB[:10]
+    # As in Random Erasing (Zhong et al. 2020) and torchvision. A side too long for the view, which is rare, is cut.
+    area, ratio = 0.02 + area * (0.33 - 0.02), np.exp((2 * ratio - 1) * np.log(3.3))
+    sides_2B = np.sqrt([area * ratio, area / ratio]).clip(max=1)
+    places_2B = draws_NB[10:] * (1 - sides_2B)
+    columns = [
+        (2 * angle - 1) * changes.rotate,
+        (2 * hue - 1) * changes.hue,
+        (is_posterized < changes.posterize)
+        * (4 + np.floor(4 * bits)),  # RandAugment's 4 bits or more (Cubuk et al. 2020)
+        (is_solarized < changes.solarize) * 0.5,  # from one half up, as in BYOL (Grill et al. 2020)
+        (is_blurred < changes.blur) * (0.05 + 0.95 * sigma) * LARGEST_SIGMA,  # SimCLR's (Chen et al. 2020)
+        *(np.array([*places_2B, *sides_2B]) * (is_erased < changes.erase)),
+    ]
+    return np.stack(columns, axis=1)
+
+
+def num_parameters(views: Views) -> int:
+    """P of the job's views."""
+    return NUM_PARAMETERS if views.changes.only_colour else MOST_PARAMETERS
 
 
 def stored_views(views: Views, seed: int, sample_ids: Sequence[str]) -> np.ndarray:
@@ -71,7 +110,7 @@ def stored_views(views: Views, seed: int, sample_ids: Sequence[str]) -> np.ndarr
     assert views.per_image != "fresh", "fresh views are not stored"
     count = len(sample_ids)
     rows = view_parameters(views, seed, [*sample_ids] * views.per_image, np.repeat(np.arange(views.per_image), count))
-    return rows.reshape(views.per_image, count, NUM_PARAMETERS)
+    return rows.reshape(views.per_image, count, rows.shape[1])
 
 
 def _keys(seed: int, sample_ids: Sequence[str], indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -96,32 +135,16 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def render(images_BHWC: torch.Tensor, parameters_BP: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    """(B, 3, S, S) float32, normalised: crop, antialiased resize, flip, colour, in one batched pass on the images'
-    device. The parameters lie on the CPU."""
-    # Asked of the CPU, where they come from: a question to a device would wait for it.
-    has_colour = bool((parameters_BP[:, 5:].numpy() != 1).any())
+    """(B, 3, S, S) float32, normalised: crop, antialiased resize, flip, and what `photometric` changes, in one batched
+    pass on the images' device. The parameters lie on the CPU."""
     _, rows, columns, _ = images_BHWC.shape
     vertical, horizontal = view_filters(parameters_BP, rows, columns, preprocessing, images_BHWC.device)
     images_BSWC = resample(images_BHWC.float(), vertical)
     images_BSSC = resample(images_BSWC.transpose(1, 2), horizontal).transpose(1, 2)
     images_BCSS = images_BSSC.permute(0, 3, 1, 2).contiguous().div_(255).clamp_(0, 1)
-    if has_colour:
-        images_BCSS = _colour(images_BCSS, *to_device(parameters_BP[:, 5:].float(), images_BCSS.device).unbind(dim=1))
-    mean, std = (_channels(values, images_BCSS.device) for values in (preprocessing.mean, preprocessing.std))
+    images_BCSS = changed(images_BCSS, parameters_BP)
+    mean, std = (channels(values, images_BCSS.device) for values in (preprocessing.mean, preprocessing.std))
     return images_BCSS.sub_(mean).div_(std)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy to a GPU does not wait for it: it comes from pinned memory, in the order of the stream."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-@functools.cache
-def _channels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """(3, 1, 1) float32. Kept, since the copy of numbers to a GPU waits for it."""
-    return torch.tensor(values, device=device)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -186,16 +209,3 @@ def cubic(x: torch.Tensor) -> torch.Tensor:
     """Keys' kernel with a = -0.5, Pillow's BICUBIC."""
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
-
-
-def _colour(
-    images: torch.Tensor, brightness_B: torch.Tensor, contrast_B: torch.Tensor, saturation_B: torch.Tensor
-) -> torch.Tensor:
-    """Brightness, contrast, saturation in this order, as torchvision defines each for images in [0, 1]."""
-    brightness, contrast, saturation = (f[:, None, None, None] for f in (brightness_B, contrast_B, saturation_B))
-    luma = _channels((0.2989, 0.587, 0.114), images.device)
-    images = (images * brightness).clamp(0, 1)
-    mean_grey = (images * luma).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
-    images = (mean_grey + contrast * (images - mean_grey)).clamp(0, 1)
-    grey = (images * luma).sum(dim=1, keepdim=True)
-    return (grey + saturation * (images - grey)).clamp(0, 1)

@@ -20,7 +20,7 @@ from raydistill.data.compact import PROJECTION_FILE, read_projection
 from raydistill.data.order import Pools, Visits, batch_order
 from raydistill.data.sample import SampleSet
 from raydistill.data.train_split import Batch, InMemory, OnDevice, Part, Streamed, TrainSplit
-from raydistill.data.views import NUM_PARAMETERS
+from raydistill.data.views import num_parameters
 from raydistill.engine.workers import Worker
 from raydistill.errors import CheckpointError, ConfigError
 from raydistill.models.heads import LinearHead, load_head
@@ -187,7 +187,7 @@ def _cache(job: DistillJob, worker: Worker, shards: set[int]) -> str:
     head = job.teacher_head()
     if job.targets is not None and head is not None and job.config.views.per_image != "fresh":
         features = 2 * head.weight_CD.shape[1]  # float16
-        per_image = job.config.views.per_image * (features + 4 * NUM_PARAMETERS)
+        per_image = job.config.views.per_image * (features + 4 * num_parameters(job.config.views))
     size = job.train_split.num_bytes(per_image, shards)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if cache == "device" and size > free:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from raydistill.config import Teacher
-from raydistill.data.views import render, to_device
+from raydistill.data.device import to_device
+from raydistill.data.views import render
 from raydistill.engine.precision import set_teacher_precision
 from raydistill.engine.workarounds import keep_freed_memory
 from raydistill.models.from_transformers import keeps_outputs

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydistill.config import Distill
-from raydistill.data.views import to_device
+from raydistill.data.device import to_device
 from raydistill.engine.batches import DistillJob, worker_batches
 from raydistill.engine.checkpoints import (
     Checkpoint,

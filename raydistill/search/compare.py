@@ -154,7 +154,7 @@ def _run(trial: _Trial, progress: Progress, tracker: Tracker) -> Arm:
     sections = set(stage_named("distill").settings)
     settings = {"arm": trial.arm, "label_share": trial.label_share}
     with tracker.child(
-        trial.name, settings=settings | trial.config.model_dump(mode="json", include=sections)
+        trial.name, settings=settings | trial.config.resolved.model_dump(mode="json", include=sections)
     ) as record:
         outcome = run_stages(trial.config, progress)
         arm = arm_of(trial.arm, trial.seed, trial.label_share, outcome)

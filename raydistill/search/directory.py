@@ -23,7 +23,8 @@ _MOST_LINES, _MOST_COMPARED = 50, 2000  # of what changed, and of the identities
 def trained_settings(config: RunConfig) -> Any:
     """The part of the config that can change what is trained or measured, without secrets."""
     left_out = {"workspace", "cluster", "tracking", "name", "export", "compare", "tune"}
-    return redacted_tree(config.model_dump(mode="json", exclude=left_out), without_secrets)
+    views = config.views.identity | {"store": config.views.store}
+    return redacted_tree(config.model_dump(mode="json", exclude=left_out) | {"views": views}, without_secrets)
 
 
 def tune_directory(config: RunConfig, space: Space, progress: Progress) -> StageDirectory:

@@ -71,7 +71,7 @@ class Space:
 
     def own(self, config: RunConfig) -> dict[str, Choice]:
         """The config's own values, as far as the space holds them."""
-        tree = config.model_dump(mode="json")
+        tree = config.resolved.model_dump(mode="json")
         chosen: dict[str, Choice] = {}
         for key, entry in self.entries.items():
             if not self._active(entry, chosen):

@@ -17,8 +17,8 @@ from raydistill.data.compact import Projection, quantised, read_projection
 from raydistill.data.open_targets import (
     FORMAT,
     HEAD_FILE,
+    NUM_PARAMETERS,
     SETTINGS_FILE,
-    VERSION,
     FeatureColumns,
     TargetFile,
     TargetSettings,
@@ -28,7 +28,7 @@ from raydistill.data.open_targets import (
 )
 from raydistill.data.sample import SampleSet, shard_name
 from raydistill.data.targets import read_ids, read_targets
-from raydistill.data.views import stored_views
+from raydistill.data.views import num_parameters, stored_views
 from raydistill.errors import ConfigError
 from raydistill.models.fingerprints import model_identity
 from raydistill.models.heads import LinearHead, load_head
@@ -71,10 +71,12 @@ def write_folder(
         table = _written(folder, HEAD_FILE, encode_head_table(classes, head.weight_CD, head.bias_C), len(classes))
         unit = None if projection is None else [float(one) for one in projection.deviations_J]
         features = FeatureColumns(head.weight_CD.shape[1], "float16" if projection is None else "int8", unit, table)
+    version = next(number for number, count in NUM_PARAMETERS.items() if count == num_parameters(config.views))
+    views = config.views.resolved.model_dump(exclude={"store", "strength"})
     settings = TargetSettings(
-        FORMAT, VERSION, f"raydistill {installed(['raydistill'])['raydistill']}", _teacher(config, adapted.precision),
+        FORMAT, version, f"raydistill {installed(['raydistill'])['raydistill']}", _teacher(config, adapted.precision),
         config.images.model_dump(include={"size", "fit", "store"}),
-        config.views.model_dump(exclude={"store"}) | {"seed": config.seed}, classes, features, num_rows, licence, files,
+        views | {"seed": config.seed}, classes, features, num_rows, licence, files,
         fingerprint_of(classes, files, features),
     )  # fmt: skip
     write_bytes(f"{folder}/{SETTINGS_FILE}", json.dumps(asdict(settings), indent=1, ensure_ascii=False).encode())

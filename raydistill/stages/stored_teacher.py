@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from raydistill.config import RunConfig
+from raydistill.config import BEYOND_COLOUR, RunConfig
 from raydistill.data.open_targets import TargetSettings, read_head_table, read_rows, read_settings
 from raydistill.data.sample import SampleSet, shard_name
 from raydistill.data.targets import encode_targets, read_ids
-from raydistill.data.views import NUM_PARAMETERS
 from raydistill.errors import ConfigError, DataError
 from raydistill.escaping import first_few, one_line, quoted, shortened
 from raydistill.execution import Execution
@@ -42,11 +41,12 @@ def refuse_misfit(config: RunConfig, classes: list[str]) -> None:
             f"{what}: its {len(settings.classes)} classes are not the {len(classes)} of images.path: number {number} "
             f"is {_name(theirs)} there and {_name(ours)} here; name the same in the same order in images.classes"
         )
+    of_views = dict.fromkeys(BEYOND_COLOUR, 0.0) if settings.version == 1 else {}
     different = [
         f"{section}.{key}={stated[key]}"
-        for section, stated in (("images", settings.images), ("views", settings.views))
+        for section, stated in (("images", settings.images), ("views", of_views | settings.views))
         for key in type(getattr(config, section)).model_fields
-        if key in stated and getattr(getattr(config, section), key) != stated[key]
+        if key in stated and getattr(getattr(config.resolved, section), key) != stated[key]
     ]
     if different:
         raise ConfigError(
@@ -110,7 +110,7 @@ def copy_targets(folder: str, settings: TargetSettings, samples: SampleSet, dire
     """Write the folder's rows as soft targets that line up with the sample shards. Raises DataError with their number
     if images have no record or two."""
     width = len(settings.classes) if settings.features is None else settings.features.width
-    each = settings.num_views * (2 * width + 4 * NUM_PARAMETERS)
+    each = settings.num_views * (2 * width + 4 * settings.num_parameters)
     missing: list[str] = []
     for group in _groups(samples.shards["train"], max(1, _MOST_BYTES // each)):
         ids = {shard: read_ids(samples, "train", shard) for shard in group}
@@ -150,7 +150,7 @@ def _gather(
     """(K, R, D) float16, (K, R, P) and how many rows there are of each view (K, R), for the images of these ids."""
     place, shape = {name: row for row, name in enumerate(names)}, (settings.num_views, len(names))
     features_KRD, counts_KR = np.zeros((*shape, width), np.float16), np.zeros(shape, np.int64)
-    parameters_KRP = np.zeros((*shape, NUM_PARAMETERS), np.float32)
+    parameters_KRP = np.zeros((*shape, settings.num_parameters), np.float32)
     for file in settings.files:
         rows = read_rows(folder, settings, file)
         at_V = np.array([place.get(name, -1) for name in rows.sample_ids], np.int64)

@@ -229,7 +229,7 @@ class Tracker:
         self._guest = others and before.info.status == "RUNNING"
         if not self._guest:
             self._take_over()
-        self.parent.write_params(self._config.model_dump(mode="json"))
+        self.parent.write_params(self._config.resolved.model_dump(mode="json"))
         self.keep_text(self.parent.id, shown_yaml(self._config), "config.yaml")
 
     def _take_over(self) -> None:

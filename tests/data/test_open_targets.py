@@ -113,11 +113,47 @@ def test_rows_that_no_view_has_are_refused(tmp_path: Path, table: Callable[[], d
     assert "a.parquet" in str(refused.value)
 
 
+# Degrees, hue, bits, share inverted, sigma, and left, top, width, height of the erased rectangle.
+STRONGER = [-180, 0.5, 4, 0.5, 2 / 224, 0.75, 0, 0.25, 1]
+
+
+def test_version_2_has_the_numbers_of_stronger_views(tmp_path: Path) -> None:
+    stronger = with_list("parameters", F32, *[CROP + STRONGER] * 5, CROP + [0] * 9)()
+    folder = str(write(tmp_path / "theirs", stronger, head(), version=2))
+    settings = read_settings(folder)
+    expected = np.float32([CROP + STRONGER] * 5 + [CROP + [0] * 9])
+    np.testing.assert_array_equal(read_rows(folder, settings, settings.files[0]).parameters_VP, expected)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (0, 181), (0, -181), (1, 0.51), (1, -0.51), (2, 9), (2, -1), (2, 4.5), (3, 1.1), (3, -0.1), (4, 0.01),
+        (4, -0.001), (5, -0.1), (6, 0.1), (7, 0.3), (8, 1.1),
+    ],
+)  # fmt: skip
+def test_numbers_of_stronger_views_have_bounds(tmp_path: Path, place: int, value: float) -> None:
+    odd = [*STRONGER]
+    odd[place] = value
+    folder = str(write(tmp_path / "theirs", with_list("parameters", F32, *[CROP + odd] * 6)(), head(), version=2))
+    settings = read_settings(folder)
+    with pytest.raises(DataError, match="beyond the bounds of the format"):
+        read_rows(folder, settings, settings.files[0])
+
+
+@pytest.mark.parametrize(("version", "row"), [(1, CROP + STRONGER), (2, CROP)])
+def test_each_version_has_its_own_number_of_numbers(tmp_path: Path, version: int, row: list[float]) -> None:
+    folder = str(write(tmp_path / "theirs", with_list("parameters", F32, *[row] * 6)(), head(), version=version))
+    settings = read_settings(folder)
+    with pytest.raises(DataError, match="a row does not have"):
+        read_rows(folder, settings, settings.files[0])
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"format": "other"}, "it is other, version 1; this version reads soft targets of views, version 1"),
-        ({"version": 2}, "version 2; this version reads"),
+        ({"format": "other"}, "it is other, version 1; this version reads soft targets of views, version 1 or 2"),
+        ({"version": 3}, "version 3; this version reads"),
         ({"surprise": 1}, "'surprise' does not belong to it"),
         ({"classes": ["dog", "cat"]}, "its fingerprint is not that of"),
         ({"classes": "cat"}, "classes has to be a list"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from raydistill.data.sample import sample_id
-from raydistill.data.targets import decode_targets, encode_targets
+from raydistill.data.targets import decode_targets, encode_targets, read_views
 from raydistill.errors import CheckpointError
 
 
@@ -28,6 +28,19 @@ def test_targets_come_back_as_they_were_however_they_lie_in_memory(views, rows, 
     found = decode_targets(encode_targets(ids(rows), same), ids(rows), "train-00000")
     assert found.dtype == np.float16
     np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize(("count", "is_read"), [(8, True), (17, True), (7, False), (12, False)])
+def test_views_of_another_program_come_back_with_as_many_numbers_as_views_have(tmp_path, count, is_read):
+    parameters_KRP = np.random.default_rng(0).random((2, 4, count), np.float32)
+    (tmp_path / "train-00000.safetensors").write_bytes(
+        encode_targets(ids(4), np.ones((2, 4, 3)), parameters_KRP=parameters_KRP)
+    )
+    if is_read:
+        np.testing.assert_array_equal(read_views(str(tmp_path), "train", 0, ids(4))[1], parameters_KRP)
+        return
+    with pytest.raises(CheckpointError, match="parameters"):
+        read_views(str(tmp_path), "train", 0, ids(4))
 
 
 STORED = encode_targets(ids(4), np.ones((2, 4, 3)))

@@ -91,7 +91,11 @@ def test_the_pages_reader_reads_what_the_command_wrote(words: list[str], tmp_pat
     )
 
 
-def test_a_student_of_a_folder_is_the_one_of_the_network_bit_for_bit(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("strength", ["light", "strong"])
+def test_a_student_of_a_folder_is_the_one_of_the_network_bit_for_bit(
+    words: list[str], tmp_path: Path, strength: str
+) -> None:
+    words = [*words, f"views.strength={strength}"]
     _, network, _ = ran(words, until="evaluate")
     shared(words, tmp_path / "folder")
     _, stored, said = ran(by(tmp_path / "folder", words), until="evaluate")
@@ -147,6 +151,7 @@ def test_images_without_a_record_are_counted_and_named(words: list[str], tmp_pat
     [
         (["views.per_image=3"], r"set views\.per_image=2"),
         (["views.min_scale=0.5", "images.size=48"], r"set images\.size=32 views\.min_scale=0\.08"),
+        (["views.strength=medium", "views.strong_share=1"], r"set views\.brightness=0\.0 .*views\.hue=0\.0"),
         (["images.fit=pad"], r"set images\.fit=crop"),
         (["teacher.head=native"], r"teacher\.head needs a network"),
         (["views.per_image=fresh"], r"views\.per_image=fresh needs a network"),
