@@ -48,7 +48,7 @@ def view_parameters(
     """(B, P) float32: view `indices[i]` of image `sample_ids[i]`, a function of only the seed and those two.
 
     The crop is that of torchvision's RandomResizedCrop: area uniform, aspect ratio log-uniform, the first of ten tries
-    that fits, or the whole image if none does. What `views` leaves off draws no numbers of the others.
+    that fits, or the whole image if none does. To turn a change on alters no other number.
     """
     changes = views.changes
     keys_B = _keys(seed, sample_ids, indices)
@@ -87,15 +87,15 @@ def _more(changes: Changes, keys_B: np.ndarray, first: int) -> np.ndarray:
     # As in Random Erasing (Zhong et al. 2020) and torchvision. A side too long for the view, which is rare, is cut.
     area, ratio = 0.02 + area * (0.33 - 0.02), np.exp((2 * ratio - 1) * np.log(3.3))
     sides_2B = np.sqrt([area * ratio, area / ratio]).clip(max=1)
-    places_2B = draws_NB[10:] * (1 - sides_2B)
+    rectangle_4B = np.concatenate([draws_NB[10:] * (1 - sides_2B), sides_2B])
+    few_bits = 4 + np.floor(4 * bits)  # RandAugment's 4 bits or more (Cubuk et al. 2020)
     columns = [
         (2 * angle - 1) * changes.rotate,
         (2 * hue - 1) * changes.hue,
-        (is_posterized < changes.posterize)
-        * (4 + np.floor(4 * bits)),  # RandAugment's 4 bits or more (Cubuk et al. 2020)
+        (is_posterized < changes.posterize) * few_bits,
         (is_solarized < changes.solarize) * 0.5,  # from one half up, as in BYOL (Grill et al. 2020)
         (is_blurred < changes.blur) * (0.05 + 0.95 * sigma) * LARGEST_SIGMA,  # SimCLR's (Chen et al. 2020)
-        *(np.array([*places_2B, *sides_2B]) * (is_erased < changes.erase)),
+        *((is_erased < changes.erase) * rectangle_4B),
     ]
     return np.stack(columns, axis=1)
 
