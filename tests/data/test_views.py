@@ -96,7 +96,7 @@ def test_views_are_those_of_the_published_generator(seed, index, min_scale, max_
 
 
 def test_views_of_one_job_stay_those_that_soft_targets_were_stored_for():
-    """A change here needs a higher artifacts.FORMATS["teach"]: stored soft targets would belong to other views."""
+    """A change here needs a higher identity.FORMATS["teach"]: stored soft targets would belong to other views."""
     names = ["00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100"]
     expected = [
         [0.149058, 0.001743, 0.826760, 0.956724, 1, 0.687561, 1.244832, 0.873749],
