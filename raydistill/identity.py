@@ -234,14 +234,35 @@ def distill_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:
     return stage_directory(config, "distill", identity)
 
 
+# Keys that older versions did not have, with the value that stands for what those did: it leaves names as they were.
+_ADDED = {
+    "class_weights": None, "label_smoothing": 0.0, "patience": None, "layer_decay": None, "decay_norms": True,
+}  # fmt: skip
+
+
 def _training(config: RunConfig) -> dict[str, Any]:
+    loss, distill = config.loss.model_dump(), config.distill.model_dump()
+    if not config.loss.needs_teacher:
+        loss = {key: loss[key] for key in ("task_weight", "class_weights", "label_smoothing")}
+    elif "task" not in config.loss.terms:
+        loss |= {"class_weights": None, "label_smoothing": 0.0}
+    if config.distill.ema_decay is not None:
+        distill["ema"] = 2  # since its decay warms up
+    if config.distill.weight_decay == 0:
+        del distill["decay_norms"]
+    for key in ("cache", "checkpoint_seconds", "max_failures"):
+        del distill[key]
     return {
         "student": config.student.model_dump(exclude={"weights"}) | model_identity(config.student),
-        "loss": config.loss.model_dump() if config.loss.needs_teacher else {"task_weight": config.loss.task_weight},
-        "distill": config.distill.model_dump(exclude={"cache", "checkpoint_seconds", "max_failures"}),
+        "loss": _without_added(loss),
+        "distill": _without_added(distill),
         "views": config.views.identity,
         "seed": config.seed,
     }
+
+
+def _without_added(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in _ADDED or value != _ADDED[key]}
 
 
 def evaluate_directory(config: RunConfig, samples: SampleSet) -> StageDirectory:

@@ -85,6 +85,10 @@ def check_run(config: RunConfig, work: Work) -> None:
             f"loss: none of its terms ({', '.join(config.loss.terms)}) trains the student's classifier; raise "
             "loss.task_weight or loss.kd_weight"
         )
+    if isinstance(config.loss.class_weights, dict):
+        from raydistill.data.prompts import refuse_unknown
+
+        refuse_unknown(config.loss.class_weights, work.listing.classes, "loss.class_weights")
     _check_counts(config, work.listing)
     _check_models(config, work.listing, work.undone)
     if "generate" in work.undone:
@@ -127,6 +131,7 @@ def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -
         return
     import torch
 
+    from raydistill.engine.optimizer import layer_rates
     from raydistill.engine.precision import refuse_unable
     from raydistill.models.heads import match_native_head
     from raydistill.models.student import build_student, has_batch_norm
@@ -136,6 +141,7 @@ def _check_models(config: RunConfig, listing: Listing, undone: frozenset[str]) -
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if "distill" in undone:
         student = build_student(config.student, len(listing.classes))
+        layer_rates(config.distill, student)  # refuses one without layers
         simclr = config.loss.projects_with_batch_norm
         what = f"loss.projection_head={config.loss.projection_head}" if simclr else config.student.model
         _check_batch_norm(config, what, simclr or has_batch_norm(student))

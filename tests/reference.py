@@ -22,10 +22,20 @@ def log_softmax(row: Sequence[float], temperature: float = 1.0) -> list[float]:
     return [value - log_sum for value in scaled]
 
 
-def cross_entropy(logits: Matrix, labels: Sequence[int]) -> float:
-    """Mean over the rows with a label; a label of -1 is none."""
-    losses = [-log_softmax(row)[label] for row, label in zip(logits, labels, strict=True) if label != -1]
-    return sum(losses) / len(losses) if losses else 0.0
+def cross_entropy(
+    logits: Matrix, labels: Sequence[int], smoothing: float = 0.0, weights: Sequence[float] | None = None
+) -> float:
+    """Mean over the rows with a label, by the weights of their classes; a label of -1 is none. Smoothing gives each
+    class an equal part of that share of the label."""
+    total = weight = 0.0
+    for row, label in zip(logits, labels, strict=True):
+        if label == -1:
+            continue
+        logs, each = log_softmax(row), [1.0] * len(row) if weights is None else weights
+        for c in range(len(row)):
+            total -= ((1 - smoothing) * (c == label) + smoothing / len(row)) * each[c] * logs[c]
+        weight += each[label]
+    return total / weight if weight else 0.0
 
 
 def soft_target_kl(student: Matrix, teacher: Matrix, temperature: float) -> float:

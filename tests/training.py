@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from raydistill.cluster.plan import plan_resources
+from raydistill.engine import reporter
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.checkpoints import latest_checkpoint
 from raydistill.engine.loop import distill_loop
@@ -36,6 +38,21 @@ def ends_at(last: int, announced: int | None = None) -> Callable[[int], bool]:
 def interrupt(job: DistillJob, last: int, announced: int | None = None) -> None:
     with pytest.raises(KeyboardInterrupt):
         distill_loop(job, here(ends_at(last, announced)))
+
+
+def in_two_processes(job: DistillJob, kill_at: int | None = None) -> None:
+    """The loop as Ray Train runs it: two workers that average their gradients. The machine may end after a step."""
+    torch.multiprocessing.spawn(_as_rank, (job, kill_at, f"{job.path}/rendezvous-{kill_at}"), 2)
+
+
+def _as_rank(rank: int, job: DistillJob, kill_at: int | None, rendezvous: str) -> None:
+    reporter._LEAST_GAP = 0.0  # here too each step may end in a checkpoint
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    worker = Worker(rank, 2, "cpu", 1, ends_at(kill_at) if kill_at else lambda step: False)
+    with contextlib.suppress(KeyboardInterrupt):
+        distill_loop(job, worker)
+    torch.distributed.destroy_process_group()
 
 
 def distil(

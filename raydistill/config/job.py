@@ -161,7 +161,7 @@ def fine_tuning(config: RunConfig) -> RunConfig:
     )
     distill = Distill(
         epochs=teacher.fine_tune_epochs, batch_size=teacher.fine_tune_batch_size,
-        learning_rate=teacher.fine_tune_learning_rate, body_rate=0.1, **where,
+        learning_rate=teacher.fine_tune_learning_rate, body_rate=0.1, decay_norms=True, **where,
     )  # fmt: skip
     return config.model_copy(
         update={

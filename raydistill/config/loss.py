@@ -14,6 +14,12 @@ class Loss(Section):
 
     task_weight: Weight | tuple[Weight, Weight] = 1.0
     """Cross-entropy with the labels; unlabelled images do not take part in it."""
+    class_weights: Literal["balanced"] | dict[str, Positive] | None = None
+    """Weights of the classes in `task`, as {rare: 5}; a class that is not named has 1. `balanced`: N / (K * n_c) of N
+    labelled train images, n_c of them in class c, in K classes that have any (scikit-learn). Generated images are not
+    counted, but weighed. null: all images weigh the same. The teacher's probe has teacher.class_balanced of its own."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each label in `task` that is spread evenly over all classes (Szegedy et al. 2016)."""
     kd_weight: Weight | tuple[Weight, Weight] = 1.0
     """Soft-target KL divergence (Hinton et al. 2015)."""
     temperature: Positive = 4.0
@@ -75,6 +81,10 @@ class Loss(Section):
         """The weight of a term when the share `progress` of all steps is done."""
         weight = getattr(self, f"{term}_weight")
         return float(weight[0] + (weight[1] - weight[0]) * progress if isinstance(weight, tuple) else weight)
+
+    @property
+    def weighs_classes(self) -> bool:
+        return self.class_weights is not None and "task" in self.terms
 
     @property
     def needs_projection(self) -> bool:

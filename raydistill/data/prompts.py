@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import re
@@ -209,7 +210,11 @@ def refuse_unknown(given: Mapping[str, object], classes: Sequence[str], what: st
     """Raises ConfigError if `what`, a key or a file, names a class that the data does not have."""
     known = set(classes)
     if unknown := [name for name in given if name not in known]:
-        raise ConfigError(f"{what}: the data has no class {first_few(unknown)}; it has {first_few(list(classes))}")
+        near = difflib.get_close_matches(unknown[0], classes, n=3)
+        meant = f" (nearest to {unknown[0]!r}: {', '.join(map(repr, near))})" if near else ""
+        raise ConfigError(
+            f"{what}: the data has no class {first_few(unknown)}{meant}; it has {first_few(list(classes))}"
+        )
 
 
 def _refuse_shared(found: dict[str, ClassPrompts]) -> None:

@@ -259,7 +259,8 @@ def _of_classes(entries: Entries, splits: dict[str, np.ndarray]) -> Iterator[Fin
     if train[least] and train[most] / train[least] > _IMBALANCE:
         yield Finding("look", f"{most!r} has {train[most] / train[least]:.0f} times the train images of {least!r}",
                       train[least], (), "all are used as they are",
-                      "teacher.class_balanced=true, generate.balance=true, or more images of it")  # fmt: skip
+                      "teacher.class_balanced=true, loss.class_weights=balanced, generate.balance=true, or more "
+                      "images of it")  # fmt: skip
 
 
 def _of_pixels(config: RunConfig, entries: Entries, used: list[Look]) -> Iterator[Finding]:

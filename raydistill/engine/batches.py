@@ -49,6 +49,7 @@ class DistillJob:
     generated: SampleSet | None = None
     generated_targets: str | None = None
     weights: dict[str, float] | None = None  # of the hard labels of generated images, by sample id
+    class_weights: tuple[float, ...] | None = None  # of `loss.class_weights`, in the order of the classes
 
     @property
     def batch_size(self) -> int:

@@ -19,7 +19,7 @@ from raydistill.losses.total import Outputs
 from raydistill.models.projections import Adapter, ProjectionHead
 from raydistill.models.student import Student, build_student
 
-_SIGNIFICANCE = 0.05  # the probability of shipping an earlier epoch that is no better than the last
+_SIGNIFICANCE = 0.05  # the probability of shipping other weights than the default, though these are no worse
 
 
 class DistillationModel(nn.Module):
@@ -91,7 +91,13 @@ class BestStudent(nn.Module):
 
     def is_better_than(self, right_V: torch.Tensor, looks: int) -> bool:
         """Whether it is significantly better than a student with correct answers `right_V`, although it is the best of
-        this many `looks`: McNemar's exact one-sided test with Bonferroni's correction."""
-        only_kept, only_other = int((self.right & ~right_V).sum()), int((right_V & ~self.right).sum())
-        # The tail of the binomial distribution; importing scipy.stats would take each worker a second.
-        return bool(bdtrc(only_kept - 1, only_kept + only_other, 0.5) <= _SIGNIFICANCE / looks)
+        this many `looks`."""
+        return is_better(self.right, right_V, looks)
+
+
+def is_better(right_V: torch.Tensor, other_V: torch.Tensor, looks: int) -> bool:
+    """Whether a student with correct answers `right_V` is significantly better than one with `other_V`, as one of this
+    many `looks`: McNemar's exact one-sided test with Bonferroni's correction."""
+    only_right, only_other = int((right_V & ~other_V).sum()), int((other_V & ~right_V).sum())
+    # The tail of the binomial distribution; importing scipy.stats would take each worker a second.
+    return bool(bdtrc(only_right - 1, only_right + only_other, 0.5) <= _SIGNIFICANCE / looks)

@@ -25,15 +25,18 @@ from raydistill.engine.checkpoints import (
     does_not_fit,
     latest_checkpoint,
 )
-from raydistill.engine.distillation_model import BestStudent, DistillationModel
+from raydistill.engine.distillation_model import DistillationModel
+from raydistill.engine.optimizer import new_optimizer
 from raydistill.engine.precision import student_precision
 from raydistill.engine.replicas import replicas_of
 from raydistill.engine.reporter import Reporter
+from raydistill.engine.val import ValLooks
 from raydistill.engine.workarounds import keep_freed_memory
 from raydistill.engine.workers import Worker
 from raydistill.errors import StageError
 from raydistill.identity import student_pin
 from raydistill.losses.crd import ContrastiveMemory, Negatives
+from raydistill.losses.task import ClassWeights, label_weight
 from raydistill.losses.total import distillation_loss
 from raydistill.models.autocast import autocast
 from raydistill.models.from_transformers import TransformersClassifier
@@ -43,26 +46,28 @@ from raydistill.storage.directory import refuse_small_disk
 def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     """Train from the last checkpoint to the last epoch, and return that epoch's record.
 
-    A record's `kept_epoch` is the epoch that would ship if training ended there, once val is measured. The seed and the
-    step decide all random numbers, so a resumed run equals an unbroken one. Raises StageError (the images run out),
-    DivergedError, CheckpointError, and ConfigError (the disk is too small).
+    A record's `kept_epoch` is the epoch that would ship if training ended there, once val is measured; that of the
+    epoch at which `distill.patience` ends training has `not_risen_since`. The seed and the step decide all random
+    numbers, so a resumed run equals an unbroken one. Raises StageError (the images run out), DivergedError,
+    CheckpointError, and ConfigError (the disk is too small).
     """
     config, settings, device = job.config, job.config.distill, torch.device(worker.device)
     torch.manual_seed(config.seed)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     model = DistillationModel(job).to(device, memory_format=layout)
     precision = _threads_and_precision(job, worker, model, layout)
-    ema = ModelEmaV3(model.student, decay=settings.ema_decay) if settings.ema_decay else None
+    ema = _averaged(settings, model)
     remembers = "crd" in config.loss.terms
     memory = ContrastiveMemory(config.loss.crd_memory, config.loss.projection_dim).to(device) if remembers else None
-    student_now = model.student if ema is None else ema.module
-    # Only rank 0 measures val.
-    best = BestStudent(student_now, job.samples.num_rows("val")) if job.looks_at_val and worker.rank == 0 else None
-    parts = {"model": model, "ema": None if ema is None else ema.module, "memory": memory, "kept": best}
+    val = ValLooks(job, worker, model.student, None if ema is None else ema.module)
+    parts = {"model": model, "ema": None if ema is None else ema.module, "memory": memory, "kept": val.best}
     modules = {name: module for name, module in parts.items() if module is not None}
-    optimizer = _optimizer(settings, model)
+    optimizer = new_optimizer(settings, model)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     step, partial, record = _resume(job, modules, optimizer, scaler)
+    val.resume(step)
+    assert config.loss.weighs_classes == (job.class_weights is not None), "distill_student counts the labels"
+    weights_C = None if job.class_weights is None else torch.tensor(job.class_weights, device=device)
     # transformers models may have a mask token, which never gets a gradient.
     idle = isinstance(model.student.body, TransformersClassifier)
     network = DistributedDataParallel(model, find_unused_parameters=idle) if worker.size > 1 else model
@@ -70,9 +75,10 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
         need = bytes_to_write(job.path, modules, optimizer)
         refuse_small_disk(config, "distill: its checkpoints", need, "choose another workspace")
     reporter = Reporter(job, worker, step, partial, scaler.is_enabled())
+    reporter.is_over = step == job.total_steps or (record is not None and "not_risen_since" in record)
     model.train()
     with CheckpointWriter(job.path) as checkpoints:
-        for batch in reporter.timed(worker_batches(job, worker, step)):
+        for batch in () if reporter.is_over else reporter.timed(worker_batches(job, worker, step)):
             torch.manual_seed(_step_seed(config.seed, step, worker.rank))  # for dropout and the like
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * learning_rate(settings, step, job.steps_per_epoch)
@@ -84,23 +90,23 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             negatives = memory and _negatives(
                 memory, job, worker, step, (student.projected_BP, teacher.projected_BP, rows, labels), batch.places_V
             )
-            done = step / job.total_steps
-            loss, terms = distillation_loss(config.loss, student, teacher, labels, done, negatives, weights)
-            optimizer.zero_grad(set_to_none=True)
             # The gradient is the mean over workers, whose shares of a batch may differ.
             share = 1.0 if batch.places_V is None else len(labels) * worker.size / job.batch_size
+            classes, done = _class_weights(weights_C, labels, worker, share), step / job.total_steps
+            loss, terms = distillation_loss(config.loss, student, teacher, labels, done, negatives, weights, classes)
+            optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss * share).backward()
             scaler.unscale_(optimizer)
             norm = _clip(model, settings.clip_norm)
             scaler.step(optimizer)
             scaler.update()
-            if ema is not None:
-                ema.update(model.student)
             step += 1
+            if ema is not None:
+                ema.update(model.student, step)
             reporter.count(step, len(labels), norm, {"loss": loss, **terms})
             ended, preempted = step % job.steps_per_epoch == 0, worker.preempted(step)
             if ended:
-                record = reporter.end_epoch(step, student_now, best, optimizer)
+                record = reporter.end_epoch(step, val, optimizer)
             due = worker.rank == 0 and (preempted or reporter.checkpoint_due(step, ended, checkpoints.seconds))
             if due and reporter.is_finite():
                 checkpoints.save(Checkpoint(step, modules, optimizer, scaler, reporter.partial_epoch(), record))
@@ -109,7 +115,9 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
             if ended and record is not None:
                 worker.on_epoch(record)
             reporter.progress(step)
-    if step < job.total_steps or record is None:
+            if reporter.is_over:
+                break
+    if not reporter.is_over or record is None:
         raise StageError(f"distill: the images ran out at step {step} of {job.total_steps}; run the same command again")
     return record
 
@@ -128,6 +136,14 @@ def _threads_and_precision(
     precision, model.replicas = student_precision(model.student, replicas, asked, pin, share, device, layout)
     torch.set_num_threads(1 if model.replicas else worker.threads)
     return precision
+
+
+def _averaged(settings: Distill, model: DistillationModel) -> ModelEmaV3 | None:
+    """The moving average of the student. timm's warm-up with this gamma and power lets the decay be (1 + n) / (10 + n)
+    at most, n + 2 steps after the start (TensorFlow's ExponentialMovingAverage); the first step replaces the start."""
+    if settings.ema_decay is None:
+        return None
+    return ModelEmaV3(model.student, decay=settings.ema_decay, use_warmup=True, warmup_gamma=9.0, warmup_power=1.0)
 
 
 def _clip(model: DistillationModel, most: float | None) -> torch.Tensor:
@@ -179,19 +195,18 @@ def _all_gather(tensor: torch.Tensor, worker: Worker) -> list[torch.Tensor]:
     return everyone
 
 
-def _optimizer(settings: Distill, model: DistillationModel) -> torch.optim.Optimizer:
-    """The `rate` of each group is relative to the schedule's."""
-    body = model.student.body_parameters()
-    of_body = {id(parameter) for parameter in body}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in of_body]
-    groups = [{"params": others, "rate": 1.0}]
-    if settings.body_rate > 0:
-        groups.append({"params": body, "rate": settings.body_rate})
-    rate, decay = settings.learning_rate, settings.weight_decay
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, rate, weight_decay=decay, fused=True)
-    # Not fused: where the first step is not finite, torch 2.14 trains on a momentum that it has not initialised.
-    return torch.optim.SGD(groups, rate, momentum=settings.momentum, weight_decay=decay)
+def _class_weights(
+    weights_C: torch.Tensor | None, labels_V: torch.Tensor, worker: Worker, share: float
+) -> ClassWeights | None:
+    """For this worker's share of a batch, `share` times as large as the mean share: divided by the weight of the whole
+    batch, so that the mean over workers is that of one process."""
+    if weights_C is None:
+        return None
+    divisor = label_weight(labels_V, weights_C)
+    if worker.size > 1:
+        torch.distributed.all_reduce(divisor)
+        divisor = divisor * (share / worker.size)
+    return ClassWeights(weights_C, divisor)
 
 
 def learning_rate(settings: Distill, step: int, steps_per_epoch: int) -> float:

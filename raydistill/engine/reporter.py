@@ -6,15 +6,13 @@ import time
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from raydistill.data.train_split import Batch
 from raydistill.engine.batches import DistillJob
-from raydistill.engine.distillation_model import BestStudent
 from raydistill.engine.records import note_lost_steps, seconds_between_looks, write_epoch, write_progress
+from raydistill.engine.val import ValLooks
 from raydistill.engine.workers import Worker
 from raydistill.errors import DivergedError
-from raydistill.models.student import split_logits
 from raydistill.runtime import metrics
 
 _MOST_SKIPPED_STEPS = 20
@@ -35,6 +33,7 @@ class Reporter:
         self._written = self._saved = time.monotonic()
         self._names: list[str] = []
         self._state: torch.Tensor | None = None
+        self.is_over = False
         self._begin_epoch(partial)
         if worker.rank == 0:
             self._lost_steps = note_lost_steps(job.path, first_step)
@@ -105,33 +104,17 @@ class Reporter:
         sums = self._partial if self._state is None else dict(zip(self._names, self._state[0].tolist(), strict=True))
         return sums and {**sums, "seconds": time.monotonic() - self._started}
 
-    def end_epoch(
-        self, step: int, student: nn.Module, best: BestStudent | None, optimizer: torch.optim.Optimizer
-    ) -> dict[str, float]:
+    def end_epoch(self, step: int, val: ValLooks, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """The epoch's record: the number of images of all workers, the share of time in which this worker waited for
-        data, the mean of each term, and the val accuracy if it is due."""
+        data, the mean of each term, and what val shows if it is due. From now on `is_over` says whether training ends
+        here."""
         job, worker, sums = self._job, self._worker, self.partial_epoch()
         epoch, images, seconds = step // job.steps_per_epoch, sums.pop("images"), sums.pop("seconds")
         record = {"epoch": float(epoch), "step": float(step), "images_per_second": images / max(seconds, 1e-9)}
         record |= {"images": images, "waits_for_data": self._waited / max(time.monotonic() - self._resumed, 1e-9)}
         record |= {name: sums[name] / job.steps_per_epoch for name in sorted(sums)}
         record["learning_rate"] = optimizer.param_groups[0]["lr"]
-        due = epoch % job.config.distill.val_every == 0 or step == job.total_steps
-        if due and worker.rank == 0 and job.samples.num_rows("val"):
-            device, size = torch.device(worker.device), job.config.evaluate.batch_size
-            own = torch.get_num_threads()
-            torch.set_num_threads(worker.threads)  # in training, replicas of the student may have one each
-            logits, labels = split_logits(student, job.samples, "val", device, size)
-            torch.set_num_threads(own)
-            right = torch.from_numpy(logits.argmax(1) == labels)
-            record["val_accuracy"] = float(right.double().mean())
-            if best is not None:
-                best.offer(student, epoch, right)
-                looks = -(-epoch // job.config.distill.val_every)
-                is_better = job.config.distill.keep == "best" or best.is_better_than(right, looks)
-                if not is_better and step == job.total_steps:
-                    best.take(student, epoch, right)
-                record["kept_epoch"] = float(best.epoch if is_better else epoch)
+        self.is_over = val.end_epoch(step, record)
         metrics.count("raydistill_seconds_waited_for_data", self._waited, "distill")
         if worker.rank == 0:
             write_epoch(job.path, record)
@@ -144,7 +127,7 @@ class Reporter:
         time."""
         now, seconds = time.monotonic(), self._job.config.distill.checkpoint_seconds
         due = ended if seconds == 0 else now - self._saved >= max(seconds, _LEAST_GAP * took)
-        if due or step == self._job.total_steps:
+        if due or self.is_over:
             self._saved = now
             return True
         return False

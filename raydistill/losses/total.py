@@ -20,7 +20,7 @@ from raydistill.losses.relational import rkd_angle, rkd_distance
 from raydistill.losses.soft_targets import soft_target_kl
 from raydistill.losses.srrl import srrl
 from raydistill.losses.standardised import standardised_kl
-from raydistill.losses.task import cross_entropy
+from raydistill.losses.task import ClassWeights, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,21 @@ def distillation_loss(
     progress: float = 0.0,
     negatives: Negatives | None = None,
     weights_B: torch.Tensor | None = None,
+    classes: ClassWeights | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The sum to minimise, and its unweighted terms by name, without terms whose weight is always 0.
 
     The default is the total of Farhat & Chen 2024 with all weights 1: L = CE + T^2 KL + L_align + (L_unif(student) +
     L_unif(teacher)) / 2. `progress` is the share of steps done, for weights that change. It computes in fp32 even under
-    autocast. `weights_B` are the images' weights in the task term.
+    autocast. `weights_B` are the images' weights in the task term, `classes` those of their classes.
     """
     with torch.autocast(labels_B.device.type, enabled=False):
-        terms = {name: _term(name, config, student, teacher, labels_B, negatives, weights_B) for name in config.terms}
+        terms = {
+            name: cross_entropy(student.logits_BC, labels_B, weights_B, config.label_smoothing, classes)
+            if name == "task"
+            else _term(name, config, student, teacher, labels_B, negatives)
+            for name in config.terms
+        }
     total = sum(
         (config.weight(name, progress) * value for name, value in terms.items()), labels_B.new_zeros(()).float()
     )
@@ -64,10 +70,7 @@ def _term(
     teacher: Outputs | None,
     labels_B: torch.Tensor,
     negatives: Negatives | None,
-    weights_B: torch.Tensor | None,
 ) -> torch.Tensor:
-    if name == "task":
-        return cross_entropy(student.logits_BC, labels_B, weights_B)
     assert teacher is not None, "the config refuses such a term without a teacher"
     logits = (student.logits_BC, teacher.logits_BC)
     features = (student.features_BD, teacher.features_BD)

@@ -63,7 +63,7 @@ def curves(epochs: list[dict[str, float]], kept_epoch: int) -> list[tuple[str, M
     at = [e["epoch"] for e in epochs]
     plain = {
         "epoch", "step", "images", "images_per_second", "waits_for_data", "learning_rate", "val_accuracy", "kept_epoch",
-        "loss",
+        "val_accuracy_averaged", "val_accuracy_latest", "is_averaged", "not_risen_since", "loss",
     }  # fmt: skip
     terms = sorted({name for e in epochs for name in e} - plain)
     measured = [(e["epoch"], e["val_accuracy"]) for e in epochs if "val_accuracy" in e]

@@ -88,7 +88,7 @@ def _train(work: TrialWork, report: Callable[[dict[str, Any]], None]) -> dict[st
 
     def on_epoch(record: dict[str, float]) -> None:
         of_shipped = shipped(record)
-        if record["epoch"] < last:  # the result has the last
+        if record["epoch"] < last and "not_risen_since" not in record:  # the result has the last
             report({**record, "shipped": of_shipped})
 
     quiet = Progress(Console(quiet=True))
@@ -103,6 +103,7 @@ def _train(work: TrialWork, report: Callable[[dict[str, Any]], None]) -> dict[st
         student = result_of(directory.done() or {}, directory.path, StudentCheckpoint)
         for record in read_epochs(directory.path):
             on_epoch({**record, "trained_before": True})
+    last = student.steps // job.steps_per_epoch
     record = needed_state(f"{directory.path}/epochs/{last:05d}.json", EpochRecord, any_float=True)
     of_shipped = shipped(record) | _measures(work, student, record)
     result = {**record, "shipped": of_shipped, "finished": True}

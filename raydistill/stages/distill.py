@@ -7,11 +7,15 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
+
+import numpy as np
 
 from raydistill.cluster.plan import Plan
 from raydistill.config import RunConfig
+from raydistill.data.prompts import refuse_unknown
+from raydistill.data.targets import UNLABELLED, read_labels
 from raydistill.engine.batches import DistillJob
 from raydistill.engine.checkpoints import drop_checkpoints, latest_checkpoint, latest_step
 from raydistill.engine.fresh_stream import FreshStream
@@ -30,6 +34,7 @@ from raydistill.errors import DataError
 from raydistill.escaping import counted
 from raydistill.execution import Execution
 from raydistill.identity import distill_directory, student_pin
+from raydistill.losses.task import class_weights
 from raydistill.models.student import build_student, has_batch_norm, write_student
 from raydistill.results import Outcome, StudentCheckpoint
 from raydistill.runtime.progress import Progress
@@ -55,10 +60,17 @@ def distill_student(
     Raises DataError: too few images.
     """
     _refuse_too_few_images(job)
-    if job.config.distill.keep == "best" and not job.samples.num_labelled["val"]:
-        raise DataError(
-            "distill.keep=best needs labelled val images, and there are none; add some, or set distill.keep=last"
-        )
+    settings = job.config.distill
+    if not job.samples.num_labelled["val"]:
+        for is_set, key, instead in (
+            (settings.keep == "best", "keep=best", "keep=last"),
+            (settings.patience is not None, f"patience={settings.patience}", "patience=null"),
+        ):
+            if is_set:
+                raise DataError(
+                    f"distill.{key} needs labelled val images, and there are none; add some, or set distill.{instead}"
+                )
+    job = _with_class_weights(job)
     directory.begin()
     start = latest_step(job.path)
     note_lost_steps(job.path, start)
@@ -71,14 +83,14 @@ def distill_student(
     again = lost_steps * job.batch_size
     progress.again(title, again, again / record["images_per_second"])
     epochs = read_epochs(job.path)
-    kept_epoch = int(record.get("kept_epoch", job.config.distill.epochs))
+    kept_epoch = int(record.get("kept_epoch", record["epoch"]))
     kept = kept_words(job, epochs, kept_epoch)
-    precision, words = described(job.config.distill.precision, student_pin(job.path.rpartition("/")[0], job.config))
+    precision, words = described(settings.precision, student_pin(job.path.rpartition("/")[0], job.config))
     training = {"kept_epoch": kept_epoch, "epochs": len(epochs), "kept": kept, "precision": precision}
     num_parameters = _write_student(job, directory, training)
     val_accuracy = epochs[kept_epoch - 1].get("val_accuracy")
     result = StudentCheckpoint(
-        directory.path, val_accuracy, num_parameters, job.total_steps, job.batch_size, kept_epoch, kept, precision
+        directory.path, val_accuracy, num_parameters, int(record["step"]), job.batch_size, kept_epoch, kept, precision
     )
     progress.line(f"{title:<9} {kept}")
     progress.line(f"{title:<9} trained in {words}")
@@ -117,11 +129,40 @@ def _refuse_too_few_images(job: DistillJob) -> None:
     )
 
 
+def _with_class_weights(job: DistillJob) -> DistillJob:
+    """Raises ConfigError: the data lacks a class that is named."""
+    asked, samples = job.config.loss.class_weights, job.samples
+    if asked is None or not job.config.loss.weighs_classes:
+        return job
+    num_labelled_C = np.zeros(len(samples.classes), int)
+    if asked != "balanced":
+        refuse_unknown(asked, samples.classes, "loss.class_weights")
+    else:
+        for shard in range(len(samples.shards["train"])):
+            labels = read_labels(samples, "train", shard)
+            if (labels == UNLABELLED).any():
+                break  # labelled rows come first
+            num_labelled_C += np.bincount(labels, minlength=len(num_labelled_C))
+    return replace(job, class_weights=class_weights(asked, samples.classes, num_labelled_C))
+
+
 def kept_words(job: DistillJob, epochs: list[dict[str, float]], kept_epoch: int) -> str:
-    """Which epoch ships and why, in words."""
+    """Which epoch ships and why, in words, and why training stopped before the last one."""
+    words, kept = _kept_words(job, epochs, kept_epoch), epochs[kept_epoch - 1]
+    if "is_averaged" in kept:
+        names = {0.0: "latest", 1.0: "averaged"}
+        mine, other = names[kept["is_averaged"]], names[1 - kept["is_averaged"]]
+        words += f"; it has the {mine} weights (the {other} ones had {kept[f'val_accuracy_{other}']:.3f})"
+    if (since := epochs[-1].get("not_risen_since")) is None:
+        return words
+    stopped = f"stopped after epoch {len(epochs)} of {job.config.distill.epochs}"
+    return f"{stopped}: val has not risen since epoch {int(since)}; {words}"
+
+
+def _kept_words(job: DistillJob, epochs: list[dict[str, float]], kept_epoch: int) -> str:
     accuracies = {int(e["epoch"]): e["val_accuracy"] for e in epochs if "val_accuracy" in e}
-    last, images = job.config.distill.epochs, job.samples.num_labelled["val"]
-    words = f"epoch {kept_epoch} of {last} ships"
+    last, images = len(epochs), job.samples.num_labelled["val"]
+    words = f"epoch {kept_epoch} of {job.config.distill.epochs} ships"
     if not accuracies:
         return f"{words}: nothing was measured on val"
     words += f": {accuracies[kept_epoch]:.3f} on val"

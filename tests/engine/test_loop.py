@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 from dataclasses import replace
@@ -20,14 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from raydistill.config import Distill, Loss
 from raydistill.data.targets import UNLABELLED
 from raydistill.engine import loop, reporter
-from raydistill.engine.batches import DistillJob
 from raydistill.engine.checkpoints import latest_checkpoint, latest_step
 from raydistill.engine.distillation_model import BestStudent, DistillationModel
 from raydistill.engine.loop import distill_loop, learning_rate
 from raydistill.engine.records import read_epochs, read_progress
-from raydistill.engine.workers import Worker
 from raydistill.errors import CheckpointError, DivergedError
-from tests.training import assert_same, ends_at, here, interrupt, untimed, weights
+from tests.training import assert_same, here, in_two_processes, interrupt, untimed, weights
 
 ALONE = {name: 0 for name in Loss.model_fields if name.endswith("_weight")}
 CRD = {"crd_weight": 1.0, "crd_memory": 24, "crd_negatives": 16}
@@ -142,28 +139,6 @@ def test_memory_stream_and_device_train_the_same_student_resumed_or_not(tiny_set
         assert_same(memory, job)
 
 
-def in_two_processes(job: DistillJob, kill_at: int | None = None) -> None:
-    """The loop as Ray Train runs it: two workers that average their gradients. The machine may end after a step."""
-    torch.multiprocessing.spawn(_as_rank, (job, kill_at, f"{job.path}/rendezvous-{kill_at}"), 2)
-
-
-def _as_rank(rank: int, job: DistillJob, kill_at: int | None, rendezvous: str) -> None:
-    reporter._LEAST_GAP = 0.0  # here too each step may end in a checkpoint
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    worker = Worker(rank, 2, "cpu", 1, ends_at(kill_at) if kill_at else lambda step: False)
-    with contextlib.suppress(KeyboardInterrupt):
-        distill_loop(job, worker)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
-def after_every_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Settings with which each step ends in a checkpoint, although writing then takes most of the time."""
-    monkeypatch.setattr(reporter, "_LEAST_GAP", 0.0)
-    return {"checkpoint_seconds": 1e-9}
-
-
 def test_two_workers_resume_within_an_epoch_and_count_the_images_and_terms_of_both(make_set, after_every_step) -> None:
     """Their shares of a batch are three images and two."""
     settings = {"batch_size": 5, "epochs": 2, "keep": "best", "val_every": 1, **after_every_step}
@@ -217,6 +192,7 @@ class Waits(TorchDispatchMode):
     [*({"loss": ALONE | {weight: 1.0}} for weight in ALONE),
      {"loss": CRD, "distill": {"clip_norm": 1.0, "ema_decay": 0.9, "optimizer": "sgd", "warmup_epochs": 0.5}},
      {"views": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}, "distill": {"precision": "bf16"}},
+     {"loss": {"class_weights": "balanced", "label_smoothing": 0.1}, "distill": {"layer_decay": 0.7}},
      {"distill": {"cache": "device"}}],
     ids=str,
 )  # fmt: skip
@@ -224,6 +200,8 @@ def test_no_step_waits_for_the_device(make_set, settings) -> None:
     """Ten steps, between which no epoch ends and nothing is read."""
     distill = {"epochs": 1, "batch_size": 4} | settings.get("distill", {})
     job, waits = make_set("set", num_train=100, labelled=50).job("job", **(settings | {"distill": distill})), Waits()
+    if job.config.loss.class_weights:
+        job = replace(job, class_weights=(1.0, 2.0, 3.0))
 
     def after(step: int) -> bool:
         waits.counts = 10 <= step < 20

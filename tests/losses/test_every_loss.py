@@ -107,6 +107,8 @@ AT_T = [(1.0,), (2.0,), (4.0,), (16.0,)]
 FACTORS = [(1.0, 1.0, 0.0), (2.0, 0.0, 1.0), (4.0, 1.0, 8.0)]
 LOSSES = {
     "task": Loss(cross_entropy, reference.cross_entropy, labelled, [()], value=(1e-6, 1e-6), in_half=1e-6),
+    "smoothed task": Loss(lambda student, labels, share: cross_entropy(student, labels, None, share),
+                          reference.cross_entropy, labelled, [(0.1,), (0.5,)]),
     "kd": Loss(soft_target_kl, reference.soft_target_kl, pair, AT_T, agree=SAME, value=(1e-6, 1e-6), in_half=1e-6,
                spreads=WIDE, of_logits=True),
     "standardised_kd": Loss(standardised_kl, reference.standardised_kl, pair, AT_T[:3], agree=SAME, value=(5e-6, 2e-6),

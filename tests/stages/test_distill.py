@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.utils.class_weight import compute_class_weight
 
-from raydistill.engine import reporter
+from raydistill.config import overlay
+from raydistill.data.sample import SampleSet
+from raydistill.engine import loop, reporter, val
+from raydistill.engine.batches import DistillJob
+from raydistill.engine.distillation_model import DistillationModel
 from raydistill.engine.loop import distill_loop
 from raydistill.engine.records import read_epochs, read_progress
-from raydistill.errors import DataError
+from raydistill.errors import ConfigError, DataError
 from raydistill.models.student import read_student, split_logits
+from raydistill.stages import distill
 from raydistill.stages.distill import distill_student
 from raydistill.storage.directory import StageDirectory
+from tests.small_run import painted, write_shard
 from tests.training import distil, ends_at, here, interrupt, weights
 
 
@@ -55,7 +64,7 @@ def scripted_val(monkeypatch: pytest.MonkeyPatch, right_of_12: list[int]) -> Non
         right = np.arange(12) < right_of_12[epoch - 1]
         return np.stack([right, ~right], axis=1).astype(np.float32), labels
 
-    monkeypatch.setattr(reporter, "split_logits", logits)
+    monkeypatch.setattr(val, "split_logits", logits)
 
 
 def learnt_steps(student: torch.nn.Module) -> int:
@@ -130,3 +139,172 @@ def test_a_worker_of_one_image_a_step_is_refused_where_batch_norm_needs_two(
     with pytest.raises(DataError, match=rf"the student has {num_train} image.*batch norm"):
         distill_student(job, directory, None, progress, lambda record: None)
     assert not list(Path(job.path).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keep", "averaged", "latest", "ships"),
+    [
+        ("auto", 2, 11, "latest"),  # 2^-9 is below 5 % of two looks
+        ("auto", 6, 11, "averaged"),  # 2^-5 is not
+        ("auto", 11, 2, "averaged"),
+        ("best", 8, 9, "latest"),
+        ("best", 9, 9, "averaged"),
+        ("last", 2, 11, "averaged"),
+    ],
+)
+def test_the_weights_that_ship_are_the_averaged_ones_unless_val_shows_the_latest_to_be_better(
+    tiny_set, progress, monkeypatch, keep, averaged, latest, ships
+) -> None:
+    """Bit for bit, and the record, the sentence and the student's own file say which."""
+    settings = {"keep": keep, "val_every": 4, "ema_decay": 0.9}
+    twin = tiny_set.job("twin", distill=settings)
+    distill_loop(twin, here())
+    made, split = [], val.split_logits
+    monkeypatch.setattr(loop, "DistillationModel", lambda job: made.append(DistillationModel(job)) or made[-1])
+
+    def logits(student, *more):
+        labels = split(student, *more)[1]
+        right = np.arange(12) < (latest if student is made[-1].student else averaged)
+        return np.eye(3)[np.where(right, labels, (labels + 1) % 3)], labels
+
+    monkeypatch.setattr(val, "split_logits", logits)
+    job = tiny_set.job("job", distill=settings)
+    result = distil(job, progress)
+    [record] = [record for record in read_epochs(job.path) if "val_accuracy" in record]
+    other = {"latest": "averaged", "averaged": "latest"}[ships]
+    by_name = {"averaged": averaged / 12, "latest": latest / 12}
+    assert record["is_averaged"] == (ships == "averaged")
+    assert (record["val_accuracy_averaged"], record["val_accuracy_latest"]) == tuple(by_name.values())
+    assert result.val_accuracy == record["val_accuracy"] == by_name[ships]
+    assert f"it has the {ships} weights (the {other} ones had {by_name[other]:.3f})" in result.kept
+    assert json.loads(Path(result.path, "student.json").read_text())["training"]["kept"] == result.kept
+    prefix = {"averaged": "ema.body.network.", "latest": "model.student.body.network."}[ships]
+    expected = {k.removeprefix(prefix): v for k, v in weights(twin).items() if k.startswith(prefix)}
+    for name, value in read_student(result.path)[0].network.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(("keep", "ships"), [("best", 2), ("auto", 4)])
+@pytest.mark.parametrize("killed", [None, 13, 19])
+def test_a_training_that_stops_says_so_and_ships_by_the_same_rule(
+    tiny_set, progress, monkeypatch, keep, ships, killed
+) -> None:
+    scripted_val(monkeypatch, [2, 9, 9, 8, 12, 12, 12, 12])
+    settings = {"keep": keep, "val_every": 1, "patience": 2, "epochs": 8}
+    job, records = tiny_set.job("job", distill=settings), []
+    if killed:
+        interrupt(job, killed)
+    result = distil(job, progress, records.append)
+    if keep == "best":
+        ships = 3  # of equals the latest
+    assert [record["epoch"] for record in read_epochs(job.path)] == [1, 2, 3, 4]
+    assert records[-1]["epoch"] == 4
+    assert (result.kept_epoch, result.steps) == (ships, 20)
+    assert learnt_steps(read_student(result.path)[0]) == 5 * ships
+    assert result.kept.startswith("stopped after epoch 4 of 8: val has not risen since epoch 2; ")
+    assert f"epoch {ships} of 8 ships: {[2, 9, 9, 8][ships - 1] / 12:.3f} on val" in result.kept
+
+
+def test_a_training_that_was_killed_when_it_had_stopped_trains_no_further(tiny_set, progress, monkeypatch) -> None:
+    scripted_val(monkeypatch, [5, 4, 12, 12])
+    job = tiny_set.job("job", distill={"val_every": 1, "patience": 1})
+    distill_loop(job, here())
+    result = distil(job, progress)
+    assert (result.kept_epoch, result.steps, len(read_epochs(job.path))) == (2, 10, 2)
+
+
+@pytest.mark.parametrize(("settings", "key"), [({"keep": "best"}, "keep=best"), ({"patience": 3}, "patience=3")])
+def test_what_needs_val_is_refused_without(tiny_set, progress, settings, key) -> None:
+    job = tiny_set.job("job", distill=settings)
+    samples = replace(job.samples, shards={**job.samples.shards, "val": ()}, num_labelled={"train": 12, "val": 0})
+    with pytest.raises(DataError, match=f"distill.{key} needs labelled val images"):
+        distil(replace(job, samples=samples), progress)
+
+
+# The weights of the classes
+
+
+def weights_of(monkeypatch: pytest.MonkeyPatch, job: DistillJob, progress) -> tuple[float, ...] | None:
+    """Those that training gets."""
+    seen = []
+
+    def trained(loop, job, *more):
+        seen.append(job.class_weights)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "run_workers", trained)
+    with pytest.raises(KeyboardInterrupt):
+        distil(job, progress)
+    return seen[0]
+
+
+def relabel(samples: SampleSet, labels: list[int]) -> list[str]:
+    """Other images of these labels in the only train shard, and their ids."""
+    images = [painted(label, np.random.default_rng(k)).tobytes() for k, label in enumerate(labels)]
+    return write_shard(Path(samples.path), "train-00000", images, labels)
+
+
+ONE_OF_RED = [0, 1, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("labels", [ONE_OF_RED, [1, 1, 2], [0, 1, 2], [2]])
+def test_balanced_weights_count_the_labelled_train_images(make_set, progress, monkeypatch, labels) -> None:
+    """Also with one image of a class; a class with none has weight 1. Unlabelled images are not counted."""
+    some = make_set("set", num_train=40, labelled=len(labels))
+    relabel(some.samples, labels)
+    job = some.job("job", teacher=False, loss={"class_weights": "balanced"})
+    present = np.unique(labels)
+    by_sklearn = compute_class_weight("balanced", classes=present, y=np.array(labels))
+    expected = dict(zip(present.tolist(), by_sklearn.tolist(), strict=True))
+    assert weights_of(monkeypatch, job, progress) == pytest.approx([expected.get(c, 1.0) for c in range(3)])
+
+
+def test_weights_by_name_and_what_has_none(tiny_set, progress, monkeypatch) -> None:
+    def found(**loss: object) -> tuple[float, ...] | None:
+        return weights_of(monkeypatch, tiny_set.job("job", loss=loss), progress)
+
+    assert found(class_weights={"green": 4}) == (1.0, 4.0, 1.0)
+    assert found() is None
+    assert found(class_weights="balanced", task_weight=0) is None  # no term reads labels by class
+
+
+def test_a_class_that_the_data_lacks_is_refused_with_those_near_it(tiny_set, progress) -> None:
+    job = tiny_set.job("job", loss={"class_weights": {"gren": 4}})
+    with pytest.raises(ConfigError) as refused:
+        distil(job, progress)
+    said = (
+        "loss.class_weights: the data has no class 'gren' (nearest to 'gren': 'green'); it has 'red', 'green', 'blue'"
+    )
+    assert str(refused.value) == said
+    assert not list(Path(job.path).iterdir())
+
+
+def test_a_heavy_class_is_named_more_often(make_set, progress) -> None:
+    """By a student of few epochs that is not sure yet."""
+    answers = {}
+    for name, classes in (("plain", None), ("heavy", {"blue": 30})):
+        some = make_set(name, num_train=40)
+        job = some.job("job", teacher=False, loss={"class_weights": classes}, distill={"epochs": 10, "keep": "last"})
+        student, _ = read_student(distil(job, progress).path)
+        logits, _ = split_logits(student, some.samples, "val", torch.device("cpu"), 5)
+        answers[name] = torch.from_numpy(logits).softmax(1)[:, 2].mean().item()
+    assert answers["heavy"] > answers["plain"] + 0.1
+
+
+def test_class_weights_weigh_generated_images_too_and_do_not_count_them(make_set, progress, monkeypatch) -> None:
+    """The first loss is log 3 for each image, since the classifier begins near zero. Real images are red or green and
+    have weight 1; g of 9 in the batch are generated and blue, of weight 2 by their class and 0.5 by themselves."""
+    real, made = make_set("real", num_train=9), make_set("made", num_train=9)
+    relabel(real.samples, [0, 1, 0, 1, 0, 1, 0, 1, 1])
+    ids = relabel(made.samples, [2] * 9)
+    loss = {"class_weights": {"blue": 2}}
+    job = real.job("job", False, loss=loss, generate={"pipeline": "a/b"}, distill={"epochs": 1, "batch_size": 9})
+    job = replace(job, generated=made.samples, weights=dict.fromkeys(ids, 0.5))
+    distil(job, progress)
+    [record], first = read_epochs(job.path), next(iter(job.order(0)))
+    g = int((first.shard >= 1).sum())
+    assert 0 < g < 9
+    assert record["task"] == pytest.approx(math.log(3) * (9 - g + g * 2 * 0.5) / (9 - g + g * 2), rel=0.03)
+    balanced = replace(job, config=overlay(job.config, {"loss": {"class_weights": None}}), path=f"{job.path}-2")
+    balanced = replace(balanced, config=overlay(balanced.config, {"loss": {"class_weights": "balanced"}}))
+    assert weights_of(monkeypatch, balanced, progress) == pytest.approx((9 / (2 * 4), 9 / (2 * 5), 1.0))
