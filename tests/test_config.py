@@ -83,14 +83,14 @@ loss: {task_weight: 0.5, kd_weight: 0.0, temperature: 0.001, alignment_weight: 0
   crd_memory: 9, contrastive_temperature: 0.1, srrl_weight: 1.0, dkd_weight: 1.0, dkd_target_factor: 2.0,
   dkd_other_factor: 2.0, dist_weight: 1.0, standardised_kd_weight: 1.0, feature_weight: 1.0,
   feature_distance: cosine, rkd_distance_weight: 1.0, rkd_angle_weight: 1.0, projection_head: linear,
-  projection_dim: 64, adapter: linear}
+  projection_dim: 64, adapter: linear, class_weights: {cat: 2.5}, label_smoothing: 0.1}
 views: {per_image: 3, min_scale: 0.5, max_ratio: 1.0, flip: 0.0, brightness: 0.4, contrast: 0.3, saturation: 0.2,
   store: compact, strength: strong, strong_share: 0.3, hue: 0.5, grey: 0.1, rotate: 180.0, posterize: 0.2,
   solarize: 0.3, blur: 0.6, erase: 0.7}
 distill: {epochs: 3, batch_size: 16, labelled_share: 0.5, optimizer: sgd, learning_rate: 0.0000001, body_rate: 0.5,
   weight_decay: 0.0, momentum: 0.0, schedule: constant, warmup_epochs: 0.5, ema_decay: 0.999, precision: bf16,
   channels_last: false, clip_norm: 1.0, val_every: 1, keep: best, num_workers: [1, 4], cache: stream,
-  checkpoint_seconds: 0.5, max_failures: 0}
+  checkpoint_seconds: 0.5, max_failures: 0, patience: 4, layer_decay: 0.75, decay_norms: true}
 evaluate: {batch_size: 5, calibration_bins: 10, time_teacher: true}
 export: {formats: [onnx], preprocessing: true, int8: static, int8_max_drop: 0.1, allow_useless: true, hub: me/student,
   register_as: student}
@@ -426,6 +426,11 @@ ROUND = "is (fewest, most); [4, 1] has them the wrong way round"
         (["seed=true"], "seed=true: expected: a number, not true or false"),
         (["distill.warmup_epochs=yes"], "distill.warmup_epochs=true: expected: a number, not true or false"),
         (["loss.crd_weight=[true, 1]"], "loss.crd_weight=[True, 1]: expected: a number, not true or false"),
+        (
+            ["loss.class_weights=balancd"],
+            "loss.class_weights='balancd': expected: balanced | number > 0 by name | null; did you mean balanced?",
+        ),
+        (["loss.class_weights={cat: 0}"], "loss.class_weights=0: cat: input should be greater than 0"),
         (["cluster.grows_to={CPU: true}"], "cluster.grows_to={'CPU': True}: expected: a number, not true or false"),
         (["workspace=s3:bucket/x"], "workspace='s3:bucket/x': an address has two slashes; did you mean s3://bucket/x?"),
         (["images.classes=gs:/x"], "images.classes='gs:/x': an address has two slashes; did you mean gs://x?"),

@@ -112,7 +112,8 @@ EFFECTS = by_change(
         distill.labelled_share=0.5  distill.optimizer=sgd  distill.learning_rate=0.1  distill.weight_decay=0
         distill.momentum=0  distill.schedule=constant  distill.warmup_epochs=1  distill.ema_decay=0.9
         distill.precision=bf16  distill.precision=fp32  distill.channels_last=false  distill.clip_norm=1
-        distill.val_every=1  distill.num_workers=2  distill.keep=last
+        distill.val_every=1  distill.num_workers=2  distill.keep=last  distill.patience=3  distill.layer_decay=0.7
+        distill.decay_norms=true  loss.class_weights=balanced  loss.class_weights={"a":2}  loss.label_smoothing=0.1
     """),
     (VIEWS, """
         views.per_image=9  views.min_scale=0.5  views.max_ratio=2  views.flip=0  views.brightness=0.1
@@ -765,6 +766,36 @@ def test_a_teacher_in_fp32_has_the_directories_of_before_other_precisions() -> N
     backbones = [json.loads(identity.teach_directory(one, SAMPLES).identity)["backbone"] for one in configs]
     assert [backbone.get("precision") for backbone in backbones] == [None, "auto", "bf16"]
     assert backbones[0].keys() == {"revision", "size", "model", "weights"}
+
+
+ALONE = ["loss.kd_weight=0", "loss.alignment_weight=0", "loss.uniformity_weight=0"]
+
+
+@pytest.mark.parametrize("words", [[], ALONE])
+def test_a_student_by_the_settings_of_before_others_came_has_its_directory_of_before(words) -> None:
+    """Where norms shrink too, or nothing does."""
+
+    def trained(*more: str) -> dict[str, dict[str, object]]:
+        return json.loads(identity.distill_directory(config_of(*words, *more), SAMPLES).identity)
+
+    later = {"class_weights", "label_smoothing", "patience", "layer_decay", "decay_norms", "ema"}
+    for old in ("distill.decay_norms=true", "distill.weight_decay=0"):
+        assert later.isdisjoint({*trained(old)["loss"], *trained(old)["distill"]})
+    assert trained()["distill"]["decay_norms"] is False
+    assert trained("distill.ema_decay=0.9")["distill"]["ema"] == 2  # whose decay did not warm up before
+
+
+def test_what_changes_nothing_of_the_student_changes_no_name() -> None:
+    without = ["loss.task_weight=0"]
+    for word in ("loss.class_weights=balanced", "loss.label_smoothing=0.1"):
+        assert names(*without) == names(*without, word)
+        assert changed(names(*ALONE), names(*ALONE, word)) == STUDENT
+    assert names("distill.weight_decay=0") == names("distill.weight_decay=0", "distill.decay_norms=true")
+    others = ["distill.decay_norms=true", "distill.patience=3", "loss.class_weights=balanced"]
+    fine_tunes = [
+        identity.fine_tune_directory(config_of("teacher.head=fine_tune", *more), SAMPLES).name for more in ([], others)
+    ]
+    assert fine_tunes[0] == fine_tunes[1]
 
 
 def test_what_auto_stands_for_is_kept_by_what_every_directory_of_images_counts() -> None:

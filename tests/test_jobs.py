@@ -88,6 +88,7 @@ def test_recipes_have_the_papers_settings_whatever_the_data() -> None:
     assert config.loss == Loss(projection_head="two_layer")  # all other defaults are the paper's
     settings = config.distill
     assert (settings.optimizer, settings.learning_rate, settings.weight_decay) == ("adamw", 1e-3, 1e-2)
+    assert settings.decay_norms
     assert (settings.schedule, settings.batch_size, settings.epochs) == ("constant", 64, 250)
     assert all(c.views.per_image == "fresh" and c.images.val_share == 0.1 for c in configs)
 

@@ -154,8 +154,10 @@ def _explain(error: ValidationError) -> Iterator[str]:
             tail = "not UTF-8; give it another name, or a link that has one"
         elif whole not in keys:
             tail = item["msg"][:1].lower() + item["msg"][1:]
-        elif "by name" in keys[whole].values and (inner := item["loc"][whole.count(".") + 1 :]):
-            tail = f"{'.'.join(map(str, inner))}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+        elif "by name" in keys[whole].values and (inner := _names_in(item["loc"][whole.count(".") + 1 :])):
+            tail = f"{'.'.join(inner)}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+        elif item["type"] == "literal_error" and isinstance(given, dict) and "by name" in keys[whole].values:
+            continue  # what is wrong in the mapping is said
         else:
             tail, hint = f"expected: {keys[whole].values}", _hint(keys[whole], item)
         field = dotted if head else tail
@@ -166,6 +168,11 @@ def _explain(error: ValidationError) -> Iterator[str]:
         yield head + " or ".join(tails[field]) + hints[field]
     if more:
         yield f"and {len(more):,} more keys"
+
+
+def _names_in(location: tuple[int | str, ...]) -> list[str]:
+    """The names of a mapping, without pydantic's marks of the type that it tried."""
+    return [str(part) for part in location if not re.match(r"(literal|dict|tuple)\[", str(part))]
 
 
 def _hint(key: Key, item: Any) -> str:
