@@ -440,12 +440,16 @@ def test_a_trial_that_tune_has_ended_says_nothing_more_whatever_goes_wrong_on_it
 
 
 def test_whatever_a_trial_fails_of_is_told_with_its_kind(trained, monkeypatch) -> None:
-    heard = Heard()
-    trained(heard, targets="/nowhere")
-    (record,) = heard.records
-    assert record["failed"].startswith("FileNotFoundError: ")
-    assert "/nowhere" in record["failed"]
-    assert record["seconds"] > 0
+    for targets, words in {
+        "/dev/null": "NotADirectoryError: ",
+        "/nowhere": "/nowhere/train-00000.safetensors is",
+    }.items():
+        heard = Heard()
+        trained(heard, targets=targets)
+        (record,) = heard.records
+        assert record["failed"].startswith(words)
+        assert targets in record["failed"]
+        assert record["seconds"] > 0
 
 
 def test_checkpoints_of_trials_that_ended_early_are_dropped_and_no_others(tmp_path) -> None:
