@@ -127,7 +127,7 @@ class Reporter:
         time."""
         now, seconds = time.monotonic(), self._job.config.distill.checkpoint_seconds
         due = ended if seconds == 0 else now - self._saved >= max(seconds, _LEAST_GAP * took)
-        if due or self.is_over:
+        if due or self.is_over or step == self._job.total_steps:
             self._saved = now
             return True
         return False

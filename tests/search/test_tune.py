@@ -383,8 +383,8 @@ def trained(tiny_set, monkeypatch):
     """Runs the trainable of a trial of 4 epochs, val measured on the 2nd and 4th, in this process."""
     monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "2")
 
-    def run(heard: Heard, name: str = "trial", **changes) -> StageDirectory:
-        job = tiny_set.job(name, distill={"val_every": 2})
+    def run(heard: Heard, name: str = "trial", distill: dict[str, object] | None = None, **changes) -> StageDirectory:
+        job = tiny_set.job(name, distill={"val_every": 2} | (distill or {}))
         job = dataclasses.replace(job, **changes)
         directory = StageDirectory(job.path, "distill", "{}")
         plan = dataclasses.replace(plan_resources(job.config, 2.0, 0.0, 1), train_workers=0)
@@ -394,6 +394,17 @@ def trained(tiny_set, monkeypatch):
         return directory
 
     return run
+
+
+def test_a_trial_whose_val_rises_no_more_ends_with_the_epoch_at_which_it_stopped(trained) -> None:
+    settings = {"epochs": 30, "val_every": 1, "patience": 1, "learning_rate": 1e-6, "schedule": "constant"}
+    first, again = Heard(), Heard()
+    for heard in (first, again):  # the second finds it trained
+        trained(heard, distill=settings)
+        assert [r["epoch"] for r in heard.records] == list(range(1, len(heard.records) + 1))
+        assert [r.get("finished", False) for r in heard.records] == [False] * (len(heard.records) - 1) + [True]
+    assert 1 < len(first.records) == len(again.records) < 30
+    assert first.records[-1]["shipped"] == again.records[-1]["shipped"]
 
 
 def learnt(records: list[dict]) -> list[dict]:
