@@ -147,17 +147,19 @@ def test_two_workers_stop_at_the_same_step_also_after_a_resume(make_set, after_e
     assert [*map(untimed, read_epochs(broken.path))] == [*map(untimed, read_epochs(unbroken.path))]
 
 
-def test_class_weights_in_two_workers_train_the_student_of_one(make_set) -> None:
+@pytest.mark.parametrize("class_weights", [None, (5.0, 1.0, 0.2)], ids=["equal", "by class"])
+def test_labels_of_two_workers_train_the_student_of_one(make_set, class_weights) -> None:
     """Their shares are three images and two, some without a label, and the student has no batch norm, which would see
     each worker's images by themselves."""
     settings = {"optimizer": "sgd", "momentum": 0, "learning_rate": 0.1, "epochs": 1, "batch_size": 5}
-    loss = {"alignment_weight": 0, "uniformity_weight": 0, "class_weights": "balanced", "label_smoothing": 0.2}
+    loss: dict[str, object] = {"alignment_weight": 0, "uniformity_weight": 0, "label_smoothing": 0.2}
+    loss["class_weights"] = class_weights and "balanced"
     alone, both = (
         replace(
             make_set(name, num_train=23, labelled=11).job(
                 "job", distill=settings, loss=loss, student={"model": "timm:test_vit", "size": 32}
             ),
-            class_weights=(5.0, 1.0, 0.2),
+            class_weights=class_weights,
         )
         for name in ("alone", "both")
     )
