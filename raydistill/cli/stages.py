@@ -102,7 +102,7 @@ def show(words: Arguments = None) -> None:
     from raydistill.tracking.stores import tracking_uri
 
     config = load_config(words or [])
-    plain_console().print(shown_yaml(config), markup=False)
+    plain_console().print(shown_yaml(config.resolved), markup=False)
     work = find_work(config)
     table = Table("stage", "directory", "state", box=None, pad_edge=False)
     for stage, directories in work.directories.items():

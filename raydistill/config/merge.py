@@ -62,8 +62,8 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def shown_yaml(config: RunConfig) -> str:
-    """The resolved config to show to people: without its passwords, and with the numbers of presets."""
-    return as_yaml(redacted_tree(config.resolved.model_dump(mode="json")))
+    """The resolved config to show to people, without its passwords."""
+    return as_yaml(redacted_tree(config.model_dump(mode="json")))
 
 
 def merged(under: Any, over: Any) -> Any:

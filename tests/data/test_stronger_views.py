@@ -195,7 +195,9 @@ def test_presets_are_ordered_and_light_does_nothing():
 
 
 def test_the_job_that_is_shown_has_the_numbers():
-    shown = yaml.safe_load(shown_yaml(load_config(["images.path=x", "views.strength=medium", "views.hue=0.2"])))
+    shown = yaml.safe_load(
+        shown_yaml(load_config(["images.path=x", "views.strength=medium", "views.hue=0.2"]).resolved)
+    )
     assert shown["views"]["strength"] == "medium"
     assert {key: shown["views"][key] for key in ("hue", "blur", "posterize")} == {
         "hue": 0.2,
