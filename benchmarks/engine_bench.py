@@ -233,7 +233,7 @@ def new_config(root: Path, sizes: Sizes, precision: str) -> RunConfig:
         | {"batch_size": sizes.batch, "precision": precision},
         "student": {"model": f"timm:{sizes.student}", "size": sizes.student_side},
         "views": {"per_image": VIEWS, "min_scale": 0.35},
-        "distill": distill | {"cache": "memory", "checkpoint_seconds": 1e6},
+        "distill": distill | {"decay_norms": True, "cache": "memory", "checkpoint_seconds": 1e6},
     }
     return RunConfig.model_validate(tree)
 
