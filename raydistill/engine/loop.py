@@ -68,9 +68,8 @@ def distill_loop(job: DistillJob, worker: Worker) -> dict[str, float]:
     val.resume(step)
     assert config.loss.weighs_classes == (job.class_weights is not None), "distill_student counts the labels"
     weights_C = None if job.class_weights is None else torch.tensor(job.class_weights, device=device)
-    if (
-        weights_C is None and worker.size > 1 and "task" in config.loss.terms
-    ):  # whose shares have other counts of labels
+    if weights_C is None and worker.size > 1 and "task" in config.loss.terms:
+        # Workers' shares have other counts of labels.
         weights_C = torch.ones(len(job.samples.classes), device=device)
     # transformers models may have a mask token, which never gets a gradient.
     idle = isinstance(model.student.body, TransformersClassifier)

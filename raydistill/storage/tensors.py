@@ -37,7 +37,8 @@ def with_checksum(tensors: Mapping[str, np.ndarray]) -> bytes:
 def refuse_altered(data: bytes) -> None:
     """Raises ValueError if the file has a checksum, and it is another."""
     header = parsed(data[8 : 8 + header_bytes(data)], dict[str, Any])
-    wanted = (header.get("__metadata__") or {}).get("crc32")
+    metadata = header.get("__metadata__")
+    wanted = metadata.get("crc32") if isinstance(metadata, dict) else None
     if wanted is not None and wanted != _checksum(data):
         raise ValueError("its checksum is another")
 
